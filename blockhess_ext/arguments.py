@@ -1,0 +1,100 @@
+"""What a user may get wrong in a call of `batched_slq`, said once, before any work."""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockhess_ext.layout import Layout
+from blockhess_ext.ops import DISTRIBUTIONS
+
+VECTOR_DTYPES = (torch.float32, torch.float64)
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """The value as an int within its bounds."""
+    rule = f"at least {minimum}" if maximum is None else f"in {minimum} ... {maximum}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"batched_slq: {name} must be an integer {rule}, got {value!r}") from None
+    if isinstance(value, bool) or number < minimum or (maximum is not None and number > maximum):
+        raise ValueError(f"batched_slq: {name} must be an integer {rule}, got {value!r}")
+    return number
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """The value, one of the choices."""
+    if value not in choices:
+        raise ValueError(f"batched_slq: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    return value
+
+
+def block_dims(dims: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of the blocks: at least one block, each of at least one element."""
+    try:
+        sizes = tuple(integer(f"dims[{l}]", dim, 1) for l, dim in enumerate(dims))
+    except TypeError as error:
+        if "batched_slq" in str(error):
+            raise
+        raise TypeError(f"batched_slq: dims must be a sequence of integers, got {dims!r}") from None
+    if not sizes:
+        raise ValueError("batched_slq: dims must name at least one block, got none")
+    return sizes
+
+
+def probe_seed(seed: int | None) -> int:
+    """The seed, or a fresh one where None is given."""
+    return secrets.randbits(63) if seed is None else integer("seed", seed, 0, 2**63 - 1)
+
+
+def block_id_tensor(block_ids: Sequence[int] | None, n_blocks: int) -> Tensor:
+    """The ids that key the probes, by default the blocks' indices: (n_blocks,) int64."""
+    ids = list(range(n_blocks)) if block_ids is None else list(block_ids)
+    if len(ids) != n_blocks:
+        raise ValueError(f"batched_slq: block_ids must hold n_blocks = {n_blocks} ids, got {len(ids)}")
+    return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)])
+
+
+def given_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> Tensor:
+    """A copy of the user's probes with every segment brought to norm 1."""
+    if not isinstance(probes, Tensor):
+        raise TypeError(f"batched_slq: probes must be a tensor, got {type(probes).__name__}")
+    if probes.dim() != 2 or probes.shape[0] < 1 or probes.shape[1] != layout.n:
+        raise ValueError(
+            f"batched_slq: probes must have shape (n_probes, n) = (n_probes, {layout.n}), got {tuple(probes.shape)}"
+        )
+    if dtype not in (None, probes.dtype):
+        raise ValueError(f"batched_slq: dtype must be that of probes, {probes.dtype}, or None, got {dtype}")
+    choice("dtype of probes", probes.dtype, VECTOR_DTYPES)
+    unit = probes.detach().clone(memory_format=torch.contiguous_format)
+    for l in range(layout.n_blocks):
+        segment = unit[:, layout.columns(l)]
+        norm = segment.norm(dim=1, keepdim=True, dtype=torch.float64)
+        bad = ~((norm > 0) & norm.isfinite())
+        if bad.any():
+            p = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"batched_slq: probes must be finite and not zero in every block, got norm {norm[p].item()} "
+                f"in block {l} of probe {p}"
+            )
+        segment /= norm.to(segment.dtype)
+    return unit
+
+
+def hvp_result(w: Any, v: Tensor) -> Tensor:
+    """The operator's result, of the shape, dtype and device of its argument; contiguous."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"batched_slq: hvp(v) must return a tensor, got {type(w).__name__}")
+    for what in ("shape", "dtype", "device"):
+        wanted, got = getattr(v, what), getattr(w, what)
+        if wanted != got:
+            if what == "shape":
+                wanted, got = f"(n_probes, n) = {tuple(wanted)}", tuple(got)
+            raise ValueError(f"batched_slq: hvp(v) must return {what} {wanted}, got {got}")
+    return w.detach().contiguous()

@@ -1,0 +1,190 @@
+"""The compiled ops, one Python function each; `blockhess_ext.reference` has the same functions in plain PyTorch.
+
+All take contiguous tensors on one device. Vectors are float32 or float64; alpha, beta, nodes and weights float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import blockhess_ext._C  # noqa: F401  (registers the ops)
+from blockhess_ext.layout import Layout
+from blockhess_ext.recurrences import Recurrences
+
+DISTRIBUTIONS = ("gaussian", "rademacher")
+
+_ops = torch.ops.blockhess_ext
+
+
+def lanczos_step(
+    w: Tensor,
+    v: Tensor,
+    v_prev: Tensor,
+    beta_prev: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    recurrences: Recurrences,
+    layout: Layout,
+    partial: Tensor,
+) -> None:
+    """Makes one step of every Lanczos recurrence, given w = H v.
+
+    alpha = <w, v>;  r = w - alpha v - beta_prev v_prev;  beta = |r|;  v_next = r / beta, written over v_prev.
+
+    A recurrence ends where beta <= 64 eps |T| or its limit is reached, and is frozen where alpha or beta is not finite; from
+    then on its alpha and beta are 0 and its segment of v_next is zero. In blocks with a kept basis r is left as it is, to be
+    closed by `reorthogonalize`.
+
+    Args:
+        w: (n_probes, n) the products H v; only read.
+        v: (n_probes, n) current unit vectors, by segment; only read.
+        v_prev: (n_probes, n) previous ones; overwritten with v_next.
+        beta_prev: (n_probes, n_blocks) float64 beta of the step before, 0 in the first.
+        alpha, beta: (n_probes, n_blocks) float64, overwritten.
+        recurrences: state, updated.
+        layout: the blocks.
+        partial: (n_probes, n_tiles) float64 scratch.
+
+    Source: the paper's Algorithm 4.
+    """
+    r = recurrences
+    _ops.lanczos_step(
+        w, v, v_prev, beta_prev, alpha, beta, r.norm, r.steps, r.status, r.limits,
+        layout.basis_offsets, layout.offsets, layout.tiles, layout.tile_offsets, partial,
+    )  # fmt: skip
+
+
+def reorthogonalize(
+    r: Tensor,
+    basis: Tensor,
+    count: int,
+    alpha: Tensor,
+    beta: Tensor,
+    recurrences: Recurrences,
+    layout: Layout,
+    partial: Tensor,
+) -> None:
+    """Closes a step in the blocks that keep a basis: orthogonalises r against it, twice, then normalises.
+
+    twice: r <- r - V (V^T r);  beta = |r|;  v_next = r / beta, written over r and into basis row `count` if there is one.
+
+    Args:
+        r: (n_probes, n) residuals as `lanczos_step` left them; becomes v_next in those blocks.
+        basis: (capacity, n_probes, n_basis) with rows 0 ... count - 1 filled.
+        count: rows filled, at least 1.
+        alpha, beta: (n_probes, n_blocks) float64 of this step; beta is overwritten.
+        recurrences: state, updated.
+        layout: the blocks; those with basis_offsets >= 0 take part.
+        partial: (n_probes, n_tiles, capacity) float64 scratch.
+
+    Source: Giraud, Langou, Rozloznik 2005.
+    """
+    s = recurrences
+    _ops.reorthogonalize(
+        r, basis, count, layout.basis_offsets, alpha, beta, s.norm, s.steps, s.status, s.limits,
+        layout.offsets, layout.tiles, layout.tile_offsets, partial,
+    )  # fmt: skip
+
+
+def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss quadrature of tridiagonal matrices: eigenvalues, and squared first components of the eigenvectors.
+
+    Args:
+        alpha: (n_problems, m) float64 diagonals.
+        beta: (n_problems, m) float64 couplings; beta[:, j] couples j and j + 1, the last valid one is not used.
+        steps: (n_problems,) int64 valid leading entries, 0 ... m.
+
+    Returns:
+        nodes, weights: (n_problems, m) float64; nodes ascend, weights sum to 1; beyond `steps` the last node, weight 0.
+
+    Raises:
+        RuntimeError: a problem has a non-finite entry or does not converge.
+
+    Source: Golub and Welsch 1969; the paper's Theorem 4.
+
+    Example:
+        >>> one = torch.ones(1, 2, dtype=torch.float64)
+        >>> tridiag_quadrature(0 * one, one, torch.tensor([2]))[0]
+        tensor([[-1.,  1.]], dtype=torch.float64)
+    """
+    nodes, weights = _ops.tridiag_quadrature(alpha, beta, steps)
+    return nodes, weights
+
+
+def gaussian_density(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
+    """Density of weighted nodes blurred by a Gaussian, one sigma a row.
+
+    density[b, g] = sum_k weights[b, k] exp(-(grid[g] - nodes[b, k])^2 / (2 sigma_b^2)) / (sigma_b sqrt(2 pi))
+
+    Args:
+        nodes, weights: (n_rows, n_nodes) float64.
+        grid: (n_grid,) float64, ascending.
+        sigma: (n_rows,) float64, positive.
+
+    Returns:
+        (n_rows, n_grid) float64; a node is cut off where it falls below 1e-16 of its peak.
+
+    Source: the paper's appendix B.2.
+    """
+    density: Tensor = _ops.gaussian_density(nodes, weights, grid, sigma)
+    return density
+
+
+def random_probes(
+    layout: Layout,
+    num_probes: int,
+    *,
+    seed: int,
+    block_ids: Tensor,
+    first_probe: int = 0,
+    distribution: str = "gaussian",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Unit probe vectors, each segment a pure function of (seed, probe index, block id).
+
+    Args:
+        layout: the blocks; its device is where the probes are made.
+        num_probes: how many.
+        seed: 0 ... 2^63 - 1.
+        block_ids: (n_blocks,) int64.
+        first_probe: index of the first one.
+        distribution: "gaussian" or "rademacher"; either way every segment has norm 1.
+        dtype: float32 or float64.
+
+    Returns:
+        (num_probes, n).
+
+    Source: Philox4x32-10, Salmon et al. 2011.
+    """
+    device = layout.offsets.device
+    probes = torch.empty(num_probes, layout.n, dtype=dtype, device=device)
+    partial = torch.empty(num_probes, layout.n_tiles, dtype=torch.float64, device=device)
+    _ops.random_probes(
+        probes, seed, first_probe, DISTRIBUTIONS.index(distribution), block_ids,
+        layout.offsets, layout.tiles, layout.tile_offsets, partial,
+    )  # fmt: skip
+    return probes
+
+
+def _nothing(*args: object) -> None:
+    """The result of an op that only writes into its arguments."""
+
+
+def _quadrature_shapes(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(alpha), torch.empty_like(alpha)
+
+
+def _density_shape(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
+    return nodes.new_empty(nodes.shape[0], grid.shape[0])
+
+
+# Shapes without values, for torch.compile and torch.export.
+for _name, _fake in {
+    "lanczos_step": _nothing,
+    "reorthogonalize": _nothing,
+    "random_probes": _nothing,
+    "tridiag_quadrature": _quadrature_shapes,
+    "gaussian_density": _density_shape,
+}.items():
+    torch.library.register_fake(f"blockhess_ext::{_name}", _fake)

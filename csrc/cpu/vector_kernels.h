@@ -1,0 +1,27 @@
+// The loops over vector elements that the CPU twins are made of.
+//
+// Each is compiled for baseline x86-64, AVX2 and AVX-512 and chosen when the library is loaded, so one build is right
+// everywhere. Sums run in float64 over a fixed set of lanes: their order does not depend on the instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace blockhess {
+
+// sum x_i y_i
+double dot(const float* x, const float* y, int64_t n);
+double dot(const double* x, const double* y, int64_t n);
+
+// p <- w - alpha v - beta p, returns |p|^2
+double three_term(const float* w, const float* v, float* p, double alpha, double beta, int64_t n);
+double three_term(const double* w, const double* v, double* p, double alpha, double beta, int64_t n);
+
+// x <- scale x
+void scale(float* x, double scale, int64_t n);
+void scale(double* x, double scale, int64_t n);
+
+// x <- x - sum_k c_k V_k, with V_k = basis + k * stride; returns |x|^2
+double subtract_projection(float* x, const float* basis, int64_t stride, const double* c, int64_t count, int64_t n);
+double subtract_projection(double* x, const double* basis, int64_t stride, const double* c, int64_t count, int64_t n);
+
+}  // namespace blockhess

@@ -1,0 +1,75 @@
+// What every op shares: the ragged layout, the parallel loop, and the rule that ends a recurrence.
+//
+// State is (n_probes, n) with n = sum(dims). Block l is the column range offsets[l] : offsets[l + 1], so the
+// segment of (probe p, block l) is contiguous at p * n + offsets[l]. A block is cut into tiles of at most
+// kTileLength elements; tiles are listed block by block, so tile_offsets[l] : tile_offsets[l + 1] are those of
+// block l. Sums over a segment are made per tile, then added in tile order: the bits of a result depend neither
+// on the number of threads nor on the size of a grid.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+
+#if defined(__CUDACC__)
+#define BLOCKHESS_HD __host__ __device__
+#else
+#define BLOCKHESS_HD
+#endif
+
+namespace blockhess {
+
+constexpr int64_t kTileLength = 32768;
+
+struct Tile {
+  int64_t block, start, stop;  // columns start : stop of the state, inside one block
+};
+
+struct Layout {
+  int64_t n_probes, n_blocks, n, n_tiles;
+  const int64_t* offsets;       // (n_blocks + 1)
+  const Tile* tiles;            // (n_tiles)
+  const int64_t* tile_offsets;  // (n_blocks + 1)
+};
+
+// body(begin, end) is called on disjoint ranges that together cover 0 : count; `grain` indices are worth a thread.
+using RangeBody = std::function<void(int64_t begin, int64_t end)>;
+using ParallelFor = std::function<void(int64_t count, int64_t grain, const RangeBody& body)>;
+
+enum Status : int32_t {
+  kRunning = 0,
+  kFinished = 1,   // Krylov space exhausted, or the last step allowed was made: the quadrature stands
+  kNonFinite = 2,  // the operator returned NaN or inf: the steps before it stand
+};
+
+// The recurrences between two steps, each array (n_probes, n_blocks) and writable.
+struct Recurrences {
+  double* alpha;    // this step's diagonal entry
+  double* beta;     // this step's coupling to the next one, or the residual
+  double* norm;     // max of |alpha|, beta over the steps made: the running |T|
+  int64_t* steps;   // valid steps made
+  int32_t* status;  // Status
+};
+
+// Closes step j of recurrence s, whose alpha_j and beta_j are written: counts it, ends it where
+//   beta_j <= 64 eps |T|   (Krylov space exhausted) or steps = limit,
+// freezes it where either is not finite. Returns what the residual is multiplied with to become v_{j+1}: 1 / beta_j, or
+// 0 where the recurrence takes no more part.
+inline BLOCKHESS_HD double close_step(const Recurrences& r, int64_t s, int64_t limit, double eps) {
+  const double alpha = r.alpha[s], beta = r.beta[s];
+  if (!(std::isfinite(alpha) && std::isfinite(beta))) {
+    r.alpha[s] = r.beta[s] = 0.0;
+    r.status[s] = kNonFinite;
+    return 0.0;
+  }
+  const double norm = std::fmax(r.norm[s], std::fabs(alpha));
+  r.norm[s] = std::fmax(norm, beta);
+  r.steps[s] += 1;
+  if (beta <= 64.0 * eps * norm || r.steps[s] >= limit) {
+    r.status[s] = kFinished;
+    return 0.0;
+  }
+  return 1.0 / beta;
+}
+
+}  // namespace blockhess

@@ -1,0 +1,32 @@
+// reorthogonalize: classical Gram-Schmidt, applied twice, against the kept basis V = (v_0 ... v_{count-1}).
+//
+//   twice:  c = V^T r,  r <- r - V c
+//   beta = |r|,  v_next = r / beta,  row `count` of the basis <- v_next
+//
+// Only blocks with basis_offsets[l] >= 0 take part. beta is taken after the projections. Memory traffic: the basis is
+// read four times. Source: Giraud, Langou, Rozloznik 2005 ("twice is enough").
+//
+// Promises: coefficients are summed in float64. The last row of the basis is never passed: at count = capacity v_next
+// is not kept. Finished and frozen recurrences get a zero vector and leave the basis alone.
+#pragma once
+
+#include "common.h"
+
+namespace blockhess {
+
+template <class T>
+struct Reorthogonalize {
+  Layout layout;
+  T* r;      // (n_probes, n) residuals, becomes v_next
+  T* basis;  // (capacity, n_probes, n_basis)
+  int64_t capacity, n_basis, count;
+  const int64_t* basis_offsets;  // (n_blocks) -1, or the block's column in the basis
+  Recurrences recurrences;       // (n_probes, n_blocks)
+  const int64_t* limits;         // (n_blocks)
+  double* partial;               // (n_probes, n_tiles, capacity) scratch
+};
+
+void reorthogonalize_cpu(const Reorthogonalize<float>& op, const ParallelFor& parallel_for);
+void reorthogonalize_cpu(const Reorthogonalize<double>& op, const ParallelFor& parallel_for);
+
+}  // namespace blockhess

@@ -1,0 +1,106 @@
+"""Builds blockhess_ext._C against the torch that is installed: with CUDA where CUDA is, without it elsewhere.
+
+BLOCKHESS_CUDA=auto (default) takes CUDA if torch was built with it and CUDA_HOME holds its headers; 1 insists; 0 declines.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+MINIMUM_TORCH = (2, 10)
+INSTALL = "pip install --no-build-isolation ."
+
+
+def refuse(reason: str) -> None:
+    sys.exit(f"blockhess: {reason}")
+
+
+try:
+    import torch
+except ImportError:
+    refuse(
+        "torch is not importable here, and the extension must be compiled against the torch it will run with. "
+        f"Install torch >= 2.10, setuptools, pybind11 and ninja, then type: {INSTALL}"
+    )
+
+from torch.utils import cpp_extension  # noqa: E402
+
+try:
+    import pybind11
+except ImportError:
+    refuse(f"pybind11 is needed to compile the extension. Type: pip install pybind11 ninja, then: {INSTALL}")
+
+
+def check_torch() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MINIMUM_TORCH:
+        refuse(f"torch >= 2.10 is needed, got {torch.__version__}. Type: pip install 'torch>=2.10'")
+
+
+def check_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        refuse(f"no C++ compiler: '{compiler}' is not on PATH. Install one (Debian: apt install g++) or set CXX")
+
+
+def cuda_obstacle() -> str | None:
+    """Why CUDA cannot be built here, or None. A GPU need not be visible: builders and containers have none."""
+    if not list(ROOT.glob("csrc/cuda/*.cu")):
+        return "this version has no CUDA kernels (csrc/cuda)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "no CUDA toolkit was found: export CUDA_HOME=/path/to/cuda"
+    if not (Path(cpp_extension.CUDA_HOME) / "include" / "cuda_runtime.h").exists():
+        return (
+            f"{cpp_extension.CUDA_HOME}/include/cuda_runtime.h does not exist (nvcc on PATH may be a wrapper): "
+            "export CUDA_HOME=/path/to/cuda"
+        )
+    return None
+
+
+def use_cuda() -> bool:
+    wish = os.environ.get("BLOCKHESS_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        refuse(f"BLOCKHESS_CUDA must be 0, 1 or auto, got {wish!r}")
+    obstacle = cuda_obstacle()
+    if wish == "1" and obstacle:
+        refuse(f"BLOCKHESS_CUDA=1 cannot be met: {obstacle}")
+    return wish != "0" and obstacle is None
+
+
+def extension():
+    cuda = use_cuda()
+    folders = ["bindings", "cpu", "cuda"] if cuda else ["bindings", "cpu"]
+    sources = sorted(
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / "csrc" / folder).iterdir()
+        if path.suffix in (".cpp", ".cu") and (cuda or not path.stem.endswith("_cuda"))
+    )
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    cxx = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    return kind(
+        "blockhess_ext._C",
+        sources,
+        # pybind11's own headers stand before torch's copy, which refuses TORCH_TARGET_VERSION.
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            ("BLOCKHESS_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("BLOCKHESS_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
+            *([("USE_CUDA", None)] if cuda else []),
+        ],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]} if cuda else cxx,
+    )
+
+
+check_torch()
+check_compiler()
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
