@@ -54,8 +54,8 @@ def batched_slq(
     Args:
         hvp: maps v (n_probes, n) to H v, same shape, dtype and device, with n = sum(dims). Block l of the result may
             depend on block l of v only. Its result is read, never modified. Segments of v have norm 1, or are zero
-            where the recurrence is finished. If it has a method `mark_finished(finished)`, that is told (n_probes, n_blocks)
-            bool whenever more recurrences have finished; their part of the result is ignored from then on.
+            where the recurrence is finished. If it has a method `mark_finished(finished)`, that is told (n_probes,
+            n_blocks) bool whenever more recurrences have finished; their part of the result is ignored from then on.
         dims: elements of each block.
         num_probes: random vectors a block.
         num_steps: most Lanczos steps; a block makes no more than it has elements.
