@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import blockhess
-import blockhess.demo
 from blockhess.cli import main
 from tests.spectra_cases import make_spectra
 
@@ -148,10 +147,11 @@ def test_missing_matplotlib(
     assert 'pip install "blockhess[cli]"' in failure(capsys, "demo", "--out", str(tmp_path))
 
 
-def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("where", ["blockhess.demo.run", "blockhess.commands.app"])
+def test_interrupt(where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(blockhess.demo, "run", interrupted)
+    monkeypatch.setattr(where, interrupted)
     assert main(["demo"]) == 130
     assert "Traceback" not in capsys.readouterr().err

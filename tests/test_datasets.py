@@ -69,6 +69,9 @@ def test_fashion_mnist_is_normalised(split: str, total: int) -> None:
     assert images.shape == (total, 1, 28, 28) and images.dtype == torch.float32
     assert labels.shape == (total,) and labels.dtype == torch.int64
     assert set(labels.tolist()) == set(range(10))
+    # Pixels 0 and 255 both occur.
+    assert images.min().item() == pytest.approx((0 - 0.2860) / 0.3530, abs=1e-6)
+    assert images.max().item() == pytest.approx((1 - 0.2860) / 0.3530, abs=1e-6)
     # The constants are of all 60,000 images; a part of 1,024 differs by about 1 %.
     assert abs(images.mean().item()) < 0.02
     assert abs(images.std().item() - 1) < 0.02

@@ -76,7 +76,8 @@ def test_gpt_starts_near_the_uniform_loss() -> None:
     [batch] = shakespeare().batches(batch_size=4, context=32)
     loss, weight = next_token_loss(small_gpt(), batch)
     # Logits are <normalised x, row of tok>: variance s2 = 32 * 0.02^2, so the loss is near ln 76 + s2 / 2.
-    assert loss.item() == pytest.approx(math.log(76) + 32 * 0.02**2 / 2, abs=0.05)
+    assert small_gpt()(batch[0]).std().item() == pytest.approx(0.02 * math.sqrt(32), rel=0.1)
+    assert loss.item() == pytest.approx(math.log(76) + 32 * 0.02**2 / 2, abs=0.03)
     assert weight == 4 * 32
 
 
@@ -110,6 +111,15 @@ def test_resnet_initialisation_is_torchvisions() -> None:
 def test_resnet_classifies_images_of_any_size(stem: str, size: int) -> None:
     model = ResNet(ResNetConfig(width=4, blocks_per_stage=(1, 1), num_classes=7, in_channels=1, stem=stem))
     assert model(torch.zeros(2, 1, size, size)).shape == (2, 7)
+
+
+def test_resnet_stages_halve_the_image_and_double_the_width() -> None:
+    model = ResNet(ResNetConfig(width=4, blocks_per_stage=(1, 2, 1), num_classes=7, in_channels=1, stem="small"))
+    x, shapes = torch.zeros(1, 4, 28, 28), []
+    for layer in model.layers:
+        x = layer(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(4, 28, 28), (8, 14, 14), (8, 14, 14), (16, 7, 7)]
 
 
 def test_resnet_starts_near_the_uniform_loss_with_batch_statistics() -> None:

@@ -117,7 +117,7 @@ def test_provenance_tells_how_it_was_made() -> None:
     expected = {
         "model": "Sequential",
         "loss": "CrossEntropyLoss",
-        "batchnorm": "eval",
+        "batchnorm": "none",
         "dtype": "float64",
         "seed": 5,
         "num_probes": 2,

@@ -96,7 +96,8 @@ class Comparison:
 def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
     """Return the mean Jensen-Shannon distance between two estimates of the same block, each from half of the probes.
 
-    A distance between estimates exceeds the true one by less than that; NaN with a single probe.
+    Random probes raise a distance on average (the divergence is convex), by about this much at most (triangle
+    inequality). NaN with a single probe.
 
     Args:
         spectra: a result with at least two probes.
@@ -175,9 +176,9 @@ def curvature_verdict(gpt: tuple[float, float], resnets: Sequence[tuple[float, f
     of_gpt, of_resnets = _factor(gpt), [_factor(resnet) for resnet in resnets]
     numbers = f"{_brief(of_gpt)} in the GPT, {' and '.join(map(_brief, of_resnets))} in the ResNet"
     if of_gpt > CLEAR_FACTOR * max(of_resnets):
-        meaning = "one learning rate for all blocks suits the GPT much worse, which agrees with the paper's reading"
+        meaning = "by this measure one learning rate for all blocks suits the GPT worse, as the paper's reading has it"
     elif CLEAR_FACTOR * of_gpt < min(of_resnets):
-        meaning = "one learning rate for all blocks suits the ResNet worse, against the paper's reading"
+        meaning = "by this measure one learning rate for all blocks suits the ResNet worse, against the paper's reading"
     else:
         meaning = "that is too close to tell the models apart"
     return f"Sharpest and flattest weights differ by a factor of {numbers}: {meaning}."
@@ -236,8 +237,10 @@ Before you quote any of this:
 - JS0 depends on the BatchNorm policy. Running statistics are the identity at initialisation, so 'eval' looks at a
   network without normalisation; 'batch' is what training differentiates.
 - JS0 depends on sigma. 1% of a model's own range does not care how the loss is scaled, but then blocks far flatter
-  than the sharpest are all one spike at 0, and alike. A fixed sigma sees smaller eigenvalues, but depends on scale.
-- The noise is the distance of a block to itself, from two halves of the probes; more --probes make it smaller.
+  than the sharpest are all one spike at 0, and alike. A fixed sigma sees smaller eigenvalues, but depends on scale,
+  and far below range / steps it resolves single Lanczos nodes instead of a density.
+- The noise is the distance of a block to itself, from two halves of the probes; more --probes make it smaller. It
+  does not contain what too few --steps do.
 - These are tiny models at initialisation, one seed, few samples. The paper's JS0 (0.10 for ResNet18, 14.93 for a
   GPT of 10.7M) has no published definition and is not on this scale, which ends at 1.
 - Spectra describe the loss surface. Which optimizer wins is decided by training with both."""

@@ -34,7 +34,11 @@ KINDS = {
 }
 
 # BatchNorm policy, as spectra record it -> as printed.
-BATCHNORM_POLICIES = {"eval": "BatchNorm in eval mode", "batch": "BatchNorm with batch statistics"}
+BATCHNORM_POLICIES = {
+    "eval": "BatchNorm in eval mode",
+    "batch": "BatchNorm with batch statistics",
+    "none": "no BatchNorm",
+}
 
 # JS0 is printed with the names of this many left-out blocks.
 _SHOWN_LEFT_OUT = 6

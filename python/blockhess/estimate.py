@@ -22,7 +22,7 @@ from blockhess.batches import as_batches
 from blockhess.blocks import BlockSpec, partition, unwrap
 from blockhess.hvp import BlockHessian
 from blockhess.losses import as_loss
-from blockhess.model_state import fixed_state
+from blockhess.model_state import fixed_state, has_batchnorm
 from blockhess.progress import progress_bar
 from blockhess.spectra import Spectra
 
@@ -130,7 +130,7 @@ def spectrum(
             "loss": loss.name,
             "loss_value": hessian.loss_value,
             "weight": hessian.weight,
-            "batchnorm": batchnorm,
+            "batchnorm": batchnorm if has_batchnorm(model) else "none",
             "dtype": quadrature.dtype,
             "seed": quadrature.seed,
             "num_probes": num_probes,

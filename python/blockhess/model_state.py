@@ -19,6 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether the model has a BatchNorm layer, and so depends on the policy."""
+    return any(map(_is_batchnorm, model.modules()))
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 @contextmanager
 def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
     """Within the context, the model draws no random numbers and has second derivatives.
@@ -47,7 +56,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         for module in modules:
             # Not by train() and eval(): some models override them with side effects (merging LoRA weights).
             _set(stack, module, "training", False)
-            if batchnorm == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if batchnorm == "batch" and _is_batchnorm(module):
                 _set(stack, module, "training", True)  # its running statistics are buffers, restored at the end
             if isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
