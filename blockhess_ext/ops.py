@@ -76,7 +76,7 @@ def reorthogonalize(
         alpha, beta: (n_probes, n_blocks) float64 of this step; beta is overwritten.
         recurrences: state, updated.
         layout: the blocks; those with basis_offsets >= 0 take part.
-        partial: (n_probes, n_tiles, capacity) float64 scratch.
+        partial: (n_probes, n_tiles, capacity + 1) float64 scratch.
 
     Source: Giraud, Langou, Rozloznik 2005.
     """

@@ -148,7 +148,7 @@ def _lanczos(
     recurrences = Recurrences.start(n_probes, limits)
     partial = alpha.new_empty(n_probes, layout.n_tiles)
     basis = _basis_of(v, layout, limits)
-    basis_partial = alpha.new_empty(n_probes, layout.n_tiles, len(basis))
+    basis_partial = alpha.new_empty(n_probes, layout.n_tiles, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
     n_finished = 0
 
