@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(kThreads) density_kernel(GaussianDensity op) {
         const double z = (point - node[i]) * inverse;
         density += weight[i] * std::exp(-0.5 * z * z);
       }
-      __syncthreads();
     }
     if (g < op.n_grid) op.density[row * op.n_grid + g] = density;
   }

@@ -3,7 +3,17 @@
 
 namespace {
 
-enum Mistake { kNone = -1, kReadBeyond, kWriteBeyond, kEarlyReturn, kTwoBarriers, kMissingBarrier, kMissingLane, kUnset };
+enum Mistake {
+  kNone = -1,
+  kReadBeyond,
+  kWriteBeyond,
+  kEarlyReturn,
+  kTwoBarriers,
+  kMissingBarrier,
+  kMissingLane,
+  kUnset,
+  kEarlyReuse
+};
 
 // out[i] = in[0] + ... + in[n - 1] for every thread i of n
 __global__ void sum_kernel(const double* in, double* out, int n, int mistake) {
@@ -19,6 +29,8 @@ __global__ void sum_kernel(const double* in, double* out, int n, int mistake) {
   double sum = 0.0;
   for (int k = 0; k < n; ++k) sum += values[k];
   if (!(mistake == kMissingLane && i == 7)) __syncwarp();
+  if (mistake != kEarlyReuse) __syncthreads();
+  values[i] = 0.0;
   out[mistake == kWriteBeyond && i == n - 1 ? n : i] = sum;
 }
 

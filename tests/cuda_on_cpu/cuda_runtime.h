@@ -41,6 +41,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_cpu {
 
+// Forward and reverse run one warp as far as it comes before the next; shuffled gives every thread its turn.
 enum class Order { kForward, kReverse, kShuffled };
 
 struct Options {

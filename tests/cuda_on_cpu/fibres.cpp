@@ -85,39 +85,68 @@ size_t odd_one(size_t first, size_t begin, size_t end, const Asked& asked) {
   return first;
 }
 
-// Releases who can go on. False where everybody waits in vain; `failure` then says why.
-bool release(size_t threads) {
-  bool released = false, all_done = true;
-  for (size_t t = 0; t < threads; ++t) {
-    all_done &= fibres[t]->state == State::kDone;
-    released |= fibres[t]->state == State::kReady;
-  }
-  for (size_t begin = 0; begin < threads; begin += 32) {
-    const size_t end = std::min(begin + 32, threads);
-    for (size_t t = begin; t < end; ++t) {
-      if (fibres[t]->state != State::kAtWarp) continue;
-      const unsigned mask = fibres[t]->mask;
-      const auto asked = [&](size_t lane) { return mask >> lane & 1u; };
-      if (end - begin < 32 && mask >> (end - begin)) return failure = "a warp mask names lanes that do not exist", false;
-      if (odd_one(t, begin, end, asked) != t) continue;
-      for (size_t lane = 0; lane < end - begin; ++lane) {
-        if (!asked(lane)) continue;
-        exchanged[begin / 32][lane] = fibres[begin + lane]->value;
-        fibres[begin + lane]->state = State::kReady;
-      }
-      released = true;
+bool ready(size_t thread) { return fibres[thread]->state == State::kReady; }
+
+// Releases the lanes of a warp whose whole mask has come to the same place. True if there were any.
+bool release_warp(size_t begin, size_t end) {
+  bool released = false;
+  for (size_t t = begin; t < end; ++t) {
+    if (fibres[t]->state != State::kAtWarp) continue;
+    const unsigned mask = fibres[t]->mask;
+    const auto asked = [&](size_t lane) { return mask >> lane & 1u; };
+    if (end - begin < 32 && mask >> (end - begin)) fail("a warp mask names lanes that do not exist");
+    if (odd_one(t, begin, end, asked) != t) continue;
+    for (size_t lane = 0; lane < end - begin; ++lane) {
+      if (!asked(lane)) continue;
+      exchanged[begin / 32][lane] = fibres[begin + lane]->value;
+      fibres[begin + lane]->state = State::kReady;
     }
+    released = true;
   }
-  if (released || all_done) return true;
+  return released;
+}
+
+// Releases a block whose threads have all come to the same barrier. False where all have returned or wait in vain.
+bool release_block(size_t threads) {
   size_t first = 0;
-  while (fibres[first]->state == State::kDone) ++first;
+  while (first < threads && fibres[first]->state == State::kDone) ++first;
+  if (first == threads) return false;
   const size_t odd = odd_one(first, 0, threads, [](size_t) { return true; });
-  if (odd == first && fibres[first]->state == State::kAtBlock) {
-    for (size_t t = 0; t < threads; ++t) fibres[t]->state = State::kReady;
-    return true;
+  if (odd != first || fibres[first]->state != State::kAtBlock) {
+    fail("divergent barrier: " + described(first) + ", " + described(odd));
+    return false;
   }
-  failure = "divergent barrier: " + described(first) + ", " + described(odd);
-  return false;
+  for (size_t t = 0; t < threads; ++t) fibres[t]->state = State::kReady;
+  return true;
+}
+
+// Gives the threads of begin : end that are ready a turn each. True if there were any.
+bool turn(size_t begin, size_t end, std::mt19937& random) {
+  bool any = false;
+  for (const size_t i : ordered(end - begin, random)) {
+    if (!ready(begin + i) || !failure.empty()) continue;
+    any = true;
+    current = begin + i;
+    threadIdx.x = unsigned(current);
+    swapcontext(&scheduler, &fibres[current]->context);
+  }
+  return any;
+}
+
+// Runs all threads until they have returned or wait at a block barrier.
+void run_warps(size_t threads, std::mt19937& random) {
+  const size_t warps = (threads + 31) / 32;
+  const auto end_of = [&](size_t warp) { return std::min(32 * warp + 32, threads); };
+  if (options.order != Order::kShuffled) {
+    for (const size_t warp : ordered(warps, random))
+      while (turn(32 * warp, end_of(warp), random) || release_warp(32 * warp, end_of(warp))) {
+      }
+    return;
+  }
+  for (bool any = true; any;) {
+    any = turn(0, threads, random);
+    for (size_t warp = 0; warp < warps; ++warp) any |= release_warp(32 * warp, end_of(warp));
+  }
 }
 
 void run_block(size_t threads, std::mt19937& random) {
@@ -132,17 +161,8 @@ void run_block(size_t threads, std::mt19937& random) {
     makecontext(&f.context, enter, 0);
     f.state = State::kReady;
   }
-  while (failure.empty()) {
-    bool any = false;
-    for (const size_t t : ordered(threads, random)) {
-      if (fibres[t]->state != State::kReady || !failure.empty()) continue;
-      any = true;
-      current = t;
-      threadIdx.x = unsigned(t);
-      swapcontext(&scheduler, &fibres[t]->context);
-    }
-    if (!release(threads) || !any) return;
-  }
+  do run_warps(threads, random);
+  while (failure.empty() && release_block(threads));
 }
 
 }  // namespace
