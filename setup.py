@@ -1,6 +1,7 @@
 """Builds blockhess_ext._C against the torch that is installed: with CUDA where CUDA is, without it elsewhere.
 
-BLOCKHESS_CUDA=auto (default) takes CUDA if torch was built with it and CUDA_HOME holds its headers; 1 insists; 0 declines.
+BLOCKHESS_CUDA=auto (default) takes CUDA if torch was built with it and CUDA_HOME holds its headers; 1 insists on it,
+0 declines it.
 """
 
 import os

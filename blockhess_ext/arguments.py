@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from blockhess_ext.layout import Layout
-from blockhess_ext.ops import DISTRIBUTIONS
 
 VECTOR_DTYPES = (torch.float32, torch.float64)
 

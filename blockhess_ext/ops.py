@@ -5,6 +5,8 @@ All take contiguous tensors on one device. Vectors are float32 or float64; alpha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def lanczos_step(
 
     alpha = <w, v>;  r = w - alpha v - beta_prev v_prev;  beta = |r|;  v_next = r / beta, written over v_prev.
 
-    A recurrence ends where beta <= 64 eps |T| or its limit is reached, and is frozen where alpha or beta is not finite; from
-    then on its alpha and beta are 0 and its segment of v_next is zero. In blocks with a kept basis r is left as it is, to be
-    closed by `reorthogonalize`.
+    A recurrence ends where beta <= 64 eps |T| or its limit is reached, and is frozen where alpha or beta is not finite;
+    from then on its alpha and beta are 0 and its segment of v_next is zero. In blocks with a kept basis r is left as it
+    is, to be closed by `reorthogonalize`.
 
     Args:
         w: (n_probes, n) the products H v; only read.
@@ -67,7 +69,7 @@ def reorthogonalize(
 ) -> None:
     """Closes a step in the blocks that keep a basis: orthogonalises r against it, twice, then normalises.
 
-    twice: r <- r - V (V^T r);  beta = |r|;  v_next = r / beta, written over r and into basis row `count` if there is one.
+    twice: r <- r - V (V^T r);  beta = |r|;  v_next = r / beta, written over r and, if there is one, basis row `count`.
 
     Args:
         r: (n_probes, n) residuals as `lanczos_step` left them; becomes v_next in those blocks.
@@ -180,11 +182,12 @@ def _density_shape(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) 
 
 
 # Shapes without values, for torch.compile and torch.export.
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., object]] = {
     "lanczos_step": _nothing,
     "reorthogonalize": _nothing,
     "random_probes": _nothing,
     "tridiag_quadrature": _quadrature_shapes,
     "gaussian_density": _density_shape,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"blockhess_ext::{_name}", _fake)

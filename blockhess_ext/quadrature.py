@@ -1,4 +1,4 @@
-"""The result of stochastic Lanczos quadrature: nodes and weights of every probe and block, and what follows from them."""
+"""The result of stochastic Lanczos quadrature: nodes and weights of every probe and block, and integrals of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Quadrature:
         nodes: (n_probes, n_blocks, m) float64, ascending; beyond `steps` the last node is repeated.
         weights: (n_probes, n_blocks, m) float64, sum to 1 over the last axis; 0 beyond `steps`.
         alpha: (n_probes, n_blocks, m) float64, diagonals of the tridiagonal matrices.
-        beta: (n_probes, n_blocks, m) float64; beta[..., j] couples steps j and j + 1, the last valid one is the residual.
+        beta: (n_probes, n_blocks, m) float64; beta[..., j] couples steps j and j + 1, the last valid one
+            is the residual.
         steps: (n_probes, n_blocks) int64, valid Lanczos steps.
         nonfinite: (n_probes, n_blocks) bool, recurrences frozen because the operator returned NaN or inf; their
             quadrature is that of the steps before.
@@ -61,8 +62,8 @@ class Quadrature:
             f: maps a float64 tensor of nodes to values of the same shape.
 
         Returns:
-            values, stderr: (n_blocks,) float64. With one probe the error is infinite, as nothing is known of it; a block of
-            one element has error 0, as every probe gives the same.
+            values, stderr: (n_blocks,) float64. With one probe the error is infinite, as nothing is known of it;
+            a block of one element has error 0, as every probe gives the same.
 
         Raises:
             ValueError: f is not finite at a node that carries weight, or returns another shape.

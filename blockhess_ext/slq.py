@@ -1,8 +1,8 @@
 """Stochastic Lanczos quadrature of many blocks and probes at once (the paper's Algorithm 5).
 
-Every (probe, block) pair is a Lanczos recurrence of its own; all advance together, one call of the operator and one pass of
-the kernels a step. A recurrence ends by itself when its Krylov space is exhausted, when it has made as many steps as its
-block has elements, or when the operator fails it; the others go on.
+Every (probe, block) pair is a Lanczos recurrence of its own; all advance together, one call of the operator and one
+pass of the kernels a step. A recurrence ends by itself when its Krylov space is exhausted, when it has made as many
+steps as its block has elements, or when the operator fails it; the others go on.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from blockhess_ext.recurrences import NON_FINITE, RUNNING, Recurrences
 
 REORTHOGONALIZE = ("none", "full", "auto")
 
-# "auto" keeps the basis of blocks so small that their Krylov space may be exhausted, smallest first, up to this size. Larger
-# blocks do without: the density is sound all the same (Chen, Trogdon, Ubaru 2021).
+# "auto" keeps the basis of blocks so small that their Krylov space may be exhausted, smallest first, up to this size.
+# Larger blocks do without: the density is sound all the same (Chen, Trogdon, Ubaru 2021).
 AUTO_BASIS_BYTES = 2**28
 AUTO_DIMS_PER_STEP = 8
 
 
 class NonFiniteError(ValueError):
-    """The operator returned NaN or inf. `partial` holds everything that was computed, with `nonfinite` marking what failed."""
+    """The operator returned NaN or inf. `partial` holds all that was computed; its `nonfinite` marks what failed."""
 
     def __init__(self, message: str, partial: Quadrature) -> None:
         super().__init__(message)
@@ -52,22 +52,23 @@ def batched_slq(
     """Gauss quadratures of the spectral measures of a block-diagonal symmetric operator.
 
     Args:
-        hvp: maps v (n_probes, n) to H v, same shape, dtype and device, with n = sum(dims). Block l of the result may depend
-            on block l of v only. Its result is read, never modified. Segments of v have norm 1, or are zero where the
-            recurrence is finished. If it has a method `mark_finished(finished)`, that is told (n_probes, n_blocks) bool
-            whenever more recurrences have finished; their part of the result is ignored from then on.
+        hvp: maps v (n_probes, n) to H v, same shape, dtype and device, with n = sum(dims). Block l of the result may
+            depend on block l of v only. Its result is read, never modified. Segments of v have norm 1, or are zero
+            where the recurrence is finished. If it has a method `mark_finished(finished)`, that is told (n_probes, n_blocks)
+            bool whenever more recurrences have finished; their part of the result is ignored from then on.
         dims: elements of each block.
         num_probes: random vectors a block.
         num_steps: most Lanczos steps; a block makes no more than it has elements.
         probes: (n_probes, n) vectors to use instead of random ones; each segment is normalised.
         block_ids: non-negative integers that key the random vectors of each block; by default the block's index.
         distribution: "gaussian" or "rademacher".
-        reorthogonalize: "none", "full" (classical Gram-Schmidt twice, keeps num_steps vectors a probe), or "auto": full for
-            blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis.
+        reorthogonalize: "none", "full" (classical Gram-Schmidt twice, keeps num_steps vectors a probe), or "auto": full
+            for blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis.
         seed: of the random vectors; None takes a fresh one, recorded in the result.
         dtype: of the vectors, float32 (default) or float64.
         device: of the vectors; by default that of `probes`, or the CPU.
-        on_nonfinite: "raise" or "report": what to do when hvp returns NaN or inf in some recurrence, once all others are done.
+        on_nonfinite: "raise" or "report": what to do when hvp returned NaN or inf in some recurrence, once all others
+            are done.
         on_step: called after every step with the number of steps made and of recurrences still running.
 
     Returns:
@@ -109,8 +110,7 @@ def batched_slq(
     layout = layout.with_basis(kept)
     alpha, beta, recurrences = _lanczos(hvp, v, layout, num_steps, on_step)
 
-    flat = [x.reshape(-1, alpha.shape[-1]) for x in (alpha, beta)]
-    nodes, weights = ops.tridiag_quadrature(*flat, recurrences.steps.flatten())
+    nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
     result = Quadrature(
         nodes=nodes.view_as(alpha),
         weights=weights.view_as(alpha),
@@ -157,9 +157,8 @@ def _lanczos(
         w = arguments.hvp_result(hvp(v), v)
         ops.lanczos_step(w, v, v_prev, beta_prev, alpha[j], beta[j], recurrences, layout, partial)
         del w  # so that no more than three sets of vectors are ever held
-        if len(basis):
-            count = min(j + 1, len(basis))
-            ops.reorthogonalize(v_prev, basis, count, alpha[j], beta[j], recurrences, layout, basis_partial)
+        if j < len(basis):
+            ops.reorthogonalize(v_prev, basis, j + 1, alpha[j], beta[j], recurrences, layout, basis_partial)
         v, v_prev, beta_prev = v_prev, v, beta[j]
 
         finished = recurrences.status != RUNNING

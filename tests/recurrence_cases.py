@@ -1,0 +1,67 @@
+"""A batch of recurrences in mid-flight, to be advanced by two implementations and compared."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockhess_ext.layout import Layout
+from blockhess_ext.recurrences import FINISHED, NON_FINITE, Recurrences
+
+# One element, odd tails, exactly one tile, one tile and a bit, several tiles.
+DIMS = (1, 2, 7, 1000, 32768, 32769, 100_003)
+
+
+@dataclass
+class Case:
+    """The arguments of lanczos_step."""
+
+    w: Tensor
+    v: Tensor
+    v_prev: Tensor
+    beta_prev: Tensor
+    alpha: Tensor
+    beta: Tensor
+    recurrences: Recurrences
+    layout: Layout
+    partial: Tensor
+
+    def copy(self) -> Case:
+        return copy.deepcopy(self)
+
+    def arguments(self) -> tuple[object, ...]:
+        return tuple(vars(self).values())
+
+
+def mid_flight(dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...] = DIMS, n_probes: int = 3) -> Case:
+    """Recurrences after some steps: most running, one finished, one frozen, one about to be stopped by its limit."""
+    layout = Layout.of(dims)
+    w, v, v_prev = (torch.randn(n_probes, layout.n, generator=rng, dtype=dtype) for _ in range(3))
+    for l in range(layout.n_blocks):
+        for x in (w, v, v_prev):
+            x[:, layout.columns(l)] /= x[:, layout.columns(l)].norm(dim=1, keepdim=True)
+    shape = (n_probes, layout.n_blocks)
+    limits = torch.full((layout.n_blocks,), 10)
+    recurrences = Recurrences.start(n_probes, limits)
+    recurrences.steps.fill_(5)
+    recurrences.norm.fill_(0.5)
+    recurrences.status[1, 3], recurrences.status[0, -1] = FINISHED, NON_FINITE
+    limits[2] = 6
+    beta_prev = torch.rand(shape, generator=rng, dtype=torch.float64)
+    empty = torch.full(shape, 7.0, dtype=torch.float64)
+    return Case(
+        w, v, v_prev, beta_prev, empty, empty.clone(), recurrences, layout, empty.new_empty(n_probes, layout.n_tiles)
+    )
+
+
+def assert_same_state(a: Case, b: Case, rtol: float) -> None:
+    """Same vectors and coefficients within rtol of their norms; same steps and status."""
+    assert torch.equal(a.recurrences.steps, b.recurrences.steps)
+    assert torch.equal(a.recurrences.status, b.recurrences.status)
+    for name in ("alpha", "beta"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=rtol, atol=rtol)
+    torch.testing.assert_close(a.recurrences.norm, b.recurrences.norm, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(a.v_prev, b.v_prev, rtol=rtol, atol=rtol)

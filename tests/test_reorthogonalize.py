@@ -1,0 +1,93 @@
+"""reorthogonalize: orthogonal to the basis to rounding, and equal to the reference."""
+
+from __future__ import annotations
+
+import torch
+
+from blockhess_ext import ops, reference
+from blockhess_ext.recurrences import FINISHED, RUNNING
+from tests.recurrence_cases import Case, assert_same_state, mid_flight
+
+KEPT = [False, True, True, False, True, True, False]
+COUNT = 2
+
+
+def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tensor]:
+    """A case after lanczos_step, and an orthonormal basis of COUNT rows for the blocks that keep one."""
+    case = mid_flight(dtype, rng)
+    case.layout = case.layout.with_basis(KEPT)
+    basis = torch.zeros(4, 3, case.layout.n_basis, dtype=dtype)
+    for p in range(3):
+        for l, keep in enumerate(KEPT):
+            if keep:
+                columns = case.layout.basis_columns(l)
+                q, _ = torch.linalg.qr(torch.randn(case.layout.dims[l], COUNT, generator=rng, dtype=torch.float64))
+                basis[:COUNT, p, columns] = q.T.to(dtype)
+    ops.lanczos_step(*case.arguments())
+    case.partial = torch.empty(3, case.layout.n_tiles, 4, dtype=torch.float64)
+    return case, basis
+
+
+def run(op, case: Case, basis: torch.Tensor) -> None:
+    op(case.v_prev, basis, COUNT, case.alpha, case.beta, case.recurrences, case.layout, case.partial)
+
+
+def test_result_is_orthogonal_to_the_basis_and_of_norm_one(dtype, rng):
+    case, basis = prepared(dtype, rng)
+    run(ops.reorthogonalize, case, basis)
+    eps = torch.finfo(dtype).eps
+    for p in range(3):
+        for l in (2, 4, 5):
+            v = case.v_prev[p, case.layout.columns(l)].double()
+            V = basis[:COUNT, p, case.layout.basis_columns(l)].double()
+            if case.recurrences.status[p, l] == RUNNING:
+                assert (V @ v).abs().max() <= 4 * eps
+                assert abs(v.norm() - 1) <= 4 * eps
+                assert torch.equal(basis[COUNT, p, case.layout.basis_columns(l)], v.to(dtype))
+
+
+def test_a_residual_inside_the_basis_finishes(dtype, rng):
+    case, basis = prepared(dtype, rng)
+    l = 5
+    inside = 0.3 * basis[0, 0, case.layout.basis_columns(l)] - 0.2 * basis[1, 0, case.layout.basis_columns(l)]
+    case.v_prev[0, case.layout.columns(l)] = inside
+    run(ops.reorthogonalize, case, basis)
+    assert case.recurrences.status[0, l] == FINISHED
+    assert case.recurrences.steps[0, l] == 6
+    assert (case.v_prev[0, case.layout.columns(l)] == 0).all()
+    assert (basis[COUNT, 0, case.layout.basis_columns(l)] == 0).all()
+
+
+def test_cpu_equals_reference(dtype, rng):
+    case, basis = prepared(dtype, rng)
+    expected, expected_basis = case.copy(), basis.clone()
+    run(ops.reorthogonalize, case, basis)
+    run(reference.reorthogonalize, expected, expected_basis)
+    rtol = 16 * torch.finfo(dtype).eps
+    assert_same_state(case, expected, rtol)
+    torch.testing.assert_close(basis, expected_basis, rtol=rtol, atol=rtol)
+
+
+def test_same_bits_for_one_and_two_threads(dtype, rng):
+    case, basis = prepared(dtype, rng)
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            one, one_basis = case.copy(), basis.clone()
+            run(ops.reorthogonalize, one, one_basis)
+        finally:
+            torch.set_num_threads(before)
+        results.append((one.v_prev, one.beta, one_basis))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def test_opcheck(dtype, rng):
+    case, basis = prepared(dtype, rng)
+    r, layout = case.recurrences, case.layout
+    state = (case.alpha, case.beta, r.norm, r.steps, r.status, r.limits)
+    tables = (layout.offsets, layout.tiles, layout.tile_offsets)
+    arguments = (case.v_prev, basis, COUNT, layout.basis_offsets, *state, *tables, case.partial)
+    torch.library.opcheck(torch.ops.blockhess_ext.reorthogonalize.default, arguments)
