@@ -16,7 +16,9 @@ ARCHITECTURES = ("sm_80", "sm_90")
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 FLAGS = ["-O3", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-Wall"]
 
-pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs nvcc to compile csrc/cuda: set CUDA_HOME or PATH")
+pytestmark = pytest.mark.skipif(
+    not Path(NVCC).exists(), reason="needs nvcc to compile csrc/cuda: set CUDA_HOME or PATH"
+)
 
 
 def compile_report(source: Path, architecture: str, standard: str, output: Path) -> str:
@@ -29,7 +31,11 @@ def compile_report(source: Path, architecture: str, standard: str, output: Path)
 
 def spills(report: str) -> list[int]:
     """Bytes of spill stores and loads, two numbers a kernel."""
-    return [int(number) for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) for number in pair]
+    return [
+        int(number)
+        for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        for number in pair
+    ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

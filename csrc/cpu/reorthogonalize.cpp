@@ -46,8 +46,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   std::vector<double> coefficients(n_segments * op.count);
   for (int pass = 0; pass < 2; ++pass) {
     for_tiles([&](int64_t t, int64_t, int64_t r, int64_t v, int64_t length) {
-      for (int64_t k = 0; k < op.count; ++k)
-        op.partial[t * stride + k] = dot(op.basis + k * row + v, op.r + r, length);
+      for (int64_t k = 0; k < op.count; ++k) op.partial[t * stride + k] = dot(op.basis + k * row + v, op.r + r, length);
     });
     parallel_for(n_segments, 16, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)

@@ -1,9 +1,9 @@
 // gaussian_density on CUDA: one CTA per row and stretch of the grid, one grid point a thread.
 //
-// A CTA first picks the nodes that act on its stretch, in their order, then every thread adds those that act on its point.
-#include "ops/gaussian_density.h"
-
+// A CTA first picks the nodes that act on its stretch, in their order, then every thread adds those that act on its
+// point.
 #include "launch.cuh"
+#include "ops/gaussian_density.h"
 
 namespace blockhess {
 namespace {

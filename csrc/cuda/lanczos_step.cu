@@ -1,9 +1,8 @@
 // lanczos_step on CUDA: one CTA per tile; a segment of one tile is done in one launch, longer ones in five.
-#include "ops/lanczos_step.h"
-
 #include <limits>
 
 #include "launch.cuh"
+#include "ops/lanczos_step.h"
 #include "tile.cuh"
 
 namespace blockhess {

@@ -1,7 +1,7 @@
-// random_probes on CUDA: one CTA fills a tile, four elements a thread and counter, then each segment is divided by its norm.
-#include "ops/random_probes.h"
-
+// random_probes on CUDA: one CTA fills a tile, four elements a thread and counter, then each segment is divided by its
+// norm.
 #include "launch.cuh"
+#include "ops/random_probes.h"
 #include "tile.cuh"
 
 namespace blockhess {
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads) factor_kernel(RandomProbes<T> op) {
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
     const double sum = segment_sum(layout, s, op.partial, 1);
     if (threadIdx.x == 0)
-      op.partial[s / layout.n_blocks * layout.n_tiles + layout.tile_offsets[s % layout.n_blocks]] = 1.0 / std::sqrt(sum);
+      op.partial[s / layout.n_blocks * layout.n_tiles + layout.tile_offsets[s % layout.n_blocks]] =
+          1.0 / std::sqrt(sum);
   }
 }
 

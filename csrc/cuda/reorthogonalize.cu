@@ -1,13 +1,12 @@
-// reorthogonalize on CUDA: tile-wise GEMV pairs. A CTA reads kRows basis rows of a tile at once for the coefficients, and
-// all rows for the update.
+// reorthogonalize on CUDA: tile-wise GEMV pairs. A CTA reads kRows basis rows of a tile at once for the coefficients,
+// and all rows for the update.
 //
 // A tile is walked by packs of the basis, which is what memory traffic is made of; r, at another offset, is read by
 // elements. The coefficients of a segment take the place of its first tile's partial sums.
-#include "ops/reorthogonalize.h"
-
 #include <limits>
 
 #include "launch.cuh"
+#include "ops/reorthogonalize.h"
 #include "tile.cuh"
 
 namespace blockhess {

@@ -1,8 +1,8 @@
 // How a CTA walks over a tile, and how it adds up: the parts that the kernels over vector elements are made of.
 //
-// Elements are read in packs of 16 bytes that begin at multiples of a pack in the array, whatever the tile's bounds; the
-// ragged ends are walked one by one. Which thread handles which element depends on the bounds alone, not on where the
-// array lies in memory, so neither do the bits of a sum.
+// Elements are read in packs of 16 bytes that begin at multiples of a pack in the array, whatever the tile's bounds;
+// the ragged ends are walked one by one. Which thread handles which element depends on the bounds alone, not on where
+// the array lies in memory, so neither do the bits of a sum.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +49,8 @@ __device__ void store(T* p, const Pack<T, N>& pack) {
   }
 }
 
-// Calls use(width, i, load(width, i)) for all of begin : end, cut into pieces of `width` elements from i on; kUnroll loads
-// are issued before the first is used.
+// Calls use(width, i, load(width, i)) for all of begin : end, cut into pieces of `width` elements from i on; kUnroll
+// loads are issued before the first is used.
 template <class T, int kUnroll, class Load, class Use>
 __device__ void for_elements(int64_t begin, int64_t end, const Load& load, const Use& use) {
   constexpr int64_t kWidth = kPack<T>, kStride = kWidth * kThreads;

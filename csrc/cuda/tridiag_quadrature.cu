@@ -1,12 +1,11 @@
 // tridiag_quadrature on CUDA: one thread per problem, a few problems a CTA of one warp.
 //
-// The working arrays d, e, q of a CTA's problems lie in shared memory, interleaved by problem, so that threads at different
-// places of their chains meet no bank conflict. Where they do not fit, nodes, weights and the scratch hold them.
-// A problem is first scaled by a power of two to norm 1/2 ... 1: then no square overflows, and one that falls below kTiny
-// is of no account.
-#include "ops/tridiag_quadrature.h"
-
+// The working arrays d, e, q of a CTA's problems lie in shared memory, interleaved by problem, so that threads at
+// different places of their chains meet no bank conflict. Where they do not fit, nodes, weights and the scratch hold
+// them. A problem is first scaled by a power of two to norm 1/2 ... 1: then no square overflows, and one that falls
+// below kTiny is of no account.
 #include "launch.cuh"
+#include "ops/tridiag_quadrature.h"
 
 namespace blockhess {
 namespace {
@@ -48,8 +47,8 @@ __device__ double largest(const Work& x, int n) {
   return most;
 }
 
-// Diagonalises tridiag(e, d, e) of size n and norm at most 1; q, the first row of the identity, becomes the first row of
-// the eigenvectors. e[i] couples i and i + 1; e[n - 1] is scratch. False where a node does not converge.
+// Diagonalises tridiag(e, d, e) of size n and norm at most 1; q, the first row of the identity, becomes the first row
+// of the eigenvectors. e[i] couples i and i + 1; e[n - 1] is scratch. False where a node does not converge.
 __device__ bool implicit_ql(const Work& x, int n) {
   const Column d = x.d, e = x.e, q = x.q;
   e[n - 1] = 0.0;

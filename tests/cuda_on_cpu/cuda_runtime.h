@@ -2,8 +2,8 @@
 //
 // A fibre runs until it waits: at __syncthreads, or at a warp operation until all lanes of the mask have come. Where
 // nobody can go on, or threads wait at different places, the launch fails with a text that says who waits where. Shared
-// memory is filled with NaN before every CTA. The order in which fibres and CTAs run is an option: a result that depends
-// on it betrays a missing barrier.
+// memory is filled with NaN before every CTA. The order in which fibres and CTAs run is an option: a result that
+// depends on it betrays a missing barrier.
 #pragma once
 
 #include <cmath>

@@ -35,17 +35,17 @@ Recurrences recurrences_of(void** arrays, int i) {
 
 template <class T>
 const char* lanczos_step(const int64_t* sizes, void** a, const CudaQueue& queue) {
-  return lanczos_step_cuda(LanczosStep<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), at<T>(a, 5), at<double>(a, 6),
-                                          recurrences_of(a, 7), at<int64_t>(a, 12), at<int64_t>(a, 13),
-                                          at<double>(a, 14)},
-                           queue);
+  return lanczos_step_cuda(
+      LanczosStep<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), at<T>(a, 5), at<double>(a, 6), recurrences_of(a, 7),
+                     at<int64_t>(a, 12), at<int64_t>(a, 13), at<double>(a, 14)},
+      queue);
 }
 
 template <class T>
 const char* reorthogonalize(const int64_t* sizes, void** a, const CudaQueue& queue) {
   return reorthogonalize_cuda(
-      Reorthogonalize<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), sizes[4], sizes[5], sizes[6],
-                         at<int64_t>(a, 5), recurrences_of(a, 6), at<int64_t>(a, 11), at<double>(a, 12)},
+      Reorthogonalize<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), sizes[4], sizes[5], sizes[6], at<int64_t>(a, 5),
+                         recurrences_of(a, 6), at<int64_t>(a, 11), at<double>(a, 12)},
       queue);
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA twins on the CPU: csrc/cuda compiled by g++ under the shim beside this file, called like `blockhess_ext.ops`.
+"""The CUDA twins on the CPU: csrc/cuda compiled by g++ under the shim beside this file, called like the ops.
 
 Every array is copied into memory of its own with guard zones on both sides, filled with NaN; writing there is an error,
 and what is read there spoils the result. With BLOCKHESS_SANITIZE=1 the address sanitizer guards them to the byte, reads
@@ -36,7 +36,9 @@ SANITIZE = os.environ.get("BLOCKHESS_SANITIZE") == "1"
 
 def obstacle() -> str | None:
     """Why the shim cannot be compiled here, or None."""
-    return None if shutil.which(COMPILER) else f"needs g++ to compile csrc/cuda for the CPU, '{COMPILER}' is not on PATH"
+    return (
+        None if shutil.which(COMPILER) else f"needs g++ to compile csrc/cuda for the CPU, '{COMPILER}' is not on PATH"
+    )
 
 
 def build(sanitize: bool) -> Path:

@@ -80,7 +80,8 @@ std::string described(size_t thread) {
 template <class Asked>
 size_t odd_one(size_t first, size_t begin, size_t end, const Asked& asked) {
   for (size_t t = begin; t < end; ++t)
-    if (asked(t - begin) && (fibres[t]->state != fibres[first]->state || !same_site(fibres[t]->site, fibres[first]->site)))
+    if (asked(t - begin) &&
+        (fibres[t]->state != fibres[first]->state || !same_site(fibres[t]->site, fibres[first]->site)))
       return t;
   return first;
 }

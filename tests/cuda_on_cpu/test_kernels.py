@@ -43,12 +43,14 @@ def rng() -> torch.Generator:
 
 
 class Step:
-    """Recurrences in mid-flight: most run; one is finished, one frozen, one at its limit, one sees NaN, one an eigenvector."""
+    """Recurrences in mid-flight: most run; one is finished, one frozen, one at its limit; NaN, an eigenvector."""
 
     def __init__(self, dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...], kept: list[bool] | None = None):
         self.layout = Layout.of(dims).with_basis(kept or [False] * len(dims))
         shape = (N_PROBES, len(dims))
-        self.w, self.v, self.v_prev = (torch.randn(N_PROBES, self.layout.n, generator=rng, dtype=dtype) for _ in range(3))
+        self.w, self.v, self.v_prev = (
+            torch.randn(N_PROBES, self.layout.n, generator=rng, dtype=dtype) for _ in range(3)
+        )
         for l in range(len(dims)):
             for x in (self.w, self.v, self.v_prev):
                 x[:, self.layout.columns(l)] /= x[:, self.layout.columns(l)].norm(dim=1, keepdim=True)
@@ -68,7 +70,15 @@ class Step:
     def after(self, backend) -> Step:
         step = copy.deepcopy(self)
         backend.lanczos_step(
-            step.w, step.v, step.v_prev, step.beta_prev, step.alpha, step.beta, step.recurrences, step.layout, step.partial
+            step.w,
+            step.v,
+            step.v_prev,
+            step.beta_prev,
+            step.alpha,
+            step.beta,
+            step.recurrences,
+            step.layout,
+            step.partial,
         )
         return step
 
@@ -181,7 +191,9 @@ def test_tridiag_quadrature(m, max_shared, rng):
         assert (nodes.diff() >= 0).all()
         torch.testing.assert_close(weights.sum(1), (steps > 0).double(), rtol=4 * m * eps, atol=4 * m * eps)
         for power in (1, 2, 3):  # moments, since single weights of clustered nodes are not determined
-            got, expected = ((w * (n / scale) ** power).sum(1) for n, w in [(nodes, weights), (true_nodes, true_weights)])
+            got, expected = (
+                (w * (n / scale) ** power).sum(1) for n, w in [(nodes, weights), (true_nodes, true_weights)]
+            )
             torch.testing.assert_close(got, expected, rtol=16 * m * eps, atol=16 * m * eps)
 
 
@@ -209,7 +221,10 @@ def test_gaussian_density(rng):
     grid = torch.linspace(-3, 3, 1201, dtype=torch.float64)
     results = [[e.gaussian_density(nodes, weights, grid, sigma)] for e in EMULATORS]
     assert_same_bits(results)
-    for expected in (ops.gaussian_density(nodes, weights, grid, sigma), reference.gaussian_density(nodes, weights, grid, sigma)):
+    for expected in (
+        ops.gaussian_density(nodes, weights, grid, sigma),
+        reference.gaussian_density(nodes, weights, grid, sigma),
+    ):
         error = (results[0][0] - expected).abs().amax(1)
         assert (error <= 1e-12 / sigma).all()
 

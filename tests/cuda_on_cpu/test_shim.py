@@ -14,7 +14,9 @@ from tests.cuda_on_cpu.emulator import COMPILER, ORDERS, ROOT, Emulator
 
 pytestmark = pytest.mark.skipif(emulator.obstacle() is not None, reason=str(emulator.obstacle()))
 
-NONE, READ_BEYOND, WRITE_BEYOND, EARLY_RETURN, TWO_BARRIERS, MISSING_BARRIER, MISSING_LANE, UNSET, EARLY_REUSE = range(-1, 8)
+NONE, READ_BEYOND, WRITE_BEYOND, EARLY_RETURN, TWO_BARRIERS, MISSING_BARRIER, MISSING_LANE, UNSET, EARLY_REUSE = range(
+    -1, 8
+)
 
 
 def sums(mistake: int, order: str = "forward") -> torch.Tensor:
@@ -87,5 +89,15 @@ def test_the_address_sanitizer_sees_every_byte(mistake):
 
 
 def test_the_kernels_under_the_address_sanitizer():
-    run = sanitized(["-m", "pytest", "-q", "-x", "-k", "not loop and not many and not dims1 and not dims2 and not 1000", "tests/cuda_on_cpu/test_kernels.py"])
+    run = sanitized(
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-k",
+            "not loop and not many and not dims1 and not dims2 and not 1000",
+            "tests/cuda_on_cpu/test_kernels.py",
+        ]
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
