@@ -90,6 +90,7 @@ def extension():
     return kind(
         "blockhess_ext._C",
         sources,
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
         # pybind11's own headers stand before torch's copy, which refuses TORCH_TARGET_VERSION.
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         define_macros=[

@@ -81,7 +81,7 @@ def test_zero_clustered_and_decoupled(m):
 def test_entries_that_are_not_finite_are_an_error():
     alpha = torch.zeros(3, 2, dtype=torch.float64)
     alpha[1, 1] = math.nan
-    with pytest.raises(RuntimeError, match="tridiag_quadrature: alpha and beta must be finite.* problem 1"):
+    with pytest.raises(RuntimeError, match=r"tridiag_quadrature: alpha and beta must be finite.* problem 1"):
         ops.tridiag_quadrature(alpha, torch.ones_like(alpha), torch.tensor([2, 2, 2]))
     nodes, _ = ops.tridiag_quadrature(alpha, torch.ones_like(alpha), torch.tensor([2, 1, 2]))  # beyond the steps
     assert nodes.isfinite().all()

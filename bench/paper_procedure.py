@@ -1,0 +1,108 @@
+"""The paper's procedure in plain PyTorch: the rival that bench_slq.py measures against.
+
+For every probe, and for every Lanczos step of all blocks together: one forward pass, one first backward that keeps
+its graph, then for every block l a second backward of <g_l, v_l> through the whole graph to all parameters, of
+which only block l's part is kept. Vectors are float64 on the CPU, one Python update each (Algorithm 4), one
+numpy.linalg.eigh a tridiagonal. That is what the paper's public code does (zyushun/hessian-spectrum), restated, with
+two things changed so that its results can be compared: it is given the probes, and a recurrence stops where its
+Krylov space is exhausted instead of dividing rounding errors by 1e-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Any], tuple[Tensor, float]]
+
+# block -> nodes and weights of every probe
+Quadratures = dict[str, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]
+
+
+@dataclass
+class _Recurrence:
+    """Lanczos on one block with one probe."""
+
+    vector: Tensor
+    previous: Tensor
+    max_steps: int
+    alpha: list[float] = field(default_factory=list)
+    beta: list[float] = field(default_factory=list)
+    finished: bool = False
+
+    def advance(self, product: Tensor) -> None:
+        """One step of Algorithm 4, with product = H_l vector."""
+        alpha = torch.sum(product * self.vector)
+        residual = product - alpha * self.vector
+        if self.beta:
+            residual = residual - self.beta[-1] * self.previous
+        beta = torch.norm(residual)
+        self.alpha.append(float(alpha))
+        self.beta.append(float(beta))
+        # The model's arithmetic is float32, so a residual below its rounding is an exhausted Krylov space.
+        scale = max(map(abs, self.alpha + self.beta))
+        exhausted = self.beta[-1] <= 64 * torch.finfo(torch.float32).eps * scale
+        self.finished = exhausted or len(self.alpha) == self.max_steps
+        if not self.finished:
+            self.previous, self.vector = self.vector, residual / beta
+
+    def quadrature(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Nodes and weights: the eigenvalues of T and the squared first entries of its eigenvectors."""
+        coupling = self.beta[: len(self.alpha) - 1]
+        tridiagonal = np.diag(self.alpha) + np.diag(coupling, 1) + np.diag(coupling, -1)
+        nodes, vectors = np.linalg.eigh(tridiagonal)
+        return nodes, vectors[0] ** 2
+
+
+def _products(model: nn.Module, batches: Sequence[Any], loss_fn: Loss, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """H_l v_l of every named block, for the weighted mean loss over the batches."""
+    parameters = dict(model.named_parameters())
+    products = {name: torch.zeros(parameters[name].shape, dtype=torch.float64) for name in vectors}
+    total = 0.0
+    for batch in batches:
+        loss, weight = loss_fn(model, batch)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        gradient = dict(zip(parameters, (g.double() for g in gradients), strict=True))
+        for name, vector in vectors.items():
+            inner = torch.sum(gradient[name] * vector)
+            columns = torch.autograd.grad(inner, list(parameters.values()), retain_graph=True, allow_unused=True)
+            column = dict(zip(parameters, columns, strict=True))[name]
+            if column is not None:
+                products[name] += weight * column.double()
+        total += weight
+    return {name: product / total for name, product in products.items()}
+
+
+def paper_spectrum(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Loss,
+    probes: Sequence[dict[str, Tensor]],
+    num_steps: int,
+) -> Quadratures:
+    """Return for every block its nodes and weights of every probe.
+
+    Args:
+        model: in the mode its Hessian is wanted in; attention must have a double backward.
+        batches: arguments of loss_fn.
+        loss_fn: maps (model, batch) to the mean loss and the batch's weight.
+        probes: of every probe the unit vector of every block, shaped as its parameter.
+        num_steps: Lanczos steps, capped at each block's dimension.
+    """
+    result: Quadratures = {name: [] for name in probes[0]}
+    for probe in probes:
+        recurrences = {
+            name: _Recurrence(vector.double(), torch.zeros(()), min(num_steps, vector.numel()))
+            for name, vector in probe.items()
+        }
+        while running := {name: r.vector for name, r in recurrences.items() if not r.finished}:
+            for name, product in _products(model, batches, loss_fn, running).items():
+                recurrences[name].advance(product)
+        for name, recurrence in recurrences.items():
+            result[name].append(recurrence.quadrature())
+    return result

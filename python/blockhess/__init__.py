@@ -1,0 +1,43 @@
+"""Hessian eigenvalue densities of every parameter block of a neural network, by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockhess.blocks import BlockInfo, Part, heads
+    from blockhess.divergence import JS0
+    from blockhess.estimate import NonFiniteError, spectrum
+    from blockhess.files import load
+    from blockhess.spectra import Spectra
+
+try:
+    __version__ = importlib.metadata.version("blockhess")
+except importlib.metadata.PackageNotFoundError:  # run from the source folder
+    __version__ = "0+source"
+
+__all__ = ["BlockInfo", "JS0", "NonFiniteError", "Part", "Spectra", "__version__", "heads", "load", "spectrum"]
+
+_MODULES = {
+    "BlockInfo": "blocks",
+    "Part": "blocks",
+    "heads": "blocks",
+    "NonFiniteError": "estimate",
+    "spectrum": "estimate",
+    "JS0": "divergence",
+    "Spectra": "spectra",
+    "load": "files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes seconds, which `blockhess --help` need not spend."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'blockhess' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"blockhess.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

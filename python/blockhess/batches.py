@@ -1,0 +1,99 @@
+"""What a user passes as data -> a list of batches.
+
+Promises: batches are drawn once and kept, so that a shuffling or augmenting DataLoader gives every Hessian-vector
+product the same data; nothing is moved between devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+Batch: TypeAlias = Any  # whatever the loss takes: (inputs, targets), a mapping, a tensor, an object of the user's
+
+
+def as_batches(data: Any, *, pairs: bool) -> list[Batch]:
+    """List the batches in `data`.
+
+    A tensor, a tuple or a mapping is one batch; a list, a DataLoader or any other iterable holds batches. A list of
+    exactly two tensors is one (inputs, targets) batch where the loss takes such pairs.
+
+    Args:
+        data: one batch or a collection of batches.
+        pairs: whether the loss takes (inputs, targets).
+
+    Returns:
+        The batches, at least one.
+
+    Raises:
+        ValueError: no batch, a batch of no samples, an iterator (which may never end), a map-style Dataset (which
+            holds samples, not batches), or an array or string, which are neither.
+
+    Example:
+        >>> as_batches([torch.ones(4, 2), torch.zeros(4)], pairs=True)[0][0].shape
+        torch.Size([4, 2])
+    """
+    batches = _list(data, pairs)
+    if not batches:
+        raise ValueError(f"spectrum: data must hold at least one batch, got an empty {type(data).__name__}")
+    for index, batch in enumerate(batches):
+        if batch_size(batch) == 0:
+            raise ValueError(f"spectrum: data must hold samples, got an empty batch {index}")
+    return batches
+
+
+def _list(data: Any, pairs: bool) -> list[Batch]:
+    if isinstance(data, Tensor | tuple | Mapping) or is_dataclass(data):
+        return [data]
+    if pairs and isinstance(data, list) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
+        return [tuple(data)]
+    if isinstance(data, np.ndarray | str | bytes) or data is None:
+        raise ValueError(f"spectrum: data must be a batch of tensors or a list of batches, got {type(data).__name__}")
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"spectrum: data must be a batch or a list of batches, got a {type(data).__name__}, which may never end: "
+            "pass list(itertools.islice(data, number_of_batches))"
+        )
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ValueError(
+            f"spectrum: data must hold batches, got the Dataset {type(data).__name__}, which holds samples: "
+            "pass torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+    return list(data) if isinstance(data, Iterable) else [data]
+
+
+def tensors(batch: Batch) -> Iterator[Tensor]:
+    """The tensors in a batch, depth first."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from tensors(value)
+
+
+def batch_size(batch: Batch) -> int | None:
+    """Length of the first dimension of the first tensor that has one; None if the batch has no such tensor."""
+    return next((tensor.shape[0] for tensor in tensors(batch) if tensor.dim()), None)
+
+
+def check_device(batches: list[Batch], device: torch.device) -> None:
+    """Refuse batches that lie on another device than the model.
+
+    Raises:
+        ValueError: names both devices and the batch.
+    """
+    for index, batch in enumerate(batches):
+        for tensor in tensors(batch):
+            if tensor.device != device:
+                raise ValueError(
+                    f"spectrum: data must be on the model's device {device}, got batch {index} on {tensor.device}"
+                )

@@ -1,0 +1,326 @@
+"""Partition of a model's parameters into the blocks whose Hessians are studied.
+
+{w_l}, l = 1..L: by default one block per parameter tensor (paper, section 2.1); groups and slices on request.
+
+Promises: a parameter that is used under several names (tied) appears once, under its first name; frozen parameters
+are left out; wrapper prefixes ("module.", "_orig_mod.") never show; a name that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """What a result keeps of a block.
+
+    Args:
+        name: parameter name, "attn.qkv[0:64]" for a slice, the group's name for a group.
+        shape: of the parameter or slice; (dim,) for a group of several.
+        dim: number of scalar parameters.
+        parameters: names of the parameters it covers.
+        note: "" or remarks joined by "; ": "unused" (no gradient reached it in any batch), "tied with NAME".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    parameters: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The slice `start:stop` of a parameter along dimension `dim`: rows by default, columns with dim=1.
+
+    `nn.Linear` and `nn.MultiheadAttention` keep a fused qkv along rows, the Conv1D of GPT-2 along columns.
+
+    Example:
+        >>> blocks = {"query": Part("attn.in_proj_weight", 0, 64), "key": Part("attn.in_proj_weight", 64, 128)}
+    """
+
+    name: str
+    start: int
+    stop: int
+    dim: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}[{':,' * self.dim}{self.start}:{self.stop}]"
+
+
+Selection: TypeAlias = "str | Part | Sequence[str | Part]"
+BlockSpec: TypeAlias = "str | Mapping[str, Selection] | list[tuple[str, str]]"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter tensor, or the slice of it that belongs to a block."""
+
+    name: str
+    tensor: Tensor
+    part: Part | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.of(self.tensor).shape)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of `tensor`, shaped as the whole parameter, that this piece covers."""
+        if self.part is None:
+            return tensor
+        return tensor.narrow(self.part.dim, self.part.start, self.part.stop - self.part.start)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block: what it is called and the pieces of parameters it is made of, in order."""
+
+    info: BlockInfo
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The blocks of a model and what was left out of them.
+
+    Args:
+        blocks: the blocks, in the order of their columns in a vector set.
+        frozen: names of parameters with requires_grad=False.
+        tied: first name of every parameter with several names -> its other names.
+    """
+
+    blocks: tuple[Block, ...]
+    frozen: tuple[str, ...]
+    tied: dict[str, tuple[str, ...]]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def heads(
+    model: nn.Module, name: str, num_heads: int, *, dim: int = 0, roles: Sequence[str] = ("head",)
+) -> dict[str, Part]:
+    """One block per attention head of a parameter that stores equal heads one after the other.
+
+    Args:
+        model: the model that owns the parameter.
+        name: the parameter's name.
+        num_heads: heads of each role.
+        dim: the dimension along which the heads lie: 0 for nn.Linear, 1 for the Conv1D of GPT-2.
+        roles: what is fused, in order: ("q", "k", "v") for a fused qkv.
+
+    Returns:
+        block name, e.g. "attn.in_proj_weight[q0]" -> Part; pass it as `blocks`, alone or merged with more blocks.
+
+    Raises:
+        ValueError: unknown name, or a dimension that does not divide into len(roles) * num_heads.
+
+    Example:
+        >>> attention = torch.nn.MultiheadAttention(8, 2)
+        >>> list(heads(attention, "in_proj_weight", 2, roles=("q", "k", "v")))[:3]
+        ['in_proj_weight[q0]', 'in_proj_weight[q1]', 'in_proj_weight[k0]']
+    """
+    found = _lookup(_names(unwrap(model)), name)
+    count = len(roles) * num_heads
+    size = found.tensor.shape[dim] if -found.tensor.dim() <= dim < found.tensor.dim() else 0
+    if count < 1 or size == 0 or size % count:
+        raise ValueError(
+            f"heads: {name!r} of shape {tuple(found.tensor.shape)} must divide into {count} equal parts "
+            f"(num_heads={num_heads}, roles={tuple(roles)}) along dim {dim}"
+        )
+    dim %= found.tensor.dim()
+    labels = [f"{found.name}[{role}{head}]" for role in roles for head in range(num_heads)]
+    step = size // count
+    return {label: Part(found.name, i * step, (i + 1) * step, dim) for i, label in enumerate(labels)}
+
+
+def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
+    """Cut the trainable parameters of a model into blocks.
+
+    Args:
+        model: any module; wrappers are looked through.
+        blocks: "parameter": one block per parameter tensor; "full": one block of all of them;
+            a dict from block name to a parameter name, a `Part` or a list of those (blocks may overlap);
+            or a list of (regex, group) pairs: a parameter joins the group of the first regex that `re.search`
+            finds in its name, and `group` may use the regex's groups, as in (r"h\\.(\\d+)\\.", r"layer \\1").
+            Parameters that are not named, or match no regex, are left out.
+
+    Returns:
+        Partition: the blocks, the frozen and the tied parameters.
+
+    Raises:
+        ValueError: an unknown name, a regex that matches nothing, a frozen parameter asked for by name, the same
+            entries twice in one block, no trainable parameter, or a parameter that is not float32 or float64.
+    """
+    named = _names(unwrap(model))
+    # An integer parameter cannot be trained, so "frozen" would be no explanation: it is left to the dtype check.
+    frozen = {
+        n.name for n in named if not n.tensor.requires_grad and (n.tensor.is_floating_point() or n.tensor.is_complex())
+    }
+    trainable = [n for n in named if n.name not in frozen]
+    if not trainable:
+        raise ValueError(f"spectrum: model must have a parameter with requires_grad=True, got none of {len(named)}")
+
+    if isinstance(blocks, str):
+        if blocks not in ("parameter", "full"):
+            raise ValueError(
+                "spectrum: blocks must be 'parameter', 'full', a dict of block names or a list of (regex, group) "
+                f"pairs, got {blocks!r}"
+            )
+        pieces = [Piece(n.name, n.tensor) for n in trainable]
+        groups = {"full": pieces} if blocks == "full" else {p.name: [p] for p in pieces}
+    elif isinstance(blocks, Mapping):
+        groups = {name: _select(named, frozen, name, selection) for name, selection in blocks.items()}
+    elif isinstance(blocks, list):
+        groups = _match(trainable, blocks)
+    else:
+        raise TypeError(f"spectrum: blocks must be a string, a dict or a list of pairs, got {type(blocks).__name__}")
+    if not groups:
+        raise ValueError(f"spectrum: blocks must name at least one block, got {blocks!r}")
+
+    tied = {n.name: n.aliases for n in named if n.aliases}
+    made = tuple(_block(name, tuple(pieces), tied) for name, pieces in groups.items())
+    return Partition(made, tuple(n.name for n in named if n.name in frozen), tied)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A parameter tensor, its first name and its other names."""
+
+    name: str
+    tensor: Tensor
+    aliases: tuple[str, ...] = ()
+
+
+def _names(model: nn.Module) -> list[_Named]:
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(_canonical(name))
+        tensors[id(tensor)] = tensor
+    return [_Named(first, tensors[key], tuple(rest)) for key, (first, *rest) in names.items()]
+
+
+def _canonical(name: str) -> str:
+    """Without the path component that torch.compile adds around a submodule."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _lookup(named: Sequence[_Named], name: str) -> _Named:
+    every = {alias: n for n in named for alias in (n.name, *n.aliases)}
+    wanted = _canonical(name)
+    for candidate in (wanted, wanted.removeprefix("module.")):
+        if candidate in every:
+            return every[candidate]
+    near = difflib.get_close_matches(wanted, every, n=3, cutoff=0.4)
+    hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+    raise ValueError(f"spectrum: blocks: the model has no parameter {name!r}{hint}")
+
+
+def _select(named: Sequence[_Named], frozen: set[str], block: str, selection: Selection) -> list[Piece]:
+    items = [selection] if isinstance(selection, (str, Part)) else selection
+    if not isinstance(items, Sequence) or not items or not all(isinstance(i, (str, Part)) for i in items):
+        raise ValueError(
+            f"spectrum: blocks[{block!r}] must be a parameter name, a Part or a non-empty list of those, got {items!r}"
+        )
+    pieces = []
+    for item in items:
+        found = _lookup(named, item.name if isinstance(item, Part) else item)
+        if found.name in frozen:
+            raise ValueError(f"spectrum: blocks[{block!r}]: parameter {found.name!r} is frozen (requires_grad=False)")
+        part = None
+        if isinstance(item, Part):
+            part = Part(found.name, item.start, item.stop, item.dim)
+            shape = tuple(found.tensor.shape)
+            if not 0 <= part.dim < len(shape) or not 0 <= part.start < part.stop <= shape[part.dim]:
+                raise ValueError(f"spectrum: blocks[{block!r}]: {part!r} must lie within shape {shape}")
+        pieces.append(Piece(found.name, found.tensor, part))
+    _refuse_overlap(block, pieces)
+    return pieces
+
+
+def _refuse_overlap(block: str, pieces: Sequence[Piece]) -> None:
+    for i, a in enumerate(pieces):
+        for b in pieces[:i]:
+            if a.tensor is not b.tensor:
+                continue
+            # Slices along different dimensions always cross.
+            apart = a.part and b.part and a.part.dim == b.part.dim
+            if not apart or (a.part.start < b.part.stop and b.part.start < a.part.stop):  # type: ignore[union-attr]
+                raise ValueError(
+                    f"spectrum: blocks[{block!r}] must not hold the same entries twice, got "
+                    f"{b.part or b.name} and {a.part or a.name}"
+                )
+
+
+def _match(trainable: Sequence[_Named], pairs: Sequence[tuple[str, str]]) -> dict[str, list[Piece]]:
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(s, str) for s in pair):
+            raise ValueError(f"spectrum: blocks must be a list of (regex, group) pairs of strings, got {pair!r}")
+    groups: dict[str, list[Piece]] = {}
+    unmatched = {regex for regex, _ in pairs}
+    for n in trainable:
+        for regex, template in pairs:
+            try:
+                found = next(filter(None, (re.search(regex, name) for name in (n.name, *n.aliases))), None)
+                group = found.expand(template) if found else ""
+            except (re.error, IndexError) as error:
+                raise ValueError(f"spectrum: blocks: pair {(regex, template)!r} must be a regex, {error}") from None
+            if found:
+                groups.setdefault(group, []).append(Piece(n.name, n.tensor))
+                unmatched.discard(regex)
+                break
+    if unmatched:
+        names = ", ".join(repr(n.name) for n in trainable[:3])
+        raise ValueError(
+            f"spectrum: blocks: regex {sorted(unmatched)[0]!r} matches no trainable parameter that an earlier regex "
+            f"has not taken; their names are like {names}"
+        )
+    return groups
+
+
+def _block(name: str, pieces: tuple[Piece, ...], tied: Mapping[str, tuple[str, ...]]) -> Block:
+    for piece in pieces:
+        _check_dtype(piece)
+    parameters = tuple(dict.fromkeys(p.name for p in pieces))
+    dim = sum(prod(p.shape) for p in pieces)
+    if dim == 0:
+        raise ValueError(f"spectrum: block {name!r} must have at least one entry, got shape {pieces[0].shape}")
+    aliases = [alias for p in parameters for alias in tied.get(p, ())]
+    note = f"tied with {', '.join(aliases)}" if aliases else ""
+    shape = pieces[0].shape if len(pieces) == 1 else (dim,)
+    return Block(BlockInfo(name, shape, dim, parameters, note), pieces)
+
+
+def _check_dtype(piece: Piece) -> None:
+    if isinstance(piece.tensor, nn.parameter.UninitializedParameter):
+        raise ValueError(f"spectrum: parameter {piece.name!r} is not initialised yet: run the model once first")
+    dtype = piece.tensor.dtype
+    if dtype in (torch.float32, torch.float64):
+        return
+    if dtype in (torch.float16, torch.bfloat16):
+        advice = "second derivatives need more digits: convert with model.float()"
+    elif dtype.is_complex:
+        advice = "give its real and imaginary part as two real parameters, or name the other parameters in blocks="
+    else:
+        advice = "it cannot be trained: make it a buffer, or name the other parameters in blocks="
+    raise ValueError(f"spectrum: parameter {piece.name!r} must be float32 or float64, got {dtype}; {advice}")

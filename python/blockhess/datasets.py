@@ -1,0 +1,135 @@
+"""The two real data sets shipped with the package: characters of Shakespeare, images of Fashion-MNIST.
+
+A batch is a pure function of its arguments: the same seed gives the same batch on every machine, and torch's
+global generator is neither read nor moved. Sources and licences: data/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.resources import files
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Mean and standard deviation of all 60,000 training images of Fashion-MNIST, pixels scaled to [0, 1].
+_FASHION_MNIST_MEAN = 0.2860
+_FASHION_MNIST_STD = 0.3530
+
+
+class CharText:
+    """A text as integer characters, and windows of it as language-model batches.
+
+    Args:
+        text: the characters; the vocabulary is the sorted set of them.
+
+    Raises:
+        ValueError: text is empty.
+
+    Example:
+        >>> text = CharText("to be or not to be")
+        >>> text.vocabulary
+        ' benort'
+        >>> text.decode(text.encode("not"))
+        'not'
+    """
+
+    def __init__(self, text: str) -> None:
+        if not text:
+            raise ValueError("CharText: text must not be empty, got ''")
+        self.vocabulary = "".join(sorted(set(text)))
+        self._index = {char: i for i, char in enumerate(self.vocabulary)}
+        self.tokens = self.encode(text)
+
+    def encode(self, text: str) -> Tensor:
+        """Return the vocabulary indices (len(text),) int64 of text.
+
+        Raises:
+            ValueError: a character is not in the vocabulary.
+        """
+        try:
+            return torch.tensor([self._index[char] for char in text], dtype=torch.int64)
+        except KeyError as error:
+            raise ValueError(f"CharText.encode: text must be in the vocabulary, got {error}") from None
+
+    def decode(self, tokens: Iterable[int] | Tensor) -> str:
+        """Return the characters of vocabulary indices."""
+        return "".join(self.vocabulary[int(token)] for token in tokens)
+
+    def batches(
+        self, num_batches: int = 1, *, batch_size: int = 8, context: int = 64, seed: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Windows at random offsets, with the character that follows each position as its target.
+
+        Args:
+            num_batches: how many batches.
+            batch_size: windows per batch.
+            context: characters per window.
+            seed: of the offsets.
+
+        Returns:
+            num_batches pairs (x, y), each (batch_size, context) int64; y[:, t] follows x[:, t] in the text.
+
+        Raises:
+            ValueError: a size is below 1, or the text is shorter than a window and its last target.
+
+        Example:
+            >>> [(x, y)] = shakespeare().batches(batch_size=2, context=16)
+            >>> x.shape, bool((x[:, 1:] == y[:, :-1]).all())
+            (torch.Size([2, 16]), True)
+        """
+        for name, value in (("num_batches", num_batches), ("batch_size", batch_size), ("context", context)):
+            if value < 1:
+                raise ValueError(f"CharText.batches: {name} must be at least 1, got {value}")
+        if len(self.tokens) <= context:
+            raise ValueError(
+                f"CharText.batches: context must be below the text's length {len(self.tokens)}, got {context}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        shape = (num_batches, batch_size, 1)
+        starts = torch.randint(len(self.tokens) - context, shape, generator=generator)
+        windows = self.tokens[starts + torch.arange(context + 1)]
+        return [(window[:, :-1].contiguous(), window[:, 1:].contiguous()) for window in windows]
+
+
+def shakespeare() -> CharText:
+    """Eight plays of Shakespeare, 1,036,489 characters over a vocabulary of 76.
+
+    Source: Project Gutenberg (public domain).
+    """
+    return CharText((files("blockhess") / "data" / "shakespeare.txt").read_text(encoding="ascii"))
+
+
+def fashion_mnist(num_images: int | None = None, *, split: str = "train") -> tuple[Tensor, Tensor]:
+    """The first images of the shipped part of Fashion-MNIST, which is itself a random draw.
+
+    Args:
+        num_images: how many; None means all of the split: 4,096 of "train" or 1,024 of "test".
+        split: "train" or "test".
+
+    Returns:
+        Images (num_images, 1, 28, 28) float32 with mean near 0 and standard deviation near 1, and labels
+        (num_images,) int64 in 0..9.
+
+    Raises:
+        ValueError: split has another name, or num_images is below 1 or above what there is.
+
+    Source: Xiao, Rasul, Vollgraf 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence).
+
+    Example:
+        >>> images, labels = fashion_mnist(32)
+        >>> images.shape, labels.shape
+        (torch.Size([32, 1, 28, 28]), torch.Size([32]))
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'fashion_mnist: split must be "train" or "test", got {split!r}')
+    source = files("blockhess") / "data" / "fashion_mnist_5k.npz"
+    with source.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        pixels, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
+    count = len(pixels) if num_images is None else num_images
+    if not 1 <= count <= len(pixels):
+        raise ValueError(f"fashion_mnist: num_images must be in 1..{len(pixels)}, got {num_images}")
+    images = torch.from_numpy(pixels[:count]).to(torch.float32).div_(255)
+    images = images.sub_(_FASHION_MNIST_MEAN).div_(_FASHION_MNIST_STD).unsqueeze(1)
+    return images, torch.from_numpy(labels[:count].astype(np.int64))

@@ -1,0 +1,8 @@
+"""The two small reference architectures of the demo, the tests and the benchmarks: a GPT and a ResNet."""
+
+from __future__ import annotations
+
+from blockhess.models.gpt import GPT, GPTConfig, next_token_loss
+from blockhess.models.resnet import ResNet, ResNetConfig
+
+__all__ = ["GPT", "GPTConfig", "ResNet", "ResNetConfig", "next_token_loss"]

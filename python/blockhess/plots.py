@@ -1,0 +1,249 @@
+"""Pictures of spectra: log-densities block by block (the paper's Figure 3) and the heat map of js_matrix (Figure 4).
+
+Every function returns a matplotlib Figure of its own, free of pyplot and of any display; matplotlib is imported on
+first use. Colours stay apart for colour-blind readers and in grey print.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from blockhess.density import DEFAULT_RELATIVE_SIGMA, check_sigma, default_sigma, node_grid, smooth
+from blockhess.divergence import KINDS
+from blockhess.files import check_writable
+from blockhess.spectra import Spectra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LINE, AREA, QUIET, FAINT = "#08519c", "#9ecae1", "#555555", "#cccccc"
+
+# Panels of plot_density, in inches, and how many stand side by side at most.
+PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
+
+# However few the steps, no panel is blurred by more than this share of its range.
+WIDEST_SIGMA = 0.05
+
+# The heat map writes the values into its cells up to the first number of blocks, and every name up to the second.
+MOST_VALUES, MOST_LABELS = 14, 150
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('pictures need matplotlib; type: pip install "blockhess[plot]"') from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
+    """Write a figure to a file in the format of its suffix, unless path is None, and return it.
+
+    Raises:
+        ValueError: the suffix is no picture format, or the file cannot be written.
+    """
+    if path is not None:
+        formats = figure.canvas.get_supported_filetypes()
+        if Path(path).suffix.lower().removeprefix(".") not in formats:
+            raise ValueError(f"plot: path must end in one of .{', .'.join(sorted(formats))}, got {path}")
+        figure.savefig(check_writable(path))
+    return figure
+
+
+def plot_density(
+    spectra: Spectra,
+    blocks: Sequence[str] | None = None,
+    sigma: float | None = None,
+    share_x: bool = False,
+) -> Figure:
+    """Draw the log-density of every block in a panel of its own.
+
+    The height is density x sigma sqrt(2 pi): a lone eigenvalue stands as high as its share of the spectrum. Panels
+    with axes of their own are blurred in proportion to them, which suits pictures, never comparisons.
+
+    Args:
+        spectra: what to draw.
+        blocks: names, in order; None means all.
+        sigma: width of the Gaussian, one for all blocks; None means what each block's nodes resolve, or
+            DEFAULT_RELATIVE_SIGMA of the range of all of them with share_x.
+        share_x: one axis of eigenvalues for all panels; otherwise each spans its own block.
+
+    Returns:
+        Figure.
+
+    Raises:
+        ValueError: a name is unknown, none is given, or sigma breaks its rule.
+        ImportError: matplotlib is missing.
+
+    Source: Zhang et al. 2024, Figure 3.
+
+    Example:
+        >>> plot_density(spectra, sigma=0.01).savefig("density.png")
+    """
+    rows = spectra.rows(blocks)
+    if not rows:
+        raise ValueError("plot_density: blocks must name at least one block, got none")
+    nodes, weights = (values[rows] for values in spectra.merged)
+    # Heights below a tenth of one eigenvalue's share are no information.
+    floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
+
+    columns = min(MOST_COLUMNS, math.ceil(math.sqrt(len(rows) / 2)))
+    lines = math.ceil(len(rows) / columns)
+    figure = _figure(max(5.6, PANEL_WIDTH * columns + 0.3), PANEL_HEIGHT * lines + 1.1)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
+    if sigma is not None:
+        widths = [check_sigma("plot_density", sigma, nodes)] * len(rows)
+        blur = f"sigma {sigma:.3g}"
+    elif share_x:
+        widths = [default_sigma(nodes)] * len(rows)
+        blur = f"sigma {widths[0]:.3g}"
+    else:
+        widths = [_resolved_sigma(spectra, row, x) for row, x in zip(rows, nodes)]
+        blur = "each block's range / steps, for pictures only"
+    for panel, row, x, w, width in zip(panels.flatten(), rows, nodes, weights, widths):
+        _draw_density(panel, spectra.names[row], x, w, width)
+    for panel in panels.flatten()[len(rows) :]:
+        panel.remove()
+
+    first = panels[0, 0]
+    first.set_yscale("log")
+    first.set_ylim(floor, 2.0)
+    first.yaxis.get_major_locator().set_params(numticks=5)
+    first.minorticks_off()
+    if share_x:
+        _span(first, float(nodes.min()), float(nodes.max()), max(widths))
+    model = spectra.provenance.get("model")
+    title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
+    figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
+    figure.supxlabel(f"eigenvalue (grey line: 0)\nblurred by Gaussians of {blur}", fontsize="medium")
+    figure.supylabel("share of eigenvalues", fontsize="medium")
+    return figure
+
+
+def _resolved_sigma(spectra: Spectra, row: int, nodes: Tensor) -> float:
+    """The width that the steps of a block resolve, range / steps; less would draw the nodes, not the density.
+
+    Where the Krylov space was exhausted the nodes are the eigenvalues, and DEFAULT_RELATIVE_SIGMA is enough.
+    """
+    steps = int(spectra.quadrature.steps[:, row].max())
+    exhausted = steps < spectra.quadrature.num_steps or steps == spectra.dims[row]
+    relative = DEFAULT_RELATIVE_SIGMA if exhausted else min(max(1 / steps, DEFAULT_RELATIVE_SIGMA), WIDEST_SIGMA)
+    return default_sigma(nodes) * relative / DEFAULT_RELATIVE_SIGMA
+
+
+def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma: float) -> None:
+    grid = node_grid(nodes, sigma)
+    height = smooth(nodes[None], weights[None], grid, sigma)[0] * (sigma * math.sqrt(2 * math.pi))
+    panel.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+    panel.fill_between(grid.numpy(), height.numpy(), 1e-300, color=AREA, linewidth=0)
+    panel.plot(grid.numpy(), height.numpy(), color=LINE, linewidth=0.9)
+    if not bool((weights > 0).any()):
+        panel.text(0.5, 0.5, "not finite", transform=panel.transAxes, ha="center", color=QUIET)
+
+    _span(panel, float(nodes.min()), float(nodes.max()), sigma)
+    panel.tick_params(labelsize="x-small", colors=QUIET)
+    panel.set_title(_shorten(name, 40), fontsize="small", loc="left", pad=3)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+
+
+def _span(panel: Axes, low: float, high: float, sigma: float) -> None:
+    """Show the eigenvalues from low to high, and label these two."""
+    # A block with a single eigenvalue shows as what it is, a narrow peak.
+    reach = 6 * sigma if high - low > 20 * sigma else 50 * sigma
+    panel.set_xlim(low - reach, high + reach)
+    ticks = [low, high] if high - low > 20 * sigma else [low]
+    panel.set_xticks(ticks, [_brief(tick) for tick in ticks])
+
+
+def _brief(value: float) -> str:
+    """Two digits, without the zeros that pad an exponent."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{value:.2g}" if -3 <= int(exponent) <= 3 or value == 0 else f"{mantissa}e{int(exponent)}"
+
+
+def plot_heatmap(spectra: Spectra, vmax: float | None = None, **comparison: Any) -> Figure:
+    """Draw the matrix of Jensen-Shannon values between all pairs of blocks.
+
+    Args:
+        spectra: what to compare.
+        vmax: where the colours end; None means the largest possible value of the kind, so that pictures of different
+            models compare at a glance, or the largest value found where there is no such bound.
+        comparison: kind, base, sigma, axis, blocks, grid_points of Spectra.js_matrix.
+
+    Returns:
+        Figure.
+
+    Raises:
+        ValueError: an argument of the comparison breaks its rule.
+        ImportError: matplotlib is missing.
+
+    Source: Zhang et al. 2024, Figure 4.
+
+    Example:
+        >>> plot_heatmap(spectra, kind="divergence").savefig("heatmap.png")
+    """
+    if vmax is not None and not vmax > 0:
+        raise ValueError(f"plot_heatmap: vmax must be positive, got {vmax}")
+    matrix, js0 = spectra.compare(**comparison)
+    n = len(js0.blocks)
+    pairs = matrix[~torch.eye(n, dtype=torch.bool)]
+    bound = math.log(2) / math.log(js0.base)
+    bounds = {"distance": math.sqrt(bound), "divergence": bound}
+    if vmax is None:
+        vmax = bounds.get(js0.kind, float(pairs.max())) or 1.0
+
+    side = min(12.0, max(4.8, 0.2 * n))
+    longest = max(map(len, js0.blocks))
+    font = min(8.0, 0.78 * 72 * side / min(n, MOST_LABELS))
+    margin = 0.55 * font / 72 * min(longest, 40)
+    found = f"pairs from {float(pairs.min()):.2g} to {float(pairs.max()):.2g}"
+    caption = textwrap.wrap(f"{js0}; {found}", int(14 * side))
+    model = spectra.provenance.get("model")
+    title = textwrap.wrap(f"Block spectra{f' of {model}' if model else ''}, compared", int(8 * side))
+    figure = _figure(side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.3)
+    axes = figure.subplots()
+    image = axes.imshow(matrix.numpy(), cmap="viridis", vmin=0.0, vmax=vmax, interpolation="nearest")
+
+    shown = range(0, n, math.ceil(n / MOST_LABELS))
+    labels = [_shorten(js0.blocks[i], 40) for i in shown]
+    axes.set_xticks(list(shown), labels, rotation=90, fontsize=font)
+    axes.set_yticks(list(shown), labels, fontsize=font)
+    axes.tick_params(length=0, pad=2)
+    axes.spines[:].set_visible(False)
+    if n <= MOST_VALUES:
+        for i in range(n):
+            for j in range(n):
+                dark = float(matrix[i, j]) < 0.6 * vmax
+                text = f"{float(matrix[i, j]):.2g}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=font, color="white" if dark else "black")
+
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.set_label(f"{KINDS[js0.kind].split(',')[0]}, base {js0.base:.3g}")
+    bar.outline.set_visible(False)
+    below = axes.set_title("\n".join(caption), fontsize="small", loc="left")
+    axes.annotate(
+        "\n".join(title),
+        xy=(0, 1),
+        xycoords=below,
+        xytext=(0, 4),
+        textcoords="offset points",
+        fontweight="bold",
+        fontsize="large",
+        annotation_clip=False,
+    )
+    return figure
+
+
+def _shorten(name: str, length: int) -> str:
+    """Keep both ends of a long name, which tell the layer and the parameter."""
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"

@@ -1,0 +1,41 @@
+"""A progress bar with an estimate of the time left, silent for jobs of a few seconds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterator[Callable[[], object]]:
+    """Show on stderr how many of `total` units are done.
+
+    Args:
+        total: the most units there can be; fewer may be needed.
+        unit: what is counted.
+        enabled: True, False, or "auto": where tqdm is installed.
+
+    Yields:
+        A function to call after every unit.
+
+    Raises:
+        ImportError: `enabled` is True and tqdm is missing.
+        ValueError: another `enabled`.
+    """
+    if enabled not in (True, False, "auto"):
+        raise ValueError(f"spectrum: progress must be True, False or 'auto', got {enabled!r}")
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if enabled is True:
+            raise ImportError('a progress bar needs tqdm: pip install "blockhess[cli]"') from None
+        enabled = False
+    if not enabled:
+        yield lambda: None
+        return
+    # A log file gets a line now and then, a terminal a moving bar.
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, unit=unit, delay=3, mininterval=interval, dynamic_ncols=True, file=sys.stderr) as bar:
+        yield bar.update
+        bar.total = bar.n

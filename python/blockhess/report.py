@@ -1,0 +1,90 @@
+"""A result in words: where it comes from, the table of its blocks, its JS0 with all that it depends on."""
+
+from __future__ import annotations
+
+import math
+
+from blockhess.divergence import check_choice
+from blockhess.spectra import Spectra
+
+# sort key -> whether the largest value comes first.
+SORT_KEYS = {
+    "order": False,
+    "name": False,
+    "dim": True,
+    "lambda_min": False,
+    "lambda_max": True,
+    "trace": True,
+    "negative": True,
+}
+
+
+def weights_only(spectra: Spectra) -> tuple[str, ...]:
+    """Return the blocks that comparisons take, without norm gains and biases: those of two dimensions or more.
+
+    The paper leaves norm layers out of its comparisons, and its models have few biases.
+    """
+    return tuple(
+        block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in dict(spectra.left_out)
+    )
+
+
+def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
+    """Return the names of all blocks by one column of the table; unknown values (NaN) come last.
+
+    Args:
+        spectra: a result.
+        key: one of SORT_KEYS.
+
+    Raises:
+        ValueError: another key.
+    """
+    check_choice("show", "sort", key, SORT_KEYS)
+    if key == "order":
+        return spectra.names
+    if key == "name":
+        return tuple(sorted(spectra.names))
+    low, high = spectra.eigenvalue_range()
+    values = {
+        "dim": list(map(float, spectra.dims)),
+        "lambda_min": low.tolist(),
+        "lambda_max": high.tolist(),
+        "trace": spectra.trace()[0].tolist(),
+        "negative": spectra.negative_mass().tolist(),
+    }[key]
+    sign = -1.0 if SORT_KEYS[key] else 1.0
+    ranks = [math.inf if math.isnan(value) else sign * value for value in values]
+    return tuple(name for _, name in sorted(zip(ranks, spectra.names), key=lambda pair: pair[0]))
+
+
+def describe(spectra: Spectra, sort: str = "order") -> str:
+    """Return the whole report of one result as plain text.
+
+    Args:
+        spectra: a result.
+        sort: order of the table's rows, one of SORT_KEYS.
+
+    Raises:
+        ValueError: another sort.
+
+    Example:
+        >>> print(describe(blockhess.load("gpt.npz"), sort="lambda_max"))
+    """
+    names = sorted_names(spectra, sort)
+    made = spectra.provenance
+    lines = [repr(spectra)]
+    if "loss_value" in made:
+        lines.append(f"loss {made['loss_value']:.6g} ({made.get('loss')}), BatchNorm: {made.get('batchnorm')}")
+    if "hvps" in made:
+        lines.append(
+            f"{made['hvps']} Hessian-vector products in {made.get('seconds', math.nan):.1f} s, "
+            f"blockhess {made.get('blockhess')}, torch {made.get('torch')}"
+        )
+    lines += ["", spectra.table(names)]
+
+    weights = weights_only(spectra)
+    if len(spectra.names) - len(spectra.left_out) >= 2:
+        lines += ["", f"All blocks: {spectra.js0()}"]
+    if 2 <= len(weights) < len(spectra.names):
+        lines.append(f"Weights only, no norms and biases: {spectra.js0(blocks=weights)}")
+    return "\n".join(lines)
