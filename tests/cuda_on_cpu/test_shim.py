@@ -67,13 +67,18 @@ def test_shared_memory_that_nobody_set_is_nan():
 
 def sanitized(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Python with the address sanitizer, in the project's root."""
-    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
+    # The C++ library too: the sanitizer looks for what throws exceptions when it starts.
+    names = ("libasan.so", "libstdc++.so.6")
+    libraries = [
+        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in names
+    ]
+    if not all(map(os.path.isabs, libraries)):
         pytest.skip(f"{COMPILER} has no address sanitizer here")
     emulator.build(sanitize=True)  # here, where the compiler itself is not sanitized
     environment = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0",
         "BLOCKHESS_SANITIZE": "1",
     }
