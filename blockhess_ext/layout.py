@@ -47,6 +47,7 @@ class Layout:
         for dim, keep in zip(self.dims, kept):
             columns.append(n_basis if keep else -1)
             n_basis += dim if keep else 0
+        n_basis += -n_basis % 4  # rows of whole 16-byte packs, which a GPU reads at once
         return replace(self, basis_offsets=torch.tensor(columns).to(self.offsets), n_basis=n_basis)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import blockhess_ext._C  # noqa: F401  (registers the ops)
+from blockhess_ext.device import REBUILD, has_cuda
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import Recurrences
 
@@ -78,7 +79,7 @@ def reorthogonalize(
         alpha, beta: (n_probes, n_blocks) float64 of this step; beta is overwritten.
         recurrences: state, updated.
         layout: the blocks; those with basis_offsets >= 0 take part.
-        partial: (n_probes, n_tiles, capacity) float64 scratch.
+        partial: (n_probes, n_tiles, capacity + 1) float64 scratch.
 
     Source: Giraud, Langou, Rozloznik 2005.
     """
@@ -101,7 +102,8 @@ def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tens
         nodes, weights: (n_problems, m) float64; nodes ascend, weights sum to 1; beyond `steps` the last node, weight 0.
 
     Raises:
-        RuntimeError: a problem has a non-finite entry or does not converge.
+        RuntimeError: a problem has a non-finite entry or does not converge. On a GPU this waits for the result;
+            `torch.ops.blockhess_ext.tridiag_quadrature` does not, and leaves NaN in all nodes of such a problem.
 
     Source: Golub and Welsch 1969; the paper's Theorem 4.
 
@@ -111,6 +113,11 @@ def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tens
         tensor([[-1.,  1.]], dtype=torch.float64)
     """
     nodes, weights = _ops.tridiag_quadrature(alpha, beta, steps)
+    if nodes.is_cuda and bool(nodes[:, :1].isnan().any()):
+        raise RuntimeError(
+            "tridiag_quadrature: alpha and beta must be finite and converge, and steps in 0 ... m, problem "
+            f"{int(nodes[:, 0].isnan().nonzero()[0])} does not"
+        )
     return nodes, weights
 
 
@@ -191,3 +198,12 @@ _FAKES: dict[str, Callable[..., object]] = {
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"blockhess_ext::{_name}", _fake)
+
+
+def _refuse_cuda(*args: object) -> None:
+    raise ValueError(f"blockhess_ext.ops: tensors must be on the CPU in a build without CUDA; {REBUILD}")
+
+
+if not has_cuda():
+    for _name in _FAKES:
+        torch.library.impl(f"blockhess_ext::{_name}", "cuda", _refuse_cuda)

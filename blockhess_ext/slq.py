@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blockhess_ext import arguments, ops
+from blockhess_ext import arguments, finished, ops
+from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
-from blockhess_ext.recurrences import NON_FINITE, RUNNING, Recurrences
+from blockhess_ext.recurrences import NON_FINITE, Recurrences
 
 REORTHOGONALIZE = ("none", "full", "auto")
 
@@ -55,7 +56,8 @@ def batched_slq(
         hvp: maps v (n_probes, n) to H v, same shape, dtype and device, with n = sum(dims). Block l of the result may
             depend on block l of v only. Its result is read, never modified. Segments of v have norm 1, or are zero
             where the recurrence is finished. If it has a method `mark_finished(finished)`, that is told (n_probes,
-            n_blocks) bool whenever more recurrences have finished; their part of the result is ignored from then on.
+            n_blocks) bool on the CPU whenever more recurrences are known to have finished; their part of the result is
+            ignored from then on.
         dims: elements of each block.
         num_probes: random vectors a block.
         num_steps: most Lanczos steps; a block makes no more than it has elements.
@@ -69,7 +71,8 @@ def batched_slq(
         device: of the vectors; by default that of `probes`, or the CPU.
         on_nonfinite: "raise" or "report": what to do when hvp returned NaN or inf in some recurrence, once all others
             are done.
-        on_step: called after every step with the number of steps made and of recurrences still running.
+        on_step: called after every step with the number of steps made and of recurrences still running, as far as the
+            host knows: on a GPU it learns a few steps late that one has finished.
 
     Returns:
         Quadrature with nodes and weights (n_probes, n_blocks, min(num_steps, max(dims))) float64.
@@ -91,9 +94,7 @@ def batched_slq(
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)
     arguments.choice("reorthogonalize", reorthogonalize, REORTHOGONALIZE)
     arguments.choice("on_nonfinite", on_nonfinite, ("raise", "report"))
-    device = torch.device(device or (probes.device if isinstance(probes, Tensor) else "cpu"))
-    if device.type != "cpu":
-        raise ValueError(f"batched_slq: device must be cpu in a build without CUDA, got {device}")
+    device = usable(device or (probes.device if isinstance(probes, Tensor) else "cpu"))
     layout = Layout.of(dims, device)
     ids = arguments.block_id_tensor(block_ids, len(dims)).to(device)
 
@@ -108,7 +109,9 @@ def batched_slq(
 
     kept = _blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=len(v) * v.element_size())
     layout = layout.with_basis(kept)
-    alpha, beta, recurrences = _lanczos(hvp, v, layout, num_steps, on_step)
+    set_bytes, basis_bytes = v.nbytes, layout.n_basis * min(num_steps, layout.n) * len(v) * v.element_size()
+    with memory_explained(vectors=3 * set_bytes, basis=basis_bytes):
+        alpha, beta, recurrences = _lanczos(hvp, v, layout, num_steps, on_step)
 
     nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
     result = Quadrature(
@@ -148,8 +151,9 @@ def _lanczos(
     recurrences = Recurrences.start(n_probes, limits)
     partial = alpha.new_empty(n_probes, layout.n_tiles)
     basis = _basis_of(v, layout, limits)
-    basis_partial = alpha.new_empty(n_probes, layout.n_tiles, len(basis))
+    basis_partial = alpha.new_empty(n_probes, layout.n_tiles, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
+    watch = finished.watch(recurrences)
     n_finished = 0
 
     v_prev = torch.zeros_like(v)
@@ -161,11 +165,12 @@ def _lanczos(
             ops.reorthogonalize(v_prev, basis, j + 1, alpha[j], beta[j], recurrences, layout, basis_partial)
         v, v_prev, beta_prev = v_prev, v, beta[j]
 
-        finished = recurrences.status != RUNNING
-        running = finished.numel() - int(finished.sum())
-        if mark_finished is not None and finished.numel() - running > n_finished:
-            mark_finished(finished)
-        n_finished = finished.numel() - running
+        known = watch.look()
+        newly = int(known.sum()) - n_finished
+        n_finished += newly
+        running = known.numel() - n_finished
+        if mark_finished is not None and newly > 0:
+            mark_finished(known)
         if on_step is not None:
             on_step(j + 1, running)
         if running == 0:
@@ -190,10 +195,9 @@ def _basis_of(v: Tensor, layout: Layout, limits: Tensor) -> Tensor:
     kept = layout.basis_offsets >= 0
     capacity = int(limits[kept].max()) if kept.any() else 0
     basis = torch.zeros(capacity, len(v), layout.n_basis, dtype=v.dtype, device=v.device)
-    for l in range(layout.n_blocks):
-        columns = layout.basis_columns(l)
-        if columns is not None:
-            basis[0, :, columns] = v[:, layout.columns(l)]
+    for l, start in enumerate(layout.basis_offsets.tolist()):
+        if start >= 0:
+            basis[0, :, start : start + layout.dims[l]] = v[:, layout.columns(l)]
     return basis
 
 

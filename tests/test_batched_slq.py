@@ -262,7 +262,7 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of raise, report, got 'ignore'"),
         ({"block_ids": [1]}, ValueError, "block_ids must hold n_blocks = 2 ids, got 1"),
         ({"block_ids": [1, -2]}, ValueError, r"block_ids\[1\] must be an integer in 0"),
-        ({"device": "meta"}, ValueError, "device must be cpu in a build without CUDA, got meta"),
+        ({"device": "meta"}, ValueError, "device must be cpu or cuda, got meta"),
         ({"probes": [1.0]}, TypeError, "probes must be a tensor, got list"),
         ({"probes": torch.ones(2, 4)}, ValueError, r"probes must have shape .* = \(n_probes, 5\), got \(2, 4\)"),
         ({"probes": torch.ones(2, 5).half()}, ValueError, "dtype of probes must be one of"),

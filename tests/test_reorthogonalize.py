@@ -24,7 +24,7 @@ def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tens
                 q, _ = torch.linalg.qr(torch.randn(case.layout.dims[l], COUNT, generator=rng, dtype=torch.float64))
                 basis[:COUNT, p, columns] = q.T.to(dtype)
     ops.lanczos_step(*case.arguments())
-    case.partial = torch.empty(3, case.layout.n_tiles, 4, dtype=torch.float64)
+    case.partial = torch.empty(3, case.layout.n_tiles, 5, dtype=torch.float64)
     return case, basis
 
 

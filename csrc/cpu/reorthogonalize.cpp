@@ -16,6 +16,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const Recurrences& recurrences = op.recurrences;
   const int64_t n_tiles = layout.n_probes * layout.n_tiles, n_segments = layout.n_probes * layout.n_blocks;
   const int64_t row = layout.n_probes * op.n_basis;  // elements of one basis row
+  const int64_t stride = op.capacity + 1;            // of `partial`, from tile to tile
 
   const auto takes_part = [&](int64_t segment) {
     return op.basis_offsets[segment % layout.n_blocks] >= 0 && recurrences.status[segment] == kRunning;
@@ -38,15 +39,14 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
     const int64_t probe = segment / layout.n_blocks, block = segment % layout.n_blocks;
     double sum = 0.0;
     for (int64_t t = layout.tile_offsets[block]; t < layout.tile_offsets[block + 1]; ++t)
-      sum += op.partial[(probe * layout.n_tiles + t) * op.capacity + k];
+      sum += op.partial[(probe * layout.n_tiles + t) * stride + k];
     return sum;
   };
 
   std::vector<double> coefficients(n_segments * op.count);
   for (int pass = 0; pass < 2; ++pass) {
     for_tiles([&](int64_t t, int64_t, int64_t r, int64_t v, int64_t length) {
-      for (int64_t k = 0; k < op.count; ++k)
-        op.partial[t * op.capacity + k] = dot(op.basis + k * row + v, op.r + r, length);
+      for (int64_t k = 0; k < op.count; ++k) op.partial[t * stride + k] = dot(op.basis + k * row + v, op.r + r, length);
     });
     parallel_for(n_segments, 16, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)
@@ -54,7 +54,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
           for (int64_t k = 0; k < op.count; ++k) coefficients[s * op.count + k] = segment_sum(s, k);
     });
     for_tiles([&](int64_t t, int64_t segment, int64_t r, int64_t v, int64_t length) {
-      op.partial[t * op.capacity] =
+      op.partial[t * stride + op.capacity] =
           subtract_projection(op.r + r, op.basis + v, row, coefficients.data() + segment * op.count, op.count, length);
     });
   }
@@ -64,7 +64,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   for (int64_t s = 0; s < n_segments; ++s) {
     if (!takes_part(s)) continue;
     closing[s] = 1;
-    recurrences.beta[s] = std::sqrt(segment_sum(s, 0));
+    recurrences.beta[s] = std::sqrt(segment_sum(s, op.capacity));
     factor[s] = close_step(recurrences, s, op.limits[s % layout.n_blocks], std::numeric_limits<T>::epsilon());
   }
   parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {

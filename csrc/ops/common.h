@@ -3,8 +3,8 @@
 // State is (n_probes, n) with n = sum(dims). Block l is the column range offsets[l] : offsets[l + 1], so the
 // segment of (probe p, block l) is contiguous at p * n + offsets[l]. A block is cut into tiles of at most
 // kTileLength elements; tiles are listed block by block, so tile_offsets[l] : tile_offsets[l + 1] are those of
-// block l. Sums over a segment are made per tile, then added in tile order: the bits of a result depend neither
-// on the number of threads nor on the size of a grid.
+// block l. Sums over a segment are made per tile, then over its tiles in an order that the layout alone fixes (each
+// twin has its own): the bits of a result depend neither on the number of threads nor on the size of a grid.
 #pragma once
 
 #include <cmath>
@@ -35,6 +35,14 @@ struct Layout {
 // body(begin, end) is called on disjoint ranges that together cover 0 : count; `grain` indices are worth a thread.
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 using ParallelFor = std::function<void(int64_t count, int64_t grain, const RangeBody& body)>;
+
+// Where a CUDA twin queues its kernels; max_grid is the most CTAs of one launch, which stride over the work. A CUDA
+// twin returns nullptr, or what went wrong; it neither waits for the device nor allocates, so a CUDA graph can capture
+// it.
+struct CudaQueue {
+  void* stream;
+  int64_t max_grid = INT32_MAX;
+};
 
 enum Status : int32_t {
   kRunning = 0,

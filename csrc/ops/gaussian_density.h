@@ -22,5 +22,6 @@ struct GaussianDensity {
 };
 
 void gaussian_density_cpu(const GaussianDensity& op, const ParallelFor& parallel_for);
+const char* gaussian_density_cuda(const GaussianDensity& op, const CudaQueue& queue);
 
 }  // namespace blockhess

@@ -32,5 +32,7 @@ struct LanczosStep {
 
 void lanczos_step_cpu(const LanczosStep<float>& op, const ParallelFor& parallel_for);
 void lanczos_step_cpu(const LanczosStep<double>& op, const ParallelFor& parallel_for);
+const char* lanczos_step_cuda(const LanczosStep<float>& op, const CudaQueue& queue);
+const char* lanczos_step_cuda(const LanczosStep<double>& op, const CudaQueue& queue);
 
 }  // namespace blockhess

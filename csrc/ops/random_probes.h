@@ -61,5 +61,7 @@ struct RandomProbes {
 
 void random_probes_cpu(const RandomProbes<float>& op, const ParallelFor& parallel_for);
 void random_probes_cpu(const RandomProbes<double>& op, const ParallelFor& parallel_for);
+const char* random_probes_cuda(const RandomProbes<float>& op, const CudaQueue& queue);
+const char* random_probes_cuda(const RandomProbes<double>& op, const CudaQueue& queue);
 
 }  // namespace blockhess

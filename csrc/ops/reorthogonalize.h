@@ -23,10 +23,12 @@ struct Reorthogonalize {
   const int64_t* basis_offsets;  // (n_blocks) -1, or the block's column in the basis
   Recurrences recurrences;       // (n_probes, n_blocks)
   const int64_t* limits;         // (n_blocks)
-  double* partial;               // (n_probes, n_tiles, capacity) scratch
+  double* partial;               // (n_probes, n_tiles, capacity + 1) scratch: a tile's share of c, and of |r|^2
 };
 
 void reorthogonalize_cpu(const Reorthogonalize<float>& op, const ParallelFor& parallel_for);
 void reorthogonalize_cpu(const Reorthogonalize<double>& op, const ParallelFor& parallel_for);
+const char* reorthogonalize_cuda(const Reorthogonalize<float>& op, const CudaQueue& queue);
+const char* reorthogonalize_cuda(const Reorthogonalize<double>& op, const CudaQueue& queue);
 
 }  // namespace blockhess

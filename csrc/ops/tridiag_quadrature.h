@@ -22,9 +22,14 @@ struct TridiagQuadrature {
   const int64_t* steps;  // (n_problems)
   double* nodes;         // (n_problems, m)
   double* weights;       // (n_problems, m)
+  double* couplings;     // (n_problems, m) scratch of the CUDA twin
 };
 
 // Returns the lowest index of a problem that failed, or -1.
 int64_t tridiag_quadrature_cpu(const TridiagQuadrature& op, const ParallelFor& parallel_for);
+
+// Marks a problem that failed, or whose steps are not in 0 ... m, with NaN in all its nodes and weights, so that the
+// host can learn of it when it reads them.
+const char* tridiag_quadrature_cuda(const TridiagQuadrature& op, const CudaQueue& queue);
 
 }  // namespace blockhess

@@ -1,0 +1,49 @@
+// The one way to launch a kernel: one CTA per piece of work, or fewer that stride over it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "ops/common.h"
+
+// The dynamic shared memory of a CTA as an array.
+#ifndef BLOCKHESS_DYNAMIC_SHARED
+#define BLOCKHESS_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
+namespace blockhess {
+
+// Launches one after the other on a queue. After an error nothing more is launched; error() says what went wrong.
+class Launcher {
+ public:
+  explicit Launcher(const CudaQueue& queue) : queue_(queue) {}
+
+  // kernel(args...) on `count` CTAs of `threads` threads with `shared` bytes of dynamic shared memory.
+  template <class... Parameters, class... Args>
+  void operator()(void (*kernel)(Parameters...), int64_t count, int threads, size_t shared, const Args&... args) {
+    if (error_ != nullptr || count == 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(std::min(count, queue_.max_grid)));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(queue_.stream);
+    check(cudaLaunchKernelEx(&config, kernel, args...));
+  }
+
+  void check(cudaError_t status) {
+    if (status == cudaSuccess || error_ != nullptr) return;
+    error_ = cudaGetErrorString(status);
+    cudaGetLastError();  // so that nobody else reports it again
+  }
+
+  const char* error() const { return error_; }
+
+ private:
+  CudaQueue queue_;
+  const char* error_ = nullptr;
+};
+
+}  // namespace blockhess

@@ -1,0 +1,214 @@
+// reorthogonalize on CUDA: tile-wise GEMV pairs. A CTA reads kRows basis rows of a tile at once for the coefficients,
+// and all rows for the update.
+//
+// A tile is walked by packs of the basis, which is what memory traffic is made of; r, at another offset, is read by
+// elements. The coefficients of a segment take the place of its first tile's partial sums.
+#include <limits>
+
+#include "launch.cuh"
+#include "ops/reorthogonalize.h"
+#include "tile.cuh"
+
+namespace blockhess {
+namespace {
+
+constexpr int kRows = 8;
+
+template <class T>
+__device__ bool takes_part(const Reorthogonalize<T>& op, int64_t segment) {
+  return op.basis_offsets[segment % op.layout.n_blocks] >= 0 && op.recurrences.status[segment] == kRunning;
+}
+
+// A tile in a basis row and in r.
+template <class T>
+struct Columns {
+  int64_t begin, end;  // elements of a basis row
+  T* r;                // r[i] stands beside element i of the row
+};
+
+template <class T>
+__device__ Columns<T> columns(const Reorthogonalize<T>& op, const Place& at) {
+  const int64_t probe = at.segment / op.layout.n_blocks, block = at.segment % op.layout.n_blocks;
+  const int64_t begin = probe * op.n_basis + op.basis_offsets[block] + at.position;
+  return {begin, begin + at.end - at.begin, op.r + (at.begin - begin)};
+}
+
+template <class T, int N>
+struct Rows {
+  Pack<T, N> r, v[kRows];
+};
+
+// Rows first_row ... first_row + kRows - 1 of the basis from element i on, zero where there is no such row.
+template <bool kAligned, int N, class T>
+__device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int64_t i, Pack<T, N> (&v)[kRows]) {
+  const int64_t row = op.layout.n_probes * op.n_basis;
+#pragma unroll
+  for (int k = 0; k < kRows; ++k)
+    v[k] = first_row + k < op.count ? load<kAligned, N>(op.basis + (first_row + k) * row + i) : Pack<T, N>{};
+}
+
+// partial[tile, k] = a tile's share of <v_k, r>
+template <bool kAligned, class T>
+__global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T> op) {
+  const Layout& layout = op.layout;
+  const int64_t n_groups = (op.count + kRows - 1) / kRows;
+  for (int64_t task = blockIdx.x; task < layout.n_probes * layout.n_tiles * n_groups; task += gridDim.x) {
+    const int64_t t = task / n_groups, first_row = task % n_groups * kRows;
+    const Place at = place(layout, t);
+    if (!takes_part(op, at.segment)) continue;
+    const Columns<T> tile = columns(op, at);
+    double sum[kRows] = {};
+    for_elements<T, 1>(
+        tile.begin, tile.end,
+        [&](auto width, int64_t i) {
+          Rows<T, width> x;
+          x.r = load<false, width>(tile.r + i);
+          load_rows<kAligned>(op, first_row, i, x.v);
+          return x;
+        },
+        [&](auto width, int64_t, const auto& x) {
+#pragma unroll
+          for (int k = 0; k < kRows; ++k)
+#pragma unroll
+            for (int e = 0; e < width; ++e) sum[k] += double(x.v[k].x[e]) * double(x.r.x[e]);
+        });
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const double total = block_sum(sum[k]);
+      if (threadIdx.x == 0 && first_row + k < op.count) op.partial[t * (op.capacity + 1) + first_row + k] = total;
+    }
+  }
+}
+
+// c_k = sum over the tiles of a segment, written over the partial sums of its first tile
+template <class T>
+__global__ void __launch_bounds__(kThreads) segment_coefficient_kernel(Reorthogonalize<T> op) {
+  const Layout& layout = op.layout;
+  for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
+    const int64_t probe = s / layout.n_blocks, block = s % layout.n_blocks;
+    if (!takes_part(op, s) || !several_tiles(layout, block)) continue;
+    double* partial = op.partial + (probe * layout.n_tiles + layout.tile_offsets[block]) * (op.capacity + 1);
+    const int64_t tiles = layout.tile_offsets[block + 1] - layout.tile_offsets[block];
+    for (int64_t k = threadIdx.x; k < op.count; k += kThreads) {
+      double sum = 0.0;
+      for (int64_t t = 0; t < tiles; ++t) sum += partial[t * (op.capacity + 1) + k];
+      partial[k] = sum;
+    }
+  }
+}
+
+// r <- r - V c;  partial[tile, capacity] = a tile's share of |r|^2
+template <bool kAligned, class T>
+__global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op) {
+  const Layout& layout = op.layout;
+  for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
+    const Place at = place(layout, t);
+    if (!takes_part(op, at.segment)) continue;
+    const Columns<T> tile = columns(op, at);
+    const double* c = op.partial + at.first_tile * (op.capacity + 1);
+    double sum = 0.0;
+    for_elements<T, 1>(
+        tile.begin, tile.end, [&](auto width, int64_t i) { return load<false, width>(tile.r + i); },
+        [&](auto width, int64_t i, const auto& old) {
+          double r[width];
+#pragma unroll
+          for (int e = 0; e < width; ++e) r[e] = old.x[e];
+          for (int64_t first_row = 0; first_row < op.count; first_row += kRows) {
+            Pack<T, width> v[kRows];
+            load_rows<kAligned>(op, first_row, i, v);
+#pragma unroll
+            for (int k = 0; k < kRows; ++k) {
+              const double c_k = first_row + k < op.count ? c[first_row + k] : 0.0;
+#pragma unroll
+              for (int e = 0; e < width; ++e) r[e] -= c_k * double(v[k].x[e]);
+            }
+          }
+          Pack<T, width> rounded;
+#pragma unroll
+          for (int e = 0; e < width; ++e) {
+            rounded.x[e] = T(r[e]);
+            sum += double(rounded.x[e]) * double(rounded.x[e]);
+          }
+          store<false>(tile.r + i, rounded);
+        });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) op.partial[t * (op.capacity + 1) + op.capacity] = sum;
+  }
+}
+
+// beta = |r|; closes the step. Leaves the factor from r to v_next as the first coefficient, -1 for who takes no part.
+template <class T>
+__global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, double eps) {
+  const Layout& layout = op.layout;
+  for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
+    const int64_t probe = s / layout.n_blocks, block = s % layout.n_blocks;
+    double factor = -1.0;
+    if (takes_part(op, s)) {
+      const double squared_norm = segment_sum(layout, s, op.partial + op.capacity, op.capacity + 1);
+      if (threadIdx.x == 0) {
+        op.recurrences.beta[s] = std::sqrt(squared_norm);
+        factor = close_step(op.recurrences, s, op.limits[block], eps);
+      }
+    }
+    if (threadIdx.x == 0)
+      op.partial[(probe * layout.n_tiles + layout.tile_offsets[block]) * (op.capacity + 1)] = factor;
+  }
+}
+
+// v_next = factor r, also kept as row `count` of the basis; zero where the recurrence has ended
+template <bool kAligned, class T>
+__global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> op) {
+  const Layout& layout = op.layout;
+  T* row = op.basis + op.count * layout.n_probes * op.n_basis;
+  for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
+    const Place at = place(layout, t);
+    const double factor = op.partial[at.first_tile * (op.capacity + 1)];
+    if (factor < 0.0) continue;
+    const bool kept = factor > 0.0 && op.count < op.capacity;
+    const Columns<T> tile = columns(op, at);
+    for_elements<T, 4>(
+        tile.begin, tile.end,
+        [&](auto width, int64_t i) { return factor > 0.0 ? load<false, width>(tile.r + i) : Pack<T, width>{}; },
+        [&](auto width, int64_t i, const auto& r) {
+          Pack<T, width> next;
+#pragma unroll
+          for (int e = 0; e < width; ++e) next.x[e] = T(double(r.x[e]) * factor);
+          store<false>(tile.r + i, next);
+          if (kept) store<kAligned>(row + i, next);
+        });
+  }
+}
+
+template <bool kAligned, class T>
+const char* reorthogonalize(const Reorthogonalize<T>& op, const CudaQueue& queue) {
+  const Layout& layout = op.layout;
+  const int64_t n_tiles = layout.n_probes * layout.n_tiles, n_segments = layout.n_probes * layout.n_blocks;
+  const int64_t n_groups = (op.count + kRows - 1) / kRows;
+  Launcher launch(queue);
+  for (int pass = 0; pass < 2; ++pass) {
+    launch(coefficient_kernel<kAligned, T>, n_tiles * n_groups, kThreads, 0, op);
+    if (layout.n_tiles > layout.n_blocks) launch(segment_coefficient_kernel<T>, n_segments, kThreads, 0, op);
+    launch(update_kernel<kAligned, T>, n_tiles, kThreads, 0, op);
+  }
+  const double eps = std::numeric_limits<T>::epsilon();
+  launch(close_kernel<T>, n_segments, kThreads, 0, op, eps);
+  launch(normalize_kernel<kAligned, T>, n_tiles, kThreads, 0, op);
+  return launch.error();
+}
+
+template <class T>
+const char* dispatch(const Reorthogonalize<T>& op, const CudaQueue& queue) {
+  const bool rows_aligned = op.layout.n_probes * op.n_basis % kPack<T> == 0;
+  return aligned(op.basis) && rows_aligned ? reorthogonalize<true>(op, queue) : reorthogonalize<false>(op, queue);
+}
+
+}  // namespace
+
+const char* reorthogonalize_cuda(const Reorthogonalize<float>& op, const CudaQueue& queue) {
+  return dispatch(op, queue);
+}
+const char* reorthogonalize_cuda(const Reorthogonalize<double>& op, const CudaQueue& queue) {
+  return dispatch(op, queue);
+}
+
+}  // namespace blockhess

@@ -1,0 +1,187 @@
+// tridiag_quadrature on CUDA: one thread per problem, a few problems a CTA of one warp.
+//
+// The working arrays d, e, q of a CTA's problems lie in shared memory, interleaved by problem, so that threads at
+// different places of their chains meet no bank conflict. Where they do not fit, nodes, weights and the scratch hold
+// them. A problem is first scaled by a power of two to norm 1/2 ... 1: then no square overflows, and one that falls
+// below kTiny is of no account.
+#include "launch.cuh"
+#include "ops/tridiag_quadrature.h"
+
+namespace blockhess {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMostProblems = 16;  // of a CTA: enough CTAs then to fill the device with 10,000 problems
+constexpr double kTiny = 1e-290;
+constexpr double kEps = 2.220446049250313e-16;
+
+// Element i of one problem's array.
+struct Column {
+  double* first;
+  int stride;
+  __device__ double& operator[](int i) const { return first[int64_t(i) * stride]; }
+};
+
+struct Work {
+  Column d, e, q;
+};
+
+// Problem p of the CTA's `problems`, the CTA's first problem being b.
+__device__ Work work_of(const TridiagQuadrature& op, double* shared, int problems, int64_t b, int p) {
+  if (shared == nullptr) {
+    const int64_t at = (b + p) * op.m;
+    return {{op.nodes + at, 1}, {op.couplings + at, 1}, {op.weights + at, 1}};
+  }
+  const int64_t array = op.m * problems;
+  return {{shared + p, problems}, {shared + array + p, problems}, {shared + 2 * array + p, problems}};
+}
+
+// Largest |entry| of tridiag(e, d, e), or NaN where one is not finite.
+__device__ double largest(const Work& x, int n) {
+  double most = 0.0;
+  for (int i = 0; i < n; ++i) {
+    const double d = std::fabs(x.d[i]), e = i + 1 < n ? std::fabs(x.e[i]) : 0.0;
+    if (!std::isfinite(d) || !std::isfinite(e)) return std::nan("");
+    most = std::fmax(most, std::fmax(d, e));
+  }
+  return most;
+}
+
+// Diagonalises tridiag(e, d, e) of size n and norm at most 1; q, the first row of the identity, becomes the first row
+// of the eigenvectors. e[i] couples i and i + 1; e[n - 1] is scratch. False where a node does not converge.
+__device__ bool implicit_ql(const Work& x, int n) {
+  const Column d = x.d, e = x.e, q = x.q;
+  e[n - 1] = 0.0;
+  for (int l = 0; l < n; ++l) {
+    for (int sweep = 0;; ++sweep) {
+      int m = l;  // the first coupling after l that is negligible beside its neighbours
+      for (double here = std::fabs(d[l]); m < n - 1; ++m) {
+        const double next = std::fabs(d[m + 1]), coupling = std::fabs(e[m]);
+        if (coupling <= kEps * (here + next) || coupling * coupling <= kTiny) break;
+        here = next;
+      }
+      if (m == l) break;
+      if (sweep == kMaxSweeps) return false;
+      double g = (d[l + 1] - d[l]) / (2.0 * e[l]);
+      g = d[m] - d[l] + e[l] / (g + std::copysign(std::sqrt(g * g + 1.0), g));
+      double s = 1.0, c = 1.0, p = 0.0, d_next = d[m], q_next = q[m];
+      int i = m - 1;
+      for (; i >= l; --i) {
+        const double f = s * e[i], b = c * e[i];
+        const double square = f * f + g * g;
+        if (square <= kTiny) break;  // the chain splits here
+        const double inverse = rsqrt(square), d_i = d[i], q_i = q[i];
+        e[i + 1] = square * inverse;
+        s = f * inverse;
+        c = g * inverse;
+        g = d_next - p;
+        const double t = (d_i - g) * s + 2.0 * c * b;
+        p = s * t;
+        d[i + 1] = g + p;
+        g = c * t - b;
+        q[i + 1] = s * q_i + c * q_next;
+        q_next = c * q_i - s * q_next;
+        d_next = d_i;
+      }
+      d[i + 1] = d_next - p;
+      q[i + 1] = q_next;
+      e[i + 1] = i >= l ? 0.0 : g;
+      e[m] = 0.0;
+    }
+  }
+  return true;
+}
+
+// Brings d into ascending order, equal ones in the order they had, and q with it.
+__device__ void insertion_sort(const Column& d, const Column& q, int n) {
+  for (int i = 1; i < n; ++i) {
+    const double d_i = d[i], q_i = q[i];
+    int k = i;
+    for (; k > 0 && d[k - 1] > d_i; --k) {
+      d[k] = d[k - 1];
+      q[k] = q[k - 1];
+    }
+    d[k] = d_i;
+    q[k] = q_i;
+  }
+}
+
+// Leaves nodes in d and weights in q, n of them; false where the problem fails.
+__device__ bool solve(const Work& x, int n) {
+  const double most = largest(x, n);
+  if (std::isnan(most)) return false;
+  int exponent = 0;
+  if (most > 0.0) std::frexp(most, &exponent);
+  for (int i = 0; i < n; ++i) {
+    x.d[i] = std::ldexp(x.d[i], -exponent);
+    if (i + 1 < n) x.e[i] = std::ldexp(x.e[i], -exponent);
+    x.q[i] = i == 0 ? 1.0 : 0.0;
+  }
+  if (!implicit_ql(x, n)) return false;
+  insertion_sort(x.d, x.q, n);
+  for (int i = 0; i < n; ++i) {
+    x.d[i] = std::ldexp(x.d[i], exponent);
+    x.q[i] *= x.q[i];
+  }
+  return true;
+}
+
+__global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op, int problems, bool in_shared) {
+  BLOCKHESS_DYNAMIC_SHARED(double, bytes);
+  double* shared = in_shared ? bytes : nullptr;
+  const int lane = threadIdx.x;
+  for (int64_t b = int64_t(blockIdx.x) * problems; b < op.n_problems; b += int64_t(gridDim.x) * problems) {
+    const int here = op.n_problems - b < problems ? int(op.n_problems - b) : problems;
+    for (int p = 0; p < here; ++p) {
+      const Work x = work_of(op, shared, problems, b, p);
+      const int64_t row = (b + p) * op.m;
+      for (int i = lane; i < op.m; i += kWarp) {
+        x.d[i] = op.alpha[row + i];
+        x.e[i] = op.beta[row + i];
+      }
+    }
+    __syncthreads();
+    if (lane < here) {
+      const Work x = work_of(op, shared, problems, b, lane);
+      const int64_t steps = op.steps[b + lane];
+      const bool valid = steps >= 0 && steps <= op.m;
+      const int n = valid ? int(steps) : 0;
+      const bool solved = valid && (n == 0 || solve(x, n));
+      const double beyond = !solved ? std::nan("") : n == 0 ? 0.0 : x.d[n - 1];
+      for (int i = solved ? n : 0; i < op.m; ++i) {
+        x.d[i] = beyond;
+        x.q[i] = solved ? 0.0 : beyond;
+      }
+    }
+    __syncthreads();
+    for (int p = 0; p < here && in_shared; ++p) {
+      const Work x = work_of(op, shared, problems, b, p);
+      const int64_t row = (b + p) * op.m;
+      for (int i = lane; i < op.m; i += kWarp) {
+        op.nodes[row + i] = x.d[i];
+        op.weights[row + i] = x.q[i];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+const char* tridiag_quadrature_cuda(const TridiagQuadrature& op, const CudaQueue& queue) {
+  Launcher launch(queue);
+  int device = 0, most_shared = 0;
+  launch.check(cudaGetDevice(&device));
+  launch.check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int64_t each = 3 * int64_t(sizeof(double)) * op.m;
+  int problems = kMostProblems;
+  while (problems > 1 && problems * each > most_shared) problems /= 2;
+  const bool in_shared = problems * each <= most_shared;
+  if (!in_shared) problems = kMostProblems;
+  const size_t shared = in_shared ? size_t(problems * each) : 0;
+  launch.check(cudaFuncSetAttribute(quadrature_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  launch(quadrature_kernel, (op.n_problems + problems - 1) / problems, kWarp, shared, op, problems, in_shared);
+  return launch.error();
+}
+
+}  // namespace blockhess

@@ -1,0 +1,193 @@
+"""The CUDA twins on the CPU: csrc/cuda compiled by g++ under the shim beside this file, called like the ops.
+
+Every array is copied into memory of its own with guard zones on both sides, filled with NaN; writing there is an error,
+and what is read there spoils the result. With BLOCKHESS_SANITIZE=1 the address sanitizer guards them to the byte, reads
+included; Python must then be started with its library in LD_PRELOAD.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blockhess_ext.layout import Layout
+from blockhess_ext.ops import DISTRIBUTIONS
+from blockhess_ext.recurrences import Recurrences
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+INCLUDES = [HERE, ROOT / "csrc", ROOT / "csrc/cuda"]
+SOURCES = (".cu", ".cuh", ".cpp", ".h")
+ORDERS = ("forward", "reverse", "shuffled")
+MAX_SHARED = 232448
+SANITIZE = os.environ.get("BLOCKHESS_SANITIZE") == "1"
+
+
+def obstacle() -> str | None:
+    """Why the shim cannot be compiled here, or None."""
+    return (
+        None if shutil.which(COMPILER) else f"needs g++ to compile csrc/cuda for the CPU, '{COMPILER}' is not on PATH"
+    )
+
+
+def build(sanitize: bool) -> Path:
+    """The shared library, compiled unless these very sources were before."""
+    flags = FLAGS + (["-fsanitize=address"] if sanitize else [])
+    folders = (HERE, ROOT / "csrc/cuda", ROOT / "csrc/ops")
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in SOURCES]
+    digest = hashlib.sha256(repr(flags).encode() + b"".join(path.read_bytes() for path in files))
+    folder = ROOT / "build/cuda_on_cpu" / digest.hexdigest()[:16]
+    target = folder / "cuda_on_cpu.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> str:
+        output = folder / f"{source.name}.o"
+        includes = [f"-I{path}" for path in INCLUDES]
+        subprocess.run([COMPILER, *flags, *includes, "-x", "c++", "-c", source, "-o", output], check=True)
+        return str(output)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [path for path in files if path.suffix in (".cu", ".cpp")]))
+    fresh = folder / f"{os.getpid()}.so"
+    subprocess.run([COMPILER, *flags, "-shared", *objects, "-o", fresh], check=True)
+    return fresh.rename(target)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The shared library, loaded."""
+    target = build(SANITIZE)
+    loaded = ctypes.CDLL(str(target))
+    loaded.guarded_malloc.restype = ctypes.c_void_p
+    loaded.guarded_malloc.argtypes = [ctypes.c_size_t]
+    loaded.guarded_free.restype = ctypes.c_bool
+    loaded.guarded_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return loaded
+
+
+class Emulator:
+    """The functions of `blockhess_ext.ops`, by the CUDA twins.
+
+    Args:
+        max_grid: most CTAs of a launch.
+        order: in which threads and CTAs run, one of ORDERS.
+        shift: elements by which every vector is moved off its 16-byte alignment.
+        max_shared: bytes of shared memory a CTA may have.
+    """
+
+    def __init__(self, max_grid: int = 2**31 - 1, order: str = "forward", shift: int = 0, max_shared: int = MAX_SHARED):
+        self.max_grid, self.order, self.shift, self.max_shared = max_grid, order, shift, max_shared
+
+    def call(self, name: str, sizes: list[int], arrays: list[Tensor], written: list[Tensor]) -> None:
+        """Runs a twin on guarded copies of the arrays and copies back those that it may write."""
+        lib = library()
+        lib.set_options(ORDERS.index(self.order), self.max_shared)
+        guards = []
+        for x in arrays:
+            offset = self.shift * x.element_size() if x.is_floating_point() and x.dim() > 1 else 0
+            bytes_ = x.numel() * x.element_size()
+            guards.append((lib.guarded_malloc(bytes_ + offset), offset, bytes_))
+            ctypes.memmove(guards[-1][0] + offset, x.data_ptr(), bytes_)
+        pointers = (ctypes.c_void_p * len(arrays))(*(base + offset for base, offset, _ in guards))
+        numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+        run = getattr(lib, f"run_{name}")
+        run.restype = ctypes.c_char_p
+        wide = any(x.dtype == torch.float64 for x in written[:1])
+        error = run(int(wide), numbers, pointers, ctypes.c_int64(self.max_grid))
+        spoilt = []
+        for i, (x, (base, offset, bytes_)) in enumerate(zip(arrays, guards)):
+            after = torch.empty_like(x)
+            ctypes.memmove(after.data_ptr(), base + offset, bytes_)
+            if any(x is y for y in written):
+                x.copy_(after)
+            elif not torch.equal(after.nan_to_num(7.0), x.nan_to_num(7.0)):
+                spoilt.append(f"array {i} is an input and was written")
+            if not lib.guarded_free(base, offset + bytes_):
+                spoilt.append(f"array {i} was written beyond its ends")
+        if error is not None:
+            raise RuntimeError(f"{name}: {error.decode()}")
+        if spoilt:
+            raise RuntimeError(f"{name}: {'; '.join(spoilt)}")
+
+    def lanczos_step(
+        self,
+        w: Tensor,
+        v: Tensor,
+        v_prev: Tensor,
+        beta_prev: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        recurrences: Recurrences,
+        layout: Layout,
+        partial: Tensor,
+    ) -> None:
+        r = recurrences
+        state = [alpha, beta, r.norm, r.steps, r.status]
+        arrays = [*tables(layout), w, v, v_prev, beta_prev, *state, r.limits, layout.basis_offsets, partial]
+        self.call("lanczos_step", shape(layout, len(w)), arrays, [v_prev, *state, partial])
+
+    def reorthogonalize(
+        self,
+        r: Tensor,
+        basis: Tensor,
+        count: int,
+        alpha: Tensor,
+        beta: Tensor,
+        recurrences: Recurrences,
+        layout: Layout,
+        partial: Tensor,
+    ) -> None:
+        s = recurrences
+        state = [alpha, beta, s.norm, s.steps, s.status]
+        arrays = [*tables(layout), r, basis, layout.basis_offsets, *state, s.limits, partial]
+        sizes = [*shape(layout, len(r)), basis.shape[0], basis.shape[2], count]
+        self.call("reorthogonalize", sizes, arrays, [r, basis, *state, partial])
+
+    def tridiag_quadrature(self, alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        nodes, weights, couplings = (torch.full_like(alpha, -7.0) for _ in range(3))
+        arrays = [alpha, beta, steps, nodes, weights, couplings]
+        self.call("tridiag_quadrature", list(alpha.shape), arrays, [nodes, weights, couplings])
+        return nodes, weights
+
+    def gaussian_density(self, nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
+        density = nodes.new_full((len(nodes), len(grid)), -7.0)
+        self.call("gaussian_density", [*nodes.shape, len(grid)], [nodes, weights, grid, sigma, density], [density])
+        return density
+
+    def random_probes(
+        self,
+        layout: Layout,
+        num_probes: int,
+        *,
+        seed: int,
+        block_ids: Tensor,
+        first_probe: int = 0,
+        distribution: str = "gaussian",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        probes = torch.full((num_probes, layout.n), -7.0, dtype=dtype)
+        partial = torch.full((num_probes, layout.n_tiles), -7.0, dtype=torch.float64)
+        sizes = [*shape(layout, num_probes), seed, first_probe, DISTRIBUTIONS.index(distribution)]
+        self.call("random_probes", sizes, [*tables(layout), block_ids, probes, partial], [probes, partial])
+        return probes
+
+
+def tables(layout: Layout) -> list[Tensor]:
+    return [layout.offsets, layout.tiles, layout.tile_offsets]
+
+
+def shape(layout: Layout, n_probes: int) -> list[int]:
+    return [n_probes, layout.n_blocks, layout.n, layout.n_tiles]
