@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blockhess.density import DEFAULT_RELATIVE_SIGMA, check_sigma, default_sigma, node_grid, smooth
-from blockhess.divergence import KINDS
+from blockhess.divergence import BATCHNORM_POLICIES, KINDS
 from blockhess.files import check_writable
 from blockhess.spectra import Spectra
 
@@ -121,8 +121,9 @@ def plot_density(
     first.minorticks_off()
     if share_x:
         _span(first, float(nodes.min()), float(nodes.max()), max(widths))
-    model = spectra.provenance.get("model")
+    model, policy = spectra.provenance.get("model"), spectra.provenance.get("batchnorm")
     title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
+    title += f", {BATCHNORM_POLICIES[policy]}" if policy in ("eval", "batch") else ""
     figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
     figure.supxlabel(f"eigenvalue (grey line: 0)\nblurred by Gaussians of {blur}", fontsize="medium")
     figure.supylabel("share of eigenvalues", fontsize="medium")
