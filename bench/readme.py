@@ -1,0 +1,81 @@
+"""Writes the measured parts of README.md from bench/results, so that no number in it is typed by hand.
+
+python bench/bench_slq.py --json bench/results/slq_cpu.json    # measures
+python bench/readme.py --demo                                  # runs the demo and keeps what README shows of it
+python bench/readme.py                                         # rewrites the parts between the markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+from bench_slq import Timing, markdown
+from environment import describe
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
+
+
+def keep_demo() -> None:
+    """Run `blockhess demo` and keep its comparison, with where it was made, and one picture."""
+    from blockhess.demo import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(folder)
+        shutil.copy(Path(folder) / "gpt_spectra.png", RESULTS / PICTURE)
+        comparison = (Path(folder) / "comparison.txt").read_text()
+    made = ", ".join(f"{key} {value}" for key, value in describe().items())
+    (RESULTS / COMPARISON).write_text(f"{comparison}\nMade by blockhess demo; {made}\n")
+
+
+def demo_part() -> str:
+    """The picture, the comparison up to its caveats, and where it was made."""
+    text = (RESULTS / COMPARISON).read_text()
+    body, rest = text.split("\nBefore you quote", 1)
+    made = rest.strip().splitlines()[-1]
+    return (
+        f"![Hessian spectra of the blocks of a small GPT at initialisation](bench/results/{PICTURE})\n\n"
+        "The spectra of a small GPT's blocks at initialisation. The demo then compares the GPT with a ResNet under\n"
+        "several definitions, with how much of each number is noise, and its verdict follows from the numbers:\n\n"
+        f"```text\n{body.strip()}\n```\n\n"
+        f"{made}"
+    )
+
+
+def bench_part() -> str:
+    """The table of bench_slq.py, from its JSON."""
+    result = json.loads((RESULTS / "slq_cpu.json").read_text())
+    names = {field.name for field in fields(Timing)}
+    timings = [Timing(**{key: value for key, value in timing.items() if key in names}) for timing in result["timings"]]
+    return (
+        "Against the paper's procedure in plain PyTorch (one double-backward through the whole graph per block and\n"
+        "probe), same model, data and probes, results compared before timing; `python bench/bench_slq.py`:\n\n"
+        + markdown(timings, result["peak_vector_sets"], result["environment"])
+    )
+
+
+def replaced(readme: str, name: str, part: str) -> str:
+    """The README with what stands between <!-- name --> and <!-- /name --> replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = readme.split(begin, 1)
+    return f"{before}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--demo", action="store_true", help="run the demo first and keep its results")
+    if parser.parse_args().demo:
+        keep_demo()
+    path = ROOT / "README.md"
+    readme = replaced(path.read_text(), "demo", demo_part())
+    path.write_text(replaced(readme, "bench", bench_part()))
+
+
+if __name__ == "__main__":
+    main()
