@@ -34,14 +34,14 @@ def test_a_tensor_left_on_the_cpu(name):
 def test_a_layout_left_on_the_cpu():
     case = on("cuda", step_case(torch.float32, SHORT))
     case.layout = on("cpu", case.layout)
-    with pytest.raises(RuntimeError, match="lanczos_step: .* must be on the device of the first argument"):
+    with pytest.raises(RuntimeError, match=r"lanczos_step: .* must be on the device of the first argument"):
         ops.lanczos_step(*case.arguments())
 
 
 def test_the_first_argument_left_on_the_cpu():
     case = on("cuda", step_case(torch.float32, SHORT))
     case.w = case.w.cpu()
-    with pytest.raises(RuntimeError, match="lanczos_step: .* must be on the device of the first argument"):
+    with pytest.raises(RuntimeError, match=r"lanczos_step: .* must be on the device of the first argument"):
         ops.lanczos_step(*case.arguments())
 
 
@@ -92,7 +92,7 @@ def test_wrong_shapes_and_counts():
 def test_a_problem_that_is_not_finite_is_named():
     alpha, beta, steps = on("cuda", tridiagonals(4))
     alpha[1, 2] = float("nan")
-    with pytest.raises(RuntimeError, match="must be finite and converge, and steps in 0 ... m, problem 1 does not"):
+    with pytest.raises(RuntimeError, match="problem 1 does not"):
         ops.tridiag_quadrature(alpha, beta, steps)
     steps[0] = 5
     with pytest.raises(RuntimeError, match="problem 0 does not"):
