@@ -29,12 +29,12 @@ UNPROVEN = "unproven on hardware"
 
 def verdict(target: Target, row: dict[str, Any], full: bool) -> tuple[str, str]:
     """What was measured, and whether that is enough."""
-    value = row.get("measured", {}).get(target.quantity)
-    if value is None:
-        return "-", "failed" if "failure" in row else "not measured"
-    shown = f"{100 * value:.1f} %" if "share" in target.quantity else f"{value:.3g}"
+    if "failure" in row:
+        return "-", "failed"
     if not full:
-        return shown, UNPROVEN
+        return "-", UNPROVEN
+    value = row["measured"][target.quantity]
+    shown = f"{100 * value:.1f} %" if "share" in target.quantity else f"{value:.3g}"
     return shown, "met" if target.met(value) else "missed"
 
 

@@ -1,9 +1,10 @@
 """All five ops once on small ragged batches, compared with the CPU twins: a case for compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 86 python bench/sanitizer_case.py
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.
+    compute-sanitizer --tool memcheck --error-exitcode 86 python bench/sanitizer_case.py
 
-Tensors are made on the CPU and copied, so that few kernels but blockhess' own run. Without torch's cache every tensor is
-an allocation of its own, and one element beyond it is an error. `--cpu` runs the same without a GPU.
+Tensors are made on the CPU and copied, so that few kernels but blockhess' own run. Without torch's cache every tensor
+is an allocation of its own, and one element beyond it is an error. `--cpu` runs the same without a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import torch
 
 from blockhess_ext import ops
+from blockhess_ext.layout import Layout
 from tests.gpu.cases import SHORT, density_arguments, projection, shifted, state, step_case, tridiagonals
 from tests.gpu.device import assert_near, on
 
@@ -41,7 +43,7 @@ def main() -> None:
         for distribution in ops.DISTRIBUTIONS:
             made = []
             for where in (device, "cpu"):
-                layout = ops.Layout.of(DIMS, where)
+                layout = Layout.of(DIMS, where)
                 ids = torch.arange(len(DIMS)).to(where)
                 made.append(ops.random_probes(layout, 2, seed=1, block_ids=ids, distribution=distribution, dtype=dtype))
             assert_near(made[:1], made[1:], 64 * torch.finfo(dtype).eps)
