@@ -1,7 +1,7 @@
 """The speed table of the CUDA kernels, measured on this machine's GPU.
 
-    python bench/gpu.py --out DIR            about two minutes on an H100: DIR/results.json and DIR/results.md
-    python bench/gpu.py --out DIR --quick    the same at smaller sizes, which meet no target
+    python bench/gpu.py --out DIR            full sizes, 20 GB of device memory: DIR/results.json and DIR/results.md
+    python bench/gpu.py --out DIR --quick    the same at smaller sizes, which meet no target; so on a small GPU
     python bench/gpu.py --out DIR --cpu      the same code at tiny sizes on the CPU: checks the script, times nothing
     python bench/gpu.py --table FILE         prints the table of a results.json
     python bench/gpu.py --unproven           prints the table before any GPU has run it
@@ -25,6 +25,7 @@ from environment import describe_device
 from gpu_rows import ROWS, Machine, Target
 
 UNPROVEN = "unproven on hardware"
+FULL_SIZE_MEMORY = 30 * 2**30
 
 
 def verdict(target: Target, row: dict[str, Any], full: bool) -> tuple[str, str]:
@@ -94,6 +95,16 @@ def run_row(name: str, machine: Machine) -> dict[str, Any]:
     return {**found, "seconds": time.perf_counter() - start}
 
 
+def size_for(device: torch.device, quick: bool) -> str:
+    """The sizes that the device holds: the targets' own need some 20 GB."""
+    if device.type == "cpu":
+        return "tiny"
+    small = torch.cuda.get_device_properties(device).total_memory < FULL_SIZE_MEMORY
+    if small and not quick:
+        print("bench/gpu.py: this GPU is too small for the full sizes; taking the quick ones", file=sys.stderr)
+    return "quick" if quick or small else "full"
+
+
 def write(results: dict[str, Any], out: Path) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "results.md").write_text(report(results) + "\n")
@@ -121,7 +132,7 @@ def main() -> int:
 
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu") if options.cpu else torch.device("cuda", torch.cuda.current_device())
-    size = "tiny" if options.cpu else "quick" if options.quick else "full"
+    size = size_for(device, options.quick)
     machine = Machine.measured(device, size)
     results: dict[str, Any] = {
         "environment": describe_device(device),

@@ -29,7 +29,10 @@ python=${PYTHON:-python3}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
-rm -f "$out"/*.log "$out/summary.txt" "$out/results.json" "$out/results.md"
+for name in machine build tests tests_skip tests_on_cpu sanitizer_case memcheck racecheck initcheck bench; do
+  rm -f "$out/$name.log"
+done
+rm -f "$out/summary.txt" "$out/results.json" "$out/results.md"
 
 BLOCKHESS_COMMIT=${BLOCKHESS_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 export BLOCKHESS_COMMIT PYTHONPATH="$work:$work/python:$work/bench" PYTHONDONTWRITEBYTECODE=1
