@@ -73,11 +73,14 @@ architecture() {
   "$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null
 }
 
+# Where compute-sanitizer is: on PATH, or beside a toolkit's nvcc that is not.
 sanitizer() {
   command -v compute-sanitizer && return
-  local beside
-  beside=$(dirname "$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")")/compute-sanitizer
-  [ -x "$beside" ] && echo "$beside"
+  local folder
+  for folder in "$(dirname "$(command -v nvcc || echo .)")" "${CUDA_HOME:-/usr/local/cuda}/bin" /usr/local/cuda/bin; do
+    [ -x "$folder/compute-sanitizer" ] && echo "$folder/compute-sanitizer" && return
+  done
+  return 1
 }
 
 say "blockhess $BLOCKHESS_COMMIT$([ $dry = 1 ] && echo ', dry run on the CPU: nothing here is proven on hardware')"
