@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from environment import describe_device
-from gpu_rows import ROWS, Machine, Target
+from gpu_machine import Machine, Target
+from gpu_rows import ROWS
 
 UNPROVEN = "unproven on hardware"
 FULL_SIZE_MEMORY = 30 * 2**30
