@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -19,7 +20,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with "-dirty" where tracked files differ from it, or "unknown"."""
+    """The commit of this checkout, with "-dirty" where tracked files differ from it, or "unknown".
+
+    A copy of the sources without their history is told by BLOCKHESS_COMMIT.
+    """
+    if told := os.environ.get("BLOCKHESS_COMMIT"):
+        return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -41,4 +47,27 @@ def describe() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def describe_device(device: torch.device) -> dict[str, str | int]:
+    """Return what `describe` does, and for a GPU its name, memory, driver, CUDA and multiprocessors."""
+    if device.type == "cpu":
+        return {"device": "cpu", **describe()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "memory_mib": properties.total_memory // 2**20,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _driver(),
+        "cuda": torch.version.cuda or "none",
+        **describe(),
     }

@@ -60,8 +60,8 @@ def block_id_tensor(block_ids: Sequence[int] | None, n_blocks: int) -> Tensor:
     return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)])
 
 
-def given_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> Tensor:
-    """A copy of the user's probes with every segment brought to norm 1."""
+def given_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:
+    """How many probes the user gives, and their dtype."""
     if not isinstance(probes, Tensor):
         raise TypeError(f"batched_slq: probes must be a tensor, got {type(probes).__name__}")
     if probes.dim() != 2 or probes.shape[0] < 1 or probes.shape[1] != layout.n:
@@ -71,6 +71,11 @@ def given_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> T
     if dtype not in (None, probes.dtype):
         raise ValueError(f"batched_slq: dtype must be that of probes, {probes.dtype}, or None, got {dtype}")
     choice("dtype of probes", probes.dtype, VECTOR_DTYPES)
+    return len(probes), probes.dtype
+
+
+def unit_probes(probes: Tensor, layout: Layout) -> Tensor:
+    """A copy of the user's probes with every segment brought to norm 1."""
     unit = probes.detach().clone(memory_format=torch.contiguous_format)
     for l in range(layout.n_blocks):
         segment = unit[:, layout.columns(l)]

@@ -102,15 +102,20 @@ def batched_slq(
         seed = arguments.probe_seed(seed)
         dtype = arguments.choice("dtype", dtype or torch.float32, arguments.VECTOR_DTYPES)
         num_probes = arguments.integer("num_probes", num_probes, 1)
-        v = ops.random_probes(layout, num_probes, seed=seed, block_ids=ids, distribution=distribution, dtype=dtype)
     else:
         seed, distribution = None, "given"
-        v = arguments.given_probes(probes, layout, dtype)
+        num_probes, dtype = arguments.given_probes(probes, layout, dtype)
 
-    kept = _blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=len(v) * v.element_size())
+    row_bytes = num_probes * dtype.itemsize
+    kept = _blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
     layout = layout.with_basis(kept)
-    set_bytes, basis_bytes = v.nbytes, layout.n_basis * min(num_steps, layout.n) * len(v) * v.element_size()
-    with memory_explained(vectors=3 * set_bytes, basis=basis_bytes):
+    basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
+    with memory_explained(vectors=3 * layout.n * row_bytes, basis=basis_bytes):
+        if probes is None:
+            assert seed is not None
+            v = ops.random_probes(layout, num_probes, seed=seed, block_ids=ids, distribution=distribution, dtype=dtype)
+        else:
+            v = arguments.unit_probes(probes, layout)
         alpha, beta, recurrences = _lanczos(hvp, v, layout, num_steps, on_step)
 
     nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
@@ -127,7 +132,7 @@ def batched_slq(
         seed=seed,
         distribution=distribution,
         reorthogonalize=tuple("full" if keep else "none" for keep in kept),
-        dtype=str(v.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
     if on_nonfinite == "raise" and result.nonfinite.any():
         raise NonFiniteError(_nonfinite_text(result), result)

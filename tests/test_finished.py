@@ -101,3 +101,15 @@ def test_memory_that_runs_out_is_explained_and_freed():
     del error
     gc.collect()
     assert vectors[0]() is None
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_memory_that_lacks_for_the_first_vectors_is_explained_too(given, monkeypatch):
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("blockhess_ext.ops.random_probes", full)
+    monkeypatch.setattr("blockhess_ext.arguments.unit_probes", full)
+    probes = torch.ones(2, 2**18) if given else None
+    with pytest.raises(torch.OutOfMemoryError, match=r"three sets of vectors, 6 MiB, the kept basis, 0 MiB"):
+        batched_slq(lambda v: v, [2**18], num_probes=2, probes=probes, reorthogonalize="none")

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Everything that a GPU can prove of blockhess, in one call:
+#
+#     bench/run_gpu.sh OUT_DIR                builds with CUDA; tests, sanitizers, benchmarks; under ten minutes
+#     bench/run_gpu.sh OUT_DIR --dry-run      the same script on the CPU, where there is no GPU: proves the script only
+#       ... --reuse-build                     with the _C module that lies in the sources, instead of a build (dry run)
+#
+# Needs a Python with torch, numpy, scipy, pybind11, ninja, setuptools and pytest, and nvcc; nothing is fetched. PYTHON
+# names it (default: python3). Sources are copied and built elsewhere, so the checkout stays as it is. OUT_DIR gets a
+# log of every step, results.json, results.md and summary.txt. A step that fails leaves the others to run; the exit
+# code is then 1. A copy of the sources without git is told its commit by BLOCKHESS_COMMIT.
+set -uo pipefail
+
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+out='' dry=0 reuse=0
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) dry=1 ;;
+    --reuse-build) reuse=1 ;;
+    -*) usage ;;
+    *) [ -z "$out" ] || usage; out=$argument ;;
+  esac
+done
+[ -n "$out" ] && [ "$reuse" -le "$dry" ] || usage
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$work"' EXIT
+for name in machine build tests tests_skip tests_on_cpu sanitizer_case memcheck racecheck initcheck bench; do
+  rm -f "$out/$name.log"
+done
+rm -f "$out/summary.txt" "$out/results.json" "$out/results.md"
+
+BLOCKHESS_COMMIT=${BLOCKHESS_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
+export BLOCKHESS_COMMIT PYTHONPATH="$work:$work/python:$work/bench" PYTHONDONTWRITEBYTECODE=1
+[ $dry = 0 ] || export CUDA_VISIBLE_DEVICES=
+failed=0 deadline=590 reserved=160  # seconds: of the whole, and of it kept for the benchmarks
+
+say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
+
+# step NAME SECONDS COMMAND...: runs it in the copy, its output in NAME.log.
+step() {
+  local name=$1 limit=$2 begin=$SECONDS code=0 left=$((deadline - reserved - SECONDS))
+  shift 2
+  [ "$limit" -le "$left" ] || limit=$((left > 1 ? left : 1))
+  (cd "$work" && timeout --kill-after=10 "$limit" "$@") >"$out/$name.log" 2>&1 || code=$?
+  case $code in
+    0) say "$(printf '%-22s ok, %d s' "$name" $((SECONDS - begin)))" ;;
+    124 | 137) failed=1; say "$(printf '%-22s FAILED: not done in %d s, see %s.log' "$name" "$limit" "$name")" ;;
+    *) failed=1; say "$(printf '%-22s FAILED: exit code %d, see %s.log' "$name" "$code" "$name")" ;;
+  esac
+  return $code
+}
+
+# Sources alone: what was built in the checkout, or lies in its environments, stays behind.
+copy() {
+  (cd "$root" && tar cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE \
+    csrc blockhess_ext python tests bench) | tar xf - -C "$work"
+}
+
+machine() {
+  nvidia-smi || echo 'no nvidia-smi'
+  nvcc --version || echo 'no nvcc'
+  "$python" -c 'import platform, torch; print(platform.python_version(), torch.__version__, torch.version.cuda,
+    [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])'
+}
+
+# The architecture of the GPU here, so that it is its own code that is proven.
+architecture() {
+  "$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null
+}
+
+# Where compute-sanitizer is: on PATH, or beside a toolkit's nvcc that is not.
+sanitizer() {
+  command -v compute-sanitizer && return
+  local folder
+  for folder in "$(dirname "$(command -v nvcc || echo .)")" "${CUDA_HOME:-/usr/local/cuda}/bin" /usr/local/cuda/bin; do
+    [ -x "$folder/compute-sanitizer" ] && echo "$folder/compute-sanitizer" && return
+  done
+  return 1
+}
+
+say "blockhess $BLOCKHESS_COMMIT$([ $dry = 1 ] && echo ', dry run on the CPU: nothing here is proven on hardware')"
+copy || { say 'sources                FAILED: could not be copied'; exit 1; }
+machine >"$out/machine.log" 2>&1
+
+if [ $reuse = 1 ]; then
+  step build 30 cp "$root"/blockhess_ext/_C*.so blockhess_ext/
+elif [ $dry = 1 ]; then
+  step build 300 env BLOCKHESS_CUDA=0 "$python" setup.py build_ext --inplace
+else
+  arch=${TORCH_CUDA_ARCH_LIST:-$(architecture)}
+  step build 200 env BLOCKHESS_CUDA=1 ${arch:+TORCH_CUDA_ARCH_LIST="$arch"} MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+    "$python" setup.py build_ext --inplace
+fi || { say 'nothing else can run'; exit 1; }
+
+pytest=("$python" -m pytest -q -rs -p no:cacheprovider tests/gpu)
+if [ $dry = 1 ]; then
+  # 5 is pytest's "no tests": every module skipped itself.
+  step tests_skip 60 bash -c '"$@"; code=$?; [ $code = 5 ]' _ "${pytest[@]}"
+  step tests_on_cpu 120 env BLOCKHESS_TEST_DEVICE=cpu "${pytest[@]}"
+  step sanitizer_case 60 "$python" bench/sanitizer_case.py --cpu
+  reserved=0
+  step bench 60 "$python" bench/gpu.py --cpu --out "$out"
+else
+  step tests 150 env BLOCKHESS_REQUIRE_GPU=1 "${pytest[@]}"
+  if tool=$(sanitizer); then
+    for check in memcheck racecheck initcheck; do
+      step "$check" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --error-exitcode 86 \
+        "$python" bench/sanitizer_case.py
+    done
+  else
+    say 'compute-sanitizer      not here: memcheck, racecheck and initcheck did not run'
+  fi
+  reserved=0
+  step bench 240 "$python" bench/gpu.py --out "$out"
+fi
+
+[ -f "$out/results.md" ] && { echo; cat "$out/results.md"; }
+say "$([ $failed = 0 ] && echo 'all steps passed' || echo 'SOME STEPS FAILED') in $SECONDS s; logs in $out"
+exit $failed
