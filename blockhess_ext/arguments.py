@@ -71,6 +71,8 @@ def given_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> t
     if dtype not in (None, probes.dtype):
         raise ValueError(f"batched_slq: dtype must be that of probes, {probes.dtype}, or None, got {dtype}")
     choice("dtype of probes", probes.dtype, VECTOR_DTYPES)
+    if probes.device != layout.offsets.device:
+        raise ValueError(f"batched_slq: device must be that of probes, {probes.device}, got {layout.offsets.device}")
     return len(probes), probes.dtype
 
 
