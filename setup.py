@@ -7,6 +7,7 @@ BLOCKHESS_CUDA=auto (default) takes CUDA if torch was built with it and CUDA_HOM
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -46,6 +47,14 @@ def check_compiler() -> None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         refuse(f"no C++ compiler: '{compiler}' is not on PATH. Install one (Debian: apt install g++) or set CXX")
+
+
+def check_python_headers() -> None:
+    folder = Path(sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").exists():
+        refuse(
+            f"{folder}/Python.h does not exist. Install the headers of this Python (Debian: apt install python3-dev)"
+        )
 
 
 def cuda_obstacle() -> str | None:
@@ -105,4 +114,5 @@ def extension():
 
 check_torch()
 check_compiler()
+check_python_headers()
 setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -9,7 +9,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "blockhess_ext is not compiled for this Python and torch; in blockhess' source folder run: "
-        f"pip install --no-build-isolation .   ({error})"
+        "pip install --no-build-isolation -e .   (without -e it works outside that folder only, which hides what is "
+        f"installed: {error})"
     ) from error
 
 from blockhess_ext import ops, reference

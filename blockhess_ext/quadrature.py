@@ -63,7 +63,8 @@ class Quadrature:
 
         Returns:
             values, stderr: (n_blocks,) float64. With one probe the error is infinite, as nothing is known of it;
-            a block of one element has error 0, as every probe gives the same.
+            a block of one element has error 0, as every probe gives the same. Recurrences frozen before
+            their first step are left out; where a block has no other, its value is NaN and its error infinite.
 
         Raises:
             ValueError: f is not finite at a node that carries weight, or returns another shape.
@@ -79,7 +80,8 @@ class Quadrature:
         if not isinstance(values, Tensor) or values.shape != self.nodes.shape:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"integrate: f must return shape {tuple(self.nodes.shape)}, got {got}")
-        carries = self.weights > 0
+        valid = torch.arange(self.nodes.shape[-1], device=self.nodes.device) < self.steps[..., None]
+        carries = valid & (self.weights > 0)
         bad = carries & ~values.isfinite()
         if bad.any():
             p, l, i = bad.nonzero()[0].tolist()
@@ -88,9 +90,10 @@ class Quadrature:
                 f"{self.nodes[p, l, i].item():.6g} of block {l}"
             )
         terms = torch.where(carries, self.weights * values, 0.0).sum(-1)
+        known = self.steps > 0
+        count = known.sum(0)
+        mean = terms.sum(0) / count
+        squares = torch.where(known, (terms - mean) ** 2, 0.0).sum(0)
+        stderr = torch.where(count > 1, (squares / (count - 1) / count).sqrt(), math.inf)
         dims = torch.tensor(self.dims, dtype=torch.float64, device=terms.device)
-        if self.num_probes > 1:
-            stderr = dims * terms.std(0) / math.sqrt(self.num_probes)
-        else:
-            stderr = torch.where(dims > 1, math.inf, 0.0)
-        return dims * terms.mean(0), stderr
+        return dims * mean, torch.where((dims == 1) & (count > 0), 0.0, dims * stderr)

@@ -163,7 +163,10 @@ def _lanczos(
 
     v_prev = torch.zeros_like(v)
     for j in range(m):
+        version = v._version
         w = arguments.hvp_result(hvp(v), v)
+        if v._version != version:
+            raise ValueError("batched_slq: hvp must not change its argument in place, got a changed v")
         ops.lanczos_step(w, v, v_prev, beta_prev, alpha[j], beta[j], recurrences, layout, partial)
         del w  # so that no more than three sets of vectors are ever held
         if j < len(basis):

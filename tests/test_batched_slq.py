@@ -197,6 +197,26 @@ def test_integrate_gives_traces_with_honest_errors(rng):
     assert abs(sum(deviations)) / 40 < 0.6  # unbiased
 
 
+def test_the_error_is_that_of_the_mean(operator):
+    q = batched_slq(operator, DIMS, num_probes=5, num_steps=6)
+    each = (q.weights * q.nodes**2).sum(-1)
+    by_hand = torch.tensor(DIMS) * each.std(0) / math.sqrt(5)
+    torch.testing.assert_close(q.integrate(torch.square)[1][1:], by_hand[1:])
+
+
+def test_integrate_leaves_out_what_was_frozen_at_once():
+    def hvp(v: torch.Tensor) -> torch.Tensor:
+        w = 2 * v
+        w[0, 0] = math.nan
+        w[:, 3] = math.nan
+        return w
+
+    q = batched_slq(hvp, [3, 4], num_probes=4, on_nonfinite="report")
+    values, stderr = q.integrate(lambda x: x)
+    assert values[0].item() == pytest.approx(6) and stderr[0] < 1e-6
+    assert values[1].isnan() and stderr[1] == math.inf
+
+
 def test_integrate_with_one_probe_and_one_element():
     q = batched_slq(lambda v: 3 * v, [1, 2], num_probes=1)
     values, stderr = q.integrate(torch.sqrt)
@@ -272,6 +292,7 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"hvp": lambda v: v[:, :-1]}, ValueError, r"must return shape \(n_probes, n\) = \(10, 5\), got \(10, 4\)"),
         ({"hvp": lambda v: v.double()}, ValueError, "must return dtype torch.float32, got torch.float64"),
         ({"hvp": lambda v: v.to("meta")}, ValueError, "must return device cpu, got meta"),
+        ({"hvp": lambda v: v.mul_(3)}, ValueError, "hvp must not change its argument in place"),
         ({"hvp": lambda v: None}, TypeError, "must return a tensor, got NoneType"),
     ],
 )

@@ -82,4 +82,4 @@ def test_an_import_without_a_build_says_what_to_run(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "pip install --no-build-isolation ." in done.stderr.strip().splitlines()[-1]
+    assert "pip install --no-build-isolation -e ." in done.stderr.strip().splitlines()[-1]

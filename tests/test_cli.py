@@ -88,6 +88,7 @@ def test_show_of_one_block_has_no_js0(tmp_path: Path, capsys: pytest.CaptureFixt
         (["demo", "--probes", "0"], "num_probes must be at least 1, got 0"),
         (["demo", "--steps", "-3"], "num_steps must be at least 1, got -3"),
         (["demo", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (["demo", "--seed", str(10**25)], f"seed must be below 2^63, got {10**25}"),
         (["demo", "--probes", "many"], "--probes"),
         (["demo", "--fast"], "--fast"),
         (["show"], "file"),

@@ -338,7 +338,7 @@ def edit(key: str, value: Any, *path: Any) -> Callable[[dict[str, Any]], None]:
         (edit("name", "block1", "blocks", 0), "different names, got block1"),
         (edit("dim", 12.0, "blocks", 0), "dim must be an integer, got 12.0"),
         (edit("dim", 0, "blocks", 0), "dim of a block must be at least 1, got 0"),
-        (edit("dim", 13, "blocks", 0), "blocks, dims, block_ids and reorthogonalize must agree"),
+        (edit("dim", 13, "blocks", 0), "shape of a block must have dim elements"),
         (edit("shape", None, "blocks", 0), "shape must be a list, got None"),
         (edit("note", None, "blocks", 0), "note must be text"),
         (edit("quadrature", None), "quadrature must be an object"),
@@ -395,3 +395,15 @@ def replace(name: str, make: Callable[[np.ndarray[Any, Any]], object]) -> Callab
 def test_arrays_are_validated(good: Path, change: Callable[[dict[str, Any]], None], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         load(change_arrays(good, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda header: header["blocks"][0].update(dim=10**400, shape=[10**400]), "dim of a block must be below 2^62"),
+        (lambda header: header["blocks"][0].update(shape=[-3, -4]), "shape of a block must have dim elements"),
+        (lambda header: header["quadrature"].update(num_steps=-5), "num_steps must be in 1"),
+    ],
+)
+def test_numbers_that_cannot_be(good: Path, change: Callable[[dict[str, Any]], object], text: str) -> None:
+    assert text in refused(change_header(good, change))

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+import blockhess
 from blockhess.blocks import Part
 from blockhess.model_state import fixed_state
 from tests.dense_hessian import assert_close, dense_hessian, operator, operator_blocks
@@ -354,3 +356,27 @@ def test_parameters_and_data_on_different_devices() -> None:
     model[2].to("meta")
     with pytest.raises(ValueError, match=r"one device, got '0.weight' on cpu and '2.weight' on meta"):
         operator(model, (x, y), nn.CrossEntropyLoss())
+
+
+def test_what_autograd_gets_silently_wrong_is_refused() -> None:
+    weight_norm = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
+    with pytest.raises(NotImplementedError, match="fused weight norm"):
+        blockhess.spectrum(weight_norm, labelled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
+
+    def checkpointed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        return F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), batch[1])
+
+    reentrant = True
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        blockhess.spectrum(mlp(), labelled(5), checkpointed, num_probes=1, num_steps=2)
+    reentrant = False
+    blockhess.spectrum(mlp(), labelled(5), checkpointed, num_probes=1, num_steps=2)
+
+
+def test_autocast_around_the_call_changes_nothing() -> None:
+    model, data = mlp(), labelled(5)
+    plain = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=1, num_steps=3)
+    with torch.autocast("cpu"):
+        inside = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=1, num_steps=3)
+    assert torch.equal(plain.quadrature.nodes, inside.quadrature.nodes)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockhess.losses import as_loss, checked_weight
+from blockhess.losses import TransformersLoss, as_loss, checked_weight
 
 C = 4
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -169,3 +169,11 @@ def test_transformers_models_weigh_by_the_labels_they_look_at(transformers: Any,
     split, weight = of_all(None, halves, model)
     assert weight == count
     assert split == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_a_first_batch_whose_labels_are_all_ignored_decides_nothing(transformers: Any) -> None:
+    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=9, n_positions=8, attn_pdrop=0.0)
+    model, loss = transformers.GPT2LMHeadModel(config).eval(), TransformersLoss()
+    ids = torch.randint(9, (2, 6))
+    loss(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    assert loss(model, {"input_ids": ids, "labels": ids})[1] == 2 * 5

@@ -57,7 +57,7 @@ def test_every_block_has_a_panel_with_all_its_eigenvalues(options: dict[str, Any
 
 def test_the_caption_says_how_wide_the_blur_is() -> None:
     spectra = mixed_spectra()
-    assert "blurred by Gaussians of each block's range / steps, for pictures only" in texts(plot_density(spectra))
+    assert "blurred by Gaussians of about each block's range / steps, for pictures only" in texts(plot_density(spectra))
     assert "sigma 0.5" in texts(plot_density(spectra, sigma=0.5))
     assert "sigma 1e+03" in texts(plot_density(spectra, share_x=True))
 

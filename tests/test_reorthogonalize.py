@@ -46,6 +46,23 @@ def test_result_is_orthogonal_to_the_basis_and_of_norm_one(dtype, rng):
                 assert torch.equal(basis[COUNT, p, case.layout.basis_columns(l)], v.to(dtype))
 
 
+def test_one_pass_would_not_be_enough(dtype, rng):
+    """A residual almost inside the basis: what one projection leaves of rounding is large beside what remains."""
+    case, basis = prepared(dtype, rng)
+    eps, l = torch.finfo(dtype).eps, 5
+    case.recurrences.norm[0, l] = 1e-3  # so small that the residual is no breakdown
+    columns = case.layout.basis_columns(l)
+    q0, q1 = basis[:COUNT, 0, columns].double()
+    outside = torch.randn(len(q0), generator=rng, dtype=torch.float64)
+    r = q0 + q1 + 1e3 * eps * outside / outside.norm()
+    case.v_prev[0, case.layout.columns(l)] = r.to(dtype)
+    case.alpha[0, l] = 0.0
+    run(ops.reorthogonalize, case, basis)
+    v = case.v_prev[0, case.layout.columns(l)].double()
+    assert case.recurrences.status[0, l] == RUNNING
+    assert (basis[:COUNT, 0, columns].double() @ v).abs().max() <= 8 * eps
+
+
 def test_a_residual_inside_the_basis_finishes(dtype, rng):
     case, basis = prepared(dtype, rng)
     l = 5

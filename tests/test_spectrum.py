@@ -373,3 +373,21 @@ def test_import_loads_nothing_heavy_and_every_name_is_there() -> None:
     subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"], check=True)
     with pytest.raises(AttributeError, match="no attribute 'spectra_of'"):
         _ = blockhess.spectra_of
+
+
+def test_blocks_of_equal_size_have_probes_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    q = blockhess.spectrum(model, labelled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=1).quadrature
+    assert len(set(q.block_ids)) == 4
+
+
+def test_other_thread_counts_agree_to_rounding() -> None:
+    """Not to the bit: the backward pass of LayerNorm adds in an order that depends on the number of threads."""
+    model = nn.Sequential(nn.Linear(3, 64), nn.LayerNorm(64), nn.Tanh(), nn.Linear(64, 3))
+    data, before, results = labelled(200), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=5))
+    torch.set_num_threads(before)
+    one, two = (spectra.frobenius_norm()[0] for spectra in results)
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-9)

@@ -340,6 +340,8 @@ def run(
     for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"demo: {name} must be at least {least}, got {value}")
+        if value >= 2**63:
+            raise ValueError(f"demo: {name} must be below 2^63, got {value}")
     folder = writable_folder(out)
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('demo: pictures need matplotlib; type: pip install "blockhess[cli]"')

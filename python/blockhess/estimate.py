@@ -2,7 +2,9 @@
 
 For every block l of the parameters, stochastic Lanczos quadrature of H_l = d2 Loss / d w_l^2 (the paper's Algorithm 5).
 
-Promises: the model is left as it was; a block's result does not depend on which other blocks are asked for.
+Promises: the model is left as it was; a block's probes do not depend on which other blocks are asked for, nor does its
+result, except that reorthogonalize="auto" shares one budget among the blocks. One seed gives the same bits as far as
+torch's own kernels do: some backward passes (LayerNorm's) depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) ->
         nonfinite=tensors["nonfinite"],
         dims=dims,
         block_ids=block_ids,
-        num_steps=_get(made, "num_steps", int),
+        num_steps=_positive(made, "num_steps"),
         seed=None if seed is None else _get(made, "seed", int),
         distribution=_get(made, "distribution", str),
         reorthogonalize=reorthogonalize,
@@ -248,12 +248,21 @@ def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) ->
         raise _Refused(str(error)) from None
 
 
+def _positive(entry: dict[str, Any], key: str) -> int:
+    value: int = _get(entry, key, int)
+    _require(1 <= value < 2**62, f"{key} must be in 1 ... 2^62")
+    return value
+
+
 def _block(entry: dict[str, Any]) -> BlockInfo:
     dim = _get(entry, "dim", int)
+    shape = tuple(_list(entry, "shape", int))
     _require(dim >= 1, f"dim of a block must be at least 1, got {dim}")
+    _require(dim < 2**62, "dim of a block must be below 2^62")
+    _require(min(shape, default=1) >= 1 and math.prod(shape) == dim, "shape of a block must have dim elements")
     return BlockInfo(
         name=_get(entry, "name", str),
-        shape=tuple(_list(entry, "shape", int)),
+        shape=shape,
         dim=dim,
         parameters=tuple(_list(entry, "parameters", str)),
         note=_get(entry, "note", str),

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from blockhess.batches import Batch, check_device
 from blockhess.blocks import Block, BlockInfo
@@ -99,6 +100,7 @@ class BlockHessian:
                 raise ValueError(f"spectrum: loss_fn must return a finite loss, got {loss.item()} for batch {index}")
             value = loss.item()
             if not self._batches:
+                _refuse_cut_graph([loss.grad_fn])
                 del loss  # here and below: so that there is one graph at a time
                 loss = checked(self._loss(self._model, batch)[0], index)
                 _check_repeatable(value, loss.item())
@@ -132,7 +134,7 @@ class BlockHessian:
         )
         by_name = {name: g for name, g in zip(self._parameters, gradients) if g is not None}
         if create_graph and not self._graph_checked:
-            _refuse_cut_graph(by_name.values())
+            _refuse_cut_graph(g.grad_fn for g in by_name.values())
             self._graph_checked = True
         return by_name
 
@@ -215,20 +217,28 @@ def _add_product(
             target.view(piece.shape).add_(piece.of(row), alpha=share)
 
 
-def _refuse_cut_graph(gradients: Iterable[Tensor]) -> None:
-    """Find operations marked once_differentiable: autograd would silently leave out what passes through them."""
-    waiting = [g.grad_fn for g in gradients]
+# What autograd would silently differentiate wrongly, by the name of its node in the graph.
+_NOT_TWICE_DIFFERENTIABLE = {
+    "torch::autograd::Error": "an operation marked once_differentiable (a torch.autograd.Function), which has no "
+    "second derivative; write that operation in plain PyTorch",
+    "CheckpointFunctionBackward": "reentrant activation checkpointing, which hides parameters from autograd.grad; "
+    "pass use_reentrant=False",
+    "WeightNormInterfaceBackward0": "torch's fused weight norm, whose second derivative is wrong; write g v / |v| in "
+    "plain PyTorch, or remove the parametrization",
+}
+
+
+def _refuse_cut_graph(roots: Iterable[Node | None]) -> None:
+    """Find operations whose second derivative autograd silently leaves out or gets wrong."""
+    waiting = list(roots)
     seen = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise NotImplementedError(
-                "spectrum: the model has an operation marked once_differentiable (a torch.autograd.Function), which "
-                "has no second derivative; write that operation in plain PyTorch"
-            )
+        if node.name() in _NOT_TWICE_DIFFERENTIABLE:
+            raise NotImplementedError(f"spectrum: the model has {_NOT_TWICE_DIFFERENTIABLE[node.name()]}")
         waiting.extend(edge[0] for edge in node.next_functions)
 
 

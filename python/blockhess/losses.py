@@ -152,7 +152,7 @@ class TransformersLoss:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             return loss, batch_size(batch)
-        if self._shifted is None:
+        if self._shifted is None and bool(labels.ne(-100).any()):  # labels that all are ignored cannot tell
             self._shifted = labels.dim() == 2 and _labels_are_shifted(output, labels)
         return loss, (labels[:, 1:] if self._shifted else labels).ne(-100).sum()
 

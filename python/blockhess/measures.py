@@ -41,20 +41,9 @@ def merge_probes(quadrature: Quadrature) -> tuple[Tensor, Tensor]:
 def moment(quadrature: Quadrature, power: int) -> tuple[Tensor, Tensor]:
     """Return tr H_l^power = dim_l mean_p sum_i w_i x_i^power and its standard error over probes, (n_blocks,) each.
 
-    One probe tells nothing of its own error: infinite, except for blocks of one element, where every probe gives the
-    same.
+    See Quadrature.integrate for blocks with one probe, one element, or without any step.
     """
-    valid = valid_nodes(quadrature)
-    values = torch.where(valid, quadrature.weights * quadrature.nodes**power, 0.0).sum(-1)
-    made_a_step = valid.any(-1)
-    probes = made_a_step.sum(0)
-
-    dims = torch.tensor(quadrature.dims, dtype=torch.float64)
-    mean = values.sum(0) / probes
-    squares = torch.where(made_a_step, (values - mean) ** 2, 0.0).sum(0)
-    stderr = (squares / (probes - 1) / probes).sqrt()
-    stderr = torch.where(probes > 1, stderr, math.inf)
-    return dims * mean, torch.where(dims == 1, 0.0, dims * stderr).masked_fill(probes == 0, math.inf)
+    return quadrature.integrate(lambda nodes: nodes**power)
 
 
 def extremes(quadrature: Quadrature) -> tuple[Tensor, Tensor]:

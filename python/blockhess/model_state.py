@@ -50,6 +50,8 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))  # and gradients on
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for device_type in ("cpu", *(["cuda"] if devices else [])):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         if "torch._dynamo" in sys.modules:  # whoever compiled a module has loaded it; loading it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_kept_buffers(modules))

@@ -108,7 +108,7 @@ def plot_density(
         blur = f"sigma {widths[0]:.3g}"
     else:
         widths = [_resolved_sigma(spectra, row, x) for row, x in zip(rows, nodes)]
-        blur = "each block's range / steps, for pictures only"
+        blur = "about each block's range / steps, for pictures only"
     for panel, row, x, w, width in zip(panels.flatten(), rows, nodes, weights, widths):
         _draw_density(panel, spectra.names[row], x, w, width)
     for panel in panels.flatten()[len(rows) :]:
@@ -160,9 +160,10 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
 def _span(panel: Axes, low: float, high: float, sigma: float) -> None:
     """Show the eigenvalues from low to high, and label these two."""
     # A block with a single eigenvalue shows as what it is, a narrow peak.
-    reach = 6 * sigma if high - low > 20 * sigma else 50 * sigma
+    spread = high - low > 10 * sigma
+    reach = 6 * sigma if spread else 50 * sigma
     panel.set_xlim(low - reach, high + reach)
-    ticks = [low, high] if high - low > 20 * sigma else [low]
+    ticks = [low, high] if spread else [low]
     panel.set_xticks(ticks, [_brief(tick) for tick in ticks])
 
 

@@ -73,11 +73,11 @@ def describe(spectra: Spectra, sort: str = "order") -> str:
     names = sorted_names(spectra, sort)
     made = spectra.provenance
     lines = [repr(spectra)]
-    if "loss_value" in made:
+    if isinstance(made.get("loss_value"), int | float):
         lines.append(f"loss {made['loss_value']:.6g} ({made.get('loss')}), BatchNorm: {made.get('batchnorm')}")
-    if "hvps" in made:
+    if isinstance(made.get("hvps"), int) and isinstance(made.get("seconds"), int | float):
         lines.append(
-            f"{made['hvps']} Hessian-vector products in {made.get('seconds', math.nan):.1f} s, "
+            f"{made['hvps']} Hessian-vector products in {made['seconds']:.1f} s, "
             f"blockhess {made.get('blockhess')}, torch {made.get('torch')}"
         )
     lines += ["", spectra.table(names)]
