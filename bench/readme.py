@@ -26,11 +26,11 @@ def keep_demo() -> None:
     """Run `blockhess demo` and keep its comparison, with where it was made, and one picture."""
     from blockhess.demo import run
 
+    made = ", ".join(f"{key} {value}" for key, value in describe().items())  # before anything changes the checkout
     with tempfile.TemporaryDirectory() as folder:
         run(folder)
         shutil.copy(Path(folder) / "gpt_spectra.png", RESULTS / PICTURE)
         comparison = (Path(folder) / "comparison.txt").read_text()
-    made = ", ".join(f"{key} {value}" for key, value in describe().items())
     (RESULTS / COMPARISON).write_text(f"{comparison}\nMade by blockhess demo; {made}\n")
 
 
