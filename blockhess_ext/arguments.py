@@ -54,7 +54,10 @@ def probe_seed(seed: int | None) -> int:
 
 def block_id_tensor(block_ids: Sequence[int] | None, n_blocks: int) -> Tensor:
     """The ids that key the probes, by default the blocks' indices: (n_blocks,) int64."""
-    ids = list(range(n_blocks)) if block_ids is None else list(block_ids)
+    try:
+        ids = list(range(n_blocks)) if block_ids is None else list(block_ids)
+    except TypeError:
+        raise TypeError(f"batched_slq: block_ids must be a sequence of integers, got {block_ids!r}") from None
     if len(ids) != n_blocks:
         raise ValueError(f"batched_slq: block_ids must hold n_blocks = {n_blocks} ids, got {len(ids)}")
     return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)])

@@ -26,7 +26,10 @@ def usable(device: torch.device | str) -> torch.device:
     Raises:
         ValueError: this build has no kernels for it, or it is not there.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"batched_slq: device must be cpu or cuda, got {device!r}") from None
     if device.type == "cpu":
         return device
     if device.type != "cuda":

@@ -89,6 +89,8 @@ def batched_slq(
         >>> q.nodes[0, 1, 0].item(), q.steps.tolist()
         (5.0, [[1, 1]])
     """
+    if not callable(hvp):
+        raise TypeError(f"batched_slq: hvp must be a function, got {hvp!r}")
     dims = arguments.block_dims(dims)
     num_steps = arguments.integer("num_steps", num_steps, 1)
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)

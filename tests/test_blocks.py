@@ -196,3 +196,8 @@ def test_uninitialised_and_empty_parameters() -> None:
     model.extra = nn.Parameter(torch.ones(0, 3))
     with pytest.raises(ValueError, match=r"block 'extra' must have at least one entry, got shape \(0, 3\)"):
         partition(model)
+
+
+def test_a_block_name_is_a_string() -> None:
+    with pytest.raises(TypeError, match="spectrum: blocks must have strings for names, got 3"):
+        partition(nn.Linear(2, 2), {3: "weight"})  # type: ignore[dict-item]

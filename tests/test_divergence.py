@@ -238,3 +238,9 @@ def test_js0_says_all_it_depends_on() -> None:
         "mean over 1 pair of 2 blocks; BatchNorm policy not recorded; "
         "left out: " + ", ".join(["x (unused)"] * 6) + " and 3 more"
     )
+
+
+def test_a_base_is_a_number() -> None:
+    one = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="js_matrix: base must be finite and above 1, got 'e'"):
+        js_matrix(one, one, sigma=1.0, base="e")  # type: ignore[arg-type]

@@ -177,3 +177,9 @@ def test_a_first_batch_whose_labels_are_all_ignored_decides_nothing(transformers
     ids = torch.randint(9, (2, 6))
     loss(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)})
     assert loss(model, {"input_ids": ids, "labels": ids})[1] == 2 * 5
+
+
+@pytest.mark.parametrize("weight", ["a", torch.ones(3)])
+def test_a_weight_is_a_number(weight: Any) -> None:
+    with pytest.raises(TypeError, match=r"spectrum: loss_fn must return a number as weight, got .* for batch 4"):
+        checked_weight(weight, 4, 5)

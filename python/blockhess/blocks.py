@@ -189,6 +189,9 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
         pieces = [Piece(n.name, n.tensor) for n in trainable]
         groups = {"full": pieces} if blocks == "full" else {p.name: [p] for p in pieces}
     elif isinstance(blocks, Mapping):
+        for name in blocks:
+            if not isinstance(name, str):
+                raise TypeError(f"spectrum: blocks must have strings for names, got {name!r}")
         groups = {name: _select(named, frozen, name, selection) for name, selection in blocks.items()}
     elif isinstance(blocks, list):
         groups = _match(trainable, blocks)

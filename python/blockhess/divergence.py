@@ -100,8 +100,8 @@ def js_matrix(
         [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
     """
     check_choice("js_matrix", "kind", kind, KINDS)
-    if not (math.isfinite(base) and base > 1):
-        raise ValueError(f"js_matrix: base must be finite and above 1, got {base}")
+    if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
+        raise ValueError(f"js_matrix: base must be finite and above 1, got {base!r}")
     if grid_points < 2:
         raise ValueError(f"js_matrix: grid_points must be at least 2, got {grid_points}")
     sigma = check_sigma("js_matrix", sigma, nodes)

@@ -208,7 +208,10 @@ def checked_weight(weight: Weight, batch: int, batches: int) -> float:
                 "size"
             )
         return 1.0
-    value = float(weight)
+    try:
+        value = float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"spectrum: loss_fn must return a number as weight, got {weight!r} for batch {batch}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"spectrum: loss_fn must return a finite weight of at least 0, got {value} for batch {batch}")
     return value
