@@ -53,6 +53,11 @@ class Quadrature:
         """Number of probes."""
         return self.nodes.shape[0]
 
+    @property
+    def valid(self) -> Tensor:
+        """Which nodes are results of Lanczos steps and not padding, (n_probes, n_blocks, m) bool."""
+        return torch.arange(self.nodes.shape[-1], device=self.nodes.device) < self.steps[..., None]
+
     def integrate(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Trace of f(H_l) of every block, with its standard error over the probes.
 
@@ -80,8 +85,7 @@ class Quadrature:
         if not isinstance(values, Tensor) or values.shape != self.nodes.shape:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"integrate: f must return shape {tuple(self.nodes.shape)}, got {got}")
-        valid = torch.arange(self.nodes.shape[-1], device=self.nodes.device) < self.steps[..., None]
-        carries = valid & (self.weights > 0)
+        carries = self.valid & (self.weights > 0)
         bad = carries & ~values.isfinite()
         if bad.any():
             p, l, i = bad.nonzero()[0].tolist()

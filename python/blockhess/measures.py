@@ -18,18 +18,13 @@ from blockhess_ext import Quadrature
 _SHARE_TOLERANCE = 1e-12
 
 
-def valid_nodes(quadrature: Quadrature) -> Tensor:
-    """Return which nodes are results of Lanczos steps and not padding, (n_probes, n_blocks, m) bool."""
-    return torch.arange(quadrature.nodes.shape[-1]) < quadrature.steps[..., None]
-
-
 def merge_probes(quadrature: Quadrature) -> tuple[Tensor, Tensor]:
     """Return nodes and weights (n_blocks, n_probes m) of the measures mu_l.
 
     The weights of a block sum to 1. Padding repeats the block's largest node with weight 0; a block without any step
     has only zeros.
     """
-    valid = valid_nodes(quadrature)
+    valid = quadrature.valid
     probes = valid.any(-1).sum(0).clamp(min=1)[None, :, None]
     weights = torch.where(valid, quadrature.weights / probes, 0.0)
     largest = torch.where(valid, quadrature.nodes, -math.inf).amax((0, 2))
@@ -48,7 +43,7 @@ def moment(quadrature: Quadrature, power: int) -> tuple[Tensor, Tensor]:
 
 def extremes(quadrature: Quadrature) -> tuple[Tensor, Tensor]:
     """Return the smallest and largest node of every block over all probes, (n_blocks,) each."""
-    valid = valid_nodes(quadrature)
+    valid = quadrature.valid
     unknown = ~valid.any(-1).any(0)
     smallest = torch.where(valid, quadrature.nodes, math.inf).amin((0, 2))
     largest = torch.where(valid, quadrature.nodes, -math.inf).amax((0, 2))
