@@ -1,4 +1,4 @@
-"""Dense Hessians of tiny models: by autograd.functional, and by applying a BlockHessian to unit vectors."""
+"""Dense Hessians of tiny models: by autograd.functional, and by applying a BlockOperator to unit vectors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch.func import functional_call
 
 from blockhess.batches import as_batches
 from blockhess.blocks import BlockSpec, partition
-from blockhess.hvp import BlockHessian
+from blockhess.engines import ENGINES
+from blockhess.engines.operator import BlockOperator
 from blockhess.losses import as_loss
+from blockhess.problem import Problem
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -30,21 +32,29 @@ def dense_hessian(model: nn.Module, loss: Callable[[Callable[..., Any]], Tensor]
     return torch.autograd.functional.hessian(of_flat, torch.cat([old[name].detach().flatten() for name in names]))
 
 
-def operator(model: nn.Module, data: Any, loss_fn: Any, blocks: BlockSpec = "parameter") -> BlockHessian:
-    """The BlockHessian as `spectrum` makes it, for a model whose state needs no fixing."""
+def problem(model: nn.Module, data: Any, loss_fn: Any, blocks: BlockSpec = "parameter", **options: Any) -> Problem:
+    """The problem as `spectrum` poses it, for a model whose state needs no fixing."""
     loss = as_loss(loss_fn)
-    return BlockHessian(model, loss, as_batches(data, pairs=loss.pairs), partition(model, blocks).blocks)
+    return Problem(model, loss, as_batches(data, pairs=loss.pairs), partition(model, blocks).blocks, **options)
 
 
-def operator_blocks(hessian: BlockHessian) -> dict[str, Tensor]:
+def operator(
+    model: nn.Module, data: Any, loss_fn: Any, blocks: BlockSpec = "parameter", engine: str = "autograd", **options: Any
+) -> BlockOperator:
+    """The operator of all blocks with one engine."""
+    posed = problem(model, data, loss_fn, blocks)
+    return BlockOperator(posed, ENGINES[engine](posed, **options))
+
+
+def operator_blocks(hessian: BlockOperator) -> dict[str, Tensor]:
     """Block name -> dense block, by products with unit vectors. Fails if a block's product leaks into another."""
     dense = {}
     start = 0
-    for info in hessian.infos:
+    for info in hessian.problem.infos:
         columns = slice(start, start + info.dim)
         start += info.dim
-        vectors = torch.zeros(info.dim, sum(hessian.dims), dtype=hessian.dtype)
-        vectors[:, columns] = torch.eye(info.dim, dtype=hessian.dtype)
+        vectors = torch.zeros(info.dim, sum(hessian.dims), dtype=hessian.problem.dtype)
+        vectors[:, columns] = torch.eye(info.dim, dtype=hessian.problem.dtype)
         products = hessian(vectors)
         dense[info.name] = products[:, columns].clone()
         products[:, columns] = 0

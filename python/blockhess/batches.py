@@ -6,7 +6,7 @@ product the same data; nothing is moved between devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
@@ -78,6 +78,18 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     elif isinstance(batch, tuple | list):
         for value in batch:
             yield from tensors(value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The batch with `function` applied to every tensor; mappings become dicts."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        items = [map_tensors(function, value) for value in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
 
 
 def batch_size(batch: Batch) -> int | None:

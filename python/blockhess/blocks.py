@@ -76,10 +76,11 @@ class Piece:
         return tuple(self.of(self.tensor).shape)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The view of `tensor`, shaped as the whole parameter, that this piece covers."""
+        """The view of `tensor`, (..., shape of the whole parameter), that this piece covers."""
         if self.part is None:
             return tensor
-        return tensor.narrow(self.part.dim, self.part.start, self.part.stop - self.part.start)
+        leading = tensor.dim() - self.tensor.dim()
+        return tensor.narrow(leading + self.part.dim, self.part.start, self.part.stop - self.part.start)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,35 @@ class Block:
 
     info: BlockInfo
     pieces: tuple[Piece, ...]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that it has a piece of."""
+        return self.info.parameters
+
+    def spread(self, vectors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors (..., dim) as parameters (..., *shape) by name, zero outside the block; views where it is whole."""
+        spread: dict[str, Tensor] = {}
+        lead = vectors.shape[:-1]
+        for piece, part in zip(self.pieces, torch.split(vectors, [prod(p.shape) for p in self.pieces], dim=-1)):
+            like = parameters[piece.name]
+            values = part.reshape(*lead, *piece.shape).to(like.dtype)
+            if piece.part is None:
+                spread[piece.name] = values
+                continue
+            if piece.name not in spread:
+                spread[piece.name] = values.new_zeros(*lead, *like.shape)
+            piece.of(spread[piece.name]).copy_(values)
+        return spread
+
+    def gather(self, tensors: Mapping[str, Tensor], into: Tensor) -> None:
+        """The reverse: parameters (..., *shape) by name into vectors (..., dim); a name left out counts as zero."""
+        lead = into.shape[:-1]
+        for piece, part in zip(self.pieces, torch.split(into, [prod(p.shape) for p in self.pieces], dim=-1)):
+            if piece.name in tensors:
+                part.view(*lead, *piece.shape).copy_(piece.of(tensors[piece.name]))
+            else:
+                part.zero_()
 
 
 @dataclass(frozen=True)
@@ -169,7 +199,7 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
 
     Raises:
         ValueError: an unknown name, a regex that matches nothing, a frozen parameter asked for by name, the same
-            entries twice in one block, no trainable parameter, or a parameter that is not float32 or float64.
+            entries twice in one block, no trainable parameter, or a parameter that is not real floating-point.
     """
     named = _names(unwrap(model))
     # An integer parameter cannot be trained, so "frozen" would be no explanation: it is left to the dtype check.
@@ -318,12 +348,10 @@ def _check_dtype(piece: Piece) -> None:
     if isinstance(piece.tensor, nn.parameter.UninitializedParameter):
         raise ValueError(f"spectrum: parameter {piece.name!r} is not initialised yet: run the model once first")
     dtype = piece.tensor.dtype
-    if dtype in (torch.float32, torch.float64):
+    if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return
-    if dtype in (torch.float16, torch.bfloat16):
-        advice = "second derivatives need more digits: convert with model.float()"
-    elif dtype.is_complex:
+    if dtype.is_complex:
         advice = "give its real and imaginary part as two real parameters, or name the other parameters in blocks="
     else:
         advice = "it cannot be trained: make it a buffer, or name the other parameters in blocks="
-    raise ValueError(f"spectrum: parameter {piece.name!r} must be float32 or float64, got {dtype}; {advice}")
+    raise ValueError(f"spectrum: parameter {piece.name!r} must be a real floating-point number, got {dtype}; {advice}")

@@ -33,6 +33,14 @@ class Loss(Protocol):
         """Loss of the batch, and its weight or None if nothing tells it."""
         ...
 
+    def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The model's outputs, and the loss that was computed from them.
+
+        Raises:
+            TypeError: the loss does not tell them apart.
+        """
+        ...
+
 
 def as_loss(loss_fn: Callable[..., Any] | None) -> Loss:
     """Make a loss of what the user passes as `loss_fn`.
@@ -84,6 +92,13 @@ class ClosureLoss:
             return result
         return result, batch_size(batch)
 
+    def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Refused: nobody can look into a closure."""
+        raise TypeError(
+            f"spectrum: loss_fn must be a criterion such as nn.CrossEntropyLoss(), or None for a Transformers model, "
+            f"where the model's outputs matter (engine='ggn'), got {self.name}"
+        )
+
 
 class CriterionLoss:
     """`criterion(model(inputs), targets)`, with the options that the criterion was given.
@@ -107,14 +122,26 @@ class CriterionLoss:
         self._counts_targets = counts_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
+        inputs, targets = self._pair(batch)
+        loss = self._criterion(model(inputs), targets)
+        return loss, self._count(targets) if self._counts_targets else batch_size(batch)
+
+    def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As in `Loss`."""
+        inputs, targets = self._pair(batch)
+        outputs = model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"spectrum: model must return a tensor for engine='ggn', got {type(outputs).__name__}")
+        return outputs, self._criterion(outputs, targets)
+
+    def _pair(self, batch: Batch) -> tuple[Any, Any]:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
                 f"spectrum: data must hold pairs (inputs, targets) for {self.name}, got {_describe(batch)}; "
                 "for other batches pass loss_fn(model, batch)"
             )
         inputs, targets = batch
-        loss = self._criterion(model(inputs), targets)
-        return loss, self._count(targets) if self._counts_targets else batch_size(batch)
+        return inputs, targets
 
     def _count(self, targets: Tensor) -> Weight:
         """The denominator of the mean that cross-entropy takes."""
@@ -137,6 +164,23 @@ class TransformersLoss:
         self._shifted: bool | None = None  # whether the model compares position t with label t + 1
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
+        output, loss = self._run(model, batch)
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            return loss, batch_size(batch)
+        if self._shifted is None and bool(labels.ne(-100).any()):  # labels that all are ignored cannot tell
+            self._shifted = labels.dim() == 2 and _labels_are_shifted(output, labels)
+        return loss, (labels[:, 1:] if self._shifted else labels).ne(-100).sum()
+
+    def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As in `Loss`; the outputs are the logits."""
+        output, loss = self._run(model, batch)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"spectrum: model must return logits for engine='ggn', got {type(output).__name__}")
+        return logits, loss
+
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
         if not isinstance(batch, Mapping):
             raise ValueError(
                 "spectrum: data must hold mappings for loss_fn=None, which means model(**batch).loss, got "
@@ -149,12 +193,7 @@ class TransformersLoss:
                 f"spectrum: loss_fn must be given where model(**batch) returns no loss; got {type(output).__name__} "
                 f"from a batch with keys {sorted(batch)} (Transformers models need 'labels')"
             )
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            return loss, batch_size(batch)
-        if self._shifted is None and bool(labels.ne(-100).any()):  # labels that all are ignored cannot tell
-            self._shifted = labels.dim() == 2 and _labels_are_shifted(output, labels)
-        return loss, (labels[:, 1:] if self._shifted else labels).ne(-100).sum()
+        return output, loss
 
 
 def _labels_are_shifted(output: Any, labels: Tensor) -> bool:

@@ -1,0 +1,724 @@
+"""Hessian-vector products as linear programs: the derivative of a traced gradient, with all that can be known folded.
+
+    P : w -> dL/dw            the gradient of one batch, traced once into a graph of tensor operations
+    v -> dP_l/dw_l v          per block, node by node the tangent of P: a graph that is linear in v
+
+Only nodes between w_l and its gradient take part. What does not depend on v (activations, second derivatives of
+nonlinearities, masks, softmax outputs) goes into one graph of constants that all blocks share, equal expressions
+once; it is evaluated once a batch. A chain of elementwise operations on tangents is linear and diagonal, so it
+collapses into sum_i c_i * t_i with constant c_i: what is left of a block's program are matrix products, a few
+reductions and one multiply-add per operand.
+
+Promises: a program reads its constants and never writes; the same model and batch give the same graphs.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import jvp
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+aten = torch.ops.aten
+
+# A sum of more tangents than this is written out, so that what uses it does not add them all again.
+MOST_TERMS = 3
+
+
+class NotTraceable(NotImplementedError):
+    """The gradient of this model cannot be turned into a linear program; the text says which operation stands in the way."""
+
+
+# Operations whose tangent is better taken whole, not from their parts.
+_KEPT_WHOLE = (
+    aten.embedding_dense_backward.default,
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten._safe_softmax.default,
+    aten.gelu.default,
+    aten.gelu_backward.default,
+    aten.silu.default,
+)
+
+
+# Operations taken apart although torch counts them as basic: their statistics' tangents serve the backward pass too.
+_TAKEN_APART = (
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    aten.native_group_norm,
+    aten.native_group_norm_backward,
+    aten.native_batch_norm,
+    aten.native_batch_norm_backward,
+    aten.cudnn_batch_norm,
+    aten.cudnn_batch_norm_backward,
+)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    table = dict(core_aten_decompositions()) | get_decompositions(_TAKEN_APART)
+    for kept in _KEPT_WHOLE:
+        table.pop(kept, None)
+    return table
+
+
+def trace_gradient(gradient: Callable[[list[Tensor], Any], Any], parameters: list[Tensor], batch: Any) -> fx.GraphModule:
+    """The graph of `gradient(parameters, batch)`, every operation a functional one of torch.ops.
+
+    Raises:
+        NotTraceable: the gradient draws random numbers or changes tensors in place.
+    """
+    traced = make_fx(gradient, decomposition_table=_decompositions())(parameters, batch)
+    _make_functional(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Operations that write into a whole tensor become ones that return it, and who reads it later reads that."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target, in_place = _functional(node.target) if node.op == "call_function" else (node.target, False)
+        if in_place:
+            written = node.args[0]
+            # What shares its memory would have to change as well.
+            if any(order[user] > order[node] for other in _sharing(written) for user in other.users):
+                raise NotTraceable(f"{node.target} changes part of a tensor in place")
+            node.target = target
+            written.replace_all_uses_with(node, delete_user_cb=lambda user, now=order[node]: order[user] > now)
+
+
+def _sharing(node: fx.Node) -> Iterator[fx.Node]:
+    """Other nodes that may share memory with this one; parts of one split do not."""
+    waiting = [user for user in node.users if user.target in _MAY_SHARE]
+    while node.target in _MAY_SHARE and isinstance(node.args[0], fx.Node):
+        parent = node.args[0]
+        split = node.target is operator.getitem and parent.target in _SPLITS
+        siblings = [u for u in parent.users if u is not node and u.target in _MAY_SHARE]
+        waiting += [u for u in siblings if not split or u.args[1] == node.args[1]]
+        yield parent
+        node = parent
+    while waiting:
+        other = waiting.pop()
+        yield other
+        waiting += [user for user in other.users if user.target in _MAY_SHARE]
+
+
+# Tangents
+
+
+def _softmax_tangent(y: Tensor, t: Tensor, dim: int) -> Tensor:
+    return y * (t - (y * t).sum(dim, keepdim=True))
+
+
+def _rule_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
+    return _softmax_tangent(aten._softmax.default(x, dim, half_to_float), t, dim)
+
+
+def _rule_safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, t: Tensor) -> Tensor:
+    return _softmax_tangent(aten._safe_softmax.default(x, dim, dtype), t, dim)
+
+
+def _rule_log_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
+    y = aten._log_softmax.default(x, dim, half_to_float)
+    return t - (aten.exp.default(y) * t).sum(dim, keepdim=True)
+
+
+# Shorter than what forward differentiation gives: the tangent of op(x, ...) for the tangent t of x.
+_RULES: dict[Any, Callable[..., Tensor]] = {
+    aten._softmax.default: _rule_softmax,
+    aten._safe_softmax.default: _rule_safe_softmax,
+    aten._log_softmax.default: _rule_log_softmax,
+}
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _key(value: Any) -> Any:
+    """What makes two arguments the same; 1, 1.0 and True are not."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in sorted(value.items()))
+    return (type(value), value) if isinstance(value, (bool, int, float)) else value
+
+
+class _Builder:
+    """An fx graph under construction in which equal calls are one node, each with its fake value."""
+
+    def __init__(self, fakes: FakeTensorMode) -> None:
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self._fakes = fakes
+        self._calls: dict[Any, fx.Node] = {}
+
+    def call(
+        self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Any = None
+    ) -> fx.Node:
+        """The node of this call; `like` is its fake value where that is known."""
+        kwargs = kwargs or {}
+        key = (target, _key(args), _key(kwargs))
+        if key not in self._calls:
+            node = self.graph.call_function(target, tuple(args), kwargs)
+            node.meta["val"] = self._value(node) if like is None else like
+            self._calls[key] = node
+        return self._calls[key]
+
+    def _value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self._fakes:
+            return node.target(*args, **kwargs)
+
+    def placeholder(self, name: str, value: Any) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def attribute(self, value: Tensor) -> fx.Node:
+        for name, known in self.attributes.items():
+            if known is value:
+                return self._calls[name]
+        name = f"constant_{len(self.attributes)}"
+        self.attributes[name] = value
+        node = self.graph.get_attr(name)
+        node.meta["val"] = self._fakes.from_tensor(value) if isinstance(value, Tensor) else value
+        self._calls[name] = node
+        return node
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The tangents of one operation: a graph of primals and input tangents, which `linear` marks depend on."""
+
+    graph: fx.Graph
+    attributes: dict[str, Tensor]
+    primals: tuple[fx.Node, ...]
+    tangents: tuple[fx.Node, ...]
+    linear: frozenset[fx.Node]
+    outputs: tuple[fx.Node | None, ...]  # per output of the operation
+
+
+@dataclass(frozen=True)
+class Combination:
+    """sum_i coefficient_i * base_i, broadcast to `shape`: a tangent that is not written out."""
+
+    terms: tuple[tuple[fx.Node, fx.Node | float], ...]
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass
+class Program:
+    """The Hessian of some parameters as a graph: tangents of the parameters and constants in, products out.
+
+    Attributes:
+        parameters: indices of the parameters, in the order of the tangents.
+        graph: placeholders are one tangent per parameter, then the constants.
+        constants: nodes of the graph of constants, in the order of the placeholders.
+        live: per parameter, whether its products are not identically zero.
+    """
+
+    parameters: tuple[int, ...]
+    graph: fx.Graph
+    constants: list[fx.Node] = field(default_factory=list)
+    live: tuple[bool, ...] = ()
+
+
+_SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default}
+_RESHAPED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_VIEWS = {
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.select.int,
+}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor}
+_SPLITS |= {aten.chunk.default, aten.unsafe_chunk.default}
+_MAY_SHARE = _SAME | set(_RESHAPED) | _VIEWS | _SPLITS | {aten.expand.default, operator.getitem}
+
+# Their values do not depend on their argument's.
+_SHAPE_ONLY = {
+    aten.zeros_like.default: 0.0,
+    aten.new_zeros.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.empty_like.default: 0.0,
+    aten.new_empty.default: 0.0,
+    aten._new_zeros_with_same_feature_meta.default: 0.0,
+}
+
+
+# A sum may be formed in a tensor that nothing else uses.
+_IN_PLACE = {aten.addcmul.default: aten.addcmul_.default, aten.add.Tensor: aten.add_.Tensor}
+_FRESH = {aten.mul.Tensor, *_IN_PLACE, *_IN_PLACE.values(), aten.mm.default, aten.bmm.default}
+
+
+class Linearizer:
+    """Makes the programs of one traced gradient.
+
+    Args:
+        traced: from `trace_gradient`, of a function of (parameters, batch).
+        num_parameters: how many of the placeholders are parameters; the others are the batch's tensors.
+        gradients: the number among the outputs of each parameter's gradient, None where it has none.
+    """
+
+    def __init__(self, traced: fx.GraphModule, num_parameters: int, gradients: Sequence[int | None]) -> None:
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.constants = _Builder(self._fakes)
+        self._templates: dict[Any, _Template] = {}
+        self._nodes = [n for n in traced.graph.nodes if n.op != "output"]
+        (outputs,) = next(n.args for n in reversed(traced.graph.nodes) if n.op == "output")
+        flat, _ = tree_flatten(outputs)
+        self.outputs = flat
+        self._gradient = [None if index is None else flat[index] for index in gradients]
+        self._primal: dict[fx.Node, Any] = {}
+        self._copy(traced)
+        self.placeholders = [n for n in self.constants.graph.nodes if n.op == "placeholder"]
+        self._parameters = [n for n in self._nodes if n.op == "placeholder"][:num_parameters]
+        self._below = self._reach(self._nodes, {n: 1 << i for i, n in enumerate(self._parameters)}, forward=True)
+        ends: dict[fx.Node, int] = {}
+        for i, node in enumerate(self._gradient):
+            if _is_node(node):
+                ends[node] = ends.get(node, 0) | 1 << i
+        self._above = self._reach(self._nodes, ends, forward=False)
+
+    def _copy(self, traced: fx.GraphModule) -> None:
+        """P itself into the graph of constants, so that what tangents need of it is found there."""
+        for node in self._nodes:
+            if node.op == "placeholder":
+                value = self._fake(node)
+                self._primal[node] = self.constants.placeholder(node.name, value)
+            elif node.op == "get_attr":
+                self._primal[node] = self.constants.attribute(getattr(traced, node.target))
+            else:
+                args, kwargs = self._mapped(node, self._primal)
+                self._primal[node] = self._constant(node.target, args, kwargs)
+
+    def _fake(self, node: fx.Node) -> Any:
+        return tree_map(
+            lambda x: self._fakes.from_tensor(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+            if False
+            else self._empty(x),
+            node.meta["val"],
+        )
+
+    def _empty(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        with self._fakes:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+    def _mapped(self, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
+
+    def _constant(self, target: Any, args: Any, kwargs: Any, like: Any = None) -> Any:
+        """A call whose arguments are constants."""
+        if target in _SAME:
+            return args[0]
+        target = _RESHAPED.get(target, target)
+        _refuse(target)
+        return self.constants.call(target, args, kwargs, like)
+
+    @staticmethod
+    def _reach(nodes: list[fx.Node], ends: dict[fx.Node, int], forward: bool) -> dict[fx.Node, int]:
+        """Bit i of a node: it lies below (above) the i-th end."""
+        bits = dict.fromkeys(nodes, 0) | ends
+        for node in nodes if forward else reversed(nodes):
+            for other in node.all_input_nodes:
+                if forward:
+                    bits[node] |= bits[other]
+                elif other in bits:
+                    bits[other] |= bits[node]
+        return bits
+
+    # One block
+
+    def program(self, parameters: Sequence[int]) -> Program:
+        """The products of the Hessian of these parameters (indices), all other parameters held fixed."""
+        mask = sum(1 << i for i in parameters)
+        lines = _Lines(self)
+        tangents: dict[fx.Node, Any] = {}
+        for i in parameters:
+            tangents[self._parameters[i]] = lines.input(self._parameters[i].meta["val"])
+        for node in self._nodes:
+            if node in tangents or node.op != "call_function" or not self._below[node] & mask & -1:
+                continue
+            if not (self._above[node] & mask):
+                continue
+            tangents[node] = self._tangent(node, tangents, lines)
+            value = tangents[node]
+            if isinstance(value, Combination) and len(value.terms) > 1:
+                users = [u for u in node.users if self._above.get(u, 0) & mask]
+                if len(users) > 1:
+                    tangents[node] = lines.written(value)
+        results = [tangents.get(self._gradient[i]) if _is_node(self._gradient[i]) else None for i in parameters]
+        return lines.finish(tuple(parameters), results)
+
+    def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], lines: _Lines) -> Any:
+        if node.target is operator.getitem:
+            whole = tangents.get(node.args[0])
+            return None if whole is None else whole[node.args[1]]
+        leaves, spec = tree_flatten((node.args, dict(node.kwargs)))
+        positions = [i for i, leaf in enumerate(leaves) if _is_node(leaf) and tangents.get(leaf) is not None]
+        if not positions:
+            return None
+        target = node.target
+        if target in _SAME:
+            return tangents[node.args[0]]
+        primals = [self._primal[leaf] if _is_node(leaf) else leaf for leaf in leaves]
+        inputs = [tangents[leaves[i]] for i in positions]
+        template = self._template(target, primals, spec, positions)
+        results = self._inline(template, [p for p in primals if _is_node(p)], inputs, lines)
+        return results if isinstance(self._primal[node].meta["val"], (tuple, list)) else results[0]
+
+    def _template(self, target: Any, leaves: list[Any], spec: Any, positions: list[int]) -> _Template:
+        def described(leaf: Any) -> Any:
+            if not _is_node(leaf):
+                return _key(leaf)
+            val = leaf.meta["val"]
+            return (tuple(val.shape), val.dtype, str(val.device)) if isinstance(val, Tensor) else None
+
+        key = (target, tuple(map(described, leaves)), str(spec), tuple(positions))
+        if key not in self._templates:
+            self._templates[key] = self._trace_tangent(target, leaves, spec, positions)
+        return self._templates[key]
+
+    def _trace_tangent(self, target: Any, leaves: list[Any], spec: Any, positions: list[int]) -> _Template:
+        target = _RESHAPED.get(target, target)
+        where = [i for i, leaf in enumerate(leaves) if _is_node(leaf)]
+        rule = _RULES.get(target)
+
+        def tangent(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
+            def full(moved: Sequence[Tensor]) -> tuple[Any, Any]:
+                values = list(leaves)
+                for i, primal in zip(where, primals):
+                    values[i] = primal
+                for i, value in zip(positions, moved):
+                    values[i] = value
+                return tree_unflatten(values, spec)  # type: ignore[no-any-return]
+
+            if rule is not None and positions == [0]:
+                args, kwargs = full([])
+                return [rule(*args, **kwargs, t=tangents[0])]
+
+            kinds: list[bool] = []
+
+            def run(*moved: Tensor) -> list[Tensor]:
+                args, kwargs = full(moved)
+                out = target(*args, **kwargs)
+                outs = list(out) if isinstance(out, (tuple, list)) else [out]
+                kinds[:] = [isinstance(o, Tensor) and o.is_floating_point() for o in outs]
+                return [o for o, kind in zip(outs, kinds) if kind]
+
+            if not run(*(primals[where.index(i)] for i in positions)):
+                return [None] * len(kinds)
+            _, moved = jvp(run, tuple(primals[where.index(i)] for i in positions), tuple(tangents))
+            found = iter(moved)
+            return [next(found) if kind else None for kind in kinds]
+
+        primals = [self._empty(leaves[i].meta["val"]) for i in where]
+        tangents = [self._contiguous(leaves[i].meta["val"]) for i in positions]
+        shape: list[bool] = []
+
+        def flat(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+            results = tangent(primals, tangents)
+            shape[:] = [r is not None for r in results]
+            return [r for r in results if r is not None]
+
+        try:
+            with self._fakes:
+                traced = make_fx(flat, decomposition_table={})(primals, tangents)
+        except (NotImplementedError, RuntimeError) as error:
+            raise NotTraceable(f"{target} has no tangent: {str(error).splitlines()[0]}") from error
+        traced.graph.eliminate_dead_code()
+        nodes = list(traced.graph.nodes)
+        inputs = [n for n in nodes if n.op == "placeholder"]
+        linear = set(inputs[len(where) :])
+        for node in nodes:
+            if node.op == "call_function" and any(n in linear for n in node.all_input_nodes):
+                linear.add(node)
+        (returned,) = nodes[-1].args
+        found = iter(returned)
+        outputs = tuple(next(found) if some else None for some in shape)
+        attributes = {n.target: getattr(traced, n.target) for n in nodes if n.op == "get_attr"}
+        return _Template(
+            traced.graph, attributes, tuple(inputs[: len(where)]), tuple(inputs[len(where) :]), frozenset(linear), outputs
+        )
+
+    def _contiguous(self, x: Tensor) -> Tensor:
+        with self._fakes:
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    def _inline(
+        self, template: _Template, primals: list[fx.Node], tangents: list[Combination], lines: _Lines
+    ) -> list[Combination | None]:
+        values: dict[fx.Node, Any] = dict(zip(template.primals, primals)) | dict(zip(template.tangents, tangents))
+        for node in template.graph.nodes:
+            if node.op == "get_attr":
+                value = template.attributes[node.target]
+                if isinstance(value, FakeTensor):
+                    raise NotTraceable("an operation's tangent holds a tensor of the trace")
+                values[node] = self.constants.attribute(value)
+            elif node.op == "call_function":
+                target, mutated = _functional(node.target)
+                args, kwargs = self._mapped(node, values)
+                if node in template.linear:
+                    values[node] = lines.call(target, args, kwargs, node.meta["val"])
+                else:
+                    values[node] = self._constant(target, args, kwargs, node.meta["val"])
+                if mutated:
+                    values[node.args[0]] = values[node]
+        results = []
+        for out in template.outputs:
+            value = values.get(out) if out is not None else None
+            results.append(value if isinstance(value, Combination) and value.terms else None)
+        return results
+
+
+class _Lines:
+    """The program of one block while it is written."""
+
+    def __init__(self, owner: Linearizer) -> None:
+        self._owner = owner
+        self._constants = owner.constants
+        self._lines = _Builder(owner._fakes)
+        self._inputs: dict[fx.Node, fx.Node] = {}
+        self._tangents: list[fx.Node] = []
+
+    def input(self, value: Tensor) -> Combination:
+        node = self._lines.placeholder(f"tangent_{len(self._tangents)}", self._owner._contiguous(value))
+        self._tangents.append(node)
+        return self._of(node)
+
+    @staticmethod
+    def _of(node: fx.Node) -> Combination:
+        value = node.meta["val"]
+        return Combination(((node, 1.0),), value.shape, value.dtype)
+
+    def _import(self, value: Any) -> Any:
+        """A constant as an input of this program."""
+        if not _is_node(value):
+            return value
+        if value not in self._inputs:
+            name = f"c_{len(self._inputs)}"
+            node = fx.Node(self._lines.graph, name, "placeholder", name, (), {})
+            node = self._lines.placeholder(name, value.meta["val"])
+            self._inputs[value] = node
+        return self._inputs[value]
+
+    def call(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
+        """target(*args), some of them Combinations, linear in these together; `like` has the shape of the result."""
+        if target in _SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
+            return args[0]
+        if target is aten.copy.default and args[1].dtype == like.dtype:
+            return args[1]
+        if target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], tuple) else self._emit(target, args, kwargs, like)
+        target = _RESHAPED.get(target, target)
+        if target in _SHAPE_ONLY:
+            fill = _SHAPE_ONLY[target]
+            return self._owner.constants.call(
+                aten.full.default, (list(like.shape), fill), {"dtype": like.dtype, "device": like.device}
+            )
+        if target in _VIEWS and isinstance(args[0], Combination):
+            return self._view(target, args, kwargs, like)
+        if target is aten.expand.default:
+            return Combination(args[0].terms, like.shape, like.dtype)
+        if isinstance(like, Tensor) and torch.Tag.pointwise in target.tags:
+            return self._pointwise(target, args, kwargs, like)
+        return self._emit(target, args, kwargs, like)
+
+    def _view(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
+        combination = args[0]
+        terms = []
+        for base, coefficient in combination.terms:
+            if base.meta["val"].shape != combination.shape:
+                base = self._lines.call(aten.expand.default, (base, list(combination.shape)))
+            if _is_node(coefficient):
+                if coefficient.meta["val"].shape != combination.shape:
+                    coefficient = self._constants.call(aten.expand.default, (coefficient, list(combination.shape)))
+                coefficient = self._constants.call(target, (coefficient, *args[1:]), kwargs, like)
+            terms.append((self._lines.call(target, (base, *args[1:]), kwargs, like), coefficient))
+        return Combination(tuple(terms), like.shape, combination.dtype)
+
+    def _pointwise(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
+        leaves, spec = tree_flatten((args, kwargs))
+        terms: dict[fx.Node, list[fx.Node | float]] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Combination):
+                for base, coefficient in leaf.terms:
+                    new = self._coefficient(target, leaves, spec, i, coefficient)
+                    terms.setdefault(base, []).append(new)
+        joined = tuple((base, self._sum(coefficients)) for base, coefficients in terms.items())
+        result = Combination(joined, like.shape, like.dtype)
+        return self.written(result) if len(joined) > MOST_TERMS else result
+
+    def _coefficient(self, target: Any, leaves: list[Any], spec: Any, i: int, c: fx.Node | float) -> fx.Node | float:
+        """The coefficient after an elementwise operation: the operation applied to c, all other tangents zero."""
+        if target in (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.neg.default, aten._to_copy.default):
+            args, kwargs = tree_unflatten(leaves, spec)
+            sign = -1.0 if target is aten.neg.default else 1.0
+            alpha = kwargs.get("alpha", 1)
+            if target is aten.sub.Tensor and i == 1:
+                sign = -float(alpha)
+            elif target is aten.rsub.Tensor and i == 0:
+                sign = -float(alpha)
+            elif target is aten.add.Tensor and i == 1:
+                sign = float(alpha)
+            return c if sign == 1 else self._times(c, sign)
+        if target in (aten.mul.Tensor, aten.mul.Scalar) and not isinstance(leaves[1 - i], Combination):
+            return self._times(c, leaves[1 - i])
+        if target in (aten.div.Tensor, aten.div.Scalar) and isinstance(leaves[1], (int, float)) and len(leaves) == 2:
+            return self._times(c, 1.0 / leaves[1])
+        values = []
+        for j, leaf in enumerate(leaves):
+            if isinstance(leaf, Combination):
+                # Some elementwise operations want tensors of one shape: no scalars, nothing to broadcast.
+                value = c if j == i else 0.0
+                if not _is_node(value):
+                    value = self._full(leaf, value)
+                elif value.meta["val"].shape != leaf.shape:
+                    value = self._constants.call(aten.expand.default, (value, list(leaf.shape)))
+                values.append(value)
+            else:
+                values.append(leaf)
+        args, kwargs = tree_unflatten(values, spec)
+        return self._constants.call(target, args, kwargs)
+
+    def _full(self, like: Combination, value: float) -> fx.Node:
+        device = self._tangents[0].meta["val"].device
+        return self._constants.call(
+            aten.full.default, (list(like.shape), value), {"dtype": like.dtype, "device": device}
+        )
+
+    def _times(self, a: Any, b: Any) -> Any:
+        if not _is_node(a) and not _is_node(b):
+            return float(a) * float(b)
+        if not _is_node(b):
+            return a if b == 1 else self._constants.call(aten.mul.Tensor, (a, float(b)))
+        if not _is_node(a):
+            return b if a == 1 else self._constants.call(aten.mul.Tensor, (b, float(a)))
+        return self._constants.call(aten.mul.Tensor, (a, b))
+
+    def _sum(self, coefficients: list[Any]) -> Any:
+        total = coefficients[0]
+        for c in coefficients[1:]:
+            if not _is_node(total) and not _is_node(c):
+                total = total + c
+            elif _is_node(total):
+                total = self._constants.call(aten.add.Tensor, (total, c))
+            else:
+                total = self._constants.call(aten.add.Tensor, (c, total))
+        return total
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
+        _refuse(target)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
+        moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
+        factor = 1.0
+        if len(moving) == 1 and len(leaves[moving[0]].terms) == 1 and isinstance(like, Tensor):
+            ((base, c),) = leaves[moving[0]].terms
+            if not _is_node(c):  # a number goes through any linear operation, to be folded into the next constant
+                factor, leaves[moving[0]] = c, replace(leaves[moving[0]], terms=((base, 1.0),))
+
+        def real(value: Any) -> Any:
+            return self._node(value) if isinstance(value, Combination) else self._import(value)
+
+        args, kwargs = tree_unflatten([real(leaf) for leaf in leaves], spec)
+        node = self._lines.call(target, args, kwargs, like)
+        if isinstance(node.meta["val"], (tuple, list)):
+            parts = []
+            for i, value in enumerate(node.meta["val"]):
+                parts.append(self._of(self._lines.call(operator.getitem, (node, i))) if isinstance(value, Tensor) else None)
+            return tuple(parts)
+        return Combination(((node, factor),), node.meta["val"].shape, node.meta["val"].dtype)
+
+    def written(self, combination: Combination) -> Combination:
+        return self._of(self._node(combination))
+
+    def _node(self, combination: Combination) -> fx.Node:
+        """The combination as one tensor."""
+        terms = sorted(combination.terms, key=lambda term: (_is_node(term[1]), term[1] != 1.0))
+        total: fx.Node | None = None
+        for base, coefficient in terms:
+            c = self._import(coefficient)
+            if total is None:
+                total = base if c == 1.0 else self._lines.call(aten.mul.Tensor, (base, c))
+            elif _is_node(c):
+                total = self._lines.call(aten.addcmul.default, (total, base, c))
+            else:
+                total = self._lines.call(aten.add.Tensor, (total, base), {} if c == 1.0 else {"alpha": c})
+        assert total is not None
+        if total.meta["val"].dtype != combination.dtype:
+            total = self._lines.call(aten._to_copy.default, (total,), {"dtype": combination.dtype})
+        if total.meta["val"].shape != combination.shape:
+            total = self._lines.call(aten.expand.default, (total, list(combination.shape)))
+        return total
+
+    def finish(self, parameters: tuple[int, ...], results: list[Combination | None]) -> Program:
+        graph = self._lines.graph
+        graph.output([None if r is None else self._node(r) for r in results])
+        graph.eliminate_dead_code()
+        used = [(c, n) for c, n in self._inputs.items() if n.users]
+        ordered = _with_inputs_first(graph, self._tangents + [n for _, n in used])
+        return Program(parameters, ordered, [c for c, _ in used], tuple(r is not None for r in results))
+
+
+def _with_inputs_first(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
+    """The same graph, with just these placeholders, in this order, at its beginning."""
+    ordered = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {n: ordered.node_copy(n) for n in inputs}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            copies[node] = ordered.node_copy(node, copies.__getitem__)
+    return ordered
+
+
+def accumulate_in_place(graph: fx.Graph) -> fx.Graph:
+    """The graph with sums formed in tensors that nothing else uses."""
+    for node in graph.nodes:
+        if node.target in _IN_PLACE and _is_node(node.args[0]):
+            first = node.args[0]
+            fresh = first.target in _FRESH and len(first.users) == 1 and first not in node.args[1:]
+            if fresh and first.meta["val"].shape == node.meta["val"].shape:
+                node.target = _IN_PLACE[node.target]
+    return graph
+
+
+def _functional(target: Any) -> tuple[Any, bool]:
+    """The operation that returns what an in-place one would write, and whether it was one."""
+    name = getattr(getattr(target, "_schema", None), "name", "")
+    if not (name.startswith("aten::") and name.endswith("_") and not name.endswith("__")):
+        return target, False
+    packet = getattr(aten, name[len("aten::") : -1], None)
+    overload = getattr(packet, target._overloadname, None)
+    if overload is None:
+        raise NotTraceable(f"{target} changes a tensor in place")
+    return overload, True
+
+
+def _refuse(target: Any) -> None:
+    if target is operator.getitem:
+        return
+    if not isinstance(target, torch._ops.OpOverload):
+        raise NotTraceable(f"{target} is no operation of torch")
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        raise NotTraceable(f"{target} draws random numbers")
+    if target._schema.is_mutable:
+        raise NotTraceable(f"{target} changes a tensor in place")

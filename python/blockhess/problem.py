@@ -1,0 +1,339 @@
+"""What a Hessian is taken of: a model, a loss, batches and blocks, looked through once before any product.
+
+    L(w) = sum_b share_b L_b(w),   share_b = weight_b / sum_b weight_b,  or 1 where the loss sums over samples
+
+Promises: what cannot be differentiated twice, does not repeat itself or is not finite is refused here, before any
+work is spent; the model's own parameters are only read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blockhess.batches import Batch, check_device, map_tensors
+from blockhess.blocks import Block, BlockInfo
+from blockhess.losses import Loss, checked, checked_weight
+
+
+class Problem:
+    """A model, a loss and data, as the engines take them.
+
+    Args:
+        model: in a fixed state (`model_state.fixed_state`) for as long as the problem is used.
+        loss: from `losses.as_loss`.
+        batches: from `batches.as_batches`.
+        blocks: from `blocks.partition`.
+        dtype: what to compute in: None is the parameters' own, float32 for float16 and bfloat16 ones; otherwise all
+            parameters, buffers and floating-point data are converted. float16 or bfloat16 itself is taken only if
+            the parameters have it.
+
+    Attributes:
+        blocks: as given. infos: their BlockInfo, with "unused" noted.
+        dims: their dimensions; block l is columns sum(dims[:l]) : sum(dims[:l + 1]) of a vector set.
+        parameters: name -> what is differentiated, of every parameter in a block.
+        dtype, device: of the vector sets: the widest dtype among the parameters, at least float32.
+        batches: those of weight above 0. shares: of each in the whole.
+        loss_value: the loss of all data. weight: the sum of the batches' weights.
+        used: names of parameters that a gradient reaches in some batch. unused: the others.
+        graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds.
+
+    Raises:
+        ValueError, TypeError: a loss, weight or device that does not fit, or a loss that depends on no block.
+        NotImplementedError: an operation that autograd would silently differentiate wrongly.
+
+    Example:
+        >>> model, data = torch.nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1))
+        >>> problem = Problem(model, as_loss(torch.nn.MSELoss()), [data], partition(model).blocks)
+        >>> problem.dims, problem.weight
+        ([3, 1], 8.0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: Sequence[Batch],
+        blocks: Sequence[Block],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.loss, self.blocks = model, loss, tuple(blocks)
+        self.dims = [block.info.dim for block in blocks]
+        self._wrapped = _Loss(model, loss)
+        pieces = {piece.name: piece.tensor for block in blocks for piece in block.pieces}
+        self.device = _one_device(pieces)
+        if loss.calls_model:
+            check_device(list(batches), self.device)
+        self._converted = _converted(model, pieces, dtype)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._raw = {name: self._names[id(p)] for name, p in pieces.items()}
+        self.parameters = {name: self._converted.get(self._raw[name], p) for name, p in pieces.items()}
+        self._data_dtype = next((t.dtype for t in self._converted.values() if t.is_floating_point()), None)
+        self.dtype = max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize)
+        if self.dtype.itemsize < 4:
+            self.dtype = torch.float32
+        self._survey(batches)
+
+    def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of a batch, at other parameters if some are given by name."""
+        loss: Tensor = self._call("loss", batch, parameters)
+        return loss
+
+    def outputs(self, index: int) -> tuple[Tensor, Tensor]:
+        """The model's outputs for batch `index`, and the loss computed from them; see `Loss.with_outputs`."""
+        result: tuple[Tensor, Tensor] = self._call("outputs", self.batches[index], None)
+        return result
+
+    def gradients(self, index: int, create_graph: bool) -> dict[str, Tensor]:
+        """Name -> gradient of the loss of batch `index`, of every parameter that it depends on."""
+        return self._differentiate(self.evaluate(self.batches[index]), create_graph)
+
+    def in_dtype(self, dtype: torch.dtype) -> Problem:
+        """The same problem, first batch only, computed in another dtype."""
+        return Problem(self.model, self.loss, self.batches[:1], self.blocks, dtype)
+
+    def _call(self, what: str, batch: Batch, parameters: Mapping[str, Tensor] | None) -> Any:
+        swapped = dict(self._converted)
+        for name, tensor in (parameters or {}).items():
+            swapped[self._raw[name]] = tensor
+        if self._data_dtype is not None:
+            batch = map_tensors(lambda t: t.to(self._data_dtype) if t.is_floating_point() else t, batch)
+        with _default_dtype(self._data_dtype):
+            if not swapped:
+                return self._wrapped(what, batch)
+            renamed = {f"model.{name}": tensor for name, tensor in swapped.items()}
+            return functional_call(self._wrapped, renamed, (what, batch))
+
+    def _survey(self, batches: Sequence[Batch]) -> None:
+        """One pass over the data: checks, weights, the loss, and which parameters it depends on."""
+        weights: list[float] = []
+        values: list[float] = []
+        used: set[str] = set()
+        self.batches: list[Batch] = []
+        for index, batch in enumerate(batches):
+            loss, raw_weight = self._call("both", batch, None)
+            loss = checked(loss, index)
+            weight = checked_weight(raw_weight, index, len(batches)) if self.loss.averaged else 1.0
+            if weight == 0:  # all labels ignored: the mean over them is 0 / 0
+                continue
+            if not torch.isfinite(loss):
+                raise ValueError(f"spectrum: loss_fn must return a finite loss, got {loss.item()} for batch {index}")
+            value = loss.item()
+            if self.batches:
+                gradients = self._differentiate(loss, create_graph=False)
+            else:
+                _refuse_cut_graph([loss.grad_fn])
+                with _Held(self.parameters.values()) as held:
+                    gradients = self._differentiate(loss, create_graph=True)
+                self.graph_nodes = _refuse_cut_graph(g.grad_fn for g in gradients.values())
+                self.graph_bytes = held.nbytes
+                gradients = {name: g.detach() for name, g in gradients.items()}
+                del loss  # so that there is one graph at a time
+                self._check_repeatable(batch, index, value, gradients)
+            used.update(gradients)
+            del gradients
+            self.batches.append(batch)
+            weights.append(weight)
+            values.append(value)
+        self.weight = sum(weights)
+        if not self.batches:
+            raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
+        if not used:
+            raise ValueError(
+                "spectrum: loss_fn must depend on the parameters in blocks, got a loss that depends on none of "
+                + ", ".join(list(self.parameters)[:5])
+            )
+        self.shares = [w / self.weight if self.loss.averaged else 1.0 for w in weights]
+        self.loss_value = sum(share * value for share, value in zip(self.shares, values))
+        self.used = frozenset(used)
+        self.unused = tuple(name for name in self.parameters if name not in used)
+        self.infos = tuple(_noted(block.info, used) for block in self.blocks)
+
+    def is_used(self, number: int) -> bool:
+        """Whether the loss depends on some parameter of block `number`."""
+        return not self.used.isdisjoint(self.infos[number].parameters)
+
+    def _differentiate(self, loss: Tensor, create_graph: bool) -> dict[str, Tensor]:
+        gradients = torch.autograd.grad(
+            loss, list(self.parameters.values()), create_graph=create_graph, allow_unused=True
+        )
+        return {name: g for name, g in zip(self.parameters, gradients) if g is not None}
+
+    def _check_repeatable(self, batch: Batch, index: int, value: float, gradients: dict[str, Tensor]) -> None:
+        with _RandomOperations(self.model) as random:
+            again = checked(self.evaluate(batch), index)
+            others = self._differentiate(again, create_graph=False)
+        if abs(again.item() - value) > 1e-5 * abs(value):
+            raise ValueError(
+                f"spectrum: loss_fn must give the same loss for the same batch, got {value:.9g}, then "
+                f"{again.item():.9g}: {random.described()}"
+            )
+        size = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+        for name, gradient in gradients.items():
+            difference = float((gradient - others[name]).abs().max()) if gradient.numel() else 0.0
+            if difference > 1e-3 * max(size, 1e-30):
+                raise ValueError(
+                    f"spectrum: loss_fn must have the same gradient for the same batch, got one that differs by "
+                    f"{difference:.3g} in {name!r}: {random.described()}"
+                )
+
+
+class _Loss(nn.Module):
+    """The loss as a module, whose parameters can be exchanged."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.training = False
+
+    def forward(self, what: str, batch: Batch) -> Any:
+        if what == "outputs":
+            return self.loss.with_outputs(self.model, batch)
+        both = self.loss(self.model, batch)
+        return both if what == "both" else both[0]
+
+
+def _one_device(parameters: Mapping[str, Tensor]) -> torch.device:
+    first, *others = parameters.items()
+    for name, parameter in others:
+        if parameter.device != first[1].device:
+            raise ValueError(
+                f"spectrum: all parameters in blocks must be on one device, got {first[0]!r} on {first[1].device} "
+                f"and {name!r} on {parameter.device}"
+            )
+    return first[1].device
+
+
+def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Name in the model -> the parameter or buffer in the dtype to compute in; empty where nothing needs converting."""
+    own = {p.dtype for p in pieces.values()}
+    if dtype is None:
+        if all(d.itemsize >= 4 for d in own):
+            return {}
+        dtype = torch.float32
+    if dtype.itemsize < 4:
+        if own != {dtype}:
+            raise ValueError(
+                f"spectrum: dtype must be float32 or float64 for parameters of {', '.join(map(str, own))}, got {dtype}"
+            )
+        return {}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    if all(t.dtype == dtype for t in floating.values()):
+        return {}
+    return {
+        name: t.detach().to(dtype).requires_grad_(isinstance(t, nn.Parameter) and t.requires_grad)
+        for name, t in floating.items()
+    }
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """So that what a model makes by itself (torch.zeros) fits the converted parameters."""
+    if dtype is None:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Held:
+    """Counts the bytes that graphs built within it hold, other than the parameters."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._storages = {p.untyped_storage().data_ptr() for p in parameters}
+        self.nbytes = 0
+
+    def __enter__(self) -> _Held:
+        self._hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._storages:
+            self._storages.add(storage.data_ptr())
+            self.nbytes += storage.nbytes()
+        return tensor
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)  # type: ignore[arg-type]
+
+
+class _RandomOperations(TorchDispatchMode):
+    """Notes which operations draw random numbers, and in which module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._found: dict[str, None] = {}
+        self._inside: list[str] = []
+        self._model = model
+
+    def __enter__(self) -> Any:
+        self._handles = []
+        for name, module in self._model.named_modules():
+            label = f"{name or 'the model'} ({type(module).__name__})"
+            self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._inside.append(label)))
+            self._handles.append(module.register_forward_hook(lambda *_: self._inside.pop() and None, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            where = self._inside[-1] if self._inside else "loss_fn"
+            self._found.setdefault(f"{func.overloadpacket.__name__} in {where}")
+        return func(*args, **(kwargs or {}))
+
+    def described(self) -> str:
+        if self._found:
+            return "random numbers are drawn by " + ", ".join(list(self._found)[:5])
+        return "no random number is drawn by torch, so the model changes its own state, or another generator is used"
+
+
+# What autograd would silently differentiate wrongly, by the name of its node in the graph.
+_NOT_TWICE_DIFFERENTIABLE = {
+    "torch::autograd::Error": "an operation marked once_differentiable (a torch.autograd.Function), which has no "
+    "second derivative; write that operation in plain PyTorch",
+    "CheckpointFunctionBackward": "reentrant activation checkpointing, which hides parameters from autograd.grad; "
+    "pass use_reentrant=False",
+    "WeightNormInterfaceBackward0": "torch's fused weight norm, whose second derivative is wrong; write g v / |v| in "
+    "plain PyTorch, or remove the parametrization",
+}
+
+
+def _refuse_cut_graph(roots: Iterable[Node | None]) -> int:
+    """Find operations whose second derivative autograd silently leaves out or gets wrong; count the others."""
+    waiting = list(roots)
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _NOT_TWICE_DIFFERENTIABLE:
+            raise NotImplementedError(f"spectrum: the model has {_NOT_TWICE_DIFFERENTIABLE[node.name()]}")
+        waiting.extend(edge[0] for edge in node.next_functions)
+    return len(seen)
+
+
+def _noted(info: BlockInfo, used: set[str]) -> BlockInfo:
+    if not used.isdisjoint(info.parameters):
+        return info
+    return replace(info, note="; ".join(filter(None, ("unused", info.note))))
