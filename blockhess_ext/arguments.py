@@ -13,6 +13,7 @@ from torch import Tensor
 from blockhess_ext.layout import Layout
 
 VECTOR_DTYPES = (torch.float32, torch.float64)
+REORTHOGONALIZE = ("none", "full", "auto")
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -32,6 +33,16 @@ def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"batched_slq: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     return value
+
+
+def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Sequence[str]:
+    """One word for all blocks, or one for each."""
+    if isinstance(wish, str):
+        return choice("reorthogonalize", wish, REORTHOGONALIZE)  # type: ignore[no-any-return]
+    each = [choice(f"reorthogonalize[{l}]", word, ("none", "full")) for l, word in enumerate(wish)]
+    if len(each) != n_blocks:
+        raise ValueError(f"batched_slq: reorthogonalize must have one word for each of {n_blocks} blocks, got {len(each)}")
+    return each
 
 
 def block_dims(dims: Sequence[int]) -> tuple[int, ...]:

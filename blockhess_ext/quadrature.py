@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+_TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,41 @@ class Quadrature:
     distribution: str
     reorthogonalize: tuple[str, ...]
     dtype: str
+
+    @staticmethod
+    def joined(parts: Sequence[Quadrature], dim: int) -> Quadrature:
+        """One result of several, each for other probes (dim 0) or other blocks (dim 1) of the same run.
+
+        Raises:
+            ValueError: they disagree in what they should share.
+        """
+        first = parts[0]
+        per_block = ("dims", "block_ids", "reorthogonalize")
+        shared = ("num_steps", "seed", "distribution", "dtype") + (per_block if dim == 0 else ())
+        for name in shared:
+            for part in parts[1:]:
+                if getattr(part, name) != getattr(first, name):
+                    raise ValueError(
+                        f"joined: parts must have the same {name}, got {getattr(first, name)!r} and "
+                        f"{getattr(part, name)!r}"
+                    )
+        m = max(part.nodes.shape[-1] for part in parts)
+        tensors = {
+            name: torch.cat([_padded(getattr(part, name), m, repeat=name == "nodes") for part in parts], dim)
+            for name in ("nodes", "weights", "alpha", "beta")
+        } | {name: torch.cat([getattr(part, name) for part in parts], dim) for name in ("steps", "nonfinite")}
+        lists = {name: sum((getattr(part, name) for part in parts), ()) for name in per_block} if dim == 1 else {}
+        return replace(first, **tensors, **lists)
+
+    def to(self, device: torch.device | str) -> Quadrature:
+        """The same with its tensors on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+    def of_blocks(self, blocks: Sequence[int]) -> Quadrature:
+        """The part that belongs to these blocks, in this order."""
+        chosen = {name: getattr(self, name)[:, list(blocks)] for name in _TENSORS}
+        lists = ("dims", "block_ids", "reorthogonalize")
+        return replace(self, **chosen, **{name: tuple(getattr(self, name)[l] for l in blocks) for name in lists})
 
     @property
     def num_probes(self) -> int:
@@ -101,3 +138,12 @@ class Quadrature:
         stderr = torch.where(count > 1, (squares / (count - 1) / count).sqrt(), math.inf)
         dims = torch.tensor(self.dims, dtype=torch.float64, device=terms.device)
         return dims * mean, torch.where((dims == 1) & (count > 0), 0.0, dims * stderr)
+
+
+def _padded(values: Tensor, m: int, repeat: bool) -> Tensor:
+    """(..., k) -> (..., m), filled up with the last entry or with zeros."""
+    missing = m - values.shape[-1]
+    if not missing:
+        return values
+    filling = values[..., -1:].expand(*values.shape[:-1], missing)
+    return torch.cat([values, filling if repeat else torch.zeros_like(filling)], -1)

@@ -18,8 +18,6 @@ from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
 from blockhess_ext.recurrences import NON_FINITE, Recurrences
 
-REORTHOGONALIZE = ("none", "full", "auto")
-
 # "auto" keeps the basis of blocks so small that their Krylov space may be exhausted, smallest first, up to this size.
 # Larger blocks do without: the density is sound all the same (Chen, Trogdon, Ubaru 2021).
 AUTO_BASIS_BYTES = 2**28
@@ -39,11 +37,12 @@ def batched_slq(
     dims: Sequence[int],
     *,
     num_probes: int = 10,
+    first_probe: int = 0,
     num_steps: int = 100,
     probes: Tensor | None = None,
     block_ids: Sequence[int] | None = None,
     distribution: str = "gaussian",
-    reorthogonalize: str = "auto",
+    reorthogonalize: str | Sequence[str] = "auto",
     seed: int | None = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -60,12 +59,14 @@ def batched_slq(
             ignored from then on.
         dims: elements of each block.
         num_probes: random vectors a block.
+        first_probe: index of the first of them; probe p of a seed is the same vector in every call.
         num_steps: most Lanczos steps; a block makes no more than it has elements.
         probes: (n_probes, n) vectors to use instead of random ones; each segment is normalised.
         block_ids: non-negative integers that key the random vectors of each block; by default the block's index.
         distribution: "gaussian" or "rademacher".
         reorthogonalize: "none", "full" (classical Gram-Schmidt twice, keeps num_steps vectors a probe), or "auto": full
-            for blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis.
+            for blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis. Or "none" or "full" for
+            each block.
         seed: of the random vectors; None takes a fresh one, recorded in the result.
         dtype: of the vectors, float32 (default) or float64.
         device: of the vectors; by default that of `probes`, or the CPU.
@@ -94,7 +95,7 @@ def batched_slq(
     dims = arguments.block_dims(dims)
     num_steps = arguments.integer("num_steps", num_steps, 1)
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)
-    arguments.choice("reorthogonalize", reorthogonalize, REORTHOGONALIZE)
+    reorthogonalize = arguments.reorthogonalization(reorthogonalize, len(dims))
     arguments.choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     device = usable(device or (probes.device if isinstance(probes, Tensor) else "cpu"))
     layout = Layout.of(dims, device)
@@ -104,18 +105,22 @@ def batched_slq(
         seed = arguments.probe_seed(seed)
         dtype = arguments.choice("dtype", dtype or torch.float32, arguments.VECTOR_DTYPES)
         num_probes = arguments.integer("num_probes", num_probes, 1)
+        first_probe = arguments.integer("first_probe", first_probe, 0)
     else:
         seed, distribution = None, "given"
         num_probes, dtype = arguments.given_probes(probes, layout, dtype)
 
     row_bytes = num_probes * dtype.itemsize
-    kept = _blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
+    kept = blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
     layout = layout.with_basis(kept)
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     with memory_explained(vectors=3 * layout.n * row_bytes, basis=basis_bytes):
         if probes is None:
             assert seed is not None
-            v = ops.random_probes(layout, num_probes, seed=seed, block_ids=ids, distribution=distribution, dtype=dtype)
+            v = ops.random_probes(
+                layout, num_probes, seed=seed, block_ids=ids, first_probe=first_probe, distribution=distribution,
+                dtype=dtype,
+            )  # fmt: skip
         else:
             v = arguments.unit_probes(probes, layout)
         alpha, beta, recurrences = _lanczos(hvp, v, layout, num_steps, on_step)
@@ -188,8 +193,10 @@ def _lanczos(
     return alpha.permute(1, 2, 0).contiguous(), beta.permute(1, 2, 0).contiguous(), recurrences
 
 
-def _blocks_with_basis(wish: str, dims: Sequence[int], num_steps: int, bytes_each: int) -> list[bool]:
+def blocks_with_basis(wish: str | Sequence[str], dims: Sequence[int], num_steps: int, bytes_each: int) -> list[bool]:
     """For which blocks the basis is kept; decided from the problem alone, never from free memory."""
+    if not isinstance(wish, str):
+        return [each == "full" for each in wish]
     if wish != "auto":
         return [wish == "full"] * len(dims)
     kept = [False] * len(dims)

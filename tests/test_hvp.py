@@ -108,8 +108,8 @@ def test_batches_of_unequal_size_equal_the_whole_batch(sizes: list[int]) -> None
     y[[0, 4]] = -100  # ignored targets: weights 5; 2, 2, 1; and 0, 5
     hessian = operator(model, list(zip(x.split(sizes), y.split(sizes))), nn.CrossEntropyLoss())
     whole = F.cross_entropy(model(x), y)
-    assert hessian.weight == 5
-    torch.testing.assert_close(hessian.loss_value, whole.item(), rtol=1e-14, atol=0)
+    assert hessian.problem.weight == 5
+    torch.testing.assert_close(hessian.problem.loss_value, whole.item(), rtol=1e-14, atol=0)
     for name, block in operator_blocks(hessian).items():
         assert_close(block, dense_hessian(model, lambda call: F.cross_entropy(call(x), y), [name]))
 
@@ -168,12 +168,14 @@ def test_unused_and_linear_parameters_have_zero_blocks() -> None:
         return F.cross_entropy(m(batch[0]), batch[1]) + m.linear.sum()
 
     hessian = operator(model, data, loss_fn)
-    assert hessian.unused == ("unused.weight", "unused.bias")
-    assert {info.name: info.note for info in hessian.infos if info.note} == dict.fromkeys(hessian.unused, "unused")
+    assert hessian.problem.unused == ("unused.weight", "unused.bias")
+    assert {info.name: info.note for info in hessian.problem.infos if info.note} == dict.fromkeys(hessian.problem.unused, "unused")
     blocks = operator_blocks(hessian)
     assert not blocks["linear"].any() and not blocks["unused.weight"].any()
     assert blocks["used.weight"].any()
-    assert hessian.most_hvps(num_probes=2, num_steps=5) == 2 * (3 + 5 + 3)
+    before = hessian.hvps
+    hessian(torch.randn(2, sum(hessian.dims)))
+    assert hessian.hvps == before + 2 * 2  # used.weight and used.bias
 
     # A group of used, unused and linear parameters has zero rows and columns where they are.
     (block,) = operator_blocks(operator(model, data, loss_fn, {"all": ["unused.bias", "used.bias", "linear"]})).values()
@@ -186,7 +188,7 @@ def test_a_parameter_used_in_one_batch_only_is_used() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     x, y = labelled(4)
     hessian = operator(model, ["a", "b"], lambda m, key: (F.cross_entropy(m[key](x), y), 1))
-    assert hessian.unused == ()
+    assert hessian.problem.unused == ()
     assert_close(
         operator_blocks(hessian)["a.weight"],
         0.5 * dense_hessian(model["a"], lambda call: F.cross_entropy(call(x), y), ["weight"]),
@@ -203,7 +205,7 @@ def test_vectors_have_the_widest_dtype() -> None:
         return F.cross_entropy(m[2](m[:2](batch[0]).double()), batch[1])
 
     hessian = operator(model, data, loss_fn)
-    assert hessian.dtype == torch.float64
+    assert hessian.problem.dtype == torch.float64
     v = torch.randn(1, sum(hessian.dims))
     result = hessian(v)
     expected = operator(model.double(), (data[0].double(), y), loss_fn)(v)
@@ -276,12 +278,13 @@ def test_only_one_batchs_graph_is_alive() -> None:
         alive.append(Marked.latest() is not None)
         return F.cross_entropy(m[2](Marked.apply(m[1](m[0](batch[0])))), batch[1])
 
-    hessian = operator(model, [(x[:4], y[:4]), (x[4:], y[4:])], loss_fn)
+    hessian = operator(model, [(x[:4], y[:4]), (x[4:], y[4:])], loss_fn, retain=False)
     hessian(torch.randn(1, sum(hessian.dims)))
     assert alive == [False] * 5  # twice the first batch, to see whether it repeats
     single = operator(model, (x, y), loss_fn)
-    assert Marked.latest() is not None  # a single batch's graph is kept
-    del single
+    single(torch.randn(1, sum(hessian.dims)))
+    assert Marked.latest() is not None  # the graph is kept
+    del single, hessian
     assert Marked.latest() is None
 
 

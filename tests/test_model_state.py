@@ -141,7 +141,7 @@ def test_bad_policy() -> None:
     model = Everything()
     before = snapshot(model)
     with (
-        pytest.raises(ValueError, match="batchnorm must be 'eval' or 'batch', got 'train'"),
+        pytest.raises(ValueError, match="batchnorm must be one of eval, batch, frozen-batch-stats, got 'train'"),
         fixed_state(model, "train"),
     ):
         pass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockhess.blocks import BlockInfo, Part, heads
     from blockhess.divergence import JS0
-    from blockhess.estimate import NonFiniteError, spectrum
+    from blockhess.estimate import NonFiniteError, plan, spectrum
     from blockhess.files import load
     from blockhess.spectra import Spectra
 
@@ -18,13 +18,27 @@ try:
 except importlib.metadata.PackageNotFoundError:  # run from the source folder
     __version__ = "0+source"
 
-__all__ = ["BlockInfo", "JS0", "NonFiniteError", "Part", "Spectra", "__version__", "heads", "load", "spectrum"]
+__all__ = [
+    "BlockInfo",
+    "JS0",
+    "NonFiniteError",
+    "Part",
+    "Plan",
+    "Spectra",
+    "__version__",
+    "heads",
+    "load",
+    "plan",
+    "spectrum",
+]
 
 _MODULES = {
     "BlockInfo": "blocks",
     "Part": "blocks",
     "heads": "blocks",
     "NonFiniteError": "estimate",
+    "Plan": "engines.plan",
+    "plan": "estimate",
     "spectrum": "estimate",
     "JS0": "divergence",
     "Spectra": "spectra",

@@ -97,6 +97,21 @@ def batch_size(batch: Batch) -> int | None:
     return next((tensor.shape[0] for tensor in tensors(batch) if tensor.dim()), None)
 
 
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch along the first dimension of its tensors into parts of nearly equal size, in order.
+
+    Tensors of another length, and what is no tensor, go into every part.
+    """
+    size = batch_size(batch)
+    if size is None or parts <= 1:
+        return [batch]
+    edges = [size * i // min(parts, size) for i in range(min(parts, size) + 1)]
+    return [
+        map_tensors(lambda t, a=a, b=b: t[a:b] if t.dim() and t.shape[0] == size else t, batch)  # type: ignore[misc]
+        for a, b in zip(edges, edges[1:])
+    ]
+
+
 def check_device(batches: list[Batch], device: torch.device) -> None:
     """Refuse batches that lie on another device than the model.
 

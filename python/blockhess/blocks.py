@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
@@ -38,6 +38,11 @@ class BlockInfo:
     dim: int
     parameters: tuple[str, ...]
     note: str = ""
+
+
+def with_note(info: BlockInfo, note: str) -> BlockInfo:
+    """The same block with a remark put before the others."""
+    return replace(info, note="; ".join(filter(None, (note, info.note))))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,14 @@ torch's own kernels do: some backward passes (LayerNorm's) depend on the number 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +24,19 @@ from torch import nn
 
 import blockhess
 import blockhess_ext
-from blockhess.batches import as_batches
-from blockhess.blocks import BlockSpec, partition, unwrap
-from blockhess.hvp import BlockHessian
+from blockhess.batches import as_batches, split_batch
+from blockhess.blocks import BlockSpec, Partition, partition, unwrap, with_note
+from blockhess.engines import BlockOperator, Engine, NotTraceable
+from blockhess.engines.accuracy import Disagreement, measure
+from blockhess.engines.exact import exact_quadratures
+from blockhess.engines.plan import CHOICES, Plan, budget_bytes, make_plan, micro_batches, without_tracing
 from blockhess.losses import as_loss
-from blockhess.model_state import fixed_state, has_batchnorm
+from blockhess.model_state import fixed_state, freeze_batch_statistics, has_batchnorm
+from blockhess.problem import Problem
 from blockhess.progress import progress_bar
 from blockhess.spectra import Spectra
+from blockhess_ext import Quadrature
+from blockhess_ext.slq import blocks_with_basis
 
 
 class NonFiniteError(ValueError):
@@ -49,6 +59,10 @@ def spectrum(
     distribution: str = "gaussian",
     reorthogonalize: str = "auto",
     batchnorm: str = "eval",
+    engine: str = "auto",
+    dtype: torch.dtype | None = None,
+    matmul_precision: str = "highest",
+    memory_budget: int | str | None = None,
     on_nonfinite: str = "raise",
     progress: bool | str = "auto",
 ) -> Spectra:
@@ -57,7 +71,7 @@ def spectrum(
     The Hessian is that of the loss averaged over all data, at the model's present parameters, in eval mode.
 
     Args:
-        model: any module with float32 or float64 parameters.
+        model: any module with real floating-point parameters.
         data: one batch (a tuple, mapping or tensor) or a list, DataLoader or other collection of batches, on the
             model's device. They are drawn once and kept. One batch is fastest; several need memory for one at a time.
         loss_fn: None: `model(**batch).loss` (Transformers). An nn.Module such as nn.CrossEntropyLoss() or a function of
@@ -70,7 +84,17 @@ def spectrum(
         seed: of the random vectors, which also depend on the blocks' names; None takes a fresh one and records it.
         distribution: of the random vectors, "gaussian" or "rademacher".
         reorthogonalize: "none", "full" or "auto"; see `blockhess_ext.batched_slq`.
-        batchnorm: statistics that BatchNorm uses: "eval", the running ones, or "batch", those of each batch.
+        batchnorm: statistics that BatchNorm uses: "eval", the running ones; "batch", those of each batch; or
+            "frozen-batch-stats", the average over the batches of their own, held fixed.
+        engine: what computes Hessian-vector products: "autograd" walks the graph of the gradient, "traced" turns it
+            into linear programs first, "auto" takes the one that counted operations favour, and writes small blocks
+            out exactly where that needs fewer products. "ggn" takes the generalised Gauss-Newton matrix instead of
+            the Hessian.
+        dtype: to compute in; None means the parameters' own, and float32 for float16 and bfloat16 ones.
+        matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision: "highest", "high" (TF32 on
+            CUDA) or "medium" (bfloat16). The error it makes is in the result's `hvp_error`.
+        memory_budget: bytes, or a text such as "6 GiB", that vectors and graphs may take; by default half of the
+            device's memory. What does not fit is done in several passes, large batches in parts.
         on_nonfinite: "raise" or "report": what to do where Hessian-vector products are not finite.
         progress: True, False, or "auto": a bar on stderr where tqdm is installed and it takes more than a few seconds.
 
@@ -99,64 +123,222 @@ def spectrum(
         ("distribution", distribution, blockhess_ext.ops.DISTRIBUTIONS),
         ("reorthogonalize", reorthogonalize, ("none", "full", "auto")),
         ("on_nonfinite", on_nonfinite, ("raise", "report")),
+        ("engine", engine, CHOICES),
+        ("matmul_precision", matmul_precision, ("highest", "high", "medium")),
     ):
         if value not in choices:
             raise ValueError(f"spectrum: {name} must be one of {', '.join(choices)}, got {value!r}")
 
     start = time.perf_counter()
-    model = unwrap(model)
-    cut = partition(model, blocks)
-    loss = as_loss(loss_fn)
-    with fixed_state(model, batchnorm):
-        batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
-        hessian = BlockHessian(model, loss, batches, cut.blocks)
-        with progress_bar(hessian.most_hvps(num_probes, num_steps), "HVP", progress) as hessian.on_hvp:
-            quadrature = blockhess_ext.batched_slq(
-                hessian,
-                hessian.dims,
-                num_probes=num_probes,
-                num_steps=num_steps,
-                block_ids=[_block_id(info.name) for info in hessian.infos],
-                distribution=distribution,
-                reorthogonalize=reorthogonalize,
-                seed=seed,
-                dtype=hessian.dtype,
-                device=hessian.device,
-                on_nonfinite="report",
-            )
+    options = _Options(num_probes, num_steps, engine, distribution, reorthogonalize, memory_budget)
+    with _posed(model, data, loss_fn, blocks, batchnorm, dtype, memory_budget, matmul_precision) as (problem, cut):
+        job = _Job(problem, options)
+        with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
+            quadrature = job.run(seed, on_hvp)
     spectra = Spectra(
-        hessian.infos,
+        job.infos,
         quadrature,
         {
-            "model": type(model).__name__,
-            "loss": loss.name,
-            "loss_value": hessian.loss_value,
-            "weight": hessian.weight,
+            "model": type(unwrap(model)).__name__,
+            "loss": problem.loss.name,
+            "loss_value": problem.loss_value,
+            "weight": problem.weight,
             "batchnorm": batchnorm if has_batchnorm(model) else "none",
             "dtype": quadrature.dtype,
+            "matmul_precision": matmul_precision,
             "seed": quadrature.seed,
             "num_probes": num_probes,
             "num_steps": num_steps,
             "distribution": distribution,
             "reorthogonalize": reorthogonalize,
+            "engine": job.plan.engine,
+            "plan": dataclasses.asdict(job.plan) | {"exact": job.exact_names},
+            "hvp_error": job.hvp_error,
             "frozen": list(cut.frozen),
             "tied": {name: list(aliases) for name, aliases in cut.tied.items()},
-            "unused": list(hessian.unused),
-            "hvps": hessian.hvps,
+            "unused": list(problem.unused),
+            "hvps": job.hvps,
             "seconds": time.perf_counter() - start,
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
         },
     )
     if on_nonfinite == "raise" and quadrature.nonfinite.any():
-        failed = [info.name for info, bad in zip(hessian.infos, quadrature.nonfinite.any(0)) if bad]
+        failed = [info.name for info, bad in zip(problem.infos, quadrature.nonfinite.any(0)) if bad]
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise NonFiniteError(
             f"spectrum: Hessian-vector products must be finite, got NaN or inf in {len(failed)} of "
-            f"{len(hessian.infos)} blocks: {names}; the error's .partial holds the others",
+            f"{len(problem.infos)} blocks: {names}; the error's .partial holds the others",
             spectra,
         )
     return spectra
+
+
+def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None, **options: Any) -> Plan:
+    """What `spectrum` would do with these arguments, without computing any product.
+
+    Args:
+        model, data, loss_fn, options: as for `spectrum`.
+
+    Returns:
+        The plan; print it.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> batch = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> plan(model, batch, torch.nn.CrossEntropyLoss()).hvps
+        67
+    """
+    posing = {"blocks": "parameter", "batchnorm": "eval", "dtype": None, "matmul_precision": "highest"}
+    posing |= {name: options[name] for name in posing if name in options}
+    wishes = {name: options[name] for name in ("num_probes", "num_steps", "engine", "reorthogonalize") if name in options}
+    budget = options.get("memory_budget")
+    with _posed(model, data, loss_fn, memory_budget=budget, **posing) as (problem, _):
+        return _Job(problem, _Options(memory_budget=budget, **wishes)).plan
+
+
+@dataclass(frozen=True)
+class _Options:
+    num_probes: int = 10
+    num_steps: int = 100
+    engine: str = "auto"
+    distribution: str = "gaussian"
+    reorthogonalize: str = "auto"
+    memory_budget: int | str | None = None
+
+
+@contextmanager
+def _posed(
+    model: nn.Module,
+    data: Any,
+    loss_fn: Callable[..., Any] | None,
+    blocks: BlockSpec,
+    batchnorm: str,
+    dtype: torch.dtype | None,
+    memory_budget: int | str | None,
+    matmul_precision: str,
+) -> Iterator[tuple[Problem, Partition]]:
+    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget."""
+    model = unwrap(model)
+    cut = partition(model, blocks)
+    loss = as_loss(loss_fn)
+    with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
+        batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
+        if batchnorm == "frozen-batch-stats":
+            freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
+        problem = Problem(model, loss, batches, cut.blocks, dtype)
+        parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
+        # Only where the loss of a batch is known to be the mean over its samples.
+        if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
+            batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
+            problem = Problem(model, loss, batches, cut.blocks, dtype)
+        yield problem, cut
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Job:
+    """A planned run: the engine is made, and checked, when it begins.
+
+    Attributes:
+        plan: as carried out. infos: of the blocks, with notes. hvps: products computed.
+        hvp_error: block -> [|H v|, error of it] for a random unit vector, None where it could not be measured.
+    """
+
+    def __init__(self, problem: Problem, options: _Options) -> None:
+        self._problem, self._options = problem, options
+        dims, itemsize = problem.dims, problem.dtype.itemsize
+        kept = blocks_with_basis(
+            options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
+        )
+        self._basis = ["full" if keep else "none" for keep in kept]
+        self.plan = make_plan(
+            problem,
+            engine=options.engine,
+            num_probes=options.num_probes,
+            num_steps=options.num_steps,
+            basis_dims=[dim if keep else 0 for dim, keep in zip(dims, kept)],
+            budget=budget_bytes(options.memory_budget, problem.device),
+        )
+        self.infos = problem.infos
+        self.hvps = 0
+        self.hvp_error: dict[str, list[float]] | None = None
+
+    @property
+    def exact_names(self) -> list[str]:
+        """Names of the blocks that were written out."""
+        return [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
+
+    def run(self, seed: int | None, on_hvp: Callable[[], object]) -> Quadrature:
+        """All blocks, in their order."""
+        problem, options = self._problem, self._options
+        seed = blockhess_ext.arguments.probe_seed(seed)
+        ids = [_block_id(info.name) for info in problem.infos]
+        engine = self._engine()
+        parts: list[Quadrature] = []
+        order: list[int] = []
+        for blocks, passes in itertools.groupby(self.plan.passes, key=lambda p: p[2]):
+            chunks = []
+            for first, count, _ in passes:
+                operator = BlockOperator(problem, engine, blocks, on_hvp)
+                chunks.append(
+                    blockhess_ext.batched_slq(
+                        operator,
+                        operator.dims,
+                        num_probes=count,
+                        first_probe=first,
+                        num_steps=options.num_steps,
+                        block_ids=[ids[l] for l in blocks],
+                        distribution=options.distribution,
+                        reorthogonalize=[self._basis[l] for l in blocks],
+                        seed=seed,
+                        dtype=problem.dtype,
+                        device=problem.device,
+                        on_nonfinite="report",
+                    )
+                )
+                self.hvps += operator.hvps
+            parts.append(Quadrature.joined(chunks, 0))
+            order += blocks
+        exact = [l for l, e in enumerate(self.plan.exact) if e]
+        if exact:
+            operator = BlockOperator(problem, engine, exact, on_hvp)
+            labels = {"num_probes": options.num_probes, "num_steps": options.num_steps}
+            made = exact_quadratures(operator, [ids[l] for l in exact], seed=seed, **labels)
+            parts += [replace(q, distribution=options.distribution) for q in made]
+            order += exact
+            self.hvps += operator.hvps
+        device = parts[0].nodes.device
+        whole = Quadrature.joined([part.to(device) for part in parts], 1)
+        return whole.of_blocks([order.index(l) for l in range(len(ids))])
+
+    def _engine(self) -> Engine:
+        """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
+        try:
+            engine = self.plan.make(self._problem)
+            accuracy = measure(self._problem, engine)
+        except (NotTraceable, Disagreement) as error:
+            if self._options.engine == "traced":
+                raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {error}") from error
+            self.plan = without_tracing(self.plan, f"no trace: {error}")
+            engine = self.plan.make(self._problem)
+            accuracy = measure(self._problem, engine)
+        if accuracy is not None:
+            pairs = zip(accuracy.norms, accuracy.errors)
+            self.hvp_error = {info.name: [norm, error] for info, (norm, error) in zip(self.infos, pairs)}
+            zero = [l for l in range(len(self.infos)) if self._problem.is_used(l) and accuracy.is_zero(l)]
+            self.infos = tuple(
+                with_note(info, "zero within HVP error") if l in zero else info for l, info in enumerate(self.infos)
+            )
+        return engine
 
 
 def _count(name: str, value: Any) -> int:

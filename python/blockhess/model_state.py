@@ -8,7 +8,7 @@ requires_grad are never touched.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
+
+
+BATCHNORM = ("eval", "batch", "frozen-batch-stats")
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -37,13 +40,15 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
 
     Args:
         model: the model; wrapped or not.
-        batchnorm: "eval": BatchNorm uses its running statistics; "batch": the statistics of each batch.
+        batchnorm: "eval": BatchNorm uses its running statistics; "batch": the statistics of each batch, through
+            which the loss depends on the parameters too; "frozen-batch-stats": as "eval", for running statistics that
+            `freeze_batch_statistics` sets.
 
     Raises:
         ValueError: another `batchnorm`.
     """
-    if batchnorm not in ("eval", "batch"):
-        raise ValueError(f"spectrum: batchnorm must be 'eval' or 'batch', got {batchnorm!r}")
+    if batchnorm not in BATCHNORM:
+        raise ValueError(f"spectrum: batchnorm must be one of {', '.join(BATCHNORM)}, got {batchnorm!r}")
     modules = list(model.modules())
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
@@ -64,6 +69,35 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
                 _set(stack, torch.backends.cudnn, "enabled", False)
         _switch_attention(stack, modules)
         yield
+
+
+def freeze_batch_statistics(model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any]) -> None:
+    """Set BatchNorm's running statistics to the averages of the batches' own, at the present parameters.
+
+    To be called in a `fixed_state`, which puts the old ones back.
+
+    Args:
+        model: the model.
+        evaluate: runs the model on a batch.
+        batches: all data.
+
+    Raises:
+        ValueError: a BatchNorm layer keeps no running statistics.
+    """
+    layers = {name: m for name, m in model.named_modules() if _is_batchnorm(m)}
+    for name, layer in layers.items():
+        if layer.running_mean is None:
+            raise ValueError(
+                f"spectrum: batchnorm must be 'batch' where a layer keeps no running statistics, as {name!r} "
+                "(track_running_stats=False), got 'frozen-batch-stats'"
+            )
+    with ExitStack() as stack, torch.no_grad():
+        for layer in layers.values():
+            _set(stack, layer, "training", True)
+            _set(stack, layer, "momentum", None)  # the plain average over batches
+            layer.reset_running_stats()
+        for batch in batches:
+            evaluate(batch)
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import Node
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from blockhess.batches import Batch, check_device, map_tensors
-from blockhess.blocks import Block, BlockInfo
+from blockhess.blocks import Block, with_note
 from blockhess.losses import Loss, checked, checked_weight
 
 
@@ -45,6 +45,7 @@ class Problem:
         loss_value: the loss of all data. weight: the sum of the batches' weights.
         used: names of parameters that a gradient reaches in some batch. unused: the others.
         graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds.
+        forward_flops: of the loss of the first batch, in matrix products and convolutions.
 
     Raises:
         ValueError, TypeError: a loss, weight or device that does not fit, or a loss that depends on no block.
@@ -73,9 +74,9 @@ class Problem:
         if loss.calls_model:
             check_device(list(batches), self.device)
         self._converted = _converted(model, pieces, dtype)
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._raw = {name: self._names[id(p)] for name, p in pieces.items()}
-        self.parameters = {name: self._converted.get(self._raw[name], p) for name, p in pieces.items()}
+        owned = _owned(model)
+        self._places = {name: owned[id(p)] for name, p in pieces.items()}
+        self.parameters = {name: self._converted.get(self._places[name][0], p) for name, p in pieces.items()}
         self._data_dtype = next((t.dtype for t in self._converted.values() if t.is_floating_point()), None)
         self.dtype = max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize)
         if self.dtype.itemsize < 4:
@@ -103,14 +104,15 @@ class Problem:
     def _call(self, what: str, batch: Batch, parameters: Mapping[str, Tensor] | None) -> Any:
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
-            swapped[self._raw[name]] = tensor
+            swapped |= dict.fromkeys(self._places[name], tensor)
         if self._data_dtype is not None:
             batch = map_tensors(lambda t: t.to(self._data_dtype) if t.is_floating_point() else t, batch)
         with _default_dtype(self._data_dtype):
             if not swapped:
                 return self._wrapped(what, batch)
             renamed = {f"model.{name}": tensor for name, tensor in swapped.items()}
-            return functional_call(self._wrapped, renamed, (what, batch))
+            # Tied parameters are named one by one: a module that is registered twice must be changed once.
+            return functional_call(self._wrapped, renamed, (what, batch), tie_weights=False)
 
     def _survey(self, batches: Sequence[Batch]) -> None:
         """One pass over the data: checks, weights, the loss, and which parameters it depends on."""
@@ -119,7 +121,10 @@ class Problem:
         used: set[str] = set()
         self.batches: list[Batch] = []
         for index, batch in enumerate(batches):
-            loss, raw_weight = self._call("both", batch, None)
+            with contextlib.ExitStack() as stack:
+                if not self.batches:
+                    flops = stack.enter_context(_Flops())
+                loss, raw_weight = self._call("both", batch, None)
             loss = checked(loss, index)
             weight = checked_weight(raw_weight, index, len(batches)) if self.loss.averaged else 1.0
             if weight == 0:  # all labels ignored: the mean over them is 0 / 0
@@ -131,10 +136,11 @@ class Problem:
                 gradients = self._differentiate(loss, create_graph=False)
             else:
                 _refuse_cut_graph([loss.grad_fn])
-                with _Held(self.parameters.values()) as held:
-                    gradients = self._differentiate(loss, create_graph=True)
-                self.graph_nodes = _refuse_cut_graph(g.grad_fn for g in gradients.values())
-                self.graph_bytes = held.nbytes
+                gradients = self._differentiate(loss, create_graph=True)
+                nodes = _refuse_cut_graph(g.grad_fn for g in gradients.values())
+                self.graph_nodes, self.graph_bytes = len(nodes), _held_bytes(nodes, self.parameters.values())
+                del nodes
+                self.forward_flops = flops.total
                 gradients = {name: g.detach() for name, g in gradients.items()}
                 del loss  # so that there is one graph at a time
                 self._check_repeatable(batch, index, value, gradients)
@@ -155,7 +161,9 @@ class Problem:
         self.loss_value = sum(share * value for share, value in zip(self.shares, values))
         self.used = frozenset(used)
         self.unused = tuple(name for name in self.parameters if name not in used)
-        self.infos = tuple(_noted(block.info, used) for block in self.blocks)
+        self.infos = tuple(
+            block.info if used & set(block.parameters) else with_note(block.info, "unused") for block in self.blocks
+        )
 
     def is_used(self, number: int) -> bool:
         """Whether the loss depends on some parameter of block `number`."""
@@ -226,14 +234,21 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
                 f"spectrum: dtype must be float32 or float64 for parameters of {', '.join(map(str, own))}, got {dtype}"
             )
         return {}
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    if all(t.dtype == dtype for t in floating.values()):
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    if all(t.dtype == dtype for t in tensors.values()):
         return {}
-    return {
-        name: t.detach().to(dtype).requires_grad_(isinstance(t, nn.Parameter) and t.requires_grad)
-        for name, t in floating.items()
-    }
+    converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in tensors.items()}
+    return {name: converted[key] for key, names in _owned(model).items() if key in converted for name in names}
+
+
+def _owned(model: nn.Module) -> dict[int, list[str]]:
+    """id of every parameter and buffer -> its names, one for each module that holds it."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 @contextlib.contextmanager
@@ -250,27 +265,17 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class _Held:
-    """Counts the bytes that graphs built within it hold, other than the parameters."""
+class _Flops(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions."""
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._storages = {p.untyped_storage().data_ptr() for p in parameters}
-        self.nbytes = 0
+    total = 0
 
-    def __enter__(self) -> _Held:
-        self._hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._storages:
-            self._storages.add(storage.data_ptr())
-            self.nbytes += storage.nbytes()
-        return tensor
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)  # type: ignore[arg-type]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class _RandomOperations(TorchDispatchMode):
@@ -318,10 +323,10 @@ _NOT_TWICE_DIFFERENTIABLE = {
 }
 
 
-def _refuse_cut_graph(roots: Iterable[Node | None]) -> int:
-    """Find operations whose second derivative autograd silently leaves out or gets wrong; count the others."""
+def _refuse_cut_graph(roots: Iterable[Node | None]) -> set[Node]:
+    """All nodes of a graph, none of them an operation whose second derivative autograd leaves out or gets wrong."""
     waiting = list(roots)
-    seen = set()
+    seen: set[Node] = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -330,10 +335,18 @@ def _refuse_cut_graph(roots: Iterable[Node | None]) -> int:
         if node.name() in _NOT_TWICE_DIFFERENTIABLE:
             raise NotImplementedError(f"spectrum: the model has {_NOT_TWICE_DIFFERENTIABLE[node.name()]}")
         waiting.extend(edge[0] for edge in node.next_functions)
-    return len(seen)
+    return seen
 
 
-def _noted(info: BlockInfo, used: set[str]) -> BlockInfo:
-    if not used.isdisjoint(info.parameters):
-        return info
-    return replace(info, note="; ".join(filter(None, ("unused", info.note))))
+def _held_bytes(nodes: Iterable[Node], parameters: Iterable[Tensor]) -> int:
+    """What the tensors that these nodes saved take, other than the parameters."""
+    counted = {p.untyped_storage().data_ptr() for p in parameters}
+    total = 0
+    for node in nodes:
+        for name in dir(type(node)):
+            saved = getattr(node, name) if name.startswith("_saved_") else None
+            for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in counted:
+                    counted.add(tensor.untyped_storage().data_ptr())
+                    total += tensor.untyped_storage().nbytes()
+    return total

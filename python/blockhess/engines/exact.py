@@ -1,0 +1,83 @@
+"""Blocks small enough to be written out: the dense Hessian by products with unit vectors, and its eigenvalues.
+
+The result has the form of a quadrature like all others: that of a start vector with equal weight on every
+eigenvector, which integrates the spectral density itself, so every probe is the same and nothing is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from blockhess.engines.operator import BlockOperator
+from blockhess_ext import Quadrature, batched_slq
+
+
+def is_cheaper_exact(dim: int, num_probes: int, num_steps: int) -> bool:
+    """Whether dim products with unit vectors are fewer than Lanczos needs."""
+    return dim < num_probes * min(num_steps, dim)
+
+
+def exact_quadratures(
+    operator: BlockOperator, block_ids: Sequence[int], num_probes: int, num_steps: int, seed: int
+) -> list[Quadrature]:
+    """The eigenvalues of every block of an operator, each once per probe.
+
+    Args:
+        operator: of the blocks wanted; dims[l] products of each.
+        block_ids, num_probes, num_steps, seed: what the quadratures are labelled with.
+
+    Returns:
+        One Quadrature a block. Its nodes are the eigenvalues (equal ones are one node), its weights their share;
+        a block whose products are not finite has steps = 0 and `nonfinite` set.
+    """
+    problem, dims = operator.problem, operator.dims
+    rows = max(1, min(num_probes, max(dims)))
+    dense = [torch.empty(dim, dim, dtype=problem.dtype) for dim in dims]
+    starts = [sum(dims[:l]) for l in range(len(dims))]
+    for first in range(0, max(dims), rows):
+        v = torch.zeros(rows, sum(dims), dtype=problem.dtype, device=problem.device)
+        finished = torch.ones(rows, len(dims), dtype=torch.bool)
+        for l, dim in enumerate(dims):
+            for row in range(min(rows, dim - first)):
+                v[row, starts[l] + first + row] = 1
+                finished[row, l] = False
+        operator.mark_finished(finished)
+        products = operator(v)
+        for l, dim in enumerate(dims):
+            k = min(rows, dim - first)
+            if k > 0:
+                dense[l][first : first + k] = products[:k, starts[l] : starts[l] + dim].cpu()
+    labels = {"seed": seed, "num_steps": num_steps, "dtype": str(problem.dtype).removeprefix("torch.")}
+    return [
+        replace(_quadrature(_eigenvalues(matrix), num_probes), block_ids=(block_id,), **labels)
+        for matrix, block_id in zip(dense, block_ids)
+    ]
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    matrix = matrix.double()
+    if not bool(matrix.isfinite().all()):
+        return matrix.new_full((len(matrix),), torch.nan)
+    return torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+
+
+def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
+    """Lanczos on diag(eigenvalues) from (1, ..., 1): the Gauss quadrature of the spectral density itself."""
+    dim = len(eigenvalues)
+    one = batched_slq(
+        lambda v: v * eigenvalues,
+        [dim],
+        num_steps=dim,
+        probes=torch.ones(1, dim, dtype=torch.float64),
+        reorthogonalize="full",
+        on_nonfinite="report",
+    )
+    repeated = {
+        name: getattr(one, name).expand(num_probes, *getattr(one, name).shape[1:]).contiguous()
+        for name in ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
+    }
+    return replace(one, **repeated)

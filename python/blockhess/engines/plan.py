@@ -1,0 +1,223 @@
+"""What a run will do: which engine, which blocks exactly, how many vectors and batches together.
+
+Decided from counted products, operations and bytes, never from a stopwatch or from what memory happens to be free, so
+the same job takes the same path on every run; only the memory budget, which is recorded, stands for the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from blockhess.engines import ENGINES
+from blockhess.engines.exact import is_cheaper_exact
+from blockhess.engines.operator import Engine
+from blockhess.problem import Problem
+
+CHOICES = ("auto", *ENGINES)
+
+# The part of a device's memory that a run may plan with unless told otherwise.
+DEFAULT_SHARE = 0.5
+
+# Tracing costs about this many seconds an operation of the gradient's graph, during which products could be computed
+# at about these rates: reasons to trace long jobs only. Orders of magnitude.
+TRACE_SECONDS = 0.02
+FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 1e13}
+# What a product costs by autograd and by a linear program, in forward passes, as bench_hvp.py counts them.
+AUTOGRAD_FORWARDS, TRACED_FORWARDS = 1.3, 1.0
+# Bytes of a trace's constants per byte of autograd's graph.
+TRACED_BYTES = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and what it takes.
+
+    Attributes:
+        engine: "autograd", "traced" or "ggn".
+        exact: per block, whether it is written out; the others are estimated.
+        passes: (first probe, number of probes, numbers of the blocks) that are advanced together.
+        rows: vectors of one block that one call of the engine takes.
+        retain: whether graphs or constants of all batches are kept through all steps.
+        batches: after large ones were split.
+        hvps: most products of one block, probe and batch.
+        flops: of all of them, about.
+        vector_bytes, engine_bytes: the most that vectors, and graphs or constants, take at a time.
+        memory_budget: bytes that the plan had to fit.
+        why: the reason for the engine.
+    """
+
+    engine: str
+    exact: tuple[bool, ...]
+    passes: tuple[tuple[int, int, tuple[int, ...]], ...]
+    rows: int
+    retain: bool
+    batches: int
+    hvps: int
+    flops: float
+    vector_bytes: int
+    engine_bytes: int
+    memory_budget: int
+    why: str
+
+    def make(self, problem: Problem) -> Engine:
+        """The engine of this plan.
+
+        Raises:
+            NotTraceable: the plan asks for "traced", which cannot be had.
+        """
+        options = {"rows": self.rows} if self.engine == "traced" else {}
+        return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        lines = [
+            f"engine        {self.engine} ({self.why})",
+            f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
+            f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
+            f"products      {self.hvps:,} of one block, vector and batch, about {self.flops:.2g} FLOPs",
+            f"together      {max(p[1] for p in self.passes) if self.passes else 0} probes of "
+            f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
+            f"memory        {_size(self.vector_bytes)} vectors, {_size(self.engine_bytes)} {self.engine}, "
+            f"of {_size(self.memory_budget)}",
+        ]
+        return "\n".join(lines)
+
+
+def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
+    """The memory budget in bytes: a number of bytes, a text such as "6 GiB", or None for half of the device's memory.
+
+    Raises:
+        ValueError: no size, or not above 0.
+    """
+    if memory_budget is None:
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(DEFAULT_SHARE * total)
+    text = str(memory_budget).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
+    if isinstance(memory_budget, bool) or not match:
+        raise ValueError(f"spectrum: memory_budget must be bytes or a text such as '6 GiB', got {memory_budget!r}")
+    power = " KMGT".index(match[2].upper()) if match[2] else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise ValueError(f"spectrum: memory_budget must be above 0, got {memory_budget!r}")
+    return size
+
+
+def micro_batches(problem: Problem, budget: int) -> int:
+    """Into how many parts the first batch must be cut so that its graph takes at most half of the budget."""
+    return max(1, -(-2 * problem.graph_bytes // budget))
+
+
+def make_plan(
+    problem: Problem,
+    *,
+    engine: str = "auto",
+    num_probes: int,
+    num_steps: int,
+    basis_dims: Sequence[int],
+    budget: int,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        engine: one of CHOICES; "auto" also lets small blocks be computed exactly.
+        num_probes, num_steps: as in `spectrum`.
+        basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
+        budget: bytes.
+
+    Raises:
+        ValueError: not even one probe of the largest block fits; tells what would be needed.
+    """
+    dims, itemsize = problem.dims, problem.dtype.itemsize
+    used = [problem.is_used(l) for l in range(len(dims))]
+    exact = tuple(engine == "auto" and u and is_cheaper_exact(d, num_probes, num_steps) for d, u in zip(dims, used))
+    # A vector set of one probe: v, v_prev, H v, and the basis.
+    sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
+    room = budget // 2
+    largest = max(range(len(dims)), key=lambda l: sizes[l])
+    needed = 2 * max(sizes[largest], problem.graph_bytes)
+    if needed > budget:
+        what = f"block {problem.infos[largest].name!r}" if sizes[largest] > room else "one batch's graph"
+        raise ValueError(
+            f"spectrum: memory_budget must be at least {_size(needed)} for one probe of {what}, got {_size(budget)}"
+        )
+    passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
+
+    n_batches = len(problem.batches)
+    per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
+    hvps = n_batches * sum(count for count, u in zip(per_block, used) if u)
+    chosen, why = _engine(problem, engine, hvps)
+    graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
+    retain = n_batches * graph <= room
+    flops = hvps * problem.forward_flops * (TRACED_FORWARDS if chosen == "traced" else AUTOGRAD_FORWARDS)
+    together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
+    return Plan(
+        engine=chosen,
+        exact=exact,
+        passes=passes,
+        rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
+        retain=retain,
+        batches=n_batches,
+        hvps=hvps,
+        flops=flops,
+        vector_bytes=together,
+        engine_bytes=graph * (n_batches if retain else 1),
+        memory_budget=budget,
+        why=why,
+    )
+
+
+def without_tracing(plan: Plan, why: str) -> Plan:
+    """The plan with autograd instead of a trace that cannot be had."""
+    return dataclasses.replace(plan, engine="autograd", rows=1, why=why)
+
+
+def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
+    if wish != "auto":
+        return wish, "as asked"
+    kind = problem.device.type
+    saved = hvps * problem.forward_flops * (AUTOGRAD_FORWARDS - TRACED_FORWARDS) / FLOPS_PER_SECOND[kind]
+    tracing = TRACE_SECONDS * problem.graph_nodes
+    if saved > tracing:
+        return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
+    return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
+
+
+def _passes(
+    blocks: list[int], sizes: Sequence[int], num_probes: int, room: int
+) -> list[tuple[int, int, tuple[int, ...]]]:
+    """All probes of all blocks if they fit; else fewer probes; else, one probe at a time, fewer blocks."""
+    if not blocks:
+        return []
+    together = min(num_probes, room // max(1, sum(sizes[l] for l in blocks)))
+    groups: list[list[int]] = [blocks]
+    if together == 0:
+        together, groups, used = 1, [[]], 0
+        for l in blocks:
+            if used + sizes[l] > room:
+                groups.append([])
+                used = 0
+            groups[-1].append(l)
+            used += sizes[l]
+        groups = [g for g in groups if g]
+    return [
+        (first, min(together, num_probes - first), tuple(group))
+        for group in groups
+        for first in range(0, num_probes, together)
+    ]
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    raise AssertionError
