@@ -41,7 +41,9 @@ def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Seque
         return choice("reorthogonalize", wish, REORTHOGONALIZE)  # type: ignore[no-any-return]
     each = [choice(f"reorthogonalize[{l}]", word, ("none", "full")) for l, word in enumerate(wish)]
     if len(each) != n_blocks:
-        raise ValueError(f"batched_slq: reorthogonalize must have one word for each of {n_blocks} blocks, got {len(each)}")
+        raise ValueError(
+            f"batched_slq: reorthogonalize must have a word for each of {n_blocks} blocks, got {len(each)}"
+        )
     return each
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,22 +69,25 @@ class Quadrature:
                         f"{getattr(part, name)!r}"
                     )
         m = max(part.nodes.shape[-1] for part in parts)
-        tensors = {
+        tensors: dict[str, Any] = {
             name: torch.cat([_padded(getattr(part, name), m, repeat=name == "nodes") for part in parts], dim)
             for name in ("nodes", "weights", "alpha", "beta")
         } | {name: torch.cat([getattr(part, name) for part in parts], dim) for name in ("steps", "nonfinite")}
         lists = {name: sum((getattr(part, name) for part in parts), ()) for name in per_block} if dim == 1 else {}
-        return replace(first, **tensors, **lists)
+        changed: dict[str, Any] = tensors | lists
+        return replace(first, **changed)
 
     def to(self, device: torch.device | str) -> Quadrature:
         """The same with its tensors on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved)
 
     def of_blocks(self, blocks: Sequence[int]) -> Quadrature:
         """The part that belongs to these blocks, in this order."""
-        chosen = {name: getattr(self, name)[:, list(blocks)] for name in _TENSORS}
-        lists = ("dims", "block_ids", "reorthogonalize")
-        return replace(self, **chosen, **{name: tuple(getattr(self, name)[l] for l in blocks) for name in lists})
+        chosen: dict[str, Any] = {name: getattr(self, name)[:, list(blocks)] for name in _TENSORS}
+        for name in ("dims", "block_ids", "reorthogonalize"):
+            chosen[name] = tuple(getattr(self, name)[l] for l in blocks)
+        return replace(self, **chosen)
 
     @property
     def num_probes(self) -> int:

@@ -6,6 +6,7 @@ product the same data; nothing is moved between devices.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, TypeAlias
@@ -108,7 +109,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     edges = [size * i // min(parts, size) for i in range(min(parts, size) + 1)]
     return [
         map_tensors(lambda t, a=a, b=b: t[a:b] if t.dim() and t.shape[0] == size else t, batch)  # type: ignore[misc]
-        for a, b in zip(edges, edges[1:])
+        for a, b in itertools.pairwise(edges)
     ]
 
 

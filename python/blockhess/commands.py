@@ -51,6 +51,26 @@ def demo(
 
 
 @app.command()
+def plan(
+    job: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")],
+    probes: Annotated[int | None, typer.Option(help="Random probes per block.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, autograd, traced, exact or ggn.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
+) -> None:
+    """Say what a job would take: engine, products, FLOPs, time and memory. Computes no product.
+
+    Try: blockhess plan blockhess.demo:gpt_job
+    """
+    import blockhess
+    from blockhess.jobs import load
+
+    asked = {"num_probes": probes, "num_steps": steps, "engine": engine, "memory_budget": memory_budget}
+    arguments = load(job) | {name: value for name, value in asked.items() if value is not None}
+    typer.echo(blockhess.plan(**arguments))
+
+
+@app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo.")],
     sort: Annotated[str, typer.Option(help="order, name, dim, lambda_min, lambda_max, trace or negative.")] = "order",

@@ -310,6 +310,27 @@ def subjects(size: Size, seed: int) -> list[Subject]:
     ]
 
 
+def gpt_job() -> dict[str, Any]:
+    """The demo's GPT as arguments of `spectrum`: a job that `blockhess plan` takes."""
+    return _job(subjects(FULL, seed=0)[0])
+
+
+def resnet_job() -> dict[str, Any]:
+    """The demo's ResNet, BatchNorm "eval", likewise."""
+    return _job(subjects(FULL, seed=0)[1])
+
+
+def _job(subject: Subject) -> dict[str, Any]:
+    return {
+        "model": subject.model,
+        "data": subject.data,
+        "loss_fn": subject.loss_fn,
+        "batchnorm": subject.batchnorm,
+        "num_probes": FULL.num_probes,
+        "num_steps": FULL.num_steps,
+    }
+
+
 @one_thread()
 def run(
     out: str | PathLike[str],

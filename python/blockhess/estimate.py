@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,8 +89,8 @@ def spectrum(
             "frozen-batch-stats", the average over the batches of their own, held fixed.
         engine: what computes Hessian-vector products: "autograd" walks the graph of the gradient, "traced" turns it
             into linear programs first, "auto" takes the one that counted operations favour, and writes small blocks
-            out exactly where that needs fewer products. "ggn" takes the generalised Gauss-Newton matrix instead of
-            the Hessian.
+            out exactly where that needs fewer products; "exact" writes all blocks out. "ggn" takes the generalised
+            Gauss-Newton matrix instead of the Hessian.
         dtype: to compute in; None means the parameters' own, and float32 for float16 and bfloat16 ones.
         matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision: "highest", "high" (TF32 on
             CUDA) or "medium" (bfloat16). The error it makes is in the result's `hvp_error`.
@@ -115,22 +116,10 @@ def spectrum(
         >>> list(spectra)
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
-    num_probes = _count("num_probes", num_probes)
-    num_steps = _count("num_steps", num_steps)
-    for name, value, choices in (
-        ("distribution", distribution, blockhess_ext.ops.DISTRIBUTIONS),
-        ("reorthogonalize", reorthogonalize, ("none", "full", "auto")),
-        ("on_nonfinite", on_nonfinite, ("raise", "report")),
-        ("engine", engine, CHOICES),
-        ("matmul_precision", matmul_precision, ("highest", "high", "medium")),
-    ):
-        if value not in choices:
-            raise ValueError(f"spectrum: {name} must be one of {', '.join(choices)}, got {value!r}")
-
+    _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
     options = _Options(num_probes, num_steps, engine, distribution, reorthogonalize, memory_budget)
+    num_probes, num_steps = options.num_probes, options.num_steps
     with _posed(model, data, loss_fn, blocks, batchnorm, dtype, memory_budget, matmul_precision) as (problem, cut):
         job = _Job(problem, options)
         with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
@@ -189,22 +178,32 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
         >>> plan(model, batch, torch.nn.CrossEntropyLoss()).hvps
         67
     """
-    posing = {"blocks": "parameter", "batchnorm": "eval", "dtype": None, "matmul_precision": "highest"}
-    posing |= {name: options[name] for name in posing if name in options}
-    wishes = {name: options[name] for name in ("num_probes", "num_steps", "engine", "reorthogonalize") if name in options}
-    budget = options.get("memory_budget")
-    with _posed(model, data, loss_fn, memory_budget=budget, **posing) as (problem, _):
-        return _Job(problem, _Options(memory_budget=budget, **wishes)).plan
+    given = inspect.signature(spectrum).bind(model, data, loss_fn, **options)
+    given.apply_defaults()
+    wishes = _Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(_Options)})
+    posing = {name: given.arguments[name] for name in inspect.signature(_posed).parameters}
+    with _posed(**posing) as (problem, _):
+        return _Job(problem, wishes).plan
 
 
 @dataclass(frozen=True)
 class _Options:
-    num_probes: int = 10
-    num_steps: int = 100
-    engine: str = "auto"
-    distribution: str = "gaussian"
-    reorthogonalize: str = "auto"
-    memory_budget: int | str | None = None
+    num_probes: int
+    num_steps: int
+    engine: str
+    distribution: str
+    reorthogonalize: str
+    memory_budget: int | str | None
+
+    def __post_init__(self) -> None:
+        for name in ("num_probes", "num_steps"):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
+        for name, choices in (
+            ("distribution", blockhess_ext.ops.DISTRIBUTIONS),
+            ("reorthogonalize", blockhess_ext.arguments.REORTHOGONALIZE),
+            ("engine", CHOICES),
+        ):
+            _choice(name, getattr(self, name), choices)
 
 
 @contextmanager
@@ -219,6 +218,11 @@ def _posed(
     matmul_precision: str,
 ) -> Iterator[tuple[Problem, Partition]]:
     """The problem, its model in a fixed state, its batches cut so that one graph fits the budget."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
+    _choice("matmul_precision", matmul_precision, ("highest", "high", "medium"))
     model = unwrap(model)
     cut = partition(model, blocks)
     loss = as_loss(loss_fn)
@@ -311,9 +315,14 @@ class _Job:
         exact = [l for l, e in enumerate(self.plan.exact) if e]
         if exact:
             operator = BlockOperator(problem, engine, exact, on_hvp)
-            labels = {"num_probes": options.num_probes, "num_steps": options.num_steps}
-            made = exact_quadratures(operator, [ids[l] for l in exact], seed=seed, **labels)
-            parts += [replace(q, distribution=options.distribution) for q in made]
+            parts += exact_quadratures(
+                operator,
+                [ids[l] for l in exact],
+                options.num_probes,
+                options.num_steps,
+                seed,
+                options.distribution,
+            )
             order += exact
             self.hvps += operator.hvps
         device = parts[0].nodes.device
@@ -339,6 +348,11 @@ class _Job:
                 with_note(info, "zero within HVP error") if l in zero else info for l, info in enumerate(self.infos)
             )
         return engine
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"spectrum: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _count(name: str, value: Any) -> int:

@@ -9,6 +9,7 @@ work is spent; the model's own parameters are only read.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ class Problem:
         loss_value: the loss of all data. weight: the sum of the batches' weights.
         used: names of parameters that a gradient reaches in some batch. unused: the others.
         graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds.
-        forward_flops: of the loss of the first batch, in matrix products and convolutions.
+        forward_flops: of the loss of the first batch, in matrix products and convolutions. forward_seconds: what it
+            took, for estimates that a person reads.
 
     Raises:
         ValueError, TypeError: a loss, weight or device that does not fit, or a loss that depends on no block.
@@ -177,7 +179,10 @@ class Problem:
 
     def _check_repeatable(self, batch: Batch, index: int, value: float, gradients: dict[str, Tensor]) -> None:
         with _RandomOperations(self.model) as random:
+            start = time.perf_counter()
             again = checked(self.evaluate(batch), index)
+            _ = again.item()  # which waits for a GPU
+            self.forward_seconds = time.perf_counter() - start
             others = self._differentiate(again, create_graph=False)
         if abs(again.item() - value) > 1e-5 * abs(value):
             raise ValueError(

@@ -74,7 +74,8 @@ def _finite(value: float) -> bool:
 def _vector(problem: Problem, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(number)
     v = torch.randn(1, problem.dims[number], dtype=torch.float64, generator=generator)
-    return v / v.norm()
+    unit: Tensor = v / v.norm()
+    return unit
 
 
 def _pair(problem: Problem, other: Problem, engine: Engine, reference: Engine, number: int) -> tuple[Tensor, Tensor]:
@@ -103,5 +104,5 @@ def _check(
         explained = float((own.double() - pairs[l][1].double()).norm())
         if not errors[l] <= max(LARGEST_DISAGREEMENT * norms[l], 100 * explained) and errors[l] > 0:
             raise Disagreement(
-                f"products of block {problem.infos[l].name!r} differ from autograd's by {errors[l]:.3g}, of {norms[l]:.3g}"
+                f"products of block {problem.infos[l].name!r} differ from autograd's by {errors[l]:.3g} of {norms[l]:.3g}"
             )

@@ -22,13 +22,13 @@ def is_cheaper_exact(dim: int, num_probes: int, num_steps: int) -> bool:
 
 
 def exact_quadratures(
-    operator: BlockOperator, block_ids: Sequence[int], num_probes: int, num_steps: int, seed: int
+    operator: BlockOperator, block_ids: Sequence[int], num_probes: int, num_steps: int, seed: int, distribution: str
 ) -> list[Quadrature]:
     """The eigenvalues of every block of an operator, each once per probe.
 
     Args:
         operator: of the blocks wanted; dims[l] products of each.
-        block_ids, num_probes, num_steps, seed: what the quadratures are labelled with.
+        block_ids, num_probes, num_steps, seed, distribution: what the quadratures are labelled with.
 
     Returns:
         One Quadrature a block. Its nodes are the eigenvalues (equal ones are one node), its weights their share;
@@ -51,9 +51,16 @@ def exact_quadratures(
             k = min(rows, dim - first)
             if k > 0:
                 dense[l][first : first + k] = products[:k, starts[l] : starts[l] + dim].cpu()
-    labels = {"seed": seed, "num_steps": num_steps, "dtype": str(problem.dtype).removeprefix("torch.")}
+    dtype = str(problem.dtype).removeprefix("torch.")
     return [
-        replace(_quadrature(_eigenvalues(matrix), num_probes), block_ids=(block_id,), **labels)
+        replace(
+            _quadrature(_eigenvalues(matrix), num_probes),
+            block_ids=(block_id,),
+            seed=seed,
+            distribution=distribution,
+            num_steps=num_steps,
+            dtype=dtype,
+        )
         for matrix, block_id in zip(dense, block_ids)
     ]
 
@@ -62,7 +69,8 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
     matrix = matrix.double()
     if not bool(matrix.isfinite().all()):
         return matrix.new_full((len(matrix),), torch.nan)
-    return torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    eigenvalues: Tensor = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    return eigenvalues
 
 
 def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
@@ -76,8 +84,4 @@ def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
         reorthogonalize="full",
         on_nonfinite="report",
     )
-    repeated = {
-        name: getattr(one, name).expand(num_probes, *getattr(one, name).shape[1:]).contiguous()
-        for name in ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
-    }
-    return replace(one, **repeated)
+    return Quadrature.joined([one] * num_probes, 0)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ from blockhess.engines.exact import is_cheaper_exact
 from blockhess.engines.operator import Engine
 from blockhess.problem import Problem
 
-CHOICES = ("auto", *ENGINES)
+CHOICES = ("auto", *ENGINES, "exact")
 
 # The part of a device's memory that a run may plan with unless told otherwise.
 DEFAULT_SHARE = 0.5
@@ -46,7 +46,7 @@ class Plan:
         retain: whether graphs or constants of all batches are kept through all steps.
         batches: after large ones were split.
         hvps: most products of one block, probe and batch.
-        flops: of all of them, about.
+        flops: of all of them, about. seconds: that they would take at the speed of one measured forward pass.
         vector_bytes, engine_bytes: the most that vectors, and graphs or constants, take at a time.
         memory_budget: bytes that the plan had to fit.
         why: the reason for the engine.
@@ -60,6 +60,7 @@ class Plan:
     batches: int
     hvps: int
     flops: float
+    seconds: float = field(compare=False)
     vector_bytes: int
     engine_bytes: int
     memory_budget: int
@@ -79,7 +80,8 @@ class Plan:
             f"engine        {self.engine} ({self.why})",
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
-            f"products      {self.hvps:,} of one block, vector and batch, about {self.flops:.2g} FLOPs",
+            f"products      {self.hvps:,} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
+            f"{_time(self.seconds)}",
             f"together      {max(p[1] for p in self.passes) if self.passes else 0} probes of "
             f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
             f"memory        {_size(self.vector_bytes)} vectors, {_size(self.engine_bytes)} {self.engine}, "
@@ -128,17 +130,17 @@ def make_plan(
     """Plan a run.
 
     Args:
-        engine: one of CHOICES; "auto" also lets small blocks be computed exactly.
+        engine: one of CHOICES; "auto" also has small blocks written out, "exact" all of them.
         num_probes, num_steps: as in `spectrum`.
         basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
         budget: bytes.
 
     Raises:
-        ValueError: not even one probe of the largest block fits; tells what would be needed.
+        ValueError: not even one probe of the largest block, or the blocks written out, fit; tells what would be needed.
     """
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
-    exact = tuple(engine == "auto" and u and is_cheaper_exact(d, num_probes, num_steps) for d, u in zip(dims, used))
+    exact = _written_out(problem, engine, num_probes, num_steps, budget // 2)
     # A vector set of one probe: v, v_prev, H v, and the basis.
     sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
     room = budget // 2
@@ -157,7 +159,7 @@ def make_plan(
     chosen, why = _engine(problem, engine, hvps)
     graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
     retain = n_batches * graph <= room
-    flops = hvps * problem.forward_flops * (TRACED_FORWARDS if chosen == "traced" else AUTOGRAD_FORWARDS)
+    forwards = hvps * (TRACED_FORWARDS if chosen == "traced" else AUTOGRAD_FORWARDS)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     return Plan(
         engine=chosen,
@@ -167,7 +169,8 @@ def make_plan(
         retain=retain,
         batches=n_batches,
         hvps=hvps,
-        flops=flops,
+        flops=forwards * problem.forward_flops,
+        seconds=forwards * problem.forward_seconds,
         vector_bytes=together,
         engine_bytes=graph * (n_batches if retain else 1),
         memory_budget=budget,
@@ -181,7 +184,7 @@ def without_tracing(plan: Plan, why: str) -> Plan:
 
 
 def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
-    if wish != "auto":
+    if wish not in ("auto", "exact"):
         return wish, "as asked"
     kind = problem.device.type
     saved = hvps * problem.forward_flops * (AUTOGRAD_FORWARDS - TRACED_FORWARDS) / FLOPS_PER_SECOND[kind]
@@ -189,6 +192,26 @@ def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
     if saved > tracing:
         return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
     return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
+
+
+def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
+    """Which blocks are computed exactly: with "auto" those where that needs fewer products, as far as they fit."""
+    exact = [False] * len(problem.dims)
+    if wish not in ("auto", "exact"):
+        return tuple(exact)
+    taken = 0
+    for l in sorted(range(len(exact)), key=lambda l: problem.dims[l]):
+        dim = problem.dims[l]
+        if not problem.is_used(l) or (wish == "auto" and not is_cheaper_exact(dim, num_probes, num_steps)):
+            continue
+        taken += dim * dim * problem.dtype.itemsize
+        exact[l] = wish == "exact" or taken <= room
+    if wish == "exact" and taken > room:
+        raise ValueError(
+            f"spectrum: memory_budget must be at least {_size(2 * taken)} to write out {sum(exact)} blocks "
+            f"(engine='exact'), got {_size(2 * room)}"
+        )
+    return tuple(exact)
 
 
 def _passes(
@@ -213,6 +236,13 @@ def _passes(
         for group in groups
         for first in range(0, num_probes, together)
     ]
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def _size(nbytes: float) -> str:

@@ -1,0 +1,80 @@
+"""The measured error of Hessian-vector products, and the check of one engine against another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blockhess
+from blockhess.engines import AutogradEngine, TracedEngine
+from blockhess.engines.accuracy import Disagreement, measure
+from tests.dense_hessian import problem
+from tests.tiny_models import SelfAttention, labelled, mlp
+
+
+@pytest.mark.parametrize("engine", [AutogradEngine, TracedEngine])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_are_of_the_order_of_rounding(engine: type, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mlp().to(dtype), labelled(7)
+    posed = problem(model, (x.to(dtype), y), nn.CrossEntropyLoss())
+    accuracy = measure(posed, engine(posed))
+    assert accuracy is not None
+    eps = torch.finfo(dtype).eps
+    for norm, error in zip(accuracy.norms, accuracy.errors):
+        assert 0 < error < 1e3 * eps * norm
+
+
+def test_a_key_bias_is_zero_within_the_error() -> None:
+    # Softmax does not see a shift of all scores of a query, so the loss does not depend on key biases at all.
+    torch.manual_seed(0)
+    model = SelfAttention().float()
+    data = (torch.randn(2, 3, 4), torch.randint(2, (2,)))
+    blocks = {name: blockhess.Part("qkv.bias", 4 * i, 4 * i + 4) for i, name in enumerate(("query", "key", "value"))}
+    spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), blocks=blocks, num_probes=2, num_steps=3)
+    notes = {block.name: block.note for block in spectra.blocks}
+    assert notes == {"query": "", "key": "zero within HVP error", "value": ""}
+    norm, error = spectra.provenance["hvp_error"]["key"]
+    assert norm <= error < 1e-6
+
+
+class Wrong(AutogradEngine):
+    name = "traced"
+
+    def product(self, number: int, vectors: Tensor) -> Tensor | None:
+        product = super().product(number, vectors)
+        return product if product is None or number != 2 else 1.05 * product
+
+
+def test_wrong_products_are_noticed() -> None:
+    torch.manual_seed(0)
+    posed = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    with pytest.raises(Disagreement, match=r"products of block '2.weight' differ from autograd's"):
+        measure(posed, Wrong(posed))
+
+
+def test_a_stop_gradient_falls_back_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, data = mlp(), labelled(7)
+
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        z = m(batch[0])
+        return F.cross_entropy(z + (z**2).detach(), batch[1])
+
+    monkeypatch.setattr("blockhess.engines.plan._engine", lambda *_: ("traced", "for the test"))
+    spectra = blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3)
+    assert spectra.provenance["engine"] == "autograd"
+    assert spectra.provenance["plan"]["why"].startswith("no trace: products of block")
+    with pytest.raises(NotImplementedError, match="engine='traced' cannot be had: products of block"):
+        blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3, engine="traced")
+
+
+def test_a_model_of_one_precision_only() -> None:
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(m(batch[0].float()), batch[1])
+
+    torch.manual_seed(0)
+    spectra = blockhess.spectrum(mlp(), labelled(7), loss_fn, num_probes=1, num_steps=3)
+    assert spectra.provenance["hvp_error"] is None
