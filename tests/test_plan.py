@@ -41,6 +41,7 @@ def test_the_engine_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "FLOPS_PER_SECOND", {"cpu": 1.0})
     long = planned()
     assert long.engine == "traced" and "saves about" in long.why
+    assert long.compiled and not short.compiled and not planned(engine="autograd").compiled
     assert planned(engine="ggn").engine == "ggn"
 
 

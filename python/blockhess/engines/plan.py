@@ -30,6 +30,8 @@ TRACE_SECONDS = 0.02
 FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 1e13}
 # What a product costs by autograd and by a linear program, in forward passes, as bench_hvp.py counts them.
 AUTOGRAD_FORWARDS, TRACED_FORWARDS = 1.3, 1.0
+# Compiling takes about this many seconds a block and makes products faster by about this part, on a CPU.
+COMPILE_SECONDS, COMPILE_SAVES = 30.0, 0.2
 # Bytes of a trace's constants per byte of autograd's graph.
 TRACED_BYTES = 2.0
 
@@ -43,6 +45,7 @@ class Plan:
         exact: per block, whether it is written out; the others are estimated.
         passes: (first probe, number of probes, numbers of the blocks) that are advanced together.
         rows: vectors of one block that one call of the engine takes.
+        compiled: whether linear programs are compiled, which pays for the longest jobs only.
         retain: whether graphs or constants of all batches are kept through all steps.
         batches: after large ones were split.
         hvps: most products of one block, probe and batch.
@@ -56,6 +59,7 @@ class Plan:
     exact: tuple[bool, ...]
     passes: tuple[tuple[int, int, tuple[int, ...]], ...]
     rows: int
+    compiled: bool
     retain: bool
     batches: int
     hvps: int
@@ -72,12 +76,12 @@ class Plan:
         Raises:
             NotTraceable: the plan asks for "traced", which cannot be had.
         """
-        options = {"rows": self.rows} if self.engine == "traced" else {}
+        options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         lines = [
-            f"engine        {self.engine} ({self.why})",
+            f"engine        {self.engine}{', compiled' if self.compiled else ''} ({self.why})",
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
             f"products      {self.hvps:,} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
@@ -166,6 +170,7 @@ def make_plan(
         exact=exact,
         passes=passes,
         rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
+        compiled=_compiling_pays(problem, chosen, hvps, sum(used)),
         retain=retain,
         batches=n_batches,
         hvps=hvps,
@@ -180,7 +185,7 @@ def make_plan(
 
 def without_tracing(plan: Plan, why: str) -> Plan:
     """The plan with autograd instead of a trace that cannot be had."""
-    return dataclasses.replace(plan, engine="autograd", rows=1, why=why)
+    return dataclasses.replace(plan, engine="autograd", rows=1, compiled=False, why=why)
 
 
 def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
@@ -192,6 +197,12 @@ def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
     if saved > tracing:
         return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
     return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
+
+
+def _compiling_pays(problem: Problem, engine: str, hvps: int, n_blocks: int) -> bool:
+    if engine != "traced" or problem.device.type != "cpu":  # on a GPU nobody has measured it
+        return False
+    return hvps * problem.forward_flops * COMPILE_SAVES / FLOPS_PER_SECOND["cpu"] > 2 * COMPILE_SECONDS * n_blocks
 
 
 def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
