@@ -169,7 +169,7 @@ def test_memory_that_runs_out_is_explained_and_the_process_goes_on(steps):
     torch.cuda.set_per_process_memory_fraction((before + 2**28) / total)
     n = 2**26 if steps == 3 else 2**20  # one probe: 256 MiB a vector set, or 4 MiB a row of the basis
     try:
-        with pytest.raises(torch.OutOfMemoryError, match=r"three sets of vectors, \d+ MiB.*lower num_probes"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, \d+ MiB.*lower num_probes"):
             batched_slq(lambda v: 2 * v, [n], num_probes=1, num_steps=steps, reorthogonalize="full", device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
