@@ -30,6 +30,7 @@ class Recording(TorchDispatchMode):
         self.calls.append((op, args, kwargs or {}, result))
         return result
 
+    @torch.no_grad()
     def replay(self) -> None:
         """Calls the same ops with the same operands, host numbers included, into the same results."""
         for op, args, kwargs, result in self.calls:

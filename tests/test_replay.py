@@ -13,32 +13,7 @@ from torch import Tensor
 from blockhess_ext import batched_slq, finished, replay
 from blockhess_ext.device import memory_explained
 from tests.call_recorder import CallRecorder
-
-DIMS = (1, 2, 7, 40, 300, 33_000)
-STEPS = 21
-FAILS_AT = 6
-
-
-class Operator:
-    """Diagonal, with a zero block; one lane turns NaN at a step that is counted in a tensor, as a graph can count."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, capturable: bool = False) -> None:
-        self.scales = torch.randn(sum(DIMS), generator=torch.Generator().manual_seed(0), dtype=dtype)
-        self.scales[3:10] = 0.0
-        self.count = torch.zeros((), dtype=torch.int64)
-        self.lane = torch.zeros(2, sum(DIMS), dtype=torch.bool)
-        self.lane[1, 100] = True
-        self.capturable, self.calls = capturable, 0
-
-    def __call__(self, v: Tensor) -> Tensor:
-        self.calls += 1
-        self.count += 1
-        return torch.where(self.lane & (self.count == FAILS_AT), torch.nan, v * self.scales)
-
-
-def run(hvp: Callable[[Tensor], Tensor], **options: object) -> list[Tensor]:
-    q = batched_slq(hvp, DIMS, **{"num_probes": 2, "num_steps": STEPS, "on_nonfinite": "report", **options})
-    return [q.nodes, q.weights, q.alpha, q.beta, q.steps, q.nonfinite]
+from tests.replay_cases import FAILS_AT, STEPS, Operator, run
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -33,14 +33,19 @@ struct Rows {
   Pack<T, N> r, v[kRows];
 };
 
-// Rows first_row ... first_row + kRows - 1 of the basis from element i on, zero where they are not filled.
+// How many of the rows first_row ... first_row + kRows - 1 are filled, of `count` in all.
+__device__ inline int filled_rows(int64_t first_row, int64_t count) {
+  return int(count - first_row < kRows ? count - first_row : kRows);
+}
+
+// Those rows of the basis from element i on, zero where they are not filled.
 template <bool kAligned, int N, class T>
-__device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int64_t count, int64_t i,
+__device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int rows, int64_t i,
                           Pack<T, N> (&v)[kRows]) {
   const int64_t row = op.layout.n_probes * op.n_basis;
 #pragma unroll
   for (int k = 0; k < kRows; ++k)
-    v[k] = first_row + k < count ? load<kAligned, N>(op.basis + (first_row + k) * row + i) : Pack<T, N>{};
+    v[k] = k < rows ? load<kAligned, N>(op.basis + (first_row + k) * row + i) : Pack<T, N>{};
 }
 
 template <class T>
@@ -49,16 +54,16 @@ __host__ __device__ int64_t n_groups(const Reorthogonalize<T>& op) {
 }
 
 // partial[tile, k] = a tile's share of <v_k, r>. The grid is for a full basis, as the host does not know the step; a
-// CTA whose rows are not filled yet ends after a few loads.
+// CTA whose rows are not filled yet ends after a few loads. Unaligned loads need the registers of a third CTA.
 template <bool kAligned, class T>
-__global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T> op) {
+__global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
   const int64_t groups = n_groups(op);
   for (int64_t task = blockIdx.x; task < layout.n_probes * layout.n_tiles * groups; task += gridDim.x) {
     const int64_t t = task / groups, first_row = task % groups * kRows;
     const Place at = place(layout, t);
-    const int64_t count = op.takes_part(at.segment) ? op.count(at.segment) : 0;
-    if (first_row >= count) continue;
+    const int rows = op.takes_part(at.segment) ? filled_rows(first_row, op.count(at.segment)) : 0;
+    if (rows <= 0) continue;
     const Columns<T> tile = columns(op, at);
     double sum[kRows] = {};
     for_elements<T, 1>(
@@ -66,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T
         [&](auto width, int64_t i) {
           Rows<T, width> x;
           x.r = load<false, width>(tile.r + i);
-          load_rows<kAligned>(op, first_row, count, i, x.v);
+          load_rows<kAligned>(op, first_row, rows, i, x.v);
           return x;
         },
         [&](auto width, int64_t, const auto& x) {
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const double total = block_sum(sum[k]);
-      if (threadIdx.x == 0 && first_row + k < count) op.partial[t * (op.capacity + 1) + first_row + k] = total;
+      if (threadIdx.x == 0 && k < rows) op.partial[t * (op.capacity + 1) + first_row + k] = total;
     }
   }
 }
@@ -118,11 +123,12 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op)
 #pragma unroll
           for (int e = 0; e < width; ++e) r[e] = old.x[e];
           for (int64_t first_row = 0; first_row < count; first_row += kRows) {
+            const int rows = filled_rows(first_row, count);
             Pack<T, width> v[kRows];
-            load_rows<kAligned>(op, first_row, count, i, v);
+            load_rows<kAligned>(op, first_row, rows, i, v);
 #pragma unroll
             for (int k = 0; k < kRows; ++k) {
-              const double c_k = first_row + k < count ? c[first_row + k] : 0.0;
+              const double c_k = k < rows ? c[first_row + k] : 0.0;
 #pragma unroll
               for (int e = 0; e < width; ++e) r[e] -= c_k * double(v[k].x[e]);
             }
