@@ -53,21 +53,21 @@ enum Status : int32_t {
 // The recurrences between two steps, all arrays writable. Which step comes next each recurrence knows itself, so a call
 // of an op is the same work on the same addresses at every step, and a CUDA graph can replay it.
 struct Recurrences {
-  int64_t rows, count;  // most steps there is room for; n_probes * n_blocks
-  double* alpha;        // (rows, n_probes, n_blocks) diagonal entry of every step
-  double* beta;         // (rows, n_probes, n_blocks) coupling of every step to the next one, or the residual
-  double* norm;         // (n_probes, n_blocks) max of |alpha|, beta over the steps made: the running |T|
-  int64_t* steps;       // (n_probes, n_blocks) valid steps made: the row of the next one
-  int32_t* status;      // (n_probes, n_blocks) Status
+  int64_t rows, stride;  // most steps there is room for; n_probes * n_blocks, from row to row
+  double* alpha;         // (rows, n_probes, n_blocks) diagonal entry of every step
+  double* beta;          // (rows, n_probes, n_blocks) coupling of every step to the next one, or the residual
+  double* norm;          // (n_probes, n_blocks) max of |alpha|, beta over the steps made: the running |T|
+  int64_t* steps;        // (n_probes, n_blocks) valid steps made: the row of the next one
+  int32_t* status;       // (n_probes, n_blocks) Status
 
   // Whether recurrence s makes the next step; where its steps are no row, nothing may be written.
   BLOCKHESS_HD bool running(int64_t s) const { return status[s] == kRunning && steps[s] >= 0 && steps[s] < rows; }
 
   // The entry of a running recurrence's next step in alpha and beta.
-  BLOCKHESS_HD int64_t next(int64_t s) const { return steps[s] * count + s; }
+  BLOCKHESS_HD int64_t next(int64_t s) const { return steps[s] * stride + s; }
 
   // beta of the last step made, 0 before the first.
-  BLOCKHESS_HD double last_beta(int64_t s) const { return steps[s] > 0 ? beta[next(s) - count] : 0.0; }
+  BLOCKHESS_HD double last_beta(int64_t s) const { return steps[s] > 0 ? beta[next(s) - stride] : 0.0; }
 };
 
 // Closes the next step j of recurrence s, whose alpha_j and beta_j are written: counts it, ends it where
