@@ -83,6 +83,13 @@ def use_cuda() -> bool:
     return wish != "0" and obstacle is None
 
 
+def cuda_architectures() -> str:
+    """What nvcc compiles for, in its own names: machine code sm_80,sm_90 and PTX compute_90."""
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    flags = cpp_extension._get_cuda_arch_flags()  # each ends with code=NAME
+    return ",".join(sorted((flag.rpartition("=")[2] for flag in flags), key=lambda name: (name[0] != "s", name)))
+
+
 def extension():
     cuda = use_cuda()
     folders = ["bindings", "cpu", "cuda"] if cuda else ["bindings", "cpu"]
@@ -92,8 +99,6 @@ def extension():
         for path in (ROOT / "csrc" / folder).iterdir()
         if path.suffix in (".cpp", ".cu") and (cuda or not path.stem.endswith("_cuda"))
     )
-    if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     cxx = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
@@ -106,6 +111,7 @@ def extension():
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),
             ("BLOCKHESS_TORCH_VERSION", f'"{torch.__version__}"'),
             ("BLOCKHESS_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
+            ("BLOCKHESS_CUDA_ARCHITECTURES", f'"{cuda_architectures() if cuda else ""}"'),
             *([("USE_CUDA", None)] if cuda else []),
         ],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]} if cuda else cxx,

@@ -8,6 +8,8 @@ import torch
 from device_timing import Times, copy_bandwidth
 from torch import Tensor
 
+STEP_ELEMENTS = 8  # of a Lanczos step: read w, v; read w, v, v_prev, write r; read r, write v_next
+
 
 class WrongResult(RuntimeError):
     """A result differs from the reference, so its speed says nothing."""
@@ -74,3 +76,13 @@ def difference(a: Tensor, b: Tensor) -> float:
     pairs = list(zip(a.reshape(len(a), -1), b.reshape(len(b), -1)))
     size = max(float(y.abs().max()) for _, y in pairs)
     return max(float((x - y).abs().max()) for x, y in pairs) / max(size, 1e-300)
+
+
+def log_spaced(n: int, smallest: int, largest: int) -> list[int]:
+    ratio = (largest / smallest) ** (1 / (n - 1))
+    return [round(smallest * ratio**i) for i in range(n)]
+
+
+def small_blocks(machine: Machine) -> list[int]:
+    """The sizes of many small blocks."""
+    return log_spaced(machine.pick(300, 300, 12), 64, machine.pick(65_536, 65_536, 2048))

@@ -19,7 +19,8 @@ from blockhess_ext.slq import NonFiniteError, batched_slq
 
 
 def build_info() -> dict[str, str | int | None]:
-    """What was built: torch and compiler versions, CUDA version or None, instruction set in use, tile length."""
+    """What was built: torch and compiler versions, CUDA version and architectures ("sm_80,sm_90,compute_90"; both None
+    without CUDA), instruction set in use, tile length."""
     return dict(_C.build_info())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import blockhess_ext._C  # noqa: F401  (registers the ops)
-from blockhess_ext.device import REBUILD, has_cuda
+from blockhess_ext.device import has_cuda, rebuild
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import Recurrences
 
@@ -24,9 +24,6 @@ def lanczos_step(
     w: Tensor,
     v: Tensor,
     v_prev: Tensor,
-    beta_prev: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
     recurrences: Recurrences,
     layout: Layout,
     partial: Tensor,
@@ -35,16 +32,15 @@ def lanczos_step(
 
     alpha = <w, v>;  r = w - alpha v - beta_prev v_prev;  beta = |r|;  v_next = r / beta, written over v_prev.
 
-    A recurrence ends where beta <= 64 eps |T| or its limit is reached, and is frozen where alpha or beta is not finite;
-    from then on its alpha and beta are 0 and its segment of v_next is zero. In blocks with a kept basis r is left as it
-    is, to be closed by `reorthogonalize`.
+    Recurrence (p, l) writes row steps[p, l] of alpha and beta; beta_prev is in the row before, 0 in the first. It ends
+    where beta <= 64 eps |T|, its limit is reached or no row is left, and is frozen, with alpha = beta = 0, where either
+    is not finite; from then on its segment of v_next is zero and nothing else of it changes. In blocks with a kept
+    basis r is left as it is, to be closed by `reorthogonalize`.
 
     Args:
         w: (n_probes, n) the products H v; only read.
         v: (n_probes, n) current unit vectors, by segment; only read.
         v_prev: (n_probes, n) previous ones; overwritten with v_next.
-        beta_prev: (n_probes, n_blocks) float64 beta of the step before, 0 in the first.
-        alpha, beta: (n_probes, n_blocks) float64, overwritten.
         recurrences: state, updated.
         layout: the blocks.
         partial: (n_probes, n_tiles) float64 scratch.
@@ -53,7 +49,7 @@ def lanczos_step(
     """
     r = recurrences
     _ops.lanczos_step(
-        w, v, v_prev, beta_prev, alpha, beta, r.norm, r.steps, r.status, r.limits,
+        w, v, v_prev, r.alpha, r.beta, r.norm, r.steps, r.status, r.limits,
         layout.basis_offsets, layout.offsets, layout.tiles, layout.tile_offsets, partial,
     )  # fmt: skip
 
@@ -61,22 +57,17 @@ def lanczos_step(
 def reorthogonalize(
     r: Tensor,
     basis: Tensor,
-    count: int,
-    alpha: Tensor,
-    beta: Tensor,
     recurrences: Recurrences,
     layout: Layout,
     partial: Tensor,
 ) -> None:
     """Closes a step in the blocks that keep a basis: orthogonalises r against it, twice, then normalises.
 
-    twice: r <- r - V (V^T r);  beta = |r|;  v_next = r / beta, written over r and, if there is one, basis row `count`.
+    twice: r <- r - V (V^T r);  beta = |r|;  v_next = r / beta, written over r and, if there is one, the next basis row.
 
     Args:
         r: (n_probes, n) residuals as `lanczos_step` left them; becomes v_next in those blocks.
-        basis: (capacity, n_probes, n_basis) with rows 0 ... count - 1 filled.
-        count: rows filled, at least 1.
-        alpha, beta: (n_probes, n_blocks) float64 of this step; beta is overwritten.
+        basis: (capacity, n_probes, n_basis), of which recurrence (p, l) has filled the rows 0 ... steps[p, l].
         recurrences: state, updated.
         layout: the blocks; those with basis_offsets >= 0 take part.
         partial: (n_probes, n_tiles, capacity + 1) float64 scratch.
@@ -85,7 +76,7 @@ def reorthogonalize(
     """
     s = recurrences
     _ops.reorthogonalize(
-        r, basis, count, layout.basis_offsets, alpha, beta, s.norm, s.steps, s.status, s.limits,
+        r, basis, layout.basis_offsets, s.alpha, s.beta, s.norm, s.steps, s.status, s.limits,
         layout.offsets, layout.tiles, layout.tile_offsets, partial,
     )  # fmt: skip
 
@@ -201,7 +192,7 @@ for _name, _fake in _FAKES.items():
 
 
 def _refuse_cuda(*args: object) -> None:
-    raise ValueError(f"blockhess_ext.ops: tensors must be on the CPU in a build without CUDA; {REBUILD}")
+    raise ValueError(f"blockhess_ext.ops: tensors must be on the CPU in a build without CUDA; {rebuild()}")
 
 
 if not has_cuda():

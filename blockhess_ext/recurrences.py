@@ -14,13 +14,19 @@ RUNNING, FINISHED, NON_FINITE = 0, 1, 2
 class Recurrences:
     """The state of n_probes x n_blocks recurrences; ops write into its tensors.
 
+    Which step comes next each recurrence knows itself: it is steps[p, l].
+
     Attributes:
+        alpha: (m, n_probes, n_blocks) float64, diagonal entry of every step made, 0 in the others.
+        beta: (m, n_probes, n_blocks) float64; beta[j] couples steps j and j + 1, the last valid one is the residual.
         norm: (n_probes, n_blocks) float64, the largest |alpha| or beta so far: the running |T|.
         steps: (n_probes, n_blocks) int64, valid steps made.
         status: (n_probes, n_blocks) int32, RUNNING, FINISHED or NON_FINITE.
         limits: (n_blocks,) int64, the most steps a block may make.
     """
 
+    alpha: Tensor
+    beta: Tensor
     norm: Tensor
     steps: Tensor
     status: Tensor
@@ -28,10 +34,18 @@ class Recurrences:
 
     @staticmethod
     def start(n_probes: int, limits: Tensor) -> Recurrences:
-        """Recurrences before their first step; limits (n_blocks,) int64."""
+        """Recurrences before their first step; limits (n_blocks,) int64, of which the largest is m."""
         shape = (n_probes, limits.shape[0])
+        table = (int(limits.max()), *shape)
 
-        def zeros(dtype: torch.dtype) -> Tensor:
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=limits.device)
 
-        return Recurrences(zeros(torch.float64), zeros(torch.int64), zeros(torch.int32), limits)
+        return Recurrences(
+            alpha=zeros(table, torch.float64),
+            beta=zeros(table, torch.float64),
+            norm=zeros(shape, torch.float64),
+            steps=zeros(shape, torch.int64),
+            status=zeros(shape, torch.int32),
+            limits=limits,
+        )

@@ -11,17 +11,18 @@ from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
 
 
-def _close_step(p: int, l: int, alpha: Tensor, beta: Tensor, recurrences: Recurrences, eps: float) -> float:
+def _close_step(p: int, l: int, recurrences: Recurrences, eps: float) -> float:
     """Counts the step of recurrence (p, l) or ends it; what its residual is multiplied with."""
-    a, b = alpha[p, l].item(), beta[p, l].item()
+    alpha, beta, j = recurrences.alpha, recurrences.beta, int(recurrences.steps[p, l])
+    a, b = alpha[j, p, l].item(), beta[j, p, l].item()
     if not (math.isfinite(a) and math.isfinite(b)):
-        alpha[p, l] = beta[p, l] = 0.0
+        alpha[j, p, l] = beta[j, p, l] = 0.0
         recurrences.status[p, l] = NON_FINITE
         return 0.0
     norm = max(recurrences.norm[p, l].item(), abs(a))
     recurrences.norm[p, l] = max(norm, b)
     recurrences.steps[p, l] += 1
-    if b <= 64 * eps * norm or recurrences.steps[p, l] >= recurrences.limits[l]:
+    if b <= 64 * eps * norm or j + 1 >= min(int(recurrences.limits[l]), len(alpha)):
         recurrences.status[p, l] = FINISHED
         return 0.0
     return 1.0 / b
@@ -31,9 +32,6 @@ def lanczos_step(
     w: Tensor,
     v: Tensor,
     v_prev: Tensor,
-    beta_prev: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
     recurrences: Recurrences,
     layout: Layout,
     partial: Tensor | None = None,
@@ -44,27 +42,26 @@ def lanczos_step(
         for l in range(layout.n_blocks):
             columns = layout.columns(l)
             if recurrences.status[p, l] != RUNNING:
-                alpha[p, l] = beta[p, l] = 0.0
                 v_prev[p, columns] = 0.0
                 continue
+            j = int(recurrences.steps[p, l])
             w_, v_, v_prev_ = (x[p, columns].double() for x in (w, v, v_prev))
-            alpha[p, l] = w_ @ v_
-            r = (w_ - alpha[p, l] * v_ - beta_prev[p, l] * v_prev_).to(v.dtype)
-            beta[p, l] = r.double().norm()
-            finite = bool(alpha[p, l].isfinite() and beta[p, l].isfinite())
+            alpha = w_ @ v_
+            beta_prev = recurrences.beta[j - 1, p, l] if j > 0 else 0.0
+            r = (w_ - alpha * v_ - beta_prev * v_prev_).to(v.dtype)
+            beta = r.double().norm()
+            recurrences.alpha[j, p, l], recurrences.beta[j, p, l] = alpha, beta
+            finite = bool(alpha.isfinite() and beta.isfinite())
             if layout.basis_offsets[l] >= 0 and finite:
                 v_prev[p, columns] = r
                 continue
-            factor = _close_step(p, l, alpha, beta, recurrences, eps)
+            factor = _close_step(p, l, recurrences, eps)
             v_prev[p, columns] = (factor * r.double()).to(r.dtype) if factor else 0.0
 
 
 def reorthogonalize(
     r: Tensor,
     basis: Tensor,
-    count: int,
-    alpha: Tensor,
-    beta: Tensor,
     recurrences: Recurrences,
     layout: Layout,
     partial: Tensor | None = None,
@@ -76,16 +73,16 @@ def reorthogonalize(
             in_basis = layout.basis_columns(l)
             if in_basis is None or recurrences.status[p, l] != RUNNING:
                 continue
-            columns = layout.columns(l)
-            V = basis[:count, p, in_basis].double()
+            columns, j = layout.columns(l), int(recurrences.steps[p, l])
+            V = basis[: j + 1, p, in_basis].double()
             x = r[p, columns]
             for _ in range(2):
                 x = (x.double() - V.T @ (V @ x.double())).to(r.dtype)
-            beta[p, l] = x.double().norm()
-            factor = _close_step(p, l, alpha, beta, recurrences, eps)
+            recurrences.beta[j, p, l] = x.double().norm()
+            factor = _close_step(p, l, recurrences, eps)
             r[p, columns] = (factor * x.double()).to(r.dtype) if factor else 0.0
-            if factor and count < basis.shape[0]:
-                basis[count, p, in_basis] = r[p, columns]
+            if factor and j + 1 < len(basis):
+                basis[j + 1, p, in_basis] = r[p, columns]
 
 
 def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blockhess_ext import arguments, finished, ops
+from blockhess_ext import arguments, finished, ops, replay
 from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
@@ -47,6 +47,7 @@ def batched_slq(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     on_nonfinite: str = "raise",
+    cuda_graph: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Quadrature:
     """Gauss quadratures of the spectral measures of a block-diagonal symmetric operator.
@@ -72,6 +73,11 @@ def batched_slq(
         device: of the vectors; by default that of `probes`, or the CPU.
         on_nonfinite: "raise" or "report": what to do when hvp returned NaN or inf in some recurrence, once all others
             are done.
+        cuda_graph: replay every step from a CUDA graph, for batches so small that launching kernels takes longer than
+            running them; the results keep their bits. hvp stays outside, and its result is copied into one more set of
+            vectors, unless it has an attribute `capturable` that is True. With that it promises that every call gives
+            the current stream the same work on the same addresses, whatever `mark_finished` told it, that no call
+            waits for the device, and that it keeps no tensor made in a call. Two captures wait for the device.
         on_step: called after every step with the number of steps made and of recurrences still running, as far as the
             host knows: on a GPU it learns a few steps late that one has finished.
 
@@ -80,6 +86,7 @@ def batched_slq(
 
     Raises:
         ValueError, TypeError: an argument, or what hvp returns, is not as described.
+        RuntimeError: hvp says that it is capturable and is not.
         NonFiniteError: hvp returned NaN or inf; `.partial` is the result of everything else.
 
     Source: the paper's Algorithms 4 and 5; Ubaru, Chen, Saad 2017.
@@ -97,7 +104,9 @@ def batched_slq(
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)
     reorthogonalize = arguments.reorthogonalization(reorthogonalize, len(dims))
     arguments.choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    arguments.choice("cuda_graph", cuda_graph, (True, False))
     device = usable(device or (probes.device if isinstance(probes, Tensor) else "cpu"))
+    recorder = replay.recorder_of(device) if cuda_graph else None
     layout = Layout.of(dims, device)
     ids = arguments.block_id_tensor(block_ids, len(dims)).to(device)
 
@@ -114,7 +123,8 @@ def batched_slq(
     kept = blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
     layout = layout.with_basis(kept)
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
-    with memory_explained(vectors=3 * layout.n * row_bytes, basis=basis_bytes):
+    sets = 4 if cuda_graph and not _capturable(hvp) else 3
+    with memory_explained(sets, layout.n * row_bytes, basis_bytes):
         if probes is None:
             assert seed is not None
             v = ops.random_probes(
@@ -123,8 +133,9 @@ def batched_slq(
             )  # fmt: skip
         else:
             v = arguments.unit_probes(probes, layout)
-        alpha, beta, recurrences = _lanczos(hvp, v, layout, num_steps, on_step)
+        recurrences = _lanczos(hvp, v, layout, num_steps, recorder, on_step)
 
+    alpha, beta = (table.permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
     nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
     result = Quadrature(
         nodes=nodes.view_as(alpha),
@@ -151,34 +162,39 @@ def _lanczos(
     v: Tensor,
     layout: Layout,
     num_steps: int,
+    recorder: replay.Recorder | None,
     on_step: Callable[[int, int], None] | None,
-) -> tuple[Tensor, Tensor, Recurrences]:
-    """Runs all recurrences from the unit vectors v: alpha, beta (n_probes, n_blocks, m), and their final state."""
-    n_probes = len(v)
+) -> Recurrences:
+    """Runs all recurrences from the unit vectors v to their end; replays the steps where there is a recorder."""
     limits = torch.tensor(layout.dims, device=v.device).clamp(max=num_steps)
-    m = int(limits.max())
-    alpha = torch.zeros(m, n_probes, layout.n_blocks, dtype=torch.float64, device=v.device)
-    beta = torch.zeros_like(alpha)
-    beta_prev = torch.zeros_like(alpha[0])
-    recurrences = Recurrences.start(n_probes, limits)
-    partial = alpha.new_empty(n_probes, layout.n_tiles)
+    recurrences = Recurrences.start(len(v), limits)
+    partial = recurrences.norm.new_empty(len(v), layout.n_tiles)
     basis = _basis_of(v, layout, limits)
-    basis_partial = alpha.new_empty(n_probes, layout.n_tiles, len(basis) + 1)
+    basis_partial = partial.new_empty(*partial.shape, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
     watch = finished.watch(recurrences)
     n_finished = 0
 
-    v_prev = torch.zeros_like(v)
-    for j in range(m):
+    def product(v: Tensor) -> Tensor:
         version = v._version
         w = arguments.hvp_result(hvp(v), v)
         if v._version != version:
             raise ValueError("batched_slq: hvp must not change its argument in place, got a changed v")
-        ops.lanczos_step(w, v, v_prev, beta_prev, alpha[j], beta[j], recurrences, layout, partial)
-        del w  # so that no more than three sets of vectors are ever held
-        if j < len(basis):
-            ops.reorthogonalize(v_prev, basis, j + 1, alpha[j], beta[j], recurrences, layout, basis_partial)
-        v, v_prev, beta_prev = v_prev, v, beta[j]
+        return w
+
+    def advance(w: Tensor, v: Tensor, v_prev: Tensor) -> None:
+        ops.lanczos_step(w, v, v_prev, recurrences, layout, partial)
+        if len(basis):
+            ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial)
+
+    def plain(v: Tensor, v_prev: Tensor) -> None:
+        advance(product(v), v, v_prev)  # w is not kept: no more than three sets of vectors are ever held
+
+    step = replay.replayed(recorder, product, advance, v, _capturable(hvp)) if recorder else plain
+    v_prev = torch.zeros_like(v)
+    for j in range(len(recurrences.alpha)):
+        step(v, v_prev)
+        v, v_prev = v_prev, v
 
         known = watch.look()
         newly = int(known.sum()) - n_finished
@@ -190,7 +206,11 @@ def _lanczos(
             on_step(j + 1, running)
         if running == 0:
             break
-    return alpha.permute(1, 2, 0).contiguous(), beta.permute(1, 2, 0).contiguous(), recurrences
+    return recurrences
+
+
+def _capturable(hvp: Callable[[Tensor], Tensor]) -> bool:
+    return getattr(hvp, "capturable", False) is True
 
 
 def blocks_with_basis(wish: str | Sequence[str], dims: Sequence[int], num_steps: int, bytes_each: int) -> list[bool]:

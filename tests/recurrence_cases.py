@@ -22,9 +22,6 @@ class Case:
     w: Tensor
     v: Tensor
     v_prev: Tensor
-    beta_prev: Tensor
-    alpha: Tensor
-    beta: Tensor
     recurrences: Recurrences
     layout: Layout
     partial: Tensor
@@ -36,32 +33,46 @@ class Case:
         return tuple(vars(self).values())
 
 
-def mid_flight(dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...] = DIMS, n_probes: int = 3) -> Case:
-    """Recurrences after some steps: most running, one finished, one frozen, one about to be stopped by its limit."""
+STEPS = 5  # made by most
+UNWRITTEN = 7.0  # in the rows of alpha and beta that no step has written
+
+
+def mid_flight(
+    dtype: torch.dtype,
+    rng: torch.Generator,
+    dims: tuple[int, ...] = DIMS,
+    n_probes: int = 3,
+    steps: int = STEPS,
+    laggards: bool = True,
+) -> Case:
+    """Recurrences after some steps: most running, one finished, one frozen, one about to be stopped by its limit.
+
+    With laggards two have made fewer steps: none, and one less.
+    """
     layout = Layout.of(dims)
     w, v, v_prev = (torch.randn(n_probes, layout.n, generator=rng, dtype=dtype) for _ in range(3))
     for l in range(layout.n_blocks):
         for x in (w, v, v_prev):
             x[:, layout.columns(l)] /= x[:, layout.columns(l)].norm(dim=1, keepdim=True)
     shape = (n_probes, layout.n_blocks)
-    limits = torch.full((layout.n_blocks,), 10)
+    limits = torch.full((layout.n_blocks,), steps + 5)
     recurrences = Recurrences.start(n_probes, limits)
-    recurrences.steps.fill_(5)
+    recurrences.steps.fill_(steps)
     recurrences.norm.fill_(0.5)
     recurrences.status[1, 3], recurrences.status[0, -1] = FINISHED, NON_FINITE
-    limits[2] = 6
-    beta_prev = torch.rand(shape, generator=rng, dtype=torch.float64)
-    empty = torch.full(shape, 7.0, dtype=torch.float64)
-    return Case(
-        w, v, v_prev, beta_prev, empty, empty.clone(), recurrences, layout, empty.new_empty(n_probes, layout.n_tiles)
-    )
+    limits[2] = steps + 1
+    if laggards:
+        recurrences.steps[1, -2], recurrences.steps[1, 1] = 0, max(steps - 1, 0)
+    recurrences.alpha.fill_(UNWRITTEN)
+    recurrences.beta.fill_(UNWRITTEN)
+    recurrences.beta[:steps] = torch.rand(steps, *shape, generator=rng, dtype=torch.float64)
+    return Case(w, v, v_prev, recurrences, layout, recurrences.norm.new_empty(n_probes, layout.n_tiles))
 
 
 def assert_same_state(a: Case, b: Case, rtol: float) -> None:
     """Same vectors and coefficients within rtol of their norms; same steps and status."""
     assert torch.equal(a.recurrences.steps, b.recurrences.steps)
     assert torch.equal(a.recurrences.status, b.recurrences.status)
-    for name in ("alpha", "beta"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=rtol, atol=rtol)
-    torch.testing.assert_close(a.recurrences.norm, b.recurrences.norm, rtol=rtol, atol=rtol)
+    for name in ("alpha", "beta", "norm"):
+        torch.testing.assert_close(getattr(a.recurrences, name), getattr(b.recurrences, name), rtol=rtol, atol=rtol)
     torch.testing.assert_close(a.v_prev, b.v_prev, rtol=rtol, atol=rtol)

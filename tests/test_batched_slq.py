@@ -282,6 +282,12 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of raise, report, got 'ignore'"),
         ({"hvp": None}, TypeError, "hvp must be a function, got None"),
         ({"device": "foo"}, ValueError, "device must be cpu or cuda, got 'foo'"),
+        ({"cuda_graph": "yes"}, ValueError, "cuda_graph must be one of True, False, got 'yes'"),
+        (
+            {"cuda_graph": True},
+            ValueError,
+            "cuda_graph must be False where vectors are not on a CUDA device, got cpu",
+        ),
         ({"block_ids": 5}, TypeError, "block_ids must be a sequence of integers, got 5"),
         ({"block_ids": [1]}, ValueError, "block_ids must hold n_blocks = 2 ids, got 1"),
         ({"block_ids": [1, -2]}, ValueError, r"block_ids\[1\] must be an integer in 0"),

@@ -30,6 +30,7 @@ def test_build_info():
     info = blockhess_ext.build_info()
     assert info["torch"] == torch.__version__
     assert info["cuda"] is None or info["cuda"] == torch.version.cuda
+    assert (info["cuda_architectures"] is None) == (info["cuda"] is None)
     assert info["instruction_set"] and info["compiler"]
 
 

@@ -96,7 +96,7 @@ def test_memory_that_runs_out_is_explained_and_freed():
         vectors.append(weakref.ref(v))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(torch.OutOfMemoryError, match=r"three sets of vectors, 12 MiB.*num_probes") as error:
+    with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, 12 MiB.*num_probes") as error:
         batched_slq(hvp, [2**20], num_probes=1, num_steps=2)
     del error
     gc.collect()
@@ -111,5 +111,5 @@ def test_memory_that_lacks_for_the_first_vectors_is_explained_too(given, monkeyp
     monkeypatch.setattr("blockhess_ext.ops.random_probes", full)
     monkeypatch.setattr("blockhess_ext.arguments.unit_probes", full)
     probes = torch.ones(2, 2**18) if given else None
-    with pytest.raises(torch.OutOfMemoryError, match=r"three sets of vectors, 6 MiB, the kept basis, 0 MiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, 6 MiB, the kept basis, 0 MiB"):
         batched_slq(lambda v: v, [2**18], num_probes=2, probes=probes, reorthogonalize="none")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from blockhess_ext import ops, reference
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
-from tests.recurrence_cases import Case, assert_same_state, mid_flight
+from tests.recurrence_cases import STEPS, UNWRITTEN, Case, assert_same_state, mid_flight
 
 IMPLEMENTATIONS = [reference.lanczos_step, ops.lanczos_step]
 
@@ -18,11 +20,10 @@ IMPLEMENTATIONS = [reference.lanczos_step, ops.lanczos_step]
 def first_step(H: torch.Tensor, v: torch.Tensor) -> Case:
     """The arguments of the first step of one recurrence with H."""
     layout = Layout.of([len(v)])
-    zero = torch.zeros(1, 1, dtype=torch.float64)
     recurrences = Recurrences.start(1, torch.tensor([100]))
     v = v[None]
-    partial = zero.new_empty(1, layout.n_tiles)
-    return Case(v @ H, v, torch.zeros_like(v), zero, zero.clone(), zero.clone(), recurrences, layout, partial)
+    partial = torch.empty(1, layout.n_tiles, dtype=torch.float64)
+    return Case(v @ H, v, torch.zeros_like(v), recurrences, layout, partial)
 
 
 @pytest.mark.parametrize("step", IMPLEMENTATIONS)
@@ -30,8 +31,8 @@ def test_hand_numbers(step, dtype):
     H = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=dtype)
     case = first_step(H, torch.tensor([1.0, 0.0], dtype=dtype))
     step(*case.arguments())
-    assert case.alpha.item() == 2.0  # <e1, H e1>
-    assert case.beta.item() == 1.0  # |H e1 - 2 e1|
+    assert case.recurrences.alpha[0].item() == 2.0  # <e1, H e1>
+    assert case.recurrences.beta[0].item() == 1.0  # |H e1 - 2 e1|
     assert case.v_prev.tolist() == [[0.0, 1.0]]
     assert case.recurrences.norm.item() == 2.0
     assert case.recurrences.steps.item() == 1
@@ -46,7 +47,7 @@ def test_an_eigenvector_finishes_at_any_scale(step, scale, dtype):
     step(*case.arguments())
     assert case.recurrences.status.item() == FINISHED
     assert case.recurrences.steps.item() == 1
-    assert case.alpha.item() == pytest.approx(scale, rel=1e-6)
+    assert case.recurrences.alpha[0].item() == pytest.approx(scale, rel=1e-6)
     assert case.v_prev.tolist() == [[0.0, 0.0]]
 
 
@@ -70,7 +71,7 @@ def test_a_recurrence_that_is_not_finite_is_frozen_and_the_others_go_on(step, ba
     step(*clean.arguments())
     assert case.recurrences.status[0, 5] == NON_FINITE
     assert case.recurrences.steps[0, 5] == 5
-    assert case.alpha[0, 5] == case.beta[0, 5] == 0
+    assert case.recurrences.alpha[STEPS, 0, 5] == case.recurrences.beta[STEPS, 0, 5] == 0
     assert (case.v_prev[0, case.layout.columns(5)] == 0).all()
     case.v_prev[0, case.layout.columns(5)] = clean.v_prev[0, case.layout.columns(5)]
     assert torch.equal(case.v_prev, clean.v_prev)
@@ -82,12 +83,56 @@ def test_cpu_equals_reference(dtype, rng):
     ops.lanczos_step(*case.arguments())
     reference.lanczos_step(*expected.arguments())
     assert_same_state(case, expected, rtol=8 * torch.finfo(dtype).eps)
-    for untouched in ("w", "v", "beta_prev"):
+    for untouched in ("w", "v"):
         assert torch.equal(getattr(case, untouched), getattr(expected, untouched))
 
 
-def test_blocks_with_a_basis_are_left_to_reorthogonalize(dtype, rng):
+@pytest.mark.parametrize("step", IMPLEMENTATIONS)
+def test_each_recurrence_writes_its_own_row_and_no_other(step, dtype, rng):
     case = mid_flight(dtype, rng)
+    before, r = case.copy(), case.recurrences
+    step(*case.arguments())
+    for p, l in np.ndindex(*r.steps.shape):
+        j, running = before.recurrences.steps[p, l], before.recurrences.status[p, l] == RUNNING
+        for table, old in ((r.alpha, before.recurrences.alpha), (r.beta, before.recurrences.beta)):
+            changed = (table[:, p, l] != old[:, p, l]).nonzero().flatten().tolist()
+            assert changed == ([j] if running else [])
+    assert r.steps[1, 5] == 1 and r.steps[1, 1] == STEPS  # the laggards
+
+
+@pytest.mark.parametrize("step", IMPLEMENTATIONS)
+def test_the_first_step_has_no_previous_vector(step, dtype, rng):
+    case = mid_flight(dtype, rng)
+    other = case.copy()
+    other.v_prev[1, case.layout.columns(5)] = 9.0
+    for each in (case, other):
+        step(*each.arguments())
+    assert torch.equal(case.v_prev, other.v_prev)
+
+
+@pytest.mark.parametrize("step", IMPLEMENTATIONS)
+def test_a_recurrence_ends_with_the_last_row(step, dtype, rng):
+    case = mid_flight(dtype, rng)
+    r = case.recurrences
+    r.limits.fill_(1000)
+    r.steps[2, 5] = len(r.alpha) - 1
+    step(*case.arguments())
+    assert r.status[2, 5] == FINISHED and r.steps[2, 5] == len(r.alpha)
+    assert (case.v_prev[2, case.layout.columns(5)] == 0).all()
+
+
+@pytest.mark.parametrize("steps", [-1, 10, 2**40])
+def test_steps_that_are_no_row_write_nothing(steps, dtype, rng):
+    case = mid_flight(dtype, rng)
+    r = case.recurrences
+    r.steps[2] = steps
+    ops.lanczos_step(*case.arguments())
+    assert (r.alpha[:, 2] == UNWRITTEN).all() and (r.steps[2] == steps).all()
+    assert (case.v_prev[2] == 0).all()
+
+
+def test_blocks_with_a_basis_are_left_to_reorthogonalize(dtype, rng):
+    case = mid_flight(dtype, rng, laggards=False)
     case.layout = case.layout.with_basis([False] * 5 + [True, False])
     plain = case.copy()
     plain.layout = plain.layout.with_basis([False] * 7)
@@ -95,7 +140,8 @@ def test_blocks_with_a_basis_are_left_to_reorthogonalize(dtype, rng):
     ops.lanczos_step(*plain.arguments())
     kept = case.layout.columns(5)
     assert (case.recurrences.steps[:, 5] == 5).all()
-    torch.testing.assert_close(case.v_prev[:, kept] / case.beta[:, 5:6].to(dtype), plain.v_prev[:, kept])
+    beta = case.recurrences.beta[STEPS, :, 5:6].to(dtype)
+    torch.testing.assert_close(case.v_prev[:, kept] / beta, plain.v_prev[:, kept])
     case.v_prev[:, kept] = plain.v_prev[:, kept]
     assert torch.equal(case.v_prev, plain.v_prev)
 
@@ -112,22 +158,27 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
         finally:
             torch.set_num_threads(before)
         results.append(run)
-    for name in ("alpha", "beta", "v_prev"):
-        assert torch.equal(getattr(results[0], name), getattr(results[1], name))
+    a, b = results
+    for x, y in zip((a.v_prev, *vars(a.recurrences).values()), (b.v_prev, *vars(b.recurrences).values())):
+        assert torch.equal(x, y)
 
 
 def test_opcheck(dtype, rng):
     case = mid_flight(dtype, rng, dims=(3, 1, 5, 2), n_probes=2)
     r, layout = case.recurrences, case.layout
-    arguments = (case.w, case.v, case.v_prev, case.beta_prev, case.alpha, case.beta, r.norm, r.steps, r.status)
     tables = (layout.basis_offsets, layout.offsets, layout.tiles, layout.tile_offsets)
-    torch.library.opcheck(torch.ops.blockhess_ext.lanczos_step.default, (*arguments, r.limits, *tables, case.partial))
+    arguments = (case.w, case.v, case.v_prev, *vars(r).values(), *tables, case.partial)
+    torch.library.opcheck(torch.ops.blockhess_ext.lanczos_step.default, arguments)
 
 
 def test_memory_is_guarded(rng):
     case = mid_flight(torch.float32, rng)
-    case.alpha = case.alpha[:, :-1].contiguous()
-    with pytest.raises(RuntimeError, match=r"lanczos_step: alpha must have shape \(3, 7\), got \(3, 6\)"):
+    case.recurrences = replace(case.recurrences, beta=case.recurrences.beta[:9].contiguous())
+    with pytest.raises(RuntimeError, match=r"lanczos_step: beta must have shape \(10, 3, 7\), got \(9, 3, 7\)"):
+        ops.lanczos_step(*case.arguments())
+    case = mid_flight(torch.float32, rng)
+    case.recurrences = replace(case.recurrences, alpha=case.recurrences.alpha[0])
+    with pytest.raises(RuntimeError, match="lanczos_step: alpha must have 3 dimensions, got 2"):
         ops.lanczos_step(*case.arguments())
     case = mid_flight(torch.float32, rng)
     case.v = case.v.double()

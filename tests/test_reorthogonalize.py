@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from blockhess_ext import ops, reference
@@ -14,7 +16,7 @@ COUNT = 2
 
 def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tensor]:
     """A case after lanczos_step, and an orthonormal basis of COUNT rows for the blocks that keep one."""
-    case = mid_flight(dtype, rng)
+    case = mid_flight(dtype, rng, steps=COUNT - 1, laggards=False)
     case.layout = case.layout.with_basis(KEPT)
     basis = torch.zeros(4, 3, case.layout.n_basis, dtype=dtype)
     for p in range(3):
@@ -29,7 +31,7 @@ def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tens
 
 
 def run(op, case: Case, basis: torch.Tensor) -> None:
-    op(case.v_prev, basis, COUNT, case.alpha, case.beta, case.recurrences, case.layout, case.partial)
+    op(case.v_prev, basis, case.recurrences, case.layout, case.partial)
 
 
 def test_result_is_orthogonal_to_the_basis_and_of_norm_one(dtype, rng):
@@ -56,7 +58,7 @@ def test_one_pass_would_not_be_enough(dtype, rng):
     outside = torch.randn(len(q0), generator=rng, dtype=torch.float64)
     r = q0 + q1 + 1e3 * eps * outside / outside.norm()
     case.v_prev[0, case.layout.columns(l)] = r.to(dtype)
-    case.alpha[0, l] = 0.0
+    case.recurrences.alpha[COUNT - 1, 0, l] = 0.0
     run(ops.reorthogonalize, case, basis)
     v = case.v_prev[0, case.layout.columns(l)].double()
     assert case.recurrences.status[0, l] == RUNNING
@@ -70,9 +72,25 @@ def test_a_residual_inside_the_basis_finishes(dtype, rng):
     case.v_prev[0, case.layout.columns(l)] = inside
     run(ops.reorthogonalize, case, basis)
     assert case.recurrences.status[0, l] == FINISHED
-    assert case.recurrences.steps[0, l] == 6
+    assert case.recurrences.steps[0, l] == COUNT
     assert (case.v_prev[0, case.layout.columns(l)] == 0).all()
     assert (basis[COUNT, 0, case.layout.basis_columns(l)] == 0).all()
+
+
+def test_each_recurrence_uses_the_rows_that_it_has_filled(dtype, rng):
+    """One has filled a row less than the others, one all of them; rows beyond are NaN and must not be read."""
+    case, basis = prepared(dtype, rng)
+    r, behind, full = case.recurrences, case.layout.basis_columns(4), case.layout.basis_columns(5)
+    r.steps[0, 4], r.steps[2, 5] = COUNT - 2, len(basis) - 1
+    basis[COUNT - 1 :, 0, behind] = math.nan
+    basis[COUNT:, 2, full] = 0.0
+    last = basis[-1, 2, full].clone()
+    run(ops.reorthogonalize, case, basis)
+    v = case.v_prev[0, case.layout.columns(4)]
+    assert v.isfinite().all() and torch.equal(basis[COUNT - 1, 0, behind], v)
+    assert abs(basis[0, 0, behind].double() @ v.double()) <= 4 * torch.finfo(dtype).eps
+    assert r.steps[0, 4] == COUNT - 1 and r.steps[2, 5] == len(basis)
+    assert torch.equal(basis[-1, 2, full], last)  # there is no row for the next vector
 
 
 def test_cpu_equals_reference(dtype, rng):
@@ -96,7 +114,7 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
             run(ops.reorthogonalize, one, one_basis)
         finally:
             torch.set_num_threads(before)
-        results.append((one.v_prev, one.beta, one_basis))
+        results.append((one.v_prev, one.recurrences.beta, one_basis))
     for a, b in zip(*results):
         assert torch.equal(a, b)
 
@@ -104,7 +122,6 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
 def test_opcheck(dtype, rng):
     case, basis = prepared(dtype, rng)
     r, layout = case.recurrences, case.layout
-    state = (case.alpha, case.beta, r.norm, r.steps, r.status, r.limits)
     tables = (layout.offsets, layout.tiles, layout.tile_offsets)
-    arguments = (case.v_prev, basis, COUNT, layout.basis_offsets, *state, *tables, case.partial)
+    arguments = (case.v_prev, basis, layout.basis_offsets, *vars(r).values(), *tables, case.partial)
     torch.library.opcheck(torch.ops.blockhess_ext.reorthogonalize.default, arguments)

@@ -40,9 +40,9 @@ def test_the_dry_run_passes_and_claims_nothing(tmp_path):
     assert "needs a GPU: " in (tmp_path / "tests_skip.log").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["size"] == "tiny" and results["environment"]["device"] == "cpu"
-    assert len(results["rows"]) == 6 and not any("failure" in row for row in results["rows"].values())
+    assert len(results["rows"]) == 7 and not any("failure" in row for row in results["rows"].values())
     table = (tmp_path / "results.md").read_text()
-    assert "| met |" not in table and table.count("unproven on hardware") == 12
+    assert "| met |" not in table and table.count("unproven on hardware") == 13
 
 
 def test_a_step_that_fails_is_told(tmp_path):
@@ -90,7 +90,7 @@ print(gpu.table(results).splitlines()[2])
     done = bench(program)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert sum(line.endswith("| met |") for line in lines) == 12
+    assert sum(line.endswith("| met |") for line in lines) == 13
     assert lines[-1].endswith("| 89.0 % | missed |")
 
 

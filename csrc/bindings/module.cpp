@@ -41,11 +41,14 @@ std::string instruction_set() {
 #endif
 }
 
+py::object text_or_none(const char* text) { return text[0] ? py::object(py::str(text)) : py::object(py::none()); }
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = BLOCKHESS_TORCH_VERSION;
   info["compiler"] = __VERSION__;
-  info["cuda"] = BLOCKHESS_CUDA_VERSION[0] ? py::object(py::str(BLOCKHESS_CUDA_VERSION)) : py::object(py::none());
+  info["cuda"] = text_or_none(BLOCKHESS_CUDA_VERSION);
+  info["cuda_architectures"] = text_or_none(BLOCKHESS_CUDA_ARCHITECTURES);
   info["instruction_set"] = instruction_set();
   info["tile_length"] = blockhess::kTileLength;
   return info;

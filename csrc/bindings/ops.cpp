@@ -42,11 +42,11 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY(blockhess_ext, m) {
   m.def(
-      "lanczos_step(Tensor w, Tensor v, Tensor(a!) v_prev, Tensor beta_prev, Tensor(b!) alpha, Tensor(c!) beta, "
+      "lanczos_step(Tensor w, Tensor v, Tensor(a!) v_prev, Tensor(b!) alpha, Tensor(c!) beta, "
       "Tensor(d!) norm, Tensor(e!) steps, Tensor(f!) status, Tensor limits, Tensor basis_offsets, Tensor offsets, "
       "Tensor tiles, Tensor tile_offsets, Tensor(g!) partial) -> ()");
   m.def(
-      "reorthogonalize(Tensor(a!) r, Tensor(b!) basis, int count, Tensor basis_offsets, Tensor(c!) alpha, "
+      "reorthogonalize(Tensor(a!) r, Tensor(b!) basis, Tensor basis_offsets, Tensor(c!) alpha, "
       "Tensor(d!) beta, Tensor(e!) norm, Tensor(f!) steps, Tensor(g!) status, Tensor limits, Tensor offsets, "
       "Tensor tiles, Tensor tile_offsets, Tensor(h!) partial) -> ()");
   m.def("tridiag_quadrature(Tensor alpha, Tensor beta, Tensor steps) -> (Tensor, Tensor)");

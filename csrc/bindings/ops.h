@@ -17,9 +17,9 @@
 namespace blockhess {
 
 template <class Device>
-void lanczos_step(Tensor w, Tensor v, Tensor v_prev, Tensor beta_prev, Tensor alpha, Tensor beta, Tensor norm,
-                  Tensor steps, Tensor status, Tensor limits, Tensor basis_offsets, Tensor offsets, Tensor tiles,
-                  Tensor tile_offsets, Tensor partial) {
+void lanczos_step(Tensor w, Tensor v, Tensor v_prev, Tensor alpha, Tensor beta, Tensor norm, Tensor steps,
+                  Tensor status, Tensor limits, Tensor basis_offsets, Tensor offsets, Tensor tiles, Tensor tile_offsets,
+                  Tensor partial) {
   const Arguments args("lanczos_step", w);
   const Device device("lanczos_step", w);
   dispatch_vectors("lanczos_step", w, [&](auto zero) {
@@ -29,7 +29,6 @@ void lanczos_step(Tensor w, Tensor v, Tensor v_prev, Tensor beta_prev, Tensor al
                       args.array<T>("w", w, {layout.n_probes, layout.n}),
                       args.array<T>("v", v, {layout.n_probes, layout.n}),
                       args.array<T>("v_prev", v_prev, {layout.n_probes, layout.n}),
-                      args.array<double>("beta_prev", beta_prev, {layout.n_probes, layout.n_blocks}),
                       args.recurrences(layout, alpha, beta, norm, steps, status),
                       args.array<int64_t>("limits", limits, {layout.n_blocks}),
                       args.array<int64_t>("basis_offsets", basis_offsets, {layout.n_blocks}),
@@ -39,23 +38,19 @@ void lanczos_step(Tensor w, Tensor v, Tensor v_prev, Tensor beta_prev, Tensor al
 }
 
 template <class Device>
-void reorthogonalize(Tensor r, Tensor basis, int64_t count, Tensor basis_offsets, Tensor alpha, Tensor beta,
-                     Tensor norm, Tensor steps, Tensor status, Tensor limits, Tensor offsets, Tensor tiles,
-                     Tensor tile_offsets, Tensor partial) {
+void reorthogonalize(Tensor r, Tensor basis, Tensor basis_offsets, Tensor alpha, Tensor beta, Tensor norm, Tensor steps,
+                     Tensor status, Tensor limits, Tensor offsets, Tensor tiles, Tensor tile_offsets, Tensor partial) {
   const Arguments args("reorthogonalize", r);
   const Device device("reorthogonalize", r);
   dispatch_vectors("reorthogonalize", r, [&](auto zero) {
     using T = decltype(zero);
     const Layout layout = args.layout(r, offsets, tiles, tile_offsets);
     const int64_t capacity = args.size("basis", basis, 0, 3), n_basis = args.size("basis", basis, 2, 3);
-    STD_TORCH_CHECK(count >= 1 && count <= capacity, "reorthogonalize: count must be in 1 ... ", capacity, ", got ",
-                    count);
     Reorthogonalize<T> op{layout,
                           args.array<T>("r", r, {layout.n_probes, layout.n}),
                           args.array<T>("basis", basis, {capacity, layout.n_probes, n_basis}),
                           capacity,
                           n_basis,
-                          count,
                           args.array<int64_t>("basis_offsets", basis_offsets, {layout.n_blocks}),
                           args.recurrences(layout, alpha, beta, norm, steps, status),
                           args.array<int64_t>("limits", limits, {layout.n_blocks}),

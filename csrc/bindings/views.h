@@ -80,9 +80,15 @@ class Arguments {
 
   Recurrences recurrences(const Layout& layout, const Tensor& alpha, const Tensor& beta, const Tensor& norm,
                           const Tensor& steps, const Tensor& status) const {
+    const int64_t rows = size("alpha", alpha, 0, 3);
+    const std::initializer_list<int64_t> table{rows, layout.n_probes, layout.n_blocks};
     const std::initializer_list<int64_t> shape{layout.n_probes, layout.n_blocks};
-    return {array<double>("alpha", alpha, shape), array<double>("beta", beta, shape),
-            array<double>("norm", norm, shape), array<int64_t>("steps", steps, shape),
+    return {rows,
+            layout.n_probes * layout.n_blocks,
+            array<double>("alpha", alpha, table),
+            array<double>("beta", beta, table),
+            array<double>("norm", norm, shape),
+            array<int64_t>("steps", steps, shape),
             array<int32_t>("status", status, shape)};
   }
 

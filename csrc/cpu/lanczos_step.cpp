@@ -26,7 +26,7 @@ class Step {
       }
     });
     for (int64_t s = 0; s < n_segments; ++s)
-      if (several_tiles(s) && running(s)) op_.recurrences.alpha[s] = segment_sum(s);
+      if (several_tiles(s) && running(s)) op_.recurrences.alpha[op_.recurrences.next(s)] = segment_sum(s);
     parallel_for(n_tiles, 1, [this](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const Place at = place(t);
@@ -34,7 +34,7 @@ class Step {
       }
     });
     for (int64_t s = 0; s < n_segments; ++s)
-      if (several_tiles(s)) close(s, running(s) ? segment_sum(s) : 0.0);
+      if (several_tiles(s) && running(s)) close(s, segment_sum(s));
     parallel_for(n_tiles, 1, [this](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const Place at = place(t);
@@ -56,7 +56,7 @@ class Step {
     return {segment, probe * layout_.n + tile.start, tile.stop - tile.start, several_tiles(segment)};
   }
 
-  bool running(int64_t segment) const { return op_.recurrences.status[segment] == kRunning; }
+  bool running(int64_t segment) const { return op_.recurrences.running(segment); }
 
   bool several_tiles(int64_t segment) const {
     const int64_t block = segment % layout_.n_blocks;
@@ -74,19 +74,17 @@ class Step {
   }
 
   double residual(const Place& at) const {
-    return three_term(op_.w + at.start, op_.v + at.start, op_.v_prev + at.start, op_.recurrences.alpha[at.segment],
-                      op_.beta_prev[at.segment], at.length);
+    const Recurrences& r = op_.recurrences;
+    return three_term(op_.w + at.start, op_.v + at.start, op_.v_prev + at.start, r.alpha[r.next(at.segment)],
+                      r.last_beta(at.segment), at.length);
   }
 
   // Writes beta and closes the step, or leaves the closing to reorthogonalize.
   void close(int64_t segment, double squared_norm) const {
     const Recurrences& r = op_.recurrences;
-    if (!running(segment)) {
-      r.alpha[segment] = r.beta[segment] = 0.0;
-      return;
-    }
-    r.beta[segment] = std::sqrt(squared_norm);
-    if (deferred(segment) && std::isfinite(r.alpha[segment]) && std::isfinite(r.beta[segment])) return;
+    double& beta = r.beta[r.next(segment)];
+    beta = std::sqrt(squared_norm);
+    if (deferred(segment) && std::isfinite(r.alpha[r.next(segment)]) && std::isfinite(beta)) return;
     close_step(r, segment, op_.limits[segment % layout_.n_blocks], std::numeric_limits<T>::epsilon());
   }
 
@@ -95,16 +93,14 @@ class Step {
     if (!running(at.segment))
       std::fill_n(next, at.length, T(0));
     else if (!deferred(at.segment))
-      scale(next, 1.0 / op_.recurrences.beta[at.segment], at.length);
+      scale(next, 1.0 / op_.recurrences.last_beta(at.segment), at.length);
   }
 
   void whole_segment(const Place& at) const {
-    double squared_norm = 0.0;
     if (running(at.segment)) {
-      op_.recurrences.alpha[at.segment] = dot(op_.w + at.start, op_.v + at.start, at.length);
-      squared_norm = residual(at);
+      op_.recurrences.alpha[op_.recurrences.next(at.segment)] = dot(op_.w + at.start, op_.v + at.start, at.length);
+      close(at.segment, residual(at));
     }
-    close(at.segment, squared_norm);
     normalize(at);
   }
 

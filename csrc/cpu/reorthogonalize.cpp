@@ -18,9 +18,6 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const int64_t row = layout.n_probes * op.n_basis;  // elements of one basis row
   const int64_t stride = op.capacity + 1;            // of `partial`, from tile to tile
 
-  const auto takes_part = [&](int64_t segment) {
-    return op.basis_offsets[segment % layout.n_blocks] >= 0 && recurrences.status[segment] == kRunning;
-  };
   // body(tile index, segment, first element of the tile in r, in a basis row, length) for the tiles that take part
   const auto for_tiles = [&](const auto& body) {
     parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {
@@ -28,7 +25,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
         const int64_t probe = t / layout.n_tiles;
         const Tile& tile = layout.tiles[t % layout.n_tiles];
         const int64_t segment = probe * layout.n_blocks + tile.block;
-        if (!takes_part(segment)) continue;
+        if (!op.takes_part(segment)) continue;
         const int64_t column = op.basis_offsets[tile.block] + tile.start - layout.offsets[tile.block];
         body(t, segment, probe * layout.n + tile.start, probe * op.n_basis + column, tile.stop - tile.start);
       }
@@ -43,28 +40,29 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
     return sum;
   };
 
-  std::vector<double> coefficients(n_segments * op.count);
+  std::vector<double> coefficients(n_segments * op.capacity);
   for (int pass = 0; pass < 2; ++pass) {
-    for_tiles([&](int64_t t, int64_t, int64_t r, int64_t v, int64_t length) {
-      for (int64_t k = 0; k < op.count; ++k) op.partial[t * stride + k] = dot(op.basis + k * row + v, op.r + r, length);
+    for_tiles([&](int64_t t, int64_t segment, int64_t r, int64_t v, int64_t length) {
+      for (int64_t k = 0; k < op.count(segment); ++k)
+        op.partial[t * stride + k] = dot(op.basis + k * row + v, op.r + r, length);
     });
     parallel_for(n_segments, 16, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)
-        if (takes_part(s))
-          for (int64_t k = 0; k < op.count; ++k) coefficients[s * op.count + k] = segment_sum(s, k);
+        if (op.takes_part(s))
+          for (int64_t k = 0; k < op.count(s); ++k) coefficients[s * op.capacity + k] = segment_sum(s, k);
     });
     for_tiles([&](int64_t t, int64_t segment, int64_t r, int64_t v, int64_t length) {
-      op.partial[t * stride + op.capacity] =
-          subtract_projection(op.r + r, op.basis + v, row, coefficients.data() + segment * op.count, op.count, length);
+      op.partial[t * stride + op.capacity] = subtract_projection(
+          op.r + r, op.basis + v, row, coefficients.data() + segment * op.capacity, op.count(segment), length);
     });
   }
 
   std::vector<double> factor(n_segments, 0.0);
   std::vector<char> closing(n_segments, 0);
   for (int64_t s = 0; s < n_segments; ++s) {
-    if (!takes_part(s)) continue;
+    if (!op.takes_part(s)) continue;
     closing[s] = 1;
-    recurrences.beta[s] = std::sqrt(segment_sum(s, op.capacity));
+    recurrences.beta[recurrences.next(s)] = std::sqrt(segment_sum(s, op.capacity));
     factor[s] = close_step(recurrences, s, op.limits[s % layout.n_blocks], std::numeric_limits<T>::epsilon());
   }
   parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {
@@ -80,9 +78,10 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
         continue;
       }
       scale(next, factor[segment], length);
-      if (op.count == op.capacity) continue;
+      const int64_t filled = recurrences.steps[segment];  // the step is counted by now
+      if (filled >= op.capacity) continue;
       const int64_t column = op.basis_offsets[tile.block] + tile.start - layout.offsets[tile.block];
-      std::copy_n(next, length, op.basis + op.count * row + probe * op.n_basis + column);
+      std::copy_n(next, length, op.basis + filled * row + probe * op.n_basis + column);
     }
   });
 }

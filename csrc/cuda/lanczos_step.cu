@@ -37,7 +37,7 @@ __device__ double dot(const LanczosStep<T>& op, const Place& at) {
 // v_prev <- w - alpha v - beta_prev v_prev over a tile; this thread's share of its squared norm.
 template <bool kAligned, class T>
 __device__ double residual(const LanczosStep<T>& op, const Place& at, double alpha) {
-  const double beta = op.beta_prev[at.segment];
+  const double beta = op.recurrences.last_beta(at.segment);
   double sum = 0.0;
   for_elements<T, 2>(
       at.begin, at.end,
@@ -59,7 +59,7 @@ __device__ double residual(const LanczosStep<T>& op, const Place& at, double alp
 
 template <class T>
 __device__ bool running(const LanczosStep<T>& op, int64_t segment) {
-  return op.recurrences.status[segment] == kRunning;
+  return op.recurrences.running(segment);
 }
 
 template <class T>
@@ -71,12 +71,9 @@ __device__ bool deferred(const LanczosStep<T>& op, int64_t segment) {
 template <class T>
 __device__ void close(const LanczosStep<T>& op, int64_t segment, double squared_norm, double eps) {
   const Recurrences& r = op.recurrences;
-  if (!running(op, segment)) {
-    r.alpha[segment] = r.beta[segment] = 0.0;
-    return;
-  }
-  r.beta[segment] = std::sqrt(squared_norm);
-  if (deferred(op, segment) && std::isfinite(r.alpha[segment]) && std::isfinite(r.beta[segment])) return;
+  double& beta = r.beta[r.next(segment)];
+  beta = std::sqrt(squared_norm);
+  if (deferred(op, segment) && std::isfinite(r.alpha[r.next(segment)]) && std::isfinite(beta)) return;
   close_step(r, segment, op.limits[segment % op.layout.n_blocks], eps);
 }
 
@@ -85,7 +82,7 @@ template <bool kAligned, class T>
 __device__ void normalize(const LanczosStep<T>& op, const Place& at) {
   if (running(op, at.segment) && deferred(op, at.segment)) return;
   const bool going = running(op, at.segment);
-  const double factor = going ? 1.0 / op.recurrences.beta[at.segment] : 0.0;
+  const double factor = going ? 1.0 / op.recurrences.last_beta(at.segment) : 0.0;
   for_elements<T, 4>(
       at.begin, at.end,
       [&](auto width, int64_t i) { return going ? load<kAligned, width>(op.v_prev + i) : Pack<T, width>{}; },
@@ -102,21 +99,20 @@ __global__ void __launch_bounds__(kThreads, 4) first_pass_kernel(LanczosStep<T> 
   const Layout& layout = op.layout;
   for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
     const Place at = place(layout, t);
-    double alpha = 0.0, squared_norm = 0.0;
     if (running(op, at.segment)) {
-      alpha = block_sum(dot<kAligned>(op, at));
-      if (!at.several_tiles) squared_norm = block_sum(residual<kAligned>(op, at, alpha));
+      const double alpha = block_sum(dot<kAligned>(op, at));
+      if (at.several_tiles) {
+        if (threadIdx.x == 0) op.partial[t] = alpha;
+      } else {
+        const double squared_norm = block_sum(residual<kAligned>(op, at, alpha));
+        if (threadIdx.x == 0) {
+          op.recurrences.alpha[op.recurrences.next(at.segment)] = alpha;
+          close(op, at.segment, squared_norm, eps);
+        }
+        __syncthreads();
+      }
     }
-    if (at.several_tiles) {
-      if (threadIdx.x == 0) op.partial[t] = alpha;
-      continue;
-    }
-    if (threadIdx.x == 0) {
-      op.recurrences.alpha[at.segment] = alpha;
-      close(op, at.segment, squared_norm, eps);
-    }
-    __syncthreads();
-    normalize<kAligned>(op, at);
+    if (!at.several_tiles) normalize<kAligned>(op, at);
   }
 }
 
@@ -124,9 +120,9 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) alpha_kernel(LanczosStep<T> op) {
   const Layout& layout = op.layout;
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
-    if (!several_tiles(layout, s % layout.n_blocks)) continue;
+    if (!several_tiles(layout, s % layout.n_blocks) || !running(op, s)) continue;
     const double alpha = segment_sum(layout, s, op.partial, 1);
-    if (threadIdx.x == 0) op.recurrences.alpha[s] = alpha;
+    if (threadIdx.x == 0) op.recurrences.alpha[op.recurrences.next(s)] = alpha;
   }
 }
 
@@ -136,7 +132,8 @@ __global__ void __launch_bounds__(kThreads, 4) residual_kernel(LanczosStep<T> op
   for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
     const Place at = place(layout, t);
     if (!at.several_tiles || !running(op, at.segment)) continue;
-    const double sum = block_sum(residual<kAligned>(op, at, op.recurrences.alpha[at.segment]));
+    const double alpha = op.recurrences.alpha[op.recurrences.next(at.segment)];
+    const double sum = block_sum(residual<kAligned>(op, at, alpha));
     if (threadIdx.x == 0) op.partial[t] = sum;
   }
 }
@@ -145,7 +142,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) close_kernel(LanczosStep<T> op, double eps) {
   const Layout& layout = op.layout;
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
-    if (!several_tiles(layout, s % layout.n_blocks)) continue;
+    if (!several_tiles(layout, s % layout.n_blocks) || !running(op, s)) continue;
     const double squared_norm = segment_sum(layout, s, op.partial, 1);
     if (threadIdx.x == 0) close(op, s, squared_norm, eps);
   }

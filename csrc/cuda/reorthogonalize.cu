@@ -14,11 +14,6 @@ namespace {
 
 constexpr int kRows = 8;
 
-template <class T>
-__device__ bool takes_part(const Reorthogonalize<T>& op, int64_t segment) {
-  return op.basis_offsets[segment % op.layout.n_blocks] >= 0 && op.recurrences.status[segment] == kRunning;
-}
-
 // A tile in a basis row and in r.
 template <class T>
 struct Columns {
@@ -38,24 +33,37 @@ struct Rows {
   Pack<T, N> r, v[kRows];
 };
 
-// Rows first_row ... first_row + kRows - 1 of the basis from element i on, zero where there is no such row.
+// How many of the rows first_row ... first_row + kRows - 1 are filled, of `count` in all.
+__device__ inline int filled_rows(int64_t first_row, int64_t count) {
+  return int(count - first_row < kRows ? count - first_row : kRows);
+}
+
+// Those rows of the basis from element i on, zero where they are not filled.
 template <bool kAligned, int N, class T>
-__device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int64_t i, Pack<T, N> (&v)[kRows]) {
+__device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int rows, int64_t i,
+                          Pack<T, N> (&v)[kRows]) {
   const int64_t row = op.layout.n_probes * op.n_basis;
 #pragma unroll
   for (int k = 0; k < kRows; ++k)
-    v[k] = first_row + k < op.count ? load<kAligned, N>(op.basis + (first_row + k) * row + i) : Pack<T, N>{};
+    v[k] = k < rows ? load<kAligned, N>(op.basis + (first_row + k) * row + i) : Pack<T, N>{};
 }
 
-// partial[tile, k] = a tile's share of <v_k, r>
+template <class T>
+__host__ __device__ int64_t n_groups(const Reorthogonalize<T>& op) {
+  return (op.capacity + kRows - 1) / kRows;
+}
+
+// partial[tile, k] = a tile's share of <v_k, r>. The grid is for a full basis, as the host does not know the step; a
+// CTA whose rows are not filled yet ends after a few loads. Unaligned loads need the registers of a third CTA.
 template <bool kAligned, class T>
-__global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T> op) {
+__global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
-  const int64_t n_groups = (op.count + kRows - 1) / kRows;
-  for (int64_t task = blockIdx.x; task < layout.n_probes * layout.n_tiles * n_groups; task += gridDim.x) {
-    const int64_t t = task / n_groups, first_row = task % n_groups * kRows;
+  const int64_t groups = n_groups(op);
+  for (int64_t task = blockIdx.x; task < layout.n_probes * layout.n_tiles * groups; task += gridDim.x) {
+    const int64_t t = task / groups, first_row = task % groups * kRows;
     const Place at = place(layout, t);
-    if (!takes_part(op, at.segment)) continue;
+    const int rows = op.takes_part(at.segment) ? filled_rows(first_row, op.count(at.segment)) : 0;
+    if (rows <= 0) continue;
     const Columns<T> tile = columns(op, at);
     double sum[kRows] = {};
     for_elements<T, 1>(
@@ -63,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T
         [&](auto width, int64_t i) {
           Rows<T, width> x;
           x.r = load<false, width>(tile.r + i);
-          load_rows<kAligned>(op, first_row, i, x.v);
+          load_rows<kAligned>(op, first_row, rows, i, x.v);
           return x;
         },
         [&](auto width, int64_t, const auto& x) {
@@ -75,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(Reorthogonalize<T
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const double total = block_sum(sum[k]);
-      if (threadIdx.x == 0 && first_row + k < op.count) op.partial[t * (op.capacity + 1) + first_row + k] = total;
+      if (threadIdx.x == 0 && k < rows) op.partial[t * (op.capacity + 1) + first_row + k] = total;
     }
   }
 }
@@ -86,10 +94,10 @@ __global__ void __launch_bounds__(kThreads) segment_coefficient_kernel(Reorthogo
   const Layout& layout = op.layout;
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
     const int64_t probe = s / layout.n_blocks, block = s % layout.n_blocks;
-    if (!takes_part(op, s) || !several_tiles(layout, block)) continue;
+    if (!op.takes_part(s) || !several_tiles(layout, block)) continue;
     double* partial = op.partial + (probe * layout.n_tiles + layout.tile_offsets[block]) * (op.capacity + 1);
     const int64_t tiles = layout.tile_offsets[block + 1] - layout.tile_offsets[block];
-    for (int64_t k = threadIdx.x; k < op.count; k += kThreads) {
+    for (int64_t k = threadIdx.x, count = op.count(s); k < count; k += kThreads) {
       double sum = 0.0;
       for (int64_t t = 0; t < tiles; ++t) sum += partial[t * (op.capacity + 1) + k];
       partial[k] = sum;
@@ -103,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op)
   const Layout& layout = op.layout;
   for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
     const Place at = place(layout, t);
-    if (!takes_part(op, at.segment)) continue;
+    if (!op.takes_part(at.segment)) continue;
+    const int64_t count = op.count(at.segment);
     const Columns<T> tile = columns(op, at);
     const double* c = op.partial + at.first_tile * (op.capacity + 1);
     double sum = 0.0;
@@ -113,12 +122,13 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op)
           double r[width];
 #pragma unroll
           for (int e = 0; e < width; ++e) r[e] = old.x[e];
-          for (int64_t first_row = 0; first_row < op.count; first_row += kRows) {
+          for (int64_t first_row = 0; first_row < count; first_row += kRows) {
+            const int rows = filled_rows(first_row, count);
             Pack<T, width> v[kRows];
-            load_rows<kAligned>(op, first_row, i, v);
+            load_rows<kAligned>(op, first_row, rows, i, v);
 #pragma unroll
             for (int k = 0; k < kRows; ++k) {
-              const double c_k = first_row + k < op.count ? c[first_row + k] : 0.0;
+              const double c_k = k < rows ? c[first_row + k] : 0.0;
 #pragma unroll
               for (int e = 0; e < width; ++e) r[e] -= c_k * double(v[k].x[e]);
             }
@@ -143,10 +153,10 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, 
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
     const int64_t probe = s / layout.n_blocks, block = s % layout.n_blocks;
     double factor = -1.0;
-    if (takes_part(op, s)) {
+    if (op.takes_part(s)) {
       const double squared_norm = segment_sum(layout, s, op.partial + op.capacity, op.capacity + 1);
       if (threadIdx.x == 0) {
-        op.recurrences.beta[s] = std::sqrt(squared_norm);
+        op.recurrences.beta[op.recurrences.next(s)] = std::sqrt(squared_norm);
         factor = close_step(op.recurrences, s, op.limits[block], eps);
       }
     }
@@ -155,16 +165,17 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, 
   }
 }
 
-// v_next = factor r, also kept as row `count` of the basis; zero where the recurrence has ended
+// v_next = factor r, also kept as the next row of the basis; zero where the recurrence has ended
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
-  T* row = op.basis + op.count * layout.n_probes * op.n_basis;
   for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
     const Place at = place(layout, t);
     const double factor = op.partial[at.first_tile * (op.capacity + 1)];
     if (factor < 0.0) continue;
-    const bool kept = factor > 0.0 && op.count < op.capacity;
+    const int64_t filled = op.recurrences.steps[at.segment];  // the step is counted by now
+    const bool kept = factor > 0.0 && filled < op.capacity;
+    T* row = op.basis + filled * layout.n_probes * op.n_basis;
     const Columns<T> tile = columns(op, at);
     for_elements<T, 4>(
         tile.begin, tile.end,
@@ -183,10 +194,9 @@ template <bool kAligned, class T>
 const char* reorthogonalize(const Reorthogonalize<T>& op, const CudaQueue& queue) {
   const Layout& layout = op.layout;
   const int64_t n_tiles = layout.n_probes * layout.n_tiles, n_segments = layout.n_probes * layout.n_blocks;
-  const int64_t n_groups = (op.count + kRows - 1) / kRows;
   Launcher launch(queue);
   for (int pass = 0; pass < 2; ++pass) {
-    launch(coefficient_kernel<kAligned, T>, n_tiles * n_groups, kThreads, 0, op);
+    launch(coefficient_kernel<kAligned, T>, n_tiles * n_groups(op), kThreads, 0, op);
     if (layout.n_tiles > layout.n_blocks) launch(segment_coefficient_kernel<T>, n_segments, kThreads, 0, op);
     launch(update_kernel<kAligned, T>, n_tiles, kThreads, 0, op);
   }

@@ -50,30 +50,41 @@ enum Status : int32_t {
   kNonFinite = 2,  // the operator returned NaN or inf: the steps before it stand
 };
 
-// The recurrences between two steps, each array (n_probes, n_blocks) and writable.
+// The recurrences between two steps, all arrays writable. Which step comes next each recurrence knows itself, so a call
+// of an op is the same work on the same addresses at every step, and a CUDA graph can replay it.
 struct Recurrences {
-  double* alpha;    // this step's diagonal entry
-  double* beta;     // this step's coupling to the next one, or the residual
-  double* norm;     // max of |alpha|, beta over the steps made: the running |T|
-  int64_t* steps;   // valid steps made
-  int32_t* status;  // Status
+  int64_t rows, stride;  // most steps there is room for; n_probes * n_blocks, from row to row
+  double* alpha;         // (rows, n_probes, n_blocks) diagonal entry of every step
+  double* beta;          // (rows, n_probes, n_blocks) coupling of every step to the next one, or the residual
+  double* norm;          // (n_probes, n_blocks) max of |alpha|, beta over the steps made: the running |T|
+  int64_t* steps;        // (n_probes, n_blocks) valid steps made: the row of the next one
+  int32_t* status;       // (n_probes, n_blocks) Status
+
+  // Whether recurrence s makes the next step; where its steps are no row, nothing may be written.
+  BLOCKHESS_HD bool running(int64_t s) const { return status[s] == kRunning && steps[s] >= 0 && steps[s] < rows; }
+
+  // The entry of a running recurrence's next step in alpha and beta.
+  BLOCKHESS_HD int64_t next(int64_t s) const { return steps[s] * stride + s; }
+
+  // beta of the last step made, 0 before the first.
+  BLOCKHESS_HD double last_beta(int64_t s) const { return steps[s] > 0 ? beta[next(s) - stride] : 0.0; }
 };
 
-// Closes step j of recurrence s, whose alpha_j and beta_j are written: counts it, ends it where
-//   beta_j <= 64 eps |T|   (Krylov space exhausted) or steps = limit,
+// Closes the next step j of recurrence s, whose alpha_j and beta_j are written: counts it, ends it where
+//   beta_j <= 64 eps |T|   (Krylov space exhausted), steps = limit or no row is left,
 // freezes it where either is not finite. Returns what the residual is multiplied with to become v_{j+1}: 1 / beta_j, or
 // 0 where the recurrence takes no more part.
 inline BLOCKHESS_HD double close_step(const Recurrences& r, int64_t s, int64_t limit, double eps) {
-  const double alpha = r.alpha[s], beta = r.beta[s];
+  const double alpha = r.alpha[r.next(s)], beta = r.beta[r.next(s)];
   if (!(std::isfinite(alpha) && std::isfinite(beta))) {
-    r.alpha[s] = r.beta[s] = 0.0;
+    r.alpha[r.next(s)] = r.beta[r.next(s)] = 0.0;
     r.status[s] = kNonFinite;
     return 0.0;
   }
   const double norm = std::fmax(r.norm[s], std::fabs(alpha));
   r.norm[s] = std::fmax(norm, beta);
   r.steps[s] += 1;
-  if (beta <= 64.0 * eps * norm || r.steps[s] >= limit) {
+  if (beta <= 64.0 * eps * norm || r.steps[s] >= limit || r.steps[s] >= r.rows) {
     r.status[s] = kFinished;
     return 0.0;
   }

@@ -5,12 +5,14 @@
 //   beta  = |r|
 //   v_next = r / beta
 //
+// alpha and beta are written to the row of the recurrence's next step, beta_prev is in the row before, 0 in the first.
 // v_next replaces v_prev, so w is only read and three vector sets suffice. Memory traffic per element: w, v; then w, v,
 // v_prev, r; then r, v_next: 8 elements, less where a segment is one tile and stays in cache.
 //
 // Promises: dots and norms are summed in float64, and r is formed in float64 and rounded once. A finished or frozen
-// recurrence gets alpha = beta = 0 and a zero vector. Blocks with basis_offsets[l] >= 0 are left with the unnormalised
-// r and |r| in beta, to be closed by reorthogonalize; a recurrence whose alpha or |r| is not finite is frozen here.
+// recurrence gets a zero vector and is left alone otherwise. Blocks with basis_offsets[l] >= 0 are left with the
+// unnormalised r and |r| in beta, to be closed by reorthogonalize; a recurrence whose alpha or |r| is not finite is
+// frozen here.
 #pragma once
 
 #include "common.h"
@@ -20,11 +22,10 @@ namespace blockhess {
 template <class T>
 struct LanczosStep {
   Layout layout;
-  const T* w;                    // (n_probes, n)
-  const T* v;                    // (n_probes, n)
-  T* v_prev;                     // (n_probes, n); becomes v_next
-  const double* beta_prev;       // (n_probes, n_blocks)
-  Recurrences recurrences;       // (n_probes, n_blocks)
+  const T* w;  // (n_probes, n)
+  const T* v;  // (n_probes, n)
+  T* v_prev;   // (n_probes, n); becomes v_next
+  Recurrences recurrences;
   const int64_t* limits;         // (n_blocks) most steps a block may make
   const int64_t* basis_offsets;  // (n_blocks) -1, or the block's column in the kept basis
   double* partial;               // (n_probes, n_tiles) scratch

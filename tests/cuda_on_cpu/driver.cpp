@@ -28,24 +28,29 @@ Layout layout_of(const int64_t* sizes, void** arrays) {
   return {sizes[0], sizes[1], sizes[2], sizes[3], at<int64_t>(arrays, 0), at<Tile>(arrays, 1), at<int64_t>(arrays, 2)};
 }
 
-Recurrences recurrences_of(void** arrays, int i) {
-  return {at<double>(arrays, i), at<double>(arrays, i + 1), at<double>(arrays, i + 2), at<int64_t>(arrays, i + 3),
+Recurrences recurrences_of(const int64_t* sizes, void** arrays, int i) {
+  return {sizes[4],
+          sizes[0] * sizes[1],
+          at<double>(arrays, i),
+          at<double>(arrays, i + 1),
+          at<double>(arrays, i + 2),
+          at<int64_t>(arrays, i + 3),
           at<int32_t>(arrays, i + 4)};
 }
 
 template <class T>
 const char* lanczos_step(const int64_t* sizes, void** a, const CudaQueue& queue) {
   return lanczos_step_cuda(
-      LanczosStep<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), at<T>(a, 5), at<double>(a, 6), recurrences_of(a, 7),
-                     at<int64_t>(a, 12), at<int64_t>(a, 13), at<double>(a, 14)},
+      LanczosStep<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), at<T>(a, 5), recurrences_of(sizes, a, 6),
+                     at<int64_t>(a, 11), at<int64_t>(a, 12), at<double>(a, 13)},
       queue);
 }
 
 template <class T>
 const char* reorthogonalize(const int64_t* sizes, void** a, const CudaQueue& queue) {
   return reorthogonalize_cuda(
-      Reorthogonalize<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), sizes[4], sizes[5], sizes[6], at<int64_t>(a, 5),
-                         recurrences_of(a, 6), at<int64_t>(a, 11), at<double>(a, 12)},
+      Reorthogonalize<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), sizes[5], sizes[6], at<int64_t>(a, 5),
+                         recurrences_of(sizes, a, 6), at<int64_t>(a, 11), at<double>(a, 12)},
       queue);
 }
 

@@ -127,33 +127,26 @@ class Emulator:
         w: Tensor,
         v: Tensor,
         v_prev: Tensor,
-        beta_prev: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
         recurrences: Recurrences,
         layout: Layout,
         partial: Tensor,
     ) -> None:
-        r = recurrences
-        state = [alpha, beta, r.norm, r.steps, r.status]
-        arrays = [*tables(layout), w, v, v_prev, beta_prev, *state, r.limits, layout.basis_offsets, partial]
-        self.call("lanczos_step", shape(layout, len(w)), arrays, [v_prev, *state, partial])
+        *state, limits = vars(recurrences).values()
+        arrays = [*tables(layout), w, v, v_prev, *state, limits, layout.basis_offsets, partial]
+        sizes = [*shape(layout, len(w)), len(recurrences.alpha)]
+        self.call("lanczos_step", sizes, arrays, [v_prev, *state, partial])
 
     def reorthogonalize(
         self,
         r: Tensor,
         basis: Tensor,
-        count: int,
-        alpha: Tensor,
-        beta: Tensor,
         recurrences: Recurrences,
         layout: Layout,
         partial: Tensor,
     ) -> None:
-        s = recurrences
-        state = [alpha, beta, s.norm, s.steps, s.status]
-        arrays = [*tables(layout), r, basis, layout.basis_offsets, *state, s.limits, partial]
-        sizes = [*shape(layout, len(r)), basis.shape[0], basis.shape[2], count]
+        *state, limits = vars(recurrences).values()
+        arrays = [*tables(layout), r, basis, layout.basis_offsets, *state, limits, partial]
+        sizes = [*shape(layout, len(r)), len(recurrences.alpha), basis.shape[0], basis.shape[2]]
         self.call("reorthogonalize", sizes, arrays, [r, basis, *state, partial])
 
     def tridiag_quadrature(self, alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

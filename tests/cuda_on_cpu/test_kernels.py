@@ -45,7 +45,14 @@ def rng() -> torch.Generator:
 class Step:
     """Recurrences in mid-flight: most run; one is finished, one frozen, one at its limit; NaN, an eigenvector."""
 
-    def __init__(self, dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...], kept: list[bool] | None = None):
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        rng: torch.Generator,
+        dims: tuple[int, ...],
+        kept: list[bool] | None = None,
+        steps: int = 5,
+    ):
         self.layout = Layout.of(dims).with_basis(kept or [False] * len(dims))
         shape = (N_PROBES, len(dims))
         self.w, self.v, self.v_prev = (
@@ -54,37 +61,29 @@ class Step:
         for l in range(len(dims)):
             for x in (self.w, self.v, self.v_prev):
                 x[:, self.layout.columns(l)] /= x[:, self.layout.columns(l)].norm(dim=1, keepdim=True)
-        self.beta_prev = torch.rand(shape, generator=rng, dtype=torch.float64)
-        self.alpha, self.beta = torch.full(shape, 7.0, dtype=torch.float64), torch.full(shape, 7.0, dtype=torch.float64)
-        self.recurrences = Recurrences.start(N_PROBES, torch.full((len(dims),), 10))
-        self.recurrences.steps.fill_(5)
-        self.recurrences.norm.fill_(0.5)
+        r = self.recurrences = Recurrences.start(N_PROBES, torch.full((len(dims),), steps + 5))
+        r.alpha.fill_(7.0)
+        r.beta.fill_(7.0)
+        r.beta[:steps] = torch.rand(steps, *shape, generator=rng, dtype=torch.float64)
+        r.steps.fill_(steps)
+        r.norm.fill_(0.5)
         last = len(dims) - 1
-        self.recurrences.status[1, 4], self.recurrences.status[0, last] = FINISHED, NON_FINITE
-        self.recurrences.limits[2] = 6
+        r.status[1, 4], r.status[0, last] = FINISHED, NON_FINITE
+        r.limits[2] = steps + 1
+        r.steps[0, 3], r.steps[1, 6] = 0, max(steps - 1, 0)  # behind the others
+        r.steps[1, 2] = steps + 4  # the last row
         self.w[1, self.layout.columns(last).start] = math.nan
         self.w[0, self.layout.columns(5)] = 3 * self.v[0, self.layout.columns(5)]
-        self.beta_prev[0, 5] = 0.0
+        r.beta[:steps, 0, 5] = 0.0
         self.partial = torch.full((N_PROBES, self.layout.n_tiles), math.nan, dtype=torch.float64)
 
     def after(self, backend) -> Step:
         step = copy.deepcopy(self)
-        backend.lanczos_step(
-            step.w,
-            step.v,
-            step.v_prev,
-            step.beta_prev,
-            step.alpha,
-            step.beta,
-            step.recurrences,
-            step.layout,
-            step.partial,
-        )
+        backend.lanczos_step(step.w, step.v, step.v_prev, step.recurrences, step.layout, step.partial)
         return step
 
     def results(self) -> list[Tensor]:
-        r = self.recurrences
-        return [self.v_prev, self.alpha, self.beta, r.norm, r.steps, r.status]
+        return [self.v_prev, *vars(self.recurrences).values()]
 
 
 def assert_near(got: list[Tensor], expected: list[Tensor], rtol: float) -> None:
@@ -106,17 +105,28 @@ def test_lanczos_step(dims, dtype, rng):
     assert_near(results[0], start.after(ops).results(), rtol)
     assert_near(results[0], start.after(reference).results(), rtol)
     assert_same_bits(results)
-    status = results[0][-1]
-    assert status[0, 5] == status[0, 2] == FINISHED and status[1, len(dims) - 1] == NON_FINITE
+    status = results[0][5]
+    assert status[0, 5] == status[0, 2] == status[1, 2] == FINISHED and status[1, len(dims) - 1] == NON_FINITE
     assert (status == RUNNING).sum() >= 5
 
 
+@pytest.mark.parametrize("steps", [-1, 10, 2**40])
+@pytest.mark.parametrize("dims", [RAGGED, SHORT], ids=["ragged", "short"])
+def test_steps_that_are_no_row_write_nothing(steps, dims, dtype, rng):
+    start = Step(dtype, rng, dims)
+    start.recurrences.steps[1] = steps
+    after = start.after(Emulator(order="reverse"))
+    assert torch.equal(after.recurrences.alpha[:, 1], start.recurrences.alpha[:, 1])
+    assert torch.equal(after.recurrences.beta[:, 1], start.recurrences.beta[:, 1])
+    assert (after.recurrences.steps[1] == steps).all() and (after.v_prev[1] == 0).all()
+
+
 class Projection:
-    """Residuals as lanczos_step leaves them, and an orthonormal basis of `count` rows, NaN in what must not be read."""
+    """Residuals as lanczos_step leaves them, and a basis of which most have `count` rows, NaN in what none may read."""
 
     def __init__(self, dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...], count: int, capacity: int):
         kept = [l != 1 for l in range(len(dims))]
-        self.step, self.count = Step(dtype, rng, dims, kept).after(ops), count
+        self.step = Step(dtype, rng, dims, kept, steps=count - 1).after(ops)
         layout = self.step.layout
         self.basis = torch.full((capacity, N_PROBES, layout.n_basis), math.nan, dtype=dtype)
         for p in range(N_PROBES):
@@ -128,13 +138,14 @@ class Projection:
                 if layout.dims[l] >= count:
                     q = torch.linalg.qr(q)[0]
                 self.basis[:count, p, columns] = q.T.to(dtype) if layout.dims[l] >= count else 0.0
+                filled = int(self.step.recurrences.steps[p, l]) + 1
+                self.basis[count:filled, p, columns] = 0.0
+                self.basis[filled:, p, columns] = math.nan
         self.partial = torch.full((N_PROBES, layout.n_tiles, capacity + 1), math.nan, dtype=torch.float64)
 
     def results(self, backend) -> list[Tensor]:
         step, basis = copy.deepcopy(self.step), self.basis.clone()
-        backend.reorthogonalize(
-            step.v_prev, basis, self.count, step.alpha, step.beta, step.recurrences, step.layout, self.partial.clone()
-        )
+        backend.reorthogonalize(step.v_prev, basis, step.recurrences, step.layout, self.partial.clone())
         return [*step.results(), basis.nan_to_num(7.0)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from blockhess_ext import ops
 from blockhess_ext.layout import Layout
 from tests.gpu.device import misaligned, on
-from tests.recurrence_cases import Case, mid_flight
+from tests.recurrence_cases import STEPS, Case, mid_flight
 
 # One element, ends at every place of a 16-byte pack, exactly one tile, a tile and a bit, several tiles.
 RAGGED = (1, 2, 7, 1, 1000, 3, 32768, 5, 65_539)
@@ -23,22 +23,21 @@ N_PROBES = 3
 VECTORS = ("w", "v", "v_prev")
 
 
-def step_case(dtype: torch.dtype, dims: tuple[int, ...], kept: list[bool] | None = None) -> Case:
+def step_case(dtype: torch.dtype, dims: tuple[int, ...], kept: list[bool] | None = None, steps: int = STEPS) -> Case:
     """Recurrences in mid-flight on the CPU: some ended, a lane of NaN, an eigenvector, scratch full of NaN."""
-    case = mid_flight(dtype, torch.Generator().manual_seed(0), dims, N_PROBES)
+    case = mid_flight(dtype, torch.Generator().manual_seed(0), dims, N_PROBES, steps)
     case.layout = case.layout.with_basis(kept or [False] * len(dims))
     last = len(dims) - 1
     case.w[1, case.layout.columns(last).start] = math.nan
     case.w[0, case.layout.columns(5)] = 3 * case.v[0, case.layout.columns(5)]
-    case.beta_prev[0, 5] = 0.0
+    case.recurrences.beta[:steps, 0, 5] = 0.0
     case.partial.fill_(math.nan)
     return case
 
 
 def state(case: Case) -> list[Tensor]:
     """What a step writes."""
-    r = case.recurrences
-    return [case.v_prev, case.alpha, case.beta, r.norm, r.steps, r.status]
+    return [case.v_prev, *vars(case.recurrences).values()]
 
 
 def shifted(case: Case, by: int) -> Case:
@@ -54,23 +53,23 @@ class Projection:
 
     case: Case
     basis: Tensor
-    count: int
     partial: Tensor
 
     def run(self, backend: ModuleType) -> None:
         c = self.case
-        backend.reorthogonalize(
-            c.v_prev, self.basis, self.count, c.alpha, c.beta, c.recurrences, c.layout, self.partial
-        )
+        backend.reorthogonalize(c.v_prev, self.basis, c.recurrences, c.layout, self.partial)
 
     def results(self) -> list[Tensor]:
         return [*state(self.case), self.basis.nan_to_num(7.0)]
 
 
 def projection(dtype: torch.dtype, dims: tuple[int, ...], count: int, capacity: int) -> Projection:
-    """Residuals as lanczos_step leaves them and an orthonormal basis, NaN in the rows that must not be read."""
+    """Residuals as lanczos_step leaves them and an orthonormal basis, NaN in the rows that must not be read.
+
+    Most recurrences have filled `count` rows, one just the first.
+    """
     rng = torch.Generator().manual_seed(1)
-    case = step_case(dtype, dims, [l != 1 for l in range(len(dims))])
+    case = step_case(dtype, dims, [l != 1 for l in range(len(dims))], steps=count - 1)
     ops.lanczos_step(*case.arguments())
     basis = torch.full((capacity, N_PROBES, case.layout.n_basis), math.nan, dtype=dtype)
     for l, dim in enumerate(dims):
@@ -80,8 +79,10 @@ def projection(dtype: torch.dtype, dims: tuple[int, ...], count: int, capacity: 
             basis[:count, :, columns] = (
                 torch.linalg.qr(q)[0].permute(2, 0, 1).to(dtype) if dim >= count else torch.zeros((), dtype=dtype)
             )
+            for p in range(N_PROBES):
+                basis[case.recurrences.steps[p, l] + 1 :, p, columns] = math.nan
     partial = torch.full((N_PROBES, case.layout.n_tiles, capacity + 1), math.nan, dtype=torch.float64)
-    return Projection(case, basis, count, partial)
+    return Projection(case, basis, partial)
 
 
 def tridiagonals(m: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def probes_of(device: str, distribution: str, dtype: torch.dtype, backend: Modul
 
 
 def call_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], list[Tensor]], Case | None]:
-    """A call of an op that neither waits nor copies and returns its results; the case that it advances, if any."""
+    """A call of an op that does not wait and returns its results; the case that it advances, if any."""
     raw = torch.ops.blockhess_ext
     if op == "lanczos_step":
         case = on(device, step_case(dtype, RAGGED))
@@ -134,7 +135,10 @@ def call_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[C
     if op == "reorthogonalize":
         start = on(device, projection(dtype, RAGGED, 3, 5))
 
+        steps = start.case.recurrences.steps.clone()
+
         def project() -> list[Tensor]:
+            start.case.recurrences.steps.copy_(steps)  # the same step again, not one against its own result
             start.run(ops)
             return [*state(start.case), start.basis]
 

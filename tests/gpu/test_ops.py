@@ -39,7 +39,7 @@ def test_lanczos_step(dims, dtype):
     rtol = 16 * torch.finfo(dtype).eps
     assert_near(state(case), state(twin), rtol)
     assert_near(state(case), state(expected), rtol)
-    assert_same_bits([case.w, case.v, case.beta_prev], [before.w, before.v, before.beta_prev])
+    assert_same_bits([case.w, case.v], [before.w, before.v])
     status = case.recurrences.status
     assert status[0, 5] == status[0, 2] == FINISHED and status[1, -1] == NON_FINITE
     assert (status == RUNNING).sum() >= 5

@@ -130,14 +130,15 @@ def test_a_step_allocates_nothing():
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-def test_two_threads_on_two_streams():
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_two_threads_on_two_streams(cuda_graph):
     expected = run(diagonal())
     results: dict[int, list[Tensor]] = {}
 
     def work(i: int) -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            results[i] = run(diagonal())
+            results[i] = run(diagonal(), cuda_graph=cuda_graph)
         stream.synchronize()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
@@ -155,6 +156,7 @@ def test_the_device_of_the_tensors_is_used():
     assert torch.cuda.current_device() == 0 and there[0].device.index == 1
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
         assert_same_bits(there, here)
+    assert_same_bits(run(diagonal("cuda:1"), "cuda:1", cuda_graph=True), there)
     with pytest.raises(RuntimeError, match="v must be on the device of the first argument"):
         case = on("cuda:0", step_case(torch.float32, RAGGED))
         case.v = case.v.to("cuda:1")
@@ -169,7 +171,7 @@ def test_memory_that_runs_out_is_explained_and_the_process_goes_on(steps):
     torch.cuda.set_per_process_memory_fraction((before + 2**28) / total)
     n = 2**26 if steps == 3 else 2**20  # one probe: 256 MiB a vector set, or 4 MiB a row of the basis
     try:
-        with pytest.raises(torch.OutOfMemoryError, match=r"three sets of vectors, \d+ MiB.*lower num_probes"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, \d+ MiB.*lower num_probes"):
             batched_slq(lambda v: 2 * v, [n], num_probes=1, num_steps=steps, reorthogonalize="full", device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
