@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 
@@ -10,7 +11,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 
-from blockhess_ext import NonFiniteError, batched_slq
+from blockhess_ext import NonFiniteError, Quadrature, batched_slq
 from blockhess_ext.layout import Layout
 
 DIMS = (1, 2, 30, 7)
@@ -264,6 +265,48 @@ def identity(v: torch.Tensor) -> torch.Tensor:
     return v
 
 
+class RowByRow(BlockDiagonal):
+    """The same operator, whose rounding does not depend on how many vectors it is given."""
+
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        parts = zip(v.split(self.dims, dim=1), self.blocks)
+        return torch.cat([(x[:, None, :] * block).sum(-1) for x, block in parts], dim=1)
+
+
+def test_parts_of_a_run_join_to_the_whole():
+    rng = torch.Generator().manual_seed(0)
+    operator = RowByRow([symmetric(n, rng) for n in DIMS])
+    options = {"num_steps": 9, "dtype": torch.float64, "seed": 3, "block_ids": [5, 6, 7, 8]}
+    each = ["none", "full", "full", "none"]
+    whole = batched_slq(operator, DIMS, num_probes=5, reorthogonalize=each, **options)
+    assert whole.reorthogonalize == tuple(each)
+    probes = [
+        batched_slq(operator, DIMS, first_probe=a, num_probes=b - a, reorthogonalize=each, **options)
+        for a, b in ((0, 2), (2, 5))
+    ]
+    same(Quadrature.joined(probes, 0), whole)
+    assert not torch.equal(probes[0].nodes, probes[1].nodes[:2])
+
+    halves = []
+    for blocks in ([0, 1], [2, 3]):
+        part = RowByRow([operator.blocks[l] for l in blocks])
+        chosen = options | {"block_ids": [options["block_ids"][l] for l in blocks]}
+        halves.append(batched_slq(part, part.dims, num_probes=5, reorthogonalize=[each[l] for l in blocks], **chosen))
+    assert halves[0].nodes.shape[-1] == 2  # no block of the first half makes more steps
+    same(Quadrature.joined(halves, 1), whole)
+    same(Quadrature.joined(halves[::-1], 1).of_blocks([2, 3, 0, 1]), whole)
+
+    other = batched_slq(operator, DIMS, num_probes=1, **(options | {"seed": 4}))
+    with pytest.raises(ValueError, match="parts must have the same seed, got 3 and 4"):
+        Quadrature.joined([whole, other], 0)
+
+
+def same(a: Quadrature, b: Quadrature) -> None:
+    for field in dataclasses.fields(Quadrature):
+        one, two = getattr(a, field.name), getattr(b, field.name)
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, field.name
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -279,6 +322,13 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"dtype": torch.float16}, ValueError, "dtype must be one of .*, got torch.float16"),
         ({"distribution": "cauchy"}, ValueError, "distribution must be one of gaussian, rademacher, got 'cauchy'"),
         ({"reorthogonalize": "partly"}, ValueError, "reorthogonalize must be one of none, full, auto, got 'partly'"),
+        ({"reorthogonalize": ["full"]}, ValueError, "reorthogonalize must have a word for each of 2 blocks, got 1"),
+        (
+            {"reorthogonalize": ["full", "auto"]},
+            ValueError,
+            r"reorthogonalize\[1\] must be one of none, full, got",
+        ),
+        ({"first_probe": -1}, ValueError, "first_probe must be an integer at least 0, got -1"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of raise, report, got 'ignore'"),
         ({"hvp": None}, TypeError, "hvp must be a function, got None"),
         ({"device": "foo"}, ValueError, "device must be cpu or cuda, got 'foo'"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from blockhess.batches import as_batches, batch_size, check_device
+from blockhess.batches import as_batches, batch_size, check_device, map_tensors, split_batch
 
 X, Y = torch.arange(10.0).view(5, 2), torch.arange(5)
 
@@ -90,3 +90,20 @@ def test_devices() -> None:
     check_device([(X, Y)], torch.device("cpu"))
     with pytest.raises(ValueError, match="model's device cpu, got batch 1 on meta"):
         check_device([(X, Y), {"x": [X.to("meta")]}], torch.device("cpu"))
+
+
+def test_split_batch() -> None:
+    parts = split_batch({"x": X, "y": [Y], "scale": torch.ones(2), "name": "a"}, 2)
+    assert [len(part["x"]) for part in parts] == [2, 3]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), X)
+    assert torch.equal(torch.cat([part["y"][0] for part in parts]), Y)
+    assert all(torch.equal(part["scale"], torch.ones(2)) and part["name"] == "a" for part in parts)
+    assert len(split_batch((X, Y), 99)) == 5
+    assert split_batch("key", 3) == ["key"]
+
+
+def test_map_tensors_keeps_the_structure() -> None:
+    pair = namedtuple("Pair", "a b")
+    mapped = map_tensors(torch.neg, {"p": pair(X, 3), "l": [Y, (X,)]})
+    assert isinstance(mapped["p"], pair) and mapped["p"].b == 3
+    assert torch.equal(mapped["p"].a, -X) and torch.equal(mapped["l"][1][0], -X)
