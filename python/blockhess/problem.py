@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Problem:
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
         self.dims = [block.info.dim for block in blocks]
-        self._wrapped = _Loss(model, loss)
+        self._wrapped = _Computation(model)
         pieces = {piece.name: piece.tensor for block in blocks for piece in block.pieces}
         self.device = _one_device(pieces)
         if loss.calls_model:
@@ -87,23 +87,37 @@ class Problem:
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The loss of a batch, at other parameters if some are given by name."""
-        loss: Tensor = self._call("loss", batch, parameters)
+        loss: Tensor = self._call(lambda model, batch: self.loss(model, batch)[0], batch, parameters)
         return loss
 
     def outputs(self, index: int) -> tuple[Tensor, Tensor]:
         """The model's outputs for batch `index`, and the loss computed from them; see `Loss.with_outputs`."""
-        result: tuple[Tensor, Tensor] = self._call("outputs", self.batches[index], None)
+        result: tuple[Tensor, Tensor] = self._call(self.loss.with_outputs, self.batches[index], None)
         return result
 
     def gradients(self, index: int, create_graph: bool) -> dict[str, Tensor]:
         """Name -> gradient of the loss of batch `index`, of every parameter that it depends on."""
         return self._differentiate(self.evaluate(self.batches[index]), create_graph)
 
+    def gradients_at(self, batch: Batch, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> gradient of the loss of a batch at other parameters, with a graph of its own."""
+
+        def differentiated(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            loss = self.loss(model, batch)[0]
+            found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
+            return {name: g for name, g in zip(parameters, found) if g is not None}
+
+        # While the parameters are in place: activation checkpointing runs the model again in the backward pass.
+        gradients: dict[str, Tensor] = self._call(differentiated, batch, parameters)
+        return gradients
+
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """The same problem, first batch only, computed in another dtype."""
         return Problem(self.model, self.loss, self.batches[:1], self.blocks, dtype)
 
-    def _call(self, what: str, batch: Batch, parameters: Mapping[str, Tensor] | None) -> Any:
+    def _call(
+        self, compute: Callable[[nn.Module, Batch], Any], batch: Batch, parameters: Mapping[str, Tensor] | None
+    ) -> Any:
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
             swapped |= dict.fromkeys(self._places[name], tensor)
@@ -111,10 +125,10 @@ class Problem:
             batch = map_tensors(lambda t: t.to(self._data_dtype) if t.is_floating_point() else t, batch)
         with _default_dtype(self._data_dtype):
             if not swapped:
-                return self._wrapped(what, batch)
+                return compute(self.model, batch)
             renamed = {f"model.{name}": tensor for name, tensor in swapped.items()}
             # Tied parameters are named one by one: a module that is registered twice must be changed once.
-            return functional_call(self._wrapped, renamed, (what, batch), tie_weights=False)
+            return functional_call(self._wrapped, renamed, (compute, batch), tie_weights=False)
 
     def _survey(self, batches: Sequence[Batch]) -> None:
         """One pass over the data: checks, weights, the loss, and which parameters it depends on."""
@@ -126,7 +140,7 @@ class Problem:
             with contextlib.ExitStack() as stack:
                 if not self.batches:
                     flops = stack.enter_context(_Flops())
-                loss, raw_weight = self._call("both", batch, None)
+                loss, raw_weight = self._call(self.loss, batch, None)
             loss = checked(loss, index)
             weight = checked_weight(raw_weight, index, len(batches)) if self.loss.averaged else 1.0
             if weight == 0:  # all labels ignored: the mean over them is 0 / 0
@@ -199,20 +213,16 @@ class Problem:
                 )
 
 
-class _Loss(nn.Module):
-    """The loss as a module, whose parameters can be exchanged."""
+class _Computation(nn.Module):
+    """What is computed with a model, as a module whose parameters can be exchanged."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
         self.training = False
 
-    def forward(self, what: str, batch: Batch) -> Any:
-        if what == "outputs":
-            return self.loss.with_outputs(self.model, batch)
-        both = self.loss(self.model, batch)
-        return both if what == "both" else both[0]
+    def forward(self, compute: Callable[[nn.Module, Batch], Any], batch: Batch) -> Any:
+        return compute(self.model, batch)
 
 
 def _one_device(parameters: Mapping[str, Tensor]) -> torch.device:

@@ -6,6 +6,7 @@ difference scaled by the ratio of the precisions. First batch only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,6 @@ from blockhess.engines.autograd import AutogradEngine
 from blockhess.engines.ggn import GaussNewtonEngine
 from blockhess.engines.operator import Engine
 from blockhess.problem import Problem
-
-# A product this far from autograd's, relative to the larger of its own length and 100 times autograd's error, is wrong.
-LARGEST_DISAGREEMENT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -41,68 +39,55 @@ class Disagreement(ArithmeticError):
 
 
 def measure(problem: Problem, engine: Engine) -> Accuracy | None:
-    """Compare an engine's products with a repeat in another precision.
+    """Compare an engine's products with a repeat in another precision; those of a trace with autograd's too.
 
     Returns:
         None where the model cannot be run in that precision.
 
     Raises:
-        Disagreement: the products of some block are wrong, beyond what its precision explains.
+        Disagreement: a trace's products are not those of autograd, beyond what rounding explains.
     """
+    own = _products(problem, engine)
     lower = problem.dtype == torch.float64
     try:
         other = problem.in_dtype(torch.float32 if lower else torch.float64)
-        reference: Engine = (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other)
-        reference.prepare(0)
-        pairs = [_pair(problem, other, engine, reference, number) for number in range(len(problem.blocks))]
+        repeat = _products(other, (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other))
     except (RuntimeError, ValueError, TypeError):  # a model that insists on its own precision
-        return None
+        repeat = None
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
-    errors = [float((a.double() - b.double()).norm()) * scale for a, b in pairs]
-    norms = [float((a if lower else b).norm()) for a, b in pairs]
     if engine.name == "traced":
-        _check(problem, engine, errors if not lower else [e / scale for e in errors], norms, pairs)
-    if not all(map(_finite, errors)):
+        _check(problem, own, repeat, scale)
+    if repeat is None:
         return None
-    return Accuracy(tuple(norms), tuple(errors))
+    errors = [scale * _distance(a, b) for a, b in zip(own, repeat)]
+    norms = [float((a if lower else b).norm()) for a, b in zip(own, repeat)]
+    return Accuracy(tuple(norms), tuple(errors)) if all(map(math.isfinite, errors)) else None
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0
-
-
-def _vector(problem: Problem, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed(number)
-    v = torch.randn(1, problem.dims[number], dtype=torch.float64, generator=generator)
-    unit: Tensor = v / v.norm()
-    return unit
-
-
-def _pair(problem: Problem, other: Problem, engine: Engine, reference: Engine, number: int) -> tuple[Tensor, Tensor]:
-    v = _vector(problem, number)
+def _products(problem: Problem, engine: Engine) -> list[Tensor]:
+    """H_l v of every block, for vectors that do not depend on the precision."""
     engine.prepare(0)
-    results = []
-    for posed, by in ((problem, engine), (other, reference)):
-        rows = v.to(posed.dtype).to(posed.device)
-        product = by.product(number, rows) if posed.is_used(number) else None
-        results.append(torch.zeros_like(rows) if product is None else product)
-    return results[0], results[1]
+    found = []
+    for number, dim in enumerate(problem.dims):
+        v = torch.randn(1, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        rows = (v / v.norm()).to(problem.device, problem.dtype)
+        product = engine.product(number, rows) if problem.is_used(number) else None
+        found.append(torch.zeros_like(rows) if product is None else product)
+    return found
 
 
-def _check(
-    problem: Problem, engine: Engine, errors: list[float], norms: list[float], pairs: list[tuple[Tensor, Tensor]]
-) -> None:
-    suspects = [l for l, (e, n) in enumerate(zip(errors, norms)) if not e <= LARGEST_DISAGREEMENT * n]
-    if not suspects:
-        return
-    autograd = AutogradEngine(problem)
-    autograd.prepare(0)
-    for l in suspects:
-        rows = _vector(problem, l).to(problem.dtype).to(problem.device)
-        own = autograd.product(l, rows)
-        own = torch.zeros_like(rows) if own is None else own
-        explained = float((own.double() - pairs[l][1].double()).norm())
-        if not errors[l] <= max(LARGEST_DISAGREEMENT * norms[l], 100 * explained) and errors[l] > 0:
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def _check(problem: Problem, traced: list[Tensor], repeat: list[Tensor] | None, scale: float) -> None:
+    eps = torch.finfo(problem.dtype).eps
+    expected = _products(problem, AutogradEngine(problem))
+    largest = max(float(e.norm()) for e in expected)
+    for number, (found, right) in enumerate(zip(traced, expected)):
+        noise = eps * largest if repeat is None else scale * _distance(right, repeat[number])
+        error, size = _distance(found, right), float(right.norm())
+        if error > eps**0.5 * size + 100 * max(noise, eps**2 * largest):
             raise Disagreement(
-                f"products of block {problem.infos[l].name!r} differ from autograd's by {errors[l]:.3g} of {norms[l]:.3g}"
+                f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"
             )

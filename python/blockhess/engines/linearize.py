@@ -14,9 +14,8 @@ Promises: a program reads its constants and never writes; the same model and bat
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,17 +24,21 @@ from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import jvp
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
+
+_DYNAMIC = torch.Tag.dynamic_output_shape
 
 # A sum of more tangents than this is written out, so that what uses it does not add them all again.
 MOST_TERMS = 3
 
 
 class NotTraceable(NotImplementedError):
-    """The gradient of this model cannot be turned into a linear program; the text says which operation stands in the way."""
+    """The gradient of this model cannot be turned into a linear program; the text says what stands in the way."""
 
 
 # Operations whose tangent is better taken whole, not from their parts.
@@ -70,17 +73,129 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def trace_gradient(gradient: Callable[[list[Tensor], Any], Any], parameters: list[Tensor], batch: Any) -> fx.GraphModule:
+_trace_ops = torch.library.Library("blockhess_trace", "DEF")
+_trace_ops.define("constant(Tensor(a) x) -> Tensor(a)")
+_trace_ops.impl("constant", aten.alias.default, "CompositeExplicitAutograd")
+# Marks in a trace what autograd takes as a constant, whatever it was computed from.
+_CONSTANT = torch.ops.blockhess_trace.constant.default
+
+
+# By-products of normalisations, which autograd does not differentiate by themselves: their backward passes do.
+_STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var"}
+
+
+class _AsAutogradSees(TorchDispatchMode):
+    """Lets a trace tell where gradients stop: at detach(), no_grad(), .data and new leaves.
+
+    The parameters must not be leaves. What an autograd.Function computes is refused, since its derivative is whatever
+    its backward says.
+    """
+
+    def __init__(self, values: bool) -> None:
+        super().__init__()
+        self._values = values
+        self._without_graph: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves, spec = tree_flatten((args, kwargs))
+        target, in_place = _functional(func)
+        if self._values and not func._schema.is_mutable and not any(map(_is_traced, leaves)):
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        # What is saved for the backward pass is detached in between; the others do not compute.
+        if func is aten.detach.default or func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
+            return func(*args, **kwargs)
+        if func is aten.copy_.default:  # what it overwrites does not matter
+            return func(args[0], self._seen(args[1]), *args[2:], **kwargs)
+        if self._values and in_place and not _is_traced(args[0]):
+            with disable_proxy_modes_tracing():
+                leaves[0] = args[0].detach().clone()  # a constant of the trace, which must keep its value
+        kept = {i for i, a in enumerate(func._schema.arguments) if a.name in _STATISTICS and "backward" in func.name()}
+        seen = [leaf if any(leaf is args[i] for i in kept) else self._seen(leaf) for leaf in leaves]
+        seen_args, seen_kwargs = tree_unflatten(seen, spec)
+        results = target(*seen_args, **seen_kwargs)
+        if in_place:
+            self._without_graph.pop(args[0], None)
+            return aten.copy_.default(args[0], results)
+        if not torch.is_grad_enabled():
+            for result in tree_flatten(results)[0]:
+                if isinstance(result, Tensor):
+                    self._without_graph[result] = True
+        return results
+
+    def _seen(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        if not value.requires_grad or value.is_leaf:
+            return _CONSTANT(value)
+        if value in self._without_graph:
+            raise NotTraceable("a torch.autograd.Function has a derivative of its own")
+        return value
+
+
+def _is_traced(value: Any) -> bool:
+    mode = get_proxy_mode()
+    return isinstance(value, Tensor) and mode is not None and has_proxy_slot(value, mode.tracer)
+
+
+def trace_gradient(
+    gradient: Callable[[list[Tensor], Any], Any], parameters: list[Tensor], batch: Any, values: bool
+) -> fx.GraphModule:
     """The graph of `gradient(parameters, batch)`, every operation a functional one of torch.ops.
 
+    Args:
+        gradient: differentiates with create_graph=True.
+        values: whether numbers are computed on the way, so that the gradient may look at what is no input.
+
     Raises:
-        NotTraceable: the gradient draws random numbers or changes tensors in place.
+        NotTraceable: the gradient draws random numbers, changes tensors in place, has control flow that depends on
+            its inputs' values or a torch.autograd.Function.
     """
-    traced = make_fx(gradient, decomposition_table=_decompositions())(parameters, batch)
+
+    def seen(parameters: list[Tensor], batch: Any) -> Any:
+        tracked = [p.detach().requires_grad_().view_as(p) for p in parameters]
+        with _AsAutogradSees(values):
+            return gradient(tracked, batch)
+
+    mode: Any = {} if values else {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+    try:
+        traced = make_fx(seen, decomposition_table=_decompositions(), **mode)(parameters, batch)
+    except NotTraceable:
+        raise
+    except Exception as error:  # the same gradient could be computed without a trace
+        raise NotTraceable(
+            f"the gradient cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        ) from error
+    if values:
+        _refuse_changed_constants(traced)
     _make_functional(traced.graph)
+    _without_strides(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def _refuse_changed_constants(traced: fx.GraphModule) -> None:
+    """A constant that was written while values were computed has lost the value that it had for those who read it."""
+    memory = {
+        n: getattr(traced, n.target).untyped_storage().data_ptr() for n in traced.graph.nodes if n.op == "get_attr"
+    }
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and _functional(node.target)[1] and node.args[0] in memory:
+            others = [n for n, at in memory.items() if at == memory[node.args[0]]]
+            if any(user is not node for other in others for user in other.users):
+                raise NotTraceable(f"{node.target} changes in place what the gradient reads elsewhere")
+
+
+def _without_strides(graph: fx.Graph) -> None:
+    """No operation reads memory in an order that other tensors of the same shape need not have."""
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        (source, size), before, after = node.args[:2], node.args[0].meta["val"], node.meta["val"]
+        whole = before.is_contiguous() and after.is_contiguous() and before.numel() == after.numel()
+        if not whole or before.storage_offset() != after.storage_offset():
+            raise NotTraceable(f"{node.target} depends on how a tensor lies in memory")
+        node.target, node.args = aten.reshape.default, (source, size)
 
 
 def _make_functional(graph: fx.Graph) -> None:
@@ -91,7 +206,8 @@ def _make_functional(graph: fx.Graph) -> None:
         if in_place:
             written = node.args[0]
             # What shares its memory would have to change as well.
-            if any(order[user] > order[node] for other in _sharing(written) for user in other.users):
+            moves = torch.Tag.inplace_view not in node.target.tags
+            if moves and any(order[user] > order[node] for other in _sharing(written) for user in other.users):
                 raise NotTraceable(f"{node.target} changes part of a tensor in place")
             node.target = target
             written.replace_all_uses_with(node, delete_user_cb=lambda user, now=order[node]: order[user] > now)
@@ -99,18 +215,26 @@ def _make_functional(graph: fx.Graph) -> None:
 
 def _sharing(node: fx.Node) -> Iterator[fx.Node]:
     """Other nodes that may share memory with this one; parts of one split do not."""
-    waiting = [user for user in node.users if user.target in _MAY_SHARE]
-    while node.target in _MAY_SHARE and isinstance(node.args[0], fx.Node):
+    waiting = [user for user in node.users if _may_share(user)]
+    while _may_share(node) and isinstance(node.args[0], fx.Node):
         parent = node.args[0]
         split = node.target is operator.getitem and parent.target in _SPLITS
-        siblings = [u for u in parent.users if u is not node and u.target in _MAY_SHARE]
+        siblings = [u for u in parent.users if u is not node and _may_share(u)]
         waiting += [u for u in siblings if not split or u.args[1] == node.args[1]]
         yield parent
         node = parent
     while waiting:
         other = waiting.pop()
         yield other
-        waiting += [user for user in other.users if user.target in _MAY_SHARE]
+        waiting += [user for user in other.users if _may_share(user)]
+
+
+def _may_share(node: fx.Node) -> bool:
+    """Whether a node's value may be a view of its first argument."""
+    if node.target is operator.getitem or node.target in _SPLITS:
+        return True
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 # Tangents
@@ -163,9 +287,7 @@ class _Builder:
         self._fakes = fakes
         self._calls: dict[Any, fx.Node] = {}
 
-    def call(
-        self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Any = None
-    ) -> fx.Node:
+    def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Any = None) -> fx.Node:
         """The node of this call; `like` is its fake value where that is known."""
         kwargs = kwargs or {}
         key = (target, _key(args), _key(kwargs))
@@ -235,7 +357,7 @@ class Program:
     live: tuple[bool, ...] = ()
 
 
-_SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default}
+_SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, _CONSTANT}
 _RESHAPED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 _VIEWS = {
     aten.reshape.default,
@@ -251,7 +373,6 @@ _VIEWS = {
 }
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor}
 _SPLITS |= {aten.chunk.default, aten.unsafe_chunk.default}
-_MAY_SHARE = _SAME | set(_RESHAPED) | _VIEWS | _SPLITS | {aten.expand.default, operator.getitem}
 
 # Their values do not depend on their argument's.
 _SHAPE_ONLY = {
@@ -302,21 +423,13 @@ class Linearizer:
         """P itself into the graph of constants, so that what tangents need of it is found there."""
         for node in self._nodes:
             if node.op == "placeholder":
-                value = self._fake(node)
-                self._primal[node] = self.constants.placeholder(node.name, value)
+                self._primal[node] = self.constants.placeholder(node.name, self._empty(node.meta["val"]))
             elif node.op == "get_attr":
                 self._primal[node] = self.constants.attribute(getattr(traced, node.target))
             else:
                 args, kwargs = self._mapped(node, self._primal)
-                self._primal[node] = self._constant(node.target, args, kwargs)
-
-    def _fake(self, node: fx.Node) -> Any:
-        return tree_map(
-            lambda x: self._fakes.from_tensor(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-            if False
-            else self._empty(x),
-            node.meta["val"],
-        )
+                like = tree_map(self._empty, node.meta["val"]) if _DYNAMIC in getattr(node.target, "tags", ()) else None
+                self._primal[node] = self._constant(node.target, args, kwargs, like)
 
     def _empty(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -379,8 +492,13 @@ class Linearizer:
         if not positions:
             return None
         target = node.target
+        if target is _CONSTANT:
+            return None
         if target in _SAME:
             return tangents[node.args[0]]
+        if target is aten.copy.default:  # all of the first argument is overwritten
+            like, source = self._primal[node].meta["val"], tangents.get(node.args[1])
+            return None if source is None else Combination(source.terms, like.shape, like.dtype)
         primals = [self._primal[leaf] if _is_node(leaf) else leaf for leaf in leaves]
         inputs = [tangents[leaves[i]] for i in positions]
         template = self._template(target, primals, spec, positions)
@@ -423,6 +541,8 @@ class Linearizer:
                 args, kwargs = full(moved)
                 out = target(*args, **kwargs)
                 outs = list(out) if isinstance(out, (tuple, list)) else [out]
+                if any(isinstance(o, Tensor) and o.is_complex() for o in outs):
+                    raise NotTraceable(f"{target} computes with complex numbers")
                 kinds[:] = [isinstance(o, Tensor) and o.is_floating_point() for o in outs]
                 return [o for o, kind in zip(outs, kinds) if kind]
 
@@ -444,6 +564,9 @@ class Linearizer:
         try:
             with self._fakes:
                 traced = make_fx(flat, decomposition_table={})(primals, tangents)
+            _make_functional(traced.graph)
+        except NotTraceable:
+            raise
         except (NotImplementedError, RuntimeError) as error:
             raise NotTraceable(f"{target} has no tangent: {str(error).splitlines()[0]}") from error
         traced.graph.eliminate_dead_code()
@@ -458,7 +581,12 @@ class Linearizer:
         outputs = tuple(next(found) if some else None for some in shape)
         attributes = {n.target: getattr(traced, n.target) for n in nodes if n.op == "get_attr"}
         return _Template(
-            traced.graph, attributes, tuple(inputs[: len(where)]), tuple(inputs[len(where) :]), frozenset(linear), outputs
+            traced.graph,
+            attributes,
+            tuple(inputs[: len(where)]),
+            tuple(inputs[len(where) :]),
+            frozenset(linear),
+            outputs,
         )
 
     def _contiguous(self, x: Tensor) -> Tensor:
@@ -476,14 +604,11 @@ class Linearizer:
                     raise NotTraceable("an operation's tangent holds a tensor of the trace")
                 values[node] = self.constants.attribute(value)
             elif node.op == "call_function":
-                target, mutated = _functional(node.target)
                 args, kwargs = self._mapped(node, values)
                 if node in template.linear:
-                    values[node] = lines.call(target, args, kwargs, node.meta["val"])
+                    values[node] = lines.call(node.target, args, kwargs, node.meta["val"])
                 else:
-                    values[node] = self._constant(target, args, kwargs, node.meta["val"])
-                if mutated:
-                    values[node.args[0]] = values[node]
+                    values[node] = self._constant(node.target, args, kwargs, node.meta["val"])
         results = []
         for out in template.outputs:
             value = values.get(out) if out is not None else None
@@ -526,8 +651,8 @@ class _Lines:
         """target(*args), some of them Combinations, linear in these together; `like` has the shape of the result."""
         if target in _SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
             return args[0]
-        if target is aten.copy.default and args[1].dtype == like.dtype:
-            return args[1]
+        if target is aten.copy.default and isinstance(args[1], Combination):
+            return Combination(args[1].terms, like.shape, like.dtype)
         if target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], tuple) else self._emit(target, args, kwargs, like)
         target = _RESHAPED.get(target, target)
@@ -540,6 +665,8 @@ class _Lines:
             return self._view(target, args, kwargs, like)
         if target is aten.expand.default:
             return Combination(args[0].terms, like.shape, like.dtype)
+        if target is aten.as_strided.default:
+            raise NotTraceable(f"{target} depends on how a tensor lies in memory")
         if isinstance(like, Tensor) and torch.Tag.pointwise in target.tags:
             return self._pointwise(target, args, kwargs, like)
         return self._emit(target, args, kwargs, like)
@@ -575,9 +702,7 @@ class _Lines:
             args, kwargs = tree_unflatten(leaves, spec)
             sign = -1.0 if target is aten.neg.default else 1.0
             alpha = kwargs.get("alpha", 1)
-            if target is aten.sub.Tensor and i == 1:
-                sign = -float(alpha)
-            elif target is aten.rsub.Tensor and i == 0:
+            if (target is aten.sub.Tensor and i == 1) or (target is aten.rsub.Tensor and i == 0):
                 sign = -float(alpha)
             elif target is aten.add.Tensor and i == 1:
                 sign = float(alpha)
@@ -645,7 +770,9 @@ class _Lines:
         if isinstance(node.meta["val"], (tuple, list)):
             parts = []
             for i, value in enumerate(node.meta["val"]):
-                parts.append(self._of(self._lines.call(operator.getitem, (node, i))) if isinstance(value, Tensor) else None)
+                parts.append(
+                    self._of(self._lines.call(operator.getitem, (node, i))) if isinstance(value, Tensor) else None
+                )
             return tuple(parts)
         return Combination(((node, factor),), node.meta["val"].shape, node.meta["val"].dtype)
 
@@ -707,10 +834,15 @@ def _functional(target: Any) -> tuple[Any, bool]:
     if not (name.startswith("aten::") and name.endswith("_") and not name.endswith("__")):
         return target, False
     packet = getattr(aten, name[len("aten::") : -1], None)
-    overload = getattr(packet, target._overloadname, None)
-    if overload is None:
-        raise NotTraceable(f"{target} changes a tensor in place")
-    return overload, True
+    for overload in () if packet is None else packet.overloads():
+        found = getattr(packet, overload)
+        if _argument_types(found) == _argument_types(target):
+            return found, True
+    raise NotTraceable(f"{target} changes a tensor in place")
+
+
+def _argument_types(target: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def _refuse(target: Any) -> None:

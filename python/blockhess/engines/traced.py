@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.batches import map_tensors
 from blockhess.engines.linearize import Linearizer, NotTraceable, Program, accumulate_in_place, trace_gradient
 from blockhess.problem import Problem
-
-# A trace that gives another gradient than autograd, relative to the largest, belongs to another branch of the model.
-GRADIENT_TOLERANCE = 1e-3
 
 
 class TracedEngine:
@@ -107,11 +104,19 @@ class TracedEngine:
 
     def _agrees(self, trace: _Trace, index: int) -> bool:
         gradients = self._problem.gradients(index, create_graph=False)
-        traced = trace.gradients(self._problem.batches[index])
+        try:
+            traced = trace.gradients(self._problem.batches[index])
+        except RuntimeError:  # shapes that depend on values
+            return False
         if traced.keys() != gradients.keys():
             return False
-        size = max(float(g.abs().max()) for g in gradients.values())
-        return all(float((traced[n] - g).abs().max()) <= GRADIENT_TOLERANCE * size for n, g in gradients.items())
+        eps = torch.finfo(self._problem.dtype).eps
+        noise = 100 * eps * max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+        return all(_agree(traced[name], g, eps**0.5, noise) for name, g in gradients.items())
+
+
+def _agree(a: Tensor, b: Tensor, rtol: float, atol: float) -> bool:
+    return a.shape == b.shape and float((a - b).norm()) <= rtol * float(b.norm()) + atol * b.numel() ** 0.5
 
 
 class _Trace:
@@ -128,12 +133,14 @@ class _Trace:
         self.signature = _signature(batch)
         self._gradient_names: list[str] = []
         try:
-            traced = self._traced(batch, as_input=True)
-            self.reusable = True
-        except (NotTraceable, RuntimeError):
+            self.reusable = _is_plain(batch)
+            traced = self._traced(batch, as_input=self.reusable)
+        except NotTraceable:
+            if not self.reusable:
+                raise
             # Control flow that depends on the batch: then it is no input, and what follows from it is constant.
-            traced = self._traced(batch, as_input=False)
             self.reusable = False
+            traced = self._traced(batch, as_input=False)
         self._order = {name: i for i, name in enumerate(self.names)}
         positions = {name: i for i, name in enumerate(self._gradient_names)}
         self._linearizer = Linearizer(traced, len(self.names), [positions.get(name) for name in self.names])
@@ -149,15 +156,13 @@ class _Trace:
 
     def _traced(self, batch: Any, as_input: bool) -> fx.GraphModule:
         def gradient(parameters: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-            leaves = [p.detach().requires_grad_() for p in parameters]
             given = _with_tensors(batch, tensors) if as_input else batch
-            loss = self._problem.evaluate(given, dict(zip(self.names, leaves)))
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-            self._gradient_names = [name for name, g in zip(self.names, found) if g is not None]
-            return [g for g in found if g is not None]
+            found = self._problem.gradients_at(given, dict(zip(self.names, parameters)))
+            self._gradient_names = list(found)
+            return list(found.values())
 
         parameters = [self._problem.parameters[name].detach() for name in self.names]
-        return trace_gradient(gradient, parameters, _tensors(batch) if as_input else [])
+        return trace_gradient(gradient, parameters, _tensors(batch) if as_input else [], values=not as_input)
 
     def _make(self, number: int) -> tuple[int, ...] | None:
         key = tuple(self._order[name] for name in self._problem.blocks[number].parameters)
@@ -228,8 +233,7 @@ class _Trace:
 
 
 _VIEWS_OF = {
-    getattr(torch.ops.aten, name).default
-    for name in ("reshape", "permute", "t", "unsqueeze", "expand", "squeeze")
+    getattr(torch.ops.aten, name).default for name in ("reshape", "permute", "t", "unsqueeze", "expand", "squeeze")
 } | {torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int}
 
 
@@ -266,6 +270,12 @@ def _batched(program: Program, rows: int) -> Callable[..., Any]:
 
 def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(map_tensors(lambda t: t, batch))[0] if isinstance(leaf, Tensor)]
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether all that a batch holds is known: tensors, numbers and texts."""
+    leaves = tree_flatten(map_tensors(lambda t: t, batch))[0]
+    return all(leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves)
 
 
 def _with_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
