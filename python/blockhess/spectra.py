@@ -306,16 +306,18 @@ class Spectra(SpectraBands):
                 eps(dtype of the vectors) of its largest |node| where that is more. Lanczos finds a mass at zero only
                 where the other eigenvalues stay away from it: otherwise this is too small.
         """
-        nodes, weights = self.merged
-        if tolerance is None:
-            rounding = NEGATIVE_TOLERANCE * torch.finfo(getattr(torch, self.quadrature.dtype)).eps
-            errors = torch.tensor([self.hvp_error(name) for name in self.names], dtype=torch.float64)
-            bound = torch.maximum(rounding * nodes.abs().amax(1), errors)[:, None]
-        elif tolerance >= 0:
-            bound = torch.full((len(self), 1), float(tolerance), dtype=torch.float64)
-        else:
+        if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"zero_mass: tolerance must not be negative, got {tolerance}")
-        return (weights * (nodes.abs() <= bound)).sum(1).masked_fill(~self._known, torch.nan)
+        nodes, weights = self.merged
+        bound = self._zero_tolerance if tolerance is None else torch.full((len(self),), float(tolerance))
+        return (weights * (nodes.abs() <= bound[:, None])).sum(1).masked_fill(~self._known, torch.nan)
+
+    @cached_property
+    def _zero_tolerance(self) -> Tensor:
+        """What is zero in every block (n_blocks,): its hvp_error, or the rounding of the vectors if that is more."""
+        rounding = NEGATIVE_TOLERANCE * torch.finfo(getattr(torch, self.quadrature.dtype)).eps
+        errors = torch.tensor([self.hvp_error(name) for name in self.names], dtype=torch.float64)
+        return torch.maximum(rounding * self.merged[0].abs().amax(1), errors)
 
     def kth_eigenvalue(self, k: int, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Estimate the k-th largest eigenvalue of every block, where dim (1 - cdf) crosses k - 1/2.
@@ -464,17 +466,18 @@ class Spectra(SpectraBands):
         if normalize == "none":
             return {}
         values = axes.divisors(*self.merged, self.dims, normalize).tolist()
+        zero = self._zero_tolerance.tolist()
         reasons = {}
-        for name, dim, known, value in zip(self.names, self.dims, self._known.tolist(), values):
+        for name, dim, known, value, least in zip(self.names, self.dims, self._known.tolist(), values, zero):
             if not known:
                 continue
             if name in self.zero_blocks:
                 reasons[name] = "zero"
             elif isinstance(normalize, int) and dim < normalize:
                 reasons[name] = f"fewer than {normalize} eigenvalues"
-            elif value <= self.hvp_error(name) * (dim if normalize == "trace" else 1):
+            elif value <= least * (dim if normalize == "trace" else 1):
                 what = axes.divisor_name(normalize).removeprefix("the block's ")
-                reasons[name] = f"{what} {'zero' if value == 0 else 'not positive'}"
+                reasons[name] = f"{what} zero or negative"
         return reasons
 
     @cached_property
