@@ -162,7 +162,7 @@ def trace_interval(q: Quadrature, confidence: float) -> tuple[Tensor, Tensor]:
     intervals = []
     for block, dim in enumerate(q.dims):
         nodes, weights = _probes_of(q, block)
-        if not len(nodes):
+        if len(nodes) < (2 if dim > 1 else 1):
             intervals.append((-math.inf, math.inf))
             continue
         values = (weights * nodes).sum(1)

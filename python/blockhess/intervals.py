@@ -74,7 +74,7 @@ def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[T
         confidence: probability in (0, 1).
 
     Returns:
-        lower, upper: (...) float64, around the mean; infinite variance gives 0 and infinity.
+        lower, upper: (...) float64, widened where they would leave the mean outside; infinite variance gives 0 and infinity.
 
     Source: Clopper and Pearson 1934 (the inversion); Satterthwaite 1946 (the Gamma approximation).
 
@@ -92,8 +92,8 @@ def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[T
     lower[skewed] = torch.from_numpy(special.chdtriv(1 - tail, observed)) * unit
     upper[skewed] = torch.from_numpy(special.chdtriv(tail, observed)) * unit
     certain = variance == 0
-    lower = torch.where(certain, mean, lower.clamp(min=0.0))
-    return lower, torch.where(certain, mean, upper)
+    lower = torch.where(certain, mean, torch.minimum(lower.clamp(min=0.0), mean))
+    return lower, torch.where(certain, mean, torch.maximum(upper, mean))
 
 
 def leave_one_out(estimate: Callable[[list[int]], Tensor], n_probes: int) -> tuple[Tensor, Tensor]:
