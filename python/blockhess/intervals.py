@@ -74,7 +74,7 @@ def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[T
         confidence: probability in (0, 1).
 
     Returns:
-        lower, upper: (...) float64, widened where they would leave the mean outside; infinite variance gives 0 and infinity.
+        lower, upper: (...) float64, widened where the mean would be outside; infinite variance gives 0 and infinity.
 
     Source: Clopper and Pearson 1934 (the inversion); Satterthwaite 1946 (the Gamma approximation).
 
