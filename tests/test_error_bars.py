@@ -187,3 +187,16 @@ def test_rademacher_probes_are_not_taken_for_gaussian_ones() -> None:
     lower, upper = error_bars.trace_interval(q, 0.95)
     assert (upper - lower).item() < 1e-10
     assert float64([25.0]).sub(lower).abs().item() < 1e-10
+
+
+def test_error_table() -> None:
+    seen = lanczos(SPECTRA["spikes and bulk"], num_probes=4)
+    result = as_spectra(seen.quadrature)
+    lines = result.error_table(confidence=0.9).splitlines()
+    assert "trace, 90 %" in lines[0] and len(lines) == 3
+    lower, upper = result.trace_interval(0.9)
+    assert f"{float(lower):.2e} ... {float(upper):.2e}" in lines[2]
+    probes, steps = result.wasserstein_error()
+    assert lines[2].split()[-2:] == [f"{float(probes):.1e}", f"{float(steps):.1e}"]
+    broken = make_spectra([[[1.0, 2.0]]], [[[0.5, 0.5]]], steps=[[0]], nonfinite=[[True]])
+    assert "-inf ... inf" in broken.error_table() and "nan" not in broken.error_table()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blockhess.density import DEFAULT_RELATIVE_SIGMA, check_sigma, default_sigma, node_grid, smooth
+from blockhess.density import check_sigma, default_sigma, node_grid, smooth
 from blockhess.divergence import BATCHNORM_POLICIES, KINDS
 from blockhess.files import check_writable
 from blockhess.spectra import Spectra
@@ -30,9 +30,6 @@ DARK, LIGHT = "#f16913", "#fdd0a2"
 
 # Panels of plot_density, in inches, and how many stand side by side at most.
 PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
-
-# However few the steps, no panel is blurred by more than this share of its range.
-WIDEST_SIGMA = 0.05
 
 # The heat map writes the values into its cells up to the first number of blocks, and every name up to the second.
 MOST_VALUES, MOST_LABELS = 14, 150
@@ -111,7 +108,7 @@ def plot_density(
         widths = [default_sigma(nodes)] * len(rows)
         blur = f"sigma {widths[0]:.3g}"
     else:
-        widths = [_resolved_sigma(spectra, row, x) for row, x in zip(rows, nodes)]
+        widths = spectra.resolved_sigma(blocks).tolist()
         blur = "about each block's range / steps, for pictures only"
     for panel, row, x, w, width in zip(panels.flatten(), rows, nodes, weights, widths):
         _draw_density(panel, spectra.names[row], x, w, width)
@@ -137,17 +134,6 @@ def plot_density(
     figure.supxlabel(below, fontsize="medium")
     figure.supylabel("share of eigenvalues", fontsize="medium")
     return figure
-
-
-def _resolved_sigma(spectra: Spectra, row: int, nodes: Tensor) -> float:
-    """The width that the steps of a block resolve, range / steps; less would draw the nodes, not the density.
-
-    Where the Krylov space was exhausted the nodes are the eigenvalues, and DEFAULT_RELATIVE_SIGMA is enough.
-    """
-    steps = int(spectra.quadrature.steps[:, row].max())
-    exhausted = steps < spectra.quadrature.num_steps or steps == spectra.dims[row]
-    relative = DEFAULT_RELATIVE_SIGMA if exhausted else min(max(1 / steps, DEFAULT_RELATIVE_SIGMA), WIDEST_SIGMA)
-    return default_sigma(nodes) * relative / DEFAULT_RELATIVE_SIGMA
 
 
 def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma: float) -> None:

@@ -8,10 +8,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from blockhess import error_bars, measures
-from blockhess.density import check_grid, check_sigma, node_grid
+from blockhess import error_bars, measures, ritz, truncation
+from blockhess.density import (
+    DEFAULT_RELATIVE_SIGMA,
+    WIDEST_RELATIVE_SIGMA,
+    check_grid,
+    check_sigma,
+    default_sigma,
+    node_grid,
+)
 from blockhess.error_bars import Band
 from blockhess.intervals import check_confidence, jackknife, leave_one_out
+from blockhess.table import format_table, number
 from blockhess_ext import Quadrature
 
 # Points of a cdf_band for which none are given, at most, or a few a block.
@@ -26,6 +34,11 @@ class SpectraBands:
 
     quadrature: Quadrature
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See Spectra."""
+        raise NotImplementedError
+
     def rows(self, blocks: Sequence[str] | None = None) -> list[int]:
         """See Spectra."""
         raise NotImplementedError
@@ -33,6 +46,34 @@ class SpectraBands:
     def default_sigma(self, blocks: Sequence[str] | None = None) -> float:
         """See Spectra."""
         raise NotImplementedError
+
+    def resolved_sigma(self, blocks: Sequence[str] | None = None) -> Tensor:
+        """Return the width of the Gaussian that the steps of each block resolve, range / steps: for pictures.
+
+        Less would draw the nodes, not the density. Never for comparisons: two equal spectra blurred differently differ.
+
+        Args:
+            blocks: names, in order; None means all.
+
+        Returns:
+            (n_blocks,), each between DEFAULT_RELATIVE_SIGMA and WIDEST_RELATIVE_SIGMA of the block's range; the former
+            where the Krylov space was exhausted, so that the nodes are the eigenvalues.
+
+        Source: Lin, Saad, Yang 2016, section 3.2 (resolution and number of steps).
+
+        Example:
+            >>> widths = spectra.resolved_sigma()
+        """
+        rows, q = self.rows(blocks), self.quadrature
+        nodes = measures.merge_probes(q)[0]
+        exhausted = (truncation.exact(q) | (q.steps == 0)).all(0)
+        widths = []
+        for row in rows:
+            share = DEFAULT_RELATIVE_SIGMA
+            if not exhausted[row]:
+                share = min(max(1 / int(q.steps[:, row].max()), share), WIDEST_RELATIVE_SIGMA)
+            widths.append(default_sigma(nodes[row]) * share / DEFAULT_RELATIVE_SIGMA)
+        return torch.tensor(widths, dtype=torch.float64)
 
     def density_band(
         self,
@@ -167,3 +208,37 @@ class SpectraBands:
     @cached_property
     def _wasserstein_error(self) -> tuple[Tensor, Tensor]:
         return error_bars.wasserstein_error(self.quadrature)
+
+    def error_table(self, blocks: Sequence[str] | None = None, confidence: float = 0.95) -> str:
+        """Return a plain-text table of the errors of every block, one a line.
+
+        Columns: bias of the extreme eigenvalues and its standard error, by the jackknife (range_error); the residual of
+        the largest node in size (outliers); the interval of the trace; wasserstein_error.
+
+        Args:
+            blocks: names, in the order wanted; None means all.
+            confidence: of the interval of the trace.
+
+        Raises:
+            ValueError: a name is unknown, or confidence is not between 0 and 1.
+        """
+        title = f"trace, {100 * check_confidence('error_table', confidence):g} %"
+        header = ["block", "lambda_min bias", "+-", "lambda_max bias", "+-", "residual", title, "W1 probes", "W1 steps"]
+        (low, low_error), (high, high_error) = self.range_error()
+        (lower, upper), (probes, steps) = self.trace_interval(confidence), self.wasserstein_error()
+        lines = []
+        for row in self.rows(blocks):
+            bounds, nodes = ritz.residuals(self.quadrature, row), self.quadrature.nodes[:, row]
+            largest = torch.where(bounds.isnan(), -1.0, nodes.abs()).argmax()
+            values = (low, low_error, high, high_error)
+            lines.append(
+                [
+                    self.names[row],
+                    *(number(float(value[row]), 2) for value in values),
+                    number(float(bounds.flatten()[largest]), 2),
+                    f"{number(float(lower[row]))} ... {number(float(upper[row]))}",
+                    number(float(probes[row]), 2),
+                    number(float(steps[row]), 2),
+                ]
+            )
+        return format_table(header, lines)
