@@ -49,8 +49,7 @@ def synthetic(n: int) -> dict[str, Tensor]:
 
 def dense_hessian(loss: Tensor, parameter: Tensor) -> Tensor:
     """d2 loss / d parameter2, symmetric to the last bit."""
-    with torch.no_grad():
-        rows = torch.empty(parameter.numel(), parameter.numel(), dtype=parameter.dtype)
+    rows = torch.empty(parameter.numel(), parameter.numel(), dtype=parameter.dtype)
     (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
     gradient = gradient.flatten()
     for i in range(len(gradient)):

@@ -31,7 +31,7 @@ def blockhess(hvp: Operator, v: Tensor, num_steps: int, reorthogonalize: str) ->
 
 
 def paper(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """zyushun/hessian-spectrum: three terms, float64 vectors, a residual below 1e-8 left as it is, not normalised."""
+    """zyushun/hessian-spectrum: three terms, float64 vectors, a residual below 1e-8 is divided by 1e-8."""
     v, before, beta = v.double(), torch.zeros_like(v, dtype=torch.float64), torch.zeros(len(v), 1).double()
     columns = []
     for _ in range(num_steps):
@@ -39,7 +39,7 @@ def paper(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         alpha = _dots(w, v)
         w = w - alpha * v - beta * before
         beta = w.norm(dim=1, keepdim=True)
-        before, v = v, torch.where(beta < 1e-8, w, w / beta)
+        before, v = v, w / beta.clamp(min=1e-8)
         columns.append((alpha, beta))
     return _joined(columns)
 
