@@ -41,20 +41,23 @@ _CHUNK = 2**22
 def exact(quadrature: Quadrature) -> Tensor:
     """Return which recurrences are exact, (n_probes, n_blocks) bool: those that exhausted their Krylov space."""
     q = quadrature
-    last = q.beta.gather(2, (q.steps[..., None] - 1).clamp(min=0))[..., 0]
-    rounding = EXHAUSTED_EPS * torch.finfo(getattr(torch, q.dtype)).eps * _sizes(q)
     kept = torch.tensor([how != "none" for how in q.reorthogonalize])
     complete = kept & (q.steps == torch.tensor(q.dims))
-    return (q.steps > 0) & ((last <= rounding) | complete)
+    return _exhausted(q.beta, q.steps, _sizes(q.alpha, q.beta, q.steps), q.dtype) | complete
 
 
-def _sizes(q: Quadrature) -> Tensor:
-    """A bound of |T|, (n_probes, n_blocks): its largest row sum."""
-    alpha, beta = (torch.where(q.valid, part.abs(), 0.0) for part in (q.alpha, q.beta))
-    inner = beta.clone()
-    inner.scatter_(2, (q.steps[..., None] - 1).clamp(min=0), 0.0)
-    before = torch.nn.functional.pad(inner[..., :-1], (1, 0))
-    return (alpha + inner + before).amax(2)
+def _exhausted(beta: Tensor, steps: Tensor, sizes: Tensor, dtype: str) -> Tensor:
+    """Whether the residual is rounding: beta (..., m), the others (...)."""
+    last = beta.gather(-1, (steps[..., None] - 1).clamp(min=0))[..., 0]
+    return (steps > 0) & (last <= EXHAUSTED_EPS * torch.finfo(getattr(torch, dtype)).eps * sizes)
+
+
+def _sizes(alpha: Tensor, beta: Tensor, steps: Tensor) -> Tensor:
+    """A bound of |T|, its largest row sum: alpha, beta (..., m), steps (...)."""
+    j = torch.arange(alpha.shape[-1])
+    diagonal = torch.where(j < steps[..., None], alpha.abs(), 0.0)
+    couplings = torch.where(j < steps[..., None] - 1, beta.abs(), 0.0)
+    return (diagonal + couplings + torch.nn.functional.pad(couplings[..., :-1], (1, 0))).amax(-1)
 
 
 class Recurrence:
@@ -70,13 +73,14 @@ class Recurrence:
 
     def __init__(self, quadrature: Quadrature, block: int) -> None:
         known = quadrature.steps[:, block] > 0
-        self.alpha, self.beta, nodes, weights = (
-            getattr(quadrature, name)[known, block] for name in ("alpha", "beta", "nodes", "weights")
+        self.alpha, self.beta, nodes, weights, self.steps = (
+            getattr(quadrature, name)[known, block] for name in ("alpha", "beta", "nodes", "weights", "steps")
         )
-        self.steps, self.exact, self.size = (
-            part[known, block] for part in (quadrature.steps, exact(quadrature), _sizes(quadrature))
-        )
-        valid = quadrature.valid[known, block]
+        self.size = _sizes(self.alpha, self.beta, self.steps)
+        self.exact = _exhausted(self.beta, self.steps, self.size, quadrature.dtype)
+        if quadrature.reorthogonalize[block] != "none":
+            self.exact |= self.steps == quadrature.dims[block]
+        valid = torch.arange(self.alpha.shape[1]) < self.steps[:, None]
         last = nodes.gather(1, self.steps[:, None] - 1)
         self.nodes, weights = torch.where(valid, nodes, last), torch.where(valid, weights, 0.0)
         self.weights = weights / weights.sum(1, keepdim=True)
