@@ -180,6 +180,22 @@ def test_any_scale(scale: float) -> None:
     np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
 
 
+def test_recurrences_of_different_lengths() -> None:
+    q = lanczos(SPECTRA["uniform"], num_probes=2, num_steps=12).quadrature
+    q.steps[0, 0] = 7
+    for name in ("alpha", "beta", "nodes", "weights"):
+        getattr(q, name)[0, 0, 7:] = math.nan
+    x = around(SPECTRA["uniform"], 20)
+    bounds, bracket = Recurrence(q, 0).cdf_bounds(x), wasserstein_bound(q)[:, 0]
+    for row, steps in enumerate((7, 12)):
+        alone = lanczos(SPECTRA["uniform"], num_probes=2, num_steps=steps).quadrature
+        for part, expected in zip(bounds, Recurrence(alone, 0).cdf_bounds(x)):
+            torch.testing.assert_close(part[row], expected[row], rtol=0, atol=1e-9)
+    q.nodes[0, 0, :7] = lanczos(SPECTRA["uniform"], num_probes=2, num_steps=7).quadrature.nodes[0, 0]
+    assert bracket[0] > bracket[1]
+    assert density_bound(q, 0, x, 0.05).isfinite().all()
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     recurrence = Recurrence(lanczos(SPECTRA["uniform"], num_steps=9).quadrature, 0)
     x = around(SPECTRA["uniform"], 20)

@@ -204,10 +204,10 @@ def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float
     """Bound the error that the steps leave in the density of a block smoothed by a Gaussian g.
 
     The smaller of two bounds. From the bracket of the distribution function, by parts: int |g'(t - x)| christoffel(x)
-    dx. From the exactness for polynomials of degree 2 m - 1: twice the coefficients of g(t - x) from degree 2 m on in
-    Chebyshev polynomials on the range of the spectrum, taken as that of the nodes of all probes, as far as
-    christoffel exceeds 1e-6 beyond it. The first holds for any spectrum; the second falls exponentially once m
-    resolves sigma.
+    dx, for any spectrum. From the exactness for polynomials of degree 2 m - 1: twice the coefficients of g(t - x) from
+    degree 2 m on in Chebyshev polynomials on the range of the spectrum, which falls exponentially once m resolves
+    sigma. That range is not known: it is taken from the first to the last node of all probes, and on until
+    christoffel, which bounds what a probe may still hide there, falls below 1e-6.
 
     Args:
         quadrature: of all blocks.
