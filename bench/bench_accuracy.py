@@ -1,6 +1,6 @@
 """Error against Hessian-vector products, for this package and its rivals, and whether its error bars are honest.
 
-    python bench/bench_accuracy.py [--json PATH] [--plot PATH] [--quick]
+    python bench/bench_accuracy.py [--json PATH] [--text PATH] [--plot PATH] [--quick | --show PATH]
 
 Truth is known: six synthetic densities, and exact Hessians of small blocks. README.md says what the numbers mean.
 """
@@ -278,6 +278,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 [row["hvps"] for row in own], [row["w1"] for row in own], style, color=color, label=rival, ms=4, lw=1
             )
         panel.set_title(name, fontsize="small")
+        panel.set_xticks([PROBES * m for m in STEPS], [str(PROBES * m) for m in STEPS], fontsize="x-small")
+        panel.minorticks_off()
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(low, high / 11), high)
+        panel.tick_params(labelsize="x-small")
     for panel in panels[len(names) :]:
         panel.remove()
     panels[0].legend(fontsize="x-small")
@@ -286,30 +291,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--text", type=Path, help="also write the tables to this file")
-    parser.add_argument("--plot", type=Path, help="draw the errors into this picture")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, not numbers worth quoting")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything that the tables and the picture show."""
     environment = describe()
-
-    error_seeds, seeds = (2, 10) if options.quick else (3, 200)
-    n, n_covered = (300, 200) if options.quick else (4000, 1000)
+    error_seeds, seeds = (2, 10) if quick else (3, 200)
+    n, n_covered = (300, 200) if quick else (4000, 1000)
     operators: dict[str, tuple[Operator, Tensor]] = {
         name: (diagonal(x), x.sort().values) for name, x in synthetic(n).items()
     }
     start = time.perf_counter()
-    exact = {name: (matrix, torch.linalg.eigvalsh(matrix)) for name, matrix in hessians(options.quick).items()}
+    exact = {name: (matrix, torch.linalg.eigvalsh(matrix)) for name, matrix in hessians(quick).items()}
     print(f"  exact Hessians: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     operators |= {name: (dense(matrix), eigenvalues) for name, (matrix, eigenvalues) in exact.items()}
     error_rows = measure_errors(operators, error_seeds)
 
     covered = [(name, diagonal(x), x.sort().values) for name, x in synthetic(n_covered).items()]
     covered += [(name, *operators[name]) for name in exact if len(operators[name][1]) <= 1100][:2]
-    many_steps = () if options.quick else ("semicircle", "spikes and bulk", "power law")
+    many_steps = () if quick else ("semicircle", "spikes and bulk", "power law")
     coverage = []
     for m, names in ((30, [name for name, _, _ in covered]), (100, many_steps)):
         for name, hvp, eigenvalues in covered:
@@ -319,14 +317,25 @@ def main() -> int:
             coverage.append(measure_coverage(name, hvp, eigenvalues, m, seeds, PROBES))
             print(f"  coverage, {name}, {m} steps: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     js0 = [measure_js0(n_covered, 30, seeds // (2 if probes == PROBES else 5), probes) for probes in (PROBES, 20)]
-
-    result = {
+    return {
         "environment": environment,
         "error_seeds": error_seeds,
         "errors": error_rows,
         "coverage": coverage,
         "js0": js0,
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--text", type=Path, help="also write the tables to this file")
+    parser.add_argument("--plot", type=Path, help="draw the errors into this picture")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, not numbers worth quoting")
+    parser.add_argument("--show", type=Path, help="measure nothing: tables and picture of a file of --json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = json.loads(options.show.read_text()) if options.show else measure(options.quick)
     text = text_of(result)
     print(text)
     if options.json:
@@ -334,7 +343,7 @@ def main() -> int:
     if options.text:
         options.text.write_text(text + "\n")
     if options.plot:
-        plot(error_rows, options.plot)
+        plot(result["errors"], options.plot)
     return 0
 
 
