@@ -107,8 +107,8 @@ def _nothing(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float) -> Band:
     """Return the shares of eigenvalues <= x of some blocks with their bands.
 
-    The statistical band is at least as wide as the steps of the quadratures around x, spread evenly, make it: a step
-    that no probe has there yet may be there for the next.
+    The statistical band is at least as wide as a step of the quadratures at x makes it that is there for one half of
+    all probes: what the few at hand have in common need not hold for the next.
 
     Args:
         q: of all blocks.
@@ -128,7 +128,7 @@ def _cdf_band(q: Quadrature, block: int, x: Tensor, confidence: float) -> tuple[
     value = values.mean(0)
     lower, upper = _share_interval(q, block, values, confidence)
     step = recurrence.polynomials(x.expand(count, -1))[0].masked_fill(recurrence.exact[:, None], 0.0).mean(0)
-    half = normal_quantile(confidence) * step / math.sqrt(12 * count)
+    half = normal_quantile(confidence) * step / math.sqrt(4 * count)
     lower, upper = torch.minimum(lower, value - half).clamp(min=0.0), torch.maximum(upper, value + half).clamp(max=1.0)
 
     below, above = recurrence.cdf_bounds(x)
