@@ -81,7 +81,7 @@ def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[T
     Example:
         >>> lower, upper = gamma_interval(torch.tensor([2.0]).double(), torch.tensor([1.0]).double(), 0.95)
         >>> round(lower.item(), 2), round(upper.item(), 2)
-        (0.68, 4.61)
+        (0.58, 4.41)
     """
     degrees = 2 * mean * (mean / variance)  # 2 mean / c, the chi^2 variable observed
     half = normal_quantile(confidence) * variance.sqrt()

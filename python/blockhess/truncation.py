@@ -33,8 +33,12 @@ EXHAUSTED_EPS = 64
 # The node of a Gauss-Radau rule that leaves for infinity is held at this many times |T|; its weight is below 1e-30.
 _FAR = 1e15
 
-# Double-exponential quadrature: abscissae within a gap between two nodes, and of a tail in units of |T|.
+_LEAST_COUPLING = 1e-16  # of |T|
+
+# Double-exponential quadrature: spacing of its abscissae and where they end, good to 1e-3 of an integral or better.
 _STEP, _REACH = 0.4, 2.8
+
+# Elements of the tridiagonal matrices that are solved at once, at most.
 _CHUNK = 2**22
 
 
@@ -91,7 +95,8 @@ class Recurrence:
         Args:
             x: (n_known, n_points) float64.
         """
-        beta = torch.maximum(self.beta, 1e-16 * self.size[:, None]).clamp(min=1e-300)
+        # A running recurrence has larger couplings; this only keeps 0 / 0 out of exhausted and zero ones.
+        beta = torch.maximum(self.beta, _LEAST_COUPLING * self.size[:, None]).clamp(min=1e-300)
         christoffel, before, now = torch.ones_like(x), torch.zeros_like(x), torch.ones_like(x)
         residual = torch.zeros_like(x)
         for j in range(max(self.steps.tolist(), default=0)):
