@@ -8,10 +8,10 @@ polynomials p_0 = 1, beta_j p_{j+1} = (x - alpha_j) p_j - beta_{j-1} p_{j-1} (be
                             nodes of which one is x; upper - lower = 1 / (p_0(x)^2 + ... + p_m(x)^2)
     W1(mu, quadrature)  <=  int christoffel(x) dx, as both distribution functions lie in a bracket of that width
 
-These are the best bounds that the moments allow on the whole line. A recurrence whose Krylov space is exhausted is
-exact: bounds of width 0. In exact arithmetic they always hold. Without reorthogonalisation, rounding moves eigenvalues
-by some eps |H| and splits them in copies ("ghosts") of the same total weight: the bounds then hold for that
-neighbouring measure (Greenbaum 1989), so against mu up to such shifts of x.
+The bounds of F are the best that the coefficients allow on the whole line. A recurrence whose Krylov space is exhausted
+is exact: bounds of width 0. In exact arithmetic they always hold. Without reorthogonalisation, rounding moves
+eigenvalues by some eps |H| and splits them in copies ("ghosts") of the same total weight: the bounds then hold for
+that neighbouring measure (Greenbaum 1989), so against mu up to such shifts of x.
 
 Source: Szegő 1939, section 3.41 (Chebyshev, Markov, Stieltjes); Golub and Meurant 2010; Chen, Trogdon, Ubaru 2021.
 """
@@ -35,7 +35,7 @@ _FAR = 1e15
 
 _LEAST_COUPLING = 1e-16  # of |T|
 
-# Double-exponential quadrature: spacing of its abscissae and where they end, good to 1e-3 of an integral or better.
+# Double-exponential quadrature: spacing and end of its abscissae; integrals are good to 1e-3, with ghosts to 5 %.
 _STEP, _REACH = 0.4, 2.8
 
 # Elements of the tridiagonal matrices that are solved at once, at most.
