@@ -62,6 +62,27 @@ def test_integrals_equal_quad(spread: float, seed: int) -> None:
         assert got == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), spread=st.floats(0.1, 100), evenness=st.floats(0.01, 10))
+def test_divergence_of_any_mixtures_is_exact_to_1e_10(seed: int, spread: float, evenness: float) -> None:
+    rng = np.random.default_rng(seed)
+    nodes = rng.uniform(-spread, spread, (2, 12))
+    weights = rng.dirichlet(np.full(12, evenness), 2) + 1e-300
+    weights /= weights.sum(1, keepdims=True)
+    # Composite Gauss-Legendre of 40 points a quarter of sigma.
+    edges = np.arange(nodes.min() - 12, nodes.max() + 12.25, 0.25)
+    x, w = np.polynomial.legendre.leggauss(40)
+    t = ((edges[1:] + edges[:-1])[:, None] + 0.25 * x) / 2
+    logs = [
+        logsumexp(-0.5 * (t[..., None] - a) ** 2, b=b, axis=-1) - math.log(2 * math.pi) / 2
+        for a, b in zip(nodes, weights)
+    ]
+    middle = np.logaddexp(*logs) - math.log(2)
+    expected = float((sum(0.5 * np.exp(p) * (p - middle) for p in logs) * (0.125 * w)).sum())
+    got = js_matrix(float64(nodes.tolist()), float64(weights.tolist()), sigma=1.0, kind="divergence", base=math.e)
+    assert got[0, 1].item() == pytest.approx(expected, abs=1e-10)
+
+
 @pytest.mark.parametrize("distance", [6.0, 8.6, 12.0])
 def test_the_hardest_mixture_for_the_trapezoid_rule(distance: float) -> None:
     # p + q has its zeros nearest to the real axis, weighed by p, where two single peaks cross: see POINTS_PER_SIGMA.

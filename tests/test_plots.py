@@ -63,11 +63,33 @@ def test_the_caption_says_how_wide_the_blur_is() -> None:
 
 
 def test_the_blur_is_what_the_steps_resolve() -> None:
-    few, many = (make_spectra([[list(range(m))]], [[[1 / m] * m]], dims=[1000], steps=[[m]]) for m in (30, 200))
-    for spectra, relative in ((few, 1 / 30), (many, 0.01)):
+    few, many, fewest = (
+        make_spectra([[list(range(m))]], [[[1 / m] * m]], dims=[1000], steps=[[m]]) for m in (30, 200, 4)
+    )
+    for spectra, relative in ((few, 1 / 30), (many, 0.01), (fewest, 0.05)):
         nodes = spectra.merged[0][0]
         span = float(nodes.max() - nodes.min())
-        assert plots._resolved_sigma(spectra, 0, nodes) == pytest.approx(relative * span)
+        assert spectra.resolved_sigma().item() == pytest.approx(relative * span)
+    complete = make_spectra([[list(range(30))]], [[[1 / 30] * 30]], dims=[30])
+    assert complete.resolved_sigma().item() == pytest.approx(0.29)
+
+
+def test_bands_are_drawn_around_the_curve() -> None:
+    from matplotlib.collections import PolyCollection
+
+    spectra = random_spectra(n_probes=3, dims=[50] * 4)
+    figure = plot_density(spectra, sigma=0.1)
+    assert "95 % bands: dark from the random probes, light with what the steps leave open" in texts(figure)
+    areas = figure.axes[0].findobj(PolyCollection)
+    assert len(areas) == 3  # under the curve, total, statistical
+    band = spectra.density_band(0.1, blocks=["block0"])
+    height = 0.1 * np.sqrt(2 * np.pi)
+    for area, upper in zip(areas[1:], (band.total_upper, band.upper)):
+        assert area.get_paths()[0].vertices[:, 1].max() == pytest.approx(height * float(upper.max()))
+    assert len(plot_density(spectra, sigma=0.1, confidence=None).axes[0].findobj(PolyCollection)) == 1
+    assert len(plot_density(random_spectra(n_probes=1), sigma=0.1).axes[0].findobj(PolyCollection)) == 1
+    with pytest.raises(ValueError, match="confidence must be between 0 and 1, got 2"):
+        plot_density(spectra, confidence=2)
 
 
 def assert_inside(figure: Any) -> None:

@@ -7,7 +7,6 @@ not support the paper (Zhang et al. 2024). Every result is written as soon as it
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import textwrap
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 import blockhess
+from blockhess import measures
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.divergence import js_matrix
 from blockhess.files import writable_folder
@@ -108,17 +108,11 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
     if half == 0:
         return math.nan
     rows = spectra.rows(blocks)
-    parts = [_with_probes(spectra, slice(0, half)).merged, _with_probes(spectra, slice(half, 2 * half)).merged]
+    halves = (slice(0, half), slice(half, 2 * half))
+    parts = [measures.merge_probes(measures.with_probes(spectra.quadrature, probes)) for probes in halves]
     nodes = torch.cat([nodes[rows] for nodes, _ in parts])
     weights = torch.cat([weights[rows] for _, weights in parts])
     return float(js_matrix(nodes, weights, sigma=sigma)[: len(rows), len(rows) :].diagonal().mean())
-
-
-def _with_probes(spectra: Spectra, probes: slice) -> Spectra:
-    q = spectra.quadrature
-    tensors = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
-    part = dataclasses.replace(q, **{name: getattr(q, name)[probes] for name in tensors})
-    return Spectra(spectra.blocks, part, spectra.provenance)
 
 
 def compare(gpt: Spectra, resnet: Spectra) -> list[Comparison]:

@@ -33,6 +33,9 @@ SMALLEST_SIGMA = 1e-290
 # Default sigma: this share of the range of all nodes that are smoothed or compared together.
 DEFAULT_RELATIVE_SIGMA = 0.01
 
+# However few the steps, no picture is blurred by more than this share of the range.
+WIDEST_RELATIVE_SIGMA = 0.05
+
 
 def smallest_sigma(nodes: Tensor) -> float:
     """Return the smallest sigma that float64 can resolve next to these nodes (any shape, not empty)."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockhess.axes import Axis
 from blockhess.density import POINTS_PER_SIGMA, check_sigma, grid_spacing, node_grid, smooth
 
 # kind -> what it is, as printed with every value.
@@ -42,9 +43,6 @@ BATCHNORM_POLICIES = {
 
 # JS0 is printed with the names of this many left-out blocks.
 _SHOWN_LEFT_OUT = 6
-
-# axis -> the map of eigenvalues (L, K) on which densities and sigma live.
-AXES: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda nodes: nodes}
 
 # Points of the uniform grid of "unnormalised" and how far it reaches beyond the extreme nodes, as in the paper's code.
 UNNORMALISED_POINTS = 10_000
@@ -195,6 +193,10 @@ class JS0:
         left_out: (name, reason) of blocks that were not compared.
         batchnorm: BatchNorm policy of the spectra, "" where none was recorded.
         grid_points: size of the uniform grid of kind "unnormalised", None for the others.
+        normalize, scale: of the axis, see axes.Axis.
+        interval: (lower, upper, confidence) for what many probes would give at the same number of steps, None where it
+            was not asked for.
+        bias, stderr: jackknife estimates, None where not asked for; the interval is about value - bias.
 
     Source: Zhang et al. 2024, section 2.5 and Table 1.
     """
@@ -208,6 +210,11 @@ class JS0:
     left_out: tuple[tuple[str, str], ...] = ()
     batchnorm: str = ""
     grid_points: int | None = None
+    normalize: str | int = "none"
+    scale: float | None = None
+    interval: tuple[float, float, float] | None = None
+    bias: float | None = None
+    stderr: float | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -217,12 +224,18 @@ class JS0:
     def __float__(self) -> float:
         return self.value
 
+    def _interval_text(self) -> str:
+        if self.interval is None:
+            return ""
+        lower, upper, confidence = self.interval
+        return f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %, {self.bias:.2g} of it raised by few probes)"
+
     def __str__(self) -> str:
         grid = "" if self.grid_points is None else f" ({self.grid_points} grid points)"
         pairs = f"{self.num_pairs} pair{'s' if self.num_pairs > 1 else ''} of {len(self.blocks)} blocks"
         parts = [
-            f"JS0 = {self.value:.4g}: {KINDS[self.kind]}{grid}, base {self.base:.6g}",
-            f"sigma {self.sigma:.3g} on the {self.axis} axis",
+            f"JS0 = {self.value:.4g}{self._interval_text()}: {KINDS[self.kind]}{grid}, base {self.base:.6g}",
+            f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}",
             f"mean over {pairs}",
             BATCHNORM_POLICIES.get(self.batchnorm, "BatchNorm policy not recorded"),
         ]

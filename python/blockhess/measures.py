@@ -7,6 +7,7 @@ Only recurrences that made a step take part; where a block has none, every value
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -16,6 +17,12 @@ from blockhess_ext import Quadrature
 
 # Sums of weights carry rounding errors; a share counts as reached this close to it.
 _SHARE_TOLERANCE = 1e-12
+
+
+def with_probes(quadrature: Quadrature, probes: slice | list[int]) -> Quadrature:
+    """Return the quadrature of some of the probes alone."""
+    tensors = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
+    return dataclasses.replace(quadrature, **{name: getattr(quadrature, name)[probes] for name in tensors})
 
 
 def merge_probes(quadrature: Quadrature) -> tuple[Tensor, Tensor]:

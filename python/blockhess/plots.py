@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blockhess.density import DEFAULT_RELATIVE_SIGMA, check_sigma, default_sigma, node_grid, smooth
+from blockhess.density import check_sigma, default_sigma, node_grid, smooth
 from blockhess.divergence import BATCHNORM_POLICIES, KINDS
 from blockhess.files import check_writable
 from blockhess.spectra import Spectra
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE, AREA, QUIET, FAINT = "#08519c", "#9ecae1", "#555555", "#cccccc"
+DARK, LIGHT = "#f16913", "#fdd0a2"
 
 # Panels of plot_density, in inches, and how many stand side by side at most.
 PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
-
-# However few the steps, no panel is blurred by more than this share of its range.
-WIDEST_SIGMA = 0.05
 
 # The heat map writes the values into its cells up to the first number of blocks, and every name up to the second.
 MOST_VALUES, MOST_LABELS = 14, 150
@@ -64,6 +62,7 @@ def plot_density(
     blocks: Sequence[str] | None = None,
     sigma: float | None = None,
     share_x: bool = False,
+    confidence: float | None = 0.95,
 ) -> Figure:
     """Draw the log-density of every block in a panel of its own.
 
@@ -76,6 +75,8 @@ def plot_density(
         sigma: width of the Gaussian, one for all blocks; None means what each block's nodes resolve, or
             DEFAULT_RELATIVE_SIGMA of the range of all of them with share_x.
         share_x: one axis of eigenvalues for all panels; otherwise each spans its own block.
+        confidence: of the error bands: dark what the random probes, light what probes and steps leave open, see
+            Spectra.density_band. None means no bands; of a block with one probe there are none.
 
     Returns:
         Figure.
@@ -107,10 +108,12 @@ def plot_density(
         widths = [default_sigma(nodes)] * len(rows)
         blur = f"sigma {widths[0]:.3g}"
     else:
-        widths = [_resolved_sigma(spectra, row, x) for row, x in zip(rows, nodes)]
+        widths = spectra.resolved_sigma(blocks).tolist()
         blur = "about each block's range / steps, for pictures only"
     for panel, row, x, w, width in zip(panels.flatten(), rows, nodes, weights, widths):
         _draw_density(panel, spectra.names[row], x, w, width)
+        if confidence is not None:
+            _draw_bands(panel, spectra, row, width, confidence)
     for panel in panels.flatten()[len(rows) :]:
         panel.remove()
 
@@ -125,20 +128,12 @@ def plot_density(
     title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
     title += f", {BATCHNORM_POLICIES[policy]}" if policy in ("eval", "batch") else ""
     figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
-    figure.supxlabel(f"eigenvalue (grey line: 0)\nblurred by Gaussians of {blur}", fontsize="medium")
+    below = f"eigenvalue (grey line: 0)\nblurred by Gaussians of {blur}"
+    if confidence is not None:
+        below += f"\n{100 * confidence:g} % bands: dark from the random probes, light with what the steps leave open"
+    figure.supxlabel(below, fontsize="medium")
     figure.supylabel("share of eigenvalues", fontsize="medium")
     return figure
-
-
-def _resolved_sigma(spectra: Spectra, row: int, nodes: Tensor) -> float:
-    """The width that the steps of a block resolve, range / steps; less would draw the nodes, not the density.
-
-    Where the Krylov space was exhausted the nodes are the eigenvalues, and DEFAULT_RELATIVE_SIGMA is enough.
-    """
-    steps = int(spectra.quadrature.steps[:, row].max())
-    exhausted = steps < spectra.quadrature.num_steps or steps == spectra.dims[row]
-    relative = DEFAULT_RELATIVE_SIGMA if exhausted else min(max(1 / steps, DEFAULT_RELATIVE_SIGMA), WIDEST_SIGMA)
-    return default_sigma(nodes) * relative / DEFAULT_RELATIVE_SIGMA
 
 
 def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma: float) -> None:
@@ -155,6 +150,17 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
     panel.set_title(_shorten(name, 40), fontsize="small", loc="left", pad=3)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def _draw_bands(panel: Axes, spectra: Spectra, row: int, sigma: float, confidence: float) -> None:
+    """Shade the error bands of the density that _draw_density drew."""
+    if int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
+        return
+    band = spectra.density_band(sigma, confidence=confidence, blocks=[spectra.names[row]])
+    x, height = band.x.numpy(), sigma * math.sqrt(2 * math.pi)
+    for lower, upper, color in ((band.total_lower, band.total_upper, LIGHT), (band.lower, band.upper, DARK)):
+        low, high = (height * edge[0].clamp(min=1e-300 / height).numpy() for edge in (lower, upper))
+        panel.fill_between(x, low, high, color=color, linewidth=0, zorder=1.5)
 
 
 def _span(panel: Axes, low: float, high: float, sigma: float) -> None:

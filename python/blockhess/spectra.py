@@ -22,10 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blockhess import measures
+from blockhess import axes, js_error, measures, ritz, transport
+from blockhess.axes import Axis
 from blockhess.blocks import BlockInfo
 from blockhess.density import check_grid, check_sigma, default_sigma, node_grid, smallest_sigma, smooth
-from blockhess.divergence import AXES, JS0, UNNORMALISED_POINTS, check_choice, js_matrix
+from blockhess.divergence import JS0, UNNORMALISED_POINTS, js_matrix
+from blockhess.intervals import check_confidence, normal_quantile
+from blockhess.sensitivity import Sensitivity, sensitivity
+from blockhess.spectra_bands import SpectraBands
 from blockhess.table import format_table, number
 from blockhess_ext import Quadrature
 
@@ -72,7 +76,7 @@ class BlockSpectrum:
         return self.block.dim
 
 
-class Spectra:
+class Spectra(SpectraBands):
     """Nodes and weights of every block of a model, immutable.
 
     Args:
@@ -173,30 +177,40 @@ class Spectra:
         return (self.quadrature.steps > 0).any(0)  # (n_blocks,)
 
     def density(
-        self, sigma: float | None = None, grid: Tensor | Sequence[float] | None = None
+        self,
+        sigma: float | None = None,
+        grid: Tensor | Sequence[float] | None = None,
+        axis: str = "linear",
+        normalize: str | int = "none",
+        scale: float | None = None,
+        blocks: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Smooth the spectra of all blocks with one Gaussian, on one grid.
 
         Args:
-            sigma: width of the Gaussian in units of the eigenvalues; None means default_sigma().
-            grid: (n_points,) eigenvalues, strictly ascending; None means density.node_grid, which covers every node
-                of every block; between its patches all densities are 0.
+            sigma: width of the Gaussian on the axis; None means default_sigma().
+            grid: (n_points,) points of the axis, strictly ascending; None means density.node_grid, which covers every
+                node of every block; between its patches all densities are 0.
+            axis, normalize, scale: see js_matrix.
+            blocks: names, in order; None means all.
 
         Returns:
             grid (n_points,), densities (n_blocks, n_points). On the default grid, torch.trapezoid(densities, grid)
             is 1. A block of which nothing is known has density 0.
 
         Raises:
-            ValueError: sigma or grid breaks its rule.
+            ValueError: sigma, grid, axis, normalize or scale breaks its rule, or a block cannot be normalised.
 
         Source: Zhang et al. 2024, appendix B.2.
 
         Example:
             >>> grid, densities = spectra.density(sigma=0.01)
         """
-        nodes, weights = self.merged
+        names = self.names if blocks is None else tuple(blocks)
+        nodes, weights = self._measures_of(names, self._axis("density", names, axis, normalize, scale))
         if sigma is None:
-            sigma = max(self.default_sigma(), smallest_sigma(nodes))
+            chosen = [i for i, name in enumerate(names) if blocks is not None or name in self._sound]
+            sigma = max(default_sigma(nodes[chosen] if chosen else nodes), smallest_sigma(nodes))
         sigma = check_sigma("density", sigma, nodes)
         points = node_grid(nodes, sigma) if grid is None else check_grid("density", grid)
         return points, smooth(nodes, weights, points, sigma)
@@ -284,6 +298,109 @@ class Spectra:
         mass = (weights * (nodes < -tolerance)).sum(1)
         return mass.masked_fill(~self._known, torch.nan)
 
+    def zero_mass(self, tolerance: float | None = None) -> Tensor:
+        """Return the share of eigenvalues of every block (n_blocks,) at zero: its rank deficiency, as a share.
+
+        Args:
+            tolerance: nodes up to this size are zero; None means the block's hvp_error, or NEGATIVE_TOLERANCE
+                eps(dtype of the vectors) of its largest |node| where that is more. Lanczos finds a mass at zero only
+                where the other eigenvalues stay away from it: otherwise this is too small.
+        """
+        if tolerance is not None and not tolerance >= 0:
+            raise ValueError(f"zero_mass: tolerance must not be negative, got {tolerance}")
+        nodes, weights = self.merged
+        bound = self._zero_tolerance if tolerance is None else torch.full((len(self),), float(tolerance))
+        return (weights * (nodes.abs() <= bound[:, None])).sum(1).masked_fill(~self._known, torch.nan)
+
+    @cached_property
+    def _zero_tolerance(self) -> Tensor:
+        """What is zero in every block (n_blocks,): its hvp_error, or the rounding of the vectors if that is more."""
+        rounding = NEGATIVE_TOLERANCE * torch.finfo(getattr(torch, self.quadrature.dtype)).eps
+        errors = torch.tensor([self.hvp_error(name) for name in self.names], dtype=torch.float64)
+        return torch.maximum(rounding * self.merged[0].abs().amax(1), errors)
+
+    def kth_eigenvalue(self, k: int, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
+        """Estimate the k-th largest eigenvalue of every block, where dim (1 - cdf) crosses k - 1/2.
+
+        Args:
+            k: counted from 1.
+            confidence: of the interval.
+
+        Returns:
+            value, lower, upper: (n_blocks,) each; NaN where a block has fewer than k. The interval is between the
+            crossings of k - 1/2 -+ z sqrt(2 k / n_probes): among the weights of n_probes Gaussian vectors the count of
+            the k largest has that standard error. What too few steps leave open is not in it.
+
+        Raises:
+            ValueError: k is below 1, or confidence is not between 0 and 1.
+
+        Example:
+            >>> tenth, lower, upper = spectra.kth_eigenvalue(10)
+        """
+        if k < 1:
+            raise ValueError(f"kth_eigenvalue: k must be at least 1, got {k}")
+        half = normal_quantile(check_confidence("kth_eigenvalue", confidence))
+        half *= math.sqrt(2 * k / self.quadrature.num_probes)
+        missing = ~self._known | (torch.tensor(self.dims) < k)
+        value, lower, upper = (
+            axes.kth_largest(*self.merged, self.dims, count).masked_fill(missing, torch.nan)
+            for count in (k, k + half, k - half)
+        )
+        return value, lower, upper
+
+    def histogram(self, bins: int | Tensor | Sequence[float] = 50) -> tuple[Tensor, Tensor]:
+        """Count the eigenvalues of every block in bins, not smoothed: dim times the mass.
+
+        Args:
+            bins: number of equal bins over the nodes of all blocks, or (n_bins + 1,) ascending edges. A bin holds its
+                left edge, the last one both; what lies outside is not counted.
+
+        Returns:
+            edges (n_bins + 1,), counts (n_blocks, n_bins); NaN for a block of which nothing is known.
+
+        Raises:
+            ValueError: bins is below 1 or not ascending.
+
+        Example:
+            >>> edges, counts = spectra.histogram(100)
+        """
+        nodes, weights = self.merged
+        if isinstance(bins, int):
+            if bins < 1:
+                raise ValueError(f"histogram: bins must be at least 1, got {bins}")
+            low, high = float(nodes[self._known].min()), float(nodes[self._known].max())
+            half = 0.5 if low == high else 0.0
+            edges = torch.linspace(low - half, high + half, bins + 1, dtype=torch.float64)
+        else:
+            edges = check_grid("histogram", bins)
+            if len(edges) < 2:
+                raise ValueError("histogram: bins must have at least two edges, got 1")
+        inside = (nodes >= edges[0]) & (nodes <= edges[-1])
+        bin_of = (torch.searchsorted(edges, nodes, right=True) - 1).clamp(0, len(edges) - 2)
+        counts = torch.zeros(len(self), len(edges) - 1, dtype=torch.float64)
+        counts.scatter_add_(1, bin_of, weights * inside * torch.tensor(self.dims)[:, None])
+        return edges, counts.masked_fill(~self._known[:, None], torch.nan)
+
+    def outliers(self, name: str, tolerance: float = ritz.CONVERGED) -> list[ritz.Eigenvalue]:
+        """Return the eigenvalues of a block that stand apart so far that Lanczos has found them, with residual bounds.
+
+        Args:
+            name: of the block.
+            tolerance: largest residual, relative to the block's largest |node|.
+
+        Returns:
+            eigenvalues, largest |value| first: see ritz.eigenvalues. Of a block smaller than the number of steps, all.
+
+        Raises:
+            ValueError: no block has this name.
+
+        Source: Parlett 1998, section 13.2; Paige 1980.
+
+        Example:
+            >>> [(e.value, e.residual) for e in spectra.outliers("wte.weight")]
+        """
+        return ritz.eigenvalues(self.quadrature, self.rows([name])[0], tolerance)
+
     @cached_property
     def _statistics(self) -> list[list[float]]:
         """Of every block: lambda_min, lambda_max, trace and its error, Frobenius norm and its error, negative mass."""
@@ -291,16 +408,35 @@ class Spectra:
         rows: list[list[float]] = torch.stack(columns, 1).tolist()
         return rows
 
-    def compared(self, blocks: Sequence[str] | None = None) -> tuple[str, ...]:
+    def hvp_error(self, name: str) -> float:
+        """Return the size of the errors of Hessian-vector products with a block, where it is known, else 0.
+
+        It is an attribute of the block, or provenance["hvp_error"][name], in units of the eigenvalues.
+        """
+        known = getattr(self.blocks[self._row[name]], "hvp_error", None)
+        if known is None:
+            known = (self.provenance.get("hvp_error") or {}).get(name)
+        return float(known or 0.0)
+
+    @cached_property
+    def zero_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks whose every eigenvalue is zero within hvp_error."""
+        sizes = self.merged[0].abs().amax(1).tolist()
+        known = self._known.tolist()
+        return tuple(name for name, size, k in zip(self.names, sizes, known) if k and size <= self.hvp_error(name))
+
+    def compared(self, blocks: Sequence[str] | None = None, normalize: str | int = "none") -> tuple[str, ...]:
         """Return the names of the blocks that comparisons take, the rows of js_matrix.
 
         Args:
-            blocks: names, in this order; None means every block that is used and finite.
+            blocks: names, in this order; None means every block that is used and finite, and can be normalised.
+            normalize: see js_matrix.
 
         Raises:
             ValueError: a name is unknown, repeated or of a block of which nothing is known; fewer than two are left.
         """
-        names = self._sound if blocks is None else tuple(blocks)
+        left_out = dict(self._left_out(normalize))
+        names = tuple(name for name in self.names if name not in left_out) if blocks is None else tuple(blocks)
         for row in self.rows(names):
             if not self._known[row]:
                 raise ValueError(f"blocks: {self.names[row]!r} has no spectrum: its Hessian was never finite")
@@ -310,32 +446,83 @@ class Spectra:
 
     @cached_property
     def left_out(self) -> tuple[tuple[str, str], ...]:
-        """(name, reason) of the blocks that comparisons leave out by default."""
+        """(name, reason) of the blocks that comparisons leave out by default; normalised ones may leave out more."""
         broken = self.quadrature.nonfinite.any(0).tolist()
         unused = ["unused" in block.note.split("; ") for block in self.blocks]
         reasons = ("non-finite" if bad else "unused" if idle else "" for bad, idle in zip(broken, unused))
         return tuple((name, reason) for name, reason in zip(self.names, reasons) if reason)
+
+    def num_comparable(self, normalize: str | int = "none") -> int:
+        """Return how many blocks comparisons take by default."""
+        return len(self) - len(self._left_out(normalize))
+
+    def _left_out(self, normalize: str | int) -> tuple[tuple[str, str], ...]:
+        """left_out, and the blocks that cannot be normalised, in order."""
+        reasons = {**self._not_normalizable(normalize), **dict(self.left_out)}
+        return tuple((name, reasons[name]) for name in self.names if name in reasons)
+
+    def _not_normalizable(self, normalize: str | int) -> dict[str, str]:
+        """Name -> why, of the known blocks that cannot be divided by what normalize says."""
+        if normalize == "none":
+            return {}
+        values = axes.divisors(*self.merged, self.dims, normalize).tolist()
+        zero = self._zero_tolerance.tolist()
+        reasons = {}
+        for name, dim, known, value, least in zip(self.names, self.dims, self._known.tolist(), values, zero):
+            if not known:
+                continue
+            if name in self.zero_blocks:
+                reasons[name] = "zero"
+            elif isinstance(normalize, int) and dim < normalize:
+                reasons[name] = f"fewer than {normalize} eigenvalues"
+            elif value <= least * (dim if normalize == "trace" else 1):
+                what = axes.divisor_name(normalize).removeprefix("the block's ")
+                reasons[name] = f"{what} zero or negative"
+        return reasons
 
     @cached_property
     def _sound(self) -> tuple[str, ...]:
         left_out = dict(self.left_out)
         return tuple(name for name in self.names if name not in left_out)
 
-    def _measures_of(self, names: Sequence[str], axis: str) -> tuple[Tensor, Tensor]:
-        check_choice("js_matrix", "axis", axis, AXES)
-        rows = self.rows(names)
-        nodes, weights = self.merged
-        return AXES[axis](nodes[rows]), weights[rows]
+    def _axis(self, op: str, names: Sequence[str], axis: str, normalize: str | int, scale: float | None) -> Axis:
+        """Return the axis for these blocks, with the default scale where it needs one and none is given."""
+        axes.check_axis(op, axis, normalize, scale)
+        broken = self._not_normalizable(normalize)
+        for name in names:
+            if name in broken:
+                raise ValueError(
+                    f"{op}: eigenvalues of {name!r} cannot be divided by {axes.divisor_name(normalize)}: {broken[name]}"
+                )
+        if axis == "asinh" and scale is None:
+            scale = axes.default_scale(*self._measures_of(names, Axis(normalize=normalize)))
+        return Axis(axis, normalize, scale)
 
-    def default_sigma(self, blocks: Sequence[str] | None = None, axis: str = "linear") -> float:
+    def _measures_of(self, names: Sequence[str], axis: Axis, probes: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Nodes on an axis and weights of some blocks, from all probes or some."""
+        rows = self.rows(names)
+        merged = self.merged if probes is None else measures.merge_probes(measures.with_probes(self.quadrature, probes))
+        nodes, weights = (part[rows] for part in merged)
+        divisors = axes.divisors(nodes, weights, [self.dims[row] for row in rows], axis.normalize)
+        return axis.place(nodes / divisors[:, None]), weights
+
+    def default_sigma(
+        self,
+        blocks: Sequence[str] | None = None,
+        axis: str = "linear",
+        normalize: str | int = "none",
+        scale: float | None = None,
+    ) -> float:
         """Return the sigma that comparisons of these blocks take where none is given: see density.default_sigma.
 
         Args:
-            blocks: names; None means every block that is used and finite.
-            axis: one of divergence.AXES.
+            blocks: names; None means every block that is used and finite, and can be normalised.
+            axis, normalize, scale: see js_matrix.
         """
-        names = (self._sound or self.names) if blocks is None else blocks
-        return default_sigma(self._measures_of(names, axis)[0])
+        if blocks is None:
+            left_out = dict(self._left_out(normalize))
+            blocks = [name for name in self.names if name not in left_out] or self.names
+        return default_sigma(self._measures_of(blocks, self._axis("default_sigma", blocks, axis, normalize, scale))[0])
 
     def js_matrix(
         self,
@@ -345,6 +532,8 @@ class Spectra:
         axis: str = "linear",
         blocks: Sequence[str] | None = None,
         grid_points: int = UNNORMALISED_POINTS,
+        normalize: str | int = "none",
+        scale: float | None = None,
     ) -> Tensor:
         """Compare the spectra pair by pair.
 
@@ -352,21 +541,26 @@ class Spectra:
             kind: "distance", "divergence", or a reconstruction of the paper's definition, "jeffreys" or
                 "unnormalised": see divergence.js_matrix.
             base: of the logarithm, for all kinds; with base 2 the first two are in [0, 1].
-            sigma: width of the Gaussian on the axis, one for all; None means default_sigma(blocks, axis).
-            axis: one of divergence.AXES.
-            blocks: names; None means every block that is used and finite.
+            sigma: width of the Gaussian on the axis, one for all; None means default_sigma(blocks, axis, ...).
+            axis: "linear", or "asinh": logarithmic towards both sides beyond `scale`.
+            blocks: names; None means every block that is used and finite, and can be normalised.
             grid_points: for kind "unnormalised" only.
+            normalize: what the eigenvalues of every block are divided by first: "none", "radius" (spectral radius),
+                "trace", or k for the k-th largest eigenvalue (10 in the paper's figures): see kth_eigenvalue.
+            scale: of the asinh axis, one for all blocks; None means axes.default_scale, the median block's root mean
+                square.
 
         Returns:
-            (n_compared, n_compared), rows as compared(blocks).
+            (n_compared, n_compared), rows as compared(blocks, normalize).
 
         Raises:
-            ValueError: an argument breaks its rule, or fewer than two blocks are compared.
+            ValueError: an argument breaks its rule, a named block cannot be normalised, or fewer than two blocks are
+                compared.
 
         Example:
             >>> spectra.js_matrix(kind="jeffreys", blocks=["wte.weight", "h.0.attn.wq"])
         """
-        return self.compare(kind, base, sigma, axis, blocks, grid_points)[0]
+        return self.compare(kind, base, sigma, axis, blocks, grid_points, normalize, scale)[0]
 
     def js0(
         self,
@@ -376,10 +570,17 @@ class Spectra:
         axis: str = "linear",
         blocks: Sequence[str] | None = None,
         grid_points: int = UNNORMALISED_POINTS,
+        normalize: str | int = "none",
+        scale: float | None = None,
+        confidence: float | None = None,
     ) -> JS0:
         """Average js_matrix over all pairs of different blocks: the paper's measure of heterogeneity.
 
+        Random probes raise it. With `confidence` the jackknife estimates by how much, and an interval for what many
+        probes would give at the same number of steps; that costs n_probes more matrices.
+
         Args, Raises: see js_matrix.
+            confidence: probability of the interval, in (0, 1); None means no interval.
 
         Returns:
             JS0: float(js0) is the mean, str(js0) says it with all it depends on.
@@ -387,9 +588,47 @@ class Spectra:
         Source: Zhang et al. 2024, section 2.5.
 
         Example:
-            >>> print(spectra.js0())
+            >>> print(spectra.js0(confidence=0.95))
         """
-        return self.compare(kind, base, sigma, axis, blocks, grid_points)[1]
+        js0 = self.compare(kind, base, sigma, axis, blocks, grid_points, normalize, scale)[1]
+        if confidence is None:
+            return js0
+        error = self._js_error(js0)
+        return js_error.with_interval(js0, error, check_confidence("js0", confidence))
+
+    def js_matrix_error(self, **comparison: Any) -> tuple[Tensor, Tensor]:
+        """Estimate by the jackknife what random probes do to js_matrix.
+
+        Args:
+            comparison: arguments of js_matrix, by name.
+
+        Returns:
+            bias, stderr: (n_compared, n_compared) each; NaN with one probe. js_matrix - bias is the better estimate of
+            what many probes would give at the same number of steps.
+
+        Source: Quenouille 1956; Tukey 1958.
+
+        Example:
+            >>> bias, stderr = spectra.js_matrix_error(sigma=0.01)
+        """
+        error = self._js_error(self.compare(**comparison)[1])
+        return error.bias, error.stderr
+
+    def _js_error(self, js0: JS0) -> js_error.JSError:
+        axis = Axis(js0.axis, js0.normalize, js0.scale)
+
+        def matrix(probes: list[int], kind: str) -> Tensor:
+            values = js_matrix(
+                *self._measures_of(js0.blocks, axis, probes),
+                kind=kind,
+                base=js0.base,
+                sigma=js0.sigma,
+                grid_points=js0.grid_points or UNNORMALISED_POINTS,
+            )
+            unknown = ~(self.quadrature.steps[probes] > 0).any(0)[self.rows(js0.blocks)]
+            return values.masked_fill(unknown[:, None] | unknown, math.nan)
+
+        return js_error.js_error(matrix, js0.kind, self.quadrature.num_probes)
 
     def compare(
         self,
@@ -399,31 +638,79 @@ class Spectra:
         axis: str = "linear",
         blocks: Sequence[str] | None = None,
         grid_points: int = UNNORMALISED_POINTS,
+        normalize: str | int = "none",
+        scale: float | None = None,
     ) -> tuple[Tensor, JS0]:
         """Return js_matrix and js0 at the cost of one. Args, Raises: see js_matrix."""
-        names = self.compared(blocks)
-        nodes, weights = self._measures_of(names, axis)
+        axes.check_axis("js_matrix", axis, normalize, scale)
+        names = self.compared(blocks, normalize)
+        where = self._axis("js_matrix", names, axis, normalize, scale)
+        nodes, weights = self._measures_of(names, where)
         sigma = default_sigma(nodes) if sigma is None else float(sigma)
         matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
         return matrix, JS0(
-            value=float(matrix.sum()) / (len(names) * (len(names) - 1)),
+            value=js_error.mean_of_pairs(matrix),
             kind=kind,
             base=float(base),
             axis=axis,
             sigma=sigma,
             blocks=names,
-            left_out=self.left_out if blocks is None else (),
+            left_out=self._left_out(normalize) if blocks is None else (),
             batchnorm=str(self.provenance.get("batchnorm") or ""),
             grid_points=grid_points if kind == "unnormalised" else None,
+            normalize=normalize,
+            scale=where.scale,
         )
+
+    def sensitivity(self, **options: Any) -> Sensitivity:
+        """Tabulate JS0 over sigma, axis and normalisation, as it depends on them: see sensitivity.sensitivity.
+
+        Example:
+            >>> print(spectra.sensitivity())
+        """
+        return sensitivity(self, **options)
+
+    def distance_matrix(
+        self,
+        metric: str = "wasserstein",
+        axis: str = "linear",
+        blocks: Sequence[str] | None = None,
+        normalize: str | int = "none",
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compare the spectra pair by pair without smoothing: exact, and no sigma to choose.
+
+        Args:
+            metric: "wasserstein" (in units of the axis) or "kolmogorov" (in [0, 1]): see transport.
+            axis, blocks, normalize, scale: see js_matrix.
+
+        Returns:
+            (n_compared, n_compared), rows as compared(blocks, normalize).
+
+        Raises:
+            ValueError: as js_matrix.
+
+        Source: see transport.distance_matrix.
+
+        Example:
+            >>> spectra.distance_matrix("kolmogorov", normalize="radius")
+        """
+        axes.check_axis("distance_matrix", axis, normalize, scale)
+        names = self.compared(blocks, normalize)
+        where = self._axis("distance_matrix", names, axis, normalize, scale)
+        return transport.distance_matrix(*self._measures_of(names, where), metric)
 
     def table(self, blocks: Sequence[str] | None = None) -> str:
         """Return a plain-text table, one block a line: shape, extreme eigenvalues, trace +- its error, ...
 
+        "W1 probes" and "W1 steps" are wasserstein_error(): how far the random probes, and at most the steps, may have
+        left the spectrum from the truth. Where the first is larger, more probes help, else more steps.
+
         Args:
             blocks: names, in the order wanted; None means all, in the order of the model.
         """
-        header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,steps,note"
+        header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,zero,W1 probes,W1 steps,steps,note"
+        zero, (from_probes, from_steps) = self.zero_mass().tolist(), self.wasserstein_error()
         lines = []
         for row in self.rows(blocks):
             block, steps = self.blocks[row], self.quadrature.steps[:, row]
@@ -441,6 +728,9 @@ class Spectra:
                     number(stderr, 2),
                     number(norm),
                     "-" if math.isnan(negative) else f"{negative:.4f}",
+                    "-" if math.isnan(zero[row]) else f"{zero[row]:.4f}",
+                    number(float(from_probes[row]), 2),
+                    number(float(from_steps[row]), 2),
                     str(most) if least == most else f"{least}..{most}",
                     "; ".join(filter(None, (block.note, broken))),
                 )

@@ -1,0 +1,244 @@
+"""The error bars of Spectra, as methods: what random probes and finite steps leave open in each of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from blockhess import error_bars, measures, ritz, truncation
+from blockhess.density import (
+    DEFAULT_RELATIVE_SIGMA,
+    WIDEST_RELATIVE_SIGMA,
+    check_grid,
+    check_sigma,
+    default_sigma,
+    node_grid,
+)
+from blockhess.error_bars import Band
+from blockhess.intervals import check_confidence, jackknife, leave_one_out
+from blockhess.table import format_table, number
+from blockhess_ext import Quadrature
+
+# Points of a cdf_band for which none are given, at most, or a few a block.
+_CDF_POINTS, _LEAST_QUANTILES = 128, 8
+
+
+class SpectraBands:
+    """What Spectra knows about its own errors.
+
+    Bands hold pointwise: at every point of x the stated probability, not at all of them at once.
+    """
+
+    quadrature: Quadrature
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See Spectra."""
+        raise NotImplementedError
+
+    def rows(self, blocks: Sequence[str] | None = None) -> list[int]:
+        """See Spectra."""
+        raise NotImplementedError
+
+    def default_sigma(self, blocks: Sequence[str] | None = None) -> float:
+        """See Spectra."""
+        raise NotImplementedError
+
+    def resolved_sigma(self, blocks: Sequence[str] | None = None) -> Tensor:
+        """Return the width of the Gaussian that the steps of each block resolve, range / steps: for pictures.
+
+        Less would draw the nodes, not the density. Never for comparisons: two equal spectra blurred differently differ.
+
+        Args:
+            blocks: names, in order; None means all.
+
+        Returns:
+            (n_blocks,), each between DEFAULT_RELATIVE_SIGMA and WIDEST_RELATIVE_SIGMA of the block's range; the former
+            where the Krylov space was exhausted, so that the nodes are the eigenvalues.
+
+        Source: Lin, Saad, Yang 2016, section 3.2 (resolution and number of steps).
+
+        Example:
+            >>> widths = spectra.resolved_sigma()
+        """
+        rows, q = self.rows(blocks), self.quadrature
+        nodes = measures.merge_probes(q)[0]
+        exhausted = (truncation.exact(q) | (q.steps == 0)).all(0)
+        widths = []
+        for row in rows:
+            share = DEFAULT_RELATIVE_SIGMA
+            if not exhausted[row]:
+                share = min(max(1 / int(q.steps[:, row].max()), share), WIDEST_RELATIVE_SIGMA)
+            widths.append(default_sigma(nodes[row]) * share / DEFAULT_RELATIVE_SIGMA)
+        return torch.tensor(widths, dtype=torch.float64)
+
+    def density_band(
+        self,
+        sigma: float | None = None,
+        grid: Tensor | Sequence[float] | None = None,
+        confidence: float = 0.95,
+        blocks: Sequence[str] | None = None,
+    ) -> Band:
+        """Smooth the spectra as `density` does, with error bars.
+
+        Args:
+            sigma: width of the Gaussian in units of the eigenvalues; None means default_sigma().
+            grid: (n_points,) eigenvalues, strictly ascending; None means density.node_grid of the blocks.
+            confidence: of the bands, in (0, 1).
+            blocks: names, in order; None means all.
+
+        Returns:
+            Band with values and bands (n_blocks, n_points). The statistical band holds what many probes would give at
+            the same number of steps, the total band the density of the exact spectrum. With one probe they hold
+            everything.
+
+        Raises:
+            ValueError: an argument breaks its rule.
+
+        Source: see error_bars and truncation.
+
+        Example:
+            >>> band = spectra.density_band(sigma=0.01)
+            >>> (band.total_lower <= band.lower).all()
+            tensor(True)
+        """
+        rows = self.rows(blocks)
+        nodes = measures.merge_probes(self.quadrature)[0][rows]
+        sigma = check_sigma("density_band", self.default_sigma(blocks) if sigma is None else sigma, nodes)
+        points = node_grid(nodes, sigma) if grid is None else check_grid("density_band", grid)
+        confidence = check_confidence("density_band", confidence)
+        return error_bars.density_band(self.quadrature, rows, points, sigma, confidence)
+
+    def cdf_band(
+        self,
+        x: Tensor | Sequence[float] | None = None,
+        confidence: float = 0.95,
+        blocks: Sequence[str] | None = None,
+    ) -> Band:
+        """Count eigenvalues as `cdf` does, with error bars.
+
+        Args:
+            x: (n_points,) eigenvalues, strictly ascending; None means some quantiles of every block.
+            confidence: of the bands, in (0, 1).
+            blocks: names, in order; None means all.
+
+        Returns:
+            Band with shares and bands (n_blocks, n_points), all in [0, 1]. The statistical band holds what many probes
+            would give at the same number of steps, the total band the share of the exact spectrum. Cost: one
+            tridiagonal problem a point, block and probe.
+
+        Raises:
+            ValueError: an argument breaks its rule.
+
+        Source: see error_bars and truncation.
+
+        Example:
+            >>> band = spectra.cdf_band([0.0])
+            >>> print(f"{band.total_lower[0, 0]:.3f} ... {band.total_upper[0, 0]:.3f}")
+        """
+        rows = self.rows(blocks)
+        confidence = check_confidence("cdf_band", confidence)
+        if x is None:
+            nodes, weights = (part[rows] for part in measures.merge_probes(self.quadrature))
+            count = max(_LEAST_QUANTILES, _CDF_POINTS // len(rows))
+            shares = torch.linspace(0, 1, count, dtype=torch.float64)
+            points = measures.quantiles(nodes, weights, shares)
+            points = torch.unique(points[points.isfinite()])
+        else:
+            points = check_grid("cdf_band", x)
+        return error_bars.cdf_band(self.quadrature, rows, points, confidence)
+
+    def trace_interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return confidence intervals of the traces of all blocks.
+
+        Args:
+            confidence: in (0, 1).
+
+        Returns:
+            lower, upper: (n_blocks,) each. The steps add no error. Infinite with one probe.
+
+        Raises:
+            ValueError: confidence is not between 0 and 1.
+
+        Source: see error_bars.trace_interval.
+
+        Example:
+            >>> lower, upper = spectra.trace_interval()
+        """
+        return error_bars.trace_interval(self.quadrature, check_confidence("trace_interval", confidence))
+
+    def range_error(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Estimate by the jackknife how far eigenvalue_range still is from what many probes would give.
+
+        Extremes over probes lie inside the true range: the bias of lambda_min is positive, that of lambda_max negative.
+        What too few steps leave is not in it; the residuals of `outliers` bound that.
+
+        Returns:
+            (bias, stderr) of lambda_min and of lambda_max, (n_blocks,) each; NaN with one probe.
+
+        Source: Quenouille 1956; Miller 1974.
+
+        Example:
+            >>> (_, _), (bias, stderr) = spectra.range_error()
+        """
+
+        def extremes(probes: list[int]) -> Tensor:
+            return torch.stack(measures.extremes(measures.with_probes(self.quadrature, probes)))
+
+        bias, stderr = jackknife(*leave_one_out(extremes, self.quadrature.num_probes))
+        return (bias[0], stderr[0]), (bias[1], stderr[1])
+
+    def wasserstein_error(self) -> tuple[Tensor, Tensor]:
+        """Return how far, in Wasserstein-1 distance, probes and steps may have left the spectra from the truth.
+
+        Returns:
+            probes, steps: (n_blocks,) each, in units of the eigenvalues: the area under the standard error of the cdf
+            (infinite with one probe), and an a-posteriori bound of what the steps leave open, mean over probes.
+
+        Source: Chen, Trogdon, Ubaru 2021; see truncation.wasserstein_bound.
+
+        Example:
+            >>> probes, steps = spectra.wasserstein_error()
+        """
+        return self._wasserstein_error
+
+    @cached_property
+    def _wasserstein_error(self) -> tuple[Tensor, Tensor]:
+        return error_bars.wasserstein_error(self.quadrature)
+
+    def error_table(self, blocks: Sequence[str] | None = None, confidence: float = 0.95) -> str:
+        """Return a plain-text table of the errors of every block, one a line.
+
+        Columns: bias of the extreme eigenvalues and its standard error, by the jackknife (range_error); the residual of
+        the largest node in size (outliers); the interval of the trace; wasserstein_error.
+
+        Args:
+            blocks: names, in the order wanted; None means all.
+            confidence: of the interval of the trace.
+
+        Raises:
+            ValueError: a name is unknown, or confidence is not between 0 and 1.
+        """
+        title = f"trace, {100 * check_confidence('error_table', confidence):g} %"
+        header = ["block", "lambda_min bias", "+-", "lambda_max bias", "+-", "residual", title, "W1 probes", "W1 steps"]
+        (low, low_error), (high, high_error) = self.range_error()
+        (lower, upper), (probes, steps) = self.trace_interval(confidence), self.wasserstein_error()
+        lines = []
+        for row in self.rows(blocks):
+            bounds, nodes = ritz.residuals(self.quadrature, row), self.quadrature.nodes[:, row]
+            largest = torch.where(bounds.isnan(), -1.0, nodes.abs()).argmax()
+            values = (low, low_error, high, high_error)
+            lines.append(
+                [
+                    self.names[row],
+                    *(number(float(value[row]), 2) for value in values),
+                    number(float(bounds.flatten()[largest]), 2),
+                    f"{number(float(lower[row]))} ... {number(float(upper[row]))}",
+                    number(float(probes[row]), 2),
+                    number(float(steps[row]), 2),
+                ]
+            )
+        return format_table(header, lines)
