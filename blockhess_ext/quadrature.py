@@ -33,7 +33,8 @@ class Quadrature:
         num_steps: steps asked for.
         seed: of the probes; None where they were given.
         distribution: "gaussian", "rademacher" or "given".
-        reorthogonalize: "none" or "full", what was done in each block.
+        reorthogonalize: "none" or "full", what was done in each block; "exact" where no probe was needed, as the
+            quadrature is that of the spectral density itself.
         dtype: of the vectors.
     """
 
@@ -89,6 +90,10 @@ class Quadrature:
             chosen[name] = tuple(getattr(self, name)[l] for l in blocks)
         return replace(self, **chosen)
 
+    def is_exact(self, block: int) -> bool:
+        """Whether every probe of this block gives the spectral density itself: it was written out, or has one element."""
+        return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
+
     @property
     def num_probes(self) -> int:
         """Number of probes."""
@@ -109,7 +114,7 @@ class Quadrature:
 
         Returns:
             values, stderr: (n_blocks,) float64. With one probe the error is infinite, as nothing is known of it;
-            a block of one element has error 0, as every probe gives the same. Recurrences frozen before
+            an exact block has error 0. Recurrences frozen before
             their first step are left out; where a block has no other, its value is NaN and its error infinite.
 
         Raises:
@@ -141,7 +146,8 @@ class Quadrature:
         squares = torch.where(known, (terms - mean) ** 2, 0.0).sum(0)
         stderr = torch.where(count > 1, (squares / (count - 1) / count).sqrt(), math.inf)
         dims = torch.tensor(self.dims, dtype=torch.float64, device=terms.device)
-        return dims * mean, torch.where((dims == 1) & (count > 0), 0.0, dims * stderr)
+        exact = torch.tensor([self.is_exact(l) for l in range(len(self.dims))], device=terms.device)
+        return dims * mean, torch.where(exact & (count > 0), 0.0, dims * stderr)
 
 
 def _padded(values: Tensor, m: int, repeat: bool) -> Tensor:

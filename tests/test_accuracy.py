@@ -38,8 +38,9 @@ def test_a_key_bias_is_zero_within_the_error() -> None:
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), blocks=blocks, num_probes=2, num_steps=3)
     notes = {block.name: block.note for block in spectra.blocks}
     assert notes == {"query": "", "key": "zero within HVP error", "value": ""}
-    norm, error = spectra.provenance["hvp_error"]["key"]
-    assert norm <= error < 1e-6
+    assert 0 < spectra.provenance["hvp_error"]["key"] < 1e-6
+    assert spectra.zero_blocks == ("key",)
+    assert "key" in spectra.compared() and "key" not in spectra.compared(normalize="radius")
 
 
 class Wrong(AutogradEngine):

@@ -77,5 +77,8 @@ def test_small_blocks_next_to_estimated_ones() -> None:
     for name in ("0.weight", "2.weight"):
         assert torch.equal(spectra[name].nodes[:, :4], alone[name].nodes[:, :4])
     assert spectra["0.bias"].steps.tolist() == [4, 4] and spectra["0.bias"].trace_stderr < 1e-15
+    probes, steps = spectra.wasserstein_error()
+    exact = torch.tensor([name in spectra.provenance["plan"]["exact"] for name in spectra.names])
+    assert torch.equal(probes == 0, exact) and torch.equal(steps < 1e-12, exact)
     js = spectra.js_matrix()
     assert js.shape == (4, 4) and js.isfinite().all()

@@ -18,6 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+# Of blocks that their Hessian-vector products cannot tell from zero.
+ZERO_NOTE = "zero within HVP error"
+
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -30,7 +33,7 @@ class BlockInfo:
         shape: of the parameter or slice; (dim,) for a group of several.
         dim: number of scalar parameters.
         parameters: names of the parameters it covers.
-        note: "" or remarks joined by "; ": "unused" (no gradient reached it in any batch), "tied with NAME".
+        note: "" or remarks joined by "; ": "unused" (no gradient reached it in any batch), ZERO_NOTE, "tied with NAME".
     """
 
     name: str

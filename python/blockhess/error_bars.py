@@ -62,7 +62,7 @@ def _variance(q: Quadrature, block: int, values: Tensor, mean_square: Tensor, co
         values: (n_known, ...) of the probes.
         mean_square: (...) mean of f^2 over the eigenvalues, for what theory knows of Gaussian probes.
     """
-    if q.dims[block] == 1:  # every probe gives the same
+    if q.is_exact(block):  # every probe gives the same
         return torch.zeros_like(mean_square)
     known = torch.zeros_like(mean_square)
     if q.distribution == "gaussian":
@@ -162,7 +162,7 @@ def trace_interval(q: Quadrature, confidence: float) -> tuple[Tensor, Tensor]:
     intervals = []
     for block, dim in enumerate(q.dims):
         nodes, weights = _probes_of(q, block)
-        if len(nodes) < (2 if dim > 1 else 1):
+        if len(nodes) < (1 if q.is_exact(block) else 2):
             intervals.append((-math.inf, math.inf))
             continue
         values = (weights * nodes).sum(1)
@@ -193,19 +193,19 @@ def wasserstein_error(q: Quadrature) -> tuple[Tensor, Tensor]:
         probes, steps: (n_blocks,) each, in units of the eigenvalues: int stderr(cdf(x)) dx, which estimates the part of
         the probes (infinite with one), and the bound of truncation.wasserstein_bound, mean over probes.
     """
-    from_probes = [_cdf_stderr_area(*_probes_of(q, block), q.dims[block]) for block in range(len(q.dims))]
+    from_probes = [_cdf_stderr_area(*_probes_of(q, block), q.is_exact(block)) for block in range(len(q.dims))]
     bounds = truncation.wasserstein_bound(q)
     known = q.steps > 0
     steps = torch.where(known, bounds, 0.0).sum(0) / known.sum(0)
     return torch.tensor(from_probes, dtype=torch.float64), steps
 
 
-def _cdf_stderr_area(nodes: Tensor, weights: Tensor, dim: int) -> float:
+def _cdf_stderr_area(nodes: Tensor, weights: Tensor, exact: bool) -> float:
     count, m = nodes.shape
     if count == 0:
         return math.nan
-    if count == 1:
-        return 0.0 if dim == 1 else math.inf
+    if exact or count == 1:
+        return 0.0 if exact else math.inf
     x, order = nodes.flatten().sort()
     jumps = torch.zeros(count, count * m, dtype=torch.float64)
     jumps[order // m, torch.arange(count * m)] = weights.flatten()[order]

@@ -26,7 +26,7 @@ from torch import nn
 import blockhess
 import blockhess_ext
 from blockhess.batches import as_batches, split_batch
-from blockhess.blocks import BlockSpec, Partition, partition, unwrap, with_note
+from blockhess.blocks import ZERO_NOTE, BlockSpec, Partition, partition, unwrap, with_note
 from blockhess.engines import BlockOperator, Engine, NotTraceable
 from blockhess.engines.accuracy import Disagreement, measure
 from blockhess.engines.exact import exact_quadratures
@@ -254,7 +254,7 @@ class _Job:
 
     Attributes:
         plan: as carried out. infos: of the blocks, with notes. hvps: products computed.
-        hvp_error: block -> [|H v|, error of it] for a random unit vector, None where it could not be measured.
+        hvp_error: block -> error of H v for a random unit vector v, None where it could not be measured.
     """
 
     def __init__(self, problem: Problem, options: _Options) -> None:
@@ -274,7 +274,7 @@ class _Job:
         )
         self.infos = problem.infos
         self.hvps = 0
-        self.hvp_error: dict[str, list[float]] | None = None
+        self.hvp_error: dict[str, float] | None = None
 
     @property
     def exact_names(self) -> list[str]:
@@ -341,12 +341,9 @@ class _Job:
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine)
         if accuracy is not None:
-            pairs = zip(accuracy.norms, accuracy.errors)
-            self.hvp_error = {info.name: [norm, error] for info, (norm, error) in zip(self.infos, pairs)}
+            self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
             zero = [l for l in range(len(self.infos)) if self._problem.is_used(l) and accuracy.is_zero(l)]
-            self.infos = tuple(
-                with_note(info, "zero within HVP error") if l in zero else info for l, info in enumerate(self.infos)
-            )
+            self.infos = tuple(with_note(info, ZERO_NOTE) if l in zero else info for l, info in enumerate(self.infos))
         return engine
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from blockhess import axes, js_error, measures, ritz, transport
 from blockhess.axes import Axis
-from blockhess.blocks import BlockInfo
+from blockhess.blocks import ZERO_NOTE, BlockInfo
 from blockhess.density import check_grid, check_sigma, default_sigma, node_grid, smallest_sigma, smooth
 from blockhess.divergence import JS0, UNNORMALISED_POINTS, js_matrix
 from blockhess.intervals import check_confidence, normal_quantile
@@ -420,10 +420,15 @@ class Spectra(SpectraBands):
 
     @cached_property
     def zero_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks whose every eigenvalue is zero within hvp_error."""
+        """Names of the blocks that their Hessian-vector products cannot tell from zero."""
+        told = {block.name for block in self.blocks if ZERO_NOTE in block.note.split("; ")}
         sizes = self.merged[0].abs().amax(1).tolist()
         known = self._known.tolist()
-        return tuple(name for name, size, k in zip(self.names, sizes, known) if k and size <= self.hvp_error(name))
+        return tuple(
+            name
+            for name, size, k in zip(self.names, sizes, known)
+            if k and (name in told or size <= self.hvp_error(name))
+        )
 
     def compared(self, blocks: Sequence[str] | None = None, normalize: str | int = "none") -> tuple[str, ...]:
         """Return the names of the blocks that comparisons take, the rows of js_matrix.

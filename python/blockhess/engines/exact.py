@@ -58,6 +58,7 @@ def exact_quadratures(
             block_ids=(block_id,),
             seed=seed,
             distribution=distribution,
+            reorthogonalize=("exact",),
             num_steps=num_steps,
             dtype=dtype,
         )
