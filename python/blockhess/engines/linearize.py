@@ -80,8 +80,8 @@ _trace_ops.impl("constant", aten.alias.default, "CompositeExplicitAutograd")
 _CONSTANT = torch.ops.blockhess_trace.constant.default
 
 
-# By-products of normalisations, which autograd does not differentiate by themselves: their backward passes do.
-_STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var"}
+# By-products that autograd does not differentiate by themselves: the backward passes they are saved for do.
+_STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "buffer"}
 
 
 class _AsAutogradSees(TorchDispatchMode):
