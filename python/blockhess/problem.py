@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from blockhess.batches import Batch, check_device, map_tensors
+from blockhess.batches import Batch, check_device, map_tensors, tensors
 from blockhess.blocks import Block, with_note
 from blockhess.losses import Loss, checked, checked_weight
 
@@ -152,7 +152,8 @@ class Problem:
                 _refuse_third_derivatives(_refuse_cut_graph([loss.grad_fn]))
                 gradients = self._differentiate(loss, create_graph=True)
                 nodes = _refuse_cut_graph(g.grad_fn for g in gradients.values())
-                self.graph_nodes, self.graph_bytes = len(nodes), _held_bytes(nodes, self.parameters.values())
+                self.graph_nodes = len(nodes)
+                self.graph_bytes = _held_bytes(nodes, (*self.parameters.values(), *tensors(batch)))
                 del nodes
                 self.forward_flops = flops.total
                 gradients = {name: g.detach() for name, g in gradients.items()}
@@ -253,10 +254,10 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
                 f"spectrum: dtype must be float32 or float64 for parameters of {', '.join(map(str, own))}, got {dtype}"
             )
         return {}
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    if all(t.dtype == dtype for t in tensors.values()):
+    floating = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    if all(t.dtype == dtype for t in floating.values()):
         return {}
-    converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in tensors.items()}
+    converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in floating.items()}
     return {name: converted[key] for key, names in _owned(model).items() if key in converted for name in names}
 
 
@@ -389,9 +390,9 @@ def _refuse_cut_graph(roots: Iterable[Node | None]) -> set[Node]:
     return seen
 
 
-def _held_bytes(nodes: Iterable[Node], parameters: Iterable[Tensor]) -> int:
-    """What the tensors that these nodes saved take, other than the parameters."""
-    counted = {p.untyped_storage().data_ptr() for p in parameters}
+def _held_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
+    """What the tensors that these nodes saved take, other than those that are there anyway."""
+    counted = {t.untyped_storage().data_ptr() for t in others}
     total = 0
     for node in nodes:
         for name in dir(type(node)):

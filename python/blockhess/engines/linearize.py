@@ -172,6 +172,10 @@ def trace_gradient(
     _make_functional(traced.graph)
     _without_strides(traced.graph)
     traced.graph.eliminate_dead_code()
+    for node in traced.graph.nodes:
+        for value in tree_flatten(node.meta.get("val"))[0]:
+            if any(isinstance(size, torch.SymInt) for size in getattr(value, "shape", ())):
+                raise NotTraceable(f"the shape that {node.target} returns depends on values")
     traced.recompile()
     return traced
 
