@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from blockhess.batches import Batch, check_device, map_tensors
+from blockhess.batches import Batch, check_device, map_tensors, tensors
 from blockhess.blocks import Block, with_note
 from blockhess.losses import Loss, checked, checked_weight
 
@@ -151,10 +151,11 @@ class Problem:
             if self.batches:
                 gradients = self._differentiate(loss, create_graph=False)
             else:
-                _refuse_cut_graph([loss.grad_fn])
+                _refuse_third_derivatives(_refuse_cut_graph([loss.grad_fn]))
                 gradients = self._differentiate(loss, create_graph=True)
                 nodes = _refuse_cut_graph(g.grad_fn for g in gradients.values())
-                self.graph_nodes, self.graph_bytes = len(nodes), _held_bytes(nodes, self.parameters.values())
+                self.graph_nodes = len(nodes)
+                self.graph_bytes = _held_bytes(nodes, (*self.parameters.values(), *tensors(batch)))
                 del nodes
                 self.forward_flops = flops.total
                 gradients = {name: g.detach() for name, g in gradients.items()}
@@ -185,6 +186,15 @@ class Problem:
         """Whether the loss depends on some parameter of block `number`."""
         return not self.used.isdisjoint(self.infos[number].parameters)
 
+    def without_second_derivative(self, backward: str) -> tuple[str, str]:
+        """Where the operation with this backward pass is called, as "in ... ", and what to use instead."""
+        stem = backward.removesuffix("_backward")
+        with _Operations(self.model) as operations, torch.no_grad():
+            self.evaluate(self.batches[0])
+        place = next((where for name, where in operations.places.items() if name.removesuffix("_forward") == stem), "")
+        advice = next((advice for part, advice in _INSTEAD.items() if part in stem), "write it in plain PyTorch")
+        return f"in {place} " if place else "of the model ", advice
+
     def _differentiate(self, loss: Tensor, create_graph: bool) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(
             loss, list(self.parameters.values()), create_graph=create_graph, allow_unused=True
@@ -192,7 +202,7 @@ class Problem:
         return {name: g for name, g in zip(self.parameters, gradients) if g is not None}
 
     def _check_repeatable(self, batch: Batch, index: int, value: float, gradients: dict[str, Tensor]) -> None:
-        with _RandomOperations(self.model) as random:
+        with _Operations(self.model) as operations:
             start = time.perf_counter()
             again = checked(self.evaluate(batch), index)
             _ = again.item()  # which waits for a GPU
@@ -201,7 +211,7 @@ class Problem:
         if abs(again.item() - value) > 1e-5 * abs(value):
             raise ValueError(
                 f"spectrum: loss_fn must give the same loss for the same batch, got {value:.9g}, then "
-                f"{again.item():.9g}: {random.described()}"
+                f"{again.item():.9g}: {operations.randomness()}"
             )
         size = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
         for name, gradient in gradients.items():
@@ -209,7 +219,7 @@ class Problem:
             if difference > 1e-3 * max(size, 1e-30):
                 raise ValueError(
                     f"spectrum: loss_fn must have the same gradient for the same batch, got one that differs by "
-                    f"{difference:.3g} in {name!r}: {random.described()}"
+                    f"{difference:.3g} in {name!r}: {operations.randomness()}"
                 )
 
 
@@ -249,10 +259,10 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
                 f"spectrum: dtype must be float32 or float64 for parameters of {', '.join(map(str, own))}, got {dtype}"
             )
         return {}
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    if all(t.dtype == dtype for t in tensors.values()):
+    floating = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    if all(t.dtype == dtype for t in floating.values()):
         return {}
-    converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in tensors.items()}
+    converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in floating.items()}
     return {name: converted[key] for key, names in _owned(model).items() if key in converted for name in names}
 
 
@@ -293,12 +303,17 @@ class _Flops(TorchDispatchMode):
         return out
 
 
-class _RandomOperations(TorchDispatchMode):
-    """Notes which operations draw random numbers, and in which module."""
+class _Operations(TorchDispatchMode):
+    """Notes every operation, and in which module it is called.
+
+    Attributes:
+        places: name of an operation -> where it is called first. random: those that draw random numbers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._found: dict[str, None] = {}
+        self.places: dict[str, str] = {}
+        self.random: dict[str, None] = {}
         self._inside: list[str] = []
         self._model = model
 
@@ -316,16 +331,27 @@ class _RandomOperations(TorchDispatchMode):
             handle.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, where = func.overloadpacket.__name__, self._inside[-1] if self._inside else "loss_fn"
+        self.places.setdefault(name, where)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            where = self._inside[-1] if self._inside else "loss_fn"
-            self._found.setdefault(f"{func.overloadpacket.__name__} in {where}")
+            self.random.setdefault(f"{name} in {where}")
         return func(*args, **(kwargs or {}))
 
-    def described(self) -> str:
-        if self._found:
-            return "random numbers are drawn by " + ", ".join(list(self._found)[:5])
+    def randomness(self) -> str:
+        """What a loss that does not repeat itself may be due to."""
+        if self.random:
+            return "random numbers are drawn by " + ", ".join(list(self.random)[:5])
         return "no random number is drawn by torch, so the model changes its own state, or another generator is used"
 
+
+# What to use instead of an operation without a second derivative, by a part of its name.
+_INSTEAD = {
+    "attention": "take away the sdpa_kernel() that asks for it, or use SDPBackend.MATH",
+    "rnn": "set torch.backends.cudnn.enabled = False around it",
+    "cdist": "use (x[:, None] - y).norm(dim=-1)",
+    "embedding_bag": "use nn.Embedding and a sum or mean",
+    "hardsigmoid": "use F.relu6(x + 3) / 6",
+}
 
 # What autograd would silently differentiate wrongly, by the name of its node in the graph.
 _NOT_TWICE_DIFFERENTIABLE = {
@@ -336,6 +362,22 @@ _NOT_TWICE_DIFFERENTIABLE = {
     "WeightNormInterfaceBackward0": "torch's fused weight norm, whose second derivative is wrong; write g v / |v| in "
     "plain PyTorch, or remove the parametrization",
 }
+
+
+# Whose third derivative torch gets wrong: statistics that depend on the input are taken as constants.
+_NOT_THRICE_DIFFERENTIABLE = ("NativeLayerNormBackwardBackward0", "BatchNormBackwardBackward0")
+
+
+def _refuse_third_derivatives(nodes: Iterable[Node]) -> None:
+    """A loss that differentiates inside must not do so through some normalisations."""
+    for node in nodes:
+        fixed = not getattr(node, "_saved_train", getattr(node, "_saved_training", True))  # BatchNorm in eval mode
+        if node.name().endswith(_NOT_THRICE_DIFFERENTIABLE) and not fixed:
+            layer = "LayerNorm" if "Layer" in node.name() else "BatchNorm"
+            raise NotImplementedError(
+                f"spectrum: loss_fn differentiates through {layer}, whose third derivative torch gets wrong; write the "
+                "normalisation in plain PyTorch, or use nn.GroupNorm"
+            )
 
 
 def _refuse_cut_graph(roots: Iterable[Node | None]) -> set[Node]:
@@ -353,9 +395,9 @@ def _refuse_cut_graph(roots: Iterable[Node | None]) -> set[Node]:
     return seen
 
 
-def _held_bytes(nodes: Iterable[Node], parameters: Iterable[Tensor]) -> int:
-    """What the tensors that these nodes saved take, other than the parameters."""
-    counted = {p.untyped_storage().data_ptr() for p in parameters}
+def _held_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
+    """What the tensors that these nodes saved take, other than those that are there anyway."""
+    counted = {t.untyped_storage().data_ptr() for t in others}
     total = 0
     for node in nodes:
         for name in dir(type(node)):

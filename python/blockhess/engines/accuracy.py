@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blockhess.engines.autograd import AutogradEngine
 from blockhess.engines.ggn import GaussNewtonEngine
+from blockhess.engines.linearize import NotTraceable
 from blockhess.engines.operator import Engine
 from blockhess.problem import Problem
 
@@ -46,8 +47,14 @@ def measure(problem: Problem, engine: Engine) -> Accuracy | None:
 
     Raises:
         Disagreement: a trace's products are not those of autograd, beyond what rounding explains.
+        NotTraceable: a trace's programs do not run.
     """
-    own = _products(problem, engine)
+    try:
+        own = _products(problem, engine)
+    except RuntimeError as error:
+        if engine.name != "traced" or isinstance(error, NotImplementedError):
+            raise
+        raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
     lower = problem.dtype == torch.float64
     try:
         other = problem.in_dtype(torch.float32 if lower else torch.float64)

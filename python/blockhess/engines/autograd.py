@@ -7,12 +7,12 @@ The graph of g is built by one backward pass; each block's product then walks on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from blockhess.blocks import Block
 from blockhess.problem import Problem
 
 
@@ -55,26 +55,33 @@ class AutogradEngine:
         for vector, row in zip(vectors, result):
             tangents = block.spread(vector, self._problem.parameters)
             directions = [tangents[name] for name in live]
-            products = second_derivative(block, outputs, inputs, directions)
+            products = second_derivative(self._problem, number, outputs, inputs, directions)
             block.gather({n: p for n, p in zip(block.parameters, products) if p is not None}, into=row)
         return result
 
 
 def second_derivative(
-    block: Block, outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+    problem: Problem,
+    number: int,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    directions: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """d/d inputs of sum_i <outputs_i, directions_i>, the graph retained.
+    """d/d inputs of sum_i <outputs_i, directions_i>, for block `number`, the graph retained.
 
     Raises:
-        NotImplementedError: an operation on the way has no second derivative; names it.
+        NotImplementedError: an operation on the way has no second derivative; names it and its module.
     """
     try:
         return torch.autograd.grad(outputs, inputs, directions, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        if "not implemented" in str(error) or "double backward" in str(error):
+        text = str(error).splitlines()[0]
+        if "not implemented" in text or "double backward" in text:
+            found = re.search(r"(?:aten::|')(\w+)", text)
+            where, advice = problem.without_second_derivative(found[1] if found else "")
             raise NotImplementedError(
-                f"spectrum: block {block.info.name!r} needs a second derivative that an operation of the model lacks "
-                f"({str(error).splitlines()[0]}); write that operation in plain PyTorch"
+                f"spectrum: block {problem.infos[number].name!r} needs a second derivative that an operation "
+                f"{where}lacks ({text}); {advice}"
             ) from error
         raise
 

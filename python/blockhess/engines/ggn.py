@@ -45,7 +45,7 @@ class GaussNewtonEngine:
 
     def product(self, number: int, vectors: Tensor) -> Tensor | None:
         """As in `Engine`."""
-        graph, block = self._graph, self._problem.blocks[number]
+        problem, graph, block = self._problem, self._graph, self._problem.blocks[number]
         assert graph is not None
         live = [name for name in block.parameters if name in graph.pulled]
         if not live:
@@ -54,13 +54,13 @@ class GaussNewtonEngine:
         for vector, row in zip(vectors, result):
             tangents = block.spread(vector, self._problem.parameters)
             (pushed,) = second_derivative(
-                block, [graph.pulled[name] for name in live], [graph.seed], [tangents[name] for name in live]
+                problem, number, [graph.pulled[name] for name in live], [graph.seed], [tangents[name] for name in live]
             )
-            (curved,) = second_derivative(block, [graph.slope], [graph.outputs], [pushed])
+            (curved,) = second_derivative(problem, number, [graph.slope], [graph.outputs], [pushed])
             if curved is None:
                 continue
             inputs = [self._problem.parameters[name] for name in live]
-            products = second_derivative(block, [graph.outputs], inputs, [curved])
+            products = second_derivative(problem, number, [graph.outputs], inputs, [curved])
             block.gather({n: p for n, p in zip(live, products) if p is not None}, into=row)
         return result
 

@@ -80,8 +80,8 @@ _trace_ops.impl("constant", aten.alias.default, "CompositeExplicitAutograd")
 _CONSTANT = torch.ops.blockhess_trace.constant.default
 
 
-# By-products of normalisations, which autograd does not differentiate by themselves: their backward passes do.
-_STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var"}
+# By-products that autograd does not differentiate by themselves: the backward passes they are saved for do.
+_STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "buffer"}
 
 
 class _AsAutogradSees(TorchDispatchMode):
@@ -172,6 +172,10 @@ def trace_gradient(
     _make_functional(traced.graph)
     _without_strides(traced.graph)
     traced.graph.eliminate_dead_code()
+    for node in traced.graph.nodes:
+        for value in tree_flatten(node.meta.get("val"))[0]:
+            if any(isinstance(size, torch.SymInt) for size in getattr(value, "shape", ())):
+                raise NotTraceable(f"the shape that {node.target} returns depends on values")
     traced.recompile()
     return traced
 

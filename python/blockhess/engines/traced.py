@@ -43,7 +43,8 @@ class TracedEngine:
         self._kept: dict[int, dict[fx.Node, Tensor]] = {}
         self._now: _Trace | None = None
         self._values: dict[fx.Node, Tensor] = {}
-        self._find(0)
+        for index in range(len(problem.batches)):  # what cannot be traced is refused now
+            self._find(index)
 
     @property
     def constant_bytes(self) -> int:
@@ -98,6 +99,8 @@ class TracedEngine:
                     break
             else:
                 trace = _Trace(self._problem, batch)
+                if not self._agrees(trace, index):
+                    raise NotTraceable("the gradient that was traced is not that of autograd")
                 self._traces.append(trace)
                 self._trace_of[index] = trace
         return self._trace_of[index]
@@ -209,7 +212,7 @@ class _Trace:
         """The gradient that was traced, for a batch."""
         with torch.no_grad():
             parameters = [self._problem.parameters[name].detach() for name in self.names]
-            return dict(zip(self._gradient_names, self._gradient(parameters, _tensors(batch))))
+            return dict(zip(self._gradient_names, self._gradient(parameters, self._inputs(batch)[len(parameters) :])))
 
     def _inputs(self, batch: Any) -> list[Tensor]:
         parameters = [self._problem.parameters[name].detach() for name in self.names]
