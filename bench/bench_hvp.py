@@ -160,9 +160,10 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
             else:
                 row.flops[block] = counter.get_total_flops() + shared.get_total_flops() / len(numbers)
                 difference = found.detach().reshape(-1).double() - expected[0]
-                row.error = max(row.error, float(difference.norm() / expected.norm()))
-                if not row.error <= LARGEST_ERROR:
-                    row.failure = f"wrong by {row.error:.2g} of |H v| on {block}"
+                error = float(difference.norm() / expected.norm())
+                if not error <= LARGEST_ERROR:  # NaN neither
+                    row.failure = f"wrong by {error:.2g} of |H v| on {block}"
+                row.error = error if row.failure else max(row.error, error)
             if row.failure:
                 del rivals[name]
     return list(rows.values()), rivals
