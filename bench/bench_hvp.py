@@ -1,7 +1,7 @@
 """What one Hessian-vector product of one parameter block costs, by every engine and every rival, in the steady state.
 
     python bench/bench_hvp.py [--json PATH] [--rounds N] [--threads N] [--case NAME] [--quick]
-    python bench/bench_hvp.py --table PATH      # prints the tables of a JSON
+    python bench/bench_hvp.py --table PATH ...      # prints the tables of such files
 
 All products of all rivals are compared with float64 before anything is timed; a rival whose products differ is shown
 with its error and not timed. Rivals then run in turn, product by product, so that whatever else the machine does falls
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from environment import describe
-from hvp_rivals import DISTRIBUTIONS, RIVALS, Case, Compiled, Rival, Traced
+from hvp_rivals import COMPILED, DISTRIBUTIONS, RIVALS, Case, Rival, Traced
 from memory import growth, in_fresh_process
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,19 +110,19 @@ def _case(name: str, model: nn.Module, batch: tuple[Tensor, Tensor], stride: int
     return Case(name, model, nn.CrossEntropyLoss(), batch, tuple(names[stride // 2 :: stride]))
 
 
+GPT_SMALL = GPTConfig(context=64, num_layers=4, num_heads=4, width=128)
 # Strides have no factor in common with the 8 blocks of a GPT's layer and the 6 of a ResNet's, so all kinds take part.
 CASES: dict[str, Callable[[], Case]] = {
-    "gpt": lambda: gpt("GPT 0.8M, 512 tokens", GPTConfig(context=64, num_layers=4, num_heads=4, width=128), 8, 1),
+    "gpt": lambda: gpt("GPT 0.8M, 512 tokens", GPT_SMALL, 8, 1),
+    "gpt-compiled": lambda: gpt("GPT 0.8M, 512 tokens, compiled", GPT_SMALL, 8, 13),  # at half a minute a block
     "resnet": lambda: resnet("ResNet18 width 16, 64 images", ResNetConfig(16, (2, 2, 2, 2), 10, 1, "small"), 64, 5),
     "nano": lambda: gpt("GPT2-nano 10.7M, 1024 tokens", GPTConfig(), 4, 13),
 }
-ROUNDS = {"gpt": 5, "resnet": 5, "nano": 3}
+ROUNDS = {"nano": 3}  # 5 of the others
 QUICK: dict[str, Callable[[], Case]] = {
     "gpt": lambda: gpt("GPT, tiny", GPTConfig(context=8, num_layers=1, num_heads=2, width=16), 2, 3),
     "resnet": lambda: resnet("ResNet, tiny", ResNetConfig(4, (1,), 10, 1, "small"), 4, 4),
 }
-# How many blocks' programs are compiled, at many seconds each.
-COMPILED = {"gpt": 2, "resnet": 1}
 
 
 def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
@@ -201,7 +201,7 @@ def _peak(key: str, quick: bool, name: str, threads: int) -> int:
 
     def run(case: Case) -> None:
         with fixed_state(case.model):
-            rival = RIVALS[name](case)
+            rival = _makers(key)[name](case)
             for block in case.blocks:
                 rival.of_block(block, case.vector(block))()
 
@@ -210,19 +210,17 @@ def _peak(key: str, quick: bool, name: str, threads: int) -> int:
     return growth(lambda: run(case))
 
 
-def run(key: str, quick: bool, rounds: int, threads: int) -> list[Result]:
-    """One case, and the same with some blocks compiled; if quick, of one rival the memory, and nothing compiled."""
-    case = (QUICK if quick else CASES)[key]()
-    results = [_result(case, RIVALS, rounds)]
-    for row in results[0].rows[: 1 if quick else None]:
+def _makers(key: str) -> Makers:
+    return COMPILED if key == "gpt-compiled" else RIVALS
+
+
+def run(key: str, quick: bool, rounds: int, threads: int) -> Result:
+    """All of one case; if quick, the memory of one rival only."""
+    result = _result((QUICK if quick else CASES)[key](), _makers(key), rounds)
+    for row in result.rows[: 1 if quick else None]:
         if not row.failure:
             row.peak_bytes = in_fresh_process(_peak, key, quick, row.rival, threads)
-    if n := 0 if quick else COMPILED.get(key, 0):
-        middle = len(case.blocks) // 2
-        some = dataclasses.replace(case, blocks=case.blocks[middle : middle + n])
-        makers: Makers = {"traced": Traced, "traced, compiled": Compiled}
-        results.append(_result(some, makers, rounds))
-    return results
+    return result
 
 
 def _result(case: Case, makers: Makers, rounds: int) -> Result:
@@ -284,7 +282,9 @@ def table(result: Result) -> str:
     ]
     for row in result.rows:
         if row.failure or first is None:
-            lines.append(f"| {row.rival} | not timed: {row.failure} | | | | | | {row.error:.1g} |")
+            lines.append(
+                f"| {row.rival} | not timed: {row.failure} | | | | | | {f'{row.error:.1g}' if row.error else '-'} |"
+            )
             continue
         flops = statistics.fmean(row.flops.values())
         ratios = [theirs / ours for theirs, ours in zip(row.rounds, first.rounds)]
@@ -345,14 +345,14 @@ def peers() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    parser.add_argument("--table", type=Path, help="only print the tables of such a file")
+    parser.add_argument("--table", type=Path, nargs="+", help="only print the tables of such files")
     parser.add_argument("--case", choices=list(CASES), action="append", help="only this case; may be repeated")
     parser.add_argument("--rounds", type=int, help="timed products of each rival and block (default 3 or 5)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for all rivals (default 1)")
     parser.add_argument("--quick", action="store_true", help="tiny models and one round: checks, not timings")
     options = parser.parse_args()
     if options.table:
-        print(markdown(json.loads(options.table.read_text())))
+        print("\n\n".join(markdown(json.loads(path.read_text())) for path in options.table))
         return 0
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
         if value is not None and value < 1:
@@ -361,8 +361,8 @@ def main() -> int:
     keys = [key for key in (QUICK if options.quick else CASES) if not options.case or key in options.case]
     data: dict[str, Any] = {"environment": describe(), "peers": peers(), "results": []}
     for key in keys:
-        rounds = 1 if options.quick else options.rounds or ROUNDS[key]
-        data["results"] += map(asdict, run(key, options.quick, rounds, options.threads))
+        rounds = 1 if options.quick else options.rounds or ROUNDS.get(key, 5)
+        data["results"].append(asdict(run(key, options.quick, rounds, options.threads)))
         if options.json:
             options.json.write_text(json.dumps(data, indent=1) + "\n")
     print(markdown(data))

@@ -106,15 +106,35 @@ class Traced(_Ours):
 
 
 class Compiled(Traced):
-    """The same, each program compiled by torch.compile."""
+    """The same, each program compiled by torch.compile.
+
+    Raises:
+        RuntimeError: torch.compile left a program as it was, which it does silently.
+    """
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, compiled=True)
+        self._compiled: set[str] = set()
 
     def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
-        product = super().of_block(name, v)
-        product()  # compiles
+        eager = super().of_block(name, v)
+
+        def product() -> Tensor:
+            with torch.compiler.set_stance("default"):  # `fixed_state` lets no user's compiled module run compiled
+                return eager()
+
+        before = _compiled_frames()
+        product()
+        if name not in self._compiled and _compiled_frames() == before:
+            raise RuntimeError("torch.compile compiled nothing")
+        self._compiled.add(name)
         return product
+
+
+def _compiled_frames() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["frames"]["ok"])
 
 
 class Paper:
@@ -218,6 +238,7 @@ RIVALS: dict[str, Callable[[Case], Rival]] = {
     "curvlinops": Curvlinops,
     "PyHessian": PyHessian,
 }
+COMPILED: dict[str, Callable[[Case], Rival]] = {"traced": Traced, "traced, compiled": Compiled}
 # Name of a peer -> how its distribution is called.
 DISTRIBUTIONS = {
     "hessian-eigenthings": "hessian-eigenthings",
