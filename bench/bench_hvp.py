@@ -1,7 +1,7 @@
 """What one Hessian-vector product of one parameter block costs, by every engine and every rival, in the steady state.
 
     python bench/bench_hvp.py [--json PATH] [--rounds N] [--threads N] [--case NAME] [--quick]
-    python bench/bench_hvp.py --table PATH ...      # prints the tables of such files
+    python bench/bench_hvp.py --table PATH ...  # prints the tables of such files
 
 All products of all rivals are compared with float64 before anything is timed; a rival whose products differ is shown
 with its error and not timed. Rivals then run in turn, product by product, so that whatever else the machine does falls
@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from environment import describe
-from hvp_rivals import COMPILED, DISTRIBUTIONS, RIVALS, Case, Rival, Traced
+from hvp_rivals import COMPILED, DISTRIBUTIONS, RIVALS, Case, Compiled, Rival, Traced
 from memory import growth, in_fresh_process
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +51,7 @@ class Row:
     Attributes:
         failure: why it was not timed. error: the largest |difference from float64| / |H v| of a block.
         make_seconds: before the first block. block_seconds: before the first product of a block, mean over blocks.
-        flops: of a product of every block. seconds: block -> time of a product, one a round.
+        flops: of a product of every block, 0 if not counted. seconds: block -> time of a product, one a round.
         peak_bytes: growth of a fresh process that makes the rival and one product of every block measured.
     """
 
@@ -151,14 +152,11 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
                 start = time.perf_counter()
                 product = rivals[name].of_block(block, v)
                 row.block_seconds += (time.perf_counter() - start) / len(case.blocks)
-                with FlopCounterMode(display=False) as counter:
-                    found = product()
-                with FlopCounterMode(display=False) as shared:
-                    rivals[name].step()
+                found, flops = _counted(rivals[name], product, len(numbers))
             except Exception as error:
                 row.failure = _told(error)
             else:
-                row.flops[block] = counter.get_total_flops() + shared.get_total_flops() / len(numbers)
+                row.flops[block] = flops
                 difference = found.detach().reshape(-1).double() - expected[0]
                 error = float(difference.norm() / expected.norm())
                 if not error <= LARGEST_ERROR:  # NaN neither
@@ -167,6 +165,17 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
             if row.failure:
                 del rivals[name]
     return list(rows.values()), rivals
+
+
+def _counted(rival: Rival, product: Callable[[], Tensor], n_blocks: int) -> tuple[Tensor, float]:
+    """A product and the FLOPs of it and of its share in a step, 0 where counting would change what is timed."""
+    if isinstance(rival, Compiled):  # once counted, it runs eagerly for ever
+        return product(), 0.0
+    with FlopCounterMode(display=False) as counter:
+        found = product()
+    with FlopCounterMode(display=False) as shared:
+        rival.step()
+    return found, counter.get_total_flops() + shared.get_total_flops() / n_blocks
 
 
 def _told(error: Exception) -> str:
@@ -255,8 +264,12 @@ def _result(case: Case, makers: Makers, rounds: int) -> Result:
 
 def _spread(values: Sequence[float], scale: float = 1.0) -> str:
     """Median and range."""
-    low, middle, high = (f"{scale * f(values):.3g}" for f in (min, statistics.median, max))
-    return f"{middle} ({low} - {high})"
+    low, middle, high = (scale * f(values) for f in (min, statistics.median, max))
+    return f"{_short(middle)} ({_short(low)} - {_short(high)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _break_even(invested: float, slow: Row, fast: Row, n_blocks: int) -> str:
@@ -360,11 +373,13 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     keys = [key for key in (QUICK if options.quick else CASES) if not options.case or key in options.case]
     data: dict[str, Any] = {"environment": describe(), "peers": peers(), "results": []}
-    for key in keys:
-        rounds = 1 if options.quick else options.rounds or ROUNDS.get(key, 5)
-        data["results"].append(asdict(run(key, options.quick, rounds, options.threads)))
-        if options.json:
-            options.json.write_text(json.dumps(data, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that nothing is compiled already
+        for key in keys:
+            rounds = 1 if options.quick else options.rounds or ROUNDS.get(key, 5)
+            data["results"].append(asdict(run(key, options.quick, rounds, options.threads)))
+            if options.json:
+                options.json.write_text(json.dumps(data, indent=1) + "\n")
     print(markdown(data))
     wrong = [f"{e['name']}: {r['rival']}: {r['failure']}" for e in data["results"] for r in e["rows"] if _is_wrong(r)]
     print("".join(f"bench_hvp: {line}\n" for line in wrong), end="", file=sys.stderr)
