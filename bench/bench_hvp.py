@@ -326,7 +326,7 @@ def _conclusions(result: Result) -> list[str]:
     if traced and compiled:
         lines.append(
             f"Compiled were {', '.join(result.blocks)}: {compiled.block_seconds:.1f} s a block, which "
-            f"{_break_even(compiled.block_seconds, traced, compiled, 1)} of that block."
+            f"{_break_even(compiled.block_seconds, traced, compiled, 1)}."
         )
     return lines
 

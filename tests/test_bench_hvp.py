@@ -63,6 +63,14 @@ def test_a_rival_that_is_wrong_absent_or_broken_is_told_and_not_timed(bench: Mod
     assert rows["broken"].failure == "RuntimeError: derivative for this is not implemented"
 
 
+def test_a_program_that_was_not_compiled_is_not_timed_as_one(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    rows = bench.measure(linear_case(bench), bench.COMPILED, 1)
+    assert [row.failure for row in rows] == ["", "RuntimeError: torch.compile compiled nothing"]
+
+
 def test_operations_are_those_of_the_chain_rule(bench: ModuleType) -> None:
     # X is 4 x 3, W is 2 x 3: a product with X, or with its transpose, takes 2 * 4 * 3 * 2 = 48 operations. H v takes
     # the tangents X V^T and their adjoint; the paper's step also has the forward and the first backward pass.
@@ -96,6 +104,7 @@ def test_quick(
 ) -> None:
     path = tmp_path / "result.json"
     threads = torch.get_num_threads()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # main sets it; put back afterwards
     monkeypatch.setattr(sys, "argv", ["bench_hvp.py", "--quick", "--case", "resnet", "--json", str(path)])
     try:
         assert bench.main() == 0
@@ -110,3 +119,11 @@ def test_quick(
     assert rows["traced"]["peak_bytes"] > 0
     for name in bench.DISTRIBUTIONS:
         assert not rows[name]["failure"] or rows[name]["failure"].startswith("absent")
+
+
+def test_the_tables_in_the_results_are_the_script_s(bench: ModuleType) -> None:
+    results = ROOT / "bench/results"
+    parts = [
+        bench.markdown(json.loads((results / name).read_text())) for name in ("hvp_cpu.json", "hvp_cpu_compiled.json")
+    ]
+    assert (results / "hvp_cpu.md").read_text() == "\n\n".join(parts) + "\n"
