@@ -1,4 +1,4 @@
-"""The paper's procedure in plain PyTorch: the rival that bench_slq.py measures against.
+"""The paper's procedure in plain PyTorch: the rival that bench_slq.py and bench_hvp.py measure against.
 
 For every probe, and for every Lanczos step of all blocks together: one forward pass, one first backward that keeps
 its graph, then for every block l a second backward of <g_l, v_l> through the whole graph to all parameters, of
@@ -59,21 +59,33 @@ class _Recurrence:
         return nodes, vectors[0] ** 2
 
 
+def first_backward(model: nn.Module, batch: Any, loss_fn: Loss) -> tuple[dict[str, Tensor], float]:
+    """Name -> gradient in float64, its graph kept, and the weight of the batch: what all blocks share in a step."""
+    parameters = dict(model.named_parameters())
+    loss, weight = loss_fn(model, batch)
+    gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    return dict(zip(parameters, (g.double() for g in gradients), strict=True)), weight
+
+
+def second_backward(model: nn.Module, name: str, gradient: Tensor, vector: Tensor) -> Tensor | None:
+    """H_l v of block `name` from its gradient and a float64 vector of its shape; None where nothing depends on it."""
+    parameters = dict(model.named_parameters())
+    inner = torch.sum(gradient * vector)
+    columns = torch.autograd.grad(inner, list(parameters.values()), retain_graph=True, allow_unused=True)
+    column = dict(zip(parameters, columns, strict=True))[name]
+    return None if column is None else column.double()
+
+
 def _products(model: nn.Module, batches: Sequence[Any], loss_fn: Loss, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """H_l v_l of every named block, for the weighted mean loss over the batches."""
-    parameters = dict(model.named_parameters())
-    products = {name: torch.zeros(parameters[name].shape, dtype=torch.float64) for name in vectors}
+    products = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
     total = 0.0
     for batch in batches:
-        loss, weight = loss_fn(model, batch)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-        gradient = dict(zip(parameters, (g.double() for g in gradients), strict=True))
+        gradients, weight = first_backward(model, batch, loss_fn)
         for name, vector in vectors.items():
-            inner = torch.sum(gradient[name] * vector)
-            columns = torch.autograd.grad(inner, list(parameters.values()), retain_graph=True, allow_unused=True)
-            column = dict(zip(parameters, columns, strict=True))[name]
-            if column is not None:
-                products[name] += weight * column.double()
+            product = second_backward(model, name, gradients[name], vector)
+            if product is not None:
+                products[name] += weight * product
         total += weight
     return {name: product / total for name, product in products.items()}
 
