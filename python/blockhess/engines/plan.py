@@ -24,14 +24,13 @@ CHOICES = ("auto", *ENGINES, "exact")
 # The part of a device's memory that a run may plan with unless told otherwise.
 DEFAULT_SHARE = 0.5
 
-# Tracing costs about this many seconds an operation of the gradient's graph, during which products could be computed
-# at about these rates: reasons to trace long jobs only. Orders of magnitude.
-TRACE_SECONDS = 0.02
-FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 1e13}
-# What a product costs by autograd and by a linear program, in forward passes, as bench_hvp.py counts them.
-AUTOGRAD_FORWARDS, TRACED_FORWARDS = 1.3, 1.0
-# Compiling takes about this many seconds a block and makes products faster by about this part, on a CPU.
-COMPILE_SECONDS, COMPILE_SAVES = 30.0, 0.2
+# What decides whether tracing and compiling pay, from bench/results/hvp_cpu.json: orders of magnitude. A product takes
+# about PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS an operation of the gradient's graph and block, and
+# then saves TRACE_SAVES of the time; compiling takes COMPILE_SECONDS a block, on a CPU, and saves COMPILE_SAVES more.
+FLOPS_PER_SECOND = {"cpu": 3e10, "cuda": 1e13}
+PRODUCT_FORWARDS = 1.3
+TRACE_SECONDS, TRACE_SAVES = 5e-4, 0.2
+COMPILE_SECONDS, COMPILE_SAVES = 20.0, 0.15
 # Bytes of a trace's constants per byte of autograd's graph.
 TRACED_BYTES = 2.0
 
@@ -163,7 +162,7 @@ def make_plan(
     chosen, why = _engine(problem, engine, hvps)
     graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
     retain = n_batches * graph <= room
-    forwards = hvps * (TRACED_FORWARDS if chosen == "traced" else AUTOGRAD_FORWARDS)
+    forwards = hvps * PRODUCT_FORWARDS
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     return Plan(
         engine=chosen,
@@ -191,9 +190,8 @@ def without_tracing(plan: Plan, why: str) -> Plan:
 def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
     if wish not in ("auto", "exact"):
         return wish, "as asked"
-    kind = problem.device.type
-    saved = hvps * problem.forward_flops * (AUTOGRAD_FORWARDS - TRACED_FORWARDS) / FLOPS_PER_SECOND[kind]
-    tracing = TRACE_SECONDS * problem.graph_nodes
+    saved = TRACE_SAVES * _product_seconds(problem, hvps)
+    tracing = TRACE_SECONDS * problem.graph_nodes * len(problem.blocks)
     if saved > tracing:
         return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
     return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
@@ -202,7 +200,12 @@ def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
 def _compiling_pays(problem: Problem, engine: str, hvps: int, n_blocks: int) -> bool:
     if engine != "traced" or problem.device.type != "cpu":  # on a GPU nobody has measured it
         return False
-    return hvps * problem.forward_flops * COMPILE_SAVES / FLOPS_PER_SECOND["cpu"] > 2 * COMPILE_SECONDS * n_blocks
+    return COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * n_blocks
+
+
+def _product_seconds(problem: Problem, hvps: int) -> float:
+    """At the nominal rate of the device, so that the same job always gives the same number."""
+    return hvps * PRODUCT_FORWARDS * problem.forward_flops / FLOPS_PER_SECOND[problem.device.type]
 
 
 def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
