@@ -107,6 +107,19 @@ def test_the_check_works_where_the_model_insists_on_its_precision(monkeypatch: p
         measure(posed, TracedEngine(posed))
 
 
+def test_the_check_catches_a_hook_that_scales_gradients() -> None:
+    """Autograd runs the hook again in the second derivative, which a trace of the first cannot know."""
+
+    def hooked(m: nn.Sequential, x: Tensor) -> Tensor:
+        h = m[0](x)
+        h.register_hook(lambda gradient: gradient * h.detach().cos())
+        return m[2](m[1](h))
+
+    posed = problem(mlp(), labelled(5), loss_of(hooked))
+    with pytest.raises(Disagreement):
+        measure(posed, TracedEngine(posed))
+
+
 CLOSURES: dict[str, Callable[[nn.Module, Any], Tensor]] = {
     "torch.func": lambda m, b: vmap(grad(lambda x: m(x[None])[0].square().sum()))(b[0]).square().mean(),
     "torch.func and detach()": lambda m, b: grad(lambda x: (m(x).detach() * m(x)).square().sum())(b[0]).square().mean(),

@@ -32,6 +32,7 @@ class GaussNewtonEngine:
     def __init__(self, problem: Problem, retain: bool = True) -> None:
         self._problem, self._retain = problem, retain
         self._kept: dict[int, _Graph] = {}
+        self._graph: _Graph | None = None
         problem.outputs(0)  # refuses what it cannot use before any work is done
 
     def prepare(self, index: int) -> None:
@@ -41,7 +42,7 @@ class GaussNewtonEngine:
                 self._kept.clear()
                 self._graph = None
             self._kept[index] = _Graph(self._problem, index)
-        self._graph: _Graph | None = self._kept[index]
+        self._graph = self._kept[index]
 
     def product(self, number: int, vectors: Tensor) -> Tensor | None:
         """As in `Engine`."""
