@@ -91,7 +91,7 @@ class Quadrature:
         return replace(self, **chosen)
 
     def is_exact(self, block: int) -> bool:
-        """Whether every probe of this block gives the spectral density itself: it was written out, or has one element."""
+        """Whether every probe of a block gives the spectral density itself: it was written out, or has one element."""
         return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
 
     @property

@@ -81,7 +81,7 @@ def test_what_cannot_be_traced_falls_back_to_autograd(monkeypatch: pytest.Monkey
     spectra = blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3)
     assert spectra.provenance["engine"] == "autograd"
     assert spectra.provenance["plan"]["why"].startswith("no trace: ")
-    with pytest.raises(NotImplementedError, match="engine='traced' cannot be had: .*autograd.Function"):
+    with pytest.raises(NotImplementedError, match=r"engine='traced' cannot be had: .*autograd.Function"):
         blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3, engine="traced")
 
 

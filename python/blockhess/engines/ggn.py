@@ -57,6 +57,8 @@ class GaussNewtonEngine:
             (pushed,) = second_derivative(
                 problem, number, [graph.pulled[name] for name in live], [graph.seed], [tangents[name] for name in live]
             )
+            if pushed is None:
+                continue
             (curved,) = second_derivative(problem, number, [graph.slope], [graph.outputs], [pushed])
             if curved is None:
                 continue

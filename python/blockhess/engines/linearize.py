@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -258,7 +258,8 @@ def _rule_safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *,
 
 def _rule_log_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
     y = aten._log_softmax.default(x, dim, half_to_float)
-    return t - (aten.exp.default(y) * t).sum(dim, keepdim=True)
+    tangent: Tensor = t - (aten.exp.default(y) * t).sum(dim, keepdim=True)
+    return tangent
 
 
 # Shorter than what forward differentiation gives: the tangent of op(x, ...) for the tangent t of x.
@@ -269,7 +270,7 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-def _is_node(value: object) -> bool:
+def _is_node(value: object) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node)
 
 
@@ -303,8 +304,9 @@ class _Builder:
 
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        target: Any = node.target
         with self._fakes:
-            return node.target(*args, **kwargs)
+            return target(*args, **kwargs)
 
     def placeholder(self, name: str, value: Any) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -484,14 +486,15 @@ class Linearizer:
                 users = [u for u in node.users if self._above.get(u, 0) & mask]
                 if len(users) > 1:
                     tangents[node] = lines.written(value)
-        results = [tangents.get(self._gradient[i]) if _is_node(self._gradient[i]) else None for i in parameters]
-        return lines.finish(tuple(parameters), results)
+        ends = [self._gradient[i] for i in parameters]
+        return lines.finish(tuple(parameters), [tangents.get(end) if _is_node(end) else None for end in ends])
 
     def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], lines: _Lines) -> Any:
+        given: Any = node.args
         if node.target is operator.getitem:
-            whole = tangents.get(node.args[0])
-            return None if whole is None else whole[node.args[1]]
-        leaves, spec = tree_flatten((node.args, dict(node.kwargs)))
+            whole = tangents.get(given[0])
+            return None if whole is None else whole[given[1]]
+        leaves, spec = tree_flatten((given, dict(node.kwargs)))
         positions = [i for i, leaf in enumerate(leaves) if _is_node(leaf) and tangents.get(leaf) is not None]
         if not positions:
             return None
@@ -499,9 +502,9 @@ class Linearizer:
         if target is _CONSTANT:
             return None
         if target in _SAME:
-            return tangents[node.args[0]]
+            return tangents[given[0]]
         if target is aten.copy.default:  # all of the first argument is overwritten
-            like, source = self._primal[node].meta["val"], tangents.get(node.args[1])
+            like, source = self._primal[node].meta["val"], tangents.get(given[1])
             return None if source is None else Combination(source.terms, like.shape, like.dtype)
         primals = [self._primal[leaf] if _is_node(leaf) else leaf for leaf in leaves]
         inputs = [tangents[leaves[i]] for i in positions]
@@ -552,7 +555,7 @@ class Linearizer:
 
             if not run(*(primals[where.index(i)] for i in positions)):
                 return [None] * len(kinds)
-            _, moved = jvp(run, tuple(primals[where.index(i)] for i in positions), tuple(tangents))
+            moved: Any = jvp(run, tuple(primals[where.index(i)] for i in positions), tuple(tangents))[1]
             found = iter(moved)
             return [next(found) if kind else None for kind in kinds]
 
@@ -613,10 +616,10 @@ class Linearizer:
                     values[node] = lines.call(node.target, args, kwargs, node.meta["val"])
                 else:
                     values[node] = self._constant(node.target, args, kwargs, node.meta["val"])
-        results = []
+        results: list[Combination | None] = []
         for out in template.outputs:
-            value = values.get(out) if out is not None else None
-            results.append(value if isinstance(value, Combination) and value.terms else None)
+            tangent = values.get(out) if out is not None else None
+            results.append(tangent if isinstance(tangent, Combination) and tangent.terms else None)
         return results
 
 
@@ -719,7 +722,7 @@ class _Lines:
         for j, leaf in enumerate(leaves):
             if isinstance(leaf, Combination):
                 # Some elementwise operations want tensors of one shape: no scalars, nothing to broadcast.
-                value = c if j == i else 0.0
+                value: Any = c if j == i else 0.0
                 if not _is_node(value):
                     value = self._full(leaf, value)
                 elif value.meta["val"].shape != leaf.shape:
@@ -736,7 +739,7 @@ class _Lines:
             aten.full.default, (list(like.shape), value), {"dtype": like.dtype, "device": device}
         )
 
-    def _times(self, a: Any, b: Any) -> Any:
+    def _times(self, a: Any, b: Any) -> fx.Node | float:
         if not _is_node(a) and not _is_node(b):
             return float(a) * float(b)
         if not _is_node(b):

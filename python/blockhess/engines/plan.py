@@ -200,12 +200,12 @@ def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
 def _compiling_pays(problem: Problem, engine: str, hvps: int, n_blocks: int) -> bool:
     if engine != "traced" or problem.device.type != "cpu":  # on a GPU nobody has measured it
         return False
-    return COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * n_blocks
+    return bool(COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * n_blocks)
 
 
 def _product_seconds(problem: Problem, hvps: int) -> float:
     """At the nominal rate of the device, so that the same job always gives the same number."""
-    return hvps * PRODUCT_FORWARDS * problem.forward_flops / FLOPS_PER_SECOND[problem.device.type]
+    return float(hvps * PRODUCT_FORWARDS * problem.forward_flops / FLOPS_PER_SECOND[problem.device.type])
 
 
 def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:

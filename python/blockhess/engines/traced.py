@@ -225,11 +225,8 @@ class _Trace:
         if key not in self._functions:
             program = self.program(number)
             assert program is not None
-            module: Callable[..., Any]
             module = _batched(program, rows) if rows > 1 else _single(program)
-            if compiled:
-                module = torch.compile(module, dynamic=False)
-            self._functions[key] = torch.no_grad()(module)
+            self._functions[key] = torch.no_grad()(_compiled(module) if compiled else module)
         return self._functions[key]
 
 
@@ -239,7 +236,19 @@ _VIEWS_OF = {
 
 
 def _single(program: Program) -> Callable[..., Any]:
-    return fx.GraphModule({}, accumulate_in_place(program.graph))
+    graph = fx.Graph()  # a copy, as the program itself may still be batched
+    graph.output(graph.graph_copy(program.graph, {}))
+    return fx.GraphModule({}, accumulate_in_place(graph))
+
+
+def _compiled(module: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(module, dynamic=False)
+
+    def run(*inputs: Tensor) -> Any:
+        with torch.compiler.set_stance("default"):  # a model in `fixed_state` must not run compiled, its programs may
+            return compiled(*inputs)
+
+    return run
 
 
 def _batched(program: Program, rows: int) -> Callable[..., Any]:
@@ -252,7 +261,7 @@ def _batched(program: Program, rows: int) -> Callable[..., Any]:
         def one(*tangents: Tensor) -> list[Tensor]:
             return [p for p in module(*tangents, *inputs[moving:]) if p is not None]
 
-        return vmap(one)(*inputs[:moving])  # type: ignore[no-any-return]
+        return vmap(one)(*inputs[:moving])
 
     with placeholders[0].fake_mode:
         inputs = [
