@@ -116,11 +116,13 @@ def _draw(eigenvalues: Tensor, names: Sequence[str], number: int) -> Figure:
     bins = torch.linspace(0, KAPPA, 41).tolist()
     for l, (panel, values, name) in enumerate(zip(panels, eigenvalues, names)):
         panel.hist(values.tolist(), bins=bins, color="#08519c")
-        panel.set_title(f"({'abcd'[l]}) spectrum of H_{l + 1}: {name}", fontsize="medium")
+        panel.set_title(f"({'abcd'[l]}) H_{l + 1}: {name}", fontsize="medium")
+        panel.set_yscale("log")  # a lone eigenvalue, which sets the condition number, would not show otherwise
         panel.set_xlabel("eigenvalue")
         panel.set_xlim(0, KAPPA)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    panels[0].set_ylabel("count")
+    panels[0].set_ylim(0.7, 130)
+    panels[0].set_ylabel("eigenvalues, of 100")
     figure.suptitle(f"{TITLES[number]} (one shift and scale for all blocks, condition number 2000)", fontsize="medium")
     return figure

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 NUM_STEPS = 5000
 NUM_TRIALS = {1: 20, 2: 20, 3: 1000, 4: 1000}
 
-# Adam's grid, four rates a decade.
-RATES = torch.logspace(-4, 0, 17, dtype=torch.float64)
+# Adam's grid, three rates a decade.
+RATES = torch.logspace(-4, 1, 16, dtype=torch.float64)
 
 BETA2 = {"Adam, beta2 = 0.999": 0.999, "Adam, beta2 = 1": 1.0}
 COLORS = {"GD": GD_COLOR, "Adam, beta2 = 0.999": ADAM_COLOR, "Adam, beta2 = 1": ADAM_ONE_COLOR}
 
 SHARES = (0.1, 0.5, 0.9)
 
-# "Largely lags behind": half of Adam's decades or fewer; "on par or better": at least 4/5 of them.
+# "Largely lags behind": half of the better Adam's decades or fewer; "on par or better": at least 4/5 of them.
 LAGS, ON_PAR = 0.5, 0.8
 
 
@@ -114,16 +114,14 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
 def _compare(number: int, final: Mapping[str, list[float]]) -> Claim:
     """What the medians of the last gradient norms say about GD against both Adams."""
     decades = {name: -values[1] for name, values in final.items()}
-    shares = [decades["GD"] / decades[name] if decades[name] > 0 else float("inf") for name in BETA2]
+    share = decades["GD"] / max(decades[name] for name in BETA2)
     told = f"GD gains {decades['GD']:.1f} decades, " + ", ".join(f"{name} {decades[name]:.1f}" for name in BETA2)
-    told += f", blockwise GD {decades['blockwise GD']:.1f} (medians)"
+    told += f", blockwise GD {decades['blockwise GD']:.1f} (medians)."
     if number in (1, 3):
-        holds = [share <= LAGS for share in shares]
         paper = f"Figure 8, case {number} (heterogeneous): GD largely lags behind Adam."
-    else:
-        holds = [share >= ON_PAR for share in shares]
-        paper = f"Figure 8, case {number} (homogeneous): GD is on par with Adam or better."
-    return Claim(paper, told, verdict(all(holds), any(holds)))
+        return Claim(paper, told, verdict(share <= LAGS, share <= ON_PAR))
+    paper = f"Figure 8, case {number} (homogeneous): GD is on par with Adam or better."
+    return Claim(paper, told, verdict(share >= ON_PAR, share >= LAGS))
 
 
 def _draw(arrays: Mapping[str, Tensor], trials: Mapping[int, int]) -> Figure:

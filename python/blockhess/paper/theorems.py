@@ -143,7 +143,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         ),
         Claim(
             "Theorem 2: Adam with beta_2 = 1 and eta = min_l 1/C_{l,1} contracts the loss by max_l (1 - 1/(r kappa_l)).",
-            f"broken in {said('Theorem 2, statement')} (it diverges). With the rate of its proof, min_l C_{{l,1}}, and the "
+            f"broken in {said('Theorem 2, statement')} (where C_{{l,1}} < 1 it mostly diverges). With the rate of its proof, min_l C_{{l,1}}, and the "
             f"printed r: in {said('Theorem 2, proof')}, and in {example} of the counterexample H = I, w^0 = (1, 10). "
             f"With r' = max C_{{l,2}}^2 / min C_{{l,1}}^2: in {said('Theorem 2, corrected')}; with the bound linear in the "
             f"constants: in {said('Theorem 2, sharp')}.",
