@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import blockhess
 from blockhess.cli import main
+from blockhess.demo import one_thread
 from blockhess.paper.block_spectra import GPT_BLOCKS, RESNET_BLOCKS, gpt_spectra, resnet_spectra
 from blockhess.paper.commands import EXPERIMENTS
 from blockhess.paper.figure8 import _compare
@@ -23,9 +23,9 @@ DRAWN = {"fig2", "fig5", "fig6", "fig7", "fig8", "table2", "table3", "prop2"}
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("paper") / "new" / "folder"
-    assert main(["paper", "all-theory", "--quick", "--out", str(folder)]) == 0
+    with one_thread():
+        assert main(["paper", "all-theory", "--quick", "--out", str(folder)]) == 0
     return folder
 
 

@@ -158,7 +158,7 @@ def test_search_tells_of_grids_without_a_converging_rate():
     ],
 )
 def test_bad_rates(rates, beta2):
-    with pytest.raises(ValueError, match="iterates: (rates|beta2)"):
+    with pytest.raises(ValueError, match=r"iterates: (rates|beta2)"):
         next(iterates(case(3), rates, 1, beta2=beta2))
 
 

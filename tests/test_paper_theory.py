@@ -1,4 +1,4 @@
-"""Propositions 1 and 2, Theorems 1 and 2, section 3.3 and Table 2: by hand, by identities, and each bound made to fail."""
+"""Propositions 1 and 2, Theorems 1 and 2, section 3.3, Table 2: by hand, by identities, and each bound made to fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's quadratic models, its MLP, its exact Hessians and its theory, checked: one file per figure, table, theorem.
+"""The paper's quadratic models, MLP, exact Hessians and theory, checked: one file per figure, table and theorem.
 
     section 2.3   hessian.py, structure.py, figure2.py       block-diagonal structure (Figures 2 and 9)
     section 2.4   mlp.py, figure5.py, table3.py              the MLP with scaled layers (Figure 5, Table 3)

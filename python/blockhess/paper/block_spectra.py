@@ -1,8 +1,8 @@
 """The measured spectra behind cases 1 and 2: four blocks of a GPT, four convolutions of a ResNet18, at initialisation.
 
 They stand in for the paper's: its GPT-2 (125M) on OpenWebText and ResNet18 on ImageNet are out of reach of a CPU. Taken
-instead, at full width and depth: the paper's GPT2-nano (10.7M, 6 layers of width 384) on Shakespeare, and ResNet18 (11M)
-on Fashion-MNIST. `measure` made the shipped files; `blockhess paper spectra` runs it.
+instead, at full width and depth: the paper's GPT2-nano (10.7M, 6 layers of width 384) on Shakespeare, and ResNet18
+(11M) on Fashion-MNIST. `measure` made the shipped files; `blockhess paper spectra` runs it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bounds on the loss from one iteration to the next, and how often iterates break them.
 
-    lower:  L(w^{t+1}) >= factor L(w^t)        upper:  L(w^{t+1}) <= factor L(w^t)        (L* = 0, since h = 0)
+lower:  L(w^{t+1}) >= factor L(w^t)        upper:  L(w^{t+1}) <= factor L(w^t)        (L* = 0, since h = 0)
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blockhess.paper.optimizers import Iterate
 
-# Products with H round at eps kappa relative to the loss of the flattest direction; a bound is broken beyond 64 times that.
+# Products with H round at eps kappa relative to the loss of the flattest direction; a bound is broken beyond 64 times
+# that.
 TOLERANCE = 64 * torch.finfo(torch.float64).eps
 
 

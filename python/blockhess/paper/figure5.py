@@ -1,10 +1,11 @@
 """Figure 5: SGD and Adam on the MLP whose layers' outputs are multiplied by c, best rate of a grid for every c.
 
-The paper trains for one epoch of MNIST, 469 batches of 128; so many are taken here too, from a subset several times over.
+The paper trains for one epoch of MNIST, 469 batches of 128; so many are taken here too, from a subset several times
+over.
 
-Its rates run from 1e-4 to 1e-1. SGD with rate eta at scale c is SGD with rate c^2 eta on the plain MLP started from c times the
-weights (see mlp), so a grid with a lower end cuts off what suits SGD at large c and nothing of what suits Adam: SGD is
-therefore also given four smaller rates, and both results are told.
+Its rates run from 1e-4 to 1e-1. SGD with rate eta at scale c is SGD with rate c^2 eta on the plain MLP started from c
+times the weights (see mlp), so a grid with a lower end cuts off what suits SGD at large c and nothing of what suits
+Adam: SGD is therefore also given four smaller rates, and both results are told.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
-import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -84,11 +84,14 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     rank = float(spearmanr(scales, gap.numpy()).statistic)
     large = [k for k, c in enumerate(scales) if c >= 8]
     no_rate = [c for k, c in enumerate(scales) if bool(runs["SGD"].diverged[k, paper].all())]
-    told = f"Adam's lead is {gap[0]:.3f} at c = 1, {gap[large].mean():.3f} on average over c >= 8, {gap[-1]:.3f} at c = 15"
+    told = (
+        f"Adam's lead is {gap[0]:.3f} at c = 1, {gap[large].mean():.3f} on average over c >= 8, {gap[-1]:.3f} at c = 15"
+    )
     claims = (
         Claim(
             "Section 2.4: with the standard MLP (c = 1) SGD converges as fast as Adam.",
-            f"test accuracy {found['SGD'][0][0]:.3f} with SGD, {found['Adam'][0][0]:.3f} with Adam after {num_steps} steps.",
+            f"test accuracy {found['SGD'][0][0]:.3f} with SGD, {found['Adam'][0][0]:.3f} with Adam after {num_steps} "
+            "steps.",
             verdict(bool(gap[0] < EQUAL)),
         ),
         Claim(

@@ -86,14 +86,14 @@ def histograms(number: int, *, seed: int, num_trials: int) -> Result:
     claims = (
         Claim(
             f"Section 3.2: case {number} has eigenvalues in [1, 2000] and condition number 2000.",
-            f"condition number {own.kappa.min():.6g} to {own.kappa.max():.6g} over {num_trials} trials; the eigenvalues of "
-            f"the rotated blocks agree with those drawn within {kappa_error:.1g}.",
+            f"condition number {own.kappa.min():.6g} to {own.kappa.max():.6g} over {num_trials} trials; the "
+            f"eigenvalues of the rotated blocks agree with those drawn within {kappa_error:.1g}.",
             verdict(bool(((own.kappa / KAPPA - 1).abs() < 1e-9).all()) and kappa_error < 1e-9),
         ),
         Claim(
             "Figures 6 and 7: the blocks are heterogeneous in case 1 and homogeneous in case 2.",
-            f"mean Jensen-Shannon distance between blocks {both}, with one shift and one scale for all blocks and spectra "
-            "that stand in for GPT-2's and ResNet18's.",
+            f"mean Jensen-Shannon distance between blocks {both}, with one shift and one scale for all blocks and "
+            "spectra that stand in for GPT-2's and ResNet18's.",
             verdict(mean[1] > 2 * mean[2], mean[1] > mean[2]),
         ),
     )
@@ -103,7 +103,9 @@ def histograms(number: int, *, seed: int, num_trials: int) -> Result:
         {"seed": seed, "num_trials": num_trials, "sigma": SIGMA},
         claims,
         "eigenvalues of the first trial, and kappa_l over all\n"
-        + format_table(["", "block", "measured block", "min", "median", "max", "kappa_l 10%", "50%", "90%"], rows, left=3),
+        + format_table(
+            ["", "block", "measured block", "min", "median", "max", "kappa_l 10%", "50%", "90%"], rows, left=3
+        ),
         {"heterogeneity": mean, "kappa_l": own.block_kappa.median(0).values.tolist()},
         {"eigenvalues": own.eigenvalues},
         _draw(own.eigenvalues[0], BLOCK_NAMES[number], number),

@@ -36,7 +36,7 @@ LAGS, ON_PAR = 0.5, 0.8
 
 
 def curve(problems: Quadratics, rates: Tensor, num_steps: int, beta2: float | None) -> Tensor:
-    """Return log10 of the gradient norm over the first one, (num_steps + 1, n_trials), at one rate a trial (and block)."""
+    """Return log10 of the gradient norm over the first, (num_steps + 1, n_trials), at one rate a trial (and block)."""
     norms = [step.log10_gradient_norm()[:, 0] for step in iterates(problems, rates, num_steps, beta2=beta2)]
     return torch.stack(norms) - norms[0]
 
@@ -74,9 +74,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
             index = [round(share * (num_trials - 1)) for share in SHARES]
             arrays[f"case{number} {name}"] = ordered[:, index]
             best = f"{searches[name].best.median():.3g}" if name in searches else ""
-            rows.append(
-                [f"case {number}", name, best, *(f"{v:.1f}" for v in final[name]), f"{lowest[name][1]:.1f}"]
-            )
+            rows.append([f"case {number}", name, best, *(f"{v:.1f}" for v in final[name]), f"{lowest[name][1]:.1f}"])
         for name, search in searches.items():
             notes.append(
                 f"case {number}, {name}: no rate converges in {int((~search.converged).sum())} of {num_trials} trials; "
@@ -85,14 +83,16 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         numbers[f"case {number}"] = {"final": final, "lowest": lowest}
         claims.append(_compare(number, final))
     bounce = {
-        n: numbers[f"case {n}"]["final"]["Adam, beta2 = 0.999"][1] - numbers[f"case {n}"]["lowest"]["Adam, beta2 = 0.999"][1]
+        n: numbers[f"case {n}"]["final"]["Adam, beta2 = 0.999"][1]
+        - numbers[f"case {n}"]["lowest"]["Adam, beta2 = 0.999"][1]
         for n in (3, 4)
     }
     claims.append(
         Claim(
             "Figure 8 (c), section 3.3: with beta_2 < 1 the iterates of Adam converge to near-optimal and bounce back.",
-            f"between its lowest and its last gradient norm Adam with beta2 = 0.999 rises by {bounce[3]:.1f} decades in case "
-            f"3 and {bounce[4]:.1f} in case 4 (difference of medians), at rates that were chosen for the smallest last one.",
+            f"between its lowest and its last gradient norm Adam with beta2 = 0.999 rises by {bounce[3]:.1f} decades "
+            f"in case 3 and {bounce[4]:.1f} in case 4 (difference of medians), at rates that were chosen for the "
+            "smallest last one.",
             verdict(bounce[3] >= 1, bounce[4] >= 1),
         )
     )

@@ -1,6 +1,6 @@
 """Exact Hessians of small models, by batched Hessian-vector products with the unit vectors.
 
-    H e_i = d/dw <g(w), e_i>,   g = dL/dw,   CHUNK columns at a time through one retained graph of g
+H e_i = d/dw <g(w), e_i>,   g = dL/dw,   CHUNK columns at a time through one retained graph of g
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""The MLP of section 2.4: 784-300-128-64-10, ReLU, the output of every layer multiplied by c; many of them trained at once.
+"""The MLP of section 2.4: 784-300-128-64-10, ReLU, every layer's output multiplied by c; many trained at once.
 
     x_l = relu(c (W_l x_{l-1} + b_l)),   logits = c (W_4 x_3 + b_4)
 
 All scales c and learning rates are one model with a leading axis, trained by one batched matrix product a layer.
 
-ReLU is homogeneous, so with W' = c W, b' = c b this is the plain MLP started from c times the weights, and SGD with rate
-eta on W is SGD with rate c^2 eta on W'.
+ReLU is homogeneous, so with W' = c W, b' = c b this is the plain MLP started from c times the weights, and SGD with
+rate eta on W is SGD with rate c^2 eta on W'.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -73,7 +74,7 @@ def scaled_mlp(scale: float, seed: int) -> nn.Sequential:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        modules = [m for a, b in zip(WIDTHS, WIDTHS[1:]) for m in (nn.Linear(a, b), Scale(scale), nn.ReLU())]
+        modules = [m for a, b in itertools.pairwise(WIDTHS) for m in (nn.Linear(a, b), Scale(scale), nn.ReLU())]
     return nn.Sequential(*modules[:-1])
 
 
@@ -144,8 +145,8 @@ def train(
         raise ValueError(f'train: optimizer must be "SGD" or "Adam", got {optimizer!r}')
     if min(num_steps, points) < 1 or len(images.train[0]) < BATCH_SIZE:
         raise ValueError(
-            f"train: num_steps and points must be at least 1 and images at least {BATCH_SIZE}, got {num_steps}, {points} "
-            f"and {len(images.train[0])}"
+            f"train: num_steps and points must be at least 1 and images at least {BATCH_SIZE}, got {num_steps}, "
+            f"{points} and {len(images.train[0])}"
         )
     grid = torch.cartesian_prod(torch.tensor(scales, dtype=torch.float32), torch.tensor(rates, dtype=torch.float32))
     c, rate = (column[:, None, None] for column in grid.T)

@@ -1,8 +1,9 @@
 """Gradient descent, blockwise gradient descent and Adam on quadratics, all trials and learning rates at once.
 
-    GD, BGD     w^{t+1} = w^t - eta_l g^t                                              g^t = H w^t
-    Adam (2)    w^{t+1} = w^t - eta g^t / |g^0|                                        beta_1 = 0, beta_2 = 1
-    Adam (3)    w^{t+1} = w^t - eta g^t / s^t,  (s^t)^2 = (1 - beta_2) sum_{k=1..t} beta_2^{t-k} (g^k)^2 + beta_2^t (g^0)^2
+    GD, BGD     w^{t+1} = w^t - eta_l g^t,  g^t = H w^t
+    Adam (2)    w^{t+1} = w^t - eta g^t / |g^0|                        beta_1 = 0, beta_2 = 1
+    Adam (3)    w^{t+1} = w^t - eta g^t / s^t                          beta_1 = 0, beta_2 < 1
+                (s^t)^2 = (1 - beta_2) sum_{k=1..t} beta_2^{t-k} (g^k)^2 + beta_2^t (g^0)^2
 
 (3) without bias correction and with epsilon = 0; its last term has "beta^t" in print.
 
@@ -24,7 +25,8 @@ from blockhess.paper.quadratics import Quadratics
 
 LOG_2 = math.log(2.0)
 
-# u is brought back to size 1 this often; in between it cannot leave the range of float64 unless it grows 1e38-fold a step.
+# u is brought back to size 1 this often; in between it cannot leave the range of float64 unless it grows 1e38-fold a
+# step.
 RESCALE_EVERY = 8
 
 
@@ -106,10 +108,7 @@ def iterates(problems: Quadratics, rates: Tensor, num_steps: int, *, beta2: floa
     yield Iterate(u, g, exponent)
 
     for t in range(1, num_steps + 1):
-        if beta2 is None:
-            u = u - rate * g
-        else:
-            u = u - rate * (g / s)
+        u = u - rate * (g if beta2 is None else g / s)
         if t % RESCALE_EVERY == 0:
             shift = _exponent_of(u.abs().amax((1, 2), keepdim=True))
             u = u * torch.exp2(-shift)
@@ -134,7 +133,8 @@ class RateSearch:
         final: (n_trials, n_rates) log10 of the last gradient norm over the first.
         best: (n_trials, 1) the rate with the smallest last gradient norm in every trial.
         converged: (n_trials,) bool, whether that norm is below the first one at all.
-        at_edge: (n_trials,) bool, whether the best rate is the grid's first or last, so that a better one may lie outside.
+        at_edge: (n_trials,) bool, whether the best rate is the grid's first or last, so that a better one may lie
+        outside.
     """
 
     rates: Tensor

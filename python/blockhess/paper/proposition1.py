@@ -6,12 +6,12 @@ The proof takes H = diag(L, mu), w^0 = (sqrt(mu / L), sqrt(L / mu)). With a = |1
 
 where the paper's (10) has a^t and b^t: (1 - eta H) enters the loss twice, so the square is lost. Consequences:
 
-- At eta = 2 / (mu + L), a = b = rho = 1 - 2 / (kappa + 1), and L(w^{t+1}) = rho^2 L(w^t) < rho L(w^t): the printed bound (4),
-  L(w^{t+1}) >= rho L(w^t) "for any eta", fails in every iteration. No other example can save it: at this rate
-  L(w^{t+1}) <= rho^2 L(w^t) for every H of condition number kappa.
+- At eta = 2 / (mu + L), a = b = rho = 1 - 2 / (kappa + 1), and L(w^{t+1}) = rho^2 L(w^t) < rho L(w^t): the printed
+  bound (4), L(w^{t+1}) >= rho L(w^t) "for any eta", fails in every iteration. No other example can save it: at this
+  rate L(w^{t+1}) <= rho^2 L(w^t) for every H of condition number kappa.
 - Corrected: L(w^{t+1}) >= rho^2 L(w^t) for every eta and t. For R_t = L(w^{t+1}) / L(w^t), R_t <= R_{t+1} by
-  Cauchy-Schwarz (L(w^t) is a t-th moment of a measure on {a^2, b^2}), and R_0 = (mu a^2 + L b^2) / (mu + L) is smallest at
-  eta = 2 / (mu + L), where it is rho^2.
+  Cauchy-Schwarz (L(w^t) is a t-th moment of a measure on {a^2, b^2}), and R_0 = (mu a^2 + L b^2) / (mu + L) is smallest
+  at eta = 2 / (mu + L), where it is rho^2.
 
 The complexity O(kappa log(1 / epsilon)) stays, with kappa / 4 in place of the kappa / 2 that (4) would give.
 """
@@ -62,8 +62,8 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     total = len(MULTIPLES) * len(KAPPAS) * num_steps
     claim = Claim(
         "Proposition 1: for any eta, L(w^{t+1}) >= (1 - 2/(kappa+1)) L(w^t) on the proof's example.",
-        f"broken in {printed:,} of {total:,} iterations (at eta = 2/(mu+L) in all of them); with the square that its proof "
-        f"loses, (1 - 2/(kappa+1))^2, in {corrected:,}. The order kappa of the complexity is not affected.",
+        f"broken in {printed:,} of {total:,} iterations (at eta = 2/(mu+L) in all of them); with the square that its "
+        f"proof loses, (1 - 2/(kappa+1))^2, in {corrected:,}. The order kappa of the complexity is not affected.",
         verdict(printed == 0),
     )
     return Result(

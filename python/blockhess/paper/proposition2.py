@@ -7,8 +7,8 @@ It attracts: with w_t = (-1)^t (eta/2) (1 + x_t) and s_t^2 = (eta^2/4) (1 + y_t)
 
     x' = x - y,    y' = 2 (1 - beta_2) x + (3 beta_2 - 2) y,
 
-of determinant beta_2 and trace 3 beta_2 - 1, which lies strictly between -(1 + beta_2) and 1 + beta_2: both eigenvalues are
-inside the unit circle for every beta_2 in (0, 1), and where they are complex (beta_2 > 1/9) the distance shrinks by
+of determinant beta_2 and trace 3 beta_2 - 1, which lies strictly between -(1 + beta_2) and 1 + beta_2: both eigenvalues
+are inside the unit circle for every beta_2 in (0, 1), and where they are complex (beta_2 > 1/9) the distance shrinks by
 sqrt(beta_2) a step. So the amplitude is eta / 2 whatever beta_2. Not every start ends there: w_0 = +-eta stops at 0.
 """
 
@@ -26,7 +26,8 @@ from blockhess.table import format_table
 BETA2 = (0.9, 0.99, 0.999)
 RATES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
-# The way to the cycle takes some |w_0| / eta steps of at most about eta, then some 1 / (1 - beta_2) for s to forget them.
+# The way to the cycle takes some |w_0| / eta steps of at most about eta, then some 1 / (1 - beta_2) for s to forget
+# them.
 STEPS_TIMES_RATE, TIME_CONSTANTS = 10, 80
 
 # Last steps over which the amplitude is measured.
@@ -69,7 +70,8 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     rates = torch.tensor([RATES], dtype=torch.float64)
     figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
-    rows, worst, arrays = [], 0.0, {}
+    rows, worst = [], 0.0
+    arrays: dict[str, Tensor] = {}
     for beta2, marker in zip(BETA2[:1] if quick else BETA2, "os^"):
         num_steps = round(TIME_CONSTANTS / (1 - beta2) + STEPS_TIMES_RATE / min(RATES))
         low, high = amplitude(problems, rates, beta2, num_steps)
@@ -77,7 +79,9 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         worst = max(worst, float((torch.stack([low, high]) / rates - 0.5).abs().max()))
         for column, rate in enumerate(RATES):
             relative = torch.cat([low[:, column], high[:, column]]) / rate
-            rows.append([f"{beta2:g}", f"{rate:g}", *(f"{value:.9f}" for value in quantiles(relative, (0.0, 0.5, 1.0)))])
+            rows.append(
+                [f"{beta2:g}", f"{rate:g}", *(f"{value:.9f}" for value in quantiles(relative, (0.0, 0.5, 1.0)))]
+            )
         axes.plot(RATES, high.median(0).values.tolist(), marker, fillstyle="none", label=f"measured, beta2 = {beta2:g}")
     axes.plot(RATES, [rate / 2 for rate in RATES], "-", color="#555555", zorder=0, label="eta / 2")
     axes.set(xscale="log", yscale="log", xlabel="learning rate eta", ylabel="amplitude |w| of the cycle")
@@ -85,8 +89,9 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     axes.legend(frameon=False)
     claim = Claim(
         "Proposition 2: with beta_2 < 1 and a constant rate Adam ends in a limit cycle, and the loss stays above 0.",
-        f"every start ends in w = +-eta/2, within {worst:.1g} eta, for beta_2 in {BETA2[: 1 if quick else 3]} and rates from "
-        f"{min(RATES):g} to {max(RATES):g}; the cycle attracts for every beta_2 in (0, 1), and its loss is eta^2/8.",
+        f"every start ends in w = +-eta/2, within {worst:.1g} eta, for beta_2 in {BETA2[: 1 if quick else 3]} and "
+        f"rates from {min(RATES):g} to {max(RATES):g}; the cycle attracts for every beta_2 in (0, 1), and its loss is "
+        "eta^2/8.",
         verdict(worst < 1e-3, bool(worst < 0.5)),
     )
     return Result(

@@ -2,9 +2,9 @@
 
     H_l = Q_l Lambda_l Q_l',   w^0 ~ N(0, I),   h = 0
 
-The paper calls Q_l "independent standard Gaussian random matrix"; only an orthogonal Q_l keeps the stated eigenvalues, so
-Q_l is the Q of a Gaussian matrix's QR decomposition here (uniform over rotations). Taken at its word, Q_l Gaussian, the
-condition number is another one in every trial; `rotation="gaussian"` makes those. h only moves the minimum: h = 0.
+The paper calls Q_l "independent standard Gaussian random matrix"; only an orthogonal Q_l keeps the stated eigenvalues,
+so Q_l is the Q of a Gaussian matrix's QR decomposition here (uniform over rotations). Taken at its word, Q_l Gaussian,
+the condition number is another one in every trial; `rotation="gaussian"` makes those. h only moves the minimum: h = 0.
 
 Promises: float64; a trial is a pure function of the arguments and the seed; global generators are not touched.
 """
@@ -129,8 +129,8 @@ def _checked(eigenvalues: Tensor | Sequence[Sequence[float]]) -> Tensor:
     if bad.any():
         *_, block, position = bad.nonzero()[0].tolist()
         raise ValueError(
-            "make_quadratics: eigenvalues must be positive and finite, got "
-            f"{values[bad][0].item():g} at position {position} of block {block} ({int(bad.sum())} in all)"
+            f"make_quadratics: eigenvalues must be positive and finite, got {values[bad][0].item():g} at position "
+            f"{position} of block {block} ({int(bad.sum())} in all)"
         )
     return values
 

@@ -1,4 +1,4 @@
-"""What an experiment hands back: claims with their verdicts, numbers, arrays and a picture, and how they are written."""
+"""What an experiment hands back: claims with verdicts, numbers, arrays, a picture; and how that is written."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class Result:
         written = [path]
         if self.arrays:
             written.append(folder / f"{self.name}.npz")
-            np.savez_compressed(written[-1], **{name: value.numpy() for name, value in self.arrays.items()})  # type: ignore[arg-type]
+            arrays: dict[str, Any] = {name: value.numpy() for name, value in self.arrays.items()}
+            np.savez_compressed(written[-1], **arrays)
         if self.figure is not None:
             written.append(folder / f"{self.name}.png")
             save_figure(self.figure, written[-1])

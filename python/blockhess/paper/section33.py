@@ -39,7 +39,8 @@ def preconditioned_ratio(problems: Quadratics) -> Tensor:
     """
     root = (problems.hessian @ problems.start[..., None]).abs().sqrt()
     eigenvalues = torch.linalg.eigvalsh(problems.hessian / (root * root.mT))
-    return eigenvalues[..., -1] / eigenvalues[..., 0] / problems.block_kappa
+    ratio: Tensor = eigenvalues[..., -1] / eigenvalues[..., 0] / problems.block_kappa
+    return ratio
 
 
 def run(*, seed: int = 0, quick: bool = False) -> Result:
@@ -96,16 +97,16 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         Claim(
             "Section 3.3: in case 3, r <= 100 with probability >= 2/3.",
             f"probability {share:.3f} over {trials:,} trials with orthogonal Q (10%, 50%, 90% quantiles of r: "
-            f"{', '.join(f'{value:.3g}' for value in orthogonal['r quantiles'])}), {literal:.3f} with Gaussian Q. For one "
-            f"block alone: {', '.join(f'{value:.2f}' for value in orthogonal['P(r <= 100) per block'])}.",
+            f"{', '.join(f'{value:.3g}' for value in orthogonal['r quantiles'])}), {literal:.3f} with Gaussian Q. For "
+            f"one block alone: {', '.join(f'{value:.2f}' for value in orthogonal['P(r <= 100) per block'])}.",
             verdict(share >= 2 / 3),
         ),
         Claim(
             "Section 3.3: kappa(D^{-1} H_l) is 3.9, 14.1, 4.2 times kappa_l on average over 1000 trials.",
             f"with orthogonal Q, {batches} batches of {batch} trials have means that include the paper's in blocks "
-            f"{fits['orthogonal'] or 'none'}; with Gaussian Q (the paper's words, H_l then has another spectrum) in blocks "
-            f"{fits['gaussian'] or 'none'}. The expectation is infinite, so any mean is an accident of its trials; medians "
-            f"with orthogonal Q: {', '.join(f'{q[1]:.2g}' for q in orthogonal['ratio quantiles'])}.",
+            f"{fits['orthogonal'] or 'none'}; with Gaussian Q (the paper's words, H_l then has another spectrum) in "
+            f"blocks {fits['gaussian'] or 'none'}. The expectation is infinite, so any mean is an accident of its "
+            f"trials; medians with orthogonal Q: {', '.join(f'{q[1]:.2g}' for q in orthogonal['ratio quantiles'])}.",
             verdict(len(fits["orthogonal"]) == 3, len(fits["orthogonal"]) + len(fits["gaussian"]) > 0),
         ),
         *(

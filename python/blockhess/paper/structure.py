@@ -2,8 +2,8 @@
 
     |H_kl|_F^2 = E |H_kl v|^2  for random signs v on block l
 
-so one Hessian-vector product with a vector that lives on block l tells of all pairs (k, l) at once: L products a probe. The
-paper leaves models too large for an exact Hessian open (appendix C.2).
+so one Hessian-vector product with a vector that lives on block l tells of all pairs (k, l) at once: L products a probe.
+The paper leaves models too large for an exact Hessian open (appendix C.2).
 """
 
 from __future__ import annotations
@@ -73,9 +73,12 @@ def exact_pair_norms(hessian: Tensor, blocks: Sequence[BlockInfo]) -> PairNorms:
     """
     dims = [block.dim for block in blocks]
     if hessian.shape != (sum(dims), sum(dims)):
-        raise ValueError(f"exact_pair_norms: hessian must have {sum(dims)} rows and columns, got {tuple(hessian.shape)}")
-    rows = torch.stack([part.sum(0) for part in hessian.double().square().split(dims)])
-    squares = torch.stack([part.sum(1) for part in rows.split(dims, dim=1)], 1)
+        raise ValueError(
+            f"exact_pair_norms: hessian must have {sum(dims)} rows and columns, got {tuple(hessian.shape)}"
+        )
+    member = torch.zeros(len(dims), sum(dims), dtype=torch.float64)
+    member[torch.arange(len(dims)).repeat_interleave(torch.tensor(dims)), torch.arange(sum(dims))] = 1.0
+    squares = member @ hessian.double().square() @ member.T
     return PairNorms(tuple(blocks), squares, torch.zeros_like(squares))
 
 

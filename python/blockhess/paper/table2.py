@@ -2,12 +2,14 @@
 
     L = 3 blocks of eigenvalues s_l {1, sqrt(kappa_b), kappa_b},  s = (1, sqrt(kappa / kappa_b), kappa / kappa_b)
 
-so that kappa_b = max kappa_l runs from 2 (narrow blocks far apart) to kappa (blocks alike). The number of iterations N to a
-loss of epsilon times the first is fitted by log N = a + b log kappa + c log max kappa_l + d log r over all problems; Table 2 says (b, c, d) = (1, 0, 0) for GD, (0, 1, 0) for blockwise GD and, as an upper bound,
-(0, 1, 1) for Adam with beta_2 = 1.
+so that kappa_b = max kappa_l runs from 2 (narrow blocks far apart) to kappa (blocks alike). The number of iterations N
+to a loss of epsilon times the first is fitted by log N = a + b log kappa + c log max kappa_l + d log r over all
+problems; Table 2 says (b, c, d) = (1, 0, 0) for GD, (0, 1, 0) for blockwise GD and, as an upper bound, (0, 1, 1) for
+Adam with beta_2 = 1.
 
-With a fixed preconditioner D these methods are linear, so N is known in closed form: with A_l = D^{-1/2} H_l D^{-1/2} of
-eigenvalues a_i and c the coordinates of D^{1/2} w^0 in its eigenvectors, L(w^t) = 1/2 sum_i a_i (1 - eta a_i)^{2t} c_i^2.
+With a fixed preconditioner D these methods are linear, so N is known in closed form: with A_l = D^{-1/2} H_l D^{-1/2}
+of eigenvalues a_i and c the coordinates of D^{1/2} w^0 in its eigenvectors, L(w^t) = 1/2 sum_i a_i (1 - eta a_i)^{2t}
+c_i^2.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def iterations(problems: Quadratics, rates: Tensor | None, preconditioner: Tenso
 
     Args:
         problems: the trials.
-        rates: (n_trials, 1 or L); None takes the best one rate a trial, 2 / (smallest + largest eigenvalue of D^{-1} H).
+        rates: (n_trials, 1 or L); None takes the best of each trial, 2 / (smallest + largest eigenvalue of D^{-1} H).
         preconditioner: (n_trials, L, d), the diagonal of D.
         epsilon: share of the first loss.
 
@@ -90,7 +92,7 @@ def iterations(problems: Quadratics, rates: Tensor | None, preconditioner: Tenso
 
 
 def measure(problems: Quadratics) -> dict[str, Tensor]:
-    """Return the iterations (n_trials,) of every optimizer, by name; "Adam" at the rate of Theorem 2's proof and its best."""
+    """Return the iterations (n_trials,) of every optimizer; Adam's at the rate of Theorem 2's proof and at its best."""
     gradient = (problems.hessian @ problems.start[..., None])[..., 0].abs()
     ones = torch.ones_like(gradient)
     return {
@@ -156,7 +158,8 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         Claim(
             "Table 2: Adam with beta_2 = 1 needs O(r max kappa_l), independent of kappa.",
             "; ".join(f"{name}: {told(name)}" for name in adam)
-            + ". Of the bound's r at most the root counts: see the bound that is linear in C_{l,2} / C_{l,1} (theorems).",
+            + ". Of the bound's r at most the root counts: see the bound that is linear in C_{l,2} / C_{l,1} "
+            "(theorems).",
             verdict(all(bounded), any(bounded)),
         ),
         Claim(
@@ -165,7 +168,9 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
             verdict(low.item() > 0),
         ),
     )
-    rows = [[name, *(f"{value:.3f}" for value in exponents), f"{share:.4f}"] for name, (exponents, share) in fits.items()]
+    rows = [
+        [name, *(f"{value:.3f}" for value in exponents), f"{share:.4f}"] for name, (exponents, share) in fits.items()
+    ]
     return Result(
         "table2",
         "Table 2: measured complexities",
@@ -180,7 +185,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
 
 
 def _draw(counts: Mapping[str, list[Tensor]], known: Mapping[str, list[Tensor]]) -> Figure:
-    """Medians of the iterations at the smallest max kappa_l against kappa, and at the largest kappa against max kappa_l."""
+    """Median iterations at the smallest max kappa_l against kappa, at the largest kappa against max kappa_l."""
     figure = new_figure(9.0, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     kappa = [float(value[0]) for value in known["kappa"]]
@@ -193,7 +198,9 @@ def _draw(counts: Mapping[str, list[Tensor]], known: Mapping[str, list[Tensor]])
         for panel, chosen, axis in ((left, heterogeneous, kappa), (right, largest, block)):
             medians = [float(parts[i].double().median()) for i in chosen]
             panel.plot([axis[i] for i in chosen], medians, style, color=color, label=name, markersize=4)
-    left.set(xscale="log", yscale="log", xlabel="kappa (max kappa_l = 2)", ylabel=f"iterations to {EPSILON:g} of the loss")
+    left.set(
+        xscale="log", yscale="log", xlabel="kappa (max kappa_l = 2)", ylabel=f"iterations to {EPSILON:g} of the loss"
+    )
     right.set(xscale="log", xlabel=f"max kappa_l (kappa = {max(kappa):.0e})")
     left.legend(frameon=False, fontsize="small")
     return figure

@@ -1,13 +1,14 @@
-"""Table 3: JS0 between the four layers of the scaled MLP at initialisation, c = 1 ... 15, in every definition, against print.
+"""Table 3: JS0 between the layers of the scaled MLP at initialisation, c = 1 ... 15, in every definition.
 
-The paper's numbers reach 353, so they are no Jensen-Shannon distance; nor does it say on what grid, with which sigma, or after
-which normalisation they were taken, and for c >= 9 they are NaN "due to the division of near-zero values". Tried here: every
-kind of divergence.KINDS, spectra as they are or divided by a number of their own (their 10th largest eigenvalue, as the paper's
-pictures are; their largest; their trace, which may be near zero), with its code's sigma^2 = 1e-5 or 1% of the range of all.
+The paper's numbers reach 353, so they are no Jensen-Shannon distance; nor does it say on what grid, with which sigma,
+or after which normalisation they were taken, and for c >= 9 they are NaN "due to the division of near-zero values".
+Tried here: every kind of divergence.KINDS, spectra as they are or divided by a number of their own (their 10th largest
+eigenvalue, as the paper's pictures are; their largest; their trace, which may be near zero), with its code's sigma^2 =
+1e-5 or 1% of the range of all.
 
-A definition is judged by the logarithms of its eight numbers for c = 1 ... 8: the root mean square of their distance to the
-paper's, as it is and after one factor common to all eight (units, base of the logarithm), and the rank correlation. For
-comparison, so is the best that says nothing: one number for all c, the mean of the paper's logarithms.
+A definition is judged by the logarithms of its eight numbers for c = 1 ... 8: the root mean square of their distance to
+the paper's, as it is and after one factor common to all eight (units, base of the logarithm), and the rank correlation.
+For comparison, so is the best that says nothing: one number for all c, the mean of the paper's logarithms.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ SIGMAS = ("sqrt(1e-5)", "1% of range")
 def js0(spectra: Spectra, kind: str, normalisation: str, sigma: str) -> float:
     """Return the mean over pairs of layers in one definition, in nats.
 
-    A fixed sigma is raised to what float64 resolves next to the largest eigenvalue. A normalisation by zero, where a block
-    has no curvature at all, leaves that block as it is.
+    A fixed sigma is raised to what float64 resolves next to the largest eigenvalue. A normalisation by zero, where a
+    block has no curvature at all, leaves that block as it is.
 
     Example:
         >>> js0(layer_spectra(1.0, batch, num_probes=1, num_steps=5, seed=0), "distance", "none", "1% of range") < 1
@@ -149,7 +150,9 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     def named(key: tuple[str, str, str]) -> str:
         return f"{key[0]}, normalisation {key[1]}, sigma {key[2]}"
 
-    low, high = (torch.stack([ends[side] for ends in (s.eigenvalue_range() for s in spectra.values())]) for side in (0, 1))
+    low, high = (
+        torch.stack([ends[side] for ends in (s.eigenvalue_range() for s in spectra.values())]) for side in (0, 1)
+    )
     largest = torch.maximum(low.abs(), high.abs())  # (n_scales, 4)
     peak = largest.amax(1)
     ratios = peak / largest.amin(1)
@@ -157,8 +160,9 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     claims = (
         Claim(
             "Table 3: JS0 is 1e-3, 1.61, 33.99, 65.32, 260.77, 298.39, 351.69, 353.48 for c = 1 ... 8.",
-            f"closest of {len(values)} definitions: {named(closest)}, within a factor {judged[closest][0]:.3g} on root mean "
-            f"square; up to one common factor: {named(alike)}, {judged[alike][1]:.3g}. A constant gets {nothing:.3g}.",
+            f"closest of {len(values)} definitions: {named(closest)}, within a factor {judged[closest][0]:.3g} on "
+            f"root mean square; up to one common factor: {named(alike)}, {judged[alike][1]:.3g}. A constant gets "
+            f"{nothing:.3g}.",
             verdict(judged[closest][0] < CLOSE, judged[alike][1] < CLOSE),
         ),
         Claim(
@@ -171,14 +175,15 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         ),
         Claim(
             "Table 3: for c >= 9 the distance is NaN.",
-            f"{bad} of {sum(map(len, values.values()))} values are not finite, up to c = 15: NaN is a fault of a formula that "
-            "divides near-zero densities, not of the spectra.",
+            f"{bad} of {sum(map(len, values.values()))} values are not finite, up to c = 15: NaN is a fault of a "
+            "formula that divides near-zero densities, not of the spectra.",
             verdict(bad > 0),
         ),
         Claim(
             "Section 2.4: c is the degree of heterogeneity between the layers.",
-            f"largest |eigenvalue| of the sharpest over the flattest layer: {ratios[0]:.3g} at c = 1, {ratios[7]:.3g} at c = 8, "
-            f"{ratios[-1]:.3g} at c = 15; the sharpest layer's is {peak[0]:.2g}, {peak[7]:.2g} and {peak[-1]:.2g} there.",
+            f"largest |eigenvalue| of the sharpest over the flattest layer: {ratios[0]:.3g} at c = 1, {ratios[7]:.3g} "
+            f"at c = 8, {ratios[-1]:.3g} at c = 15; the sharpest layer's is {peak[0]:.2g}, {peak[7]:.2g} and "
+            f"{peak[-1]:.2g} there.",
             verdict(bool(ratios[7] > 10 * ratios[0]), bool(ratios[7] > 2 * ratios[0])),
         ),
     )

@@ -8,14 +8,14 @@ Theorem 2. D = diag |H w^0|, C_{l,1} lambda_{l,1} <= D_{l,i} <= C_{l,2} lambda_{
 C_{l,1} = min_i D_{l,i} / lambda_{l,1} and C_{l,2} = max_i D_{l,i} / lambda_{l,1}. In w~ = D^{1/2} w Adam is gradient
 descent with A_l = D_l^{-1/2} H_l D_l^{-1/2}, whose eigenvalues lie in [1 / (C_{l,2} kappa_l), 1 / C_{l,1}]. Therefore:
 
-- The statement's eta = min_l 1 / C_{l,1} is no rate for which the proof works: descent needs eta < 2 / lambda_max(A), about
-  2 min_l C_{l,1}. Where C_{l,1} < 1 it usually diverges. The proof itself takes eta = min_l C_{l,1}.
+- The statement's eta = min_l 1 / C_{l,1} is no rate for which the proof works: descent needs eta < 2 / lambda_max(A),
+  about 2 min_l C_{l,1}. Where C_{l,1} < 1 it usually diverges. The proof itself takes eta = min_l C_{l,1}.
 - With that rate the proof bounds cost-to-go by progress (19):
-  C_{l,2}^2 lambda_{l,1}^2 / (min_k C_{k,1}^2 lambda_{l,1} lambda_{l,d}) = kappa_l C_{l,2}^2 / min_k C_{k,1}^2. Step (20) replaces
-  it by r kappa_l, r = max_l (C_{l,2} / C_{l,1})^2, as if every block had a rate of its own. What follows is
-  r' = max_l C_{l,2}^2 / min_l C_{l,1}^2.
-  H = I with two blocks of one element and w^0 = (1, 10) shows the difference: r = kappa_l = 1 promises the minimum after one
-  step, but eta = 1 leaves 0.9 of the second coordinate.
+  C_{l,2}^2 lambda_{l,1}^2 / (min_k C_{k,1}^2 lambda_{l,1} lambda_{l,d}) = kappa_l C_{l,2}^2 / min_k C_{k,1}^2. Step
+  (20) replaces it by r kappa_l, r = max_l (C_{l,2} / C_{l,1})^2, as if every block had a rate of its own. What follows
+  is r' = max_l C_{l,2}^2 / min_l C_{l,1}^2.
+  H = I with two blocks of one element and w^0 = (1, 10) shows the difference: r = kappa_l = 1 promises the minimum
+  after one step, but eta = 1 leaves 0.9 of the second coordinate.
 - Sharper: the components of A_l shrink by 1 - eta lambda, 0 <= eta lambda <= 1, so the factor is
   max_l (1 - min_k C_{k,1} / (C_{l,2} kappa_l))^2: linear in the constants where r' is quadratic.
 """
@@ -142,11 +142,12 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
             verdict(holds("Theorem 1, printed")),
         ),
         Claim(
-            "Theorem 2: Adam with beta_2 = 1 and eta = min_l 1/C_{l,1} contracts the loss by max_l (1 - 1/(r kappa_l)).",
-            f"broken in {said('Theorem 2, statement')} (where C_{{l,1}} < 1 it mostly diverges). With the rate of its proof, min_l C_{{l,1}}, and the "
-            f"printed r: in {said('Theorem 2, proof')}, and in {example} of the counterexample H = I, w^0 = (1, 10). "
-            f"With r' = max C_{{l,2}}^2 / min C_{{l,1}}^2: in {said('Theorem 2, corrected')}; with the bound linear in the "
-            f"constants: in {said('Theorem 2, sharp')}.",
+            "Theorem 2: Adam with beta_2 = 1 and eta = min_l 1/C_{l,1} contracts the loss by max_l (1 - 1/(r "
+            "kappa_l)).",
+            f"broken in {said('Theorem 2, statement')} (where C_{{l,1}} < 1 it mostly diverges). With the rate of its "
+            f"proof, min_l C_{{l,1}}, and the printed r: in {said('Theorem 2, proof')}, and in {example} of the "
+            "counterexample H = I, w^0 = (1, 10). With r' = max C_{l,2}^2 / min C_{l,1}^2: in "
+            f"{said('Theorem 2, corrected')}; with the bound linear in the constants: in {said('Theorem 2, sharp')}.",
             verdict(holds("Theorem 2, statement"), some_hold=False),
         ),
     )
