@@ -90,7 +90,7 @@ def test_figure_8_verdicts_follow_from_the_medians() -> None:
         medians = {"GD": gd, "blockwise GD": -9.0, "Adam, beta2 = 0.999": adam, "Adam, beta2 = 1": adam + 0.1}
         return {name: [value - 1, value, value + 1] for name, value in medians.items()}
 
-    words = [_compare(number, final(-2.0, adam)).verdict for number in (3, 4) for adam in (-10.0, -3.0, -2.0)]
+    words = [_compare(number, final(-2.0, adam), 1.0).verdict for number in (3, 4) for adam in (-10.0, -3.0, -2.0)]
     assert words == [REPRODUCED, PARTLY, NOT_REPRODUCED, NOT_REPRODUCED, PARTLY, REPRODUCED]
 
 
