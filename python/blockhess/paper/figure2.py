@@ -168,7 +168,8 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         title = f"{num_layers}-layer Transformer"
         for partition, group in PARTITIONS.items():
             add(title, partition, [norms.merged(group) for _, norms in found])
-        layers = found[0][1].merged(layer_of).squares
+        layers = sum(norms.merged(layer_of).squares for _, norms in found)
+        assert isinstance(layers, Tensor)
         layer_pairs = (layers / layers.sum()).tolist()
         boxes = [block.dim for block in found[0][1].merged(box_of).blocks]
         pictures.append((f"({'abc'[LAYERS.index(num_layers)]}) {title}", found[0][0], boxes))
@@ -227,7 +228,12 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         {"seed": seed, "seeds": len(seeds), "layers": LAYERS, "near": NEAR},
         claims,
         f"{measure}; entries: the share of entries there, what a Hessian without structure has\n"
-        + format_table(["model", "blocks", "mean", "min", "max", "entries"], rows, left=2),
+        + format_table(["model", "blocks", "mean", "min", "max", "entries"], rows, left=2)
+        + "\n\nshare of |H|_F^2 of every pair of layers, 4-layer Transformer\n"
+        + format_table(
+            ["layer", *map(str, range(LAYERS[-1]))],
+            [[str(k), *(f"{share:.1e}" for share in row)] for k, row in enumerate(layer_pairs)],
+        ),
         {**numbers, "layer pairs of the 4-layer Transformer": layer_pairs},
         {title: hessian.float() for title, hessian, _ in pictures},
         _draw(pictures),

@@ -77,8 +77,8 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
             rows.append([f"case {number}", name, best, *(f"{v:.1f}" for v in final[name]), f"{lowest[name][1]:.1f}"])
         for name, search in searches.items():
             notes.append(
-                f"case {number}, {name}: {int(search.converged.sum())} of {num_trials} trials have a rate that converges; "
-                f"in {int(search.at_edge.sum())} the best is at an end of the grid."
+                f"case {number}, {name}: {int(search.converged.sum())} of {num_trials} trials have a rate that "
+                f"converges; in {int(search.at_edge.sum())} the best is at an end of the grid."
             )
         numbers[f"case {number}"] = {"final": final, "lowest": lowest}
         claims.append(_compare(number, final, float((problems.kappa / problems.block_kappa.amax(1)).median())))

@@ -148,7 +148,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
             f"proof, min_l C_{{l,1}}, and the printed r: in {said('Theorem 2, proof')}, and in {example} of the "
             "counterexample H = I, w^0 = (1, 10). With r' = max C_{l,2}^2 / min C_{l,1}^2: in "
             f"{said('Theorem 2, corrected')}; with the bound linear in the constants: in {said('Theorem 2, sharp')}.",
-            verdict(holds("Theorem 2, statement"), some_hold=False),
+            verdict(holds("Theorem 2, statement")),
         ),
     )
     return Result(
