@@ -42,11 +42,16 @@ def run_experiments(
         run = importlib.import_module(f"blockhess.paper.{module}").run
         taken = {key: value for key, value in options.items() if key in inspect.signature(run).parameters}
         print(f"[{position}/{len(modules)}] {name}", flush=True)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result: Result = run(seed=seed, quick=quick, **taken)
         seconds = time.perf_counter() - start
         written = result.write(
-            folder, seconds=seconds, quick=quick, torch=str(torch.__version__), blockhess=blockhess.__version__
+            folder,
+            seconds=seconds,
+            cpu_seconds=time.process_time() - cpu_start,
+            quick=quick,
+            torch=str(torch.__version__),
+            blockhess=blockhess.__version__,
         )
         print(f"{result}\n\n{seconds:.1f} s; written: {', '.join(map(str, written))}\n", flush=True)
         results.append(result)
