@@ -72,9 +72,9 @@ def speed_part() -> str:
     environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
     return (
         f"| what | seconds | of the processor |\n|---|--:|--:|\n{rows}\n\n"
-        "One thread, on two cores that several other programs kept busy (load average "
-        f"{content['load'][0]:.1f} at the end of the first five): seconds of the processor, where recorded, are what an idle "
-        f"core would take; {environment}"
+        "One thread, on two cores that other programs kept busy (load average "
+        f"{content['load'][0]:.1f} after the first five): seconds of the processor, where recorded, are what an "
+        f"idle core would take; {environment}"
     )
 
 
