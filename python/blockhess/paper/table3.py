@@ -207,9 +207,9 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         f"Table 3: JS0 of the scaled MLP, {images.name}",
         {"seed": seed, "data": images.name, "num_probes": num_probes, "num_steps": num_steps, "images": BATCH_SIZE},
         claims,
-        f"JS0 in nats, the {SHOWN} definitions most alike; factor: root mean square factor to the paper; scaled: after "
-        "one "
-        "common factor\n" + format_table(header, rows, left=3),
+        f"JS0 in nats, the {SHOWN} definitions most alike\n"
+        "factor: root mean square factor to the paper's; scaled: after one common factor; rank: correlation\n"
+        + format_table(header, rows, left=3),
         {
             "js0": {_named(key): found for key, found in values.items()},
             "judged": {_named(key): found for key, found in judged.items()},
@@ -230,7 +230,7 @@ def _named(key: Definition) -> str:
 
 
 def _draw(values: Mapping[Definition, list[float]], judged: Mapping[Definition, tuple[float, float, float]]) -> Figure:
-    """The paper's numbers and, of every kind, the definition most alike, as it is and times the factor that fits best."""
+    """The paper's numbers and, of every kind, the definition most alike, as it is and times the best factor."""
     figure = new_figure(10.0, 5.0)
     plain, scaled = figure.subplots(1, 2, sharey=True)
     for kind, style in zip(KINDS, ("o-", "s-", "^-", "v-")):
