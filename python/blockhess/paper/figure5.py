@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -63,6 +63,25 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         "SGD": train(images, scales, [*small, *rates], "SGD", **steps),
         "Adam": train(images, scales, rates, "Adam", **steps),
     }
+    return judge(runs, scales, small, rates, {**steps, "data": images.name})
+
+
+def judge(
+    runs: Mapping[str, Training],
+    scales: Sequence[int],
+    small: Sequence[float],
+    rates: Sequence[float],
+    settings: Mapping[str, Any],
+) -> Result:
+    """Return what trained models say about Figure 5.
+
+    Args:
+        runs: "SGD" at the rates [*small, *rates], "Adam" at rates.
+        scales: c of every row of the runs.
+        small, rates: below the paper's grid, and on it.
+        settings: num_steps, data and further ones to be written.
+    """
+    num_steps = settings["num_steps"]
     paper, everything = slice(len(small), None), slice(0, None)
     found = {
         "SGD": best(runs["SGD"], paper),
@@ -84,6 +103,7 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     rank = float(spearmanr(scales, gap.numpy()).statistic)
     large = [k for k, c in enumerate(scales) if c >= 8]
     no_rate = [c for k, c in enumerate(scales) if bool(runs["SGD"].diverged[k, paper].all())]
+    edge = [c for k, c in enumerate(scales) if int(found["SGD, smaller rates too"][1][k]) == 0]
     told = (
         f"Adam's lead is {gap[0]:.3f} at c = 1, {gap[large].mean():.3f} on average over c >= 8, {gap[-1]:.3f} at c = 15"
     )
@@ -105,14 +125,15 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         Claim(
             "Figure 5 (c), implied: it is heterogeneity, not the grid of rates, that hampers SGD at large c.",
             f"with four rates below the paper's grid, from {min(small):g}, Adam's lead over c >= 8 is "
-            f"{gap_small[large].mean():.3f} on average instead of {gap[large].mean():.3f}.",
-            verdict(bool(gap_small[large].mean() > EQUAL)),
+            f"{gap_small[large].mean():.3f} on average instead of {gap[large].mean():.3f}; SGD's best rate is then the smallest "
+            f"of all for c = {edge or 'none'}.",
+            verdict(bool(gap_small[large].mean() > gap[large].mean() / 2), bool(gap_small[large].mean() > EQUAL)),
         ),
     )
     return Result(
         "fig5",
-        f"Figure 5: SGD and Adam on the scaled MLP, {images.name}, {num_steps} steps",
-        {**steps, "data": images.name, "scales": scales, "rates": rates, "smaller rates of SGD": small},
+        f"Figure 5: SGD and Adam on the scaled MLP, {settings['data']}, {num_steps} steps",
+        {**settings, "scales": scales, "rates": rates, "smaller rates of SGD": small},
         claims,
         "best test accuracy (its rate); rates of the paper's grid that ended in NaN or infinity\n"
         + format_table(["c", *found, "SGD diverged", "Adam diverged"], rows),
