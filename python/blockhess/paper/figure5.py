@@ -125,8 +125,8 @@ def judge(
         Claim(
             "Figure 5 (c), implied: it is heterogeneity, not the grid of rates, that hampers SGD at large c.",
             f"with four rates below the paper's grid, from {min(small):g}, Adam's lead over c >= 8 is "
-            f"{gap_small[large].mean():.3f} on average instead of {gap[large].mean():.3f}; SGD's best rate is then the smallest "
-            f"of all for c = {edge or 'none'}.",
+            f"{gap_small[large].mean():.3f} on average instead of {gap[large].mean():.3f}; SGD's best rate is then "
+            f"the smallest of all for c = {edge or 'none'}.",
             verdict(bool(gap_small[large].mean() > gap[large].mean() / 2), bool(gap_small[large].mean() > EQUAL)),
         ),
     )
