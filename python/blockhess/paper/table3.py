@@ -184,8 +184,8 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         ),
         Claim(
             "Table 3: for c >= 9 the distance is NaN.",
-            f"{bad} of {sum(map(len, values.values()))} values are not finite, up to c = 15: NaN is a fault of a "
-            "formula that divides near-zero densities, not of the spectra.",
+            f"{bad} of {sum(map(len, values.values()))} values are not finite, up to c = 15"
+            + ("." if bad else ": NaN is a fault of a formula that divides near-zero densities, not of the spectra."),
             verdict(bad > 0),
         ),
         Claim(
