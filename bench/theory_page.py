@@ -26,9 +26,8 @@ def result(name: str) -> dict[str, Any]:
 def made(content: dict[str, Any]) -> str:
     """Where and from what a result was made."""
     environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
-    return f"`blockhess paper {content['name']}`, {content['seconds']:.0f} s, seed {content['settings']['seed']}; " + (
-        f"{environment}"
-    )
+    seed = f", seed {content['settings']['seed']}" if "seed" in content["settings"] else ""
+    return f"`blockhess paper {content['name']}` in {content['seconds']:.0f} s{seed}; {environment}"
 
 
 def experiment_part(name: str) -> str:
@@ -54,7 +53,8 @@ def _plain(text: str) -> str:
 
 def summary_part() -> str:
     """Every claim with its verdict, and how many there are of each."""
-    claims = [claim for name in EXPERIMENTS for claim in result(name)["claims"]]
+    every = [claim for name in EXPERIMENTS for claim in result(name)["claims"]]
+    claims = list({claim["paper"]: claim for claim in every}.values())  # Figures 6 and 7 share one
     words = ("reproduced", "partly", "not reproduced")
     counts = ", ".join(f"{sum(claim['verdict'] == word for claim in claims)} {word}" for word in words)
     rows = "\n".join(f"| {claim['verdict']} | {_plain(claim['paper'])} |" for claim in claims)
