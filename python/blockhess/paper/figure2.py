@@ -244,6 +244,7 @@ def _draw(pictures: Sequence[tuple[str, Tensor, list[int]]]) -> Figure:
     from matplotlib.colors import LogNorm
 
     figure = new_figure(4.2 * len(pictures), 4.4)
+    figure.set_dpi(80)  # a pixel an entry is more than enough
     panels = figure.subplots(1, len(pictures))
     for panel, (title, hessian, dims) in zip(panels, pictures):
         size = hessian.abs() / hessian.abs().max()
