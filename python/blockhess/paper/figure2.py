@@ -243,8 +243,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
 def _draw(pictures: Sequence[tuple[str, Tensor, list[int]]]) -> Figure:
     from matplotlib.colors import LogNorm
 
-    figure = new_figure(4.2 * len(pictures), 4.4)
-    figure.set_dpi(80)  # a pixel an entry is more than enough
+    figure = new_figure(4.2 * len(pictures), 4.4, dpi=80)
     panels = figure.subplots(1, len(pictures))
     for panel, (title, hessian, dims) in zip(panels, pictures):
         size = hessian.abs() / hessian.abs().max()

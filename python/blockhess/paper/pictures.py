@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 GD_COLOR, ADAM_COLOR, ADAM_ONE_COLOR = "#08519c", "#d95f02", "#1b9e77"
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches.
+def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
+    """Return an empty figure of so many inches, each of dpi pixels.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -21,4 +21,4 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('paper: pictures need matplotlib; type: pip install "blockhess[cli]"') from None
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
