@@ -296,8 +296,7 @@ def test_half_precision_as_it_is() -> None:
     rough = blockhess.spectrum(half, data, loss_fn, dtype=torch.bfloat16, **options)
     fine = blockhess.spectrum(half, data, loss_fn, **options)
     assert spectra_are_equal(rough, fine, 0.1) and not spectra_are_equal(rough, fine, 1e-4)
-    errors = rough.provenance["hvp_error"]
-    assert max(error / norm for norm, error in errors.values()) > 1e-4
+    assert max(rough.provenance["hvp_error"].values()) > 100 * max(fine.provenance["hvp_error"].values())
     with pytest.raises(ValueError, match=r"dtype must be float32 or float64 for parameters of torch.float64"):
         blockhess.spectrum(model, (x, y), loss_fn, dtype=torch.bfloat16, **options)
 

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from blockhess.paper.commands import app as paper
+
 app = typer.Typer(
     help="Hessian eigenvalue densities of every parameter block of a neural network.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(paper, name="paper")
 
 
 def _print_version(wanted: bool) -> None:

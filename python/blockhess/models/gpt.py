@@ -17,7 +17,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a `GPT`; the defaults are nanoGPT's shakespeare-char model, the paper's GPT2-nano (10.65M)."""
+    """Sizes of a `GPT`; the defaults are nanoGPT's shakespeare-char model, the paper's GPT2-nano (10.65M).
+
+    `mlp_width` None means 4 x width; `layer_norm=False` leaves out every LayerNorm, as in the paper's Figure 2.
+    """
 
     vocab_size: int = 65
     context: int = 256
@@ -26,11 +29,13 @@ class GPTConfig:
     width: int = 384
     bias: bool = False
     fused_qkv: bool = False
+    mlp_width: int | None = None
+    layer_norm: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "num_layers", "num_heads", "width"):
+        for name in ("vocab_size", "context", "num_layers", "num_heads", "width", "mlp_width"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"GPTConfig: {name} must be at least 1, got {value}")
         if self.width % self.num_heads:
             raise ValueError(f"GPTConfig: width must be a multiple of num_heads = {self.num_heads}, got {self.width}")
@@ -63,15 +68,20 @@ class CausalAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Width to 4 x width, GELU, and back."""
+    """Width to mlp_width, GELU, and back."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.width, 4 * config.width, bias=config.bias)
-        self.proj = nn.Linear(4 * config.width, config.width, bias=config.bias)
+        hidden = config.mlp_width or 4 * config.width
+        self.fc = nn.Linear(config.width, hidden, bias=config.bias)
+        self.proj = nn.Linear(hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.gelu(self.fc(x)))  # type: ignore[no-any-return]
+
+
+def _norm(config: GPTConfig) -> nn.Module:
+    return nn.LayerNorm(config.width, bias=config.bias) if config.layer_norm else nn.Identity()
 
 
 class Layer(nn.Module):
@@ -79,9 +89,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width, bias=config.bias)
+        self.ln_1 = _norm(config)
         self.attn = CausalAttention(config)
-        self.ln_2 = nn.LayerNorm(config.width, bias=config.bias)
+        self.ln_2 = _norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ class GPT(nn.Module):
         self.tok = nn.Embedding(config.vocab_size, config.width)
         self.pos = nn.Embedding(config.context, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.width, bias=config.bias)
+        self.ln_f = _norm(config)
         self._initialise()
 
     def _initialise(self) -> None:

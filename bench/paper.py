@@ -1,0 +1,96 @@
+"""Runs the experiments of `blockhess paper` and keeps what docs/theory.md shows of them, or measures their speed.
+
+python bench/paper.py                    # all of them, at the paper's scale
+python bench/paper.py fig8 table2        # some of them
+python bench/paper.py --keep FOLDER      # keeps what `blockhess paper NAME --out FOLDER` wrote at this commit
+python bench/paper.py --speed            # Figure 8 at chosen rates, and exact Hessians
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from environment import describe
+
+from blockhess.models import GPT, GPTConfig, next_token_loss
+from blockhess.paper.commands import EXPERIMENTS
+from blockhess.paper.figure8 import BETA2, NUM_STEPS, NUM_TRIALS, curves
+from blockhess.paper.hessian import exact_hessian
+from blockhess.paper.optimizers import search_rate
+from blockhess.paper.quadratics import case
+from blockhess.paper.runner import run_experiments
+
+RESULTS = Path(__file__).parent / "results" / "paper"
+
+
+def keep(folder: Path, names: list[str], made: dict[str, str | int]) -> None:
+    """Copy the JSON of these experiments, with where they were made, and their pictures."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in names:
+        source = folder / f"{name}.json"
+        if not source.exists():
+            continue
+        content = json.loads(source.read_text())
+        if content["quick"]:
+            raise SystemExit(f"paper.py: {source} holds a quick run")
+        (RESULTS / source.name).write_text(json.dumps({**content, "environment": made}, indent=1) + "\n")
+        if (picture := folder / f"{name}.png").exists():
+            shutil.copy(picture, RESULTS)
+
+
+def speed() -> None:
+    """Time Figure 8 at rates that are already chosen, and an exact Hessian of some 2,000 parameters."""
+    made = describe()
+    seconds = {}
+
+    def timed(what: str, work: Callable[[], object]) -> None:
+        start, cpu = time.perf_counter(), time.process_time()
+        work()
+        seconds[what] = [time.perf_counter() - start, time.process_time() - cpu]
+
+    for number, num_trials in NUM_TRIALS.items():
+        problems = case(number, num_trials=num_trials)
+        few = torch.tensor([0.003, 0.03])
+        searches = {name: search_rate(problems, few, 20, beta2=beta2) for name, beta2 in BETA2.items()}
+        what = f"Figure 8, case {number}: 4 optimizers, {num_trials} trials, {NUM_STEPS} iterations"
+        timed(what, partial(curves, problems, searches, NUM_STEPS))
+    model = GPT(GPTConfig(vocab_size=76, context=8, num_layers=3, num_heads=2, width=8, mlp_width=16)).double()
+    tokens = torch.randint(76, (4, 8))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    work = partial(exact_hessian, model, (tokens, tokens), next_token_loss, blocks="full")
+    timed(f"exact Hessian of a GPT of {count} parameters", work)
+    result = {"environment": made, "load": list(os.getloadavg()), "seconds": seconds}
+    (RESULTS / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], help="experiments; default: all")
+    parser.add_argument("--keep", type=Path, help="folder with results to keep instead of running")
+    parser.add_argument("--speed", action="store_true", help="measure speed instead")
+    arguments = parser.parse_args()
+    names = arguments.names or list(EXPERIMENTS)
+    made = describe()  # before anything changes the checkout
+    if arguments.speed:
+        speed()
+    elif arguments.keep:
+        keep(arguments.keep, names, made)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:  # one by one, so that what is done is kept
+                run_experiments({name: EXPERIMENTS[name]}, folder)
+                keep(Path(folder), [name], made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""`blockhess paper ...`: the experiments of this folder as commands; what they do is imported only when one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="The paper's quadratic models, MLP, exact Hessians and theory: each writes data, picture and verdict.",
+    rich_markup_mode=None,
+)
+
+# command -> module with run(seed=, quick=, ...); in the order of `all-theory`.
+EXPERIMENTS = {
+    "prop1": "proposition1",
+    "theorems": "theorems",
+    "section33": "section33",
+    "prop2": "proposition2",
+    "table2": "table2",
+    "fig6": "figure6",
+    "fig7": "figure7",
+    "fig8": "figure8",
+    "fig2": "figure2",
+    "table3": "table3",
+    "fig5": "figure5",
+}
+
+Out = Annotated[Path, typer.Option(help="Folder for data and pictures.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, for a smoke test.")]
+DEFAULT_OUT = Path("blockhess-paper")
+
+
+def _run(names: Sequence[str], out: Path, seed: int, quick: bool, **options: Any) -> None:
+    from blockhess.paper.runner import run_experiments
+
+    run_experiments({name: EXPERIMENTS[name] for name in names}, out, seed=seed, quick=quick, **options)
+
+
+def _add(name: str, text: str) -> None:
+    def command(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False) -> None:
+        _run([name], out, seed, quick)
+
+    app.command(name, help=text)(command)
+
+
+for _name, _text in {
+    "prop1": "Proposition 1: GD's lower bound, printed and corrected, at every iteration.",
+    "theorems": "Theorems 1 and 2, printed and corrected, at every iteration of every trial.",
+    "section33": "The numbers of section 3.3: r, preconditioned condition numbers, kappa over max kappa_l.",
+    "prop2": "Proposition 2: the limit cycle of Adam with beta2 < 1.",
+    "table2": "Table 2: iterations fitted against kappa, max kappa_l and r.",
+    "fig6": "Figure 6: eigenvalues of case 1.",
+    "fig7": "Figure 7: eigenvalues of case 2.",
+    "fig8": "Figure 8: gradient norms of GD and Adam on the four cases.",
+    "fig2": "Figure 2: exact Hessians of small Transformers and MLPs, and block structure of larger models.",
+}.items():
+    _add(_name, _text)
+
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with MNIST's or Fashion-MNIST's four idx files; default: the subset that is shipped."),
+]
+
+
+@app.command()
+def fig5(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
+    """Figure 5: the MLP with scaled layers, SGD and Adam over a grid of rates."""
+    _run(["fig5"], out, seed, quick, data=data)
+
+
+@app.command()
+def table3(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
+    """Table 3: JS0 of the MLP for every scale, in every definition, against the paper's numbers."""
+    _run(["table3"], out, seed, quick, data=data)
+
+
+@app.command("all-theory")
+def all_theory(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
+    """All of the above."""
+    _run(list(EXPERIMENTS), out, seed, quick, data=data)
+
+
+@app.command()
+def spectra(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False) -> None:
+    """Measure the block spectra of cases 1 and 2 again, as they were for the shipped files; some minutes."""
+    from blockhess.paper.runner import measure_spectra
+
+    measure_spectra(out, seed=seed, quick=quick)
