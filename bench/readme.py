@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 from dataclasses import fields
 from pathlib import Path
 
+from bench_hvp import Row
 from bench_slq import Timing, markdown
 from environment import describe
 
@@ -60,6 +62,29 @@ def bench_part() -> str:
     )
 
 
+def product_part() -> str:
+    """How many times longer each rival takes for one product, from the JSON of bench_hvp.py."""
+    data = json.loads((RESULTS / "hvp_cpu.json").read_text())
+    rivals = [row["rival"] for row in data["results"][0]["rows"]]
+    error = max(row["error"] for result in data["results"] for row in result["rows"])
+    lines = [
+        "One product H_l v once everything that steps share is ready, every rival in turn, all within "
+        f"{error:.0e} of float64;",
+        "how many times as long as `engine=\"traced\"` each takes; `python bench/bench_hvp.py`",
+        "([all of it](bench/results/hvp_cpu.md)):",
+        "",
+        f"| model | traced, ms | {' | '.join(rivals[1:])} |",
+        f"|---|{'--:|' * len(rivals)}",
+    ]
+    for result in data["results"]:
+        rows = [Row(**row) for row in result["rows"]]
+        ratios = [
+            statistics.median(theirs / ours for theirs, ours in zip(row.rounds, rows[0].rounds)) for row in rows[1:]
+        ]
+        lines.append(f"| {result['name']} | {1e3 * rows[0].each:.0f} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
+    return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in data["environment"].items())])
+
+
 def replaced(readme: str, name: str, part: str) -> str:
     """The README with what stands between <!-- name --> and <!-- /name --> replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -74,6 +99,7 @@ def main() -> None:
         keep_demo()
     path = ROOT / "README.md"
     readme = replaced(path.read_text(), "demo", demo_part())
+    readme = replaced(readme, "products", product_part())
     path.write_text(replaced(readme, "bench", bench_part()))
 
 

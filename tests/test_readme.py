@@ -40,3 +40,4 @@ def test_measured_parts_are_up_to_date(monkeypatch):
 
     assert readme.replaced(README, "demo", readme.demo_part()) == README
     assert readme.replaced(README, "bench", readme.bench_part()) == README
+    assert readme.replaced(README, "products", readme.product_part()) == README
