@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import secrets
 from collections.abc import Sequence
@@ -26,6 +27,21 @@ def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> 
     if isinstance(value, bool) or number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"batched_slq: {name} must be an integer {rule}, got {value!r}")
     return number
+
+
+def tolerance(tol: Any, sigma: Any, op: str = "batched_slq") -> tuple[float | None, float | None]:
+    """tol above 0, and sigma in (0, 1], which means something only beside it; or None."""
+    for name, value, rule, most in (("tol", tol, "above 0", math.inf), ("sigma", sigma, "above 0 and at most 1", 1.0)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be None or a number {rule}, got {value!r}")
+        if not 0 < value <= most or math.isinf(value):
+            share = " (a share of the spectrum's range)" if name == "sigma" else ""
+            raise ValueError(f"{op}: {name} must be {rule}{share}, got {value!r}")
+    if sigma is not None and tol is None:
+        raise ValueError(f"{op}: tol must be given with sigma, got sigma={sigma!r} alone")
+    return tol, sigma
 
 
 def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
