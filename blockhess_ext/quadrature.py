@@ -55,6 +55,8 @@ class Quadrature:
     def joined(parts: Sequence[Quadrature], dim: int) -> Quadrature:
         """One result of several, each for other probes (dim 0) or other blocks (dim 1) of the same run.
 
+        Blocks of fewer probes than others get recurrences of no step.
+
         Raises:
             ValueError: they disagree in what they should share.
         """
@@ -69,10 +71,16 @@ class Quadrature:
                         f"{getattr(part, name)!r}"
                     )
         m = max(part.nodes.shape[-1] for part in parts)
-        tensors: dict[str, Any] = {
-            name: torch.cat([_padded(getattr(part, name), m, repeat=name == "nodes") for part in parts], dim)
-            for name in ("nodes", "weights", "alpha", "beta")
-        } | {name: torch.cat([getattr(part, name) for part in parts], dim) for name in ("steps", "nonfinite")}
+        rows = max(part.num_probes for part in parts) if dim == 1 else 0
+
+        def filled(part: Quadrature, name: str) -> Tensor:
+            values: Tensor = getattr(part, name)
+            if values.dim() == 3:
+                values = _padded(values, m, repeat=name == "nodes")
+            missing = max(rows - len(values), 0)
+            return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
+
+        tensors: dict[str, Any] = {name: torch.cat([filled(part, name) for part in parts], dim) for name in _TENSORS}
         lists = {name: sum((getattr(part, name) for part in parts), ()) for name in per_block} if dim == 1 else {}
         changed: dict[str, Any] = tensors | lists
         return replace(first, **changed)
@@ -88,6 +96,13 @@ class Quadrature:
         for name in ("dims", "block_ids", "reorthogonalize"):
             chosen[name] = tuple(getattr(self, name)[l] for l in blocks)
         return replace(self, **chosen)
+
+    def of_block(self, block: int) -> Quadrature:
+        """The part that belongs to one block, of those probes that it was given."""
+        part = self.of_blocks([block])
+        given = ((part.steps > 0) | part.nonfinite)[:, 0]
+        chosen: dict[str, Any] = {name: getattr(part, name)[given] for name in _TENSORS}
+        return replace(part, **chosen)
 
     @property
     def num_probes(self) -> int:

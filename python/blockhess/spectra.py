@@ -428,7 +428,7 @@ class Spectra:
         for row in self.rows(blocks):
             block, steps = self.blocks[row], self.quadrature.steps[:, row]
             low, high, trace, stderr, norm, _, negative = self._statistics[row]
-            least, most = int(steps.min()), int(steps.max())
+            least, most = int(steps[steps > 0].min()) if bool(self._known[row]) else 0, int(steps.max())
             broken = "non-finite" if bool(self.quadrature.nonfinite[:, row].any()) else ""
             lines.append(
                 (
