@@ -1,10 +1,10 @@
 """When a recurrence has made steps enough: its quadrature hardly changes any more.
 
-    change = distance(T_m, T_m') / range of the nodes,   ended where change <= tol at two looks in a row
+    change = distance(T_m, T_m') / range of the nodes,   ended where change <= 4/3 tol at two looks in a row
 
 The distance is Wasserstein-1, or that of the densities blurred by sigma, in L1. Where the spectrum is smooth, Gauss
-rules of m and m' nodes are staircases that differ by range / 3m, and the truth lies range / 4m from the finer one: the
-change is an estimate of its error, a little too large. Where eigenvalues are few, both vanish together.
+rules of m and m' nodes are staircases that differ by range / 3m, and the truth lies range / 4m from the finer one: 3/4
+of the change is an estimate of the error. Where eigenvalues are few, both vanish together.
 
 Promises: no host waits for a device; a recurrence is ended on its own evidence alone, so its result does not depend on
 what else is in the batch. An odd number of steps between two looks: symmetric spectra have a node at their centre in
@@ -22,6 +22,8 @@ from blockhess_ext import ops
 from blockhess_ext.recurrences import FINISHED, RUNNING, Recurrences
 
 Rule = tuple[Tensor, Tensor]  # nodes and weights, (n, m) float64 as of ops.tridiag_quadrature
+
+CHANGE_PER_ERROR = 4 / 3
 
 GRID_POINTS_PER_SIGMA = 4
 GRID_MARGIN = 5  # sigma beyond the nodes
@@ -83,11 +85,11 @@ class Never:
 
 
 class Settled:
-    """Ends the recurrences whose quadrature changed by no more than tol, twice in a row.
+    """Ends the recurrences whose quadrature is within tol of its limit, as two changes in a row tell.
 
     Args:
         recurrences: whose status it sets.
-        tol: the largest change.
+        tol: the largest error.
         sigma: see `change`.
     """
 
@@ -109,7 +111,7 @@ class Settled:
         # The op itself, not the function, which waits for the device to say what failed; NaN never counts as calm.
         now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, torch.where(running, r.steps, 0).flatten())
         if self._before is not None:
-            calm = (change(self._before, now, self._sigma) <= self._tol).view_as(running)
+            calm = (change(self._before, now, self._sigma) <= CHANGE_PER_ERROR * self._tol).view_as(running)
             r.status.masked_fill_(running & calm & self._calm, FINISHED)
             self._calm = calm
         self._before = now

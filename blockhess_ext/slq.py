@@ -65,10 +65,11 @@ def batched_slq(
         num_probes: random vectors a block.
         first_probe: index of the first of them; probe p of a seed is the same vector in every call.
         num_steps: most Lanczos steps; a block makes no more than it has elements.
-        tol: end a recurrence once its quadrature changes by no more than this share of the range of its nodes, in
-            Wasserstein-1 distance, at two looks in a row, 5 steps apart and later an eighth of all steps.
-        sigma: with tol: measure the change by the L1 distance, in 0 ... 2, of densities blurred by a Gaussian of this
-            share of the range.
+        tol: end a recurrence once its quadrature is within this share of the range of its nodes from its limit, in
+            Wasserstein-1 distance, as the change between two looks tells, twice in a row. Looks are 5 steps apart,
+            later an eighth of all steps.
+        sigma: with tol: measure by the L1 distance, in 0 ... 2, of densities blurred by a Gaussian of this share of the
+            range.
         probes: (n_probes, n) vectors to use instead of random ones; each segment is normalised.
         block_ids: non-negative integers that key the random vectors of each block; by default the block's index.
         distribution: "gaussian" or "rademacher".

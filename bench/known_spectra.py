@@ -1,0 +1,104 @@
+"""Operators whose eigenvalues are known: six synthetic densities, and exact block Hessians of small models.
+
+The synthetic ones are diagonal with the quantiles of the density as eigenvalues: a Gaussian probe sees any basis
+alike. The Hessians are built column by column with plain double backward in float64, independent of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from blockhess.datasets import fashion_mnist, shakespeare
+from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+
+
+def marchenko_pastur(u: np.ndarray[Any, Any], ratio: float = 0.5) -> np.ndarray[Any, Any]:
+    """Quantiles of the Marchenko-Pastur law of that ratio below 1, by its integrated density."""
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    t = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, 200_001))
+    density = np.sqrt(np.clip((high - t) * (t - low), 0, None)) / (2 * np.pi * ratio * t)
+    cdf = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(t))])
+    return np.interp(u, cdf / cdf[-1], t)
+
+
+def synthetic(n: int) -> dict[str, Tensor]:
+    """Eigenvalues of six known densities, (n,) float64 each."""
+    u = (np.arange(n) + 0.5) / n
+    spikes = 0.1 * stats.semicircular.ppf(u)
+    spikes[-5:] = [0.5, 0.6, 0.8, 1.0, -0.7]
+    half = u[: n // 2] * 2
+    return {
+        "semicircle": torch.from_numpy(stats.semicircular.ppf(u)),
+        "Marchenko-Pastur": torch.from_numpy(marchenko_pastur(u)),
+        "uniform": torch.from_numpy(2 * u - 1),
+        "spikes and bulk": torch.from_numpy(spikes),
+        "power law": torch.from_numpy((1e-4 + (1 - 1e-4) * u) ** -0.75 / 1e3),
+        "bimodal": torch.from_numpy(
+            np.concatenate([stats.norm.ppf(half) * 0.1 - 1, stats.semicircular.ppf(half) * 0.3 + 1])
+        ),
+    }
+
+
+def dense_hessian(loss: Tensor, parameter: Tensor) -> Tensor:
+    """d2 loss / d parameter2, symmetric to the last bit."""
+    rows = torch.empty(parameter.numel(), parameter.numel(), dtype=parameter.dtype)
+    (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
+    gradient = gradient.flatten()
+    for i in range(len(gradient)):
+        rows[i] = torch.autograd.grad(gradient[i], parameter, retain_graph=True)[0].flatten()
+    return (rows + rows.T) / 2
+
+
+def hessians(quick: bool) -> dict[str, Tensor]:
+    """Exact Hessians of blocks of a GPT, an MLP, a ResNet and, where transformers is installed, a BERT, untrained."""
+    width = 8 if quick else 32
+    text = shakespeare()
+    batch = text.batches(batch_size=4, context=32, seed=0)[0]
+    images, labels = fashion_mnist(16 if quick else 64)
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(len(text.vocabulary), 32, num_layers=2, num_heads=2, width=width)).double()
+    resnet = ResNet(ResNetConfig(width // 4, (1, 1, 1), num_classes=10, in_channels=1, stem="small")).double()
+    mlp = nn.Sequential(nn.Flatten(), nn.AvgPool1d(4, 4), nn.Linear(196, 10), nn.GELU(), nn.Linear(10, 10)).double()
+    resnet.train()  # batch statistics
+    cases: list[tuple[str, nn.Module, Callable[[], Tensor], list[str]]] = [
+        (
+            "GPT", gpt, lambda: next_token_loss(gpt, batch)[0],
+            ["layers.0.attn.query.weight", "layers.1.attn.value.weight", "layers.1.mlp.fc.weight", "tok.weight"],
+        ),
+        (
+            "ResNet", resnet, lambda: F.cross_entropy(resnet(images.double()), labels),
+            ["layers.1.conv1.weight", "layers.1.conv2.weight", "layers.2.shortcut.0.weight"],
+        ),
+        ("MLP", mlp, lambda: F.cross_entropy(mlp(images.double()), labels), ["2.weight", "4.weight"]),
+    ]  # fmt: skip
+    try:
+        from transformers import BertConfig, BertForMaskedLM
+    except ImportError:
+        pass
+    else:
+        config = BertConfig(
+            vocab_size=len(text.vocabulary), hidden_size=width, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=2 * width, max_position_embeddings=32, attn_implementation="eager",
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        bert = BertForMaskedLM(config).double()
+        names = ["bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.intermediate.dense.weight"]
+        cases.append(("BERT", bert, lambda: bert(input_ids=batch[0], labels=batch[1]).loss, names))
+    found = {}
+    with sdpa_kernel(SDPBackend.MATH):
+        for model_name, model, loss, names in cases:
+            parameters = dict(model.named_parameters())
+            for name in names:
+                short = ".".join(
+                    part for part in name.split(".") if part not in ("weight", "bert", "encoder", "attention")
+                )
+                found[f"{model_name} {short}"] = dense_hessian(loss(), parameters[name])
+    return found
