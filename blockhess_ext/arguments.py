@@ -14,7 +14,7 @@ from torch import Tensor
 from blockhess_ext.layout import Layout
 
 VECTOR_DTYPES = (torch.float32, torch.float64)
-REORTHOGONALIZE = ("none", "full", "auto")
+REORTHOGONALIZE = ("none", "full", "partial", "auto")
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -55,7 +55,7 @@ def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Seque
     """One word for all blocks, or one for each."""
     if isinstance(wish, str):
         return choice("reorthogonalize", wish, REORTHOGONALIZE)  # type: ignore[no-any-return]
-    each = [choice(f"reorthogonalize[{l}]", word, ("none", "full")) for l, word in enumerate(wish)]
+    each = [choice(f"reorthogonalize[{l}]", word, REORTHOGONALIZE[:-1]) for l, word in enumerate(wish)]
     if len(each) != n_blocks:
         raise ValueError(
             f"batched_slq: reorthogonalize must have a word for each of {n_blocks} blocks, got {len(each)}"

@@ -33,7 +33,7 @@ class Quadrature:
         num_steps: steps asked for.
         seed: of the probes; None where they were given.
         distribution: "gaussian", "rademacher" or "given".
-        reorthogonalize: "none" or "full", what was done in each block.
+        reorthogonalize: "none", "full" or "partial", what was done in each block.
         dtype: of the vectors.
     """
 

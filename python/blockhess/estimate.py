@@ -37,7 +37,7 @@ from blockhess.problem import Problem
 from blockhess.progress import progress_bar
 from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature
-from blockhess_ext.slq import blocks_with_basis
+from blockhess_ext.slq import reorthogonalized_blocks
 
 
 class NonFiniteError(ValueError):
@@ -93,7 +93,7 @@ def spectrum(
             the block's range.
         seed: of the random vectors, which also depend on the blocks' names; None takes a fresh one and records it.
         distribution: of the random vectors, "gaussian" or "rademacher".
-        reorthogonalize: "none", "full" or "auto"; see `blockhess_ext.batched_slq`.
+        reorthogonalize: "none", "full", "partial" or "auto"; see `blockhess_ext.batched_slq`.
         batchnorm: statistics that BatchNorm uses: "eval", the running ones; "batch", those of each batch; or
             "frozen-batch-stats", the average over the batches of their own, held fixed.
         engine: what computes Hessian-vector products: "autograd" walks the graph of the gradient, "traced" turns it
@@ -366,10 +366,9 @@ class _Job:
         dims, itemsize = problem.dims, problem.dtype.itemsize
         exact = None
         if first is None:
-            kept = blocks_with_basis(
+            self._basis = reorthogonalized_blocks(
                 options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
             )
-            self._basis = ["full" if keep else "none" for keep in kept]
         else:
             self._basis = list(first.quadrature.reorthogonalize)
             exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
