@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockhess_ext.ghosts import count_ghosts
+
 _TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
 
 
@@ -113,6 +115,15 @@ class Quadrature:
     def valid(self) -> Tensor:
         """Which nodes are results of Lanczos steps and not padding, (n_probes, n_blocks, m) bool."""
         return torch.arange(self.nodes.shape[-1], device=self.nodes.device) < self.steps[..., None]
+
+    def ghosts(self) -> Tensor:
+        """How many nodes of each recurrence stand for no eigenvalue of their own, (n_probes, n_blocks) int64.
+
+        They come with a lost orthogonality, so without reorthogonalisation. Densities and integrals lose nothing by
+        them; see `ghosts.count_ghosts`.
+        """
+        alpha, beta = self.alpha.flatten(0, 1), self.beta.flatten(0, 1)
+        return count_ghosts(alpha, beta, self.steps.flatten(), getattr(torch, self.dtype)).view_as(self.steps)
 
     def integrate(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Trace of f(H_l) of every block, with its standard error over the probes.

@@ -278,7 +278,11 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"seed": "x"}, TypeError, "seed must be an integer in 0 ... 9223372036854775807, got 'x'"),
         ({"dtype": torch.float16}, ValueError, "dtype must be one of .*, got torch.float16"),
         ({"distribution": "cauchy"}, ValueError, "distribution must be one of gaussian, rademacher, got 'cauchy'"),
-        ({"reorthogonalize": "partly"}, ValueError, "reorthogonalize must be one of none, full, partial, auto, got 'partly'"),
+        (
+            {"reorthogonalize": "partly"},
+            ValueError,
+            "reorthogonalize must be one of none, full, partial, auto, got 'partly'",
+        ),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of raise, report, got 'ignore'"),
         ({"hvp": None}, TypeError, "hvp must be a function, got None"),
         ({"device": "foo"}, ValueError, "device must be cpu or cuda, got 'foo'"),

@@ -394,12 +394,15 @@ class _Job:
         """How the result was made, as far as the job decides it."""
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(_Options)}
         del options["memory_budget"]  # in the plan, as bytes
+        ghosts = result.ghosts().sum(0).tolist()
+        bare = [word == "none" for word in result.reorthogonalize]
         return options | {
             "dtype": result.dtype,
             "seed": result.seed,
             "engine": self.plan.engine,
             "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
             "hvp_error": self.hvp_error,
+            "ghosts": {info.name: count for info, count, b in zip(self.infos, ghosts, bare) if b and count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
         }
