@@ -220,3 +220,11 @@ def test_an_extension_of_hand_made_spectra_or_by_unknown_options_is_refused():
 def test_bad_input(options):
     with pytest.raises(ValueError, match=r"spectrum: (tol|sigma) must be "):
         adaptive(**options)
+
+
+def test_one_step_gives_the_frobenius_norm_of_many():
+    """|H v|^2 = alpha_0^2 + beta_0^2, which two steps integrate exactly and one alone does not."""
+    one, two = (adaptive(num_probes=3, num_steps=steps) for steps in (1, 2))
+    for of_one, of_two in zip(one.frobenius_norm(), two.frobenius_norm()):
+        torch.testing.assert_close(of_one, of_two, rtol=1e-6, atol=0)
+    assert float(one.quadrature.integrate(torch.square)[0][0]) < 0.8 * float(two.frobenius_norm()[0][0]) ** 2

@@ -260,7 +260,7 @@ class Spectra:
         Returns:
             values, stderr: (n_blocks,) each; the error by the delta method, stderr(|H|_F^2) / (2 |H|_F).
         """
-        square, stderr = measures.moment(self.quadrature, 2)
+        square, stderr = measures.second_moment(self.quadrature)
         norm = square.sqrt()
         # All probes see a zero block as zero: no error to scale.
         return norm, torch.where(norm > 0, stderr / (2 * norm), stderr)
