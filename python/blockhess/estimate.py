@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +89,7 @@ def spectrum(
             Wasserstein-1 distance as a share of the block's range, below this; num_probes and num_steps are the most
             then. Steps end where the quadrature settles (`blockhess_ext.batched_slq`), and a block gets as many
             probes, two at least, as its size asks for (`adaptive.statistical_error`). A block for which the most was
-            too little is noted "tolerance not reached".
+            too little is noted "tolerance not reached". Small blocks are written out all the same.
         sigma: with tol: the error is the L1 distance, in 0 ... 2, of densities blurred by a Gaussian of this share of
             the block's range.
         seed: of the random vectors, which also depend on the blocks' names; None takes a fresh one and records it.
@@ -219,6 +220,8 @@ def extend(
         _same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), spectra.quadrature.dtype)
         for what, digest in fingerprints.items():
             _same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
+        if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
+            _same("value of the loss", problem.loss_value, first["loss_value"])
         job = _Job(problem, options, spectra)
         with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
             quadrature = job.run(spectra.quadrature.seed, on_hvp)
@@ -227,6 +230,9 @@ def extend(
         Spectra(job.infos, quadrature, first | job.provenance(quadrature) | {"seconds": seconds}), on_nonfinite
     )
 
+
+# A loss of the same name on the same data is another one where its value differs by more, relatively.
+LOSS_TOLERANCE = 1e-4
 
 # Arguments of `spectrum` that provenance keeps by name, and that an extension shares with the first run.
 _KEPT = (

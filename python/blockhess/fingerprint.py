@@ -25,5 +25,6 @@ def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+        digest.update(dense.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
