@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import blockhess
+from blockhess import fingerprint
 from blockhess.adaptive import probes_needed, statistical_error
 from blockhess_ext import Quadrature, batched_slq
 from blockhess_ext.convergence import change
@@ -212,6 +213,36 @@ def test_an_extension_of_hand_made_spectra_or_by_unknown_options_is_refused():
         blockhess.extend(bare, model, data, nn.CrossEntropyLoss(), num_probes=3)
     with pytest.raises(TypeError, match="extend: arguments must be those of spectrum, got 'steps'"):
         blockhess.extend(spectra, model, data, nn.CrossEntropyLoss(), num_probes=3, steps=4)
+
+
+def test_another_loss_of_the_same_name_is_refused():
+    def twice(model: nn.Module, batch: Tensor) -> tuple[Tensor, float]:
+        return 2 * model(batch), 1.0
+
+    twice.__name__, twice.__qualname__ = loss.__name__, loss.__qualname__
+    with pytest.raises(ValueError, match="extend: value of the loss must be that of the first run"):
+        blockhess.extend(adaptive(num_probes=2, num_steps=2), Diagonal(), DATA, twice, num_probes=3)
+
+
+def test_fingerprints_tell_every_bit():
+    base = {"x": torch.ones(3), "mask": torch.tensor([True, False]), "empty": torch.zeros(0), "none": None, "text": "a"}
+    same = [fingerprint.of_data([base]), fingerprint.of_data([{**base, "text": "b"}])]  # tensors are what counts
+    others = [
+        fingerprint.of_data([{**base, **change}])
+        for change in (
+            {"x": torch.tensor([1.0, 1.0, 1.0 + 2**-23])},
+            {"x": torch.ones(3).half()},
+            {"x": torch.ones(3, 1)},
+            {"mask": torch.tensor([False, True])},
+            {"empty": torch.eye(2).to_sparse()},
+        )
+    ]
+    assert len(set(same)) == 1 and len({*same, *others}) == 6
+    model = mlp()
+    before = fingerprint.of_model(model)
+    with torch.no_grad():
+        model[2].bias[1] += 1e-3
+    assert fingerprint.of_model(model) != before
 
 
 @pytest.mark.parametrize(
