@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import secrets
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from blockhess_ext.layout import Layout
 
 VECTOR_DTYPES = (torch.float32, torch.float64)
-REORTHOGONALIZE = ("none", "full", "auto")
+REORTHOGONALIZE = ("none", "full", "partial", "auto")
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -28,6 +29,21 @@ def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> 
     return number
 
 
+def tolerance(tol: Any, sigma: Any, op: str = "batched_slq") -> tuple[float | None, float | None]:
+    """tol above 0, and sigma in (0, 1], which means something only beside it; or None."""
+    for name, value, rule, most in (("tol", tol, "above 0", math.inf), ("sigma", sigma, "above 0 and at most 1", 1.0)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be None or a number {rule}, got {value!r}")
+        if not 0 < value <= most or math.isinf(value):
+            share = " (a share of the spectrum's range)" if name == "sigma" else ""
+            raise ValueError(f"{op}: {name} must be {rule}{share}, got {value!r}")
+    if sigma is not None and tol is None:
+        raise ValueError(f"{op}: tol must be given with sigma, got sigma={sigma!r} alone")
+    return tol, sigma
+
+
 def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """The value, one of the choices."""
     if value not in choices:
@@ -39,7 +55,7 @@ def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Seque
     """One word for all blocks, or one for each."""
     if isinstance(wish, str):
         return choice("reorthogonalize", wish, REORTHOGONALIZE)  # type: ignore[no-any-return]
-    each = [choice(f"reorthogonalize[{l}]", word, ("none", "full")) for l, word in enumerate(wish)]
+    each = [choice(f"reorthogonalize[{l}]", word, REORTHOGONALIZE[:-1]) for l, word in enumerate(wish)]
     if len(each) != n_blocks:
         raise ValueError(
             f"batched_slq: reorthogonalize must have a word for each of {n_blocks} blocks, got {len(each)}"

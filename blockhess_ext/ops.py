@@ -60,6 +60,7 @@ def reorthogonalize(
     recurrences: Recurrences,
     layout: Layout,
     partial: Tensor,
+    project: Tensor | None = None,
 ) -> None:
     """Closes a step in the blocks that keep a basis: orthogonalises r against it, twice, then normalises.
 
@@ -71,13 +72,15 @@ def reorthogonalize(
         recurrences: state, updated.
         layout: the blocks; those with basis_offsets >= 0 take part.
         partial: (n_probes, n_tiles, capacity + 1) float64 scratch.
+        project: (n_probes, n_blocks) int32, 0 where r is only normalised; None projects all.
 
     Source: Giraud, Langou, Rozloznik 2005.
     """
     s = recurrences
+    project = torch.ones_like(s.status) if project is None else project
     _ops.reorthogonalize(
         r, basis, layout.basis_offsets, s.alpha, s.beta, s.norm, s.steps, s.status, s.limits,
-        layout.offsets, layout.tiles, layout.tile_offsets, partial,
+        project, layout.offsets, layout.tiles, layout.tile_offsets, partial,
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockhess_ext.ghosts import count_ghosts
+
 _TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
 
 
@@ -33,8 +35,8 @@ class Quadrature:
         num_steps: steps asked for.
         seed: of the probes; None where they were given.
         distribution: "gaussian", "rademacher" or "given".
-        reorthogonalize: "none" or "full", what was done in each block; "exact" where no probe was needed, as the
-            quadrature is that of the spectral density itself.
+        reorthogonalize: "none", "full" or "partial", what was done in each block; "exact" where no probe was needed, as
+            the quadrature is that of the spectral density itself.
         dtype: of the vectors.
     """
 
@@ -56,6 +58,8 @@ class Quadrature:
     def joined(parts: Sequence[Quadrature], dim: int) -> Quadrature:
         """One result of several, each for other probes (dim 0) or other blocks (dim 1) of the same run.
 
+        Blocks of fewer probes than others get recurrences of no step.
+
         Raises:
             ValueError: they disagree in what they should share.
         """
@@ -70,10 +74,16 @@ class Quadrature:
                         f"{getattr(part, name)!r}"
                     )
         m = max(part.nodes.shape[-1] for part in parts)
-        tensors: dict[str, Any] = {
-            name: torch.cat([_padded(getattr(part, name), m, repeat=name == "nodes") for part in parts], dim)
-            for name in ("nodes", "weights", "alpha", "beta")
-        } | {name: torch.cat([getattr(part, name) for part in parts], dim) for name in ("steps", "nonfinite")}
+        rows = max(part.num_probes for part in parts) if dim == 1 else 0
+
+        def filled(part: Quadrature, name: str) -> Tensor:
+            values: Tensor = getattr(part, name)
+            if values.dim() == 3:
+                values = _padded(values, m, repeat=name == "nodes")
+            missing = max(rows - len(values), 0)
+            return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
+
+        tensors: dict[str, Any] = {name: torch.cat([filled(part, name) for part in parts], dim) for name in _TENSORS}
         lists = {name: sum((getattr(part, name) for part in parts), ()) for name in per_block} if dim == 1 else {}
         changed: dict[str, Any] = tensors | lists
         return replace(first, **changed)
@@ -94,6 +104,13 @@ class Quadrature:
         """Whether every probe of a block gives the spectral density itself: it was written out, or has one element."""
         return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
 
+    def of_block(self, block: int) -> Quadrature:
+        """The part that belongs to one block, of those probes that it was given."""
+        part = self.of_blocks([block])
+        given = ((part.steps > 0) | part.nonfinite)[:, 0]
+        chosen: dict[str, Any] = {name: getattr(part, name)[given] for name in _TENSORS}
+        return replace(part, **chosen)
+
     @property
     def num_probes(self) -> int:
         """Number of probes."""
@@ -103,6 +120,15 @@ class Quadrature:
     def valid(self) -> Tensor:
         """Which nodes are results of Lanczos steps and not padding, (n_probes, n_blocks, m) bool."""
         return torch.arange(self.nodes.shape[-1], device=self.nodes.device) < self.steps[..., None]
+
+    def ghosts(self) -> Tensor:
+        """How many nodes of each recurrence stand for no eigenvalue of their own, (n_probes, n_blocks) int64.
+
+        They come with a lost orthogonality, so without reorthogonalisation. Densities and integrals lose nothing by
+        them; see `ghosts.count_ghosts`.
+        """
+        alpha, beta = self.alpha.flatten(0, 1), self.beta.flatten(0, 1)
+        return count_ghosts(alpha, beta, self.steps.flatten(), getattr(torch, self.dtype)).view_as(self.steps)
 
     def integrate(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Trace of f(H_l) of every block, with its standard error over the probes.

@@ -65,6 +65,7 @@ def reorthogonalize(
     recurrences: Recurrences,
     layout: Layout,
     partial: Tensor | None = None,
+    project: Tensor | None = None,
 ) -> None:
     """Equivalent to `ops.reorthogonalize`."""
     eps = torch.finfo(r.dtype).eps
@@ -76,7 +77,7 @@ def reorthogonalize(
             columns, j = layout.columns(l), int(recurrences.steps[p, l])
             V = basis[: j + 1, p, in_basis].double()
             x = r[p, columns]
-            for _ in range(2):
+            for _ in range(2 if project is None or project[p, l] else 0):
                 x = (x.double() - V.T @ (V @ x.double())).to(r.dtype)
             recurrences.beta[j, p, l] = x.double().norm()
             factor = _close_step(p, l, recurrences, eps)

@@ -2,7 +2,7 @@
 
 Every (probe, block) pair is a Lanczos recurrence of its own; all advance together, one call of the operator and one
 pass of the kernels a step. A recurrence ends by itself when its Krylov space is exhausted, when it has made as many
-steps as its block has elements, or when the operator fails it; the others go on.
+steps as its block has elements, when its quadrature has settled, or when the operator fails it; the others go on.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import arguments, finished, ops, replay
+from blockhess_ext.convergence import convergence
 from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
+from blockhess_ext.orthogonality import due_projections
 from blockhess_ext.quadrature import Quadrature
 from blockhess_ext.recurrences import NON_FINITE, Recurrences
 
@@ -39,6 +41,8 @@ def batched_slq(
     num_probes: int = 10,
     first_probe: int = 0,
     num_steps: int = 100,
+    tol: float | None = None,
+    sigma: float | None = None,
     probes: Tensor | None = None,
     block_ids: Sequence[int] | None = None,
     distribution: str = "gaussian",
@@ -62,12 +66,18 @@ def batched_slq(
         num_probes: random vectors a block.
         first_probe: index of the first of them; probe p of a seed is the same vector in every call.
         num_steps: most Lanczos steps; a block makes no more than it has elements.
+        tol: end a recurrence once its quadrature is within this share of the range of its nodes from its limit, in
+            Wasserstein-1 distance, as the change between two looks tells, twice in a row. Looks are 5 steps apart,
+            later an eighth of all steps.
+        sigma: with tol: measure by the L1 distance, in 0 ... 2, of densities blurred by a Gaussian of this share of the
+            range.
         probes: (n_probes, n) vectors to use instead of random ones; each segment is normalised.
         block_ids: non-negative integers that key the random vectors of each block; by default the block's index.
         distribution: "gaussian" or "rademacher".
-        reorthogonalize: "none", "full" (classical Gram-Schmidt twice, keeps num_steps vectors a probe), or "auto": full
-            for blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis. Or "none" or "full" for
-            each block.
+        reorthogonalize: "none", "full" (classical Gram-Schmidt twice, keeps num_steps vectors a probe), "partial"
+            (keeps as many, projects only where orthogonality is about to be lost: see `orthogonality`), or "auto": full
+            for blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis, none for the others. Or
+            "none", "full" or "partial" for each block.
         seed: of the random vectors; None takes a fresh one, recorded in the result.
         dtype: of the vectors, float32 (default) or float64.
         device: of the vectors; by default that of `probes`, or the CPU.
@@ -101,6 +111,7 @@ def batched_slq(
         raise TypeError(f"batched_slq: hvp must be a function, got {hvp!r}")
     dims = arguments.block_dims(dims)
     num_steps = arguments.integer("num_steps", num_steps, 1)
+    tol, sigma = arguments.tolerance(tol, sigma)
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)
     reorthogonalize = arguments.reorthogonalization(reorthogonalize, len(dims))
     arguments.choice("on_nonfinite", on_nonfinite, ("raise", "report"))
@@ -120,8 +131,8 @@ def batched_slq(
         num_probes, dtype = arguments.given_probes(probes, layout, dtype)
 
     row_bytes = num_probes * dtype.itemsize
-    kept = blocks_with_basis(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
-    layout = layout.with_basis(kept)
+    words = reorthogonalized_blocks(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
+    layout = layout.with_basis([word != "none" for word in words])
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
     with memory_explained(sets, layout.n * row_bytes, basis_bytes):
@@ -133,7 +144,7 @@ def batched_slq(
             )  # fmt: skip
         else:
             v = arguments.unit_probes(probes, layout)
-        recurrences = _lanczos(hvp, v, layout, num_steps, recorder, on_step)
+        recurrences = _lanczos(hvp, v, layout, num_steps, words, tol, sigma, recorder, on_step)
 
     alpha, beta = (table.permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
     nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
@@ -149,7 +160,7 @@ def batched_slq(
         num_steps=num_steps,
         seed=seed,
         distribution=distribution,
-        reorthogonalize=tuple("full" if keep else "none" for keep in kept),
+        reorthogonalize=tuple(words),
         dtype=str(dtype).removeprefix("torch."),
     )
     if on_nonfinite == "raise" and result.nonfinite.any():
@@ -162,6 +173,9 @@ def _lanczos(
     v: Tensor,
     layout: Layout,
     num_steps: int,
+    words: Sequence[str],
+    tol: float | None,
+    sigma: float | None,
     recorder: replay.Recorder | None,
     on_step: Callable[[int, int], None] | None,
 ) -> Recurrences:
@@ -173,6 +187,8 @@ def _lanczos(
     basis_partial = partial.new_empty(*partial.shape, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
     watch = finished.watch(recurrences)
+    settled = convergence(recurrences, tol, sigma)
+    projections = due_projections(recurrences, words, v.dtype)
     n_finished = 0
 
     def product(v: Tensor) -> Tensor:
@@ -185,7 +201,7 @@ def _lanczos(
     def advance(w: Tensor, v: Tensor, v_prev: Tensor) -> None:
         ops.lanczos_step(w, v, v_prev, recurrences, layout, partial)
         if len(basis):
-            ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial)
+            ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial, projections.due())
 
     def plain(v: Tensor, v_prev: Tensor) -> None:
         advance(product(v), v, v_prev)  # w is not kept: no more than three sets of vectors are ever held
@@ -195,6 +211,7 @@ def _lanczos(
     for j in range(len(recurrences.alpha)):
         step(v, v_prev)
         v, v_prev = v_prev, v
+        settled.look()
 
         known = watch.look()
         newly = int(known.sum()) - n_finished
@@ -213,18 +230,21 @@ def _capturable(hvp: Callable[[Tensor], Tensor]) -> bool:
     return getattr(hvp, "capturable", False) is True
 
 
-def blocks_with_basis(wish: str | Sequence[str], dims: Sequence[int], num_steps: int, bytes_each: int) -> list[bool]:
-    """For which blocks the basis is kept; decided from the problem alone, never from free memory."""
+def reorthogonalized_blocks(
+    wish: str | Sequence[str], dims: Sequence[int], num_steps: int, bytes_each: int
+) -> list[str]:
+    """The word of every block; decided from the problem alone, never from free memory."""
     if not isinstance(wish, str):
-        return [each == "full" for each in wish]
+        return list(wish)
     if wish != "auto":
-        return [wish == "full"] * len(dims)
-    kept = [False] * len(dims)
+        return [wish] * len(dims)
+    words = ["none"] * len(dims)
     room = AUTO_BASIS_BYTES
     for l in sorted(range(len(dims)), key=lambda l: dims[l]):
         room -= dims[l] * num_steps * bytes_each
-        kept[l] = room >= 0 and dims[l] <= AUTO_DIMS_PER_STEP * num_steps
-    return kept
+        if room >= 0 and dims[l] <= AUTO_DIMS_PER_STEP * num_steps:
+            words[l] = "full"
+    return words
 
 
 def _basis_of(v: Tensor, layout: Layout, limits: Tensor) -> Tensor:

@@ -33,14 +33,15 @@ def make_spectra(
     nodes, weights = float64(nodes), float64(weights)
     n_probes, n_blocks, m = nodes.shape
     dims = tuple(dims or [m] * n_blocks)
+    steps = torch.full((n_probes, n_blocks), m) if steps is None else torch.tensor(steps)
     names = names or [f"block{i}" for i in range(n_blocks)]
     notes = notes or [""] * n_blocks
     quadrature = Quadrature(
         nodes=nodes,
         weights=weights,
         alpha=nodes / 3,
-        beta=weights / 7,
-        steps=torch.full((n_probes, n_blocks), m) if steps is None else torch.tensor(steps),
+        beta=torch.where(steps[..., None] == 1, 0.0, weights / 7),  # a single step that exhausts its Krylov space
+        steps=steps,
         nonfinite=torch.zeros(n_probes, n_blocks, dtype=torch.bool) if nonfinite is None else torch.tensor(nonfinite),
         dims=dims,
         block_ids=tuple(range(n_blocks)),

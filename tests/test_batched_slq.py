@@ -321,12 +321,16 @@ def same(a: Quadrature, b: Quadrature) -> None:
         ({"seed": "x"}, TypeError, "seed must be an integer in 0 ... 9223372036854775807, got 'x'"),
         ({"dtype": torch.float16}, ValueError, "dtype must be one of .*, got torch.float16"),
         ({"distribution": "cauchy"}, ValueError, "distribution must be one of gaussian, rademacher, got 'cauchy'"),
-        ({"reorthogonalize": "partly"}, ValueError, "reorthogonalize must be one of none, full, auto, got 'partly'"),
+        (
+            {"reorthogonalize": "partly"},
+            ValueError,
+            "reorthogonalize must be one of none, full, partial, auto, got 'partly'",
+        ),
         ({"reorthogonalize": ["full"]}, ValueError, "reorthogonalize must have a word for each of 2 blocks, got 1"),
         (
             {"reorthogonalize": ["full", "auto"]},
             ValueError,
-            r"reorthogonalize\[1\] must be one of none, full, got",
+            r"reorthogonalize\[1\] must be one of none, full, partial, got",
         ),
         ({"first_probe": -1}, ValueError, "first_probe must be an integer at least 0, got -1"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of raise, report, got 'ignore'"),

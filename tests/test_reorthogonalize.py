@@ -30,8 +30,8 @@ def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tens
     return case, basis
 
 
-def run(op, case: Case, basis: torch.Tensor) -> None:
-    op(case.v_prev, basis, case.recurrences, case.layout, case.partial)
+def run(op, case: Case, basis: torch.Tensor, project: torch.Tensor | None = None) -> None:
+    op(case.v_prev, basis, case.recurrences, case.layout, case.partial, project)
 
 
 def test_result_is_orthogonal_to_the_basis_and_of_norm_one(dtype, rng):
@@ -103,6 +103,28 @@ def test_cpu_equals_reference(dtype, rng):
     torch.testing.assert_close(basis, expected_basis, rtol=rtol, atol=rtol)
 
 
+def test_without_projections_the_residual_is_only_normalised(dtype, rng):
+    case, basis = prepared(dtype, rng)
+    project = torch.ones_like(case.recurrences.status)
+    project[0] = 0
+    everywhere, everywhere_basis = case.copy(), basis.clone()
+    run(ops.reorthogonalize, everywhere, everywhere_basis)
+    expected, expected_basis = case.copy(), basis.clone()
+    run(reference.reorthogonalize, expected, expected_basis, project)
+    before = case.copy()
+    run(ops.reorthogonalize, case, basis, project)
+    rtol = 16 * torch.finfo(dtype).eps
+    assert_same_state(case, expected, rtol)
+    torch.testing.assert_close(basis, expected_basis, rtol=rtol, atol=rtol)
+    columns, row = case.layout.columns(5), case.layout.basis_columns(5)
+    r = before.v_prev[0, columns].double()
+    torch.testing.assert_close(case.v_prev[0, columns], (r / r.norm()).to(dtype), rtol=rtol, atol=rtol)
+    assert torch.equal(basis[COUNT, 0, row], case.v_prev[0, columns])
+    assert torch.equal(case.recurrences.beta[:, 0, 5], before.recurrences.beta[:, 0, 5])
+    assert torch.equal(case.v_prev[1:], everywhere.v_prev[1:])
+    assert not torch.equal(case.v_prev[0, columns], everywhere.v_prev[0, columns])
+
+
 def test_same_bits_for_one_and_two_threads(dtype, rng):
     case, basis = prepared(dtype, rng)
     results = []
@@ -122,6 +144,6 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
 def test_opcheck(dtype, rng):
     case, basis = prepared(dtype, rng)
     r, layout = case.recurrences, case.layout
-    tables = (layout.offsets, layout.tiles, layout.tile_offsets)
+    tables = (torch.ones_like(r.status), layout.offsets, layout.tiles, layout.tile_offsets)
     arguments = (case.v_prev, basis, layout.basis_offsets, *vars(r).values(), *tables, case.partial)
     torch.library.opcheck(torch.ops.blockhess_ext.reorthogonalize.default, arguments)

@@ -311,7 +311,7 @@ def by_name(layer: nn.Module) -> dict[str, str]:
         ({"num_probes": -1}, "num_probes must be at least 1, got -1"),
         ({"num_steps": 2.5}, "num_steps must be an integer, got 2.5"),
         ({"distribution": "uniform"}, "distribution must be one of gaussian, rademacher, got 'uniform'"),
-        ({"reorthogonalize": True}, "reorthogonalize must be one of none, full, auto, got True"),
+        ({"reorthogonalize": True}, "reorthogonalize must be one of none, full, partial, auto, got True"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),
         ({"batchnorm": "train"}, "batchnorm must be one of eval, batch, frozen-batch-stats, got 'train'"),
         ({"progress": "yes"}, "progress must be True, False or 'auto', got 'yes'"),

@@ -47,8 +47,8 @@ STABLE_TORCH_LIBRARY(blockhess_ext, m) {
       "Tensor tiles, Tensor tile_offsets, Tensor(g!) partial) -> ()");
   m.def(
       "reorthogonalize(Tensor(a!) r, Tensor(b!) basis, Tensor basis_offsets, Tensor(c!) alpha, "
-      "Tensor(d!) beta, Tensor(e!) norm, Tensor(f!) steps, Tensor(g!) status, Tensor limits, Tensor offsets, "
-      "Tensor tiles, Tensor tile_offsets, Tensor(h!) partial) -> ()");
+      "Tensor(d!) beta, Tensor(e!) norm, Tensor(f!) steps, Tensor(g!) status, Tensor limits, Tensor project, "
+      "Tensor offsets, Tensor tiles, Tensor tile_offsets, Tensor(h!) partial) -> ()");
   m.def("tridiag_quadrature(Tensor alpha, Tensor beta, Tensor steps) -> (Tensor, Tensor)");
   m.def("gaussian_density(Tensor nodes, Tensor weights, Tensor grid, Tensor sigma) -> Tensor");
   m.def(

@@ -39,7 +39,8 @@ void lanczos_step(Tensor w, Tensor v, Tensor v_prev, Tensor alpha, Tensor beta, 
 
 template <class Device>
 void reorthogonalize(Tensor r, Tensor basis, Tensor basis_offsets, Tensor alpha, Tensor beta, Tensor norm, Tensor steps,
-                     Tensor status, Tensor limits, Tensor offsets, Tensor tiles, Tensor tile_offsets, Tensor partial) {
+                     Tensor status, Tensor limits, Tensor project, Tensor offsets, Tensor tiles, Tensor tile_offsets,
+                     Tensor partial) {
   const Arguments args("reorthogonalize", r);
   const Device device("reorthogonalize", r);
   dispatch_vectors("reorthogonalize", r, [&](auto zero) {
@@ -54,6 +55,7 @@ void reorthogonalize(Tensor r, Tensor basis, Tensor basis_offsets, Tensor alpha,
                           args.array<int64_t>("basis_offsets", basis_offsets, {layout.n_blocks}),
                           args.recurrences(layout, alpha, beta, norm, steps, status),
                           args.array<int64_t>("limits", limits, {layout.n_blocks}),
+                          args.array<int32_t>("project", project, {layout.n_probes, layout.n_blocks}),
                           args.array<double>("partial", partial, {layout.n_probes, layout.n_tiles, capacity + 1})};
     device.run(op);
   });

@@ -18,14 +18,14 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const int64_t row = layout.n_probes * op.n_basis;  // elements of one basis row
   const int64_t stride = op.capacity + 1;            // of `partial`, from tile to tile
 
-  // body(tile index, segment, first element of the tile in r, in a basis row, length) for the tiles that take part
+  // body(tile index, segment, first element of the tile in r, in a basis row, length) for the tiles to be projected
   const auto for_tiles = [&](const auto& body) {
     parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t probe = t / layout.n_tiles;
         const Tile& tile = layout.tiles[t % layout.n_tiles];
         const int64_t segment = probe * layout.n_blocks + tile.block;
-        if (!op.takes_part(segment)) continue;
+        if (!op.projects(segment)) continue;
         const int64_t column = op.basis_offsets[tile.block] + tile.start - layout.offsets[tile.block];
         body(t, segment, probe * layout.n + tile.start, probe * op.n_basis + column, tile.stop - tile.start);
       }
@@ -48,7 +48,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
     });
     parallel_for(n_segments, 16, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)
-        if (op.takes_part(s))
+        if (op.projects(s))
           for (int64_t k = 0; k < op.count(s); ++k) coefficients[s * op.capacity + k] = segment_sum(s, k);
     });
     for_tiles([&](int64_t t, int64_t segment, int64_t r, int64_t v, int64_t length) {
@@ -62,7 +62,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   for (int64_t s = 0; s < n_segments; ++s) {
     if (!op.takes_part(s)) continue;
     closing[s] = 1;
-    recurrences.beta[recurrences.next(s)] = std::sqrt(segment_sum(s, op.capacity));
+    if (op.projects(s)) recurrences.beta[recurrences.next(s)] = std::sqrt(segment_sum(s, op.capacity));
     factor[s] = close_step(recurrences, s, op.limits[s % layout.n_blocks], std::numeric_limits<T>::epsilon());
   }
   parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {

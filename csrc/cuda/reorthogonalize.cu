@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel
   for (int64_t task = blockIdx.x; task < layout.n_probes * layout.n_tiles * groups; task += gridDim.x) {
     const int64_t t = task / groups, first_row = task % groups * kRows;
     const Place at = place(layout, t);
-    const int rows = op.takes_part(at.segment) ? filled_rows(first_row, op.count(at.segment)) : 0;
+    const int rows = op.projects(at.segment) ? filled_rows(first_row, op.count(at.segment)) : 0;
     if (rows <= 0) continue;
     const Columns<T> tile = columns(op, at);
     double sum[kRows] = {};
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) segment_coefficient_kernel(Reorthogo
   const Layout& layout = op.layout;
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
     const int64_t probe = s / layout.n_blocks, block = s % layout.n_blocks;
-    if (!op.takes_part(s) || !several_tiles(layout, block)) continue;
+    if (!op.projects(s) || !several_tiles(layout, block)) continue;
     double* partial = op.partial + (probe * layout.n_tiles + layout.tile_offsets[block]) * (op.capacity + 1);
     const int64_t tiles = layout.tile_offsets[block + 1] - layout.tile_offsets[block];
     for (int64_t k = threadIdx.x, count = op.count(s); k < count; k += kThreads) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op)
   const Layout& layout = op.layout;
   for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
     const Place at = place(layout, t);
-    if (!op.takes_part(at.segment)) continue;
+    if (!op.projects(at.segment)) continue;
     const int64_t count = op.count(at.segment);
     const Columns<T> tile = columns(op, at);
     const double* c = op.partial + at.first_tile * (op.capacity + 1);
@@ -153,10 +153,11 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, 
   for (int64_t s = blockIdx.x; s < layout.n_probes * layout.n_blocks; s += gridDim.x) {
     const int64_t probe = s / layout.n_blocks, block = s % layout.n_blocks;
     double factor = -1.0;
+    const bool projected = op.projects(s);
     if (op.takes_part(s)) {
-      const double squared_norm = segment_sum(layout, s, op.partial + op.capacity, op.capacity + 1);
+      const double squared_norm = projected ? segment_sum(layout, s, op.partial + op.capacity, op.capacity + 1) : 0.0;
       if (threadIdx.x == 0) {
-        op.recurrences.beta[op.recurrences.next(s)] = std::sqrt(squared_norm);
+        if (projected) op.recurrences.beta[op.recurrences.next(s)] = std::sqrt(squared_norm);
         factor = close_step(op.recurrences, s, op.limits[block], eps);
       }
     }

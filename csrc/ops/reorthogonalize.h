@@ -4,7 +4,8 @@
 //   beta = |r|,  v_next = r / beta,  row j + 1 of the basis <- v_next
 //
 // Only blocks with basis_offsets[l] >= 0 take part. beta is taken after the projections. Memory traffic: the basis is
-// read four times. Source: Giraud, Langou, Rozloznik 2005 ("twice is enough").
+// read four times. Source: Giraud, Langou, Rozloznik 2005 ("twice is enough"). Recurrences with project[s] = 0 do
+// without the projections in this step (partial reorthogonalisation): r and |r|, which is in beta, are as they are.
 //
 // Promises: coefficients are summed in float64. The last row of the basis is never passed: where it is filled, v_next
 // is not kept. Finished and frozen recurrences get a zero vector and leave the basis alone.
@@ -22,12 +23,15 @@ struct Reorthogonalize {
   int64_t capacity, n_basis;
   const int64_t* basis_offsets;  // (n_blocks) -1, or the block's column in the basis
   Recurrences recurrences;
-  const int64_t* limits;  // (n_blocks)
-  double* partial;        // (n_probes, n_tiles, capacity + 1) scratch: a tile's share of c, and of |r|^2
+  const int64_t* limits;   // (n_blocks)
+  const int32_t* project;  // (n_probes, n_blocks) 0 where the step goes without projections
+  double* partial;         // (n_probes, n_tiles, capacity + 1) scratch: a tile's share of c, and of |r|^2
 
   BLOCKHESS_HD bool takes_part(int64_t segment) const {
     return basis_offsets[segment % layout.n_blocks] >= 0 && recurrences.running(segment);
   }
+
+  BLOCKHESS_HD bool projects(int64_t segment) const { return takes_part(segment) && project[segment] != 0; }
 
   // Filled rows of the basis of a segment that takes part.
   BLOCKHESS_HD int64_t count(int64_t segment) const {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockhess.blocks import BlockInfo, Part, heads
     from blockhess.divergence import JS0
-    from blockhess.estimate import NonFiniteError, plan, spectrum
+    from blockhess.estimate import NonFiniteError, extend, plan, spectrum
     from blockhess.files import load
     from blockhess.spectra import Spectra
 
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Spectra",
     "__version__",
+    "extend",
     "heads",
     "load",
     "plan",
@@ -38,6 +39,7 @@ _MODULES = {
     "heads": "blocks",
     "NonFiniteError": "estimate",
     "Plan": "engines.plan",
+    "extend": "estimate",
     "plan": "estimate",
     "spectrum": "estimate",
     "JS0": "divergence",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import itertools
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ from torch import nn
 
 import blockhess
 import blockhess_ext
+from blockhess import adaptive, fingerprint
 from blockhess.batches import as_batches, split_batch
 from blockhess.blocks import ZERO_NOTE, BlockSpec, Partition, partition, unwrap, with_note
 from blockhess.engines import BlockOperator, Engine, NotTraceable
@@ -37,7 +38,7 @@ from blockhess.problem import Problem
 from blockhess.progress import progress_bar
 from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature
-from blockhess_ext.slq import blocks_with_basis
+from blockhess_ext.slq import reorthogonalized_blocks
 
 
 class NonFiniteError(ValueError):
@@ -56,6 +57,8 @@ def spectrum(
     blocks: BlockSpec = "parameter",
     num_probes: int = 10,
     num_steps: int = 100,
+    tol: float | None = None,
+    sigma: float | None = None,
     seed: int | None = 0,
     distribution: str = "gaussian",
     reorthogonalize: str = "auto",
@@ -82,9 +85,16 @@ def spectrum(
             `Part`s, or a list of (regex, group) pairs; see `blocks.partition`.
         num_probes: random vectors per block.
         num_steps: Lanczos steps per vector; a block makes no more than it has entries.
+        tol: spend no more products than it takes to bring the error of every block's distribution function, in
+            Wasserstein-1 distance as a share of the block's range, below this; num_probes and num_steps are the most
+            then. Steps end where the quadrature settles (`blockhess_ext.batched_slq`), and a block gets as many
+            probes, two at least, as its size asks for (`adaptive.statistical_error`). A block for which the most was
+            too little is noted "tolerance not reached". Small blocks are written out all the same.
+        sigma: with tol: the error is the L1 distance, in 0 ... 2, of densities blurred by a Gaussian of this share of
+            the block's range.
         seed: of the random vectors, which also depend on the blocks' names; None takes a fresh one and records it.
         distribution: of the random vectors, "gaussian" or "rademacher".
-        reorthogonalize: "none", "full" or "auto"; see `blockhess_ext.batched_slq`.
+        reorthogonalize: "none", "full", "partial" or "auto"; see `blockhess_ext.batched_slq`.
         batchnorm: statistics that BatchNorm uses: "eval", the running ones; "batch", those of each batch; or
             "frozen-batch-stats", the average over the batches of their own, held fixed.
         engine: what computes Hessian-vector products: "autograd" walks the graph of the gradient, "traced" turns it
@@ -118,46 +128,138 @@ def spectrum(
     """
     _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
-    options = _Options(num_probes, num_steps, engine, distribution, reorthogonalize, memory_budget)
-    num_probes, num_steps = options.num_probes, options.num_steps
-    with _posed(model, data, loss_fn, blocks, batchnorm, dtype, memory_budget, matmul_precision) as (problem, cut):
+    options = _Options(num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget)
+    posing = (blocks, batchnorm, dtype, memory_budget, matmul_precision)
+    with _posed(model, data, loss_fn, *posing) as (problem, cut, fingerprints):
         job = _Job(problem, options)
-        with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
-            quadrature = job.run(seed, on_hvp)
-    spectra = Spectra(
-        job.infos,
-        quadrature,
-        {
+        made = {
             "model": type(unwrap(model)).__name__,
             "loss": problem.loss.name,
             "loss_value": problem.loss_value,
             "weight": problem.weight,
             "batchnorm": batchnorm if has_batchnorm(model) else "none",
-            "dtype": quadrature.dtype,
             "matmul_precision": matmul_precision,
-            "seed": quadrature.seed,
-            "num_probes": num_probes,
-            "num_steps": num_steps,
-            "distribution": distribution,
-            "reorthogonalize": reorthogonalize,
-            "engine": job.plan.engine,
-            "plan": dataclasses.asdict(job.plan) | {"exact": job.exact_names},
-            "hvp_error": job.hvp_error,
             "frozen": list(cut.frozen),
             "tied": {name: list(aliases) for name, aliases in cut.tied.items()},
             "unused": list(problem.unused),
-            "hvps": job.hvps,
-            "seconds": time.perf_counter() - start,
+            "fingerprints": fingerprints,
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
-        },
+        }
+        with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
+            quadrature = job.run(seed, on_hvp)
+    spectra = Spectra(
+        job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": time.perf_counter() - start}
     )
-    if on_nonfinite == "raise" and quadrature.nonfinite.any():
-        failed = [info.name for info, bad in zip(problem.infos, quadrature.nonfinite.any(0)) if bad]
+    return _finite(spectra, on_nonfinite)
+
+
+def extend(
+    spectra: Spectra,
+    model: nn.Module,
+    data: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    num_probes: int,
+    blocks: BlockSpec = "parameter",
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    on_nonfinite: str = "raise",
+    progress: bool | str = "auto",
+    **same: Any,
+) -> Spectra:
+    """Add probes to a finished run, without redoing any: what `spectrum` would have given with so many from the start.
+
+    Args:
+        spectra: from `spectrum` or `extend`, or loaded.
+        model, data, loss_fn, blocks, dtype: as in the first run.
+        num_probes: of every estimated block, together with those that it has. Blocks that were written out, and
+            blocks that have as many, stay as they are.
+        memory_budget, on_nonfinite, progress: as for `spectrum`.
+        same: other arguments of `spectrum`. They are those of the first run; one that is given must equal it.
+
+    Returns:
+        New Spectra; `spectra` is left alone.
+
+    Raises:
+        ValueError: the model's parameters, data, loss, blocks or an option differ from the first run's; says which.
+        TypeError: `same` holds something that is no argument of `spectrum`.
+        NonFiniteError: as `spectrum`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> batch, loss_fn = (torch.randn(32, 4), torch.randint(3, (32,))), torch.nn.CrossEntropyLoss()
+        >>> two = spectrum(model, batch, loss_fn, num_probes=2, engine="autograd")
+        >>> extend(two, model, batch, loss_fn, num_probes=5).quadrature.num_probes
+        5
+    """
+    _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    start = time.perf_counter()
+    first = spectra.provenance
+    missing = [name for name in (*_KEPT, "fingerprints", "plan") if name not in first]
+    if missing:
+        raise ValueError(f"extend: spectra must come from spectrum of this version, got none with {', '.join(missing)}")
+    for name, value in same.items():
+        if name not in _KEPT:
+            raise TypeError(f"extend: arguments must be those of spectrum, got {name!r}")
+        _same(name, value, first[name])
+    num_probes = _count("num_probes", num_probes, "extend")
+    if num_probes < spectra.quadrature.num_probes:
+        raise ValueError(
+            f"extend: num_probes must be at least {spectra.quadrature.num_probes}, which spectra has, got {num_probes}"
+        )
+    options = _Options(
+        num_probes, memory_budget=memory_budget, **{f: first[f] for f in _KEPT if f in _Options.__dataclass_fields__}
+    )
+    batchnorm = "eval" if first["batchnorm"] == "none" else first["batchnorm"]
+    posing = (blocks, batchnorm, dtype, memory_budget, first["matmul_precision"])
+    with _posed(model, data, loss_fn, *posing) as (problem, _, fingerprints):
+        _same("loss", problem.loss.name, first["loss"])
+        _same("names of the blocks", [info.name for info in problem.infos], list(spectra.names))
+        _same("sizes of the blocks", problem.dims, list(spectra.dims))
+        _same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), spectra.quadrature.dtype)
+        for what, digest in fingerprints.items():
+            _same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
+        if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
+            _same("value of the loss", problem.loss_value, first["loss_value"])
+        job = _Job(problem, options, spectra)
+        with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
+            quadrature = job.run(spectra.quadrature.seed, on_hvp)
+    seconds = first["seconds"] + time.perf_counter() - start
+    return _finite(
+        Spectra(job.infos, quadrature, first | job.provenance(quadrature) | {"seconds": seconds}), on_nonfinite
+    )
+
+
+# A loss of the same name on the same data is another one where its value differs by more, relatively.
+LOSS_TOLERANCE = 1e-4
+
+# Arguments of `spectrum` that provenance keeps by name, and that an extension shares with the first run.
+_KEPT = (
+    "num_steps",
+    "tol",
+    "sigma",
+    "seed",
+    "distribution",
+    "reorthogonalize",
+    "batchnorm",
+    "engine",
+    "matmul_precision",
+)
+
+
+def _same(name: str, got: Any, first: Any) -> None:
+    if got != first:
+        raise ValueError(f"extend: {name} must be that of the first run, {first!r}, got {got!r}")
+
+
+def _finite(spectra: Spectra, on_nonfinite: str) -> Spectra:
+    failed = [name for name, bad in zip(spectra.names, spectra.quadrature.nonfinite.any(0)) if bad]
+    if on_nonfinite == "raise" and failed:
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise NonFiniteError(
             f"spectrum: Hessian-vector products must be finite, got NaN or inf in {len(failed)} of "
-            f"{len(problem.infos)} blocks: {names}; the error's .partial holds the others",
+            f"{len(spectra)} blocks: {names}; the error's .partial holds the others",
             spectra,
         )
     return spectra
@@ -182,7 +284,7 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
     given.apply_defaults()
     wishes = _Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(_Options)})
     posing = {name: given.arguments[name] for name in inspect.signature(_posed).parameters}
-    with _posed(**posing) as (problem, _):
+    with _posed(**posing) as (problem, *_):
         return _Job(problem, wishes).plan
 
 
@@ -190,6 +292,8 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
 class _Options:
     num_probes: int
     num_steps: int
+    tol: float | None
+    sigma: float | None
     engine: str
     distribution: str
     reorthogonalize: str
@@ -198,6 +302,7 @@ class _Options:
     def __post_init__(self) -> None:
         for name in ("num_probes", "num_steps"):
             object.__setattr__(self, name, _count(name, getattr(self, name)))
+        blockhess_ext.arguments.tolerance(self.tol, self.sigma, "spectrum")
         for name, choices in (
             ("distribution", blockhess_ext.ops.DISTRIBUTIONS),
             ("reorthogonalize", blockhess_ext.arguments.REORTHOGONALIZE),
@@ -216,8 +321,8 @@ def _posed(
     dtype: torch.dtype | None,
     memory_budget: int | str | None,
     matmul_precision: str,
-) -> Iterator[tuple[Problem, Partition]]:
-    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget."""
+) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
+    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
@@ -228,6 +333,7 @@ def _posed(
     loss = as_loss(loss_fn)
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
+        fingerprints = {"model": fingerprint.of_model(model), "data": fingerprint.of_data(batches)}
         if batchnorm == "frozen-batch-stats":
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
         problem = Problem(model, loss, batches, cut.blocks, dtype)
@@ -236,7 +342,7 @@ def _posed(
         if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
             batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
             problem = Problem(model, loss, batches, cut.blocks, dtype)
-        yield problem, cut
+        yield problem, cut, fingerprints
 
 
 @contextmanager
@@ -252,28 +358,37 @@ def _matmul_precision(precision: str) -> Iterator[None]:
 class _Job:
     """A planned run: the engine is made, and checked, when it begins.
 
+    Args:
+        problem, options: what to compute.
+        first: a finished run of the same, whose choices are replayed and whose probes are kept.
+
     Attributes:
-        plan: as carried out. infos: of the blocks, with notes. hvps: products computed.
+        plan: as carried out. infos: of the blocks, with notes. hvps: products computed, by the first run too.
         hvp_error: block -> error of H v for a random unit vector v, None where it could not be measured.
     """
 
-    def __init__(self, problem: Problem, options: _Options) -> None:
-        self._problem, self._options = problem, options
+    def __init__(self, problem: Problem, options: _Options, first: Spectra | None = None) -> None:
+        self._problem, self._options, self._first = problem, options, first
         dims, itemsize = problem.dims, problem.dtype.itemsize
-        kept = blocks_with_basis(
-            options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
-        )
-        self._basis = ["full" if keep else "none" for keep in kept]
+        exact = None
+        if first is None:
+            self._basis = reorthogonalized_blocks(
+                options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
+            )
+        else:
+            self._basis = list(first.quadrature.reorthogonalize)
+            exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
         self.plan = make_plan(
             problem,
             engine=options.engine,
             num_probes=options.num_probes,
             num_steps=options.num_steps,
-            basis_dims=[dim if keep else 0 for dim, keep in zip(dims, kept)],
+            basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
             budget=budget_bytes(options.memory_budget, problem.device),
+            exact=exact,
         )
         self.infos = problem.infos
-        self.hvps = 0
+        self.hvps = 0 if first is None else first.provenance["hvps"]
         self.hvp_error: dict[str, float] | None = None
 
     @property
@@ -281,53 +396,104 @@ class _Job:
         """Names of the blocks that were written out."""
         return [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
 
+    def provenance(self, result: Quadrature) -> dict[str, Any]:
+        """How the result was made, as far as the job decides it."""
+        options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(_Options)}
+        del options["memory_budget"]  # in the plan, as bytes
+        ghosts = result.ghosts().sum(0).tolist()
+        bare = [word == "none" for word in result.reorthogonalize]
+        return options | {
+            "dtype": result.dtype,
+            "seed": result.seed,
+            "engine": self.plan.engine,
+            "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
+            "hvp_error": self.hvp_error,
+            "ghosts": {info.name: count for info, count, b in zip(self.infos, ghosts, bare) if b and count},
+            "hvps": self.hvps,
+            "hvps_saved": self.plan.hvps - self.hvps,
+        }
+
     def run(self, seed: int | None, on_hvp: Callable[[], object]) -> Quadrature:
         """All blocks, in their order."""
         problem, options = self._problem, self._options
         seed = blockhess_ext.arguments.probe_seed(seed)
         ids = [_block_id(info.name) for info in problem.infos]
         engine = self._engine()
-        parts: list[Quadrature] = []
-        order: list[int] = []
-        for blocks, passes in itertools.groupby(self.plan.passes, key=lambda p: p[2]):
-            chunks = []
-            for first, count, _ in passes:
-                operator = BlockOperator(problem, engine, blocks, on_hvp)
-                chunks.append(
-                    blockhess_ext.batched_slq(
-                        operator,
-                        operator.dims,
-                        num_probes=count,
-                        first_probe=first,
-                        num_steps=options.num_steps,
-                        block_ids=[ids[l] for l in blocks],
-                        distribution=options.distribution,
-                        reorthogonalize=[self._basis[l] for l in blocks],
-                        seed=seed,
-                        dtype=problem.dtype,
-                        device=problem.device,
-                        on_nonfinite="report",
-                    )
-                )
-                self.hvps += operator.hvps
-            parts.append(Quadrature.joined(chunks, 0))
-            order += blocks
-        exact = [l for l, e in enumerate(self.plan.exact) if e]
+        found: list[list[Quadrature]] = [[] for _ in ids]  # of every block: parts for some probes each, in order
+        if self._first is not None:
+            found = [[self._first.quadrature.of_block(l).to(problem.device)] for l in range(len(ids))]
+
+        for probes, blocks in self._rounds(found):
+            operator = BlockOperator(problem, engine, blocks, on_hvp)
+            part = blockhess_ext.batched_slq(
+                operator,
+                operator.dims,
+                num_probes=len(probes),
+                first_probe=probes.start,
+                num_steps=options.num_steps,
+                tol=options.tol,
+                sigma=options.sigma,
+                block_ids=[ids[l] for l in blocks],
+                distribution=options.distribution,
+                reorthogonalize=[self._basis[l] for l in blocks],
+                seed=seed,
+                dtype=problem.dtype,
+                device=problem.device,
+                on_nonfinite="report",
+            )
+            self.hvps += operator.hvps
+            for column, l in enumerate(blocks):
+                found[l].append(part.of_block(column))
+
+        exact = [l for l, e in enumerate(self.plan.exact) if e and not found[l]]
         if exact:
+            rows = max((part.num_probes for part in map(_whole, filter(None, found))), default=options.num_probes)
             operator = BlockOperator(problem, engine, exact, on_hvp)
-            parts += exact_quadratures(
+            written_out = exact_quadratures(
                 operator,
                 [ids[l] for l in exact],
-                options.num_probes,
+                rows,
                 options.num_steps,
                 seed,
                 options.distribution,
             )
-            order += exact
             self.hvps += operator.hvps
-        device = parts[0].nodes.device
-        whole = Quadrature.joined([part.to(device) for part in parts], 1)
-        return whole.of_blocks([order.index(l) for l in range(len(ids))])
+            for l, part in zip(exact, written_out):
+                found[l].append(part.to(problem.device))
+        whole = Quadrature.joined([_whole(parts) for parts in found], 1)
+        if options.tol is not None:
+            few = adaptive.missed(whole, options.tol, options.sigma)
+            self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
+        return whole
+
+    def _rounds(self, found: list[list[Quadrature]]) -> Iterator[tuple[range, list[int]]]:
+        """Probes and blocks to run together, until every estimated block has found as many probes as it needs."""
+        options = self._options
+        adapts = options.tol is not None and self._first is None
+        least = min(adaptive.LEAST_PROBES, options.num_probes) if adapts else options.num_probes
+        needs = {l: least for l, exact in enumerate(self.plan.exact) if not exact}
+        while True:
+            has = {l: sum(part.num_probes for part in found[l]) for l in needs}
+            behind = [l for l in needs if has[l] < needs[l]]
+            if not behind:
+                return
+            start = min(has[l] for l in behind)
+            together = {l for l in behind if has[l] == start}
+            stop = min(needs[l] for l in together)
+            for first, count, blocks in self.plan.passes:
+                probes, chosen = (
+                    range(max(first, start), min(first + count, stop)),
+                    [l for l in blocks if l in together],
+                )
+                if probes and chosen:
+                    yield probes, chosen
+            if options.tol is not None and adapts:
+                for l in together:
+                    (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.sigma)
+                    needs[l] = min(needed, options.num_probes)
+
+    def _note(self, text: str, which: Sequence[bool]) -> None:
+        self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
 
     def _engine(self) -> Engine:
         """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
@@ -342,9 +508,13 @@ class _Job:
             accuracy = measure(self._problem, engine)
         if accuracy is not None:
             self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
-            zero = [l for l in range(len(self.infos)) if self._problem.is_used(l) and accuracy.is_zero(l)]
-            self.infos = tuple(with_note(info, ZERO_NOTE) if l in zero else info for l, info in enumerate(self.infos))
+            zero = [self._problem.is_used(l) and accuracy.is_zero(l) for l in range(len(self.infos))]
+            self._note(ZERO_NOTE, zero)
         return engine
+
+
+def _whole(parts: Sequence[Quadrature]) -> Quadrature:
+    return Quadrature.joined(parts, 0)
 
 
 def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -352,13 +522,13 @@ def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"spectrum: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, op: str = "spectrum") -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"spectrum: {name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
     if number < 1:
-        raise ValueError(f"spectrum: {name} must be at least 1, got {value}")
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
     return number
 
 

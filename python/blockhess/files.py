@@ -278,7 +278,8 @@ def _check_arrays(arrays: dict[str, np.ndarray[Any, Any]], dims: tuple[int, ...]
         _require(array.shape == shape, f"array {name} must have shape {shape}, got {array.shape}")
 
     steps = arrays["steps"]
-    least = np.where(arrays["nonfinite"], 0, 1)
+    # No step: frozen at once, or a probe that its block did without.
+    least = np.where(arrays["nonfinite"] | (arrays["weights"] == 0).all(-1), 0, 1)
     most = np.array([min(dim, m) for dim in dims])
     _require(bool(((steps >= least) & (steps <= most)).all()), f"steps must be in 1 ... min(dim, {m})")
     valid = np.arange(m) < steps[..., None]

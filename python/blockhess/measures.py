@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ def moment(quadrature: Quadrature, power: int) -> tuple[Tensor, Tensor]:
     See Quadrature.integrate for blocks with one probe, one element, or without any step.
     """
     return quadrature.integrate(lambda nodes: nodes**power)
+
+
+def second_moment(quadrature: Quadrature) -> tuple[Tensor, Tensor]:
+    """Return tr H_l^2 and its standard error over probes, (n_blocks,) each; right after a single step too.
+
+    One step's rule is exact to degree 1 only, but its residual holds what is missing:  |H v|^2 = alpha_0^2 + beta_0^2.
+    """
+    length = torch.hypot(quadrature.nodes[..., :1], quadrature.beta[..., :1])
+    nodes = torch.where(quadrature.steps[..., None] == 1, length, quadrature.nodes)
+    return moment(replace(quadrature, nodes=nodes), 2)
 
 
 def extremes(quadrature: Quadrature) -> tuple[Tensor, Tensor]:

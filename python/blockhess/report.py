@@ -80,6 +80,13 @@ def describe(spectra: Spectra, sort: str = "order") -> str:
             f"{made['hvps']} Hessian-vector products in {made['seconds']:.1f} s, "
             f"blockhess {made.get('blockhess')}, torch {made.get('torch')}"
         )
+    if made.get("hvps_saved") and made.get("tol"):
+        lines.append(f"{made['hvps_saved']} products saved by the tolerance {made['tol']:g}")
+    if made.get("ghosts"):
+        lines.append(
+            f"{sum(made['ghosts'].values())} nodes in {len(made['ghosts'])} blocks are ghosts: no reorthogonalisation "
+            "there; densities lose nothing by them"
+        )
     lines += ["", spectra.table(names)]
 
     weights = weights_only(spectra)

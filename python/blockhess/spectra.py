@@ -274,7 +274,7 @@ class Spectra(SpectraBands):
         Returns:
             values, stderr: (n_blocks,) each; the error by the delta method, stderr(|H|_F^2) / (2 |H|_F).
         """
-        square, stderr = measures.moment(self.quadrature, 2)
+        square, stderr = measures.second_moment(self.quadrature)
         norm = square.sqrt()
         # All probes see a zero block as zero: no error to scale.
         return norm, torch.where(norm > 0, stderr / (2 * norm), stderr)
@@ -720,7 +720,7 @@ class Spectra(SpectraBands):
         for row in self.rows(blocks):
             block, steps = self.blocks[row], self.quadrature.steps[:, row]
             low, high, trace, stderr, norm, _, negative = self._statistics[row]
-            least, most = int(steps.min()), int(steps.max())
+            least, most = int(steps[steps > 0].min()) if bool(self._known[row]) else 0, int(steps.max())
             broken = "non-finite" if bool(self.quadrature.nonfinite[:, row].any()) else ""
             lines.append(
                 (

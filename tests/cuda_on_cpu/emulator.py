@@ -143,9 +143,11 @@ class Emulator:
         recurrences: Recurrences,
         layout: Layout,
         partial: Tensor,
+        project: Tensor | None = None,
     ) -> None:
         *state, limits = vars(recurrences).values()
-        arrays = [*tables(layout), r, basis, layout.basis_offsets, *state, limits, partial]
+        project = torch.ones_like(recurrences.status) if project is None else project
+        arrays = [*tables(layout), r, basis, layout.basis_offsets, *state, limits, project, partial]
         sizes = [*shape(layout, len(r)), len(recurrences.alpha), basis.shape[0], basis.shape[2]]
         self.call("reorthogonalize", sizes, arrays, [r, basis, *state, partial])
 

@@ -143,9 +143,9 @@ class Projection:
                 self.basis[filled:, p, columns] = math.nan
         self.partial = torch.full((N_PROBES, layout.n_tiles, capacity + 1), math.nan, dtype=torch.float64)
 
-    def results(self, backend) -> list[Tensor]:
+    def results(self, backend, project: Tensor | None = None) -> list[Tensor]:
         step, basis = copy.deepcopy(self.step), self.basis.clone()
-        backend.reorthogonalize(step.v_prev, basis, step.recurrences, step.layout, self.partial.clone())
+        backend.reorthogonalize(step.v_prev, basis, step.recurrences, step.layout, self.partial.clone(), project)
         return [*step.results(), basis.nan_to_num(7.0)]
 
 
@@ -161,6 +161,20 @@ def test_reorthogonalize(dims, count, capacity, dtype, rng):
     assert_near(results[0], start.results(ops), rtol)
     assert_near(results[0], start.results(reference), rtol)
     assert_same_bits(results)
+
+
+@pytest.mark.parametrize("dims", [SHORT, RAGGED], ids=["short", "ragged"])
+def test_reorthogonalize_where_it_is_due(dims, dtype, rng):
+    start = Projection(dtype, rng, dims, 3, 5)
+    project = torch.zeros(N_PROBES, len(dims), dtype=torch.int32)
+    project[1, ::2], project[0, 1::2] = 1, 1
+    results = [start.results(e, project) for e in EMULATORS[::2]]
+    rtol = 32 * torch.finfo(dtype).eps
+    assert_near(results[0], start.results(ops, project), rtol)
+    assert_near(results[0], start.results(reference, project), rtol)
+    assert_same_bits(results)
+    everywhere = start.results(EMULATORS[0])
+    assert not torch.equal(results[0][0], everywhere[0])
 
 
 def problems(m: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +282,7 @@ def test_random_probes(distribution, dtype):
     torch.testing.assert_close(results[0][0], reference.random_probes(layout, N_PROBES, **options), rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("reorthogonalize", ["none", "full"])
+@pytest.mark.parametrize("reorthogonalize", ["none", "full", "partial"])
 def test_the_whole_loop(reorthogonalize, dtype, rng, monkeypatch):
     dims = (1, 5, 40, 333)
     blocks = []

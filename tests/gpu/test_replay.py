@@ -18,7 +18,7 @@ from tests.replay_cases import STEPS, Operator, run
 device.require()
 
 
-@pytest.mark.parametrize("reorthogonalize", ["none", "full", "auto"])
+@pytest.mark.parametrize("reorthogonalize", ["none", "full", "partial", "auto"])
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, dtype):
     options = {"reorthogonalize": reorthogonalize, "dtype": dtype, "device": "cuda"}

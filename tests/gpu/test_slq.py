@@ -45,7 +45,7 @@ def results(q: object) -> list[Tensor]:
     return [q.nodes, q.weights, q.alpha, q.beta, q.steps, q.nonfinite]
 
 
-@pytest.mark.parametrize("reorthogonalize", ["none", "full", "auto"])
+@pytest.mark.parametrize("reorthogonalize", ["none", "full", "partial", "auto"])
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_batched_slq(reorthogonalize, distribution, dtype):
     options = {"num_probes": 2, "num_steps": 12, "reorthogonalize": reorthogonalize, "distribution": distribution}

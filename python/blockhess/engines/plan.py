@@ -129,6 +129,7 @@ def make_plan(
     num_steps: int,
     basis_dims: Sequence[int],
     budget: int,
+    exact: tuple[bool, ...] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -137,13 +138,15 @@ def make_plan(
         num_probes, num_steps: as in `spectrum`.
         basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
         budget: bytes.
+        exact: which blocks are written out, where an earlier run has decided it.
 
     Raises:
         ValueError: not even one probe of the largest block, or the blocks written out, fit; tells what would be needed.
     """
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
-    exact = _written_out(problem, engine, num_probes, num_steps, budget // 2)
+    if exact is None:
+        exact = _written_out(problem, engine, num_probes, num_steps, budget // 2)
     # A vector set of one probe: v, v_prev, H v, and the basis.
     sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
     room = budget // 2
