@@ -70,7 +70,7 @@ def product_part() -> str:
     lines = [
         "One product H_l v once everything that steps share is ready, every rival in turn, all within "
         f"{error:.0e} of float64;",
-        "how many times as long as `engine=\"traced\"` each takes; `python bench/bench_hvp.py`",
+        'how many times as long as `engine="traced"` each takes; `python bench/bench_hvp.py`',
         "([all of it](bench/results/hvp_cpu.md)):",
         "",
         f"| model | traced, ms | {' | '.join(rivals[1:])} |",
