@@ -359,6 +359,14 @@ def test_progress_counts_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(bars) == 1
 
 
+def test_a_batch_too_large_for_the_device() -> None:
+    def loss_fn(m: nn.Module, batch: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="got batches of 7; pass smaller ones, in a list"):
+        blockhess.spectrum(mlp(), labelled(7), loss_fn)
+
+
 def test_progress_needs_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r'pip install "blockhess\[cli\]"'):

@@ -14,9 +14,10 @@ from torch.func import grad, vmap
 import blockhess
 from blockhess.engines import AutogradEngine, BlockOperator, NotTraceable, TracedEngine, linearize
 from blockhess.engines.accuracy import Disagreement, measure
+from blockhess.model_state import fixed_state
 from blockhess.problem import Problem
 from tests.dense_hessian import problem
-from tests.tiny_models import labelled, mlp
+from tests.tiny_models import SelfAttention, labelled, mlp
 
 Forward = Callable[[nn.Sequential, Tensor], Tensor]
 
@@ -252,3 +253,47 @@ def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, t
     engine = TracedEngine(posed)
     assert disagreement(posed, engine) < 1e-13
     assert len(engine._traces) == traces
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compiled_programs(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    """They run compiled although the model around them must not be, and eagerly where there is no compiler."""
+    posed = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    plain = TracedEngine(posed)
+    plain.prepare(0)
+    stances = []
+
+    def compiler(module: Any, dynamic: bool) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            stances.append(torch._dynamo.eval_frame._stance.stance)
+            if not works:
+                raise torch._dynamo.exc.InternalTorchDynamoError("no working C++ compiler")
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    engine = TracedEngine(posed, compiled=True)
+    v = torch.randn(1, 12)
+    with fixed_state(mlp()):
+        engine.prepare(0)
+        if works:
+            assert torch.equal(engine.product(0, v), plain.product(0, v))
+        else:
+            with pytest.warns(UserWarning, match="torch.compile failed, going on without: no working"):
+                assert torch.equal(engine.product(0, v), plain.product(0, v))
+        assert torch.equal(engine.product(0, v), plain.product(0, v))
+    assert stances == ["default"] * (2 if works else 1)
+
+
+def test_a_program_may_run_single_and_batched() -> None:
+    posed = problem(SelfAttention(), (torch.randn(2, 3, 4), torch.randint(2, (2,))), nn.CrossEntropyLoss())
+    single, several = TracedEngine(posed), TracedEngine(posed, rows=3)
+    single.prepare(0)
+    several.prepare(0)
+    v = torch.randn(3, posed.dims[0])
+    together = several.product(0, v)
+    for row in range(3):
+        torch.testing.assert_close(single.product(0, v[row : row + 1])[0], together[row], rtol=1e-5, atol=1e-8)
+    several.rows = 1
+    torch.testing.assert_close(several.product(0, v[:1])[0], together[0], rtol=1e-5, atol=1e-8)

@@ -26,7 +26,7 @@ from torch import nn
 import blockhess
 import blockhess_ext
 from blockhess import adaptive, fingerprint
-from blockhess.batches import as_batches, split_batch
+from blockhess.batches import as_batches, batch_size, split_batch
 from blockhess.blocks import ZERO_NOTE, BlockSpec, Partition, partition, unwrap, with_note
 from blockhess.engines import BlockOperator, Engine, NotTraceable
 from blockhess.engines.accuracy import Disagreement, measure
@@ -336,7 +336,14 @@ def _posed(
         fingerprints = {"model": fingerprint.of_model(model), "data": fingerprint.of_data(batches)}
         if batchnorm == "frozen-batch-stats":
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
-        problem = Problem(model, loss, batches, cut.blocks, dtype)
+        try:
+            problem = Problem(model, loss, batches, cut.blocks, dtype)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise torch.OutOfMemoryError(
+                f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
+                f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
+            ) from None
         parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
         # Only where the loss of a batch is known to be the mean over its samples.
         if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):

@@ -6,6 +6,7 @@ batches get their own. Constants are evaluated once a batch, and kept for all st
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -242,11 +243,18 @@ def _single(program: Program) -> Callable[..., Any]:
 
 
 def _compiled(module: Callable[..., Any]) -> Callable[..., Any]:
+    """The program compiled at its first call; as it is where no compiler works, since that is slower, not wrong."""
     compiled = torch.compile(module, dynamic=False)
 
     def run(*inputs: Tensor) -> Any:
-        with torch.compiler.set_stance("default"):  # a model in `fixed_state` must not run compiled, its programs may
-            return compiled(*inputs)
+        nonlocal compiled
+        try:
+            with torch.compiler.set_stance("default"):  # a model in `fixed_state` must not be compiled, programs may
+                return compiled(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warnings.warn(f"blockhess: torch.compile failed, going on without: {error}".splitlines()[0], stacklevel=2)
+            compiled = module
+            return module(*inputs)
 
     return run
 
