@@ -232,11 +232,21 @@ def _posed(
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
         problem = Problem(model, loss, batches, cut.blocks, dtype)
         parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
-        # Only where the loss of a batch is known to be the mean over its samples.
+        # Only where the loss of a batch may be the mean over its samples.
         if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
-            batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
-            problem = Problem(model, loss, batches, cut.blocks, dtype)
+            problem = _split(problem, parts, cut, dtype)
         yield problem, cut
+
+
+def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:
+    """The problem with smaller batches, or as it is where its loss is no mean over samples (a contrastive one)."""
+    batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
+    try:
+        smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
+    except (RuntimeError, ValueError):  # targets that cannot be cut like the inputs
+        return problem
+    same = abs(smaller.loss_value - problem.loss_value) <= 1e-4 * abs(problem.loss_value)
+    return smaller if same else problem
 
 
 @contextmanager
