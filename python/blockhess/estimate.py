@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -285,6 +286,7 @@ class _Job:
         self.infos = problem.infos
         self.hvps = 0
         self.hvp_error: dict[str, float] | None = None
+        self._zero_within: list[float | None] = [None] * len(self.infos)
 
     @property
     def exact_names(self) -> list[str]:
@@ -337,7 +339,13 @@ class _Job:
             self.hvps += operator.hvps
         device = parts[0].nodes.device
         whole = Quadrature.joined([part.to(device) for part in parts], 1)
-        return whole.of_blocks([order.index(l) for l in range(len(ids))])
+        whole = whole.of_blocks([order.index(l) for l in range(len(ids))])
+        radii = whole.nodes.abs().amax((0, 2)).tolist()
+        self.infos = tuple(
+            with_note(info, ZERO_NOTE) if largest is not None and radius <= largest else info
+            for info, radius, largest in zip(self.infos, radii, self._zero_within)
+        )
+        return whole
 
     def _engine(self) -> Engine:
         """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
@@ -352,9 +360,18 @@ class _Job:
             accuracy = measure(self._problem, engine)
         if accuracy is not None:
             self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
-            zero = [l for l in range(len(self.infos)) if self._problem.is_used(l) and accuracy.is_zero(l)]
-            self.infos = tuple(with_note(info, ZERO_NOTE) if l in zero else info for l, info in enumerate(self.infos))
+            self._zero_within = [
+                self._noise(l, error) if self._problem.is_used(l) and accuracy.is_zero(l) else None
+                for l, error in enumerate(accuracy.errors)
+            ]
         return engine
+
+    def _noise(self, number: int, error: float) -> float:
+        """The largest eigenvalue of a block that is zero in the first batch, if it is zero in all."""
+        if len(self._problem.batches) == 1:
+            return math.inf
+        # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
+        return float(10 * error * self._problem.dims[number] ** 0.5 * sum(self._problem.shares))
 
 
 def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
