@@ -92,3 +92,15 @@ def test_a_model_of_one_precision_only() -> None:
     torch.manual_seed(0)
     spectra = blockhess.spectrum(mlp(), labelled(7), loss_fn, num_probes=1, num_steps=3)
     assert spectra.provenance["hvp_error"] is None
+
+
+def test_a_block_that_only_a_later_batch_uses_is_not_zero() -> None:
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        expert = m[0] if batch[0][0, 0] > 0 else m[1]
+        return (torch.tanh(expert(batch[0])) - batch[1]).square().mean() + m[2](batch[0]).mean()
+
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(3, 2) for _ in range(3)).double()  # the loss is linear in the third
+    x, y = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    spectra = blockhess.spectrum(model, [(x, y), (-x, y)], loss_fn, num_probes=1, num_steps=3)
+    assert spectra.zero_blocks == ("2.weight", "2.bias")

@@ -58,6 +58,28 @@ def test_closures_are_never_split() -> None:
         split(lambda m, b: F.cross_entropy(m(b[0]), b[1]), wide(), labelled(256))
 
 
+class Contrastive(nn.Module):
+    """Every sample against all others of its batch."""
+
+    def forward(self, z: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(z @ z.T, torch.arange(len(z)))
+
+
+class Flat(nn.CrossEntropyLoss):
+    """Targets of another length than the inputs."""
+
+    def forward(self, z: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(z, targets[: len(targets) // 2])
+
+
+@pytest.mark.parametrize("loss_fn", [Contrastive(), Flat()])
+def test_batches_are_split_only_where_the_loss_stays_the_same(loss_fn: nn.Module) -> None:
+    x, y = labelled(256)
+    y = torch.cat([y, y]) if isinstance(loss_fn, Flat) else y
+    with pytest.raises(ValueError, match=r"memory_budget must be at least .* for one probe of one batch's graph"):
+        split(loss_fn, wide(), (x, y))
+
+
 def test_batch_statistics_are_never_split() -> None:
     data = torch.randn(256, 1, 4, 4), torch.randint(3, (256,))
     with pytest.raises(ValueError, match="memory_budget must be at least"):

@@ -345,11 +345,21 @@ def _posed(
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
         parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
-        # Only where the loss of a batch is known to be the mean over its samples.
+        # Only where the loss of a batch may be the mean over its samples.
         if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
-            batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
-            problem = Problem(model, loss, batches, cut.blocks, dtype)
+            problem = _split(problem, parts, cut, dtype)
         yield problem, cut, fingerprints
+
+
+def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:
+    """The problem with smaller batches, or as it is where its loss is no mean over samples (a contrastive one)."""
+    batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
+    try:
+        smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
+    except (RuntimeError, ValueError):  # targets that cannot be cut like the inputs
+        return problem
+    same = abs(smaller.loss_value - problem.loss_value) <= 1e-4 * abs(problem.loss_value)
+    return smaller if same else problem
 
 
 @contextmanager
@@ -397,6 +407,7 @@ class _Job:
         self.infos = problem.infos
         self.hvps = 0 if first is None else first.provenance["hvps"]
         self.hvp_error: dict[str, float] | None = None
+        self._zero_within: list[float | None] = [None] * len(self.infos)
 
     @property
     def exact_names(self) -> list[str]:
@@ -468,6 +479,11 @@ class _Job:
             for l, part in zip(exact, written_out):
                 found[l].append(part.to(problem.device))
         whole = Quadrature.joined([_whole(parts) for parts in found], 1)
+        radii = whole.nodes.abs().amax((0, 2)).tolist()
+        self._note(
+            ZERO_NOTE,
+            [noise is not None and radius <= noise for radius, noise in zip(radii, self._zero_within)],
+        )
         if options.tol is not None:
             few = adaptive.missed(whole, options.tol, options.sigma)
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
@@ -515,9 +531,18 @@ class _Job:
             accuracy = measure(self._problem, engine)
         if accuracy is not None:
             self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
-            zero = [self._problem.is_used(l) and accuracy.is_zero(l) for l in range(len(self.infos))]
-            self._note(ZERO_NOTE, zero)
+            self._zero_within = [
+                self._noise(l, error) if self._problem.is_used(l) and accuracy.is_zero(l) else None
+                for l, error in enumerate(accuracy.errors)
+            ]
         return engine
+
+    def _noise(self, number: int, error: float) -> float:
+        """The largest eigenvalue of a block that is zero in the first batch, if it is zero in all."""
+        if len(self._problem.batches) == 1:
+            return math.inf
+        # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
+        return float(10 * error * self._problem.dims[number] ** 0.5 * sum(self._problem.shares))
 
 
 def _whole(parts: Sequence[Quadrature]) -> Quadrature:
