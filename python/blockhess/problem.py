@@ -45,7 +45,8 @@ class Problem:
         batches: those of weight above 0. shares: of each in the whole.
         loss_value: the loss of all data. weight: the sum of the batches' weights.
         used: names of parameters that a gradient reaches in some batch. unused: the others.
-        graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds.
+        graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds, scaled to the largest
+            batch.
         forward_flops: of the loss of the first batch, in matrix products and convolutions. forward_seconds: what it
             took, for estimates that a person reads.
 
@@ -175,6 +176,9 @@ class Problem:
             self.batches.append(batch)
             weights.append(weight)
             values.append(value)
+        if self.batches:
+            sizes = [sum(t.numel() for t in tensors(batch)) for batch in self.batches]
+            self.graph_bytes = int(self.graph_bytes * max(sizes) / max(1, sizes[0]))
         self.weight = sum(weights)
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
