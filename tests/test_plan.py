@@ -146,3 +146,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert text in capsys.readouterr().err
     assert main(["plan", f"{file}:job", "--memory-budget", "much"]) == 2
     assert "memory_budget" in capsys.readouterr().err
+
+
+def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None:
+    small, large = labelled(1), labelled(1000)
+    one, two, other = (
+        problem(mlp(), data, nn.CrossEntropyLoss()) for data in ([large], [small, large], [large, small])
+    )
+    assert two.graph_bytes == pytest.approx(one.graph_bytes, rel=0.5) == other.graph_bytes
+    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import blockhess
 from blockhess.model_state import fixed_state
@@ -234,3 +235,18 @@ def test_the_third_derivative_of_layer_norm_is_wrong_in_torch() -> None:
 
     wrong, right = third(lambda x: F.layer_norm(x, (4,))), third(written_out)
     assert float((wrong - right).norm()) > 1e-3 * float(right.norm())
+
+
+@pytest.mark.parametrize("engine", ["autograd", "traced", "ggn"])
+def test_activation_checkpointing_in_another_precision(engine: str) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](checkpoint(lambda z: self[0](z).tanh(), x, use_reentrant=False))
+
+    model = Checkpointed(nn.Linear(3, 4), nn.Linear(4, 3)).bfloat16()
+    plain = nn.Sequential(model[0], nn.Tanh(), model[1])
+    x, y = labelled(7)
+    options = OPTIONS | {"engine": engine, "blocks": {"first": ["0.weight"]}}
+    found, right = (blockhess.spectrum(m, (x, y), nn.CrossEntropyLoss(), **options) for m in (model, plain))
+    assert found.provenance["hvp_error"] is not None
+    torch.testing.assert_close(found["first"].nodes, right["first"].nodes, rtol=1e-4, atol=1e-6)

@@ -45,7 +45,8 @@ class Problem:
         batches: those of weight above 0. shares: of each in the whole.
         loss_value: the loss of all data. weight: the sum of the batches' weights.
         used: names of parameters that a gradient reaches in some batch. unused: the others.
-        graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds.
+        graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds, scaled to the largest
+            batch.
         forward_flops: of the loss of the first batch, in matrix products and convolutions. forward_seconds: what it
             took, for estimates that a person reads.
 
@@ -111,6 +112,14 @@ class Problem:
         gradients: dict[str, Tensor] = self._call(differentiated, batch, parameters)
         return gradients
 
+    def differentiate(self, outputs: Any, inputs: Any, directions: Any = None, **options: bool) -> tuple[Any, ...]:
+        """As torch.autograd.grad, None for what is unused; activation checkpointing meets the converted parameters."""
+
+        found: tuple[Any, ...] = self._call(
+            lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), (), None
+        )
+        return found
+
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """The same problem, first batch only, computed in another dtype."""
         return Problem(self.model, self.loss, self.batches[:1], self.blocks, dtype)
@@ -155,7 +164,8 @@ class Problem:
                 gradients = self._differentiate(loss, create_graph=True)
                 nodes = _refuse_cut_graph(g.grad_fn for g in gradients.values())
                 self.graph_nodes = len(nodes)
-                self.graph_bytes = _held_bytes(nodes, (*self.parameters.values(), *tensors(batch)))
+                others = (*self.parameters.values(), *tensors(batch))
+                self.graph_bytes: int = self._call(lambda *_: _held_bytes(nodes, others), (), None)  # noqa: B023
                 del nodes
                 self.forward_flops = flops.total
                 gradients = {name: g.detach() for name, g in gradients.items()}
@@ -166,6 +176,9 @@ class Problem:
             self.batches.append(batch)
             weights.append(weight)
             values.append(value)
+        if self.batches:
+            sizes = [sum(t.numel() for t in tensors(batch)) for batch in self.batches]
+            self.graph_bytes = int(self.graph_bytes * max(sizes) / max(1, sizes[0]))
         self.weight = sum(weights)
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
@@ -196,9 +209,7 @@ class Problem:
         return f"in {place} " if place else "of the model ", advice
 
     def _differentiate(self, loss: Tensor, create_graph: bool) -> dict[str, Tensor]:
-        gradients = torch.autograd.grad(
-            loss, list(self.parameters.values()), create_graph=create_graph, allow_unused=True
-        )
+        gradients = self.differentiate(loss, list(self.parameters.values()), create_graph=create_graph)
         return {name: g for name, g in zip(self.parameters, gradients) if g is not None}
 
     def _check_repeatable(self, batch: Batch, index: int, value: float, gradients: dict[str, Tensor]) -> None:

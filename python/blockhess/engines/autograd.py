@@ -73,7 +73,7 @@ def second_derivative(
         NotImplementedError: an operation on the way has no second derivative; names it and its module.
     """
     try:
-        return torch.autograd.grad(outputs, inputs, directions, retain_graph=True, allow_unused=True)
+        return problem.differentiate(outputs, inputs, directions, retain_graph=True)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         if "not implemented" in text or "double backward" in text:

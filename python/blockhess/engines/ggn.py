@@ -73,12 +73,10 @@ class _Graph:
 
     def __init__(self, problem: Problem, index: int) -> None:
         self.outputs, loss = problem.outputs(index)
-        slope = torch.autograd.grad(loss, self.outputs, create_graph=True, allow_unused=True)[0]
+        slope = problem.differentiate(loss, self.outputs, create_graph=True)[0]
         if slope is None:
             raise TypeError("spectrum: loss_fn must compute the loss from the model's logits for engine='ggn'")
         self.slope = slope
         self.seed = torch.zeros_like(self.outputs, requires_grad=True)
-        pulled = torch.autograd.grad(
-            self.outputs, list(problem.parameters.values()), self.seed, create_graph=True, allow_unused=True
-        )
+        pulled = problem.differentiate(self.outputs, list(problem.parameters.values()), self.seed, create_graph=True)
         self.pulled = {name: p for name, p in zip(problem.parameters, pulled) if p is not None}

@@ -49,7 +49,8 @@ class Plan:
         batches: after large ones were split.
         hvps: most products of one block, probe and batch.
         flops: of all of them, about. seconds: that they would take at the speed of one measured forward pass.
-        vector_bytes, engine_bytes: the most that vectors, and graphs or constants, take at a time.
+        vector_bytes, engine_bytes: the most that vectors or blocks written out, and graphs or constants, take at a
+            time.
         memory_budget: bytes that the plan had to fit.
         why: the reason for the engine.
     """
@@ -117,7 +118,7 @@ def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
 
 
 def micro_batches(problem: Problem, budget: int) -> int:
-    """Into how many parts the first batch must be cut so that its graph takes at most half of the budget."""
+    """Into how many parts every batch must be cut so that the largest graph takes at most half of the budget."""
     return max(1, -(-2 * problem.graph_bytes // budget))
 
 
@@ -178,7 +179,7 @@ def make_plan(
         hvps=hvps,
         flops=forwards * problem.forward_flops,
         seconds=forwards * problem.forward_seconds,
-        vector_bytes=together,
+        vector_bytes=max(together, itemsize * sum(d * d for d, e in zip(dims, exact) if e)),
         engine_bytes=graph * (n_batches if retain else 1),
         memory_budget=budget,
         why=why,
