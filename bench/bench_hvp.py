@@ -44,6 +44,14 @@ LARGEST_ERROR = 1e-3
 Makers = dict[str, Callable[[Case], Rival]]
 
 
+# How many times as long as traced a rival should take.
+TARGETS = {
+    "GPT 0.8M, 512 tokens": {"the paper's procedure": 3.0, "hessian-eigenthings": 3.0, "curvlinops": 6.0},
+    "ResNet18 width 16, 64 images": {"the paper's procedure": 3.0},
+    "GPT2-nano 10.7M, 1024 tokens": {"the paper's procedure": 2.0},
+}
+
+
 @dataclass
 class Row:
     """What one rival gave on one case.
@@ -307,7 +315,7 @@ def table(result: Result) -> str:
             f"| {row.rival} | {_spread(row.rounds, 1e3)} | {_spread(ratios)} | {counted[0]} | {counted[1]} "
             f"| {setup:.2f} | {row.peak_bytes / 2**20:.0f} | {row.error:.1g} |"
         )
-    return "\n".join([*lines, "", *_conclusions(result)])
+    return "\n".join([*lines, "", *"\n\n".join(_conclusions(result)).splitlines()])
 
 
 def _conclusions(result: Result) -> list[str]:
@@ -323,6 +331,12 @@ def _conclusions(result: Result) -> list[str]:
             f"{result.constant_bytes / 2**20:.0f} MiB, {result.constant_bytes / result.graph_bytes:.2f} of what the "
             "gradient's graph holds."
         )
+    if traced:
+        for rival, wanted in TARGETS.get(result.name, {}).items():
+            if rival in rows:
+                ratio = statistics.median(a / b for a, b in zip(rows[rival].rounds, traced.rounds))
+                verdict = "met" if ratio >= wanted else "missed"
+                lines.append(f"Target: {wanted:g} times as long for {rival}. {verdict.capitalize()}: {ratio:.2f}.")
     if traced and compiled:
         lines.append(
             f"Compiled were {', '.join(result.blocks)}: {compiled.block_seconds:.1f} s a block, which "
