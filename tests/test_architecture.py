@@ -62,3 +62,9 @@ def test_every_op_has_all_its_parts(op):
     for module in ("ops", "reference"):
         tree = ast.parse((ROOT / "blockhess_ext" / f"{module}.py").read_text())
         assert op in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{module}.{op}"
+
+
+def test_every_package_is_installed() -> None:
+    listed = set(re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1].split(", "))
+    folders = {f'"{f.parent.relative_to(ROOT / "python")}"'.replace("/", ".") for f in ROOT.glob("python/**/__init__.py")}
+    assert listed == folders | {'"blockhess_ext"'}
