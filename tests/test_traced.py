@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import blockhess
-from blockhess.engines import AutogradEngine, BlockOperator, NotTraceable, TracedEngine, linearize
+from blockhess.engines import AutogradEngine, BlockOperator, NotTraceable, TracedEngine, trace
 from blockhess.engines.accuracy import Disagreement, measure
 from blockhess.model_state import fixed_state
 from blockhess.problem import Problem
@@ -87,7 +87,7 @@ def test_gradients_stop_where_autograd_stops_them(forward: Forward) -> None:
 
 
 def test_the_check_catches_a_trace_that_ignores_a_stopped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linearize._AsAutogradSees, "_seen", lambda self, value: value)
+    monkeypatch.setattr(trace._AsAutogradSees, "_seen", lambda self, value: value)
     posed = problem(mlp(), labelled(5), loss_of(STOPPED["detach()"]))
     engine = TracedEngine(posed)
     assert disagreement(posed, engine) > 1e-3
@@ -96,7 +96,7 @@ def test_the_check_catches_a_trace_that_ignores_a_stopped_gradient(monkeypatch: 
 
 
 def test_the_check_works_where_the_model_insists_on_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linearize._AsAutogradSees, "_seen", lambda self, value: value)
+    monkeypatch.setattr(trace._AsAutogradSees, "_seen", lambda self, value: value)
 
     def loss_fn(m: nn.Sequential, batch: tuple[Tensor, Tensor]) -> Tensor:
         if m[0].weight.dtype != torch.float64:

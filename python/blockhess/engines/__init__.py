@@ -2,7 +2,7 @@
 
 from blockhess.engines.autograd import AutogradEngine
 from blockhess.engines.ggn import GaussNewtonEngine
-from blockhess.engines.linearize import NotTraceable
+from blockhess.engines.operations import NotTraceable
 from blockhess.engines.operator import BlockOperator, Engine
 from blockhess.engines.traced import TracedEngine
 

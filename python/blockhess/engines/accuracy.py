@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blockhess.engines.autograd import AutogradEngine
 from blockhess.engines.ggn import GaussNewtonEngine
-from blockhess.engines.linearize import NotTraceable
+from blockhess.engines.operations import NotTraceable
 from blockhess.engines.operator import Engine
 from blockhess.problem import Problem
 

@@ -15,230 +15,32 @@ Promises: a program reads its constants and never writes; the same model and bat
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import jvp
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.weak import WeakTensorKeyDictionary
 
-aten = torch.ops.aten
-
-_DYNAMIC = torch.Tag.dynamic_output_shape
+from blockhess.engines.operations import (
+    CONSTANT,
+    DYNAMIC,
+    RESHAPED,
+    SAME,
+    SHAPE_ONLY,
+    VIEWS,
+    NotTraceable,
+    aten,
+    refuse,
+)
+from blockhess.engines.trace import make_functional
 
 # A sum of more tangents than this is written out, so that what uses it does not add them all again.
 MOST_TERMS = 3
-
-
-class NotTraceable(NotImplementedError):
-    """The gradient of this model cannot be turned into a linear program; the text says what stands in the way."""
-
-
-# Operations whose tangent is better taken whole, not from their parts.
-_KEPT_WHOLE = (
-    aten.embedding_dense_backward.default,
-    aten._softmax.default,
-    aten._log_softmax.default,
-    aten._safe_softmax.default,
-    aten.gelu.default,
-    aten.gelu_backward.default,
-    aten.silu.default,
-)
-
-
-# Operations taken apart although torch counts them as basic: their statistics' tangents serve the backward pass too.
-_TAKEN_APART = (
-    aten.native_layer_norm,
-    aten.native_layer_norm_backward,
-    aten.native_group_norm,
-    aten.native_group_norm_backward,
-    aten.native_batch_norm,
-    aten.native_batch_norm_backward,
-    aten.cudnn_batch_norm,
-    aten.cudnn_batch_norm_backward,
-)
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(core_aten_decompositions()) | get_decompositions(_TAKEN_APART)
-    for kept in _KEPT_WHOLE:
-        table.pop(kept, None)
-    return table
-
-
-_trace_ops = torch.library.Library("blockhess_trace", "DEF")
-_trace_ops.define("constant(Tensor(a) x) -> Tensor(a)")
-_trace_ops.impl("constant", aten.alias.default, "CompositeExplicitAutograd")
-# Marks in a trace what autograd takes as a constant, whatever it was computed from.
-_CONSTANT = torch.ops.blockhess_trace.constant.default
-
-
-# By-products that autograd does not differentiate by themselves: the backward passes they are saved for do.
-_STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "buffer"}
-
-
-class _AsAutogradSees(TorchDispatchMode):
-    """Lets a trace tell where gradients stop: at detach(), no_grad(), .data and new leaves.
-
-    The parameters must not be leaves. What an autograd.Function computes is refused, since its derivative is whatever
-    its backward says.
-    """
-
-    def __init__(self, values: bool) -> None:
-        super().__init__()
-        self._values = values
-        self._without_graph: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        leaves, spec = tree_flatten((args, kwargs))
-        target, in_place = _functional(func)
-        if self._values and not func._schema.is_mutable and not any(map(_is_traced, leaves)):
-            with disable_proxy_modes_tracing():
-                return func(*args, **kwargs)
-        # What is saved for the backward pass is detached in between; the others do not compute.
-        if func is aten.detach.default or func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
-            return func(*args, **kwargs)
-        if func is aten.copy_.default:  # what it overwrites does not matter
-            return func(args[0], self._seen(args[1]), *args[2:], **kwargs)
-        if self._values and in_place and not _is_traced(args[0]):
-            with disable_proxy_modes_tracing():
-                leaves[0] = args[0].detach().clone()  # a constant of the trace, which must keep its value
-        kept = {i for i, a in enumerate(func._schema.arguments) if a.name in _STATISTICS and "backward" in func.name()}
-        seen = [leaf if any(leaf is args[i] for i in kept) else self._seen(leaf) for leaf in leaves]
-        seen_args, seen_kwargs = tree_unflatten(seen, spec)
-        results = target(*seen_args, **seen_kwargs)
-        if in_place:
-            self._without_graph.pop(args[0], None)
-            return aten.copy_.default(args[0], results)
-        if not torch.is_grad_enabled():
-            for result in tree_flatten(results)[0]:
-                if isinstance(result, Tensor):
-                    self._without_graph[result] = True
-        return results
-
-    def _seen(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            return value
-        if not value.requires_grad or value.is_leaf:
-            return _CONSTANT(value)
-        if value in self._without_graph:
-            raise NotTraceable("a torch.autograd.Function has a derivative of its own")
-        return value
-
-
-def _is_traced(value: Any) -> bool:
-    mode = get_proxy_mode()
-    return isinstance(value, Tensor) and mode is not None and has_proxy_slot(value, mode.tracer)
-
-
-def trace_gradient(
-    gradient: Callable[[list[Tensor], Any], Any], parameters: list[Tensor], batch: Any, values: bool
-) -> fx.GraphModule:
-    """The graph of `gradient(parameters, batch)`, every operation a functional one of torch.ops.
-
-    Args:
-        gradient: differentiates with create_graph=True.
-        values: whether numbers are computed on the way, so that the gradient may look at what is no input.
-
-    Raises:
-        NotTraceable: the gradient draws random numbers, changes tensors in place, has control flow that depends on
-            its inputs' values or a torch.autograd.Function.
-    """
-
-    def seen(parameters: list[Tensor], batch: Any) -> Any:
-        tracked = [p.detach().requires_grad_().view_as(p) for p in parameters]
-        with _AsAutogradSees(values):
-            return gradient(tracked, batch)
-
-    mode: Any = {} if values else {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
-    try:
-        traced = make_fx(seen, decomposition_table=_decompositions(), **mode)(parameters, batch)
-    except NotTraceable:
-        raise
-    except Exception as error:  # the same gradient could be computed without a trace
-        raise NotTraceable(
-            f"the gradient cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        ) from error
-    if values:
-        _refuse_changed_constants(traced)
-    _make_functional(traced.graph)
-    _without_strides(traced.graph)
-    traced.graph.eliminate_dead_code()
-    for node in traced.graph.nodes:
-        for value in tree_flatten(node.meta.get("val"))[0]:
-            if any(isinstance(size, torch.SymInt) for size in getattr(value, "shape", ())):
-                raise NotTraceable(f"the shape that {node.target} returns depends on values")
-    traced.recompile()
-    return traced
-
-
-def _refuse_changed_constants(traced: fx.GraphModule) -> None:
-    """A constant that was written while values were computed has lost the value that it had for those who read it."""
-    memory = {
-        n: getattr(traced, n.target).untyped_storage().data_ptr() for n in traced.graph.nodes if n.op == "get_attr"
-    }
-    for node in traced.graph.nodes:
-        if node.op == "call_function" and _functional(node.target)[1] and node.args[0] in memory:
-            others = [n for n, at in memory.items() if at == memory[node.args[0]]]
-            if any(user is not node for other in others for user in other.users):
-                raise NotTraceable(f"{node.target} changes in place what the gradient reads elsewhere")
-
-
-def _without_strides(graph: fx.Graph) -> None:
-    """No operation reads memory in an order that other tensors of the same shape need not have."""
-    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        (source, size), before, after = node.args[:2], node.args[0].meta["val"], node.meta["val"]
-        whole = before.is_contiguous() and after.is_contiguous() and before.numel() == after.numel()
-        if not whole or before.storage_offset() != after.storage_offset():
-            raise NotTraceable(f"{node.target} depends on how a tensor lies in memory")
-        node.target, node.args = aten.reshape.default, (source, size)
-
-
-def _make_functional(graph: fx.Graph) -> None:
-    """Operations that write into a whole tensor become ones that return it, and who reads it later reads that."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        target, in_place = _functional(node.target) if node.op == "call_function" else (node.target, False)
-        if in_place:
-            written = node.args[0]
-            # What shares its memory would have to change as well.
-            moves = torch.Tag.inplace_view not in node.target.tags
-            if moves and any(order[user] > order[node] for other in _sharing(written) for user in other.users):
-                raise NotTraceable(f"{node.target} changes part of a tensor in place")
-            node.target = target
-            written.replace_all_uses_with(node, delete_user_cb=lambda user, now=order[node]: order[user] > now)
-
-
-def _sharing(node: fx.Node) -> Iterator[fx.Node]:
-    """Other nodes that may share memory with this one; parts of one split do not."""
-    waiting = [user for user in node.users if _may_share(user)]
-    while _may_share(node) and isinstance(node.args[0], fx.Node):
-        parent = node.args[0]
-        split = node.target is operator.getitem and parent.target in _SPLITS
-        siblings = [u for u in parent.users if u is not node and _may_share(u)]
-        waiting += [u for u in siblings if not split or u.args[1] == node.args[1]]
-        yield parent
-        node = parent
-    while waiting:
-        other = waiting.pop()
-        yield other
-        waiting += [user for user in other.users if _may_share(user)]
-
-
-def _may_share(node: fx.Node) -> bool:
-    """Whether a node's value may be a view of its first argument."""
-    if node.target is operator.getitem or node.target in _SPLITS:
-        return True
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 # Tangents
@@ -363,34 +165,6 @@ class Program:
     live: tuple[bool, ...] = ()
 
 
-_SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, _CONSTANT}
-_RESHAPED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
-_VIEWS = {
-    aten.reshape.default,
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-}
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor}
-_SPLITS |= {aten.chunk.default, aten.unsafe_chunk.default}
-
-# Their values do not depend on their argument's.
-_SHAPE_ONLY = {
-    aten.zeros_like.default: 0.0,
-    aten.new_zeros.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.empty_like.default: 0.0,
-    aten.new_empty.default: 0.0,
-    aten._new_zeros_with_same_feature_meta.default: 0.0,
-}
-
-
 # A sum may be formed in a tensor that nothing else uses.
 _IN_PLACE = {aten.addcmul.default: aten.addcmul_.default, aten.add.Tensor: aten.add_.Tensor}
 _FRESH = {aten.mul.Tensor, *_IN_PLACE, *_IN_PLACE.values(), aten.mm.default, aten.bmm.default}
@@ -434,7 +208,7 @@ class Linearizer:
                 self._primal[node] = self.constants.attribute(getattr(traced, node.target))
             else:
                 args, kwargs = self._mapped(node, self._primal)
-                like = tree_map(self._empty, node.meta["val"]) if _DYNAMIC in getattr(node.target, "tags", ()) else None
+                like = tree_map(self._empty, node.meta["val"]) if DYNAMIC in getattr(node.target, "tags", ()) else None
                 self._primal[node] = self._constant(node.target, args, kwargs, like)
 
     def _empty(self, x: Any) -> Any:
@@ -448,10 +222,10 @@ class Linearizer:
 
     def _constant(self, target: Any, args: Any, kwargs: Any, like: Any = None) -> Any:
         """A call whose arguments are constants."""
-        if target in _SAME:
+        if target in SAME:
             return args[0]
-        target = _RESHAPED.get(target, target)
-        _refuse(target)
+        target = RESHAPED.get(target, target)
+        refuse(target)
         return self.constants.call(target, args, kwargs, like)
 
     @staticmethod
@@ -499,9 +273,9 @@ class Linearizer:
         if not positions:
             return None
         target = node.target
-        if target is _CONSTANT:
+        if target is CONSTANT:
             return None
-        if target in _SAME:
+        if target in SAME:
             return tangents[given[0]]
         if target is aten.copy.default:  # all of the first argument is overwritten
             like, source = self._primal[node].meta["val"], tangents.get(given[1])
@@ -525,7 +299,7 @@ class Linearizer:
         return self._templates[key]
 
     def _trace_tangent(self, target: Any, leaves: list[Any], spec: Any, positions: list[int]) -> _Template:
-        target = _RESHAPED.get(target, target)
+        target = RESHAPED.get(target, target)
         where = [i for i, leaf in enumerate(leaves) if _is_node(leaf)]
         rule = _RULES.get(target)
 
@@ -571,7 +345,7 @@ class Linearizer:
         try:
             with self._fakes:
                 traced = make_fx(flat, decomposition_table={})(primals, tangents)
-            _make_functional(traced.graph)
+            make_functional(traced.graph)
         except NotTraceable:
             raise
         except (NotImplementedError, RuntimeError) as error:
@@ -656,19 +430,19 @@ class _Lines:
 
     def call(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         """target(*args), some of them Combinations, linear in these together; `like` has the shape of the result."""
-        if target in _SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
+        if target in SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
             return args[0]
         if target is aten.copy.default and isinstance(args[1], Combination):
             return Combination(args[1].terms, like.shape, like.dtype)
         if target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], tuple) else self._emit(target, args, kwargs, like)
-        target = _RESHAPED.get(target, target)
-        if target in _SHAPE_ONLY:
-            fill = _SHAPE_ONLY[target]
+        target = RESHAPED.get(target, target)
+        if target in SHAPE_ONLY:
+            fill = SHAPE_ONLY[target]
             return self._owner.constants.call(
                 aten.full.default, (list(like.shape), fill), {"dtype": like.dtype, "device": like.device}
             )
-        if target in _VIEWS and isinstance(args[0], Combination):
+        if target in VIEWS and isinstance(args[0], Combination):
             return self._view(target, args, kwargs, like)
         if target is aten.expand.default:
             return Combination(args[0].terms, like.shape, like.dtype)
@@ -760,7 +534,7 @@ class _Lines:
         return total
 
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
-        _refuse(target)
+        refuse(target)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
@@ -833,31 +607,3 @@ def accumulate_in_place(graph: fx.Graph) -> fx.Graph:
             if fresh and first.meta["val"].shape == node.meta["val"].shape:
                 node.target = _IN_PLACE[node.target]
     return graph
-
-
-def _functional(target: Any) -> tuple[Any, bool]:
-    """The operation that returns what an in-place one would write, and whether it was one."""
-    name = getattr(getattr(target, "_schema", None), "name", "")
-    if not (name.startswith("aten::") and name.endswith("_") and not name.endswith("__")):
-        return target, False
-    packet = getattr(aten, name[len("aten::") : -1], None)
-    for overload in () if packet is None else packet.overloads():
-        found = getattr(packet, overload)
-        if _argument_types(found) == _argument_types(target):
-            return found, True
-    raise NotTraceable(f"{target} changes a tensor in place")
-
-
-def _argument_types(target: Any) -> list[tuple[str, str]]:
-    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
-
-
-def _refuse(target: Any) -> None:
-    if target is operator.getitem:
-        return
-    if not isinstance(target, torch._ops.OpOverload):
-        raise NotTraceable(f"{target} is no operation of torch")
-    if torch.Tag.nondeterministic_seeded in target.tags:
-        raise NotTraceable(f"{target} draws random numbers")
-    if target._schema.is_mutable:
-        raise NotTraceable(f"{target} changes a tensor in place")

@@ -1,0 +1,78 @@
+"""What is known of torch's operations by those that trace and differentiate graphs of them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+DYNAMIC = torch.Tag.dynamic_output_shape
+
+
+class NotTraceable(NotImplementedError):
+    """The gradient of this model cannot be turned into a linear program; the text says what stands in the way."""
+
+
+_trace_ops = torch.library.Library("blockhess_trace", "DEF")
+_trace_ops.define("constant(Tensor(a) x) -> Tensor(a)")
+_trace_ops.impl("constant", aten.alias.default, "CompositeExplicitAutograd")
+# Marks in a trace what autograd takes as a constant, whatever it was computed from.
+CONSTANT = torch.ops.blockhess_trace.constant.default
+
+SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, CONSTANT}
+RESHAPED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+VIEWS = {
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.select.int,
+}
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor}
+SPLITS |= {aten.chunk.default, aten.unsafe_chunk.default}
+
+# Their values do not depend on their argument's.
+SHAPE_ONLY = {
+    aten.zeros_like.default: 0.0,
+    aten.new_zeros.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.empty_like.default: 0.0,
+    aten.new_empty.default: 0.0,
+    aten._new_zeros_with_same_feature_meta.default: 0.0,
+}
+
+
+def functional(target: Any) -> tuple[Any, bool]:
+    """The operation that returns what an in-place one would write, and whether it was one."""
+    name = getattr(getattr(target, "_schema", None), "name", "")
+    if not (name.startswith("aten::") and name.endswith("_") and not name.endswith("__")):
+        return target, False
+    packet = getattr(aten, name[len("aten::") : -1], None)
+    for overload in () if packet is None else packet.overloads():
+        found = getattr(packet, overload)
+        if argument_types(found) == argument_types(target):
+            return found, True
+    raise NotTraceable(f"{target} changes a tensor in place")
+
+
+def argument_types(target: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+
+
+def refuse(target: Any) -> None:
+    if target is operator.getitem:
+        return
+    if not isinstance(target, torch._ops.OpOverload):
+        raise NotTraceable(f"{target} is no operation of torch")
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        raise NotTraceable(f"{target} draws random numbers")
+    if target._schema.is_mutable:
+        raise NotTraceable(f"{target} changes a tensor in place")
