@@ -101,7 +101,8 @@ def spectrum(
             into linear programs first, "auto" takes the one that counted operations favour, and writes small blocks
             out exactly where that needs fewer products; "exact" writes all blocks out. "ggn" takes the generalised
             Gauss-Newton matrix instead of the Hessian.
-        dtype: to compute in; None means the parameters' own, and float32 for float16 and bfloat16 ones.
+        dtype: to compute in; None means the parameters' own, and float32 for float16 and bfloat16 ones. What a model
+            itself converts stays as it is: Transformers models compute their loss in float32.
         matmul_precision: of float32 matrix products, as torch.set_float32_matmul_precision: "highest", "high" (TF32 on
             CUDA) or "medium" (bfloat16). The error it makes is in the result's `hvp_error`.
         memory_budget: bytes, or a text such as "6 GiB", that vectors and graphs may take; by default half of the
