@@ -28,12 +28,7 @@ SEVERAL_ROWS = ("mlp", "attention", "tied embedding", "GroupNorm", "ReLU and max
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64_models")
 
 
 @contextmanager

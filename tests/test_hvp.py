@@ -19,13 +19,7 @@ from blockhess.model_state import fixed_state
 from tests.dense_hessian import assert_close, dense_hessian, operator, operator_blocks
 from tests.tiny_models import CASES, SelfAttention, convolutional, labelled, mlp
 
-
-@pytest.fixture(autouse=True)
-def _float64() -> object:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64_models")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,12 +19,7 @@ from tests.tiny_models import SelfAttention, convolutional, labelled, mlp
 OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 4, "engine": "autograd"}
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64_models")
 
 
 # Micro-batches

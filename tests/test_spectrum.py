@@ -20,13 +20,7 @@ from blockhess.progress import progress_bar
 from tests.dense_hessian import dense_hessian, operator, operator_blocks
 from tests.tiny_models import CASES, labelled, mlp
 
-
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64_models")
 
 
 def same(a: blockhess.Spectra, b: blockhess.Spectra, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,12 +22,7 @@ from tests.tiny_models import SelfAttention, labelled, mlp
 Forward = Callable[[nn.Sequential, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64_models")
 
 
 def loss_of(forward: Forward) -> Callable[[nn.Module, Any], Tensor]:

@@ -232,7 +232,7 @@ def extend(
     )
 
 
-# A loss of the same name on the same data is another one where its value differs by more, relatively.
+# A loss is another one where its value on the same data differs by more, relatively.
 LOSS_TOLERANCE = 1e-4
 
 # Arguments of `spectrum` that provenance keeps by name, and that an extension shares with the first run.
@@ -359,7 +359,7 @@ def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | No
         smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
     except (RuntimeError, ValueError):  # targets that cannot be cut like the inputs
         return problem
-    same = abs(smaller.loss_value - problem.loss_value) <= 1e-4 * abs(problem.loss_value)
+    same = math.isclose(smaller.loss_value, problem.loss_value, rel_tol=LOSS_TOLERANCE)
     return smaller if same else problem
 
 

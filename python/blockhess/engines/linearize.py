@@ -186,11 +186,9 @@ class Linearizer:
         self._nodes = [n for n in traced.graph.nodes if n.op != "output"]
         (outputs,) = next(n.args for n in reversed(traced.graph.nodes) if n.op == "output")
         flat, _ = tree_flatten(outputs)
-        self.outputs = flat
         self._gradient = [None if index is None else flat[index] for index in gradients]
         self._primal: dict[fx.Node, Any] = {}
         self._copy(traced)
-        self.placeholders = [n for n in self.constants.graph.nodes if n.op == "placeholder"]
         self._parameters = [n for n in self._nodes if n.op == "placeholder"][:num_parameters]
         self._below = self._reach(self._nodes, {n: 1 << i for i, n in enumerate(self._parameters)}, forward=True)
         ends: dict[fx.Node, int] = {}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.batches import map_tensors
 from blockhess.engines.linearize import Linearizer, Program, accumulate_in_place
-from blockhess.engines.operations import NotTraceable
+from blockhess.engines.operations import VIEWS, NotTraceable
 from blockhess.engines.trace import trace_gradient
 from blockhess.problem import Problem
 
@@ -186,8 +186,9 @@ class _Trace:
     def nbytes(self) -> int:
         """What the constants take beside parameters and data."""
         sizes: dict[fx.Node, int] = {}
+        views = VIEWS | {torch.ops.aten.expand.default}
         for node in self._needed:
-            while node.op == "call_function" and node.target in _VIEWS_OF and isinstance(node.args[0], fx.Node):
+            while node.op == "call_function" and node.target in views and isinstance(node.args[0], fx.Node):
                 node = node.args[0]
             if node.op == "call_function":
                 value = node.meta["val"]
@@ -231,11 +232,6 @@ class _Trace:
             module = _batched(program, rows) if rows > 1 else _single(program)
             self._functions[key] = torch.no_grad()(_compiled(module) if compiled else module)
         return self._functions[key]
-
-
-_VIEWS_OF = {
-    getattr(torch.ops.aten, name).default for name in ("reshape", "permute", "t", "unsqueeze", "expand", "squeeze")
-} | {torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int}
 
 
 def _single(program: Program) -> Callable[..., Any]:
