@@ -88,3 +88,17 @@ def show(
     if plot is not None:
         spectra.plot(plot)
         typer.echo(f"\nSpectra drawn into {plot}")
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files; several: checkpoints of one model, in order.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
+) -> None:
+    """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution."""
+    import blockhess
+    from blockhess import page
+
+    results = [blockhess.load(file) for file in files]
+    path = page.write(results, out or files[-1].with_suffix(".html"), [file.stem for file in files])
+    typer.echo(f"Report written into {path}")

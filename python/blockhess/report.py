@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from blockhess.divergence import check_choice
 from blockhess.spectra import Spectra
 
@@ -27,6 +29,13 @@ def weights_only(spectra: Spectra) -> tuple[str, ...]:
     return tuple(
         block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in dict(spectra.left_out)
     )
+
+
+def curvature_range(spectra: Spectra) -> tuple[float, float]:
+    """Return the largest |eigenvalue| of the flattest and of the sharpest weight block."""
+    low, high = spectra.eigenvalue_range()
+    sizes = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
+    return float(sizes.min()), float(sizes.max())
 
 
 def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
