@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blockhess.files import check_writable, write_text
-from blockhess.page.contents import contents
+from blockhess.page.contents import page_contents
 from blockhess.records import finite
 from blockhess.spectra import Spectra
 
@@ -42,14 +42,14 @@ def write(results: Sequence[Spectra], path: str | PathLike[str], labels: Sequenc
         >>> write([spectra], "report.html")
     """
     check_writable(path)  # before the work
-    return write_text(render(contents(results, labels)), path)
+    return write_text(render(page_contents(results, labels)), path)
 
 
 def render(page: dict[str, Any]) -> str:
     """Return the HTML of a page's contents.
 
     Args:
-        page: from contents.contents.
+        page: from contents.page_contents.
     """
     style = _asset("page.css")
     script = '"use strict";\n(() => {\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"

@@ -43,7 +43,7 @@ COMPARISONS: dict[str, dict[str, Any]] = {
 Floats = NDArray[np.float64]
 
 
-def contents(results: Sequence[Spectra], labels: Sequence[str] | None = None) -> dict[str, Any]:
+def page_contents(results: Sequence[Spectra], labels: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the page's data.
 
     Args:
@@ -136,7 +136,7 @@ def _comparison(spectra: Spectra, title: str) -> dict[str, Any] | None:
     if spectra.num_comparable(options.get("normalize", "none")) < 2:
         return None
     matrix, js0 = spectra.compare(**options)
-    upper = matrix[tuple(torch.triu_indices(*matrix.shape, offset=1))].numpy()
+    upper = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
     return {
         "title": title,
         "text": str(js0),

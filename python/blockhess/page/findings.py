@@ -79,13 +79,13 @@ def _negative(records: Sequence[Mapping[str, Any]]) -> str:
 def _troubles(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = {r["block"]: str(r["note"]).split("; ") for r in records}
     groups = {
-        "had Hessian-vector products that were not finite": [n for n, t in notes.items() if "non-finite" in t],
-        "did not reach the tolerance": [n for n, t in notes.items() if "tolerance not reached" in t],
-        "are unused: the loss does not depend on them": [n for n, t in notes.items() if "unused" in t],
-        "cannot be told from zero": list(spectra.zero_blocks),
+        "Blocks whose Hessian-vector products were not finite": [n for n, t in notes.items() if "non-finite" in t],
+        "Blocks that did not reach the tolerance": [n for n, t in notes.items() if "tolerance not reached" in t],
+        "Unused blocks, on which the loss does not depend": [n for n, t in notes.items() if "unused" in t],
+        "Blocks that cannot be told from zero": list(spectra.zero_blocks),
     }
     return [
-        f"{len(names)} block{'s' if len(names) > 1 else ''} {what}: {', '.join(names[:MOST_NAMES])}"
+        f"{what}: {', '.join(names[:MOST_NAMES])}"
         + (f" and {len(names) - MOST_NAMES} more." if len(names) > MOST_NAMES else ".")
         for what, names in groups.items()
         if names
