@@ -62,7 +62,7 @@ class Heatmap {
     const n = this.rows.length;
     const fits = n <= MOST_LABELS;
     const { width } = this.canvas.parentElement.querySelector(".head").getBoundingClientRect();
-    const left = fits ? Math.round(Math.min(0.34 * width, 180)) : 0;
+    const left = fits ? Math.round(Math.min(0.4 * width, 210)) : 0;
     const side = Math.floor(Math.min(width - left - 8, LARGEST_SIDE));
     this.canvas.style.height = `${side + LEGEND_HEIGHT}px`;
     const { ctx } = context(this.canvas);
