@@ -28,7 +28,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_quick_writes_everything_it_names(quick: Path) -> None:
     expected = {f"{stem}{end}" for stem in STEMS for end in (".npz", ".txt", "_spectra.png", "_heatmap.png")}
-    assert {path.name for path in quick.iterdir()} == expected | {"comparison.txt"}
+    assert {path.name for path in quick.iterdir()} == expected | {"comparison.txt", "comparison.json"}
 
 
 def test_every_parameter_is_a_block(quick: Path) -> None:

@@ -130,7 +130,7 @@ def test_operators_of_curvlinops() -> None:
     curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed")
     model, batch = mlp(), labelled(9)
     name, parameter = next(iter(model.named_parameters()))
-    operator = curvlinops.HessianLinearOperator(model, LOSS, {name: parameter}, [batch])
+    operator = curvlinops.HessianLinearOperator(model, LOSS, [parameter], [batch])
     spectra = operator_spectra({name: operator}, num_probes=2)
     with block_operators(model, batch, LOSS) as operators:
         expected = operator_spectra({name: operators[name]}, num_probes=2)

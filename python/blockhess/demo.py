@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -26,6 +26,7 @@ from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.divergence import js_matrix
 from blockhess.files import writable_folder
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+from blockhess.records import to_json
 from blockhess.report import curvature_range, describe, weights_only
 from blockhess.spectra import Spectra
 from blockhess.table import format_table, number
@@ -393,9 +394,12 @@ def run(
         ]
     )
     (folder / "comparison.txt").write_text(f"{summary}\n")
+    (folder / "comparison.json").write_text(
+        to_json({"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges})
+    )
     print(summary)
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s. Written to {folder}/:\n"
         f"  {', '.join(ranges)}: each .npz (blockhess show reads it), .txt, _spectra.png, _heatmap.png\n"
-        "  comparison.txt"
+        "  comparison.txt, comparison.json"
     )
