@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.spectra_cases import make_spectra, random_spectra
+from tests.spectra_cases import make_spectra
 
 HEAVY = ("matplotlib", "scipy.stats", "scipy.cluster", "transformers", "pandas", "sympy.core", "torch._dynamo", "typer")
 
@@ -63,7 +63,6 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("encoding", "shown"),
     [
-        ("ascii", ["größe".encode(), "Ж".encode()]),  # click takes ASCII for a mistake and writes UTF-8
         ("latin-1", ["größe".encode("latin-1"), b"\\u0416"]),
         ("utf-8", ["größe".encode(), "Ж".encode(), b"\\ud800"]),
     ],
@@ -74,11 +73,3 @@ def test_any_terminal_can_be_told_any_name(encoding: str, shown: list[bytes], tm
     done = python(COMMAND, "show", str(path), PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and done.stderr == b""
     assert all(text in done.stdout for text in shown)
-
-
-def test_pictures_need_no_display(tmp_path: Path) -> None:
-    path = random_spectra().save(tmp_path / "a.npz")
-    environment = {"DISPLAY": ":987", "WAYLAND_DISPLAY": "none", "MPLBACKEND": "qtagg"}
-    done = python(COMMAND, "show", str(path), "--plot", str(tmp_path / "a.pdf"), **environment)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
