@@ -118,12 +118,24 @@ class Evolution {
         ctx.stroke();
       });
     }
+    this.drawLegend(series);
     if (!series.length) {
       ctx.fillStyle = colour("quiet");
       ctx.textAlign = "center";
       ctx.fillText("No block is chosen.", (box.left + box.right) / 2, (box.top + box.bottom) / 2);
     }
     this.frame = { x };
+  }
+
+  drawLegend(series) {
+    const shown = series.length <= MOST_COLOURS ? series : [];
+    $("history-legend").replaceChildren(
+      ...shown.map(({ name, stroke }) => {
+        const swatch = element("span", { class: "swatch" });
+        swatch.style.background = stroke;
+        return element("span", { class: "key" }, swatch, bdi(name));
+      }),
+    );
   }
 
   read() {

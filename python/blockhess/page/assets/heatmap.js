@@ -1,7 +1,7 @@
 // The matrix of Jensen-Shannon distances between the blocks, in clustered order or the model's.
 
-// Up to so many blocks their names stand beside the rows.
-const MOST_LABELS = 36;
+// Names stand beside the rows where these are so high.
+const LABEL_HEIGHT = 11;
 const LARGEST_SIDE = 560;
 const LEGEND_HEIGHT = 34;
 
@@ -60,9 +60,10 @@ class Heatmap {
   draw() {
     if (!this.picture) return;
     const n = this.rows.length;
-    const fits = n <= MOST_LABELS;
     const { width } = this.canvas.parentElement.querySelector(".head").getBoundingClientRect();
-    const left = fits ? Math.round(Math.min(0.4 * width, 210)) : 0;
+    const room = Math.round(Math.min(0.4 * width, 210));
+    const fits = Math.min(width - room, LARGEST_SIDE) / n >= LABEL_HEIGHT;
+    const left = fits ? room : 0;
     const side = Math.floor(Math.min(width - left - 8, LARGEST_SIDE));
     this.canvas.style.height = `${side + LEGEND_HEIGHT}px`;
     const { ctx } = context(this.canvas);
