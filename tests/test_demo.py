@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ def test_texts_hold_tables_and_provenance(quick: Path) -> None:
         text = (quick / f"{stem}.txt").read_text()
         for word in ("lambda_min", "trace", "negative", "All blocks: JS0", "Weights only", "sigma", "BatchNorm"):
             assert word in text, word
+    numbers = json.loads((quick / "comparison.json").read_text())
+    assert [row["batchnorm"] for row in numbers["js0"]] == ["eval"] * 4 + ["batch"] * 4
+    assert set(numbers["largest_eigenvalue"]) == set(STEMS)
     text = (quick / "comparison.txt").read_text()
+    assert all(f"{row['gpt']:.3f}" in text for row in numbers["js0"])
     assert "more heterogeneous" in text and "The paper's reading" in text and "Before you quote" in text
 
 

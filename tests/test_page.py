@@ -242,7 +242,7 @@ console.log(JSON.stringify({ scale, width, all, one }));
 def test_the_page_smooths_as_blockhess_does(axis: str, sigma: float | None) -> None:
     spectra: Spectra = random_spectra(n_probes=2, n_blocks=4, m=20)
     (result,) = page_contents([spectra])["results"]
-    scale = spectra._axis("test", spectra.names, axis, "none", None).scale
+    scale = spectra.js0(axis=axis).scale
     sizes = [{"radius": b["radius"], "rms": b["rms"]} for b in result["blocks"]]
     start, step, count = -3.0, 0.01, 601
     blocks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.spectra_cases import random_spectra
 from tests.test_page import HOSTILE as ALL_HOSTILE
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.common.actions.action_builder import ActionBuilder  # noqa: E402
+from selenium.webdriver.common.actions.pointer_input import PointerInput  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
@@ -145,6 +148,24 @@ def test_hostile_names_are_text(browser: Any, pages: Path) -> None:
     assert HOSTILE[0] in text(browser, "model")
 
 
+def contrast(browser: Any, selector: str) -> float:
+    """Contrast ratio of an element's text and what is behind it, as WCAG 2 defines it."""
+    pair = browser.execute_script(
+        "let e = document.querySelector(arguments[0]); const ink = getComputedStyle(e).color;"
+        "while (/, 0\\)$/.test(getComputedStyle(e).backgroundColor)) e = e.parentElement;"
+        "return [ink, getComputedStyle(e).backgroundColor]",
+        selector,
+    )
+
+    def luminance(rgb: str) -> float:
+        linear = [(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in
+                  (int(part) / 255 for part in re.findall(r"\d+", rgb)[:3])]  # fmt: skip
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted(map(luminance, pair))
+    return (light + 0.05) / (dark + 0.05)
+
+
 def test_colours_follow_the_scheme(browser: Any, pages: Path) -> None:
     seen = []
     for dark in (False, True):
@@ -155,6 +176,8 @@ def test_colours_follow_the_scheme(browser: Any, pages: Path) -> None:
         )
         ink, paper = (sum(map(int, rgb[4:-1].split(", "))) for rgb in (body, card))
         assert (ink > paper) == dark and abs(ink - paper) > 500
+        for selector in (".card .quiet", ".segments input:checked + span", "thead button", "dt"):
+            assert contrast(browser, selector) >= 4.5, selector
         seen.append(pixels(browser, "density"))
     assert seen[0] != seen[1]
 
@@ -233,6 +256,32 @@ def test_a_cell_of_the_heat_map_shows_its_two_spectra(browser: Any, pages: Path)
     assert float(told.split()[2].rstrip(",").replace("−", "-")) == pytest.approx(distance, rel=0.01, abs=1e-4)
     browser.execute_script("document.querySelector('#order input[value=model]').click()")
     assert browser.execute_script("return blockhess.heatmap.rows") == list(range(N_BLOCKS))
+
+
+def tap(browser: Any, canvas: Any, x: float, y: float) -> None:
+    """Touch a canvas, x and y from its left upper corner."""
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", canvas)
+    left, top = browser.execute_script("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", canvas)
+    actions = ActionBuilder(browser, mouse=PointerInput("touch", "finger"), duration=0)
+    finger = actions.pointer_action
+    finger.move_to_location(int(left + x), int(top + y)).pointer_down().pointer_up()
+    actions.perform()
+    drawn(browser)
+
+
+def test_fingers(browser: Any, pages: Path) -> None:
+    opened(browser, pages / "three.html", width=390)
+    density, heatmap, history = (browser.find_element(By.ID, name) for name in ("density", "heatmap", "history"))
+    tap(browser, density, 150, 80)
+    assert text(browser, "density-said").startswith("eigenvalue ")
+    left, size, names = browser.execute_script(
+        "const h = blockhess.heatmap; return [h.frame.left, h.frame.size, h.names]"
+    )
+    tap(browser, heatmap, left + 2.5 * size, 5.5 * size)
+    assert chosen(browser) == [names[5], names[2]]
+    tap(browser, history, browser.execute_script("return blockhess.evolution.frame.x(0)"), 100)
+    assert browser.execute_script("return blockhess.current") == 0
+    assert complaints(browser) == []
 
 
 def test_everything_can_be_done_with_keys(browser: Any, pages: Path) -> None:

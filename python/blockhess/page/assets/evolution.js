@@ -145,10 +145,13 @@ class Evolution {
 
   listen() {
     const canvas = this.canvas;
-    canvas.addEventListener("pointermove", (event) => {
+    const find = (event) => {
       const px = event.clientX - canvas.getBoundingClientRect().left;
       const far = this.positions.map((_, i) => Math.abs(this.frame.x(i) - px));
-      this.cursor = far.indexOf(Math.min(...far));
+      return far.indexOf(Math.min(...far));
+    };
+    canvas.addEventListener("pointermove", (event) => {
+      this.cursor = find(event);
       showTip(event, ...this.read());
       this.drawSoon();
     });
@@ -157,7 +160,7 @@ class Evolution {
       showTip(null, null);
       this.drawSoon();
     });
-    canvas.addEventListener("click", () => this.cursor !== null && this.page.show(this.cursor));
+    canvas.addEventListener("click", (event) => this.page.show(find(event)));
     canvas.addEventListener("keydown", (event) => {
       const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (event.ctrlKey || event.metaKey || event.altKey) return;

@@ -97,7 +97,7 @@ class Heatmap {
       ctx.strokeRect(left + column * size, row * size, size, size);
     }
     this.drawScale(ctx, side + 14);
-    this.frame = { left, side, size };
+    this.frame = { left, size };
   }
 
   drawScale(ctx, top) {
@@ -113,13 +113,14 @@ class Heatmap {
 
   listen() {
     const canvas = this.canvas;
-    canvas.addEventListener("pointermove", (event) => {
-      const { left, side, size } = this.frame;
+    const find = (event) => {
+      const { left, size } = this.frame;
       const spot = canvas.getBoundingClientRect();
-      const column = Math.floor((event.clientX - spot.left - left) / size);
-      const row = Math.floor((event.clientY - spot.top) / size);
-      const n = side && this.rows.length;
-      this.cell = row >= 0 && column >= 0 && row < n && column < n ? [row, column] : null;
+      const cell = [event.clientY - spot.top, event.clientX - spot.left - left].map((at) => Math.floor(at / size));
+      this.cell = cell.every((i) => i >= 0 && i < this.rows.length) ? cell : null;
+    };
+    canvas.addEventListener("pointermove", (event) => {
+      find(event);
       if (this.cell) {
         const [value, ...names] = this.read();
         showTip(event, value, names.map((name, i) => [i ? colour("c1") : colour("c0"), name, ""]));
@@ -131,7 +132,10 @@ class Heatmap {
       showTip(null, null);
       this.drawSoon();
     });
-    canvas.addEventListener("click", () => this.choose());
+    canvas.addEventListener("click", (event) => {
+      find(event); // a finger does not hover first
+      this.choose();
+    });
     canvas.addEventListener("keydown", (event) => {
       const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
       if (event.ctrlKey || event.metaKey || event.altKey) return;

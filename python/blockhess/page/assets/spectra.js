@@ -207,21 +207,24 @@ class SpectraPlot {
       const share = (event.clientX - canvas.getBoundingClientRect().left - box.left) / (box.right - box.left);
       return low + Math.min(Math.max(share, 0), 1) * (high - low);
     };
-    canvas.addEventListener("pointermove", (event) => {
+    const hover = (event) => {
       if (!this.curves.length) return;
       this.cursor = at(event);
       if (this.drag) this.drag.to = this.cursor;
       const { heading, rows } = this.read(event.clientY - canvas.getBoundingClientRect().top);
-      showTip(event, heading, rows);
+      if (event.pointerType === "touch") this.say(heading, rows); // a finger would hide the tip
+      else showTip(event, heading, rows);
       this.drawSoon();
-    });
+    };
+    canvas.addEventListener("pointermove", hover);
     canvas.addEventListener("pointerleave", () => {
       this.cursor = this.drag = null;
       showTip(null, null);
       this.drawSoon();
     });
     canvas.addEventListener("pointerdown", (event) => {
-      if (event.button === 0 && event.pointerType === "mouse") this.drag = { from: at(event), to: null };
+      if (event.pointerType === "touch") hover(event);
+      else if (event.button === 0) this.drag = { from: at(event), to: null };
     });
     canvas.addEventListener("pointerup", () => {
       const { from, to } = this.drag || { to: null };
@@ -240,7 +243,7 @@ class SpectraPlot {
         const from = this.cursor === null ? (low + high) / 2 : this.cursor;
         this.cursor = Math.min(Math.max(from + (move * (high - low)) / (event.shiftKey ? 20 : 100), low), high);
         const { heading, rows } = this.read(null);
-        $("density-said").textContent = [heading, ...rows.map(([, name, value]) => `${name} ${value}`)].join("; ");
+        this.say(heading, rows);
         this.draw();
       } else if (event.key === "+" || event.key === "=") this.zoomBy(0.5);
       else if (event.key === "-") this.zoomBy(2);
@@ -248,6 +251,10 @@ class SpectraPlot {
       else return;
       event.preventDefault();
     });
+  }
+
+  say(heading, rows) {
+    $("density-said").textContent = [heading, ...rows.map(([, name, value]) => `${name} ${value}`)].join("; ");
   }
 
   // Narrow or widen the view around the cursor; null shows all.
