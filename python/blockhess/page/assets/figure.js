@@ -51,7 +51,7 @@ function number(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   const plain = size >= 1e-3 && size < 1e5;
-  const text = plain ? String(Number(value.toPrecision(digits))) : String(value.toExponential(digits - 1));
+  const text = plain ? String(Number(value.toPrecision(digits))) : value.toExponential(digits - 1);
   return text.replace("-", "−").replace("e-", "e−").replace("e+", "e");
 }
 
