@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,33 @@ def test_show_draws(result_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["show", str(result_file), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in capsys.readouterr().out
+
+
+def test_show_as_json(result_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(result_file), "--json", "--sort", "lambda_max"]) == 0
+    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    spectra = blockhess.load(result_file)
+    assert told["summary"] == repr(spectra) and told["js0"]["value"] == float(spectra.js0())
+    assert told["js0"]["sigma"] == spectra.js0().sigma and told["js0_weights_only"] is None
+    assert [b["block"] for b in told["blocks"]] == ["second.weight", "first.weight"]
+    assert told["blocks"][0]["lambda_max"] == 9.0
+    assert told["blocks"][0]["trace_error"] is None  # unknown with one probe
+
+
+JOB = """
+import torch
+
+def make():
+    data = torch.ones(4, 3), torch.zeros(4, 1)
+    return {"model": torch.nn.Linear(3, 1), "data": data, "loss_fn": torch.nn.MSELoss(), "num_probes": 1}
+"""
+
+
+def test_plan_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    assert main(["plan", f"{tmp_path / 'job.py'}:make", "--json", "--engine", "autograd"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["engine"], told["hvps"], told["exact"]) == ("autograd", 3 + 1, [False, False])
 
 
 def test_show_of_one_block_has_no_js0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

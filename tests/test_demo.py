@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_quick_writes_everything_it_names(quick: Path) -> None:
     expected = {f"{stem}{end}" for stem in STEMS for end in (".npz", ".txt", "_spectra.png", "_heatmap.png")}
-    assert {path.name for path in quick.iterdir()} == expected | {"comparison.txt"}
+    assert {path.name for path in quick.iterdir()} == expected | {"comparison.txt", "comparison.json"}
 
 
 def test_every_parameter_is_a_block(quick: Path) -> None:
@@ -52,7 +53,11 @@ def test_texts_hold_tables_and_provenance(quick: Path) -> None:
         text = (quick / f"{stem}.txt").read_text()
         for word in ("lambda_min", "trace", "negative", "All blocks: JS0", "Weights only", "sigma", "BatchNorm"):
             assert word in text, word
+    numbers = json.loads((quick / "comparison.json").read_text())
+    assert [row["batchnorm"] for row in numbers["js0"]] == ["eval"] * 4 + ["batch"] * 4
+    assert set(numbers["largest_eigenvalue"]) == set(STEMS)
     text = (quick / "comparison.txt").read_text()
+    assert all(f"{row['gpt']:.3f}" in text for row in numbers["js0"])
     assert "more heterogeneous" in text and "The paper's reading" in text and "Before you quote" in text
 
 

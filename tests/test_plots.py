@@ -172,6 +172,9 @@ def test_saves_where_told(tmp_path: Path) -> None:
     for name, start in (("a.png", b"\x89PNG"), ("b.pdf", b"%PDF"), ("c.svg", b"<?xml")):
         spectra.plot(tmp_path / name, blocks=["block0"])
         assert (tmp_path / name).read_bytes().startswith(start)
+    pdf, svg = ((tmp_path / name).read_bytes() for name in ("b.pdf", "c.svg"))
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, embedded
+    assert b"<text" not in svg and b"<path" in svg  # no font is needed to show it
     figure = spectra.heatmap(str(tmp_path / "h.png"), kind="divergence")
     assert (tmp_path / "h.png").exists() and figure.axes
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.pdf", "c.svg", "h.png"]

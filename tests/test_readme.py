@@ -14,10 +14,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["model", "operator"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["model", "training", "operator"])
 def test_examples_run(example, tmp_path, monkeypatch, capsys):
     if "transformers" in example:
         pytest.importorskip("transformers")
@@ -29,6 +29,10 @@ def test_examples_run(example, tmp_path, monkeypatch, capsys):
         log_det, stderr = names["log_det"], names["stderr"]
         exact = [names["np"].linalg.slogdet(kernel)[1] for kernel in names["kernels"]]
         assert all(abs(a - b) < 5 * s for a, b, s in zip(exact, log_det.tolist(), stderr.tolist()))
+    elif "watch" in names:
+        assert [path.stem for path in sorted((tmp_path / "spectra").iterdir())] == [
+            f"step_{step:08d}" for step in (0, 50, 100)
+        ]
     else:
         assert (tmp_path / "heatmap.png").stat().st_size > 10_000
         assert "JS0 = " in capsys.readouterr().out

@@ -9,6 +9,7 @@ are left out; wrapper prefixes ("module.", "_orig_mod.") never show; a name that
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,11 @@ class BlockInfo:
     dim: int
     parameters: tuple[str, ...]
     note: str = ""
+
+
+def block_id(name: str) -> int:
+    """What keys a block's probes: its name, so that they are the same in any partition."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def with_note(info: BlockInfo, note: str) -> BlockInfo:

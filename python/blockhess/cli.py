@@ -1,11 +1,12 @@
 """The `blockhess` command: runs blockhess.commands and turns failures into exit codes.
 
-0 done; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130 interrupted. torch is imported
-only by the commands that compute, so `blockhess --help` answers at once.
+0 done; 1 `doctor` found a fault; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130
+interrupted. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError:
             return _fail('the command line needs typer; type: pip install "blockhess[cli]"')
         from blockhess.commands import app
+
+        for stream in (sys.stdout, sys.stderr):  # which may not be able to show every name
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
         # Wrong options are click's UsageError, the parent of BadParameter, wherever this typer keeps its click.
         usage_error: Any = typer.BadParameter.__bases__[0]

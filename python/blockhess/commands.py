@@ -11,11 +11,15 @@ from blockhess.paper.commands import app as paper
 
 app = typer.Typer(
     help="Hessian eigenvalue densities of every parameter block of a neural network.",
+    epilog="Exit codes: 0 done; 1 doctor found a fault; 2 a wrong option, bad input or a missing extra, told in one "
+    "line on stderr; 130 interrupted.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(paper, name="paper")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,17 +64,22 @@ def plan(
     steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, autograd, traced, exact or ggn.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a job would take: engine, products, FLOPs, time and memory. Computes no product.
 
     Try: blockhess plan blockhess.demo:gpt_job
     """
+    import dataclasses
+
     import blockhess
     from blockhess.jobs import load
+    from blockhess.records import to_json
 
     asked = {"num_probes": probes, "num_steps": steps, "engine": engine, "memory_budget": memory_budget}
     arguments = load(job) | {name: value for name, value in asked.items() if value is not None}
-    typer.echo(blockhess.plan(**arguments))
+    made = blockhess.plan(**arguments)
+    typer.echo(to_json(dataclasses.asdict(made)) if as_json else made)
 
 
 @app.command()
@@ -78,13 +87,41 @@ def show(
     file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo.")],
     sort: Annotated[str, typer.Option(help="order, name, dim, lambda_min, lambda_max, trace or negative.")] = "order",
     plot: Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a result file holds: its origin, its table of blocks and its JS0."""
     import blockhess
-    from blockhess.report import describe
+    from blockhess.records import to_json
+    from blockhess.report import as_record, describe
 
     spectra = blockhess.load(file)
-    typer.echo(describe(spectra, sort))
+    typer.echo(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
         spectra.plot(plot)
-        typer.echo(f"\nSpectra drawn into {plot}")
+        typer.echo(f"\nSpectra drawn into {plot}", err=as_json)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files; several: checkpoints of one model, in order.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
+) -> None:
+    """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution."""
+    import blockhess
+    from blockhess import page
+
+    results = [blockhess.load(file) for file in files]
+    path = page.write(results, out or files[-1].with_suffix(".html"), [file.stem for file in files])
+    typer.echo(f"Report written into {path}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed and built, and test it on known numbers. Exit code 1 where something fails."""
+    from blockhess.doctor import as_records, examine, told
+    from blockhess.records import to_json
+
+    checks = examine()
+    typer.echo(to_json(as_records(checks)) if as_json else told(checks))
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)

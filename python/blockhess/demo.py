@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -26,7 +26,8 @@ from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.divergence import js_matrix
 from blockhess.files import writable_folder
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
-from blockhess.report import describe, weights_only
+from blockhess.records import to_json
+from blockhess.report import curvature_range, describe, weights_only
 from blockhess.spectra import Spectra
 from blockhess.table import format_table, number
 
@@ -137,13 +138,6 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         values = (c.gpt, c.gpt_noise, c.resnet, c.resnet_noise)
         rows.append([c.sigma, c.blocks, c.batchnorm, *(f"{value:.3f}" for value in values), c.winner])
     return format_table(header, rows, left=3)
-
-
-def curvature_range(spectra: Spectra) -> tuple[float, float]:
-    """Return the largest |eigenvalue| of the flattest and of the sharpest weight block."""
-    low, high = spectra.eigenvalue_range()
-    sizes = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
-    return float(sizes.min()), float(sizes.max())
 
 
 def curvature_table(ranges: Mapping[str, tuple[float, float]]) -> str:
@@ -400,9 +394,12 @@ def run(
         ]
     )
     (folder / "comparison.txt").write_text(f"{summary}\n")
+    (folder / "comparison.json").write_text(
+        to_json({"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges})
+    )
     print(summary)
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s. Written to {folder}/:\n"
         f"  {', '.join(ranges)}: each .npz (blockhess show reads it), .txt, _spectra.png, _heatmap.png\n"
-        "  comparison.txt"
+        "  comparison.txt, comparison.json"
     )

@@ -10,7 +10,6 @@ torch's own kernels do: some backward passes (LayerNorm's) depend on the number 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import math
 import operator
@@ -27,7 +26,7 @@ import blockhess
 import blockhess_ext
 from blockhess import adaptive, fingerprint
 from blockhess.batches import as_batches, batch_size, split_batch
-from blockhess.blocks import ZERO_NOTE, BlockSpec, Partition, partition, unwrap, with_note
+from blockhess.blocks import ZERO_NOTE, BlockSpec, Partition, block_id, partition, unwrap, with_note
 from blockhess.engines import BlockOperator, Engine, NotTraceable
 from blockhess.engines.accuracy import Disagreement, measure
 from blockhess.engines.exact import exact_quadratures
@@ -436,7 +435,7 @@ class _Job:
         """All blocks, in their order."""
         problem, options = self._problem, self._options
         seed = blockhess_ext.arguments.probe_seed(seed)
-        ids = [_block_id(info.name) for info in problem.infos]
+        ids = [block_id(info.name) for info in problem.infos]
         engine = self._engine()
         found: list[list[Quadrature]] = [[] for _ in ids]  # of every block: parts for some probes each, in order
         if self._first is not None:
@@ -563,8 +562,3 @@ def _count(name: str, value: Any, op: str = "spectrum") -> int:
     if number < 1:
         raise ValueError(f"{op}: {name} must be at least 1, got {value}")
     return number
-
-
-def _block_id(name: str) -> int:
-    """What keys a block's probes: its name, so that they are the same in any partition."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

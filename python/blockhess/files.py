@@ -129,6 +129,20 @@ def save(spectra: Spectra, path: str | PathLike[str]) -> Path:
     return path
 
 
+def write_text(text: str, path: str | PathLike[str]) -> Path:
+    """Write text as UTF-8, all or nothing; an older file of that name is replaced.
+
+    Returns:
+        path.
+
+    Raises:
+        ValueError: the file cannot be written there.
+    """
+    path = Path(path)
+    _write(path, lambda file: file.write(text.encode()))
+    return path
+
+
 def load(path: str | PathLike[str]) -> Spectra:
     """Read spectra from a file of `save`.
 
@@ -314,7 +328,7 @@ def _require(rule: bool, text: str) -> None:
         raise _Refused(text)
 
 
-def _write(path: Path, content: Callable[[IO[bytes]], None] | None) -> None:
+def _write(path: Path, content: Callable[[IO[bytes]], object] | None) -> None:
     """Write a file beside path and move it there; without content, only try whether that would work."""
     if os.path.isdir(path):  # Path.is_dir would raise on names that are too long
         raise ValueError(f"save: path must be a file, got the folder {path}")

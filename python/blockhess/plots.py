@@ -46,6 +46,8 @@ def _figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     """Write a figure to a file in the format of its suffix, unless path is None, and return it.
 
+    Fonts are embedded: as TrueType in PDF and PostScript, which publishers ask for, as outlines in SVG.
+
     Raises:
         ValueError: the suffix is no picture format, or the file cannot be written.
     """
@@ -53,7 +55,10 @@ def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
         formats = figure.canvas.get_supported_filetypes()
         if Path(path).suffix.lower().removeprefix(".") not in formats:
             raise ValueError(f"plot: path must end in one of .{', .'.join(sorted(formats))}, got {path}")
-        figure.savefig(check_writable(path))
+        from matplotlib import rc_context
+
+        with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "path"}):
+            figure.savefig(check_writable(path))
     return figure
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
 
 from blockhess.divergence import check_choice
+from blockhess.records import block_records
 from blockhess.spectra import Spectra
 
 # sort key -> whether the largest value comes first.
@@ -27,6 +32,13 @@ def weights_only(spectra: Spectra) -> tuple[str, ...]:
     return tuple(
         block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in dict(spectra.left_out)
     )
+
+
+def curvature_range(spectra: Spectra) -> tuple[float, float]:
+    """Return the largest |eigenvalue| of the flattest and of the sharpest weight block."""
+    low, high = spectra.eigenvalue_range()
+    sizes = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
+    return float(sizes.min()), float(sizes.max())
 
 
 def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
@@ -55,6 +67,28 @@ def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
     sign = -1.0 if SORT_KEYS[key] else 1.0
     ranks = [math.inf if math.isnan(value) else sign * value for value in values]
     return tuple(name for _, name in sorted(zip(ranks, spectra.names), key=lambda pair: pair[0]))
+
+
+def as_record(spectra: Spectra, sort: str = "order") -> dict[str, Any]:
+    """Return what `describe` tells as a JSON value, NaN and infinity among its numbers.
+
+    Args:
+        spectra: a result.
+        sort: order of the blocks, one of SORT_KEYS.
+
+    Raises:
+        ValueError: another sort.
+    """
+    names = sorted_names(spectra, sort)
+    by_name = {record["block"]: record for record in block_records(spectra)}
+    weights = weights_only(spectra)
+    return {
+        "summary": repr(spectra),
+        "provenance": spectra.provenance,
+        "js0": asdict(spectra.js0()) if spectra.num_comparable() >= 2 else None,
+        "js0_weights_only": asdict(spectra.js0(blocks=weights)) if len(weights) >= 2 else None,
+        "blocks": [by_name[name] for name in names],
+    }
 
 
 def describe(spectra: Spectra, sort: str = "order") -> str:

@@ -748,6 +748,25 @@ class Spectra(SpectraBands):
 
         return files.save(self, path)
 
+    def report(self, path: str | PathLike[str]) -> Path:
+        """Write one self-contained HTML page with table, interactive spectra and heat map: see page.write.
+
+        Args:
+            path: of the page, ".html" by custom.
+
+        Returns:
+            path.
+
+        Raises:
+            ValueError: the file cannot be written there.
+
+        Example:
+            >>> spectra.report("gpt.html")
+        """
+        from blockhess import page
+
+        return page.write([self], path)
+
     def plot(self, path: str | PathLike[str] | None = None, **options: Any) -> Figure:
         """Draw the log-density of every block, as the paper's Figure 3, and save it where a path is given.
 

@@ -1,0 +1,41 @@
+"""Spectra in TensorBoard, or any other log whose writer has the methods of its SummaryWriter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from blockhess.records import block_records
+from blockhess.spectra import Spectra
+
+# Of every block, the records that become a curve.
+LOGGED = ("lambda_min", "lambda_max", "trace", "negative")
+
+
+def log_spectra(writer: Any, spectra: Spectra, step: int, *, figures: bool = False, prefix: str = "blockhess") -> None:
+    """Log JS0 and some numbers of every block, and the two pictures if wanted.
+
+    Args:
+        writer: an object with add_scalar(tag, value, step) and, for figures, add_figure(tag, figure, step).
+        spectra: a result.
+        step: of the training.
+        figures: also the densities and the heat map, which takes matplotlib.
+        prefix: of all tags.
+
+    Raises:
+        ImportError: figures are wanted and matplotlib is missing.
+
+    Example:
+        >>> log_spectra(torch.utils.tensorboard.SummaryWriter(), spectra, step=100)
+    """
+    is_compared = spectra.num_comparable() >= 2
+    if is_compared:
+        writer.add_scalar(f"{prefix}/js0", float(spectra.js0()), step)
+    for record in block_records(spectra):
+        for name in LOGGED:
+            if math.isfinite(record[name]):
+                writer.add_scalar(f"{prefix}/{name}/{record['block']}", record[name], step)
+    if figures:
+        writer.add_figure(f"{prefix}/spectra", spectra.plot(), step)
+        if is_compared:
+            writer.add_figure(f"{prefix}/heatmap", spectra.heatmap(), step)

@@ -1,0 +1,92 @@
+"""Spectra of a model in training, every so many steps, on data that stay the same.
+
+    watch = Watch(batch, loss_fn, every=100, folder="spectra")
+    for step, batch in enumerate(batches):
+        watch(model, step)
+        ...
+
+Promises: the training's own random numbers, model, gradients and optimizer stay as they would be without, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import blockhess
+from blockhess.batches import as_batches, map_tensors
+from blockhess.files import writable_folder
+from blockhess.integrations import tensorboard
+from blockhess.losses import as_loss
+from blockhess.spectra import Spectra
+
+
+class Watch:
+    """Computes spectra at some steps of a training, and saves them as files.
+
+    Args:
+        data, loss_fn: as for `spectrum`. The data are drawn once, here; they follow the model to its device.
+        every: compute where the step is a multiple of this.
+        folder: made where it is missing; gets "step_00000100.npz" and so on, which `blockhess report` takes together.
+            None keeps nothing.
+        writer: an object with add_scalar(tag, value, step), such as TensorBoard's SummaryWriter: see
+            tensorboard.log_spectra.
+        options: other arguments of `spectrum`. Unless given, what is not finite is reported in the result and no
+            error, which would end the training.
+
+    Raises:
+        ValueError: every is below 1, the folder cannot be written, or data hold no batch.
+
+    Example:
+        >>> watch = Watch(batch, torch.nn.CrossEntropyLoss(), every=100, folder="spectra", num_probes=4)
+        >>> spectra = watch(model, step=0)
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        loss_fn: Callable[..., Any] | None = None,
+        *,
+        every: int,
+        folder: str | PathLike[str] | None = "blockhess-spectra",
+        writer: Any = None,
+        **options: Any,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"Watch: every must be at least 1, got {every}")
+        self.every, self.writer = every, writer
+        self.folder: Path | None = None if folder is None else writable_folder(folder)
+        self._loss_fn = loss_fn
+        self._options: dict[str, Any] = {"on_nonfinite": "report", "progress": False} | options
+        with torch.random.fork_rng():  # a DataLoader draws random numbers
+            self._batches = as_batches(data, pairs=as_loss(loss_fn).pairs)
+        self._last: int | None = None
+
+    def __call__(self, model: nn.Module, step: int) -> Spectra | None:
+        """Compute the spectra if it is time.
+
+        Args:
+            model: at its present parameters.
+            step: of the training.
+
+        Returns:
+            the spectra, with "step" in their provenance; None where the step is no multiple of `every`, or the last
+            one again.
+        """
+        if step % self.every or step == self._last:
+            return None
+        self._last = step
+        device = next(model.parameters()).device
+        batches = [map_tensors(lambda t: t.to(device), batch) for batch in self._batches]
+        found = blockhess.spectrum(model, batches, self._loss_fn, **self._options)
+        spectra = Spectra(found.blocks, found.quadrature, found.provenance | {"step": step})
+        if self.folder is not None:
+            spectra.save(self.folder / f"step_{step:08d}.npz")
+        if self.writer is not None:
+            tensorboard.log_spectra(self.writer, spectra, step)
+        return spectra

@@ -1,0 +1,175 @@
+// The matrix of Jensen-Shannon distances between the blocks, in clustered order or the model's.
+
+// Names stand beside the rows where these are so high.
+const LABEL_HEIGHT = 11;
+const LARGEST_SIDE = 560;
+const LEGEND_HEIGHT = 34;
+
+class Heatmap {
+  constructor(page) {
+    this.page = page;
+    this.canvas = $("heatmap");
+    this.cell = null; // [row, column] under the pointer or the keys
+    this.drawSoon = throttled(() => this.draw());
+    $("compared-on").addEventListener("change", () => this.update());
+    $("order").addEventListener("change", () => this.update());
+    this.listen();
+  }
+
+  // After a change of result, comparison or order.
+  update() {
+    const { comparisons, blocks } = this.page.result();
+    $("comparison").hidden = !comparisons.length;
+    if (!comparisons.length) return;
+    const select = $("compared-on");
+    const wanted = select.value;
+    select.replaceChildren(...comparisons.map((c) => element("option", { value: c.title }, c.title)));
+    const comparison = comparisons.find((c) => c.title === wanted) || comparisons[0];
+    select.value = comparison.title;
+    const n = comparison.blocks.length;
+    const clustered = document.querySelector('input[name="order"]:checked').value === "clustered";
+    this.order = clustered ? comparison.order : comparison.blocks.map((_, i) => i);
+    this.rows = this.order.map((i) => comparison.blocks[i]); // index of the block in each row
+    this.names = this.rows.map((i) => blocks[i].block);
+    const upper = comparison.values;
+    this.value = (row, column) => {
+      const [i, j] = [this.order[row], this.order[column]].sort((a, b) => a - b);
+      return i === j ? 0 : upper[i * n - (i * (i + 1)) / 2 + (j - i - 1)] / 65535;
+    };
+    this.picture = this.paint(n);
+    $("js0").textContent = comparison.text;
+    this.cell = null;
+    $("heatmap-said").textContent = "";
+    this.draw();
+  }
+
+  // One pixel a cell, to be scaled up.
+  paint(n) {
+    const picture = element("canvas", { width: n, height: n });
+    const ctx = picture.getContext("2d");
+    const image = ctx.createImageData(n, n);
+    for (let row = 0; row < n; row++) {
+      for (let column = 0; column < n; column++) {
+        image.data.set([...viridis(this.value(row, column)), 255], 4 * (row * n + column));
+      }
+    }
+    ctx.putImageData(image, 0, 0);
+    return picture;
+  }
+
+  draw() {
+    if (!this.picture) return;
+    const n = this.rows.length;
+    const { width } = this.canvas.parentElement.querySelector(".head").getBoundingClientRect();
+    const room = Math.round(Math.min(0.4 * width, 210));
+    const fits = Math.min(width - room, LARGEST_SIDE) / n >= LABEL_HEIGHT;
+    const left = fits ? room : 0;
+    const side = Math.floor(Math.min(width - left - 8, LARGEST_SIDE));
+    this.canvas.style.height = `${side + LEGEND_HEIGHT}px`;
+    const { ctx } = context(this.canvas);
+    ctx.font = ctx.font.replace("12px", "11px");
+    const size = side / n;
+    ctx.imageSmoothingEnabled = false;
+    ctx.drawImage(this.picture, left, 0, side, side);
+    ctx.textBaseline = "middle";
+    if (fits) {
+      ctx.textAlign = "right";
+      this.names.forEach((name, row) => {
+        const isChosen = this.page.chosen.includes(this.rows[row]);
+        ctx.fillStyle = colour(isChosen ? "accent" : "quiet");
+        ctx.fillText(shortened(ctx, name, left - 8), left - 6, (row + 0.5) * size);
+      });
+    } else {
+      ctx.fillStyle = colour("accent");
+      this.rows.forEach((block, row) => {
+        if (this.page.chosen.includes(block)) ctx.fillRect(left + side + 2, row * size, 4, Math.max(2, size));
+      });
+    }
+    if (this.cell) {
+      const [row, column] = this.cell;
+      ctx.strokeStyle = "#fff";
+      ctx.lineWidth = 1;
+      ctx.globalAlpha = 0.55;
+      ctx.strokeRect(left, row * size, side, size);
+      ctx.strokeRect(left + column * size, 0, size, side);
+      ctx.globalAlpha = 1;
+      ctx.lineWidth = 2;
+      ctx.strokeRect(left + column * size, row * size, size, size);
+    }
+    this.drawScale(ctx, side + 14);
+    this.frame = { left, size };
+  }
+
+  drawScale(ctx, top) {
+    const barWidth = 120;
+    for (let i = 0; i < barWidth; i++) {
+      ctx.fillStyle = `rgb(${viridis(i / barWidth).join(" ")})`;
+      ctx.fillRect(i, top, 1.5, 8);
+    }
+    ctx.fillStyle = colour("quiet");
+    ctx.textAlign = "left";
+    ctx.fillText("0 alike … 1 nothing in common", barWidth + 8, top + 5);
+  }
+
+  listen() {
+    const canvas = this.canvas;
+    const find = (event) => {
+      const { left, size } = this.frame;
+      const spot = canvas.getBoundingClientRect();
+      const cell = [event.clientY - spot.top, event.clientX - spot.left - left].map((at) => Math.floor(at / size));
+      this.cell = cell.every((i) => i >= 0 && i < this.rows.length) ? cell : null;
+    };
+    canvas.addEventListener("pointermove", (event) => {
+      find(event);
+      if (this.cell) {
+        const [value, ...names] = this.read();
+        showTip(event, value, names.map((name, i) => [i ? colour("c1") : colour("c0"), name, ""]));
+      } else showTip(null, null);
+      this.drawSoon();
+    });
+    canvas.addEventListener("pointerleave", () => {
+      this.cell = null;
+      showTip(null, null);
+      this.drawSoon();
+    });
+    canvas.addEventListener("click", (event) => {
+      find(event); // a finger does not hover first
+      this.choose();
+    });
+    canvas.addEventListener("keydown", (event) => {
+      const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      if (move) {
+        const last = this.rows.length - 1;
+        this.cell = (this.cell || [0, 0]).map((v, i) => Math.min(Math.max(v + move[i], 0), last));
+        $("heatmap-said").textContent = this.read().join(", ");
+        this.draw();
+      } else if (event.key === "Enter" || event.key === " ") this.choose();
+      else return;
+      event.preventDefault();
+    });
+  }
+
+  read() {
+    const [row, column] = this.cell;
+    return [`distance ${number(this.value(row, column))}`, this.names[row], this.names[column]];
+  }
+
+  // Show the two spectra of the cell.
+  choose() {
+    if (!this.cell) return;
+    const pair = [...new Set(this.cell.map((i) => this.rows[i]))];
+    $("heatmap-said").textContent = `Showing ${this.read().join(", ")}`;
+    this.page.choose(pair);
+    if ($("spectra").getBoundingClientRect().top < 0) $("spectra").scrollIntoView({ block: "start" });
+  }
+}
+
+// Both ends of a name that is too wide.
+function shortened(ctx, name, width) {
+  if (ctx.measureText(name).width <= width) return name;
+  let keep = name.length;
+  const cut = () => `${name.slice(0, Math.floor(keep / 3))}…${name.slice(name.length - Math.ceil((2 * keep) / 3))}`;
+  while (keep > 2 && ctx.measureText(cut()).width > width) keep--;
+  return cut();
+}

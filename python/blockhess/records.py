@@ -1,0 +1,103 @@
+"""The numbers of a result as plain records, one a block or a pair: for data frames, JSON and the HTML page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+from blockhess.spectra import Spectra
+
+
+def block_records(spectra: Spectra) -> list[dict[str, Any]]:
+    """Return one record a block, in order.
+
+    Args:
+        spectra: a result.
+
+    Returns:
+        records with block, shape, dim; lambda_min, lambda_max and their standard errors over the probes (jackknife);
+        trace and frobenius with standard errors; negative and zero (shares of eigenvalues); w1_probes and w1_steps
+        (wasserstein_error); steps (the most that a probe made); note. NaN where nothing is known, inf for an error of
+        which one probe tells nothing.
+
+    Example:
+        >>> [(r["block"], r["lambda_max"]) for r in block_records(spectra)]
+    """
+    low, high = spectra.eigenvalue_range()
+    (_, low_error), (_, high_error) = spectra.range_error()
+    trace, trace_error = spectra.trace()
+    norm, norm_error = spectra.frobenius_norm()
+    from_probes, from_steps = spectra.wasserstein_error()
+    columns = {
+        "lambda_min": low,
+        "lambda_min_error": low_error,
+        "lambda_max": high,
+        "lambda_max_error": high_error,
+        "trace": trace,
+        "trace_error": trace_error,
+        "frobenius": norm,
+        "frobenius_error": norm_error,
+        "negative": spectra.negative_mass(),
+        "zero": spectra.zero_mass(),
+        "w1_probes": from_probes,
+        "w1_steps": from_steps,
+    }
+    broken = spectra.quadrature.nonfinite.any(0).tolist()
+    steps = spectra.quadrature.steps.amax(0).tolist()
+    values = {name: column.tolist() for name, column in columns.items()}
+    return [
+        {
+            "block": block.name,
+            "shape": "x".join(map(str, block.shape)) or "scalar",
+            "dim": block.dim,
+            **{name: column[row] for name, column in values.items()},
+            "steps": steps[row],
+            "note": "; ".join(filter(None, (block.note, "non-finite" if broken[row] else ""))),
+        }
+        for row, block in enumerate(spectra.blocks)
+    ]
+
+
+def pair_records(spectra: Spectra, **comparison: Any) -> list[dict[str, Any]]:
+    """Return one record a pair of compared blocks, with the value of js_matrix.
+
+    Args:
+        spectra: a result.
+        comparison: arguments of Spectra.js_matrix, by name.
+
+    Returns:
+        records with block_a, block_b and value, named as the kind ("distance" by default).
+
+    Raises:
+        ValueError: as js_matrix.
+
+    Example:
+        >>> most_different = max(pair_records(spectra), key=lambda r: r["distance"])
+    """
+    matrix, js0 = spectra.compare(**comparison)
+    rows = matrix.tolist()
+    return [
+        {"block_a": a, "block_b": b, js0.kind: rows[i][j]}
+        for (i, a), (j, b) in itertools.combinations(enumerate(js0.blocks), 2)
+    ]
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with None in place of every NaN and infinity, which JSON does not have.
+
+    Example:
+        >>> finite({"a": [1.0, float("nan")]})
+        {'a': [1.0, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_json(value: Any) -> str:
+    """Return strict, indented ASCII JSON of what `finite` makes of a value."""
+    return json.dumps(finite(value), indent=1, allow_nan=False)
