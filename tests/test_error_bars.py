@@ -72,6 +72,32 @@ def test_bands_cover_what_they_promise(name: str, distribution: str) -> None:
     assert coverage(traces) >= 0.85  # 60 trials: two standard errors below 0.93
 
 
+def worst_point_of_cdf_band() -> float:
+    eigenvalues, n_runs = torch.linspace(0, 1, 1000, dtype=torch.float64), 200
+    q = lanczos(eigenvalues, num_probes=N_PROBES * n_runs, num_steps=20, reorthogonalize="none").quadrature
+    x = q.nodes[:, 0].median(0).values  # where half of the probes have a node on either side
+    mean = as_spectra(q).cdf(x)[1][0]
+    bands = [
+        error_bars.cdf_band(measures.with_probes(q, slice(i * N_PROBES, (i + 1) * N_PROBES)), [0], x, 0.95)
+        for i in range(n_runs)
+    ]
+    return float(torch.stack([(b.lower[0] <= mean) & (mean <= b.upper[0]) for b in bands]).double().mean(0).min())
+
+
+def test_no_single_point_of_the_cdf_band_is_left_uncovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worst_point_of_cdf_band() >= 0.9
+    monkeypatch.setattr(error_bars, "_may_step", lambda nodes, x, confidence: torch.zeros_like(x, dtype=torch.bool))
+    assert worst_point_of_cdf_band() < 0.9  # five probes on one side of x know nothing of the other
+
+
+def test_where_the_next_node_may_be() -> None:
+    nodes = float64([[0.0, 1.0], [0.0, 1.1], [0.0, 0.9]])
+    may = error_bars._may_step(nodes, float64([-1.0, 0.3, 0.8, 1.3, 3.0]), 0.95)
+    # Mean 1, spread 0.1: Student's 4.303 sqrt(4/3) 0.1 = 0.497 to both sides.
+    assert may.tolist() == [False, False, True, True, False]
+    assert error_bars._may_step(nodes[:1], float64([9.0]), 0.95).tolist() == [True]
+
+
 def test_bands_contain_the_value_and_each_other() -> None:
     result = random_spectra(n_probes=4, dims=[40, 50, 60, 70])
     for band in (result.density_band(0.05), result.cdf_band(), result.density_band(confidence=0.5)):

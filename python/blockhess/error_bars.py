@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blockhess import truncation
 from blockhess.density import smooth
-from blockhess.intervals import gamma_interval, mean_and_variance, normal_quantile, variance_of_mean
+from blockhess.intervals import gamma_interval, mean_and_variance, normal_quantile, student_quantile, variance_of_mean
 from blockhess_ext import Quadrature
 
 
@@ -107,14 +107,17 @@ def _nothing(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float) -> Band:
     """Return the shares of eigenvalues <= x of some blocks with their bands.
 
-    The statistical band is at least as wide as a step of the quadratures at x makes it that is there for one half of
-    all probes: what the few at hand have in common need not hold for the next.
+    Quadratures are steps, and where x lies so near a node that the next probe's may be on its other side, few probes
+    may all be on one side: the sample then shows no spread though the step is the larger part of it. There the band is
+    at least as wide as theory's variance of the weights and a step that n_probes probes in a row did not show.
 
     Args:
         q: of all blocks.
         blocks: indices.
         x: (n_points,) float64.
         confidence: probability in (0, 1).
+
+    Source: Clopper and Pearson 1934 (an event not seen in n trials).
     """
     return _stack(x, [_cdf_band(q, block, x, confidence) for block in blocks], confidence)
 
@@ -128,13 +131,37 @@ def _cdf_band(q: Quadrature, block: int, x: Tensor, confidence: float) -> tuple[
     value = values.mean(0)
     lower, upper = _share_interval(q, block, values, confidence)
     step = recurrence.polynomials(x.expand(count, -1))[0].masked_fill(recurrence.exact[:, None], 0.0).mean(0)
-    half = normal_quantile(confidence) * step / math.sqrt(4 * count)
+    unseen = step * (1 - ((1 - confidence) / 2) ** (1 / count))
+    weights = torch.minimum(
+        _variance(q, block, values, value, confidence), 2 / (q.dims[block] + 2) * value * (1 - value) / count
+    )
+    half = torch.hypot(unseen, normal_quantile(confidence) * weights.clamp(min=0.0).sqrt())
+    half = torch.where(_may_step(recurrence.nodes, x, confidence), half, 0.0)
     lower, upper = torch.minimum(lower, value - half).clamp(min=0.0), torch.maximum(upper, value + half).clamp(max=1.0)
 
     below, above = recurrence.cdf_bounds(x)
     total_lower = torch.minimum(_share_interval(q, block, below, confidence)[0], lower)
     total_upper = torch.maximum(_share_interval(q, block, above, confidence)[1], upper)
     return value, lower, upper, total_lower, total_upper
+
+
+def _may_step(nodes: Tensor, x: Tensor, confidence: float) -> Tensor:
+    """Whether the node of the next probe may lie on the other side of x, (n_points,): Student's prediction interval.
+
+    Args:
+        nodes: (n_probes, m) float64, ascending.
+        x: (n_points,) float64.
+    """
+    count = len(nodes)
+    if count == 1:
+        return torch.ones_like(x, dtype=torch.bool)
+    reach = student_quantile(confidence, count - 1) * math.sqrt(1 + 1 / count)
+    ends = torch.full((count, 1), math.inf, dtype=torch.float64)
+    padded = torch.cat([-ends, nodes, ends], 1)
+    upto = torch.searchsorted(nodes, x.expand(count, -1).contiguous(), right=True)
+    left, right = x - padded.gather(1, upto), padded.gather(1, upto + 1) - x
+    near_left, near_right = (gap.mean(0) <= reach * gap.std(0) for gap in (left, right))
+    return near_left | near_right
 
 
 def _share_interval(q: Quadrature, block: int, shares: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
