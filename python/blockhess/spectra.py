@@ -207,7 +207,7 @@ class Spectra(SpectraBands):
             >>> grid, densities = spectra.density(sigma=0.01)
         """
         names = self.names if blocks is None else tuple(blocks)
-        nodes, weights = self._measures_of(names, self._axis("density", names, axis, normalize, scale))
+        nodes, weights = self.measures_of(names, self.axis_of("density", names, axis, normalize, scale))
         if sigma is None:
             chosen = [i for i, name in enumerate(names) if blocks is not None or name in self._sound]
             sigma = max(default_sigma(nodes[chosen] if chosen else nodes), smallest_sigma(nodes))
@@ -485,12 +485,17 @@ class Spectra(SpectraBands):
                 reasons[name] = f"{what} zero or negative"
         return reasons
 
+    def normalizable(self, normalize: str | int) -> tuple[str, ...]:
+        """Return the names of the blocks whose eigenvalues can be divided by what normalize says; see js_matrix."""
+        broken = self._not_normalizable(normalize)
+        return tuple(name for name in self.names if name not in broken)
+
     @cached_property
     def _sound(self) -> tuple[str, ...]:
         left_out = dict(self.left_out)
         return tuple(name for name in self.names if name not in left_out)
 
-    def _axis(self, op: str, names: Sequence[str], axis: str, normalize: str | int, scale: float | None) -> Axis:
+    def axis_of(self, op: str, names: Sequence[str], axis: str, normalize: str | int, scale: float | None) -> Axis:
         """Return the axis for these blocks, with the default scale where it needs one and none is given."""
         axes.check_axis(op, axis, normalize, scale)
         broken = self._not_normalizable(normalize)
@@ -500,10 +505,10 @@ class Spectra(SpectraBands):
                     f"{op}: eigenvalues of {name!r} cannot be divided by {axes.divisor_name(normalize)}: {broken[name]}"
                 )
         if axis == "asinh" and scale is None:
-            scale = axes.default_scale(*self._measures_of(names, Axis(normalize=normalize)))
+            scale = axes.default_scale(*self.measures_of(names, Axis(normalize=normalize)))
         return Axis(axis, normalize, scale)
 
-    def _measures_of(self, names: Sequence[str], axis: Axis, probes: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    def measures_of(self, names: Sequence[str], axis: Axis, probes: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Nodes on an axis and weights of some blocks, from all probes or some."""
         rows = self.rows(names)
         merged = self.merged if probes is None else measures.merge_probes(measures.with_probes(self.quadrature, probes))
@@ -527,7 +532,7 @@ class Spectra(SpectraBands):
         if blocks is None:
             left_out = dict(self._left_out(normalize))
             blocks = [name for name in self.names if name not in left_out] or self.names
-        return default_sigma(self._measures_of(blocks, self._axis("default_sigma", blocks, axis, normalize, scale))[0])
+        return default_sigma(self.measures_of(blocks, self.axis_of("default_sigma", blocks, axis, normalize, scale))[0])
 
     def js_matrix(
         self,
@@ -624,7 +629,7 @@ class Spectra(SpectraBands):
 
         def matrix(probes: list[int], kind: str) -> Tensor:
             values = js_matrix(
-                *self._measures_of(js0.blocks, axis, probes),
+                *self.measures_of(js0.blocks, axis, probes),
                 kind=kind,
                 base=js0.base,
                 sigma=js0.sigma,
@@ -649,8 +654,8 @@ class Spectra(SpectraBands):
         """Return js_matrix and js0 at the cost of one. Args, Raises: see js_matrix."""
         axes.check_axis("js_matrix", axis, normalize, scale)
         names = self.compared(blocks, normalize)
-        where = self._axis("js_matrix", names, axis, normalize, scale)
-        nodes, weights = self._measures_of(names, where)
+        where = self.axis_of("js_matrix", names, axis, normalize, scale)
+        nodes, weights = self.measures_of(names, where)
         sigma = default_sigma(nodes) if sigma is None else float(sigma)
         matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
         return matrix, JS0(
@@ -702,8 +707,8 @@ class Spectra(SpectraBands):
         """
         axes.check_axis("distance_matrix", axis, normalize, scale)
         names = self.compared(blocks, normalize)
-        where = self._axis("distance_matrix", names, axis, normalize, scale)
-        return transport.distance_matrix(*self._measures_of(names, where), metric)
+        where = self.axis_of("distance_matrix", names, axis, normalize, scale)
+        return transport.distance_matrix(*self.measures_of(names, where), metric)
 
     def table(self, blocks: Sequence[str] | None = None) -> str:
         """Return a plain-text table, one block a line: shape, extreme eigenvalues, trace +- its error, ...
