@@ -1,6 +1,6 @@
 """Whether the error bars on other axes are honest, where what eigenvalues are divided by is as random as the rest.
 
-    python bench/bench_axes.py [--json PATH] [--text PATH] [--quick]
+    python bench/bench_axes.py [--json PATH] [--text PATH] [--quick | --show PATH]
 
 As the second half of bench_accuracy.py; README.md says what the numbers mean.
 """
@@ -94,8 +94,9 @@ def text_of(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "How often, in per cent, the 95 % bands hold the expectation at the same steps, and the total bands the",
-            f"truth, on axes whose divisor comes from the same {PROBES} probes; {result['coverage'][0]['runs']} runs, sigma",
-            "2 % of the range. Widths and errors are means over points and runs, those of densities times the range.",
+            f"truth, on axes whose divisor comes from the same {PROBES} probes; {result['coverage'][0]['runs']} runs,",
+            "sigma 2 % of the range. Worst: the point covered least often. Widths and errors are means over points and",
+            "runs, those of densities times the range.",
             "",
             coverage_table(result["coverage"]),
             "",
@@ -104,20 +105,27 @@ def text_of(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--text", type=Path, help="also write the table to this file")
-    parser.add_argument("--quick", action="store_true", help="few runs: that it runs, not numbers worth quoting")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    kinds, runs = synthetic(DIM), 5 if options.quick else RUNS
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything that the table shows."""
+    kinds, runs = synthetic(DIM), 5 if quick else RUNS
     coverage: list[dict[str, Any]] = []
     result = {"environment": describe(), "coverage": coverage}
     for name in NAMES:
         eigenvalues = kinds[name]
         coverage += measure_axis_coverage(name, diagonal(eigenvalues), eigenvalues.sort().values, STEPS, runs, PROBES)
         print(f"  {name}", file=sys.stderr, flush=True)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--text", type=Path, help="also write the table to this file")
+    parser.add_argument("--quick", action="store_true", help="few runs: that it runs, not numbers worth quoting")
+    parser.add_argument("--show", type=Path, help="measure nothing: the table of a file of --json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = json.loads(options.show.read_text()) if options.show else measure(options.quick)
     print(text_of(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -25,7 +25,7 @@ from torch import Tensor
 from blockhess import axes, js_error, measures, ritz, transport
 from blockhess.axes import Axis
 from blockhess.blocks import ZERO_NOTE, BlockInfo
-from blockhess.density import check_grid, check_sigma, default_sigma, node_grid, smallest_sigma, smooth
+from blockhess.density import check_grid, check_sigma_in_range, default_sigma, node_grid, smallest_sigma, smooth
 from blockhess.divergence import JS0, UNNORMALISED_POINTS, js_matrix
 from blockhess.intervals import check_confidence, normal_quantile
 from blockhess.sensitivity import Sensitivity, sensitivity
@@ -188,7 +188,7 @@ class Spectra(SpectraBands):
         """Smooth the spectra of all blocks with one Gaussian, on one grid.
 
         Args:
-            sigma: width of the Gaussian on the axis; None means default_sigma().
+            sigma: width of the Gaussian on the axis, at most the range of all nodes; None means default_sigma().
             grid: (n_points,) points of the axis, strictly ascending; None means density.node_grid, which covers every
                 node of every block; between its patches all densities are 0.
             axis, normalize, scale: see js_matrix.
@@ -211,7 +211,7 @@ class Spectra(SpectraBands):
         if sigma is None:
             chosen = [i for i, name in enumerate(names) if blocks is not None or name in self._sound]
             sigma = max(default_sigma(nodes[chosen] if chosen else nodes), smallest_sigma(nodes))
-        sigma = check_sigma("density", sigma, nodes)
+        sigma = check_sigma_in_range("density", sigma, nodes)
         points = node_grid(nodes, sigma) if grid is None else check_grid("density", grid)
         return points, smooth(nodes, weights, points, sigma)
 
@@ -551,7 +551,8 @@ class Spectra(SpectraBands):
             kind: "distance", "divergence", or a reconstruction of the paper's definition, "jeffreys" or
                 "unnormalised": see divergence.js_matrix.
             base: of the logarithm, for all kinds; with base 2 the first two are in [0, 1].
-            sigma: width of the Gaussian on the axis, one for all; None means default_sigma(blocks, axis, ...).
+            sigma: width of the Gaussian on the axis, one for all, at most the range of all nodes; None means
+                default_sigma(blocks, axis, ...).
             axis: "linear", or "asinh": logarithmic towards both sides beyond `scale`.
             blocks: names; None means every block that is used and finite, and can be normalised.
             grid_points: for kind "unnormalised" only.
@@ -656,7 +657,7 @@ class Spectra(SpectraBands):
         names = self.compared(blocks, normalize)
         where = self.axis_of("js_matrix", names, axis, normalize, scale)
         nodes, weights = self.measures_of(names, where)
-        sigma = default_sigma(nodes) if sigma is None else float(sigma)
+        sigma = default_sigma(nodes) if sigma is None else check_sigma_in_range("js_matrix", sigma, nodes)
         matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
         return matrix, JS0(
             value=js_error.mean_of_pairs(matrix),

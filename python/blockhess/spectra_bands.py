@@ -13,7 +13,7 @@ from blockhess.density import (
     DEFAULT_RELATIVE_SIGMA,
     WIDEST_RELATIVE_SIGMA,
     check_grid,
-    check_sigma,
+    check_sigma_in_range,
     default_sigma,
     node_grid,
 )
@@ -67,13 +67,20 @@ class SpectraBands:
         """See Spectra."""
         raise NotImplementedError
 
-    def resolved_sigma(self, blocks: Sequence[str] | None = None) -> Tensor:
+    def resolved_sigma(
+        self,
+        blocks: Sequence[str] | None = None,
+        axis: str = "linear",
+        normalize: str | int = "none",
+        scale: float | None = None,
+    ) -> Tensor:
         """Return the width of the Gaussian that the steps of each block resolve, range / steps: for pictures.
 
         Less would draw the nodes, not the density. Never for comparisons: two equal spectra blurred differently differ.
 
         Args:
             blocks: names, in order; None means all.
+            axis, normalize, scale: see Spectra.js_matrix.
 
         Returns:
             (n_blocks,), each between DEFAULT_RELATIVE_SIGMA and WIDEST_RELATIVE_SIGMA of the block's range; the former
@@ -85,14 +92,15 @@ class SpectraBands:
             >>> widths = spectra.resolved_sigma()
         """
         rows, q = self.rows(blocks), self.quadrature
-        nodes = measures.merge_probes(q)[0]
+        names = self.names if blocks is None else tuple(blocks)
+        nodes = self.measures_of(names, self.axis_of("resolved_sigma", names, axis, normalize, scale))[0]
         exhausted = (truncation.exact(q) | (q.steps == 0)).all(0)
         widths = []
-        for row in rows:
+        for i, row in enumerate(rows):
             share = DEFAULT_RELATIVE_SIGMA
             if not exhausted[row]:
                 share = min(max(1 / int(q.steps[:, row].max()), share), WIDEST_RELATIVE_SIGMA)
-            widths.append(default_sigma(nodes[row]) * share / DEFAULT_RELATIVE_SIGMA)
+            widths.append(default_sigma(nodes[i]) * share / DEFAULT_RELATIVE_SIGMA)
         return torch.tensor(widths, dtype=torch.float64)
 
     def density_band(
@@ -136,7 +144,7 @@ class SpectraBands:
         nodes = self.measures_of(names, where)[0]
         if sigma is None:
             sigma = self.default_sigma(blocks, axis, normalize, where.scale)
-        sigma = check_sigma("density_band", sigma, nodes)
+        sigma = check_sigma_in_range("density_band", sigma, nodes)
         points = node_grid(nodes, sigma) if grid is None else check_grid("density_band", grid)
         confidence = check_confidence("density_band", confidence)
         return error_bars.density_band(self.quadrature, rows, points, sigma, confidence, where)
