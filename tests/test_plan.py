@@ -122,6 +122,9 @@ def test_plan_runs_nothing_and_says_what_spectrum_then_does() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             blockhess.plan(model, data, nn.CrossEntropyLoss(), **options)
+    tolerant = blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probes=3, num_steps=3, tol=0.1)
+    assert 0 < tolerant.least_hvps < tolerant.hvps and plan.least_hvps == plan.hvps
+    assert f"at most {tolerant.hvps}, at least {tolerant.least_hvps}, of one block" in str(tolerant)
     with pytest.raises(TypeError, match="num_probe"):
         blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probe=2)
     with pytest.raises(ValueError, match="engine must be one of auto, autograd, traced, ggn, exact, got 'fast'"):
@@ -166,4 +169,4 @@ def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None
         problem(mlp(), data, nn.CrossEntropyLoss()) for data in ([large], [small, large], [large, small])
     )
     assert two.graph_bytes == pytest.approx(one.graph_bytes, rel=0.5) == other.graph_bytes
-    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2)
+    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2) + 24 * 12**2

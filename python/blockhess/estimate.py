@@ -409,6 +409,7 @@ class _Job:
             basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
             budget=budget_bytes(options.memory_budget, problem.device),
             exact=exact,
+            least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
         )
         self.infos = problem.infos
         self.hvps = 0 if first is None else first.provenance["hvps"]
