@@ -67,7 +67,7 @@ def exact_quadratures(
 
 
 def bytes_needed(dims: Sequence[int], itemsize: int) -> int:
-    """Bytes that writing out blocks of these sizes takes: all of them, and up to three float64 copies of the largest."""
+    """Bytes that writing out blocks of these sizes takes: all of them, and three float64 copies of the largest."""
     return sum(itemsize * dim * dim for dim in dims) + 24 * max(dims, default=0) ** 2
 
 
