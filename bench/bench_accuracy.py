@@ -23,7 +23,7 @@ from known_spectra import hessians, synthetic
 from rival_recurrences import RECURRENCES
 from torch import Tensor
 
-from blockhess import measures
+from blockhess import error_bars, measures
 from blockhess.blocks import BlockInfo
 from blockhess.density import node_grid, smooth
 from blockhess.spectra import Spectra
@@ -109,6 +109,28 @@ def as_spectra(q: Quadrature) -> Spectra:
     return Spectra([BlockInfo(str(i), (dim,), dim, (str(i),)) for i, dim in enumerate(q.dims)], q, {})
 
 
+def hold(
+    held: dict[str, list[Tensor]], widths: dict[str, list[float]], what: str, band: error_bars.Band,
+    mean: Tensor, true: Tensor, where: Tensor, unit: float,
+) -> None:  # fmt: skip
+    """Note where a band holds the expectation, and the total band the truth, and how wide they are."""
+    inside = ((band.lower[0] <= mean) & (mean <= band.upper[0]))[where]
+    total = ((band.total_lower[0] <= true) & (true <= band.total_upper[0]))[where]
+    held.setdefault(what, []).append(inside.double())
+    held.setdefault(f"{what} total", []).append(total.double())
+    for key, a, b in ((what, band.lower, band.upper), (f"{what} total", band.total_lower, band.total_upper)):
+        widths.setdefault(key, []).append(float((b - a).mean()) * unit)
+    widths.setdefault(f"{what} error", []).append(float((band.value[0] - true).abs().mean()) * unit)
+
+
+def summary(held: dict[str, list[Tensor]], widths: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "coverage": {key: float(torch.stack(parts).mean()) for key, parts in held.items()},
+        "worst point": {key: float(torch.stack(parts).mean(0).min()) for key, parts in held.items()},
+        "width": {key: statistics.mean(parts) for key, parts in widths.items()},
+    }
+
+
 def measure_coverage(name: str, hvp: Operator, eigenvalues: Tensor, m: int, seeds: int, probes: int) -> dict[str, Any]:
     """How often the bands of `probes` probes hold the expectation at m steps, and the truth, over `seeds` runs."""
     n = len(eigenvalues)
@@ -132,13 +154,7 @@ def measure_coverage(name: str, hvp: Operator, eigenvalues: Tensor, m: int, seed
             ("density", one.density_band(sigma, grid, CONFIDENCE), density, seen, high - low),
             ("cdf", one.cdf_band(grid, CONFIDENCE), cdf, torch.ones_like(seen), 1.0),
         ):
-            inside = ((band.lower[0] <= mean) & (mean <= band.upper[0]))[where]
-            total = ((band.total_lower[0] <= true) & (true <= band.total_upper[0]))[where]
-            held.setdefault(what, []).append(inside.double())
-            held.setdefault(f"{what} total", []).append(total.double())
-            for key, a, b in ((what, band.lower, band.upper), (f"{what} total", band.total_lower, band.total_upper)):
-                widths.setdefault(key, []).append(float((b - a).mean()) * unit)
-            widths.setdefault(f"{what} error", []).append(float((band.value[0] - true).abs().mean()) * unit)
+            hold(held, widths, what, band, mean, true, where, unit)
         lower, upper = one.trace_interval(CONFIDENCE)
         held.setdefault("trace", []).append(((lower <= trace[0]) & (trace[0] <= upper)).double())
         held.setdefault("trace total", []).append(((lower <= trace[1]) & (trace[1] <= upper)).double())
@@ -151,9 +167,7 @@ def measure_coverage(name: str, hvp: Operator, eigenvalues: Tensor, m: int, seed
         "steps": m,
         "probes": probes,
         "runs": seeds,
-        "coverage": {key: float(torch.stack(parts).mean()) for key, parts in held.items()},
-        "worst point": {key: float(torch.stack(parts).mean(0).min()) for key, parts in held.items()},
-        "width": {key: statistics.mean(parts) for key, parts in widths.items()},
+        **summary(held, widths),
         "lambda_max bias": statistics.mean(top[0] for top in tops) / span,
         "lambda_max bias, estimated": statistics.mean(top[1] for top in tops) / span,
     }
@@ -204,19 +218,25 @@ def error_table(rows: list[dict[str, Any]]) -> str:
     return format_table(header, lines)
 
 
+KINDS = ("density", "cdf", "trace", "density total", "cdf total", "trace total")
+
+
 def coverage_table(rows: list[dict[str, Any]]) -> str:
-    kinds = ("density", "cdf", "trace", "density total", "cdf total", "trace total")
-    header = ["operator", "steps", *kinds, "width density", "total", "error", "cdf", "total", "error"]
+    kinds = [kind for kind in KINDS if kind in rows[0]["coverage"]]
+    leading = ["operator", "steps"] + (["axis"] if "axis" in rows[0] else [])
+    worst = ["worst density", "cdf"]
+    header = [*leading, *kinds, *worst, "width density", "total", "error", "cdf", "total", "error"]
     lines = []
     for row in rows:
         width = row["width"]
         lines.append(
-            [row["operator"], str(row["steps"])]
+            [str(row[name]) for name in leading]
             + [f"{100 * row['coverage'][kind]:.1f}" for kind in kinds]
+            + [f"{100 * row['worst point'][kind]:.1f}" for kind in ("density", "cdf")]
             + [f"{width[key]:.3f}" for key in ("density", "density total", "density error")]
             + [f"{width[key]:.4f}" for key in ("cdf", "cdf total", "cdf error")]
         )
-    return format_table(header, lines)
+    return format_table(header, lines, left=len(leading))
 
 
 def bias_lines(coverage: list[dict[str, Any]], js0: list[dict[str, Any]]) -> list[str]:
@@ -246,8 +266,8 @@ def text_of(result: dict[str, Any]) -> str:
             error_table(result["errors"]),
             "",
             "How often, in per cent, the 95 % bands hold the expectation at the same steps, and the total bands the",
-            f"truth; {runs} runs of {PROBES} probes, sigma 2 % of the range. Widths and errors are means over points",
-            "and runs, those of densities times the range.",
+            f"truth; {runs} runs of {PROBES} probes, sigma 2 % of the range. Worst: the point covered least often.",
+            "Widths and errors are means over points and runs, those of densities times the range.",
             "",
             coverage_table(result["coverage"]),
             "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import secrets
 from collections.abc import Sequence
@@ -30,15 +29,20 @@ def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> 
 
 
 def tolerance(tol: Any, sigma: Any, op: str = "batched_slq") -> tuple[float | None, float | None]:
-    """tol above 0, and sigma in (0, 1], which means something only beside it; or None."""
-    for name, value, rule, most in (("tol", tol, "above 0", math.inf), ("sigma", sigma, "above 0 and at most 1", 1.0)):
+    """tol above 0, and sigma in (0, 1], which means something only beside it; or None.
+
+    tol is a share of the spectrum's range, so at most 1; with sigma an L1 distance of densities, so at most 2.
+    """
+    share = " (a share of the spectrum's range)"
+    of_tol = (2, " (an L1 distance of densities)") if sigma is not None else (1, share)
+    for name, value, (most, meaning) in (("tol", tol, of_tol), ("sigma", sigma, (1, share))):
         if value is None:
             continue
+        rule = f"above 0 and at most {most}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{op}: {name} must be None or a number {rule}, got {value!r}")
-        if not 0 < value <= most or math.isinf(value):
-            share = " (a share of the spectrum's range)" if name == "sigma" else ""
-            raise ValueError(f"{op}: {name} must be {rule}{share}, got {value!r}")
+        if not 0 < value <= most:
+            raise ValueError(f"{op}: {name} must be {rule}{meaning}, got {value!r}")
     if sigma is not None and tol is None:
         raise ValueError(f"{op}: tol must be given with sigma, got sigma={sigma!r} alone")
     return tol, sigma

@@ -160,3 +160,21 @@ def test_refusals(options: dict[str, object], text: str) -> None:
     for call in (random_spectra().js0, random_spectra().density, random_spectra().distance_matrix):
         with pytest.raises(ValueError, match=text):
             call(**options)  # type: ignore[operator]
+
+
+def test_sigma_above_the_range_on_the_axis_is_refused() -> None:
+    spectra = random_spectra()
+    for call in (spectra.js0, spectra.js_matrix, spectra.density, spectra.density_band):
+        with pytest.raises(ValueError, match=r"sigma must be at most the range of all nodes, .*, got 50"):
+            call(sigma=50.0)  # type: ignore[operator]
+        with pytest.raises(ValueError, match=r"sigma must be at most the range of all nodes, .*, got 3"):
+            call(sigma=3.0, normalize="radius")  # type: ignore[operator]
+    zero = make_spectra([[[0.0], [0.0]]], [[[1.0], [1.0]]])
+    assert float(zero.js0(sigma=3.0)) == 0.0
+
+
+def test_a_block_axis_is_inverted_and_its_slope_is_the_derivative() -> None:
+    x = float64([-30.0, -1.0, 0.0, 0.2, 4.0])
+    for axis in (Axis(normalize="radius").of_block(2.0), Axis("asinh", "radius", 0.5).of_block(2.0)):
+        torch.testing.assert_close(axis.invert(axis.place(x)), x)
+        torch.testing.assert_close(axis.slope(x), (axis.place(x + 1e-6) - axis.place(x - 1e-6)) / 2e-6)

@@ -99,7 +99,7 @@ def test_each_recurrence_stops_for_itself():
 def test_two_calm_looks_are_needed():
     """However large tol is: one look to compare with, and two calm ones."""
     d = torch.linspace(0, 1, 1000)
-    q = batched_slq(lambda v: v * d, [1000], num_steps=50, tol=10.0)
+    q = batched_slq(lambda v: v * d, [1000], num_steps=50, tol=1.0)
     assert (q.steps == 15).all()
     assert [steps_between(step) for step in (0, 40, 56, 100)] == [5, 5, 7, 13]
 
@@ -120,13 +120,23 @@ def test_a_late_host_changes_no_result(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"tol": 0.0}, ValueError, "tol must be above 0, got 0.0"),
-        ({"tol": -1}, ValueError, "tol must be above 0, got -1"),
-        ({"tol": math.nan}, ValueError, "tol must be above 0, got nan"),
-        ({"tol": math.inf}, ValueError, "tol must be above 0, got inf"),
-        ({"tol": "small"}, TypeError, "tol must be None or a number above 0, got 'small'"),
+        ({"tol": 0.0}, ValueError, r"tol must be above 0 and at most 1 .*, got 0.0"),
+        ({"tol": -1}, ValueError, r"tol must be above 0 and at most 1 .*, got -1"),
+        (
+            {"tol": math.nan},
+            ValueError,
+            r"tol must be above 0 and at most 1 .*, got nan",
+        ),
+        (
+            {"tol": math.inf},
+            ValueError,
+            r"tol must be above 0 and at most 1 .*, got inf",
+        ),
+        ({"tol": "small"}, TypeError, "tol must be None or a number above 0 and at most 1, got 'small'"),
         ({"tol": 0.1, "sigma": 0.0}, ValueError, "sigma must be above 0 and at most 1 .*, got 0.0"),
         ({"tol": 0.1, "sigma": 1.5}, ValueError, r"sigma must be .* \(a share of the spectrum's range\), got 1.5"),
+        ({"tol": 1.5}, ValueError, "tol must be above 0 and at most 1 .*, got 1.5"),
+        ({"tol": 2.5, "sigma": 0.1}, ValueError, r"tol must be above 0 and at most 2 \(an L1 distance of densities\)"),
         ({"sigma": 0.1}, ValueError, "tol must be given with sigma, got sigma=0.1 alone"),
     ],
 )

@@ -145,3 +145,12 @@ def test_refuses_sigma(sigma: float) -> None:
 def test_refuses_grids(grid: list[float], text: str) -> None:
     with pytest.raises(ValueError, match=f"op: grid must .*{text}"):
         density.check_grid("op", grid)
+
+
+def test_sigma_is_at_most_the_range_unless_there_is_none() -> None:
+    nodes = float64([[-1.0, 2.0], [0.0, 0.5]])
+    assert density.check_sigma_in_range("op", 3.0, nodes) == 3.0
+    with pytest.raises(ValueError, match=r"op: sigma must be at most the range of all nodes, 3, got 3\.1"):
+        density.check_sigma_in_range("op", 3.1, nodes)
+    for same in ([0.0, 0.0], [5.0, 5.0], [5.0, 5.0 * (1 + 4 * EPS)]):  # nothing that could be blurred away
+        assert density.check_sigma_in_range("op", 7.0, float64(same)) == 7.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from blockhess import error_bars, measures
+from blockhess.axes import Axis
 from blockhess.blocks import BlockInfo
+from blockhess.on_axis import BlockOnAxis
 from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature, batched_slq
 from tests.dense_measures import lanczos, spectra
@@ -70,6 +73,32 @@ def test_bands_cover_what_they_promise(name: str, distribution: str) -> None:
     assert 0.9 <= coverage(statistical) <= 0.99
     assert coverage(total) >= 0.9
     assert coverage(traces) >= 0.85  # 60 trials: two standard errors below 0.93
+
+
+def worst_point_of_cdf_band() -> float:
+    eigenvalues, n_runs = torch.linspace(0, 1, 1000, dtype=torch.float64), 200
+    q = lanczos(eigenvalues, num_probes=N_PROBES * n_runs, num_steps=20, reorthogonalize="none").quadrature
+    x = q.nodes[:, 0].median(0).values  # where half of the probes have a node on either side
+    mean = as_spectra(q).cdf(x)[1][0]
+    bands = [
+        error_bars.cdf_band(measures.with_probes(q, slice(i * N_PROBES, (i + 1) * N_PROBES)), [0], x, 0.95)
+        for i in range(n_runs)
+    ]
+    return float(torch.stack([(b.lower[0] <= mean) & (mean <= b.upper[0]) for b in bands]).double().mean(0).min())
+
+
+def test_no_single_point_of_the_cdf_band_is_left_uncovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worst_point_of_cdf_band() >= 0.9
+    monkeypatch.setattr(error_bars, "_may_step", lambda nodes, x, *_: torch.zeros_like(x, dtype=torch.bool))
+    assert worst_point_of_cdf_band() < 0.9  # five probes on one side of x know nothing of the other
+
+
+def test_where_the_next_node_may_be() -> None:
+    nodes = float64([[0.0, 1.0], [0.0, 1.1], [0.0, 0.9]])
+    may = error_bars._may_step(nodes, float64([-1.0, 0.3, 0.8, 1.3, 3.0]), 0.95)
+    # Mean 1, spread 0.1: Student's 4.303 sqrt(4/3) 0.1 = 0.497 to both sides.
+    assert may.tolist() == [False, False, True, True, False]
+    assert error_bars._may_step(nodes[:1], float64([9.0]), 0.95).tolist() == [True]
 
 
 def test_bands_contain_the_value_and_each_other() -> None:
@@ -184,7 +213,7 @@ def test_rademacher_probes_are_not_taken_for_gaussian_ones() -> None:
     q = batched_slq(
         lambda v: v * diagonal, [50], num_probes=4, num_steps=5, distribution="rademacher", dtype=torch.float64
     )
-    lower, upper = error_bars.trace_interval(q, 0.95)
+    lower, upper = as_spectra(q).trace_interval()
     assert (upper - lower).item() < 1e-10
     assert float64([25.0]).sub(lower).abs().item() < 1e-10
 
@@ -200,3 +229,42 @@ def test_error_table() -> None:
     assert lines[2].split()[-2:] == [f"{float(probes):.1e}", f"{float(steps):.1e}"]
     broken = make_spectra([[[1.0, 2.0]]], [[[0.5, 0.5]]], steps=[[0]], nonfinite=[[True]])
     assert "-inf ... inf" in broken.error_table() and "nan" not in broken.error_table()
+
+
+@pytest.mark.parametrize("axis", ["linear", "asinh"])
+@pytest.mark.parametrize("normalize", ["none", "radius", 5, "trace"])
+def test_bands_on_an_axis_do_not_depend_on_the_unit(axis: str, normalize: str | int) -> None:
+    q = lanczos(SPECTRA["power law"], num_probes=4, num_steps=12).quadrature
+    unit = 1.0 if normalize == "none" else 7.0
+    scaled = dataclasses.replace(q, **{name: unit * getattr(q, name) for name in ("nodes", "alpha", "beta")})
+    one, other = as_spectra(q), as_spectra(scaled)
+    where = {"axis": axis, "normalize": normalize, "scale": 0.1 if axis == "asinh" else None}
+    for call in ("density_band", "cdf_band"):
+        band, same = getattr(one, call)(**where), getattr(other, call)(**where)
+        for part in ("value", "lower", "upper", "total_lower", "total_upper"):
+            if call == "density_band":  # at a step of the cdf, rounding decides
+                torch.testing.assert_close(getattr(band, part), getattr(same, part), rtol=1e-5, atol=1e-5)
+        assert (band.total_lower <= band.lower).all() and (band.upper <= band.total_upper).all()
+        assert (band.lower <= band.value + 1e-12).all() and (band.value <= band.upper + 1e-12).all()
+    density = one.density(**where)[1]
+    torch.testing.assert_close(one.density_band(**where).value, density)
+    probes, steps = one.wasserstein_error(**where)
+    assert probes > 0 and steps > 0
+    if where != {"axis": "linear", "normalize": "none", "scale": None}:
+        assert str(Axis(axis, normalize, where["scale"])) in one.error_table(**where)
+
+
+def test_a_random_divisor_widens_the_band_by_how_far_it_moves_the_value() -> None:
+    q = lanczos(SPECTRA["uniform"], num_probes=5, num_steps=20).quadrature
+    one = as_spectra(q)
+    seen = BlockOnAxis(q, 0, Axis(normalize="trace"))
+    low, high = seen.divisor_interval(0.95)
+    lower, upper = one.trace_interval()
+    assert (low, high) == (float(lower), float(upper)) and low < seen.axis.divisor < high
+    y = float64([0.5 / seen.axis.divisor])
+    fixed, free = one.cdf_band([0.5]), one.cdf_band(y, normalize="trace")
+    moved = max(float(one.cdf(0.5 * c / seen.axis.divisor)[1]) - float(fixed.value) for c in (low, high))
+    expected = math.hypot(float(fixed.upper - fixed.value), moved)
+    assert float(free.upper - free.value) == pytest.approx(expected, rel=0.05)
+    assert seen.divisor_range(0.95)[0].divisor == pytest.approx(low) and len(seen.divisor_range(0.95, 1e-9)) == 64
+    assert BlockOnAxis(q, 0, Axis()).divisor_range(0.95) == []

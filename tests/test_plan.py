@@ -115,6 +115,16 @@ def test_plan_runs_nothing_and_says_what_spectrum_then_does() -> None:
     assert made["hvps"] == plan.hvps and made["engine"] == plan.engine
     for part in ("engine", "blocks", "batches", "products", "together", "memory"):
         assert part in str(plan)
+    for options, text in (
+        ({"seed": -1}, "seed must be"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),
+        ({"progress": "yes"}, "progress must be True, False or 'auto', got 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            blockhess.plan(model, data, nn.CrossEntropyLoss(), **options)
+    tolerant = blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probes=3, num_steps=3, tol=0.1)
+    assert 0 < tolerant.least_hvps < tolerant.hvps and plan.least_hvps == plan.hvps
+    assert f"at most {tolerant.hvps}, at least {tolerant.least_hvps}, of one block" in str(tolerant)
     with pytest.raises(TypeError, match="num_probe"):
         blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probe=2)
     with pytest.raises(ValueError, match="engine must be one of auto, autograd, traced, ggn, exact, got 'fast'"):
@@ -144,6 +154,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert main(["plan", job]) == 2
         assert text in capsys.readouterr().err
+    (tmp_path / "needy.py").write_text("import no_such_dependency\n")
+    assert main(["plan", f"{tmp_path / 'needy.py'}:job"]) == 2
+    assert "imports the module 'no_such_dependency', which must be installed" in capsys.readouterr().err
+    assert main(["plan", f"{file}:job", "--tol", "2"]) == 2
+    assert "tol must be above 0 and at most 1" in capsys.readouterr().err
     assert main(["plan", f"{file}:job", "--memory-budget", "much"]) == 2
     assert "memory_budget" in capsys.readouterr().err
 
@@ -154,4 +169,4 @@ def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None
         problem(mlp(), data, nn.CrossEntropyLoss()) for data in ([large], [small, large], [large, small])
     )
     assert two.graph_bytes == pytest.approx(one.graph_bytes, rel=0.5) == other.graph_bytes
-    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2)
+    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2) + 24 * 12**2

@@ -92,6 +92,19 @@ def test_bands_are_drawn_around_the_curve() -> None:
         plot_density(spectra, confidence=2)
 
 
+def test_bands_on_a_normalised_axis() -> None:
+    from matplotlib.collections import PolyCollection
+
+    spectra = random_spectra(n_probes=3, dims=[50] * 4)
+    figure = plot_density(spectra, axis="asinh", normalize="radius", scale=0.1, sigma=0.1)
+    assert "divided by the block's spectral radius" in " ".join(texts(figure).split())
+    assert len(figure.axes[0].findobj(PolyCollection)) == 3
+    band = spectra.density_band(0.1, axis="asinh", normalize="radius", scale=0.1, blocks=["block0"])
+    upper = figure.axes[0].findobj(PolyCollection)[2].get_paths()[0].vertices[:, 1].max()
+    assert upper == pytest.approx(0.1 * np.sqrt(2 * np.pi) * float(band.upper.max()))
+    assert len(plot_density(spectra, normalize="radius").axes) == 4
+
+
 def assert_inside(figure: Any) -> None:
     """Nothing sticks out of the picture."""
     box = figure.get_tightbbox()

@@ -22,6 +22,9 @@ AXES = ("linear", "asinh")
 # normalisation -> what the eigenvalues of every block are divided by, as printed
 NORMALIZATIONS = {"none": "", "radius": "the block's spectral radius", "trace": "the block's trace"}
 
+# exp of it is no infinity; no eigenvalue in float64 lies so far out on an asinh axis unless the scale underflows.
+_FAR = 300.0
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -43,9 +46,49 @@ class Axis:
         scale = "" if self.scale is None else f" (linear below {self.scale:.3g})"
         return f"{self.name} axis{scale}" + (f" of eigenvalues divided by {divisor}" if divisor else "")
 
+    def of_block(self, divisor: float = 1.0) -> BlockAxis:
+        """Return the axis as a block sees it whose eigenvalues are divided by this."""
+        return BlockAxis(divisor, self.scale)
+
     def place(self, nodes: Tensor) -> Tensor:
         """Map eigenvalues, normalised already, to the axis."""
-        return nodes if self.scale is None else (nodes / self.scale).asinh()
+        return self.of_block().place(nodes)
+
+
+@dataclass(frozen=True)
+class BlockAxis:
+    """The map y(x) from the eigenvalues of one block to an axis; it ascends.
+
+    Attributes:
+        divisor: c_l, positive.
+        scale: s, None on the linear axis.
+
+    Example:
+        >>> BlockAxis(2.0).place(torch.tensor([4.0])).item()
+        2.0
+    """
+
+    divisor: float = 1.0
+    scale: float | None = None
+
+    def place(self, x: Tensor) -> Tensor:
+        """Return y(x)."""
+        y = x / self.divisor
+        return y if self.scale is None else (y / self.scale).asinh()
+
+    def invert(self, y: Tensor) -> Tensor:
+        """Return x(y)."""
+        return y * self.divisor if self.scale is None else y.clamp(-_FAR, _FAR).sinh() * (self.scale * self.divisor)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """Return y'(x)."""
+        if self.scale is None:
+            return torch.full_like(x, 1 / self.divisor)
+        return torch.hypot(x, torch.full_like(x, self.scale * self.divisor)).reciprocal()
+
+    def finest(self, sigma: float) -> float:
+        """Return the least difference of eigenvalues over which a Gaussian of this width on the axis changes."""
+        return sigma * self.divisor if self.scale is None else min(sigma, 1.0) * self.scale * self.divisor
 
 
 def divisor_name(normalize: str | int) -> str:

@@ -62,6 +62,8 @@ def plan(
     job: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")],
     probes: Annotated[int | None, typer.Option(help="Random probes per block.")] = None,
     steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
+    tol: Annotated[float | None, typer.Option(help="Error asked for; probes and steps are the most then.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="With --tol: blur, as a share of a block's range.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, autograd, traced, exact or ggn.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
     as_json: AsJson = False,
@@ -76,7 +78,8 @@ def plan(
     from blockhess.jobs import load
     from blockhess.records import to_json
 
-    asked = {"num_probes": probes, "num_steps": steps, "engine": engine, "memory_budget": memory_budget}
+    asked = {"num_probes": probes, "num_steps": steps, "tol": tol, "sigma": sigma, "engine": engine}
+    asked["memory_budget"] = memory_budget
     arguments = load(job) | {name: value for name, value in asked.items() if value is not None}
     made = blockhess.plan(**arguments)
     typer.echo(to_json(dataclasses.asdict(made)) if as_json else made)

@@ -52,12 +52,17 @@ def default_sigma(nodes: Tensor) -> float:
         >>> default_sigma(torch.tensor([-1.0, 0.0, 3.0]))
         0.04
     """
-    scale, smallest = float(nodes.max() - nodes.min()), smallest_sigma(nodes)
-    if DEFAULT_RELATIVE_SIGMA * scale < smallest:
-        scale = float(nodes.abs().max())
-    if DEFAULT_RELATIVE_SIGMA * scale < smallest:
-        scale = 1.0
+    scale = _resolved_range(nodes)
+    if scale is None:
+        size = float(nodes.abs().max())
+        scale = size if DEFAULT_RELATIVE_SIGMA * size >= smallest_sigma(nodes) else 1.0
     return DEFAULT_RELATIVE_SIGMA * scale
+
+
+def _resolved_range(nodes: Tensor) -> float | None:
+    """Return the range of all nodes, None where it is rounding only."""
+    scale = float(nodes.max() - nodes.min())
+    return scale if DEFAULT_RELATIVE_SIGMA * scale >= smallest_sigma(nodes) else None
 
 
 def check_sigma(op: str, sigma: float, nodes: Tensor) -> float:
@@ -69,6 +74,24 @@ def check_sigma(op: str, sigma: float, nodes: Tensor) -> float:
     sigma, smallest = float(sigma), smallest_sigma(nodes)
     if not smallest <= sigma < math.inf:
         raise ValueError(f"{op}: sigma must be finite and at least {smallest:.3g}, got {sigma}")
+    return sigma
+
+
+def check_sigma_in_range(op: str, sigma: float, nodes: Tensor) -> float:
+    """Return sigma as check_sigma does, or refuse it where it blurs all spectra into one another.
+
+    Nodes that are all one, such as those of zero blocks, may be blurred by any width.
+
+    Raises:
+        ValueError: as check_sigma, or sigma is above the range of all nodes.
+
+    Example:
+        >>> check_sigma_in_range("density", 3.0, torch.tensor([-1.0, 2.0]))
+        3.0
+    """
+    sigma, span = check_sigma(op, sigma, nodes), _resolved_range(nodes)
+    if span is not None and sigma > span:
+        raise ValueError(f"{op}: sigma must be at most the range of all nodes, {span:.6g}, got {sigma:.6g}")
     return sigma
 
 

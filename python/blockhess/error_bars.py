@@ -6,6 +6,9 @@
 For Gaussian probes theory knows the variance that a spectrum causes (intervals.py); what a sample shows beyond it, and
 for other probes all of it, is taken from the sample. Bands hold pointwise, each with the stated probability.
 With a single probe nothing is known of its error, and bands are as wide as can be.
+
+On a normalised axis the divisor is random too, and its interval is in the statistical band: see on_axis.py. What the
+steps leave open of the divisor itself is not in the total band (that of the trace is none).
 """
 
 from __future__ import annotations
@@ -17,10 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockhess import truncation
+from blockhess import measures, truncation
+from blockhess.axes import Axis
 from blockhess.density import smooth
-from blockhess.intervals import gamma_interval, mean_and_variance, normal_quantile, variance_of_mean
+from blockhess.intervals import gamma_interval, mean_and_variance, normal_quantile, student_quantile
+from blockhess.on_axis import BlockOnAxis
+from blockhess.probe_error import variance_of_probes
 from blockhess_ext import Quadrature
+
+RAW = Axis()
+
+_ONE_SIGMA = 0.6827  # of a normal variable within its standard error
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,54 +59,43 @@ def _stack(x: Tensor, parts: Sequence[tuple[Tensor, ...]], confidence: float) ->
     return Band(x, value, lower, upper, total_lower, total_upper, confidence)
 
 
-def _probes_of(q: Quadrature, block: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights (n_known, m) of the probes of a block that made a step, padded with the last node and 0."""
-    recurrence = truncation.Recurrence(q, block)
-    return recurrence.nodes, recurrence.weights
-
-
-def _variance(q: Quadrature, block: int, values: Tensor, mean_square: Tensor, confidence: float) -> Tensor:
-    """Variance of the mean of v^T f(H) v over probes, to be used with a normal factor: see intervals.
-
-    Args:
-        values: (n_known, ...) of the probes.
-        mean_square: (...) mean of f^2 over the eigenvalues, for what theory knows of Gaussian probes.
-    """
-    if q.is_exact(block):  # every probe gives the same
-        return torch.zeros_like(mean_square)
-    known = torch.zeros_like(mean_square)
-    if q.distribution == "gaussian":
-        known = (2 / (q.dims[block] + 2) * (mean_square - values.mean(0) ** 2)).clamp(min=0.0)
-    return variance_of_mean(values, known, confidence)
-
-
-def density_band(q: Quadrature, blocks: Sequence[int], grid: Tensor, sigma: float, confidence: float) -> Band:
+def density_band(
+    q: Quadrature, blocks: Sequence[int], grid: Tensor, sigma: float, confidence: float, axis: Axis = RAW
+) -> Band:
     """Return the smoothed densities of some blocks with their bands.
 
     Args:
         q: of all blocks.
         blocks: indices.
-        grid: (n_points,) float64, ascending.
-        sigma: width of the Gaussian, one for all.
+        grid: (n_points,) float64, ascending, on the axis.
+        sigma: width of the Gaussian on the axis, one for all.
         confidence: probability in (0, 1).
+        axis: of the densities.
     """
-    return _stack(grid, [_density_band(q, block, grid, sigma, confidence) for block in blocks], confidence)
+    bands = [_density_band(q, block, BlockOnAxis(q, block, axis), grid, sigma, confidence) for block in blocks]
+    return _stack(grid, bands, confidence)
 
 
-def _density_band(q: Quadrature, block: int, grid: Tensor, sigma: float, confidence: float) -> tuple[Tensor, ...]:
-    nodes, weights = _probes_of(q, block)
+def _density_band(
+    q: Quadrature, block: int, seen: BlockOnAxis, grid: Tensor, sigma: float, confidence: float
+) -> tuple[Tensor, ...]:
+    weights, nodes = seen.recurrence.weights, seen.axis.place(seen.recurrence.nodes)
     peak = 1 / (sigma * math.sqrt(2 * math.pi))
     if not len(nodes):
-        return (torch.zeros_like(grid),) * 2 + (torch.full_like(grid, peak),) + _nothing(grid, peak)
+        return (torch.zeros_like(grid), *_nothing(grid, peak), *_nothing(grid, peak))
     values = smooth(nodes, weights, grid, sigma)
     value = values.mean(0)
     # g^2 is a Gaussian of width sigma / sqrt(2), times peak / sqrt(2).
     squares = smooth(nodes, weights, grid, sigma / math.sqrt(2)).mean(0) * (peak / math.sqrt(2))
-    lower, upper = gamma_interval(value, _variance(q, block, values, squares, confidence), confidence)
+    lower, upper = gamma_interval(value, variance_of_probes(q, block, values, squares, confidence), confidence)
+    moves = [seen.density(on, grid, sigma) - value for on in seen.divisor_range(confidence, sigma)]
+    lower, upper = _moved_by_divisor(value, (lower, upper), moves)
     # Rounding moves eigenvalues by some eps |H|; g' is at most exp(-1/2) peak / sigma.
-    rounding = torch.finfo(getattr(torch, q.dtype)).eps * float(nodes.abs().max()) / sigma * math.exp(-0.5) * peak
+    steepest = float(seen.axis.slope(torch.zeros(1, dtype=torch.float64)))
+    moved = torch.finfo(getattr(torch, q.dtype)).eps * float(seen.recurrence.nodes.abs().max()) * steepest
+    rounding = moved / sigma * math.exp(-0.5) * peak
     lower, upper = (lower - rounding).clamp(min=0.0), (upper + rounding).clamp(max=peak)
-    bound = truncation.density_bound(q, block, grid, sigma)
+    bound = truncation.density_bound(q, block, grid, sigma, seen.axis)
     return value, lower, upper, (lower - bound).clamp(min=0.0), (upper + bound).clamp(max=peak)
 
 
@@ -104,43 +103,83 @@ def _nothing(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(x), torch.full_like(x, largest)
 
 
-def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float) -> Band:
+def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float, axis: Axis = RAW) -> Band:
     """Return the shares of eigenvalues <= x of some blocks with their bands.
 
-    The statistical band is at least as wide as a step of the quadratures at x makes it that is there for one half of
-    all probes: what the few at hand have in common need not hold for the next.
+    Quadratures are steps, and where x lies so near a node that the next probe's may be on its other side, few probes
+    may all be on one side: the sample then shows no spread though the step is the larger part of it. There the band is
+    at least as wide as theory's variance of the weights and a step that n_probes probes in a row did not show.
 
     Args:
         q: of all blocks.
         blocks: indices.
-        x: (n_points,) float64.
+        x: (n_points,) float64, on the axis.
         confidence: probability in (0, 1).
+        axis: of x.
+
+    Source: Clopper and Pearson 1934 (an event not seen in n trials).
     """
-    return _stack(x, [_cdf_band(q, block, x, confidence) for block in blocks], confidence)
+    return _stack(x, [_cdf_band(q, block, BlockOnAxis(q, block, axis), x, confidence) for block in blocks], confidence)
 
 
-def _cdf_band(q: Quadrature, block: int, x: Tensor, confidence: float) -> tuple[Tensor, ...]:
-    recurrence = truncation.Recurrence(q, block)
+def _cdf_band(q: Quadrature, block: int, seen: BlockOnAxis, y: Tensor, confidence: float) -> tuple[Tensor, ...]:
+    recurrence, x = seen.recurrence, seen.axis.invert(y)
     count = len(recurrence.steps)
     if count == 0:
         return (torch.full_like(x, math.nan), *_nothing(x, 1.0), *_nothing(x, 1.0))
     values = recurrence.cdf(x)
     value = values.mean(0)
-    lower, upper = _share_interval(q, block, values, confidence)
+    moves = [recurrence.cdf(axis.invert(y)).mean(0) - value for axis in seen.divisor_range(confidence)]
+    lower, upper = _moved_by_divisor(value, _share_interval(q, block, values, confidence), moves)
     step = recurrence.polynomials(x.expand(count, -1))[0].masked_fill(recurrence.exact[:, None], 0.0).mean(0)
-    half = normal_quantile(confidence) * step / math.sqrt(4 * count)
+    unseen = step * (1 - ((1 - confidence) / 2) ** (1 / count))
+    weights = torch.minimum(
+        variance_of_probes(q, block, values, value, confidence), 2 / (q.dims[block] + 2) * value * (1 - value) / count
+    )
+    half = torch.hypot(unseen, normal_quantile(confidence) * weights.clamp(min=0.0).sqrt())
+    half = torch.where(_may_step(recurrence.nodes, x, confidence), half, 0.0)
     lower, upper = torch.minimum(lower, value - half).clamp(min=0.0), torch.maximum(upper, value + half).clamp(max=1.0)
 
     below, above = recurrence.cdf_bounds(x)
-    total_lower = torch.minimum(_share_interval(q, block, below, confidence)[0], lower)
-    total_upper = torch.maximum(_share_interval(q, block, above, confidence)[1], upper)
+    low, high = (
+        _moved_by_divisor(part.mean(0), _share_interval(q, block, part, confidence), moves)[side]
+        for side, part in enumerate((below, above))
+    )
+    total_lower, total_upper = torch.minimum(low, lower).clamp(min=0.0), torch.maximum(high, upper).clamp(max=1.0)
     return value, lower, upper, total_lower, total_upper
+
+
+def _moved_by_divisor(value: Tensor, band: tuple[Tensor, Tensor], moves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Widen a band of a fixed divisor by what other divisors of its interval add to the value: squares added."""
+    if not moves:
+        return band
+    low, high = torch.stack(list(moves)).aminmax(dim=0)
+    lower = value - torch.hypot(value - band[0], low.clamp(max=0.0))
+    return lower, value + torch.hypot(band[1] - value, high.clamp(min=0.0))
+
+
+def _may_step(nodes: Tensor, x: Tensor, confidence: float) -> Tensor:
+    """Whether the node of the next probe may lie on the other side of x, (n_points,): Student's prediction interval.
+
+    Args:
+        nodes: (n_probes, m) float64, ascending.
+        x: (n_points,) float64.
+    """
+    count = len(nodes)
+    if count == 1:
+        return torch.ones_like(x, dtype=torch.bool)
+    reach = student_quantile(confidence, count - 1) * math.sqrt(1 + 1 / count)
+    ends = torch.full((count, 1), math.inf, dtype=torch.float64)
+    padded = torch.cat([-ends, nodes, ends], 1)
+    upto = torch.searchsorted(nodes, x.expand(count, -1).contiguous(), right=True)
+    left, right = x - padded.gather(1, upto), padded.gather(1, upto + 1) - x
+    return (left.mean(0) <= reach * left.std(0)) | (right.mean(0) <= reach * right.std(0))
 
 
 def _share_interval(q: Quadrature, block: int, shares: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
     """Interval of the expectation of shares in [0, 1], (n_known, n_points): Gamma on the side that is smaller."""
     mean = shares.mean(0)
-    variance = _variance(q, block, shares, mean, confidence)
+    variance = variance_of_probes(q, block, shares, mean, confidence)
     lower, upper = gamma_interval(mean, variance, confidence)
     rest_lower, rest_upper = gamma_interval((1 - mean).clamp(min=0.0), variance, confidence)
     small = mean < 0.5
@@ -150,64 +189,36 @@ def _share_interval(q: Quadrature, block: int, shares: Tensor, confidence: float
     )
 
 
-def trace_interval(q: Quadrature, confidence: float) -> tuple[Tensor, Tensor]:
-    """Return confidence intervals of the traces of all blocks, lower and upper (n_blocks,) each.
-
-    The trace of a probe's quadrature is exact after one step, so this is the whole error. Positive and negative
-    eigenvalues are taken as two Gamma variables that share the variance in proportion to their squares, and their
-    intervals combined.
-
-    Source: Zou and Donner 2008 (the interval of a difference from those of its parts).
-    """
-    intervals = []
-    for block, dim in enumerate(q.dims):
-        nodes, weights = _probes_of(q, block)
-        if len(nodes) < (1 if q.is_exact(block) else 2):
-            intervals.append((-math.inf, math.inf))
-            continue
-        values = (weights * nodes).sum(1)
-        mean, square = values.mean(), (weights * nodes**2).sum(1).mean()
-        variance = _variance(q, block, values, square, confidence)
-        ends = []
-        for sign in (1.0, -1.0):
-            side = (sign * nodes).clamp(min=0.0)
-            part = (weights * side).sum(1).mean()
-            share = (weights * side**2).sum(1).mean() / square if square > 0 else torch.zeros_like(mean)
-            lower, upper = gamma_interval(part[None], (variance * share)[None], confidence)
-            ends.append((float(part - lower), float(upper - part)))
-        (below, above), (other_below, other_above) = ends
-        intervals.append(
-            (
-                dim * (float(mean) - math.hypot(below, other_above)),
-                dim * (float(mean) + math.hypot(above, other_below)),
-            )
-        )
-    lower, upper = torch.tensor(intervals, dtype=torch.float64).T
-    return lower, upper
-
-
-def wasserstein_error(q: Quadrature) -> tuple[Tensor, Tensor]:
+def wasserstein_error(q: Quadrature, blocks: Sequence[int], axis: Axis = RAW) -> tuple[Tensor, Tensor]:
     """Return how far, in Wasserstein-1 distance, probes and steps may have left the spectra from the truth.
 
+    Args:
+        q: of all blocks.
+        blocks: indices.
+        axis: on which.
+
     Returns:
-        probes, steps: (n_blocks,) each, in units of the eigenvalues: int stderr(cdf(x)) dx, which estimates the part of
+        probes, steps: (len(blocks),) each, in units of the axis: int stderr(cdf(y)) dy, which estimates the part of
         the probes (infinite with one), and the bound of truncation.wasserstein_bound, mean over probes.
     """
-    from_probes = [_cdf_stderr_area(*_probes_of(q, block), q.is_exact(block)) for block in range(len(q.dims))]
-    bounds = truncation.wasserstein_bound(q)
-    known = q.steps > 0
-    steps = torch.where(known, bounds, 0.0).sum(0) / known.sum(0)
-    return torch.tensor(from_probes, dtype=torch.float64), steps
+    seen = [BlockOnAxis(q, block, axis) for block in blocks]
+    from_probes = [_cdf_stderr_area(one, q.is_exact(block)) for one, block in zip(seen, blocks)]
+    from_steps = [float(truncation.wasserstein_bound(one.recurrence, one.axis).mean()) for one in seen]
+    return torch.tensor(from_probes, dtype=torch.float64), torch.tensor(from_steps, dtype=torch.float64)
 
 
-def _cdf_stderr_area(nodes: Tensor, weights: Tensor, exact: bool) -> float:
-    count, m = nodes.shape
+def _cdf_stderr_area(seen: BlockOnAxis, exact: bool) -> float:
+    nodes, weights = seen.recurrence.nodes, seen.recurrence.weights
+    count = len(nodes)
     if count == 0:
         return math.nan
     if exact or count == 1:
         return 0.0 if exact else math.inf
-    x, order = nodes.flatten().sort()
-    jumps = torch.zeros(count, count * m, dtype=torch.float64)
-    jumps[order // m, torch.arange(count * m)] = weights.flatten()[order]
-    _, variance, _ = mean_and_variance(jumps.cumsum(1))
-    return float(((variance[:-1] / count).sqrt() * x.diff()).sum())
+    others = seen.divisor_range(_ONE_SIGMA)
+    y = torch.unique(torch.cat([axis.place(nodes).flatten() for axis in (seen.axis, *others)]))
+    _, variance, _ = mean_and_variance(measures.cdf(seen.axis.place(nodes), weights, y))
+    stderr = (variance / count).sqrt()
+    if others:
+        low, high = (measures.cdf(axis.place(nodes), weights, y).mean(0) for axis in (others[0], others[-1]))
+        stderr = torch.hypot(stderr, (high - low) / 2)
+    return float((stderr[:-1] * y.diff()).sum())

@@ -34,7 +34,7 @@ from blockhess.engines.plan import CHOICES, Plan, budget_bytes, make_plan, micro
 from blockhess.losses import as_loss
 from blockhess.model_state import fixed_state, freeze_batch_statistics, has_batchnorm
 from blockhess.problem import Problem
-from blockhess.progress import progress_bar
+from blockhess.progress import check_progress, progress_bar
 from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature
 from blockhess_ext.slq import reorthogonalized_blocks
@@ -126,7 +126,7 @@ def spectrum(
         >>> list(spectra)
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    _choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     start = time.perf_counter()
     options = _Options(num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget)
     posing = (blocks, batchnorm, dtype, memory_budget, matmul_precision)
@@ -193,7 +193,7 @@ def extend(
         >>> extend(two, model, batch, loss_fn, num_probes=5).quadrature.num_probes
         5
     """
-    _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    _choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     start = time.perf_counter()
     first = spectra.provenance
     missing = [name for name in (*_KEPT, "fingerprints", "plan") if name not in first]
@@ -230,6 +230,8 @@ def extend(
         Spectra(job.infos, quadrature, first | job.provenance(quadrature) | {"seconds": seconds}), on_nonfinite
     )
 
+
+ON_NONFINITE = ("raise", "report")
 
 # A loss is another one where its value on the same data differs by more, relatively.
 LOSS_TOLERANCE = 1e-4
@@ -282,6 +284,9 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
     """
     given = inspect.signature(spectrum).bind(model, data, loss_fn, **options)
     given.apply_defaults()
+    _choice("on_nonfinite", given.arguments["on_nonfinite"], ON_NONFINITE)
+    check_progress(given.arguments["progress"])
+    blockhess_ext.arguments.probe_seed(given.arguments["seed"])
     wishes = _Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(_Options)})
     posing = {name: given.arguments[name] for name in inspect.signature(_posed).parameters}
     with _posed(**posing) as (problem, *_):
@@ -403,6 +408,7 @@ class _Job:
             basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
             budget=budget_bytes(options.memory_budget, problem.device),
             exact=exact,
+            least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
         )
         self.infos = problem.infos
         self.hvps = 0 if first is None else first.provenance["hvps"]

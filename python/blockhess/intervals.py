@@ -38,6 +38,11 @@ def normal_quantile(confidence: float) -> float:
     return float(special.ndtri((1 + confidence) / 2))
 
 
+def student_quantile(confidence: float, degrees: int) -> float:
+    """Return t such that Student's variable of so many degrees of freedom lies in [-t, t] with this probability."""
+    return float(special.stdtrit(degrees, (1 + confidence) / 2))
+
+
 def mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return the mean over the first axis, the unbiased variance of one value (infinite if single), the count."""
     count = len(values)
@@ -60,7 +65,7 @@ def variance_of_mean(values: Tensor, known: Tensor, confidence: float) -> Tensor
         (...), infinite for a single value.
     """
     _, sample, count = mean_and_variance(values)
-    student = float(special.stdtrit(count - 1, (1 + confidence) / 2)) if count > 1 else math.inf
+    student = student_quantile(confidence, count - 1) if count > 1 else math.inf
     excess = torch.where(sample > known, (sample - known) * (student / normal_quantile(confidence)) ** 2, 0.0)
     return (known + excess) / count
 

@@ -53,5 +53,9 @@ def _module(place: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except (ModuleNotFoundError, FileNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        if error.name and place != error.name and not place.startswith(f"{error.name}."):
+            raise ValueError(f"job: {place!r} imports the module {error.name!r}, which must be installed") from None
+        raise ValueError(f"job: {place!r} must be there, got {error}") from None
+    except FileNotFoundError as error:
         raise ValueError(f"job: {place!r} must be there, got {error}") from None

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy import special
 from torch import Tensor
 
 from blockhess.divergence import JS0
-from blockhess.intervals import jackknife, leave_one_out
+from blockhess.intervals import jackknife, leave_one_out, student_quantile
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +67,7 @@ def js_error(matrix: Callable[[list[int], str], Tensor], kind: str, n_probes: in
 
 def with_interval(js0: JS0, error: JSError, confidence: float) -> JS0:
     """Return JS0 with bias, standard error and Student's interval about value - bias, within the bounds of its kind."""
-    student = float(special.stdtrit(max(error.num_probes - 1, 1), (1 + confidence) / 2))
+    student = student_quantile(confidence, max(error.num_probes - 1, 1))
     middle, half = js0.value - error.js0_bias, student * error.js0_stderr
     bound = math.log(2) / math.log(js0.base)
     largest = {"divergence": bound, "distance": math.sqrt(bound)}.get(js0.kind, math.inf)

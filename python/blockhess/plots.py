@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blockhess.density import check_sigma, default_sigma, node_grid, smooth
+from blockhess.axes import Axis, check_axis
+from blockhess.density import check_sigma_in_range, default_sigma, node_grid, smooth
 from blockhess.divergence import BATCHNORM_POLICIES, KINDS
+from blockhess.error_bars import density_band
 from blockhess.files import check_writable
+from blockhess.intervals import check_confidence
 from blockhess.spectra import Spectra
 
 if TYPE_CHECKING:
@@ -68,6 +71,9 @@ def plot_density(
     sigma: float | None = None,
     share_x: bool = False,
     confidence: float | None = 0.95,
+    axis: str = "linear",
+    normalize: str | int = "none",
+    scale: float | None = None,
 ) -> Figure:
     """Draw the log-density of every block in a panel of its own.
 
@@ -76,12 +82,13 @@ def plot_density(
 
     Args:
         spectra: what to draw.
-        blocks: names, in order; None means all.
-        sigma: width of the Gaussian, one for all blocks; None means what each block's nodes resolve, or
+        blocks: names, in order; None means all that can be normalised.
+        sigma: width of the Gaussian on the axis, one for all blocks; None means what each block's nodes resolve, or
             DEFAULT_RELATIVE_SIGMA of the range of all of them with share_x.
         share_x: one axis of eigenvalues for all panels; otherwise each spans its own block.
         confidence: of the error bands: dark what the random probes, light what probes and steps leave open, see
             Spectra.density_band. None means no bands; of a block with one probe there are none.
+        axis, normalize, scale: see Spectra.js_matrix.
 
     Returns:
         Figure.
@@ -95,10 +102,13 @@ def plot_density(
     Example:
         >>> plot_density(spectra, sigma=0.01).savefig("density.png")
     """
-    rows = spectra.rows(blocks)
+    check_axis("plot_density", axis, normalize, scale)
+    names = spectra.normalizable(normalize) if blocks is None else tuple(blocks)
+    rows = spectra.rows(names)
     if not rows:
         raise ValueError("plot_density: blocks must name at least one block, got none")
-    nodes, weights = (values[rows] for values in spectra.merged)
+    where = spectra.axis_of("plot_density", names, axis, normalize, scale)
+    nodes, weights = spectra.measures_of(names, where)
     # Heights below a tenth of one eigenvalue's share are no information.
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
 
@@ -107,18 +117,18 @@ def plot_density(
     figure = _figure(max(5.6, PANEL_WIDTH * columns + 0.3), PANEL_HEIGHT * lines + 1.1)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
     if sigma is not None:
-        widths = [check_sigma("plot_density", sigma, nodes)] * len(rows)
+        widths = [check_sigma_in_range("plot_density", sigma, nodes)] * len(rows)
         blur = f"sigma {sigma:.3g}"
     elif share_x:
         widths = [default_sigma(nodes)] * len(rows)
         blur = f"sigma {widths[0]:.3g}"
     else:
-        widths = spectra.resolved_sigma(blocks).tolist()
+        widths = spectra.resolved_sigma(names, axis, normalize, where.scale).tolist()
         blur = "about each block's range / steps, for pictures only"
     for panel, row, x, w, width in zip(panels.flatten(), rows, nodes, weights, widths):
         _draw_density(panel, spectra.names[row], x, w, width)
         if confidence is not None:
-            _draw_bands(panel, spectra, row, width, confidence)
+            _draw_bands(panel, spectra, row, node_grid(x, width), width, confidence, where)
     for panel in panels.flatten()[len(rows) :]:
         panel.remove()
 
@@ -133,7 +143,8 @@ def plot_density(
     title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
     title += f", {BATCHNORM_POLICIES[policy]}" if policy in ("eval", "batch") else ""
     figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
-    below = f"eigenvalue (grey line: 0)\nblurred by Gaussians of {blur}"
+    what = "eigenvalue" if where == Axis() else textwrap.fill(str(where), int(10 * figure.get_figwidth()))
+    below = f"{what} (grey line: 0)\nblurred by Gaussians of {blur}"
     if confidence is not None:
         below += f"\n{100 * confidence:g} % bands: dark from the random probes, light with what the steps leave open"
     figure.supxlabel(below, fontsize="medium")
@@ -157,11 +168,14 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
         panel.spines[side].set_visible(False)
 
 
-def _draw_bands(panel: Axes, spectra: Spectra, row: int, sigma: float, confidence: float) -> None:
+def _draw_bands(
+    panel: Axes, spectra: Spectra, row: int, grid: Tensor, sigma: float, confidence: float, axis: Axis
+) -> None:
     """Shade the error bands of the density that _draw_density drew."""
+    check_confidence("plot_density", confidence)
     if int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
         return
-    band = spectra.density_band(sigma, confidence=confidence, blocks=[spectra.names[row]])
+    band = density_band(spectra.quadrature, [row], grid, sigma, confidence, axis)
     x, height = band.x.numpy(), sigma * math.sqrt(2 * math.pi)
     for lower, upper, color in ((band.total_lower, band.total_upper, LIGHT), (band.lower, band.upper, DARK)):
         low, high = (height * edge[0].clamp(min=1e-300 / height).numpy() for edge in (lower, upper))

@@ -7,6 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def check_progress(enabled: bool | str) -> None:
+    """Refuse what is neither True, False nor "auto".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if enabled not in (True, False, "auto"):
+        raise ValueError(f"spectrum: progress must be True, False or 'auto', got {enabled!r}")
+
+
 @contextmanager
 def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterator[Callable[[], object]]:
     """Show on stderr how many of `total` units are done.
@@ -23,8 +33,7 @@ def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterato
         ImportError: `enabled` is True and tqdm is missing.
         ValueError: another `enabled`.
     """
-    if enabled not in (True, False, "auto"):
-        raise ValueError(f"spectrum: progress must be True, False or 'auto', got {enabled!r}")
+    check_progress(enabled)
     try:
         from tqdm import tqdm
     except ImportError:

@@ -25,7 +25,7 @@ from torch import Tensor
 from blockhess import axes, js_error, measures, ritz, transport
 from blockhess.axes import Axis
 from blockhess.blocks import ZERO_NOTE, BlockInfo
-from blockhess.density import check_grid, check_sigma, default_sigma, node_grid, smallest_sigma, smooth
+from blockhess.density import check_grid, check_sigma_in_range, default_sigma, node_grid, smallest_sigma, smooth
 from blockhess.divergence import JS0, UNNORMALISED_POINTS, js_matrix
 from blockhess.intervals import check_confidence, normal_quantile
 from blockhess.sensitivity import Sensitivity, sensitivity
@@ -188,7 +188,7 @@ class Spectra(SpectraBands):
         """Smooth the spectra of all blocks with one Gaussian, on one grid.
 
         Args:
-            sigma: width of the Gaussian on the axis; None means default_sigma().
+            sigma: width of the Gaussian on the axis, at most the range of all nodes; None means default_sigma().
             grid: (n_points,) points of the axis, strictly ascending; None means density.node_grid, which covers every
                 node of every block; between its patches all densities are 0.
             axis, normalize, scale: see js_matrix.
@@ -207,11 +207,11 @@ class Spectra(SpectraBands):
             >>> grid, densities = spectra.density(sigma=0.01)
         """
         names = self.names if blocks is None else tuple(blocks)
-        nodes, weights = self._measures_of(names, self._axis("density", names, axis, normalize, scale))
+        nodes, weights = self.measures_of(names, self.axis_of("density", names, axis, normalize, scale))
         if sigma is None:
             chosen = [i for i, name in enumerate(names) if blocks is not None or name in self._sound]
             sigma = max(default_sigma(nodes[chosen] if chosen else nodes), smallest_sigma(nodes))
-        sigma = check_sigma("density", sigma, nodes)
+        sigma = check_sigma_in_range("density", sigma, nodes)
         points = node_grid(nodes, sigma) if grid is None else check_grid("density", grid)
         return points, smooth(nodes, weights, points, sigma)
 
@@ -485,12 +485,17 @@ class Spectra(SpectraBands):
                 reasons[name] = f"{what} zero or negative"
         return reasons
 
+    def normalizable(self, normalize: str | int) -> tuple[str, ...]:
+        """Return the names of the blocks whose eigenvalues can be divided by what normalize says; see js_matrix."""
+        broken = self._not_normalizable(normalize)
+        return tuple(name for name in self.names if name not in broken)
+
     @cached_property
     def _sound(self) -> tuple[str, ...]:
         left_out = dict(self.left_out)
         return tuple(name for name in self.names if name not in left_out)
 
-    def _axis(self, op: str, names: Sequence[str], axis: str, normalize: str | int, scale: float | None) -> Axis:
+    def axis_of(self, op: str, names: Sequence[str], axis: str, normalize: str | int, scale: float | None) -> Axis:
         """Return the axis for these blocks, with the default scale where it needs one and none is given."""
         axes.check_axis(op, axis, normalize, scale)
         broken = self._not_normalizable(normalize)
@@ -500,10 +505,10 @@ class Spectra(SpectraBands):
                     f"{op}: eigenvalues of {name!r} cannot be divided by {axes.divisor_name(normalize)}: {broken[name]}"
                 )
         if axis == "asinh" and scale is None:
-            scale = axes.default_scale(*self._measures_of(names, Axis(normalize=normalize)))
+            scale = axes.default_scale(*self.measures_of(names, Axis(normalize=normalize)))
         return Axis(axis, normalize, scale)
 
-    def _measures_of(self, names: Sequence[str], axis: Axis, probes: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    def measures_of(self, names: Sequence[str], axis: Axis, probes: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Nodes on an axis and weights of some blocks, from all probes or some."""
         rows = self.rows(names)
         merged = self.merged if probes is None else measures.merge_probes(measures.with_probes(self.quadrature, probes))
@@ -527,7 +532,7 @@ class Spectra(SpectraBands):
         if blocks is None:
             left_out = dict(self._left_out(normalize))
             blocks = [name for name in self.names if name not in left_out] or self.names
-        return default_sigma(self._measures_of(blocks, self._axis("default_sigma", blocks, axis, normalize, scale))[0])
+        return default_sigma(self.measures_of(blocks, self.axis_of("default_sigma", blocks, axis, normalize, scale))[0])
 
     def js_matrix(
         self,
@@ -546,7 +551,8 @@ class Spectra(SpectraBands):
             kind: "distance", "divergence", or a reconstruction of the paper's definition, "jeffreys" or
                 "unnormalised": see divergence.js_matrix.
             base: of the logarithm, for all kinds; with base 2 the first two are in [0, 1].
-            sigma: width of the Gaussian on the axis, one for all; None means default_sigma(blocks, axis, ...).
+            sigma: width of the Gaussian on the axis, one for all, at most the range of all nodes; None means
+                default_sigma(blocks, axis, ...).
             axis: "linear", or "asinh": logarithmic towards both sides beyond `scale`.
             blocks: names; None means every block that is used and finite, and can be normalised.
             grid_points: for kind "unnormalised" only.
@@ -624,7 +630,7 @@ class Spectra(SpectraBands):
 
         def matrix(probes: list[int], kind: str) -> Tensor:
             values = js_matrix(
-                *self._measures_of(js0.blocks, axis, probes),
+                *self.measures_of(js0.blocks, axis, probes),
                 kind=kind,
                 base=js0.base,
                 sigma=js0.sigma,
@@ -649,9 +655,9 @@ class Spectra(SpectraBands):
         """Return js_matrix and js0 at the cost of one. Args, Raises: see js_matrix."""
         axes.check_axis("js_matrix", axis, normalize, scale)
         names = self.compared(blocks, normalize)
-        where = self._axis("js_matrix", names, axis, normalize, scale)
-        nodes, weights = self._measures_of(names, where)
-        sigma = default_sigma(nodes) if sigma is None else float(sigma)
+        where = self.axis_of("js_matrix", names, axis, normalize, scale)
+        nodes, weights = self.measures_of(names, where)
+        sigma = default_sigma(nodes) if sigma is None else check_sigma_in_range("js_matrix", sigma, nodes)
         matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
         return matrix, JS0(
             value=js_error.mean_of_pairs(matrix),
@@ -702,8 +708,8 @@ class Spectra(SpectraBands):
         """
         axes.check_axis("distance_matrix", axis, normalize, scale)
         names = self.compared(blocks, normalize)
-        where = self._axis("distance_matrix", names, axis, normalize, scale)
-        return transport.distance_matrix(*self._measures_of(names, where), metric)
+        where = self.axis_of("distance_matrix", names, axis, normalize, scale)
+        return transport.distance_matrix(*self.measures_of(names, where), metric)
 
     def table(self, blocks: Sequence[str] | None = None) -> str:
         """Return a plain-text table, one block a line: shape, extreme eigenvalues, trace +- its error, ...

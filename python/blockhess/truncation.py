@@ -24,6 +24,7 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
+from blockhess.axes import BlockAxis
 from blockhess.density import WINDOW
 from blockhess_ext import Quadrature, ops
 
@@ -37,6 +38,8 @@ _LEAST_COUPLING = 1e-16  # of |T|
 
 # Double-exponential quadrature: spacing and end of its abscissae; integrals are good to 1e-3, with ghosts to 5 %.
 _STEP, _REACH = 0.4, 2.8
+
+RAW = BlockAxis()
 
 # Elements of the tridiagonal matrices that are solved at once, at most.
 _CHUNK = 2**22
@@ -158,24 +161,31 @@ class Recurrence:
         lower, upper = sums.gather(1, at), sums.gather(1, at + 1)
         return lower.view(shape[:2]), upper.view(shape[:2])
 
-    def bracket(self, longest: float = math.inf) -> tuple[Tensor, Tensor]:
+    def bracket(self, longest: float = math.inf, axis: BlockAxis = RAW) -> tuple[Tensor, Tensor]:
         """Return points x and masses christoffel(x) dx, (n_known, n_points) each, that integrate over the line.
 
         Between two nodes, and beyond the outer ones, by double-exponential quadrature, which resolves the narrow peaks
         of christoffel at converged nodes. Masses are 0 for exact recurrences.
 
         Args:
-            longest: gaps are cut into at most 64 equal pieces so that none is longer.
+            longest: gaps are cut into at most 64 pieces, equal on the axis, so that none is longer there.
+            axis: on which.
         """
         t = torch.arange(-_REACH, _REACH + _STEP / 2, _STEP, dtype=torch.float64)
         arc = math.pi / 2 * t.sinh()
         share, d_share = (2 * arc).sigmoid(), _STEP * math.pi * t.cosh() * (2 * arc).sigmoid() * (-2 * arc).sigmoid()
 
-        left, width = self.nodes[:, :-1], self.nodes.diff(dim=1)
+        placed = axis.place(self.nodes)
+        left, width = placed[:, :-1], placed.diff(dim=1)
         pieces = 1 if not width.numel() else int((width.max() / longest).clamp(1, 64).ceil())
-        cuts = torch.arange(pieces, dtype=torch.float64) / pieces
-        left = (left[..., None] + width[..., None] * cuts).flatten(1)[..., None]
-        width = (width / pieces).repeat_interleave(pieces, 1)[..., None]
+        if pieces == 1:
+            edges = self.nodes
+        else:
+            cuts = torch.arange(pieces, dtype=torch.float64) / pieces
+            inner = axis.invert(left[..., None] + width[..., None] * cuts)
+            inner[..., 0] = self.nodes[:, :-1]
+            edges = torch.cat([inner.flatten(1), self.nodes[:, -1:]], 1)
+        left, width = edges[:, :-1, None], edges.diff(dim=1).clamp(min=0.0)[..., None]
         inside, d_inside = left + width * share, width * d_share
 
         # Beyond the outer nodes x = node +- |T| exp(arc), up to 2e5 |T|: christoffel falls as x^(-2 (m - 1)).
@@ -187,38 +197,39 @@ class Recurrence:
         return x, (self.polynomials(x)[0] * d_x).masked_fill(self.exact[:, None], 0.0)
 
 
-def wasserstein_bound(quadrature: Quadrature) -> Tensor:
+def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = RAW) -> Tensor:
     """Bound the Wasserstein-1 distance between the quadrature of every recurrence and the measure of its probe.
 
+    Args:
+        recurrence: those of one block.
+        axis: on which to measure.
+
     Returns:
-        (n_probes, n_blocks) float64, in units of the eigenvalues: 0 for exact recurrences, infinite for others with one
-        step, NaN for recurrences without a step.
+        (n_known,) float64, in units of the axis: 0 for exact recurrences, infinite for others with one step.
 
     Source: Chen, Trogdon, Ubaru 2021, section 3, with the Christoffel function instead of two neighbouring weights.
     """
-    bounds = torch.full(quadrature.steps.shape, math.nan, dtype=torch.float64)
-    for block in range(len(quadrature.dims)):
-        recurrence = Recurrence(quadrature, block)
-        value = recurrence.bracket()[1].sum(1)
-        value[(recurrence.steps == 1) & ~recurrence.exact] = math.inf
-        bounds[quadrature.steps[:, block] > 0, block] = value
-    return bounds
+    x, mass = recurrence.bracket()
+    bound = (mass * axis.slope(x)).sum(1)
+    bound[(recurrence.steps == 1) & ~recurrence.exact] = math.inf
+    return bound
 
 
-def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float) -> Tensor:
-    """Bound the error that the steps leave in the density of a block smoothed by a Gaussian g.
+def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float, axis: BlockAxis = RAW) -> Tensor:
+    """Bound the error that the steps leave in the density of a block smoothed by a Gaussian g on an axis y(x).
 
-    The smaller of two bounds. From the bracket of the distribution function, by parts: int |g'(t - x)| christoffel(x)
-    dx, for any spectrum. From the exactness for polynomials of degree 2 m - 1: twice the coefficients of g(t - x) from
-    degree 2 m on in Chebyshev polynomials on the range of the spectrum, which falls exponentially once m resolves
-    sigma. That range is not known: it is taken from the first to the last node of all probes, and on until
+    The smaller of two bounds. From the bracket of the distribution function, by parts: int |g'(t - y(x))| y'(x)
+    christoffel(x) dx, for any spectrum. From the exactness for polynomials of degree 2 m - 1: twice the coefficients of
+    g(t - y(x)) from degree 2 m on in Chebyshev polynomials on the range of the spectrum, which falls fast once m
+    resolves sigma. That range is not known: it is taken from the first to the last node of all probes, and on until
     christoffel, which bounds what a probe may still hide there, falls below 1e-6.
 
     Args:
         quadrature: of all blocks.
         block: index.
-        grid: (n_points,) float64.
-        sigma: width of the Gaussian.
+        grid: (n_points,) float64, on the axis.
+        sigma: width of the Gaussian, on the axis.
+        axis: y(x).
 
     Returns:
         (n_points,) float64, mean over probes; never above the peak of g.
@@ -230,13 +241,14 @@ def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float
     open_ = ~recurrence.exact
     if not bool(open_.any()):
         return torch.zeros_like(grid)
-    x, mass = (part[open_] for part in recurrence.bracket(longest=3 * sigma))
-    bound = torch.minimum(_by_parts(x, mass, grid, sigma), _chebyshev_tail(recurrence, grid, sigma))
+    x, mass = (part[open_] for part in recurrence.bracket(3 * sigma, axis))
+    by_parts = _by_parts(axis.place(x), mass * axis.slope(x), grid, sigma)
+    bound = torch.minimum(by_parts, _chebyshev_tail(recurrence, grid, sigma, axis))
     return bound.clamp(max=peak).sum(0) / len(open_)
 
 
 def _by_parts(x: Tensor, mass: Tensor, grid: Tensor, sigma: float) -> Tensor:
-    """int |g'(t - x)| dmass(x) of every recurrence, (n_open, n_points); what is beyond the grid is passed over."""
+    """int |g'(t - x)| dmass(x) of every recurrence, x on the axis, (n_open, n_points); none from beyond the grid."""
     bound = torch.zeros(len(x), len(grid), dtype=torch.float64)
     for row in range(len(x)):
         near = (mass[row] > 0) & (x[row] >= grid[0] - WINDOW * sigma) & (x[row] <= grid[-1] + WINDOW * sigma)
@@ -251,19 +263,20 @@ def _by_parts(x: Tensor, mass: Tensor, grid: Tensor, sigma: float) -> Tensor:
     return bound
 
 
-def _chebyshev_tail(recurrence: Recurrence, grid: Tensor, sigma: float) -> Tensor:
-    """2 sum_{k >= 2 m} |c_k(t)|, (n_points,), with g(t - x) = sum_k c_k(t) T_k(x) on the range of the spectrum."""
+def _chebyshev_tail(recurrence: Recurrence, grid: Tensor, sigma: float, axis: BlockAxis) -> Tensor:
+    """2 sum_{k >= 2 m} |c_k(t)|, (n_points,), with g(t - y(x)) = sum_k c_k(t) T_k(x) on the range of the spectrum."""
     low, high = _range(recurrence)
     middle, half = (low + high) / 2, (high - low) / 2
     degree = 2 * int(recurrence.steps[~recurrence.exact].min())
-    if degree * sigma < half:  # c_k falls as exp(-(k sigma / half)^2 / 2): no bound below the peak
+    finest = axis.finest(sigma)
+    if degree * finest < half:  # c_k falls as exp(-(k sigma / half)^2 / 2): no bound below the peak
         return torch.full_like(grid, math.inf)
-    size = 2 ** math.ceil(math.log2(max(2 * degree, 12 * half / sigma, 32)))
+    size = 2 ** math.ceil(math.log2(max(2 * degree, 12 * half / finest, 32)))
     angles = (torch.arange(size, dtype=torch.float64) + 0.5) * (math.pi / size)
-    x = middle + half * angles.cos()
+    y = axis.place(middle + half * angles.cos())
     tail = torch.empty_like(grid)
     for start in range(0, len(grid), 512):
-        z = (grid[start : start + 512, None] - x) / sigma
+        z = (grid[start : start + 512, None] - y) / sigma
         values = (-0.5 * z**2).exp() / (sigma * math.sqrt(2 * math.pi))
         coefficients = torch.from_numpy(dct(values.numpy(), axis=1)) / size
         tail[start : start + 512] = 2 * coefficients[:, degree:].abs().sum(1)

@@ -66,11 +66,17 @@ def exact_quadratures(
     ]
 
 
+def bytes_needed(dims: Sequence[int], itemsize: int) -> int:
+    """Bytes that writing out blocks of these sizes takes: all of them, and three float64 copies of the largest."""
+    return sum(itemsize * dim * dim for dim in dims) + 24 * max(dims, default=0) ** 2
+
+
 def _eigenvalues(matrix: Tensor) -> Tensor:
     matrix = matrix.double()
     if not bool(matrix.isfinite().all()):
         return matrix.new_full((len(matrix),), torch.nan)
-    eigenvalues: Tensor = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    matrix = matrix.add(matrix.mT).div_(2)  # from here on the copy above is free again
+    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
     return eigenvalues
 
 

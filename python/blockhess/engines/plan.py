@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from blockhess.engines import ENGINES
-from blockhess.engines.exact import is_cheaper_exact
+from blockhess.engines.exact import bytes_needed, is_cheaper_exact
 from blockhess.engines.operator import Engine
 from blockhess.problem import Problem
 
@@ -48,6 +48,7 @@ class Plan:
         retain: whether graphs or constants of all batches are kept through all steps.
         batches: after large ones were split.
         hvps: most products of one block, probe and batch.
+        least_hvps: fewest that a tolerance leaves; the same where none is given.
         flops: of all of them, about. seconds: that they would take at the speed of one measured forward pass.
         vector_bytes, engine_bytes: the most that vectors or blocks written out, and graphs or constants, take at a
             time.
@@ -63,6 +64,7 @@ class Plan:
     retain: bool
     batches: int
     hvps: int
+    least_hvps: int
     flops: float
     seconds: float = field(compare=False)
     vector_bytes: int
@@ -79,12 +81,16 @@ class Plan:
         options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
 
+    def _products(self) -> str:
+        least = f", at least {self.least_hvps:,}," if self.least_hvps < self.hvps else ""
+        return f"{'at most ' if least else ''}{self.hvps:,}{least}"
+
     def __str__(self) -> str:
         lines = [
             f"engine        {self.engine}{', compiled' if self.compiled else ''} ({self.why})",
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
-            f"products      {self.hvps:,} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
+            f"products      {self._products()} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
             f"{_time(self.seconds)}",
             f"together      {max(p[1] for p in self.passes) if self.passes else 0} probes of "
             f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
@@ -131,6 +137,7 @@ def make_plan(
     basis_dims: Sequence[int],
     budget: int,
     exact: tuple[bool, ...] | None = None,
+    least: tuple[int, int] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -140,6 +147,7 @@ def make_plan(
         basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
         budget: bytes.
         exact: which blocks are written out, where an earlier run has decided it.
+        least: fewest probes and steps of an estimated block, where a tolerance decides between these and the most.
 
     Raises:
         ValueError: not even one probe of the largest block, or the blocks written out, fit; tells what would be needed.
@@ -163,6 +171,9 @@ def make_plan(
     n_batches = len(problem.batches)
     per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
     hvps = n_batches * sum(count for count, u in zip(per_block, used) if u)
+    fewest_probes, fewest_steps = least or (num_probes, num_steps)
+    fewest = [d if e else min(fewest_probes, num_probes) * min(fewest_steps, num_steps, d) for d, e in zip(dims, exact)]
+    least_hvps = n_batches * sum(count for count, u in zip(fewest, used) if u)
     chosen, why = _engine(problem, engine, hvps)
     graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
     retain = n_batches * graph <= room
@@ -177,9 +188,10 @@ def make_plan(
         retain=retain,
         batches=n_batches,
         hvps=hvps,
+        least_hvps=least_hvps,
         flops=forwards * problem.forward_flops,
         seconds=forwards * problem.forward_seconds,
-        vector_bytes=max(together, itemsize * sum(d * d for d, e in zip(dims, exact) if e)),
+        vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize)),
         engine_bytes=graph * (n_batches if retain else 1),
         memory_budget=budget,
         why=why,
@@ -217,13 +229,15 @@ def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, r
     exact = [False] * len(problem.dims)
     if wish not in ("auto", "exact"):
         return tuple(exact)
-    taken = 0
+    written: list[int] = []
     for l in sorted(range(len(exact)), key=lambda l: problem.dims[l]):
         dim = problem.dims[l]
         if not problem.is_used(l) or (wish == "auto" and not is_cheaper_exact(dim, num_probes, num_steps)):
             continue
-        taken += dim * dim * problem.dtype.itemsize
-        exact[l] = wish == "exact" or taken <= room
+        exact[l] = wish == "exact" or bytes_needed([*written, dim], problem.dtype.itemsize) <= room
+        if exact[l]:
+            written.append(dim)
+    taken = bytes_needed(written, problem.dtype.itemsize)
     if wish == "exact" and taken > room:
         raise ValueError(
             f"spectrum: memory_budget must be at least {_size(2 * taken)} to write out {sum(exact)} blocks "
