@@ -2,13 +2,7 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define BLOCKHESS_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#define BLOCKHESS_INLINE inline __attribute__((always_inline))
-#else
-#define BLOCKHESS_MULTIVERSION
-#define BLOCKHESS_INLINE inline
-#endif
+#include "multiversion.h"
 
 namespace blockhess {
 namespace {
