@@ -1,6 +1,6 @@
 // Each lane has its own window l ... m, cut out by negligible couplings, and its own shift; a sweep runs over the union
-// of the windows, and a lane is left alone outside its own: a rotation is computed in every lane and taken over where it
-// counts. Rows are compared as doubles and values chosen by bits, which every instruction set can do in all lanes.
+// of the windows, and a lane is left alone outside its own: a rotation is computed in every lane and taken over where
+// it counts. Rows are compared as doubles and values chosen by bits, which every instruction set can do in all lanes.
 #include "tridiag_lanes.h"
 
 #include <algorithm>

@@ -65,8 +65,7 @@ int64_t tridiag_quadrature_cpu(const TridiagQuadrature& op, const ParallelFor& p
           while (b < lowest && !lowest_failed.compare_exchange_weak(lowest, b)) {
           }
         }
-        for (int64_t i = 0; i < n; ++i)
-          rule[i] = {d[i * kLanes + k] * scale[k], q[i * kLanes + k] * q[i * kLanes + k]};
+        for (int64_t i = 0; i < n; ++i) rule[i] = {d[i * kLanes + k] * scale[k], q[i * kLanes + k] * q[i * kLanes + k]};
         std::sort(rule.begin(), rule.begin() + n);
         for (int64_t i = 0; i < n; ++i) std::tie(nodes[i], weights[i]) = rule[i];
         std::fill(nodes + n, nodes + op.m, n > 0 ? nodes[n - 1] : 0.0);
