@@ -7,9 +7,10 @@
 namespace blockhess {
 namespace {
 
-constexpr int64_t kLanes = 32;    // partial sums: enough to hide the latency of the add at every vector width
-constexpr int64_t kChunk = 1024;  // elements of x in float64 and 100 rows of the basis: both stay in cache
-constexpr int64_t kRows = 4;      // rows of the basis that share the loads of x
+constexpr int64_t kLanes = 32;  // partial sums: enough to hide the latency of the add at every vector width
+constexpr int64_t kChunk =
+    4096;                     // elements of x in float64, and their part of 100 rows of the basis: both stay in cache
+constexpr int64_t kRows = 4;  // rows of the basis that share the loads of x
 
 struct Lanes {
   double sum[kLanes] = {};
