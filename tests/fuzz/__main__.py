@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import resource
 import signal
@@ -20,8 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.environment import describe
 from tests.fuzz.result_files import ResultFiles
 from tests.fuzz.state_files import StateFiles, StateTexts
 from tests.fuzz.targets import Target
@@ -83,7 +81,7 @@ def main() -> int:
 
     signal.signal(signal.SIGALRM, hang)
     indices = range(args.first, args.first + args.inputs)
-    result: dict[str, Any] = {"seed": args.seed, "python": platform.python_version(), "torch": torch.__version__}
+    result: dict[str, Any] = {"seed": args.seed, "machine": describe()}
     for name in [args.only] if args.only else TARGETS:
         with tempfile.TemporaryDirectory() as folder:
             result[name] = fuzz(TARGETS[name](Path(folder)), args.seed, indices)
