@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import inspect
 import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -196,6 +195,8 @@ def extend(
     """
     _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
+    if not isinstance(spectra, Spectra):
+        raise TypeError(f"extend: spectra must be Spectra, got {type(spectra).__name__}")
     first = spectra.provenance
     missing = [name for name in (*_KEPT, "fingerprints", "plan") if name not in first]
     if missing:
@@ -551,18 +552,11 @@ def _whole(parts: Sequence[Quadrature]) -> Quadrature:
 
 
 def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"spectrum: {name} must be one of {', '.join(choices)}, got {value!r}")
+    blockhess_ext.arguments.choice(name, value, choices, "spectrum")
 
 
 def _count(name: str, value: Any, op: str = "spectrum") -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-    return number
+    return blockhess_ext.arguments.integer(name, value, 1, op=op)
 
 
 def _block_id(name: str) -> int:

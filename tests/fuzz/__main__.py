@@ -88,7 +88,7 @@ def main() -> int:
         print(name, json.dumps(result[name], indent=1), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(isinstance(part, dict) and part["findings"] for part in result.values()))
+    return int(any(part.get("findings") for part in result.values() if isinstance(part, dict)))
 
 
 if __name__ == "__main__":
