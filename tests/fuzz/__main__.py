@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import describe
+from tests.fuzz.config_files import ConfigFiles
 from tests.fuzz.result_files import ResultFiles
 from tests.fuzz.state_files import StateFiles, StateTexts
 from tests.fuzz.targets import Target
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (ResultFiles, StateFiles, StateTexts)}
+TARGETS: dict[str, type[Target]] = {
+    target.name: target for target in (ResultFiles, StateFiles, StateTexts, ConfigFiles)
+}
 LIMIT_SECONDS = 10
 LIMIT_MEMORY = 128 * 2**20
 
