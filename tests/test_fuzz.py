@@ -20,10 +20,11 @@ INPUTS = 400
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_damaged_files_are_refused_or_sound(name: str, tmp_path: Path) -> None:
-    result = fuzz(TARGETS[name](tmp_path), 1, range(INPUTS))
+    count = INPUTS // 8 if name == "crashes" else INPUTS  # every one syncs some ten times
+    result = fuzz(TARGETS[name](tmp_path), 1, range(count))
     assert result["findings"] == 0, json.dumps(result["found"], indent=1)
     # Control: the damage is neither always noticed nor without effect.
-    assert result["accepted"] > INPUTS / 40 and result["refused"] > INPUTS / 4
+    assert result["accepted"] > count / 40 and result["refused"] > count / 4
 
 
 def test_an_input_is_a_function_of_seed_and_index(tmp_path: Path) -> None:

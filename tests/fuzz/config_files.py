@@ -8,7 +8,7 @@ from typing import Any
 
 from blockhess.runs.config import OPTIONS, Config, load_config
 from tests.fuzz.mutations import damaged
-from tests.fuzz.targets import Target, require
+from tests.fuzz.targets import Reader, require
 from tests.test_config import GPT_RUN, RESNET_RUN
 
 VALUES = (
@@ -33,7 +33,7 @@ KEYS = (
 )
 
 
-class ConfigFiles(Target):
+class ConfigFiles(Reader):
     """blockhess.runs.config.load_config."""
 
     name = "config"
