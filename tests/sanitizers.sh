@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # The op tests on a build of the extension with the address and undefined-behaviour sanitizers of gcc.
 #
-#   tests/sanitizers.sh [PYTEST ARGUMENT ...]     from anywhere; PYTHON names the interpreter (default python3)
+#   tests/sanitizers.sh [PYTEST ARGUMENT ...]     from anywhere; PYTHON names the interpreter (default python3), OUT a
+#                                                 JSON file for what came of it
 #
 # Captured by sys, not by fd, so that what a sanitizer writes is seen. torch itself is not instrumented, but what it allocates is watched. Before the tests, two planted bugs must be found:
 # a read past the end of a tensor and a signed overflow.
 set -euo pipefail
+out=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
@@ -52,4 +54,20 @@ planted $file ' volatile double past = op.sigma[op.n_rows]; (void)past;' "$after
 planted $file ' volatile int64_t most = INT64_MAX; most = most + op.n_rows;' "$after" 'signed integer overflow'
 
 build
-checked -m pytest -q --capture=sys -p no:cacheprovider "${tests[@]/%/.py}" "$@"
+checked -m pytest -q --capture=sys -p no:cacheprovider --junitxml=report.xml "${tests[@]/%/.py}" "$@"
+
+if [[ -n ${out:-} ]]; then
+    cd ../..
+    PYTHONPATH=.:python "$python" - "$tree/report.xml" "$out" <<'END'
+import json, sys
+from xml.etree import ElementTree
+
+from bench.environment import describe
+
+suite = ElementTree.parse(sys.argv[1]).getroot().find("testsuite")
+counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+found = ["heap-buffer-overflow", "signed integer overflow"]
+result = counts | {"seconds": float(suite.get("time")), "planted_and_found": found, "machine": describe()}
+open(sys.argv[2], "w").write(json.dumps(result, indent=1) + "\n")
+END
+fi
