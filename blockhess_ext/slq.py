@@ -115,6 +115,11 @@ def batched_slq(
     """
     if not callable(hvp):
         raise TypeError(f"batched_slq: hvp must be a function, got {hvp!r}")
+    if not (state is None or isinstance(state, State)):
+        raise TypeError(f"batched_slq: state must be None or a State, got {state!r}")
+    for name, function in (("on_step", on_step), ("on_state", on_state)):
+        if not (function is None or callable(function)):
+            raise TypeError(f"batched_slq: {name} must be None or a function, got {function!r}")
     dims = arguments.block_dims(dims)
     num_steps = arguments.integer("num_steps", num_steps, 1)
     tol, sigma = arguments.tolerance(tol, sigma)

@@ -96,6 +96,9 @@ SLQ_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "on_nonfinite": st.sampled_from(["raise", "report"]),
     "cuda_graph": st.just(False),
     "probes": st.none(),
+    "state": st.none(),
+    "on_step": st.none(),
+    "on_state": st.none(),
 }
 
 
