@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blockhess
+from blockhess.blocks import partition
 from blockhess.spectra import Spectra
 from blockhess_ext import NonFiniteError, Quadrature, batched_slq, ops
 from blockhess_ext.layout import Layout
@@ -319,6 +320,46 @@ def extended(cache: list[Spectra] = []) -> Spectra:  # noqa: B006
     if not cache:
         cache.append(small_spectrum(engine="autograd", num_steps=2))
     return cache[0]
+
+
+parts = st.builds(
+    blockhess.Part,
+    st.sampled_from(["0.weight", "0.weight", "2.bias", "x"]),
+    st.integers(-1, 4),
+    st.integers(-1, 5),
+    st.sampled_from([0, 0, 1, -1, 2]),
+)
+selections = st.one_of(st.sampled_from(["0.weight", "2.bias", "x"]), parts, st.lists(parts, max_size=3))
+
+
+@examples(100)
+@given(blocks=st.dictionaries(st.sampled_from(["a", "b"]), st.one_of(selections, nonsense), min_size=1))
+def test_blocks(blocks: dict[str, Any]) -> None:
+    model = mlp()
+    cut = answer(lambda: partition(model, blocks), ["blocks", r"blocks\['[ab]'\]"])
+    if cut is not None:
+        assert [block.info.name for block in cut.blocks] == list(blocks)
+        for block in cut.blocks:
+            rows = torch.randn(2, block.info.dim)
+            spread = block.spread(rows, dict(model.named_parameters()))
+            back = torch.empty_like(rows)
+            block.gather(spread, back)
+            assert torch.equal(back, rows) and sum(int((t != 0).sum()) for t in spread.values()) == rows.numel()
+
+
+@examples(100)
+@given(
+    name=st.one_of(st.sampled_from(["0.weight", "2.weight"]), nonsense),
+    num_heads=st.one_of(st.integers(-1, 5), nonsense),
+    dim=st.one_of(st.integers(-3, 3), nonsense),
+    roles=st.one_of(st.sampled_from([("head",), ("q", "k"), ()]), nonsense),
+)
+def test_heads(name: Any, num_heads: Any, dim: Any, roles: Any) -> None:
+    model = mlp()
+    found = answer(lambda: blockhess.heads(model, name, num_heads, dim=dim, roles=roles), ["heads", "parameter"])
+    if found:
+        cut = partition(model, found)
+        assert sum(block.info.dim for block in cut.blocks) == dict(model.named_parameters())[name].numel()
 
 
 def tensors(*shapes: tuple[int, ...]) -> st.SearchStrategy[torch.Tensor]:
