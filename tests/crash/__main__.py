@@ -1,4 +1,4 @@
-"""Disturb as many runs as asked; print the figures as JSON, and write them where --json says; exit code 1 on failure.
+"""Disturb as many runs as asked; print the figures as JSON, and write them where --out says; exit code 1 on failure.
 
 A trial is a function of its seed and number, but for the speed of the machine.
 """
@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc
 parser.add_argument("--kills", type=int, default=200)
 parser.add_argument("--faults", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--json", type=Path)
+parser.add_argument("--out", type=Path)
 given = parser.parse_args()
 print(f"seed {given.seed}", file=sys.stderr)
 torch.set_num_threads(1)
@@ -35,6 +35,7 @@ with tempfile.TemporaryDirectory() as folder:
 report = trials.report() | {"machine": describe()}
 text = json.dumps(report, indent=1)
 print(text)
-if given.json:
-    given.json.write_text(text + "\n")
+if given.out:
+    given.out.write_text(text + "\n")
+print(*trials.failures, sep="\n", file=sys.stderr)
 sys.exit(bool(trials.failures))

@@ -114,8 +114,9 @@ class Trials:
             self.failures.append(f"{trial} of seed {self.seed} ({name}) {problem}")
 
     def report(self) -> dict[str, Any]:
-        """What came of all trials."""
-        return {"seed": self.seed, "counts": dict(sorted(self.counts.items())), "failures": self.failures}
+        """What came of all trials, as numbers."""
+        counts = {name: self.counts[name] for name in sorted(self.counts)}
+        return {"seed": self.seed, **counts, "resumed to other bits, or not": len(self.failures)}
 
 
 def _where(directory: Path) -> str:
