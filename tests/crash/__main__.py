@@ -23,6 +23,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path)
 given = parser.parse_args()
 print(f"seed {given.seed}", file=sys.stderr)
+machine = describe()
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as folder:
     trials = Trials(Path(folder), given.seed)
@@ -32,7 +33,7 @@ with tempfile.TemporaryDirectory() as folder:
         number += 1
     for number in range(given.faults):
         trials.fault(number)
-report = trials.report() | {"machine": describe()}
+report = trials.report() | {"machine": machine}
 text = json.dumps(report, indent=1)
 print(text)
 if given.out:
