@@ -77,16 +77,24 @@ def plan(
 def run_config(
     config: Annotated[Path, typer.Argument(help="A TOML file: see the documentation of blockhess.runs.config.")],
     out: Annotated[Path, typer.Option(help="The result file.")] = Path("spectra.npz"),
+    run_dir: Annotated[Path | None, typer.Option(help="Record the run in this directory as it goes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --run-dir holds.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="A job that the file may import; may be repeated.")] = None,
 ) -> None:
     """Compute the spectra that a configuration file describes, and write the result file."""
     import blockhess
     from blockhess.files import check_writable
     from blockhess.runs.config import load_config
+    from blockhess.runs.directory import read_run
 
+    begun = run_dir is not None and run_dir.is_dir() and read_run(run_dir) is not None
+    if begun and not resume:
+        raise ValueError(f"run: run_dir must hold no run, got {run_dir}; to go on with it, add: --resume")
+    if resume and not begun:
+        raise ValueError(f"run: run_dir must hold a run to resume, got {run_dir}")
     arguments = load_config(config).arguments(allow or ())
     check_writable(out)
-    spectra = blockhess.spectrum(**arguments)
+    spectra = blockhess.spectrum(**arguments, run_dir=run_dir)
     typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
 
 
