@@ -86,6 +86,7 @@ def run_config(
     from blockhess.files import check_writable
     from blockhess.runs.config import load_config
     from blockhess.runs.directory import read_run
+    from blockhess.runs.signals import Interrupted
 
     begun = run_dir is not None and run_dir.is_dir() and read_run(run_dir) is not None
     if begun and not resume:
@@ -94,7 +95,11 @@ def run_config(
         raise ValueError(f"run: run_dir must hold a run to resume, got {run_dir}")
     arguments = load_config(config).arguments(allow or ())
     check_writable(out)
-    spectra = blockhess.spectrum(**arguments, run_dir=run_dir)
+    try:
+        spectra = blockhess.spectrum(**arguments, run_dir=run_dir)
+    except Interrupted as error:
+        typer.echo(f"blockhess: {error}; to go on, add: --resume", err=True)
+        raise typer.Exit(128 + error.signal) from None
     typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
 
 
