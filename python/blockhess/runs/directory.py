@@ -182,7 +182,10 @@ def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
 
     Raises:
         ValueError: it is in use, or cannot be made or written to, or holds other things.
+        TypeError: path is no path.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"run_dir: must be a path, got {path!r}")
     folder = files.writable_folder(path)
     with contextlib.ExitStack() as stack:
         try:
