@@ -1,7 +1,7 @@
 """The `blockhess` command: runs blockhess.commands and turns failures into exit codes.
 
-0 done; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130 interrupted. torch is imported
-only by the commands that compute, so `blockhess --help` answers at once.
+0 done; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130 interrupted; 143 ended by
+SIGTERM. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except usage_error as error:
             return _fail(f"{error.format_message().rstrip('.')}; see: blockhess --help")
-        except typer.Abort:
-            raise KeyboardInterrupt from None
+        except typer.Abort as abort:  # what typer makes of an interrupt
+            cause = abort.__cause__ or abort.__context__
+            raise cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt from None
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("blockhess: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signal", 2)  # runs.signals.Interrupted says which
     except BrokenPipeError:
         # The reader of stdout has what it wanted: blockhess show FILE | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
