@@ -177,12 +177,24 @@ def test_the_second_signal_does_not_wait():
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_codes(which, code, monkeypatch, tmp_path):
-    def interrupted(*_: object, **__: object) -> None:
-        raise signals.Interrupted(which)
+def test_the_command_ends_with_the_code_of_the_signal_and_can_be_resumed(which, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(checkpoint, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
+    config, run = tmp_path / "run.toml", tmp_path / "run"
+    config.write_text("job = 'tests.test_runs:job'")
+    arguments = ["run", str(config), "--out", str(run), "--allow", "tests.test_runs:job"]
+    with monkeypatch.context() as patch:
+        after(patch, 1, lambda: os.kill(os.getpid(), which))
+        assert main(arguments) == code
+    told = capsys.readouterr().err
+    assert f"interrupted by {which.name}" in told and "--resume" in told and "Traceback" not in told
+    assert main(arguments) == 2 and main([*arguments, "--resume"]) == 0
+    assert same_bits(blockhess.load(run / "spectra.npz"), blockhess.spectrum(**job()))
 
-    monkeypatch.setattr("blockhess.demo.run", interrupted)
-    assert main(["demo", "--out", str(tmp_path)]) == code
+
+def job() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {"model": mlp(), "data": labelled(7), "loss_fn": nn.CrossEntropyLoss(), "progress": False, **OPTIONS}
 
 
 def test_a_full_disk_keeps_the_last_good_state(given, tmp_path):

@@ -44,13 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except usage_error as error:
             return _fail(f"{error.format_message().rstrip('.')}; see: blockhess --help")
-        except typer.Abort as abort:  # what typer makes of an interrupt
-            cause = abort.__cause__ or abort.__context__
-            raise cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt from None
+        except typer.Abort:
+            raise KeyboardInterrupt from None
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print("blockhess: interrupted", file=sys.stderr)
-        return 128 + getattr(error, "signal", 2)  # runs.signals.Interrupted says which
+        return 130
     except BrokenPipeError:
         # The reader of stdout has what it wanted: blockhess show FILE | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

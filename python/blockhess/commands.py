@@ -87,11 +87,16 @@ def run_config(
     import blockhess
     from blockhess.runs.config import load_config
     from blockhess.runs.directory import RESULT, holds_run
+    from blockhess.runs.signals import Interrupted
 
     arguments = load_config(config).arguments(allow or ())
     if holds_run(out) and not resume:
         raise ValueError(f"run: {out} holds a run already; add --resume to go on with it, or choose another --out")
-    spectra = blockhess.spectrum(**arguments | {"run_dir": out})
+    try:
+        spectra = blockhess.spectrum(**arguments | {"run_dir": out})
+    except Interrupted as interrupted:
+        typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", err=True)
+        raise typer.Exit(128 + interrupted.signal) from None
     typer.echo(f"{spectra!r}\nwritten to {out / RESULT}")
 
 
