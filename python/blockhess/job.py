@@ -78,7 +78,7 @@ class Job:
         self.shrunk: list[str] = []
         self._too_large, self._exact_rows = math.inf, options.num_probes
         self._zero_within: list[float | None] = [None] * len(self.infos)
-        self._ids = [_block_id(info.name) for info in problem.infos]
+        self._ids = [block_id(info.name) for info in problem.infos]
 
     @property
     def vectors(self) -> list[tuple[Unit, State]]:
@@ -297,6 +297,6 @@ def _blocks_of(spectra: Spectra) -> list[Quadrature]:
     return [spectra.quadrature.of_block(l) for l in range(len(spectra))]
 
 
-def _block_id(name: str) -> int:
+def block_id(name: str) -> int:
     """What keys a block's probes: its name, so that they are the same in any partition."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

@@ -39,7 +39,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OPTIONS: Schema = {
     "blocks": str | dict[str, Names] | list[list[str]],
     "num_probes": int,
-    "first_probe": int,
     "num_steps": int,
     "tol": float,
     "sigma": float,
@@ -51,8 +50,9 @@ OPTIONS: Schema = {
     "dtype": str,
     "matmul_precision": str,
     "memory_budget": int | str,
-    "on_nonfinite": str,
+    "first_probe": int,
     "keep_vectors": bool,
+    "on_nonfinite": str,
 }
 MODELS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig), "resnet": (ResNet, ResNetConfig)}
 DATA: dict[str, Schema] = {
