@@ -200,7 +200,7 @@ def test_refusals(tmp_path: Path) -> None:
             spectra.heatmap(tmp_path / path)
     with pytest.raises(ValueError, match=r"save: cannot write .*missing"):
         spectra.plot(tmp_path / "missing" / "x.png", blocks=["block0"])
-    with pytest.raises(ValueError, match="blocks must name at least one block"):
+    with pytest.raises(ValueError, match="blocks must name at least one, got none"):
         spectra.plot(blocks=[])
     with pytest.raises(ValueError, match="no block is called 'x'"):
         spectra.plot(blocks=["x"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from blockhess import checks
 from blockhess.axes import Axis, check_axis
 from blockhess.density import check_sigma_in_range, default_sigma, node_grid, smooth
 from blockhess.divergence import BATCHNORM_POLICIES, KINDS
@@ -103,11 +104,9 @@ def plot_density(
         >>> plot_density(spectra, sigma=0.01).savefig("density.png")
     """
     check_axis("plot_density", axis, normalize, scale)
-    names = spectra.normalizable(normalize) if blocks is None else tuple(blocks)
-    rows = spectra.rows(names)
-    if not rows:
-        raise ValueError("plot_density: blocks must name at least one block, got none")
+    names = spectra.normalizable(normalize) if blocks is None else checks.names(blocks)
     where = spectra.axis_of("plot_density", names, axis, normalize, scale)
+    rows = spectra.rows(names)
     nodes, weights = spectra.measures_of(names, where)
     # Heights below a tenth of one eigenvalue's share are no information.
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blockhess import error_bars, measures, ritz, truncation
-from blockhess.axes import Axis
+from blockhess import checks, error_bars, measures, ritz, truncation
+from blockhess.axes import Axis, check_axis
 from blockhess.density import (
     DEFAULT_RELATIVE_SIGMA,
     WIDEST_RELATIVE_SIGMA,
@@ -92,7 +92,7 @@ class SpectraBands:
             >>> widths = spectra.resolved_sigma()
         """
         rows, q = self.rows(blocks), self.quadrature
-        names = self.names if blocks is None else tuple(blocks)
+        names = self.names if blocks is None else checks.names(blocks)
         nodes = self.measures_of(names, self.axis_of("resolved_sigma", names, axis, normalize, scale))[0]
         exhausted = (truncation.exact(q) | (q.steps == 0)).all(0)
         widths = []
@@ -139,7 +139,7 @@ class SpectraBands:
             >>> (band.total_lower <= band.lower).all()
             tensor(True)
         """
-        rows, names = self.rows(blocks), self.names if blocks is None else tuple(blocks)
+        rows, names = self.rows(blocks), self.names if blocks is None else checks.names(blocks)
         where = self.axis_of("density_band", names, axis, normalize, scale)
         nodes = self.measures_of(names, where)[0]
         if sigma is None:
@@ -180,7 +180,7 @@ class SpectraBands:
             >>> band = spectra.cdf_band([0.0])
             >>> print(f"{band.total_lower[0, 0]:.3f} ... {band.total_upper[0, 0]:.3f}")
         """
-        rows, names = self.rows(blocks), self.names if blocks is None else tuple(blocks)
+        rows, names = self.rows(blocks), self.names if blocks is None else checks.names(blocks)
         where = self.axis_of("cdf_band", names, axis, normalize, scale)
         confidence = check_confidence("cdf_band", confidence)
         if x is None:
@@ -190,7 +190,7 @@ class SpectraBands:
             points = measures.quantiles(nodes, weights, shares)
             points = torch.unique(points[points.isfinite()])
         else:
-            points = check_grid("cdf_band", x)
+            points = check_grid("cdf_band", x, "x")
         return error_bars.cdf_band(self.quadrature, rows, points, confidence, where)
 
     def trace_interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -261,7 +261,7 @@ class SpectraBands:
         Example:
             >>> probes, steps = spectra.wasserstein_error()
         """
-        names = self.names if blocks is None else tuple(blocks)
+        names = self.names if blocks is None else checks.names(blocks)
         where = self.axis_of("wasserstein_error", names, axis, normalize, scale)
         return error_bars.wasserstein_error(self.quadrature, self.rows(blocks), where)
 
@@ -287,6 +287,7 @@ class SpectraBands:
         Raises:
             ValueError: a name is unknown, a block cannot be normalised, or confidence is not between 0 and 1.
         """
+        check_axis("error_table", axis, normalize, scale)
         title = f"trace, {100 * check_confidence('error_table', confidence):g} %"
         header = [
             "block",
@@ -299,7 +300,7 @@ class SpectraBands:
             "divided by",
             "from ... to",
         ]
-        names = self.normalizable(normalize) if blocks is None else tuple(blocks)
+        names = self.normalizable(normalize) if blocks is None else checks.names(blocks)
         where = self.axis_of("error_table", names, axis, normalize, scale)
         (low, low_error), (high, high_error) = self.range_error()
         (lower, upper), (probes, steps) = (
