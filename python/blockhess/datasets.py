@@ -84,7 +84,9 @@ class CharText:
             >>> x.shape, bool((x[:, 1:] == y[:, :-1]).all())
             (torch.Size([2, 16]), True)
         """
-        return windows(self.tokens, num_batches, batch_size=batch_size, context=context, seed=seed, op="CharText.batches")
+        return windows(
+            self.tokens, num_batches, batch_size=batch_size, context=context, seed=seed, op="CharText.batches"
+        )
 
 
 def windows(

@@ -166,7 +166,12 @@ class GPT(nn.Module):
             shown, prefix = set(range(depth)), "transformer."
         else:
             blocks, prefix = {"wte": "tok.weight"}, ""
-            attention = {"attn.wq": "attn.query", "attn.wk": "attn.key", "attn.wv": "attn.value", "attn.wo": "attn.proj"}
+            attention = {
+                "attn.wq": "attn.query",
+                "attn.wk": "attn.key",
+                "attn.wv": "attn.value",
+                "attn.wo": "attn.proj",
+            }
             labels = {**attention, "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
             shown = {0, max(0, depth // 3 - 1), max(0, 2 * depth // 3 - 1), depth - 1}
         for i in sorted(shown):

@@ -122,7 +122,9 @@ class ResNet(nn.Module):
         names = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] not in norms]
         if not figure:
             return {name: name for name in names}
-        layers = [f"layer{stage + 1}.{i}" for stage, depth in enumerate(self.config.blocks_per_stage) for i in range(depth)]
+        layers = [
+            f"layer{stage + 1}.{i}" for stage, depth in enumerate(self.config.blocks_per_stage) for i in range(depth)
+        ]
         shown = [name for name in names if name.endswith("weight") and "shortcut" not in name]
         return {
             re.sub(r"^layers\.(\d+)", lambda found: layers[int(found[1])], name).removesuffix(".weight"): name

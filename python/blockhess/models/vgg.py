@@ -1,6 +1,6 @@
 """VGG of any width and depth, with torchvision's parameter names and initialisation; BatchNorm on request.
 
-    x = pool(relu(conv3x3(... x)))  per stage;  logits = linear(relu(linear(relu(linear(avgpool(x))))))
+x = pool(relu(conv3x3(... x)))  per stage;  logits = linear(relu(linear(relu(linear(avgpool(x))))))
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class VGGConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"VGGConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not self.convs_per_stage or min(self.convs_per_stage) < 1:
-            raise ValueError(
-                f"VGGConfig: convs_per_stage must hold counts of at least 1, got {self.convs_per_stage}"
-            )
+            raise ValueError(f"VGGConfig: convs_per_stage must hold counts of at least 1, got {self.convs_per_stage}")
 
 
 class VGG(nn.Module):

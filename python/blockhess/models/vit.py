@@ -149,7 +149,9 @@ class ViT(nn.Module):
         """
         depth = self.config.depth
         shown = {0, depth // 2 if figure else (depth - 1) // 2, depth - 1}
-        blocks = [f"blocks.{i}.{part}" for i in sorted(shown) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+        blocks = [
+            f"blocks.{i}.{part}" for i in sorted(shown) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        ]
         owners = ["patch_embed.proj", *blocks, "head"]
         if figure:
             return {owner: f"{owner}.weight" for owner in owners}

@@ -51,7 +51,12 @@ def run(
     spread = {title: quantiles(found, (0.1, 0.5, 0.9, 1.0)) for title, found in pairs.items()}
     names = {s.title: s.spectra.compared() for s in subjects}
     rows = [
-        [title, len(compared[title][0]), *(f"{value:.3f}" for value in spread[title]), f"{compared[title][1].sigma:.2g}"]
+        [
+            title,
+            len(compared[title][0]),
+            *(f"{value:.3f}" for value in spread[title]),
+            f"{compared[title][1].sigma:.2g}",
+        ]
         for title in compared
     ]
     return Result(
@@ -60,7 +65,9 @@ def run(
         settings(subjects, seed, scale),
         _claims(subjects, spread),
         "JS distance, base 2, over pairs of different blocks\n"
-        + format_table(["network", "blocks", "10%", "median", "90%", "largest", "sigma"], [list(map(str, row)) for row in rows]),
+        + format_table(
+            ["network", "blocks", "10%", "median", "90%", "largest", "sigma"], [list(map(str, row)) for row in rows]
+        ),
         {"quantiles 10%, 50%, 90%, 100%": spread, "blocks": names},
         {title: matrix for title, (matrix, _) in compared.items()},
         _draw(subjects, {title: matrix for title, (matrix, _) in compared.items()}),
@@ -77,7 +84,11 @@ def _claims(subjects: Sequence[Subject], spread: dict[str, list[float]]) -> tupl
     claims = []
     for policy in ("eval", "batch"):
         of = {
-            kind: {s.title: spread[s.title][1] for s in subjects if s.policy in (policy, "none") and NETWORKS[s.name][2] == kind}
+            kind: {
+                s.title: spread[s.title][1]
+                for s in subjects
+                if s.policy in (policy, "none") and NETWORKS[s.name][2] == kind
+            }
             for kind in (False, True)
         }
         cnn, transformer = max(of[False].values()), min(of[True].values())
@@ -98,12 +109,16 @@ def _draw(subjects: Sequence[Subject], matrices: dict[str, Tensor]) -> Figure:
     figure = new_figure(4.4 * columns, 4.2 * lines, dpi=110)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, subject in zip(panels, subjects):
-        image = panel.imshow(matrices[subject.title].numpy(), cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
+        image = panel.imshow(
+            matrices[subject.title].numpy(), cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest"
+        )
         names = subject.spectra.compared()
         panel.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
         panel.set_yticks(range(len(names)), names, fontsize=5)
         panel.set_title(subject.title, fontsize="medium")
     for panel in panels[len(subjects) :]:
         panel.remove()
-    figure.colorbar(image, ax=panels[: len(subjects)].tolist(), shrink=0.7, label="JS distance, base 2 (the paper's bars: 0 to 3)")
+    figure.colorbar(
+        image, ax=panels[: len(subjects)].tolist(), shrink=0.7, label="JS distance, base 2 (the paper's bars: 0 to 3)"
+    )
     return figure
