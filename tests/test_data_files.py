@@ -49,7 +49,7 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.arange(20, dtype=np.uint16).tofile(path)
     with pytest.raises(ValueError, match="below vocab_size = 10"):
         TokenFile(path, 10).batches(batch_size=50, context=4)
-    with pytest.raises(ValueError, match="TokenFile.batches: context must be below the text's length 20, got 20"):
+    with pytest.raises(ValueError, match=r"TokenFile.batches: context must be below the text's length 20, got 20"):
         TokenFile(path, 100).batches(context=20)
 
 
@@ -88,9 +88,11 @@ def test_cornell_dialogs_pairs_lines_that_follow_each_other(tmp_path: Path) -> N
 
 def test_cornell_dialogs_of_another_layout(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    with pytest.raises(ValueError, match="must hold movie_lines.txt and movie_conversations.txt .* got no movie_lines"):
+    with pytest.raises(
+        ValueError, match=r"must hold movie_lines.txt and movie_conversations.txt .* got no movie_lines"
+    ):
         cornell_dialogs(tmp_path, 300)
-    with pytest.raises(ValueError, match="5 fields separated by .* got 2 in line 1"):
+    with pytest.raises(ValueError, match=r"5 fields separated by .* got 2 in line 1"):
         cornell_dialogs(corpus(tmp_path, lines="L1 +++$+++ Hello\n"), 300)
     with pytest.raises(ValueError, match="must have every line, got no L9"):
         cornell_dialogs(corpus(tmp_path, conversations="a +++$+++ b +++$+++ c +++$+++ ['L1', 'L9']\n"), 300)

@@ -111,7 +111,7 @@ def test_blocks_by_the_papers_text() -> None:
 
 
 def test_every_second_parameter_of_nanogpt_is_figure_4c() -> None:
-    # nanoGPT's order: wte, wpe, then ln_1, c_attn, c_proj, ln_2, c_fc, c_proj of every layer; counted from 1, even ones.
+    # nanoGPT's order: wte, wpe, then six of every layer; those of even number, counted from 1.
     order = ["tok", "pos"]
     for i in range(6):
         order += [f"layers.{i}.{part}" for part in ("ln_1", "attn.qkv", "attn.proj", "ln_2", "mlp.fc", "mlp.proj")]
@@ -120,7 +120,7 @@ def test_every_second_parameter_of_nanogpt_is_figure_4c() -> None:
 
 
 def test_models_without_a_paper_set_are_refused() -> None:
-    with pytest.raises(ValueError, match="a method paper_blocks.*got Linear"):
+    with pytest.raises(ValueError, match=r"a method paper_blocks.*got Linear"):
         partition(nn.Linear(2, 2), "paper")
 
 

@@ -115,7 +115,8 @@ def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tenso
         content = np.fromfile(path, np.uint8)
         if len(content) == 0 or len(content) % CIFAR10_RECORD or content[::CIFAR10_RECORD].max() > 9:
             raise ValueError(
-                f"cifar10: {path} must hold records of a label and {CIFAR10_RECORD - 1} pixels, got {len(content)} bytes"
+                f"cifar10: {path} must hold records of a label and {CIFAR10_RECORD - 1} pixels, got "
+                f"{len(content)} bytes"
             )
         records.append(content.reshape(-1, CIFAR10_RECORD))
     whole = torch.from_numpy(np.concatenate(records))

@@ -10,6 +10,7 @@ Source: Devlin et al. 2018, section 3.1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -93,4 +94,4 @@ def _masked(tokens: Tensor, vocab_size: int, generator: torch.Generator) -> Tens
 
 def line_pairs(lines: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pair every line with the one after it, where neither is empty."""
-    return [(a, b) for a, b in zip(lines, lines[1:]) if len(a) and len(b)]
+    return [(a, b) for a, b in itertools.pairwise(lines) if len(a) and len(b)]

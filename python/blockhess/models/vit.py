@@ -1,6 +1,7 @@
 """A Vision Transformer with the layout, parameter names and initialisation of timm's vit_base_patch16_224.
 
-    x = [cls, patches] + pos;  x += proj(attn(qkv(norm1(x))));  x += fc2(gelu(fc1(norm2(x))));  logits = head(norm(x)_cls)
+    x = [cls, patches] + pos;  x += proj(attn(qkv(norm1(x))));  x += fc2(gelu(fc1(norm2(x))))  per block
+    logits = head(norm(x)_cls)
 
 Query, key and value are one parameter, qkv, as in timm; `blockhess.heads(model, "blocks.0.attn.qkv.weight", 1,
 roles=("q", "k", "v"))` makes three blocks of it. There is no dropout, as in timm's default.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="The paper's networks, quadratic models, MLP, exact Hessians and theory: each writes data, picture and verdict.",
+    help="The paper's networks, quadratic models, MLP and theory, checked: each writes data, picture and verdict.",
     rich_markup_mode=None,
 )
 

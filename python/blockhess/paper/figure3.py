@@ -7,6 +7,7 @@ of the pictured spectra, normalised as pictured, with one sigma of 1% of the ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from blockhess.spectra import Spectra
 from blockhess.table import format_table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # The paper divides by this eigenvalue.
@@ -93,7 +95,8 @@ def run(
         f"Figure 3: spectra of four blocks of every network, scale {scale!r}",
         settings(subjects, seed, scale),
         _claims(subjects, distances),
-        "eigenvalues over the block's 10th largest; JS: mean distance between the four, base 2\n"
+        "eigenvalues over the block's 10th largest; JS: mean distance between the four, base 2, without blocks whose\n"
+        "10th largest is negative\n"
         + format_table(
             ["network", "block", "10th", "smallest / 10th", "largest / 10th", "JS"],
             [[*row, ""][:6] for row in rows],
@@ -110,8 +113,10 @@ def _claims(subjects: Sequence[Subject], distances: Mapping[str, float]) -> tupl
     claims = []
     for policy in ("eval", "batch"):
         here = [s for s in subjects if s.policy in (policy, "none")]
-        cnn = max(distances[s.title] for s in here if not NETWORKS[s.name][2])
-        transformers = [distances[s.title] for s in here if NETWORKS[s.name][2]]
+        # NaN, where two blocks at least cannot be normalised, decides nothing.
+        known = [s for s in here if not math.isnan(distances[s.title])]
+        cnn = max(distances[s.title] for s in known if not NETWORKS[s.name][2])
+        transformers = [distances[s.title] for s in known if NETWORKS[s.name][2]]
         told = ", ".join(f"{distances[s.title]:.3f} ({s.title})" for s in here)
         claims.append(
             Claim(
@@ -138,7 +143,7 @@ def _draw(subjects: Sequence[Subject], chosen: Mapping[str, list[str]]) -> Figur
     return figure
 
 
-def _spectrum(panel: object, spectra: Spectra, block: str) -> None:
+def _spectrum(panel: Axes, spectra: Spectra, block: str) -> None:
     row = spectra.rows([block])[0]
     tenth = float(spectra.kth_eigenvalue(TENTH)[0][row])
     nodes, weights = (part[row][None] for part in spectra.merged)
@@ -146,5 +151,5 @@ def _spectrum(panel: object, spectra: Spectra, block: str) -> None:
         tenth = 1.0
     sigma = default_sigma(nodes / tenth)
     grid = node_grid(nodes / tenth, sigma)
-    panel.semilogy(grid.numpy(), smooth(nodes / tenth, weights, grid, sigma)[0].clamp(min=1e-11).numpy(), linewidth=0.8)  # type: ignore[attr-defined]
-    panel.set_ylim(1e-11, 1e2)  # type: ignore[attr-defined]
+    panel.semilogy(grid.numpy(), smooth(nodes / tenth, weights, grid, sigma)[0].clamp(min=1e-11).numpy(), linewidth=0.8)
+    panel.set_ylim(1e-11, 1e2)

@@ -95,7 +95,7 @@ def _claims(subjects: Sequence[Subject], spread: dict[str, list[float]]) -> tupl
         told = ", ".join(f"{value:.3f} ({title})" for part in of.values() for title, value in part.items())
         claims.append(
             Claim(
-                f"Figure 4: the JS distances in CNNs are significantly smaller than in Transformers (BatchNorm {policy}).",
+                f"Figure 4: JS distances in CNNs are significantly smaller than in Transformers (BatchNorm {policy}).",
                 f"median pair: {told}.",
                 verdict(transformer >= CLEAR * cnn, max(of[True].values()) >= CLEAR * cnn),
             )

@@ -130,8 +130,8 @@ def _at_paper_size(name: str, seed: int, data: str | PathLike[str] | None, size:
         return Network(name, model, _windows(text.batches, name, 256, seed, size), next_token_loss, "Shakespeare")
     if data is None:
         raise ValueError(
-            f"network: {name} at the paper's size needs --data FOLDER with imagenet/CLASS/*.JPEG, cornell/movie_*.txt or "
-            "openwebtext/train.bin, got none"
+            f"network: {name} at the paper's size needs --data FOLDER with imagenet/CLASS/*.JPEG, "
+            "cornell/movie_*.txt or openwebtext/train.bin, got none"
         )
     folder = Path(data)
     if name == "gpt2":
@@ -151,8 +151,8 @@ def _at_paper_size(name: str, seed: int, data: str | PathLike[str] | None, size:
     from blockhess.image_files import image_folder
 
     images, labels = image_folder(folder / "imagenet", size or IMAGES, side=224, seed=seed)
-    batches = list(zip(images.split(IMAGES_AT_ONCE), labels.split(IMAGES_AT_ONCE)))
-    return Network(name, model, batches, nn.CrossEntropyLoss(), "ImageNet")
+    parts = list(zip(torch.split(images, IMAGES_AT_ONCE), torch.split(labels, IMAGES_AT_ONCE)))
+    return Network(name, model, parts, nn.CrossEntropyLoss(), "ImageNet")
 
 
 def _windows(draw: Callable[..., Any], name: str, context: int, seed: int, size: int | None) -> list[Any]:

@@ -170,9 +170,10 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     claims = (
         Claim(
             "Table 3: JS0 is 1e-3, 1.61, 33.99, 65.32, 260.77, 298.39, 351.69, 353.48 for c = 1 ... 8.",
-            f"closest of {len(values)} definitions: {named_definition(closest)}, within a factor {judged[closest][0]:.3g} on "
-            f"root mean square. Up to one common factor: {named_definition(alike)}, {judged[alike][1]:.3g}; of those in the "
-            f"table's order, {named_definition(ordered)}, {judged[ordered][1]:.3g}. A constant gets {nothing:.3g}.",
+            f"closest of {len(values)} definitions: {named_definition(closest)}, within a factor "
+            f"{judged[closest][0]:.3g} on root mean square. Up to one common factor: {named_definition(alike)}, "
+            f"{judged[alike][1]:.3g}; of those in the table's order, {named_definition(ordered)}, "
+            f"{judged[ordered][1]:.3g}. A constant gets {nothing:.3g}.",
             verdict(judged[closest][0] < CLOSE, judged[ordered][1] < ALIKE and judged[ordered][2] > ORDERED),
         ),
         Claim(
