@@ -15,10 +15,11 @@ from pathlib import Path
 import blockhess
 from blockhess import fingerprint
 from blockhess.batches import as_batches
+from blockhess.divergence import check_choice
 from blockhess.files import writable_folder
 from blockhess.losses import as_loss
 from blockhess.model_state import has_batchnorm
-from blockhess.paper.networks import NETWORKS, Network, network
+from blockhess.paper.networks import NETWORKS, SCALES, Network, network
 from blockhess.spectra import Spectra
 
 # BatchNorm policies: of the paper's code, and of training.
@@ -80,6 +81,7 @@ def measured(
     Returns:
         One subject a network and, where it has BatchNorm, policy; in the order of models.
     """
+    check_choice("network", "scale", scale, SCALES)
     effort = EFFORTS["quick" if quick else scale]
     kept = writable_folder(folder / "spectra")
     subjects = []

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blockhess.datasets import CharText, fashion_mnist, shakespeare
+from blockhess.divergence import check_choice
 from blockhess.models import CONFIGS, masked_pair_loss, named, next_token_loss
 from blockhess.sentence_pairs import SPECIAL, line_pairs, masked_pairs
 
@@ -80,8 +81,7 @@ def network(
         >>> network("bert").source
         'line pairs of Shakespeare, by character'
     """
-    if scale not in SCALES:
-        raise ValueError(f"network: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    check_choice("network", "scale", scale, SCALES)
     if name not in NETWORKS and ":" not in name:
         raise ValueError(f"network: name must be one of {', '.join(NETWORKS)} or PACKAGE:NAME, got {name!r}")
     with torch.random.fork_rng(devices=[]):
