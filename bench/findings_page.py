@@ -106,11 +106,12 @@ def batchnorm_part() -> str:
     )
     return (
         table([*header, "ResNet18, batch, against GPT2-nano"], rows)
-        + f'\n\nIn parentheses: 95 % intervals for the probes (jackknife); "more" and "less" where they are apart. {sizes}.'
+        + '\n\nIn parentheses: 95 % intervals for the probes (jackknife); "more" and "less" where they are apart. '
+        + f"{sizes}."
         + f"\n\nWith batch statistics ResNet18 is more heterogeneous than GPT2-nano {counts('resnet18_batch')} of "
         f"{len(MEASURES)} measures, by factors of {min(ratios):.2g} ... {max(ratios):.2g}. In eval mode it is "
-        f"{counts('resnet18_eval')}. From eval mode to batch statistics JS0 grows {min(drops):.2g} ... {max(drops):.2g} "
-        "fold, with the same weights and images."
+        f"{counts('resnet18_eval')}. From eval mode to batch statistics JS0 grows by factors of "
+        f"{min(drops):.2g} ... {max(drops):.2g}, with the same weights and images."
     )
 
 
@@ -193,9 +194,9 @@ def definition_part() -> str:
             ["", "Table 3: factor", "scaled", "best rank", "Table 1: factor", "scaled", "best rank"],
             rows,
         )
-        + "\n\nFactor: root mean square factor between the closest definition's numbers and the paper's; scaled: that of "
-        f"the definition most alike after one common factor. {len(table3)} definitions for Table 3, {len(table1)} for Table "
-        f"1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
+        + "\n\nFactor: root mean square factor between the closest definition's numbers and the paper's; scaled: that "
+        f"of the definition most alike after one common factor. {len(table3)} definitions for Table 3, {len(table1)} for "
+        f"Table 1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
     )
 
 
