@@ -24,8 +24,8 @@ import blockhess
 from blockhess.divergence import JS0
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
 from blockhess.paper.table1 import PAPER as TABLE_1
+from blockhess.paper.table3 import ORDERED, PAPER_SIGMA
 from blockhess.paper.table3 import PAPER as TABLE_3
-from blockhess.paper.table3 import PAPER_SIGMA
 from blockhess.spectra import Spectra
 
 FOLDER = ROOT / "bench" / "results" / "findings"
@@ -194,6 +194,10 @@ def definition_part() -> str:
             row += [f"{closest[0]:.3g}", f"{alike[1]:.3g}", f"{max(judged[2] for judged in mine.values()):.2f}"]
         rows.append(row)
     rows.append(["one number for all", *_constant(TABLE_3), *_constant(TABLE_1)])
+    ordered = {
+        policy: [key for key, judged in result("table1")["numbers"]["judged"][policy].items() if judged[2] > ORDERED]
+        for policy in ("eval", "batch")
+    }
     best3 = min(table3, key=lambda key: table3[key][0])
     best1 = min(table1, key=lambda key: table1[key][0])
     return (
@@ -204,6 +208,10 @@ def definition_part() -> str:
         + "\n\nFactor: root mean square factor between the closest definition's numbers and the paper's; scaled: that "
         f"of the definition most alike after one common factor. {len(table3)} definitions for Table 3, {len(table1)} "
         f"for Table 1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
+        + "".join(
+            f"\n\nRank correlation with Table 1 above {ORDERED}, BatchNorm {policy}: {'; '.join(keys) or 'none'}."
+            for policy, keys in ordered.items()
+        )
     )
 
 
