@@ -1,6 +1,7 @@
-"""Runs the experiments of `blockhess paper` and keeps what docs/theory.md shows of them, or measures their speed.
+"""Runs the experiments of `blockhess paper` and keeps what docs/theory.md and docs/findings.md show, or their speed.
 
-python bench/paper.py                    # all of them, at the paper's scale
+python bench/paper.py                    # all of the theory, at the paper's scale
+python bench/paper.py table1 fig4 fig3   # the networks, CPU-sized
 python bench/paper.py fig8 table2        # some of them
 python bench/paper.py --keep FOLDER      # keeps what `blockhess paper NAME --out FOLDER` wrote at this commit
 python bench/paper.py --speed            # Figure 8 at chosen rates, and exact Hessians
@@ -22,7 +23,7 @@ import torch
 from environment import describe
 
 from blockhess.models import GPT, GPTConfig, next_token_loss
-from blockhess.paper.commands import EXPERIMENTS
+from blockhess.paper.commands import EXPERIMENTS, NETWORK_EXPERIMENTS
 from blockhess.paper.figure8 import BETA2, NUM_STEPS, NUM_TRIALS, curves
 from blockhess.paper.hessian import exact_hessian
 from blockhess.paper.optimizers import search_rate
@@ -30,6 +31,7 @@ from blockhess.paper.quadratics import case
 from blockhess.paper.runner import run_experiments
 
 RESULTS = Path(__file__).parent / "results" / "paper"
+KNOWN = EXPERIMENTS | NETWORK_EXPERIMENTS
 
 
 def keep(folder: Path, names: list[str], made: dict[str, str | int]) -> None:
@@ -75,7 +77,7 @@ def speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], help="experiments; default: all")
+    parser.add_argument("names", nargs="*", choices=[*KNOWN, []], help="experiments; default: the theory")
     parser.add_argument("--keep", type=Path, help="folder with results to keep instead of running")
     parser.add_argument("--speed", action="store_true", help="measure speed instead")
     arguments = parser.parse_args()
@@ -88,7 +90,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             for name in names:  # one by one, so that what is done is kept
-                run_experiments({name: EXPERIMENTS[name]}, folder)
+                run_experiments({name: KNOWN[name]}, folder)
                 keep(Path(folder), [name], made)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,18 +84,29 @@ class CharText:
             >>> x.shape, bool((x[:, 1:] == y[:, :-1]).all())
             (torch.Size([2, 16]), True)
         """
-        for name, value in (("num_batches", num_batches), ("batch_size", batch_size), ("context", context)):
-            if value < 1:
-                raise ValueError(f"CharText.batches: {name} must be at least 1, got {value}")
-        if len(self.tokens) <= context:
-            raise ValueError(
-                f"CharText.batches: context must be below the text's length {len(self.tokens)}, got {context}"
-            )
-        generator = torch.Generator().manual_seed(seed)
-        shape = (num_batches, batch_size, 1)
-        starts = torch.randint(len(self.tokens) - context, shape, generator=generator)
-        windows = self.tokens[starts + torch.arange(context + 1)]
-        return [(window[:, :-1].contiguous(), window[:, 1:].contiguous()) for window in windows]
+        return windows(
+            self.tokens, num_batches, batch_size=batch_size, context=context, seed=seed, op="CharText.batches"
+        )
+
+
+def windows(
+    tokens: Tensor | np.ndarray[Any, Any], num_batches: int, *, batch_size: int, context: int, seed: int, op: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Language-model batches of any tokens (n,), also of a file mapped into memory: see CharText.batches.
+
+    Raises:
+        ValueError: a size is below 1, or there are too few tokens for a window and its last target; names op.
+    """
+    for name, value in (("num_batches", num_batches), ("batch_size", batch_size), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    if len(tokens) <= context:
+        raise ValueError(f"{op}: context must be below the text's length {len(tokens)}, got {context}")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - context, (num_batches, batch_size, 1), generator=generator)
+    places = starts + torch.arange(context + 1)
+    drawn = tokens[places] if isinstance(tokens, Tensor) else torch.from_numpy(tokens[places.numpy()].astype(np.int64))
+    return [(window[:, :-1].contiguous(), window[:, 1:].contiguous()) for window in drawn]
 
 
 def shakespeare() -> CharText:

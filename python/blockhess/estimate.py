@@ -78,8 +78,9 @@ def spectrum(
         loss_fn: None: `model(**batch).loss` (Transformers). An nn.Module such as nn.CrossEntropyLoss() or a function of
             torch.nn.functional: `loss_fn(model(inputs), targets)`. Any other callable: `loss_fn(model, batch)`,
             which returns the mean loss, or (mean loss, weight of the batch); see `losses.as_loss`.
-        blocks: "parameter" (one block per parameter tensor), "full", a dict from block name to parameter names and
-            `Part`s, or a list of (regex, group) pairs; see `blocks.partition`.
+        blocks: "parameter" (one block per parameter tensor), "full", "paper" or "paper-figure" (the paper's own, of
+            `blockhess.models`), a dict from block name to parameter names and `Part`s, or a list of (regex, group)
+            pairs; see `blocks.partition`.
         num_probes: random vectors per block.
         num_steps: Lanczos steps per vector; a block makes no more than it has entries.
         tol: spend no more products than it takes to bring the error of every block's distribution function, in

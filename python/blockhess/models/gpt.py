@@ -150,6 +150,34 @@ class GPT(nn.Module):
             x = layer(x)
         return F.linear(self.ln_f(x), self.tok.weight)
 
+    def paper_blocks(self, figure: bool) -> dict[str, str]:
+        """Block name -> parameter of the paper's set, under the names of Figure 4 where that is meant.
+
+        With a fused qkv that of GPT2-nano, the parameters of even index: wpe and every layer's c_attn, ln_2 and c_proj
+        in Figure 4 (c); by the text without the LayerNorm. Otherwise that of GPT-2: wte, which is the head too, and the
+        weights of layers 1, 4, 8 and 12 of 12.
+        """
+        depth = self.config.num_layers
+        if self.config.fused_qkv:
+            blocks = {"transformer.wpe": "pos.weight"}
+            labels = {"attn.c_attn": "attn.qkv", "ln_2": "ln_2", "mlp.c_proj": "mlp.proj"}
+            if not (figure and self.config.layer_norm):
+                del labels["ln_2"]
+            shown, prefix = set(range(depth)), "transformer."
+        else:
+            blocks, prefix = {"wte": "tok.weight"}, ""
+            attention = {
+                "attn.wq": "attn.query",
+                "attn.wk": "attn.key",
+                "attn.wv": "attn.value",
+                "attn.wo": "attn.proj",
+            }
+            labels = {**attention, "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
+            shown = {0, max(0, depth // 3 - 1), max(0, 2 * depth // 3 - 1), depth - 1}
+        for i in sorted(shown):
+            blocks |= {f"{prefix}h.{i}.{label}": f"layers.{i}.{name}.weight" for label, name in labels.items()}
+        return blocks if figure else {name: name for name in blocks.values()}
+
 
 def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
     """Mean cross-entropy in nats of every position's next token, and the number of positions (its weight).

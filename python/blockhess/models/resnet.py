@@ -8,6 +8,7 @@ convolution with BatchNorm.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -111,3 +112,21 @@ class ResNet(nn.Module):
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         x = self.layers(x)
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+    def paper_blocks(self, figure: bool) -> dict[str, str]:
+        """Block name -> parameter: all but BatchNorm; of Figure 4 (a), 17 convolutions without shortcuts, and fc.
+
+        The figure's names where it is meant: layer1.0.conv1 for the first stage's first block.
+        """
+        norms = {name for name, module in self.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        names = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] not in norms]
+        if not figure:
+            return {name: name for name in names}
+        layers = [
+            f"layer{stage + 1}.{i}" for stage, depth in enumerate(self.config.blocks_per_stage) for i in range(depth)
+        ]
+        shown = [name for name in names if name.endswith("weight") and "shortcut" not in name]
+        return {
+            re.sub(r"^layers\.(\d+)", lambda found: layers[int(found[1])], name).removesuffix(".weight"): name
+            for name in shown
+        }

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="The paper's quadratic models, MLP, exact Hessians and theory: each writes data, picture and verdict.",
+    help="The paper's networks, quadratic models, MLP and theory, checked: each writes data, picture and verdict.",
     rich_markup_mode=None,
 )
 
@@ -28,6 +28,9 @@ EXPERIMENTS = {
     "fig5": "figure5",
 }
 
+# The same for the networks of section 2.3 to 2.5, which `all-theory` leaves out.
+NETWORK_EXPERIMENTS = {"fig3": "figure3", "fig4": "figure4", "table1": "table1"}
+
 Out = Annotated[Path, typer.Option(help="Folder for data and pictures.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, for a smoke test.")]
@@ -37,7 +40,8 @@ DEFAULT_OUT = Path("blockhess-paper")
 def _run(names: Sequence[str], out: Path, seed: int, quick: bool, **options: Any) -> None:
     from blockhess.paper.runner import run_experiments
 
-    run_experiments({name: EXPERIMENTS[name] for name in names}, out, seed=seed, quick=quick, **options)
+    known = EXPERIMENTS | NETWORK_EXPERIMENTS
+    run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
 
 
 def _add(name: str, text: str) -> None:
@@ -76,6 +80,39 @@ def fig5(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Dat
 def table3(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
     """Table 3: JS0 of the MLP for every scale, in every definition, against the paper's numbers."""
     _run(["table3"], out, seed, quick, data=data)
+
+
+Scale = Annotated[str, typer.Option(help="mini: CPU-sized, on data that ship; paper: the paper's sizes and batches.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="One of the networks, or hf:TYPE, timm:NAME, torchvision:NAME; may be repeated."),
+]
+Corpora = Annotated[
+    Path | None,
+    typer.Option(help="For --scale paper: imagenet/CLASS/*.JPEG, cornell/movie_*.txt, openwebtext/train.bin."),
+]
+
+
+def _add_network(name: str, text: str) -> None:
+    def command(
+        out: Out = DEFAULT_OUT,
+        seed: Seed = 0,
+        quick: Quick = False,
+        scale: Scale = "mini",
+        model: Models = None,
+        data: Corpora = None,
+    ) -> None:
+        _run([name], out, seed, quick, scale=scale, models=model or (), data=data)
+
+    app.command(name, help=text)(command)
+
+
+for _name, _text in {
+    "fig3": "Figure 3: spectra of four blocks of every network at initialisation.",
+    "fig4": "Figure 4: JS distances between all blocks of every network.",
+    "table1": "Table 1: JS0 of the six networks in every definition, against the paper's numbers.",
+}.items():
+    _add_network(_name, _text)
 
 
 @app.command("all-theory")

@@ -27,7 +27,7 @@ def run_experiments(
         modules: name -> module of this package, whose `run` returns a Result.
         out: folder, made where it is missing.
         seed, quick: of every experiment.
-        options: handed to the experiments that take them.
+        options: handed to the experiments that take them, as the folder is.
 
     Raises:
         ValueError: the folder cannot be written.
@@ -40,7 +40,8 @@ def run_experiments(
     results = []
     for position, (name, module) in enumerate(modules.items(), 1):
         run = importlib.import_module(f"blockhess.paper.{module}").run
-        taken = {key: value for key, value in options.items() if key in inspect.signature(run).parameters}
+        offered = {**options, "folder": folder}
+        taken = {key: value for key, value in offered.items() if key in inspect.signature(run).parameters}
         print(f"[{position}/{len(modules)}] {name}", flush=True)
         start, cpu_start = time.perf_counter(), time.process_time()
         result: Result = run(seed=seed, quick=quick, **taken)

@@ -120,8 +120,8 @@ def js0(spectra: Spectra, definition: Definition) -> float:
     return float(matrix.sum()) / (len(nodes) * (len(nodes) - 1))
 
 
-def distance_to_paper(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return how far the eight numbers of c = 1 ... 8 are from Table 3.
+def distance_to_paper(values: Sequence[float], paper: Sequence[float] = PAPER) -> tuple[float, float, float]:
+    """Return how far numbers are from the paper's, by default the eight of Table 3 for c = 1 ... 8.
 
     Returns:
         Root mean square factor; the same after the best common factor; rank correlation.
@@ -131,10 +131,10 @@ def distance_to_paper(values: Sequence[float]) -> tuple[float, float, float]:
         (2.0, 1.0, 1.0)
     """
     found = torch.tensor([max(value, SMALLEST) for value in values], dtype=torch.float64).log()
-    gap = found - torch.tensor(PAPER, dtype=torch.float64).log()
+    gap = found - torch.tensor(paper, dtype=torch.float64).log()
     plain, scaled = gap.square().mean().sqrt(), (gap - gap.mean()).square().mean().sqrt()
     constant = bool((found == found[0]).all())
-    rank = 0.0 if constant else float(spearmanr(values, PAPER).statistic)
+    rank = 0.0 if constant else float(spearmanr(values, paper).statistic)
     return round(float(plain.exp()), 10), round(float(scaled.exp()), 10), rank
 
 
@@ -170,9 +170,10 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     claims = (
         Claim(
             "Table 3: JS0 is 1e-3, 1.61, 33.99, 65.32, 260.77, 298.39, 351.69, 353.48 for c = 1 ... 8.",
-            f"closest of {len(values)} definitions: {_named(closest)}, within a factor {judged[closest][0]:.3g} on "
-            f"root mean square. Up to one common factor: {_named(alike)}, {judged[alike][1]:.3g}; of those in the "
-            f"table's order, {_named(ordered)}, {judged[ordered][1]:.3g}. A constant gets {nothing:.3g}.",
+            f"closest of {len(values)} definitions: {named_definition(closest)}, within a factor "
+            f"{judged[closest][0]:.3g} on root mean square. Up to one common factor: {named_definition(alike)}, "
+            f"{judged[alike][1]:.3g}; of those in the table's order, {named_definition(ordered)}, "
+            f"{judged[ordered][1]:.3g}. A constant gets {nothing:.3g}.",
             verdict(judged[closest][0] < CLOSE, judged[ordered][1] < ALIKE and judged[ordered][2] > ORDERED),
         ),
         Claim(
@@ -202,7 +203,7 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     for key in sorted(values, key=lambda key: judged[key][1])[:SHOWN]:
         shown = (*values[key][:8], values[key][-1])
         ranks = (f"{judged[key][0]:.2g}", f"{judged[key][1]:.2g}", f"{judged[key][2]:.2f}")
-        rows.append([*key[:2], _sigma(key), *(f"{value:.2g}" for value in shown), *ranks])
+        rows.append([*key[:2], sigma_text(key), *(f"{value:.2g}" for value in shown), *ranks])
     return Result(
         "table3",
         f"Table 3: JS0 of the scaled MLP, {images.name}",
@@ -212,8 +213,8 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         "factor: root mean square factor to the paper's; scaled: after one common factor; rank: correlation\n"
         + format_table(header, rows, left=3),
         {
-            "js0": {_named(key): found for key, found in values.items()},
-            "judged": {_named(key): found for key, found in judged.items()},
+            "js0": {named_definition(key): found for key, found in values.items()},
+            "judged": {named_definition(key): found for key, found in judged.items()},
             "constant": nothing,
             "sharpest over flattest": ratios.tolist(),
         },
@@ -222,12 +223,14 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     )
 
 
-def _sigma(key: Definition) -> str:
+def sigma_text(key: Definition) -> str:
+    """Return the sigma of a definition in words."""
     return "1% of range" if key[2] is None else f"{key[2]:.3g}"
 
 
-def _named(key: Definition) -> str:
-    return f"{key[0]}, normalisation {key[1]}, sigma {_sigma(key)}"
+def named_definition(key: Definition) -> str:
+    """Return a definition in words."""
+    return f"{key[0]}, normalisation {key[1]}, sigma {sigma_text(key)}"
 
 
 def _draw(values: Mapping[Definition, list[float]], judged: Mapping[Definition, tuple[float, float, float]]) -> Figure:
@@ -238,7 +241,7 @@ def _draw(values: Mapping[Definition, list[float]], judged: Mapping[Definition, 
         key = min((key for key in values if key[0] == kind), key=lambda key: judged[key][1])
         found = torch.tensor(values[key], dtype=torch.float64).clamp(min=SMALLEST)
         factor = (torch.tensor(PAPER, dtype=torch.float64).log() - found[: len(PAPER)].log()).mean().exp()
-        plain.plot(SCALES, found.tolist(), style, label=_named(key), markersize=4)
+        plain.plot(SCALES, found.tolist(), style, label=named_definition(key), markersize=4)
         scaled.plot(SCALES, (found * factor).tolist(), style, markersize=4)
     for panel in (plain, scaled):
         panel.plot(SCALES[:8], PAPER, "k*--", label="Table 3 (NaN for c > 8)" if panel is plain else None)

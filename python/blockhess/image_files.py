@@ -1,0 +1,129 @@
+"""Labelled images from the user's own files: a folder a class, as ImageNet is kept, and CIFAR-10's binary version.
+
+Images are float32 with the mean and standard deviation that the data set is usually given, per channel. Which images
+are taken is a pure function of the files' names and the seed.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Per channel, of pixels in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+
+# A record of CIFAR-10's binary version: the label, then red, green and blue of 32 x 32 pixels.
+CIFAR10_RECORD = 1 + 3 * 32 * 32
+
+
+def image_folder(
+    folder: str | PathLike[str], num_images: int, *, side: int = 224, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw images from a folder that has a folder for every class.
+
+    Every image is scaled so that its shorter side is 8/7 of `side`, and its middle is taken: as in testing on ImageNet.
+
+    Args:
+        folder: FOLDER/CLASS/IMAGE, with images ending in one of SUFFIXES; classes are numbered by name.
+        num_images: how many, without repetition.
+        side: pixels.
+        seed: of the draw.
+
+    Returns:
+        Images (num_images, 3, side, side) float32 and labels (num_images,) int64.
+
+    Raises:
+        ValueError: the folder has another layout or too few images, a file is no image, or a size is below 1.
+        ImportError: Pillow is missing.
+
+    Source: the layout and preprocessing of PyTorch's ImageNet example; ImageNet: https://image-net.org (registration).
+
+    Example:
+        >>> images, labels = image_folder("imagenet/train", 1024)
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ImportError('image_folder: needs Pillow; type: pip install "blockhess[data]"') from None
+    for name, value in (("num_images", num_images), ("side", side)):
+        if value < 1:
+            raise ValueError(f"image_folder: {name} must be at least 1, got {value}")
+    classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
+    found = [(path, label) for label, kind in enumerate(classes) for path in sorted(kind.iterdir())]
+    found = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(
+            f"image_folder: {folder} must hold a folder of images for every class, as ImageNet's train folder does "
+            f"(https://image-net.org; FOLDER/n01440764/*.JPEG), got {len(classes)} folders and no image in them"
+        )
+    if num_images > len(found):
+        raise ValueError(f"image_folder: num_images must be at most {len(found)}, got {num_images}")
+    drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
+    pixels = np.empty((num_images, side, side, 3), np.uint8)
+    for row, index in enumerate(drawn):
+        path = found[index][0]
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"image_folder: {path} must be an image, got {error}") from None
+        scale = side * 8 / 7 / min(image.size)
+        width, height = (max(side, round(scale * length)) for length in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels[row] = np.asarray(resized.crop((left, top, left + side, top + side)))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), torch.tensor([found[index][1] for index in drawn])
+
+
+def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Read CIFAR-10 in its binary version. The Python version is a pickle, which runs what is in it: not read.
+
+    Args:
+        folder: holds data_batch_1.bin ... data_batch_5.bin ("train") and test_batch.bin ("test").
+        split: "train" or "test".
+
+    Returns:
+        Images (n, 3, 32, 32) float32 and labels (n,) int64 in 0 ... 9.
+
+    Raises:
+        ValueError: split has another name, or a file is missing or of another layout.
+
+    Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-binary.tar.gz).
+
+    Example:
+        >>> images, labels = cifar10("cifar-10-batches-bin")
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'cifar10: split must be "train" or "test", got {split!r}')
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    records = []
+    for name in names:
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(
+                f"cifar10: {folder} must hold {', '.join(names)} of the binary version, cifar-10-binary.tar.gz at "
+                f"https://www.cs.toronto.edu/~kriz/cifar.html, got no {name}"
+            )
+        content = np.fromfile(path, np.uint8)
+        if len(content) == 0 or len(content) % CIFAR10_RECORD or content[::CIFAR10_RECORD].max() > 9:
+            raise ValueError(
+                f"cifar10: {path} must hold records of a label and {CIFAR10_RECORD - 1} pixels, got "
+                f"{len(content)} bytes"
+            )
+        records.append(content.reshape(-1, CIFAR10_RECORD))
+    whole = torch.from_numpy(np.concatenate(records))
+    images = whole[:, 1:].reshape(-1, 3, 32, 32)
+    return _normalised(images, CIFAR10_MEAN, CIFAR10_STD), whole[:, 0].long()
+
+
+def _normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (pixels.float() / 255 - shift) / scale

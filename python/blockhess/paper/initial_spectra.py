@@ -1,0 +1,136 @@
+"""Block spectra of the networks at initialisation, measured once and kept: what Table 1 and Figures 3 and 4 share.
+
+FOLDER/spectra/NAME-POLICY.npz holds one network under one BatchNorm policy. A file is taken instead of measuring again
+if model, data and options are the same by their fingerprints; so a run that was
+interrupted goes on with the network it was at, and the three commands measure once between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import blockhess
+from blockhess import fingerprint
+from blockhess.batches import as_batches
+from blockhess.divergence import check_choice
+from blockhess.files import writable_folder
+from blockhess.losses import as_loss
+from blockhess.model_state import has_batchnorm
+from blockhess.paper.networks import NETWORKS, SCALES, Network, network
+from blockhess.spectra import Spectra
+
+# BatchNorm policies: of the paper's code, and of training.
+POLICIES = ("eval", "batch")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on every block: probes, steps; and samples, None for the scale's own number."""
+
+    num_probes: int
+    num_steps: int
+    size: int | None = None
+
+
+EFFORTS = {"quick": Effort(2, 6, 4), "mini": Effort(3, 30), "paper": Effort(10, 100)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The spectra of one network under one BatchNorm policy.
+
+    Attributes:
+        name: of NETWORKS or PACKAGE:NAME.
+        policy: "eval" or "batch"; "none" for a network without BatchNorm.
+        spectra: of the blocks.
+        source: the data in words.
+    """
+
+    name: str
+    policy: str
+    spectra: Spectra
+    source: str
+
+    @property
+    def title(self) -> str:
+        """Name as in the paper, with the policy where there is a choice."""
+        title = NETWORKS[self.name][0] if self.name in NETWORKS else self.name
+        return title if self.policy == "none" else f"{title}, BatchNorm {self.policy}"
+
+
+def measured(
+    folder: Path,
+    *,
+    models: Sequence[str] = (),
+    scale: str = "mini",
+    seed: int = 0,
+    quick: bool = False,
+    data: str | PathLike[str] | None = None,
+) -> list[Subject]:
+    """Measure the networks, or take what was measured before.
+
+    Args:
+        folder: where FOLDER/spectra is, or is made.
+        models: names; none means all of NETWORKS.
+        scale, seed, data: see networks.network.
+        quick: few probes, steps and samples.
+
+    Returns:
+        One subject a network and, where it has BatchNorm, policy; in the order of models.
+    """
+    check_choice("network", "scale", scale, SCALES)
+    effort = EFFORTS["quick" if quick else scale]
+    kept = writable_folder(folder / "spectra")
+    subjects = []
+    for name in models or NETWORKS:
+        net = network(name, scale=scale, seed=seed, data=data, size=effort.size)
+        for policy in POLICIES if has_batchnorm(net.model) else ("none",):
+            path = kept / f"{name.replace(':', '-')}-{policy}.npz"
+            spectra = _once(path, net, policy, effort, seed)
+            subjects.append(Subject(name, policy, spectra, net.source))
+    return subjects
+
+
+def _once(path: Path, net: Network, policy: str, effort: Effort, seed: int) -> Spectra:
+    # Figure 4 and Table 1 are of the figure's blocks; of a model of another package every tensor is a block.
+    blocks = "paper-figure" if net.name in NETWORKS else "parameter"
+    batches = as_batches(net.data, pairs=as_loss(net.loss_fn).pairs)
+    asked = {
+        "fingerprints": {"model": fingerprint.of_model(net.model), "data": fingerprint.of_data(batches)},
+        "batchnorm": policy,
+        "num_steps": effort.num_steps,
+        "seed": seed,
+    }
+    if path.exists():
+        before = blockhess.load(path)
+        if before.quadrature.num_probes == effort.num_probes and asked.items() <= before.provenance.items():
+            return before
+    spectra = blockhess.spectrum(
+        net.model,
+        net.data,
+        net.loss_fn,
+        blocks=blocks,
+        num_probes=effort.num_probes,
+        num_steps=effort.num_steps,
+        seed=seed,
+        batchnorm="eval" if policy == "none" else policy,
+    )
+    spectra.save(path)
+    return spectra
+
+
+def settings(subjects: Sequence[Subject], seed: int, scale: str) -> dict[str, object]:
+    """What a result must say about its spectra."""
+    first = subjects[0].spectra.quadrature
+    sources: Mapping[str, str] = {subject.title: subject.source for subject in subjects}
+    return {
+        "seed": seed,
+        "scale": scale,
+        "num_probes": first.num_probes,
+        "num_steps": first.num_steps,
+        "parameters": {s.title: sum(s.spectra.dims) for s in subjects},
+        "data": sources,
+    }
