@@ -1,8 +1,8 @@
 """Writes the measured parts of README.md from bench/results, so that no number in it is typed by hand.
 
-python bench/bench_slq.py --json bench/results/slq_cpu.json    # measures
-python bench/readme.py --demo                                  # runs the demo and keeps what README shows of it
-python bench/readme.py                                         # rewrites the parts between the markers
+python -m bench --json bench/results/cpu_1_thread.json ...    # measures; bench/README.md has all commands
+python -m bench.readme --demo                                  # runs the demo and keeps what README shows of it
+python -m bench.readme                                         # rewrites the parts between the markers, and the tables
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import shutil
 import statistics
 import tempfile
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from bench_hvp import Row
-from bench_slq import Timing, markdown
-from environment import describe
+from bench import result_file, scaling
+from bench.environment import describe
+from bench.hvp import Row
+from bench.report import judge_of, report, targets_of
+from bench.rows import target_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+CPU_RUNS = ("cpu_1_thread", "cpu_2_threads", "cpu_end_to_end")
 PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
 
 
@@ -50,27 +53,49 @@ def demo_part() -> str:
     )
 
 
+def results(*names: str) -> list[dict[str, Any]]:
+    """The committed runs of `python -m bench`."""
+    return [result_file.read(RESULTS / f"{name}.json") for name in names]
+
+
 def bench_part() -> str:
-    """The table of bench_slq.py, from its JSON."""
-    result = json.loads((RESULTS / "slq_cpu.json").read_text())
-    names = {field.name for field in fields(Timing)}
-    timings = [Timing(**{key: value for key, value in timing.items() if key in names}) for timing in result["timings"]]
-    return (
-        "Against the paper's procedure in plain PyTorch (one double-backward through the whole graph per block and\n"
-        "probe), same model, data and probes, results compared before timing; `python bench/bench_slq.py`:\n\n"
-        + markdown(timings, result["peak_vector_sets"], result["environment"])
+    """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
+    one, two, whole = results(*CPU_RUNS)
+    rows, twice = one["rows"] | whole["rows"], two["rows"]
+    judges = {"1 thread": judge_of(rows), "2 threads": judge_of(twice)}
+    table = target_table(targets_of([*rows, *twice]), judges)
+    busy = max(load for row in [*rows.values(), *twice.values()] for load in row["load"])
+    limits = {name: f"{limit / 1e9:.3g}" for name, limit in one["limits"].items()}
+    return "\n".join(
+        [
+            "What the CPU kernels and whole runs should reach, and what was measured beside the rivals in the same run;",
+            "`python -m bench` ([how](bench/README.md), [all of it](bench/results/cpu.md)):",
+            "",
+            *table,
+            "",
+            f"Limits of one thread: copy {limits['copy']}, triad {limits['triad']}, read {limits['read']} GB/s, products "
+            f"of matrices {limits['gemm']} GFLOP/s. Load of the machine, which has 2 cores: up to {busy:.1f}.",
+            ", ".join(f"{key} {value}" for key, value in one["environment"].items() if key != "threads"),
+        ]
+    )
+
+
+def results_page() -> str:
+    """All tables of the committed runs."""
+    return "\n\n".join(
+        f"# {name.replace('_', ' ')}\n\n{report(result)}" for name, result in zip(CPU_RUNS, results(*CPU_RUNS))
     )
 
 
 def product_part() -> str:
-    """How many times longer each rival takes for one product, from the JSON of bench_hvp.py."""
+    """How many times longer each rival takes for one product, from the JSON of hvp.py."""
     data = json.loads((RESULTS / "hvp_cpu.json").read_text())
     rivals = [row["rival"] for row in data["results"][0]["rows"]]
     error = max(row["error"] for result in data["results"] for row in result["rows"])
     lines = [
         "One product H_l v once everything that steps share is ready, every rival in turn, all within "
         f"{error:.0e} of float64;",
-        'how many times as long as `engine="traced"` each takes; `python bench/bench_hvp.py`',
+        'how many times as long as `engine="traced"` each takes; `python -m bench.hvp`',
         "([all of it](bench/results/hvp_cpu.md)):",
         "",
         f"| model | traced, ms | {' | '.join(rivals[1:])} |",
@@ -103,6 +128,17 @@ def main() -> None:
     readme = replaced(path.read_text(), "demo", demo_part())
     readme = replaced(readme, "products", product_part())
     path.write_text(replaced(readme, "bench", bench_part()))
+    (RESULTS / "cpu.md").write_text(f"{results_page()}\n")
+    (row,) = scaling.ROWS
+    one, two, _ = results(*CPU_RUNS)
+    scaling.plot(
+        {
+            name: run["rows"][row]["curves"]
+            for name, run in (("1 thread", one), ("2 threads", two))
+            if row in run["rows"]
+        },
+        RESULTS / "cpu_scaling.png",
+    )
 
 
 if __name__ == "__main__":
