@@ -78,6 +78,51 @@ def test_zero_clustered_and_decoupled(m):
     torch.testing.assert_close(nodes, -nodes.flip(1), rtol=0, atol=100 * EPS)
 
 
+def test_a_problem_does_not_depend_on_its_neighbours(rng):
+    """Problems share the vector unit; each alone, and in another company, has the same bits."""
+    alpha, beta, steps = problems(40, 30, rng)
+    together = ops.tridiag_quadrature(alpha, beta, steps)
+    order = torch.randperm(40, generator=rng)
+    shuffled = ops.tridiag_quadrature(alpha[order], beta[order], steps[order])
+    for b in range(40):
+        alone = ops.tridiag_quadrature(alpha[b : b + 1], beta[b : b + 1], steps[b : b + 1])
+        for x, y, z in zip(together, alone, shuffled):
+            assert torch.equal(x[b], y[0]) and torch.equal(x[order], z)
+
+
+def test_same_bits_for_one_and_two_threads(rng):
+    alpha, beta, steps = problems(70, 20, rng)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(ops.tridiag_quadrature(alpha, beta, steps))
+    torch.set_num_threads(before)
+    for x, y in zip(*results):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("tiny", [1e-100, 1e-200, 1e-300, 5e-324])
+def test_parts_of_very_different_size(tiny):
+    """Squares of the small entries underflow beside the large ones; nothing is lost that float64 could tell apart."""
+    alpha = torch.tensor([[1.0, 2.0, tiny, 2 * tiny, 3 * tiny, 0.0]], dtype=torch.float64)
+    beta = torch.tensor([[0.5, tiny, tiny, tiny, tiny, 0.0]], dtype=torch.float64)
+    nodes, weights = ops.tridiag_quadrature(alpha, beta, torch.tensor([6]))
+    expected, first = reference.tridiag_quadrature(alpha, beta, torch.tensor([6]))
+    torch.testing.assert_close(nodes, expected, rtol=0, atol=16 * EPS)
+    torch.testing.assert_close(weights, first, rtol=0, atol=16 * EPS)
+
+
+def test_weights_far_below_rounding_keep_their_size():
+    """The first row shrinks by beta / gap from node to node: w_k is about prod (beta_i / (alpha_i - alpha_k))^2."""
+    m, small = 8, 1e-3
+    alpha = torch.arange(1, m + 1, dtype=torch.float64)[None]
+    beta = torch.full((1, m), small, dtype=torch.float64)
+    _, weights = ops.tridiag_quadrature(alpha, beta, torch.tensor([m]))
+    for k in range(m):
+        expected = math.prod((small / (k - i)) ** 2 for i in range(k))
+        assert weights[0, k].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_entries_that_are_not_finite_are_an_error():
     alpha = torch.zeros(3, 2, dtype=torch.float64)
     alpha[1, 1] = math.nan

@@ -1,111 +1,101 @@
-// lanczos_step on the CPU: tiles are spread over threads; a segment of one tile is finished while it is in cache.
+// lanczos_step on the CPU: tiles are spread over threads.
+//
+// A segment that stays in cache is stepped by one thread from its first pass to its last, so memory moves 4 of the 8
+// elements: w, v, v_prev in, v_next out. A longer one is shared by all threads, pass by pass. Both add the same partial
+// sums in the same order.
 #include "ops/lanczos_step.h"
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
+#include "tiles.h"
 #include "vector_kernels.h"
 
 namespace blockhess {
 namespace {
 
+constexpr int64_t kOwnTiles = 32;  // most tiles of a segment that is left to one thread: 12 MiB of float32 vectors
+
 template <class T>
 class Step {
  public:
-  explicit Step(const LanczosStep<T>& op) : op_(op), layout_(op.layout) {}
+  explicit Step(const LanczosStep<T>& op) : op_(op), tiles_(op.layout) {}
 
   void run(const ParallelFor& parallel_for) const {
-    const int64_t n_tiles = layout_.n_probes * layout_.n_tiles, n_segments = layout_.n_probes * layout_.n_blocks;
-    parallel_for(n_tiles, 1, [this](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const Place at = place(t);
-        if (!at.several_tiles)
-          whole_segment(at);
-        else if (running(at.segment))
-          op_.partial[t] = dot(op_.w + at.start, op_.v + at.start, at.length);
-      }
+    for_tiles(tiles_, parallel_for, [this](int64_t t) {
+      const int64_t s = tiles_.segment(t);
+      if (shared(s))
+        dot_with_v(s, t);
+      else if (t == tiles_.begin(s))
+        whole_segment(s);
     });
-    for (int64_t s = 0; s < n_segments; ++s)
-      if (several_tiles(s) && running(s)) op_.recurrences.alpha[op_.recurrences.next(s)] = segment_sum(s);
-    parallel_for(n_tiles, 1, [this](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const Place at = place(t);
-        if (at.several_tiles && running(at.segment)) op_.partial[t] = residual(at);
-      }
+    std::vector<int64_t> shared_segments;
+    for (int64_t s = 0; s < tiles_.segments(); ++s)
+      if (shared(s)) shared_segments.push_back(s);
+    if (shared_segments.empty()) return;
+
+    for (int64_t s : shared_segments) write_alpha(s);
+    for_tiles(tiles_, parallel_for, [this](int64_t t) {
+      if (shared(tiles_.segment(t))) subtract(tiles_.segment(t), t);
     });
-    for (int64_t s = 0; s < n_segments; ++s)
-      if (several_tiles(s) && running(s)) close(s, segment_sum(s));
-    parallel_for(n_tiles, 1, [this](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const Place at = place(t);
-        if (at.several_tiles) normalize(at);
-      }
+    for (int64_t s : shared_segments) close(s);
+    for_tiles(tiles_, parallel_for, [this](int64_t t) {
+      if (shared(tiles_.segment(t))) normalize(tiles_.segment(t), t);
     });
   }
 
  private:
-  struct Place {
-    int64_t segment, start, length;  // start: element of the (n_probes, n) state
-    bool several_tiles;
-  };
+  bool shared(int64_t s) const { return tiles_.end(s) - tiles_.begin(s) > kOwnTiles; }
+  bool running(int64_t s) const { return op_.recurrences.running(s); }
+  bool deferred(int64_t s) const { return op_.basis_offsets[tiles_.block(s)] >= 0; }
 
-  Place place(int64_t t) const {
-    const int64_t probe = t / layout_.n_tiles;
-    const Tile& tile = layout_.tiles[t % layout_.n_tiles];
-    const int64_t segment = probe * layout_.n_blocks + tile.block;
-    return {segment, probe * layout_.n + tile.start, tile.stop - tile.start, several_tiles(segment)};
+  void whole_segment(int64_t s) const {
+    const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
+    for (int64_t t = begin; t < end; ++t) dot_with_v(s, t);
+    write_alpha(s);
+    for (int64_t t = begin; t < end; ++t) subtract(s, t);
+    close(s);
+    for (int64_t t = begin; t < end; ++t) normalize(s, t);
   }
 
-  bool running(int64_t segment) const { return op_.recurrences.running(segment); }
-
-  bool several_tiles(int64_t segment) const {
-    const int64_t block = segment % layout_.n_blocks;
-    return layout_.tile_offsets[block + 1] - layout_.tile_offsets[block] > 1;
+  void dot_with_v(int64_t s, int64_t t) const {
+    const int64_t start = tiles_.start(t);
+    if (running(s)) op_.partial[t] = dot(op_.w + start, op_.v + start, tiles_.length(t));
   }
 
-  bool deferred(int64_t segment) const { return op_.basis_offsets[segment % layout_.n_blocks] >= 0; }
-
-  double segment_sum(int64_t segment) const {
-    const int64_t probe = segment / layout_.n_blocks, block = segment % layout_.n_blocks;
-    const double* partial = op_.partial + probe * layout_.n_tiles;
-    double sum = 0.0;
-    for (int64_t t = layout_.tile_offsets[block]; t < layout_.tile_offsets[block + 1]; ++t) sum += partial[t];
-    return sum;
+  void write_alpha(int64_t s) const {
+    if (running(s)) op_.recurrences.alpha[op_.recurrences.next(s)] = tiles_.sum(op_.partial, s);
   }
 
-  double residual(const Place& at) const {
+  void subtract(int64_t s, int64_t t) const {
     const Recurrences& r = op_.recurrences;
-    return three_term(op_.w + at.start, op_.v + at.start, op_.v_prev + at.start, r.alpha[r.next(at.segment)],
-                      r.last_beta(at.segment), at.length);
+    if (!running(s)) return;
+    const int64_t start = tiles_.start(t);
+    op_.partial[t] = three_term(op_.w + start, op_.v + start, op_.v_prev + start, r.alpha[r.next(s)], r.last_beta(s),
+                                tiles_.length(t));
   }
 
   // Writes beta and closes the step, or leaves the closing to reorthogonalize.
-  void close(int64_t segment, double squared_norm) const {
+  void close(int64_t s) const {
     const Recurrences& r = op_.recurrences;
-    double& beta = r.beta[r.next(segment)];
-    beta = std::sqrt(squared_norm);
-    if (deferred(segment) && std::isfinite(r.alpha[r.next(segment)]) && std::isfinite(beta)) return;
-    close_step(r, segment, op_.limits[segment % layout_.n_blocks], std::numeric_limits<T>::epsilon());
+    if (!running(s)) return;
+    double& beta = r.beta[r.next(s)];
+    beta = std::sqrt(tiles_.sum(op_.partial, s));
+    if (deferred(s) && std::isfinite(r.alpha[r.next(s)]) && std::isfinite(beta)) return;
+    close_step(r, s, op_.limits[tiles_.block(s)], std::numeric_limits<T>::epsilon());
   }
 
-  void normalize(const Place& at) const {
-    T* next = op_.v_prev + at.start;
-    if (!running(at.segment))
-      std::fill_n(next, at.length, T(0));
-    else if (!deferred(at.segment))
-      scale(next, 1.0 / op_.recurrences.last_beta(at.segment), at.length);
-  }
-
-  void whole_segment(const Place& at) const {
-    if (running(at.segment)) {
-      op_.recurrences.alpha[op_.recurrences.next(at.segment)] = dot(op_.w + at.start, op_.v + at.start, at.length);
-      close(at.segment, residual(at));
-    }
-    normalize(at);
+  void normalize(int64_t s, int64_t t) const {
+    T* next = op_.v_prev + tiles_.start(t);
+    if (!running(s))
+      std::fill_n(next, tiles_.length(t), T(0));
+    else if (!deferred(s))
+      scale(next, 1.0 / op_.recurrences.last_beta(s), tiles_.length(t));
   }
 
   const LanczosStep<T>& op_;
-  const Layout& layout_;
+  const Tiles tiles_;
 };
 
 }  // namespace

@@ -1,88 +1,87 @@
-// reorthogonalize on the CPU: per tile, one pass of dots and one of updates over the basis, twice.
+// reorthogonalize on the CPU, in three passes over the basis: dots; update and dots of the updated r; update.
+//
+// A segment of one tile is projected by one thread from its first pass to its last, while its part of the basis is in
+// cache; a longer one is shared by all threads, pass by pass.
 #include "ops/reorthogonalize.h"
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "tiles.h"
 #include "vector_kernels.h"
 
 namespace blockhess {
 namespace {
 
+constexpr int kPasses = 3;
+
 template <class T>
 void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_for) {
-  const Layout& layout = op.layout;
   const Recurrences& recurrences = op.recurrences;
-  const int64_t n_tiles = layout.n_probes * layout.n_tiles, n_segments = layout.n_probes * layout.n_blocks;
-  const int64_t row = layout.n_probes * op.n_basis;  // elements of one basis row
-  const int64_t stride = op.capacity + 1;            // of `partial`, from tile to tile
+  const Tiles tiles(op.layout);
+  const int64_t row = op.layout.n_probes * op.n_basis;  // elements of one basis row
+  const int64_t stride = op.capacity + 1;               // of `partial`, from tile to tile
+  std::vector<double> coefficients(tiles.segments() * op.capacity);
 
-  // body(tile index, segment, first element of the tile in r, in a basis row, length) for the tiles to be projected
-  const auto for_tiles = [&](const auto& body) {
-    parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t probe = t / layout.n_tiles;
-        const Tile& tile = layout.tiles[t % layout.n_tiles];
-        const int64_t segment = probe * layout.n_blocks + tile.block;
-        if (!op.projects(segment)) continue;
-        const int64_t column = op.basis_offsets[tile.block] + tile.start - layout.offsets[tile.block];
-        body(t, segment, probe * layout.n + tile.start, probe * op.n_basis + column, tile.stop - tile.start);
-      }
-    });
+  // First element of a tile in a row of the basis.
+  const auto column = [&](int64_t t) {
+    const int64_t s = tiles.segment(t);
+    return s / op.layout.n_blocks * op.n_basis + op.basis_offsets[tiles.block(s)] + tiles.position(t);
   };
-  // The partial sums of entry k of a segment, added in tile order.
-  const auto segment_sum = [&](int64_t segment, int64_t k) {
-    const int64_t probe = segment / layout.n_blocks, block = segment % layout.n_blocks;
-    double sum = 0.0;
-    for (int64_t t = layout.tile_offsets[block]; t < layout.tile_offsets[block + 1]; ++t)
-      sum += op.partial[(probe * layout.n_tiles + t) * stride + k];
-    return sum;
+  const auto project_tile = [&](int pass, int64_t t) {
+    const int64_t s = tiles.segment(t);
+    const double* subtracted = pass > 0 ? coefficients.data() + s * op.capacity : nullptr;
+    double* dots = pass + 1 < kPasses ? op.partial + t * stride : nullptr;
+    op.partial[t * stride + op.capacity] =
+        gram_schmidt(op.r + tiles.start(t), op.basis + column(t), row, op.count(s), tiles.length(t), subtracted, dots);
+  };
+  const auto add_tiles = [&](int64_t s) {
+    for (int64_t k = 0; k < op.count(s); ++k) coefficients[s * op.capacity + k] = tiles.sum(op.partial + k, s, stride);
+  };
+  const auto shared = [&](int64_t s) { return tiles.end(s) - tiles.begin(s) > 1; };
+  const auto whole_segment = [&](int64_t s) {
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (pass > 0) add_tiles(s);
+      project_tile(pass, tiles.begin(s));
+    }
   };
 
-  std::vector<double> coefficients(n_segments * op.capacity);
-  for (int pass = 0; pass < 2; ++pass) {
-    for_tiles([&](int64_t t, int64_t segment, int64_t r, int64_t v, int64_t length) {
-      for (int64_t k = 0; k < op.count(segment); ++k)
-        op.partial[t * stride + k] = dot(op.basis + k * row + v, op.r + r, length);
-    });
-    parallel_for(n_segments, 16, [&](int64_t begin, int64_t end) {
+  for (int pass = 0; pass < kPasses; ++pass) {
+    parallel_for(pass > 0 ? tiles.segments() : 0, 16, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s)
-        if (op.projects(s))
-          for (int64_t k = 0; k < op.count(s); ++k) coefficients[s * op.capacity + k] = segment_sum(s, k);
+        if (op.projects(s) && shared(s)) add_tiles(s);
     });
-    for_tiles([&](int64_t t, int64_t segment, int64_t r, int64_t v, int64_t length) {
-      op.partial[t * stride + op.capacity] = subtract_projection(
-          op.r + r, op.basis + v, row, coefficients.data() + segment * op.capacity, op.count(segment), length);
+    for_tiles(tiles, parallel_for, [&](int64_t t) {
+      const int64_t s = tiles.segment(t);
+      if (!op.projects(s)) return;
+      if (shared(s))
+        project_tile(pass, t);
+      else if (pass == 0)
+        whole_segment(s);
     });
   }
 
-  std::vector<double> factor(n_segments, 0.0);
-  std::vector<char> closing(n_segments, 0);
-  for (int64_t s = 0; s < n_segments; ++s) {
+  std::vector<double> factor(tiles.segments(), 0.0);
+  std::vector<char> closing(tiles.segments(), 0);
+  for (int64_t s = 0; s < tiles.segments(); ++s) {
     if (!op.takes_part(s)) continue;
     closing[s] = 1;
-    if (op.projects(s)) recurrences.beta[recurrences.next(s)] = std::sqrt(segment_sum(s, op.capacity));
-    factor[s] = close_step(recurrences, s, op.limits[s % layout.n_blocks], std::numeric_limits<T>::epsilon());
+    if (op.projects(s))
+      recurrences.beta[recurrences.next(s)] = std::sqrt(tiles.sum(op.partial + op.capacity, s, stride));
+    factor[s] = close_step(recurrences, s, op.limits[tiles.block(s)], std::numeric_limits<T>::epsilon());
   }
-  parallel_for(n_tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t probe = t / layout.n_tiles;
-      const Tile& tile = layout.tiles[t % layout.n_tiles];
-      const int64_t segment = probe * layout.n_blocks + tile.block;
-      if (!closing[segment]) continue;
-      T* next = op.r + probe * layout.n + tile.start;
-      const int64_t length = tile.stop - tile.start;
-      if (factor[segment] == 0.0) {
-        std::fill_n(next, length, T(0));
-        continue;
-      }
-      scale(next, factor[segment], length);
-      const int64_t filled = recurrences.steps[segment];  // the step is counted by now
-      if (filled >= op.capacity) continue;
-      const int64_t column = op.basis_offsets[tile.block] + tile.start - layout.offsets[tile.block];
-      std::copy_n(next, length, op.basis + filled * row + probe * op.n_basis + column);
+  for_tiles(tiles, parallel_for, [&](int64_t t) {
+    const int64_t s = tiles.segment(t), length = tiles.length(t);
+    T* next = op.r + tiles.start(t);
+    if (!closing[s]) return;
+    if (factor[s] == 0.0) {
+      std::fill_n(next, length, T(0));
+      return;
     }
+    scale(next, factor[s], length);
+    const int64_t filled = recurrences.steps[s];  // the step is counted by now
+    if (filled < op.capacity) std::copy_n(next, length, op.basis + filled * row + column(t));
   });
 }
 

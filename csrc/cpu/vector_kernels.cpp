@@ -2,26 +2,22 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define BLOCKHESS_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#define BLOCKHESS_INLINE inline __attribute__((always_inline))
-#else
-#define BLOCKHESS_MULTIVERSION
-#define BLOCKHESS_INLINE inline
-#endif
+#include "multiversion.h"
 
 namespace blockhess {
 namespace {
 
-constexpr int64_t kLanes = 32;    // partial sums: enough to hide the latency of the add at every vector width
-constexpr int64_t kChunk = 2048;  // elements that stay in the first-level cache while the basis streams past
+constexpr int64_t kLanes = 32;  // partial sums: enough to hide the latency of the add at every vector width
+constexpr int64_t kChunk =
+    4096;                     // elements of x in float64, and their part of 100 rows of the basis: both stay in cache
+constexpr int64_t kRows = 4;  // rows of the basis that share the loads of x
 
 struct Lanes {
   double sum[kLanes] = {};
-  BLOCKHESS_INLINE double total() const {
-    double total = 0.0;
-    for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
-    return total;
+  BLOCKHESS_INLINE double total() {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t k = 0; k < half; ++k) sum[k] += sum[k + half];
+    return sum[0];
   }
 };
 
@@ -56,22 +52,57 @@ BLOCKHESS_INLINE void scale_loop(T* x, double scale, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = T(double(x[i]) * scale);
 }
 
+// chunk <- chunk - sum_r c_r row_r over kRows rows, or over one
+template <int64_t rows, class T>
+BLOCKHESS_INLINE void subtract_rows(double* __restrict chunk, const T* __restrict row, int64_t stride,
+                                    const double* __restrict c, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0.0;
+    for (int64_t r = 0; r < rows; ++r) sum += c[r] * double(row[r * stride + i]);
+    chunk[i] -= sum;
+  }
+}
+
+// d_r <- d_r + <row_r, chunk>
+template <int64_t rows, class T>
+BLOCKHESS_INLINE void add_dots(double* __restrict d, const T* __restrict row, int64_t stride,
+                               const double* __restrict chunk, int64_t n) {
+  Lanes lanes[rows];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < kLanes; ++k) lanes[r].sum[k] += double(row[r * stride + i + k]) * chunk[i + k];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; i + k < n; ++k) lanes[r].sum[k] += double(row[r * stride + i + k]) * chunk[i + k];
+    d[r] += lanes[r].total();
+  }
+}
+
 template <class T>
-BLOCKHESS_INLINE double subtract_projection_loop(T* __restrict x, const T* __restrict basis, int64_t stride,
-                                                 const double* __restrict c, int64_t count, int64_t n) {
-  Lanes lanes;
+BLOCKHESS_INLINE double gram_schmidt_loop(T* __restrict x, const T* __restrict basis, int64_t stride, int64_t count,
+                                          int64_t n, const double* __restrict c, double* __restrict d) {
+  Lanes norm;
   double chunk[kChunk];
+  if (d) std::fill_n(d, count, 0.0);
   for (int64_t start = 0; start < n; start += kChunk) {
     const int64_t length = std::min(kChunk, n - start);
+    const T* rows = basis + start;
     for (int64_t i = 0; i < length; ++i) chunk[i] = double(x[start + i]);
-    for (int64_t k = 0; k < count; ++k) {
-      const T* __restrict row = basis + k * stride + start;
-      for (int64_t i = 0; i < length; ++i) chunk[i] -= c[k] * double(row[i]);
+    if (c) {
+      int64_t k = 0;
+      for (; k + kRows <= count; k += kRows) subtract_rows<kRows>(chunk, rows + k * stride, stride, c + k, length);
+      for (; k < count; ++k) subtract_rows<1>(chunk, rows + k * stride, stride, c + k, length);
+      for (int64_t i = 0; i < length; ++i) x[start + i] = T(chunk[i]);
+      for (int64_t i = 0; i < length; ++i) chunk[i] = double(x[start + i]);
     }
-    for (int64_t i = 0; i < length; ++i) x[start + i] = T(chunk[i]);
-    for (int64_t i = 0; i < length; ++i) lanes.sum[i % kLanes] += double(x[start + i]) * double(x[start + i]);
+    if (d) {
+      int64_t k = 0;
+      for (; k + kRows <= count; k += kRows) add_dots<kRows>(d + k, rows + k * stride, stride, chunk, length);
+      for (; k < count; ++k) add_dots<1>(d + k, rows + k * stride, stride, chunk, length);
+    }
+    for (int64_t i = 0; i < length; ++i) norm.sum[i % kLanes] += chunk[i] * chunk[i];
   }
-  return lanes.total();
+  return norm.total();
 }
 
 }  // namespace
@@ -82,9 +113,9 @@ BLOCKHESS_INLINE double subtract_projection_loop(T* __restrict x, const T* __res
     return three_term_loop(w, v, p, alpha, beta, n);                                                             \
   }                                                                                                              \
   BLOCKHESS_MULTIVERSION void scale(T* x, double scale, int64_t n) { scale_loop(x, scale, n); }                  \
-  BLOCKHESS_MULTIVERSION double subtract_projection(T* x, const T* basis, int64_t stride, const double* c,       \
-                                                    int64_t count, int64_t n) {                                  \
-    return subtract_projection_loop(x, basis, stride, c, count, n);                                              \
+  BLOCKHESS_MULTIVERSION double gram_schmidt(T* x, const T* basis, int64_t stride, int64_t count, int64_t n,     \
+                                             const double* c, double* d) {                                       \
+    return gram_schmidt_loop(x, basis, stride, count, n, c, d);                                                  \
   }
 
 BLOCKHESS_INSTANTIATE(float)

@@ -20,8 +20,12 @@ double three_term(const double* w, const double* v, double* p, double alpha, dou
 void scale(float* x, double scale, int64_t n);
 void scale(double* x, double scale, int64_t n);
 
-// x <- x - sum_k c_k V_k, with V_k = basis + k * stride; returns |x|^2
-double subtract_projection(float* x, const float* basis, int64_t stride, const double* c, int64_t count, int64_t n);
-double subtract_projection(double* x, const double* basis, int64_t stride, const double* c, int64_t count, int64_t n);
+// With the basis V_k = basis + k * stride, 0 <= k < count:
+//   x <- x - sum_k c_k V_k    unless c is null,
+//   d_k = <V_k, x>            unless d is null; returns |x|^2.
+// In one call a stretch of the basis is still in cache for the second line.
+double gram_schmidt(float* x, const float* basis, int64_t stride, int64_t count, int64_t n, const double* c, double* d);
+double gram_schmidt(double* x, const double* basis, int64_t stride, int64_t count, int64_t n, const double* c,
+                    double* d);
 
 }  // namespace blockhess
