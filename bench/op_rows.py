@@ -53,14 +53,24 @@ def layout_dims(machine: Machine, name: str) -> list[int]:
     return LAYOUTS[name]() if machine.size == "full" else small
 
 
-def moved_elements(layout: Layout) -> float:
-    """Elements of a vector that a step reads and writes, for each of its n: counted from the op's passes.
+# Most tiles of a segment that the CPU's lanczos_step makes in one go, from csrc/cpu/lanczos_step.cpp.
+TILES_IN_CACHE = 32
 
-    Where a segment has several tiles: read w, v; read w, v, v_prev, write r; read r, write v_next. Of one tile all but
-    the first reads and the last write stay in cache: read w, v, v_prev, write v_next.
+
+def moved_elements(layout: Layout) -> float:
+    """Elements of a vector that a step moves between memory and cache, for each of its n: counted from its passes.
+
+    Read w, v; read w, v, v_prev, write r; read r, write v_next: 8. Where a segment stays in cache all but the first
+    reads and the last write do: read w, v, v_prev, write v_next: 4.
     """
-    several = layout.tile_offsets.diff() > 1
-    return sum(dim * (8 if s else 4) for dim, s in zip(layout.dims, several.tolist())) / layout.n
+    in_cache = layout.tile_offsets.diff() <= TILES_IN_CACHE
+    return sum(dim * (4 if c else 8) for dim, c in zip(layout.dims, in_cache.tolist())) / layout.n
+
+
+def basis_reads(layout: Layout) -> float:
+    """How often reorthogonalize reads the basis from memory: thrice, once where a segment is one tile."""
+    one_tile = layout.tile_offsets.diff() == 1
+    return sum(dim * (1 if one else 3) for dim, one in zip(layout.dims, one_tile.tolist())) / layout.n
 
 
 def step_rivals(step: Step, expected: Step, names: tuple[str, ...], compile_limit: float | None) -> dict[str, Rival]:
@@ -137,10 +147,12 @@ def projection(machine: Machine) -> Row:
         seconds=8.0,
     )
     row, seconds = Row.of(entries), entries["blockhess"].median
+    reads, nbytes = basis_reads(case.layout), case.basis.nbytes
     row.measured |= {
-        "reads of the basis": 4,
-        "GB/s": 4 * case.basis.nbytes / seconds / 1e9,
-        "share of read bandwidth": machine.share(4 * case.basis.nbytes, seconds, "read"),
+        "share of read bandwidth, 4 reads": machine.share(4 * nbytes, seconds, "read"),
+        "reads of the basis": reads,
+        "share of read bandwidth, by reads made": machine.share(reads * nbytes, seconds, "read"),
+        "GB/s": reads * nbytes / seconds / 1e9,
     }
     return row
 
@@ -249,7 +261,7 @@ ROWS: dict[str, tuple[RowOf, list[Target]]] = {
     ),
     "`reorthogonalize`, basis of 100, GPT2-nano layout, 1 probe": (
         projection,
-        [Target(">= 80 % of read bandwidth, 4 reads of the basis", "share of read bandwidth", 0.80, True)],
+        [Target(">= 80 % of read bandwidth, 4 reads of the basis", "share of read bandwidth, 4 reads", 0.80, True)],
     ),
     **{
         f"`tridiag_quadrature`, {problems:,} problems, m = {m}": (

@@ -68,13 +68,13 @@ def bench_part() -> str:
     limits = {name: f"{limit / 1e9:.3g}" for name, limit in one["limits"].items()}
     return "\n".join(
         [
-            "What the CPU kernels and whole runs should reach, and what was measured beside the rivals in the same run;",
+            "What the CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
             "`python -m bench` ([how](bench/README.md), [all of it](bench/results/cpu.md)):",
             "",
             *table,
             "",
-            f"Limits of one thread: copy {limits['copy']}, triad {limits['triad']}, read {limits['read']} GB/s, products "
-            f"of matrices {limits['gemm']} GFLOP/s. Load of the machine, which has 2 cores: up to {busy:.1f}.",
+            f"Limits of one thread: copy {limits['copy']}, triad {limits['triad']}, read {limits['read']} GB/s, matrix "
+            f"products {limits['gemm']} GFLOP/s. Load of the machine, which has 2 cores: up to {busy:.1f}.",
             ", ".join(f"{key} {value}" for key, value in one["environment"].items() if key != "threads"),
         ]
     )

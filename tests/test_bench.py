@@ -110,12 +110,13 @@ def test_limits_are_measured_and_consistent():
     assert set(limits) == {"copy", "triad", "read", "gemm"} and min(limits.values()) > 0
 
 
-def test_elements_that_a_step_moves():
+def test_traffic_is_counted_by_segments():
     from blockhess_ext.layout import Layout
 
     assert op_rows.moved_elements(Layout.of([5, 7])) == 4
-    large = Layout.of([10**6, 10**6])
-    assert large.n_tiles > 2 and op_rows.moved_elements(large) == 8
+    half = Layout.of([10**5, 10**6 * 2])
+    assert op_rows.moved_elements(half) == pytest.approx((4 * 1 + 8 * 20) / 21)
+    assert op_rows.basis_reads(Layout.of([100, 300_000])) == pytest.approx((100 + 3 * 300_000) / 300_100)
 
 
 def test_targets_are_judged_and_absence_is_told():
