@@ -227,7 +227,7 @@ def density(machine: Machine) -> Row:
     row.notes.append(f"rivals on {part} of {rows} blocks, times {scale:g}")
     row.measured |= {
         "error": row.error,
-        "memory beside the result, in results": entries["blockhess"].peak_bytes / (8 * rows * points) - 1,
+        "memory beside the result, in results": (entries["blockhess"].peak_bytes or 0) / (8 * rows * points) - 1,
     }
     return row
 

@@ -47,10 +47,8 @@ def times_table(rows: Mapping[str, Any]) -> list[str]:
             found = row["measured"]
             ratio = found.get(f"times faster than {rival}", found.get(f"times faster than {rival}, again"))
             median, fastest, slowest, first = (_short(t[f"{x}_ms"]) for x in ("median", "min", "max", "first"))
-            times = "-" if ratio is None else f"{ratio:.2f}"
-            lines.append(
-                f"{head} {median} ({fastest} - {slowest}) | {times} | {first} | {t['peak_mib']:.1f} | {error} |"
-            )
+            times, peak = ("-" if x is None else f"{x:.2f}" for x in (ratio, t["peak_mib"]))
+            lines.append(f"{head} {median} ({fastest} - {slowest}) | {times} | {first} | {peak} | {error} |")
     return lines
 
 

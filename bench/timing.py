@@ -110,14 +110,15 @@ class Entry:
 
     Attributes:
         failure: why it was not timed. error: of its result. first: seconds of its set-up and first call, compiling
-            included. seconds: of each further call, scaled to the whole work. peak_bytes: growth of memory in a call.
+            included. seconds: of each further call, scaled to the whole work. peak_bytes: growth of memory in a call,
+            where it was looked at.
     """
 
     failure: str = ""
     error: float | None = None
     first: float = 0.0
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
 
     @property
     def absent(self) -> bool:
@@ -137,7 +138,7 @@ class Entry:
             return {"failure": self.failure, "error": self.error}
         return Times(self.seconds).summary() | {
             "first_ms": 1e3 * self.first,
-            "peak_mib": self.peak_bytes / 2**20,
+            "peak_mib": None if self.peak_bytes is None else self.peak_bytes / 2**20,
             "error": self.error,
         }
 
