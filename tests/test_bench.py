@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import end_to_end, layouts, op_rows, report, result_file
+from bench import end_to_end, layouts, op_rows, report, result_file, scaling
 from bench.machine import Machine, TooSmall
 from bench.rows import Row, Target, judged
 from bench.step import Projection, Step
-from bench.timing import CPU, Entry, Rival, WrongResult, alternate, contest, told
+from bench.timing import CPU, Entry, Rival, Times, WrongResult, alternate, contest, told
 from bench.torch_rivals import STEPS, density_by_point, density_in_chunks
 from blockhess.model_state import fixed_state
 
@@ -321,6 +321,17 @@ def test_the_papers_density_loop_is_the_broadcast_formula():
     nodes, weights = torch.rand(2, 12).double(), torch.rand(2, 12).double()
     arguments = nodes, weights, torch.linspace(0, 1, 7).double(), torch.tensor([0.1, 0.2]).double()
     torch.testing.assert_close(density_by_point(*arguments, 3), density_in_chunks(*arguments))
+
+
+def test_scaling_curves_are_measured_and_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(scaling, "measure", lambda *_, **__: Times([1e-3]))  # after the check of every step
+    threads = torch.get_num_threads()
+    found = scaling.scaling(TINY).curves
+    assert torch.get_num_threads() == threads and next(zip(*found["threads, 1e7 elements"])) == (1, 2)
+    assert found["elements"][0] == [10, 1e9 * 1e-3 / 10]
+    scaling.plot({"1 thread": found}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 # --- end to end -----------------------------------------------------------------------------------------------
