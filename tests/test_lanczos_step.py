@@ -163,6 +163,20 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
         assert torch.equal(x, y)
 
 
+def test_a_segment_has_the_same_bits_alone_and_among_many(dtype, rng):
+    """Alone it is shared by all threads, among many it is the work of one."""
+    among = mid_flight(dtype, rng, dims=(100_003,) * 12, n_probes=2, laggards=False)
+    r, columns = among.recurrences, among.layout.columns(5)
+    own = {name: getattr(r, name)[..., 5:6].clone() for name in vars(r)}
+    w, v, v_prev = (x[:, columns].clone() for x in (among.w, among.v, among.v_prev))
+    layout = Layout.of([100_003])
+    alone = Case(w, v, v_prev, Recurrences(**own), layout, torch.empty(2, layout.n_tiles, dtype=torch.float64))
+    for each in (among, alone):
+        ops.lanczos_step(*each.arguments())
+    assert torch.equal(among.v_prev[:, columns], alone.v_prev)
+    assert torch.equal(r.beta[..., 5:6], alone.recurrences.beta)
+
+
 def test_opcheck(dtype, rng):
     case = mid_flight(dtype, rng, dims=(3, 1, 5, 2), n_probes=2)
     r, layout = case.recurrences, case.layout

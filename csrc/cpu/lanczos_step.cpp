@@ -1,8 +1,8 @@
 // lanczos_step on the CPU: tiles are spread over threads.
 //
 // A segment that stays in cache is stepped by one thread from its first pass to its last, so memory moves 4 of the 8
-// elements: w, v, v_prev in, v_next out. A longer one is shared by all threads, pass by pass. Both add the same partial
-// sums in the same order.
+// elements: w, v, v_prev in, v_next out. A longer one, or one that is a large part of all the work, is shared by all
+// threads, pass by pass. Both add the same partial sums in the same order.
 #include "ops/lanczos_step.h"
 
 #include <algorithm>
@@ -15,7 +15,8 @@
 namespace blockhess {
 namespace {
 
-constexpr int64_t kOwnTiles = 32;  // most tiles of a segment that is left to one thread: 12 MiB of float32 vectors
+constexpr int64_t kOwnTiles = 32;   // most tiles of a segment that is left to one thread: 12 MiB of float32 vectors
+constexpr int64_t kLargePart = 16;  // a sixteenth of all tiles
 
 template <class T>
 class Step {
@@ -46,7 +47,10 @@ class Step {
   }
 
  private:
-  bool shared(int64_t s) const { return tiles_.end(s) - tiles_.begin(s) > kOwnTiles; }
+  bool shared(int64_t s) const {
+    const int64_t n_tiles = tiles_.end(s) - tiles_.begin(s);
+    return n_tiles > kOwnTiles || (n_tiles > 1 && n_tiles * kLargePart > tiles_.count());
+  }
   bool running(int64_t s) const { return op_.recurrences.running(s); }
   bool deferred(int64_t s) const { return op_.basis_offsets[tiles_.block(s)] >= 0; }
 

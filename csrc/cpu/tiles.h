@@ -1,6 +1,8 @@
 // The tiles of all probes, counted through: t = probe n_tiles + tile, and the segments s = probe n_blocks + block.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/common.h"
 
 namespace blockhess {
@@ -11,6 +13,11 @@ class Tiles {
 
   int64_t count() const { return layout_.n_probes * layout_.n_tiles; }
   int64_t segments() const { return layout_.n_probes * layout_.n_blocks; }
+
+  // Tiles that are worth a thread: those of kTileLength elements, on average.
+  int64_t grain() const {
+    return std::max<int64_t>(1, kTileLength * layout_.n_tiles / std::max<int64_t>(1, layout_.n));
+  }
 
   // Of a tile: its segment, its first element in the (n_probes, n) state and inside its segment, its length.
   int64_t segment(int64_t t) const { return probe(t) * layout_.n_blocks + tile(t).block; }
@@ -40,7 +47,7 @@ class Tiles {
 // body(t) for every tile, spread over threads.
 template <class Body>
 void for_tiles(const Tiles& tiles, const ParallelFor& parallel_for, const Body& body) {
-  parallel_for(tiles.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(tiles.count(), tiles.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(t);
   });
 }

@@ -7,7 +7,7 @@
 //
 // alpha and beta are written to the row of the recurrence's next step, beta_prev is in the row before, 0 in the first.
 // v_next replaces v_prev, so w is only read and three vector sets suffice. Memory traffic per element: w, v; then w, v,
-// v_prev, r; then r, v_next: 8 elements, less where a segment is one tile and stays in cache.
+// v_prev, r; then r, v_next: 8 elements, 4 where a segment stays in cache.
 //
 // Promises: dots and norms are summed in float64, and r is formed in float64 and rounded once. A finished or frozen
 // recurrence gets a zero vector and is left alone otherwise. Blocks with basis_offsets[l] >= 0 are left with the

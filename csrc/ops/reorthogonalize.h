@@ -4,7 +4,7 @@
 //   beta = |r|,  v_next = r / beta,  row j + 1 of the basis <- v_next
 //
 // Only blocks with basis_offsets[l] >= 0 take part. beta is taken after the projections. Memory traffic: the basis is
-// read four times. Source: Giraud, Langou, Rozloznik 2005 ("twice is enough"). Recurrences with project[s] = 0 do
+// read at most four times. Source: Giraud, Langou, Rozloznik 2005 ("twice is enough"). Recurrences with project[s] = 0 do
 // without the projections in this step (partial reorthogonalisation): r and |r|, which is in beta, are as they are.
 //
 // Promises: coefficients are summed in float64. The last row of the basis is never passed: where it is filled, v_next
