@@ -23,7 +23,6 @@ from bench.rows import target_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU_RUNS = ("cpu_1_thread", "cpu_2_threads", "cpu_end_to_end")
 PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
 
 
@@ -53,38 +52,46 @@ def demo_part() -> str:
     )
 
 
-def results(*names: str) -> list[dict[str, Any]]:
-    """The committed runs of `python -m bench`."""
-    return [result_file.read(RESULTS / f"{name}.json") for name in names]
+def runs() -> dict[str, dict[str, Any]]:
+    """The committed runs of `python -m bench`, by the names of their files."""
+    return {path.stem: result_file.read(path) for path in sorted(RESULTS.glob("cpu_*.json"))}
+
+
+def rows_of(threads: int) -> dict[str, Any]:
+    """All rows that were run with so many threads."""
+    return {
+        name: row
+        for result in runs().values()
+        if result["environment"]["threads"] == threads
+        for name, row in result["rows"].items()
+    }
 
 
 def bench_part() -> str:
     """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
-    one, two, whole = results(*CPU_RUNS)
-    rows, twice = one["rows"] | whole["rows"], two["rows"]
-    judges = {"1 thread": judge_of(rows), "2 threads": judge_of(twice)}
-    table = target_table(targets_of([*rows, *twice]), judges)
-    busy = max(load for row in [*rows.values(), *twice.values()] for load in row["load"])
-    limits = {name: f"{limit / 1e9:.3g}" for name, limit in one["limits"].items()}
+    rows, twice = rows_of(1), rows_of(2)
+    table = target_table(targets_of([*rows, *twice]), {"1 thread": judge_of(rows), "2 threads": judge_of(twice)})
+    loads = [load for row in [*rows.values(), *twice.values()] for load in row["load"]]
+    origins = {
+        ", ".join(f"{key} {value}" for key, value in result["environment"].items() if key != "threads")
+        for result in runs().values()
+    }
     return "\n".join(
         [
-            "What the CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
+            "What CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
             "`python -m bench` ([how](bench/README.md), [all of it](bench/results/cpu.md)):",
             "",
             *table,
             "",
-            f"Limits of one thread: copy {limits['copy']}, triad {limits['triad']}, read {limits['read']} GB/s, matrix "
-            f"products {limits['gemm']} GFLOP/s. Load of the machine, which has 2 cores: up to {busy:.1f}.",
-            ", ".join(f"{key} {value}" for key, value in one["environment"].items() if key != "threads"),
+            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}.",
+            *sorted(origins),
         ]
     )
 
 
 def results_page() -> str:
     """All tables of the committed runs."""
-    return "\n\n".join(
-        f"# {name.replace('_', ' ')}\n\n{report(result)}" for name, result in zip(CPU_RUNS, results(*CPU_RUNS))
-    )
+    return "\n\n".join(f"# {name}\n\n{report(result)}" for name, result in runs().items())
 
 
 def product_part() -> str:
@@ -130,15 +137,8 @@ def main() -> None:
     path.write_text(replaced(readme, "bench", bench_part()))
     (RESULTS / "cpu.md").write_text(f"{results_page()}\n")
     (row,) = scaling.ROWS
-    one, two, _ = results(*CPU_RUNS)
-    scaling.plot(
-        {
-            name: run["rows"][row]["curves"]
-            for name, run in (("1 thread", one), ("2 threads", two))
-            if row in run["rows"]
-        },
-        RESULTS / "cpu_scaling.png",
-    )
+    curves = {f"{n} thread(s)": rows_of(n)[row]["curves"] for n in (1, 2) if row in rows_of(n)}
+    scaling.plot(curves, RESULTS / "cpu_scaling.png")
 
 
 if __name__ == "__main__":
