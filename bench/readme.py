@@ -18,7 +18,7 @@ from typing import Any
 from bench import result_file, scaling
 from bench.environment import describe
 from bench.hvp import Row
-from bench.report import judge_of, report, targets_of
+from bench.report import ROWS, judge_of, report, targets_of
 from bench.rows import target_table
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def rows_of(threads: int) -> dict[str, Any]:
 def bench_part() -> str:
     """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
     rows, twice = rows_of(1), rows_of(2)
-    table = target_table(targets_of([*rows, *twice]), {"1 thread": judge_of(rows), "2 threads": judge_of(twice)})
+    table = target_table(targets_of(list(ROWS)), {"1 thread": judge_of(rows), "2 threads": judge_of(twice)})
     loads = [load for row in [*rows.values(), *twice.values()] for load in row["load"]]
     origins = {
         ", ".join(f"{key} {value}" for key, value in result["environment"].items() if key != "threads")

@@ -16,7 +16,7 @@ def judge_of(rows: Mapping[str, Any], size: str = "full") -> Judge:
 
     def judge(name: str, target: Target) -> tuple[str, str]:
         if name not in rows:
-            return "-", ""
+            return "-", "not run"
         value, word = judged(target, rows[name])
         return (value, word) if size == "full" or word not in ("met", "missed") else ("-", f"not judged at {size} size")
 
