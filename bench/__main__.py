@@ -3,6 +3,7 @@
     python -m bench                      all rows, on one thread
     python -m bench --only lanczos_step  rows whose names hold this; may be repeated
     python -m bench --quick              tiny sizes: that everything runs and is right; times mean nothing
+    python -m bench --clock cpu          seconds of the processor, where other programs keep it busy
     python -m bench --compare OLD.json   also the ratios to an earlier run
     python -m bench --show NEW.json      measures nothing: the tables of a kept run
 
@@ -27,7 +28,7 @@ from bench.environment import describe, peers
 from bench.machine import Machine, TooSmall
 from bench.report import ROWS, report
 from bench.result_file import SCHEMA, comparison, read, write
-from bench.timing import CPU
+from bench.timing import CLOCKS, CPU, use_clock
 
 
 def run_row(name: str, machine: Machine) -> dict[str, Any]:
@@ -43,12 +44,12 @@ def run_row(name: str, machine: Machine) -> dict[str, Any]:
     return {**found, "load": [load, os.getloadavg()[0]], "seconds": time.perf_counter() - start}
 
 
-def run(names: list[str], size: str, path: Path | None) -> dict[str, Any]:
+def run(names: list[str], size: str, clock: str, path: Path | None) -> dict[str, Any]:
     """Measure rows; the file is written after each, so that what is done is kept."""
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "size": size,
-        "environment": describe(),
+        "environment": {**describe(), "clock": clock},
         "peers": peers(),
         "limits": {},
         "rows": {},
@@ -88,10 +89,19 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="also ratios to an earlier run")
     parser.add_argument("--show", type=Path, metavar="NEW.json", help="measure nothing: tables of a file of --json")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for everybody (default 1)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds of the processor, for a busy machine and one thread",
+    )
     options = parser.parse_args()
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.threads > 1 and options.clock == "cpu":
+        parser.error("--clock cpu adds up the seconds of all threads: --threads must be 1")
     torch.set_num_threads(options.threads)
+    use_clock(options.clock)
     try:
         names = chosen(options.only)
         old = read(options.compare) if options.compare else None  # before hours are spent
@@ -101,7 +111,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that nothing is compiled already
                 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nor goes on compiling beside what is timed
-                result = run(names, "quick" if options.quick else "full", options.json)
+                result = run(names, "quick" if options.quick else "full", options.clock, options.json)
         print(report(result))
         if old is not None:
             print(f"\n{comparison(old, result)}")

@@ -53,7 +53,7 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
             else:
                 told = [times.get("failure", "timed" if times else "not there") for times in (a, b)]
                 lines.append(f"| {name} | {rival} | | | | old: {told[0]}; new: {told[1]} |")
-    for key in ("cpu", "threads", "torch"):
+    for key in ("cpu", "threads", "clock", "torch"):
         if old["environment"][key] != new["environment"][key]:
             lines.append(f"\nNot the same {key}: {old['environment'][key]}, now {new['environment'][key]}.")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The stopwatch: whoever is timed is compared first, rivals take turns, and times are medians with their range.
 
 A rival whose result is wrong is shown with its error and not timed; one that is not installed, or does not compile,
-is shown as absent. On a GPU time is taken by CUDA events, on a CPU by the host's clock.
+is shown as absent. On a GPU time is taken by CUDA events, on a CPU by the host's clock, or the process's.
 """
 
 from __future__ import annotations
@@ -64,11 +64,26 @@ class Times:
         }
 
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = "wall"
+
+
+def use_clock(name: str) -> None:
+    """Time by "wall", or by "cpu": the processor's seconds of this process, where other programs keep it waiting."""
+    global _clock
+    _clock = name
+
+
+def now() -> float:
+    """Seconds by the clock in use."""
+    return CLOCKS[_clock]()
+
+
 def timed(run: Callable[[], object]) -> float:
     """Seconds of one call on a CPU."""
-    start = time.perf_counter()
+    start = now()
     run()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def alternate(clocks: Mapping[str, Callable[[], float]], rounds: int, seconds: float = float("inf")) -> Iterator[None]:
@@ -187,12 +202,12 @@ def contest(rivals: Mapping[str, Rival], *, rounds: int = 15, seconds: float = 4
     entries = {name: Entry() for name in rivals}
     works: dict[str, Callable[[], Any]] = {}
     for name, rival in rivals.items():
-        entry, start = entries[name], time.perf_counter()
+        entry, start = entries[name], now()
         try:
             with _limited(rival.limit):
                 work = rival.make()
                 result = work()
-            entry.first = time.perf_counter() - start
+            entry.first = now() - start
             entry.error = float(rival.error(result))
         except Exception as error:  # a rival may fail in any way, and others should still be measured
             entry.failure = told(error)
@@ -221,7 +236,7 @@ class Mark:
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self._time = time.perf_counter()
+        self._time = now()
         if self._event is not None:
             self._event.record()
 

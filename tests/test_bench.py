@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import end_to_end, layouts, op_rows, report, result_file, scaling
+from bench import end_to_end, layouts, op_rows, report, result_file, scaling, timing
 from bench.machine import Machine, TooSmall
 from bench.rows import Row, Target, judged
 from bench.step import Projection, Step
@@ -96,6 +96,16 @@ def test_a_scaled_rival_counts_as_the_whole():
     assert min(entries["ours"].seconds) >= 1.0
 
 
+def test_the_processors_clock_does_not_count_waiting():
+    timing.use_clock("cpu")
+    try:
+        waited = timing.timed(lambda: time.sleep(0.3))
+        worked = timing.timed(lambda: sum(range(10**6)))
+    finally:
+        timing.use_clock("wall")
+    assert waited < 0.2 and worked > 0 and timing.timed(lambda: time.sleep(0.3)) >= 0.3
+
+
 # --- shares, targets, tables ----------------------------------------------------------------------------------
 
 
@@ -132,7 +142,7 @@ def test_targets_are_judged_and_absence_is_told():
 
 
 def result_of(rows: dict, size: str = "full") -> dict:
-    environment = {"cpu": "a CPU", "threads": 1, "torch": "2"}
+    environment = {"cpu": "a CPU", "threads": 1, "clock": "wall", "torch": "2"}
     limits = {"copy": 1e9, "gemm": 1e9}
     return {
         "schema": result_file.SCHEMA,
@@ -274,6 +284,8 @@ def test_rows_that_do_not_exist_are_told(run, capsys):
     assert "bench: --only must be part of a row's name, got 'no such row'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("--threads", "0")
+    with pytest.raises(SystemExit):
+        run("--threads", "2", "--clock", "cpu")
 
 
 # --- workloads ------------------------------------------------------------------------------------------------
