@@ -44,6 +44,21 @@ def difference(a: Tensor, b: Tensor) -> float:
     return max(float((x - y).abs().max()) for x, y in pairs) / max(size, 1e-300)
 
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = "wall"
+
+
+def use_clock(name: str) -> None:
+    """Time by "wall", or by "cpu": the processor's seconds of this process, where other programs keep it waiting."""
+    global _clock
+    _clock = name
+
+
+def now() -> float:
+    """Seconds by the clock in use."""
+    return CLOCKS[_clock]()
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds of one call, several times measured."""
@@ -64,21 +79,6 @@ class Times:
         }
 
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-_clock = "wall"
-
-
-def use_clock(name: str) -> None:
-    """Time by "wall", or by "cpu": the processor's seconds of this process, where other programs keep it waiting."""
-    global _clock
-    _clock = name
-
-
-def now() -> float:
-    """Seconds by the clock in use."""
-    return CLOCKS[_clock]()
-
-
 def timed(run: Callable[[], object]) -> float:
     """Seconds of one call on a CPU."""
     start = now()
@@ -91,12 +91,12 @@ def alternate(clocks: Mapping[str, Callable[[], float]], rounds: int, seconds: f
 
     Yields after each round; clocks keep what they measure.
     """
-    order, start = list(clocks), time.perf_counter()
+    order, start = list(clocks), now()
     for _ in range(rounds):
         for name in order:
             clocks[name]()
         yield
-        if time.perf_counter() - start > seconds:
+        if now() - start > seconds:
             return
         order = order[1:] + order[:1]
 
