@@ -83,8 +83,8 @@ def bench_part() -> str:
             "",
             *table,
             "",
-            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. With clock cpu, seconds are the",
-            "processor's, since other programs kept it busy; they also share its caches and bandwidth.",
+            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. With clock cpu, seconds are",
+            "the processor's, since other programs kept it busy; they also share its caches and bandwidth.",
             *sorted(origins),
         ]
     )
@@ -139,7 +139,8 @@ def main() -> None:
     (RESULTS / "cpu.md").write_text(f"{results_page()}\n")
     (row,) = scaling.ROWS
     curves = {f"{n} thread(s)": rows_of(n)[row]["curves"] for n in (1, 2) if row in rows_of(n)}
-    scaling.plot(curves, RESULTS / "cpu_scaling.png")
+    if curves:
+        scaling.plot(curves, RESULTS / "cpu_scaling.png")
 
 
 if __name__ == "__main__":
