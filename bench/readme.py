@@ -83,8 +83,8 @@ def bench_part() -> str:
             "",
             *table,
             "",
-            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. With clock cpu, seconds are",
-            "the processor's, since other programs kept it busy; they also share its caches and bandwidth.",
+            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. With clock cpu, seconds",
+            "are the processor's, since other programs kept it busy; they also share its caches and bandwidth.",
             *sorted(origins),
         ]
     )
