@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -48,6 +49,28 @@ def describe() -> dict[str, str | int]:
         "torch": torch.__version__,
         "commit": _commit(),
     }
+
+
+# Name of a peer -> how its distribution is called.
+PEERS = {
+    "hessian-eigenthings": "hessian-eigenthings",
+    "curvlinops": "curvlinops-for-pytorch",
+    "PyHessian": "PyHessian",
+    "imate": "imate",
+    "matfree": "matfree",
+    "jax": "jax",
+}
+
+
+def peers() -> dict[str, str]:
+    """The versions of the peers."""
+    found = {}
+    for name, distribution in PEERS.items():
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
 
 
 def _driver() -> str:

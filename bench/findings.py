@@ -1,8 +1,8 @@
 """Measures what docs/findings.md says of BatchNorm: block spectra of ResNet18 at its real width, and of GPT2-nano.
 
-python bench/findings.py             # all, 3 probes of 20 steps; about an hour on one thread
-python bench/findings.py mini        # those whose name begins so
-python bench/findings.py --probes 4  # adds probes to what is there, and to that alone
+python -m bench.findings             # all, 3 probes of 20 steps; about an hour on one thread
+python -m bench.findings mini        # those whose name begins so
+python -m bench.findings --probes 4  # adds probes to what is there, and to that alone
 
 The ResNet18 is the paper's (11M, ImageNet stem) on 8 images of Fashion-MNIST enlarged to 56 x 56, with the same
 weights under three BatchNorm policies; the GPT the paper's GPT2-nano (10.7M) on 512 characters of Shakespeare. What
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
 from torch import nn
 from torch.nn import functional as F
 
 import blockhess
+from bench.environment import describe
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, named, next_token_loss
 

@@ -1,8 +1,8 @@
 """Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
 
-python bench/findings.py                     # measures spectra
-python bench/paper.py table1 fig4 fig3       # measures the networks
-python bench/findings_page.py                # rewrites the parts between the markers
+python -m bench.findings                     # measures spectra
+python -m bench.paper table1 fig4 fig3       # measures the networks
+python -m bench.findings_page                # rewrites the parts between the markers
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from findings import IMAGES, MINI_IMAGES, MINI_SEEDS
-from readme import ROOT, replaced
-from theory_page import experiment_part, result
 
 import blockhess
+from bench.findings import IMAGES, MINI_IMAGES, MINI_SEEDS
+from bench.readme import ROOT, replaced
+from bench.theory_page import experiment_part, result
 from blockhess.divergence import JS0
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
 from blockhess.paper.table1 import PAPER as TABLE_1
@@ -225,7 +225,7 @@ def environment_part() -> str:
     made = json.loads((FOLDER / "environment.json").read_text())
     seconds = sum(spectra(path.stem).provenance["seconds"] for path in sorted(FOLDER.glob("*.npz")))
     return (
-        f"`python bench/findings.py`, {seconds / 60:.0f} minutes on cores that other programs kept busy; "
+        f"`python -m bench.findings`, {seconds / 60:.0f} minutes on cores that other programs kept busy; "
         + ", ".join(f"{key} {value}" for key, value in made.items())
     )
 

@@ -1,10 +1,10 @@
 """The speed table of the CUDA kernels, measured on this machine's GPU.
 
-    python bench/gpu.py --out DIR            full sizes, 20 GB of device memory: DIR/results.json and DIR/results.md
-    python bench/gpu.py --out DIR --quick    the same at smaller sizes, which meet no target; so on a small GPU
-    python bench/gpu.py --out DIR --cpu      the same code at tiny sizes on the CPU: checks the script, times nothing
-    python bench/gpu.py --table FILE         prints the table of a results.json
-    python bench/gpu.py --unproven           prints the table before any GPU has run it
+    python -m bench.gpu --out DIR            full sizes, 20 GB of device memory: DIR/results.json and DIR/results.md
+    python -m bench.gpu --out DIR --quick    the same at smaller sizes, which meet no target; so on a small GPU
+    python -m bench.gpu --out DIR --cpu      the same code at tiny sizes on the CPU: checks the script, times nothing
+    python -m bench.gpu --table FILE         prints the table of a results.json
+    python -m bench.gpu --unproven           prints the table before any GPU has run it
 
 Every row checks its results before it is timed. A row that fails leaves the others to run; the exit code is then 1.
 Missed targets are reported and are no failure.
@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe_device
-from gpu_machine import Machine, Target
-from gpu_rows import ROWS
+
+from bench.environment import describe_device
+from bench.gpu_rows import ROWS
+from bench.machine import Machine
+from bench.rows import Target, judged, target_table
 
 UNPROVEN = "unproven on hardware"
 FULL_SIZE_MEMORY = 30 * 2**30
@@ -31,25 +33,20 @@ FULL_SIZE_MEMORY = 30 * 2**30
 
 def verdict(target: Target, row: dict[str, Any], full: bool) -> tuple[str, str]:
     """What was measured, and whether that is enough."""
-    if "failure" in row:
-        return "-", "failed"
-    if not full:
+    if not full and "failure" not in row:
         return "-", UNPROVEN
-    value = row["measured"][target.quantity]
-    shown = f"{100 * value:.1f} %" if "share" in target.quantity else f"{value:.3g}"
-    return shown, "met" if target.met(value) else "missed"
+    return judged(target, row)
 
 
 def table(results: dict[str, Any] | None) -> str:
     """The targets and, from results, what was measured."""
-    lines = ["| work | target | measured | |", "|---|---|--:|---|"]
     full = results is not None and results["size"] == "full" and results["environment"]["device"] != "cpu"
-    for name, (_, targets) in ROWS.items():
-        row = (results or {}).get("rows", {}).get(name)
-        for i, target in enumerate(targets):
-            shown, met = ("-", UNPROVEN) if row is None else verdict(target, row, full)
-            lines.append(f"| {name if i == 0 else ''} | {target.text} | {shown} | {met} |")
-    return "\n".join(lines)
+    rows = (results or {}).get("rows", {})
+
+    def judge(name: str, target: Target) -> tuple[str, str]:
+        return verdict(target, rows[name], full) if name in rows else ("-", UNPROVEN)
+
+    return "\n".join(target_table({name: targets for name, (_, targets) in ROWS.items()}, {"measured": judge}))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -138,7 +135,7 @@ def main() -> int:
     results: dict[str, Any] = {
         "environment": describe_device(device),
         "size": size,
-        "copy_bandwidth": machine.bandwidth,
+        "copy_bandwidth": machine.limits["copy"],
         "rows": {},
     }
     for name in ROWS:

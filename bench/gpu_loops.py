@@ -5,12 +5,22 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from device_timing import Mark, Times, synchronize
-from gpu_machine import STEP_ELEMENTS, Machine, Row, check, difference, log_spaced, small_blocks
 from torch import Tensor
 
+from bench.layouts import log_spaced
+from bench.machine import Machine
+from bench.rows import Row
+from bench.step import ROUNDING
+from bench.timing import Mark, Times, check, difference, synchronize
 from blockhess_ext import Quadrature, batched_slq, ops
 from blockhess_ext.layout import Layout
+
+STEP_ELEMENTS = 8  # of a Lanczos step: read w, v; read w, v, v_prev, write r; read r, write v_next
+
+
+def small_blocks(machine: Machine) -> list[int]:
+    """The sizes of many small blocks."""
+    return log_spaced(machine.pick(300, 300, 12), 64, machine.pick(65_536, 65_536, 2048))
 
 
 def exact_moments(eigenvalues: Tensor, layout: Layout, n_probes: int) -> Tensor:
@@ -67,7 +77,7 @@ def gpt2_step(machine: Machine) -> Row:
 
     moments = run(Diagonal(eigenvalues))
     error = difference(moments, exact_moments(eigenvalues, layout, n_probes))
-    row = Row(check("batched_slq: v^T H v", error, 64 * torch.finfo(torch.float32).eps))
+    row = Row(check("batched_slq: v^T H v", error, ROUNDING))
 
     held = 0
     if device.type == "cuda":
@@ -81,7 +91,7 @@ def gpt2_step(machine: Machine) -> Row:
     row.times["a step without the product"] = times.summary()
     row.measured = {
         "ms": 1e3 * times.median,
-        "share of copy bandwidth": machine.share_of_bandwidth(STEP_ELEMENTS * 4 * n_probes * n, times),
+        "share of copy bandwidth": machine.share(STEP_ELEMENTS * 4 * n_probes * n, times.median),
         "parameters": n,
     }
     if device.type == "cuda":
@@ -130,7 +140,7 @@ def replayed_loop(machine: Machine) -> Row:
         plain, times = timed_loop(eigenvalues, dims, m)
         expected = exact_moments(eigenvalues, Layout.of(dims, device), plain.num_probes)
         error = difference((plain.weights * plain.nodes).sum(-1), expected)
-        row.error = max(row.error, check("batched_slq: v^T H v", error, 64 * torch.finfo(torch.float32).eps))
+        row.error = max(row.error, check("batched_slq: v^T H v", error, ROUNDING))
         row.times[f"plain{size}"] = times.summary()
         if device.type == "cpu":
             continue

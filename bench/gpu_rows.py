@@ -6,68 +6,27 @@ anything is timed. Vector elements are counted as the kernels move them through 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from device_timing import measure, replayed
-from gpu_loops import gpt2_step, replayed_loop
-from gpu_machine import STEP_ELEMENTS, Machine, Row, Target, check, difference, small_blocks
-from gpu_rivals import density_in_chunks, quadrature_by_eigh, step_by_block, step_by_foreach
 from torch import Tensor
 
-from blockhess_ext import ops, reference
-from blockhess_ext.layout import Layout
-from blockhess_ext.recurrences import RUNNING, Recurrences
-
-ROWS_OF_STEPS = 1000  # more than one row of the table calls the op
-
-
-@dataclass
-class Step:
-    """The arguments of lanczos_step; repeated calls keep every recurrence running."""
-
-    w: Tensor
-    v: Tensor
-    v_prev: Tensor
-    recurrences: Recurrences
-    layout: Layout
-    partial: Tensor
-
-    @staticmethod
-    def of(machine: Machine, dims: list[int], n_probes: int) -> Step:
-        layout, rng = Layout.of(dims, machine.device), machine.generator()
-        vectors = []
-        for _ in range(3):
-            x = torch.randn(n_probes, layout.n, device=machine.device, generator=rng)
-            for l in range(layout.n_blocks):
-                segment = x[:, layout.columns(l)]
-                segment /= segment.norm(dim=1, keepdim=True)
-            vectors.append(x)
-        recurrences = Recurrences.start(n_probes, torch.full((len(dims),), ROWS_OF_STEPS, device=machine.device))
-        recurrences.beta[0].uniform_(generator=rng)
-        recurrences.steps.fill_(1)
-        partial = recurrences.norm.new_empty(n_probes, layout.n_tiles)
-        return Step(*vectors, recurrences, layout, partial)
-
-    def run(self) -> None:
-        ops.lanczos_step(*vars(self).values())
-
-    def checked(self) -> float:
-        """The error of a step beside the reference in float64 on the same device, relative to the largest entry."""
-        state = Recurrences(*(x.clone() for x in vars(self.recurrences).values()))
-        expected = Step(**{**vars(self), "v_prev": self.v_prev.clone(), "recurrences": state})
-        reference.lanczos_step(*vars(expected).values())
-        self.run()
-        errors = [difference(self.v_prev, expected.v_prev)]
-        errors += [difference(getattr(self.recurrences, x)[1], getattr(state, x)[1]) for x in ("alpha", "beta")]
-        return check("lanczos_step", max(errors), 64 * torch.finfo(torch.float32).eps)
-
-    def still_running(self) -> None:
-        """Nothing was skipped while it was timed."""
-        ended = int((self.recurrences.status != RUNNING).sum())
-        check("lanczos_step: number of recurrences that ended", ended, 0)
+from bench.gpu_loops import STEP_ELEMENTS, gpt2_step, replayed_loop, small_blocks
+from bench.machine import Machine
+from bench.rows import Row, Target
+from bench.step import (
+    ROUNDING,
+    Projection,
+    Step,
+    density_error,
+    quadrature_error,
+    random_measures,
+    random_tridiagonals,
+)
+from bench.timing import check, difference, measure, replayed
+from bench.torch_rivals import density_in_chunks, quadrature_by_eigh, step_by_block, step_by_foreach
+from blockhess_ext import ops
+from blockhess_ext.recurrences import RUNNING
 
 
 def large_step(machine: Machine) -> Row:
@@ -79,7 +38,7 @@ def large_step(machine: Machine) -> Row:
     moved = STEP_ELEMENTS * step.w.nbytes
     row.times["lanczos_step"] = times.summary()
     row.measured = {
-        "share of copy bandwidth": machine.share_of_bandwidth(moved, times),
+        "share of copy bandwidth": machine.share(moved, times.median),
         "elements moved": STEP_ELEMENTS,
         "GB/s": moved / times.median / 1e9,
     }
@@ -109,7 +68,7 @@ def many_small_blocks(machine: Machine) -> Row:
     row.measured = {
         "times faster than PyTorch by block": times["PyTorch by block"].median / times["lanczos_step"].median,
         "times faster than torch._foreach": times["torch._foreach"].median / times["lanczos_step"].median,
-        "share of copy bandwidth": machine.share_of_bandwidth(STEP_ELEMENTS * step.w.nbytes, times["lanczos_step"]),
+        "share of copy bandwidth": machine.share(STEP_ELEMENTS * step.w.nbytes, times["lanczos_step"].median),
     }
     if graph is not None:
         times["lanczos_step, replayed from a graph"] = graph
@@ -120,30 +79,20 @@ def many_small_blocks(machine: Machine) -> Row:
 
 def projection(machine: Machine) -> Row:
     """reorthogonalize against a long basis."""
-    count, n_probes = machine.pick(100, 100, 12), 10
-    step = Step.of(machine, [machine.pick(250_000, 25_000, 500)] * 4, n_probes)
-    layout = step.layout.with_basis([True] * 4)
-    basis = torch.randn(count, n_probes, layout.n_basis, device=machine.device, generator=machine.generator())
-    basis /= math.sqrt(layout.dims[0])  # rows nearly orthonormal
-    partial = step.partial.new_empty(n_probes, layout.n_tiles, count + 1)
-    r, expected = step.v, step.v.clone()
-    step.recurrences.steps.fill_(count - 1)  # the basis is full, and stays so
-    state = Recurrences(*(x.clone() for x in vars(step.recurrences).values()))
-
-    def run() -> None:
-        ops.reorthogonalize(r, basis, step.recurrences, layout, partial)
-
-    reference.reorthogonalize(expected, basis, state, layout, partial)
-    run()
-    error = max(difference(r, expected), difference(step.recurrences.beta[count - 1], state.beta[count - 1]))
-    row = Row(check("reorthogonalize", error, 64 * torch.finfo(torch.float32).eps))
-    times = measure(run, machine.device)
-    step.still_running()
+    count = machine.pick(100, 100, 12)
+    case = Projection.of(machine, [machine.pick(250_000, 25_000, 500)] * 4, count, n_probes=10)
+    expected = case.expected()
+    case.run()
+    row = Row(check("reorthogonalize", case.error_from(expected), ROUNDING))
+    del expected
+    times = measure(case.run, machine.device)
+    check("reorthogonalize: number of recurrences that ended", int((case.recurrences.status != RUNNING).sum()), 0)
+    moved = 4 * case.basis.nbytes
     row.times["reorthogonalize"] = times.summary()
     row.measured = {
-        "share of copy bandwidth": machine.share_of_bandwidth(4 * basis.nbytes, times),
+        "share of copy bandwidth": machine.share(moved, times.median),
         "reads of the basis": 4,
-        "GB/s": 4 * basis.nbytes / times.median / 1e9,
+        "GB/s": moved / times.median / 1e9,
     }
     return row
 
@@ -151,19 +100,14 @@ def projection(machine: Machine) -> Row:
 def quadrature(machine: Machine) -> Row:
     """tridiag_quadrature of many problems, float64; the op itself, which does not wait for the device."""
     n, m = machine.pick(10_000, 1000, 20), machine.pick(100, 100, 12)
-    options = {"dtype": torch.float64, "device": machine.device, "generator": machine.generator()}
-    alpha, beta = torch.randn(n, m, **options), torch.rand(n, m, **options) + 0.1
-    steps = torch.full((n,), m, device=machine.device)
+    alpha, beta, steps = random_tridiagonals(machine, n, m)
 
     def run() -> tuple[Tensor, Tensor]:
         return torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, steps)
 
     nodes, weights = (x.cpu() for x in run())
     true_nodes, true_weights = ops.tridiag_quadrature(alpha.cpu(), beta.cpu(), steps.cpu())
-    error = difference(nodes, true_nodes)
-    for power in (0, 1, 2):  # moments: a single weight is as ill-conditioned as its gap is small
-        got, expected = ((w * x**power).sum(1) for x, w in [(nodes, weights), (true_nodes, true_weights)])
-        error = max(error, difference(got[None], expected[None]))
+    error = quadrature_error((nodes, weights), (true_nodes, true_weights))
     row = Row(check("tridiag_quadrature", error, 16 * m * torch.finfo(torch.float64).eps))
     dense_nodes, _ = quadrature_by_eigh(alpha, beta)
     check("torch.linalg.eigh", difference(dense_nodes.cpu(), true_nodes), 1e-10)
@@ -183,16 +127,10 @@ def quadrature(machine: Machine) -> Row:
 def density(machine: Machine) -> Row:
     """gaussian_density, narrow beside the range of the grid; errors are parts of a row's highest density."""
     rows, n_nodes, points = machine.pick(300, 20, 3), machine.pick(1000, 1000, 50), machine.pick(50_000, 50_000, 501)
-    options = {"dtype": torch.float64, "device": machine.device, "generator": machine.generator()}
-    nodes = 2 * torch.rand(rows, n_nodes, **options) - 1
-    weights = torch.rand(rows, n_nodes, **options)
-    weights /= weights.sum(1, keepdim=True)
-    grid = torch.linspace(-1.01, 1.01, points, dtype=torch.float64, device=machine.device)
-    sigma = torch.full((rows,), 2e-3, dtype=torch.float64, device=machine.device)  # 1e-3 of the nodes' range
-    arguments = (nodes, weights, grid, sigma)
+    arguments = random_measures(machine, rows, n_nodes, points)
     got, expected = ops.gaussian_density(*arguments), density_in_chunks(*arguments)
-    error = float(((got - expected).abs().amax(1) / expected.amax(1)).max())
-    row = Row(check("gaussian_density", error, 1e-10))
+    error = check("gaussian_density", density_error(got, expected), 1e-10)
+    row = Row(error)
     del got, expected
     times = {
         "gaussian_density": measure(lambda: ops.gaussian_density(*arguments), machine.device),

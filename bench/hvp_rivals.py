@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-import paper_procedure
 import torch
 from torch import Tensor, nn
 
+from bench import paper_procedure
 from blockhess.blocks import partition
 from blockhess.engines import AutogradEngine, Engine, TracedEngine
 from blockhess.losses import as_loss
@@ -60,10 +60,14 @@ class Case:
         return v / v.norm()
 
 
+# v (dim,) -> H_l v, any shape.
+Product = Callable[[Tensor], Tensor]
+
+
 class Rival(Protocol):
     """Computes H_l v of one case."""
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
+    def of_block(self, name: str) -> Product:
         """What computes H_l v, any shape, again and again; what all steps of a block can share is done here."""
 
     def step(self) -> None:
@@ -76,12 +80,12 @@ class _Ours:
         self.engine = engine
         engine.prepare(0)
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
-        number, vectors = self._numbers[name], v[None]
+    def of_block(self, name: str) -> Product:
+        number = self._numbers[name]
 
-        def product() -> Tensor:
-            result = self.engine.product(number, vectors)
-            return torch.zeros_like(vectors) if result is None else result
+        def product(v: Tensor) -> Tensor:
+            result = self.engine.product(number, v[None])
+            return torch.zeros_like(v) if result is None else result
 
         return product
 
@@ -114,17 +118,18 @@ class Compiled(Traced):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, compiled=True)
+        self._case = case
         self._compiled: set[str] = set()
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
-        eager = super().of_block(name, v)
+    def of_block(self, name: str) -> Product:
+        eager = super().of_block(name)
 
-        def product() -> Tensor:
+        def product(v: Tensor) -> Tensor:
             with torch.compiler.set_stance("default"):  # `fixed_state` lets no user's compiled module run compiled
-                return eager()
+                return eager(v)
 
         before = _compiled_frames()
-        product()
+        product(self._case.vector(name))
         if name not in self._compiled and _compiled_frames() == before:
             raise RuntimeError("torch.compile compiled nothing")
         self._compiled.add(name)
@@ -151,10 +156,11 @@ class Paper:
             case.model, case.batch, lambda model, batch: (case.loss(model, batch), 1.0)
         )
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
-        model, vector = self._case.model, v.double().view(self._case.parameters[name].shape)
+    def of_block(self, name: str) -> Product:
+        model, shape = self._case.model, self._case.parameters[name].shape
 
-        def product() -> Tensor:
+        def product(v: Tensor) -> Tensor:
+            vector = v.double().view(shape)
             column = paper_procedure.second_backward(model, name, self._gradients[name], vector)
             return torch.zeros_like(vector) if column is None else column
 
@@ -169,11 +175,11 @@ class Eigenthings:
 
         self._case, self._library = case, hessian_eigenthings
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
+    def of_block(self, name: str) -> Product:
         case, library = self._case, self._library
         only = library.match_names(name)
         operator = library.HessianOperator(case.model, [case.batch], case.loss, param_filter=only)
-        return lambda: operator.matvec(v)
+        return lambda v: operator.matvec(v.float())
 
     def step(self) -> None:
         pass
@@ -187,12 +193,12 @@ class Curvlinops:
 
         self._case, self._library = case, curvlinops
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
+    def of_block(self, name: str) -> Product:
         case = self._case
         operator = self._library.HessianLinearOperator(
             case.model, case.criterion, [case.parameters[name]], [case.batch], check_deterministic=False
         )
-        return lambda: operator @ v
+        return lambda v: operator @ v.float()
 
     def step(self) -> None:
         pass
@@ -206,13 +212,13 @@ class PyHessian:
 
         self._case, self._library = case, pyhessian
 
-    def of_block(self, name: str, v: Tensor) -> Callable[[], Tensor]:
+    def of_block(self, name: str) -> Product:
         case = self._case
         with _frozen_but(case, name):
             kept = self._library.hessian(case.model, case.criterion, data=case.batch, cuda=False)
         case.model.zero_grad()  # it leaves its gradients in .grad
-        vectors = [v.view(case.parameters[name].shape)]
-        return lambda: self._library.utils.hessian_vector_product(kept.gradsH, kept.params, vectors)[0]
+        shape, product = case.parameters[name].shape, self._library.utils.hessian_vector_product
+        return lambda v: product(kept.gradsH, kept.params, [v.float().view(shape)])[0]
 
     def step(self) -> None:
         pass
@@ -239,9 +245,3 @@ RIVALS: dict[str, Callable[[Case], Rival]] = {
     "PyHessian": PyHessian,
 }
 COMPILED: dict[str, Callable[[Case], Rival]] = {"traced": Traced, "traced, compiled": Compiled}
-# Name of a peer -> how its distribution is called.
-DISTRIBUTIONS = {
-    "hessian-eigenthings": "hessian-eigenthings",
-    "curvlinops": "curvlinops-for-pytorch",
-    "PyHessian": "PyHessian",
-}

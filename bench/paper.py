@@ -1,10 +1,10 @@
 """Runs the experiments of `blockhess paper` and keeps what docs/theory.md and docs/findings.md show, or their speed.
 
-python bench/paper.py                    # all of the theory, at the paper's scale
-python bench/paper.py table1 fig4 fig3   # the networks, CPU-sized
-python bench/paper.py fig8 table2        # some of them
-python bench/paper.py --keep FOLDER      # keeps what `blockhess paper NAME --out FOLDER` wrote at this commit
-python bench/paper.py --speed            # Figure 8 at chosen rates, and exact Hessians
+python -m bench.paper                    # all of the theory, at the paper's scale
+python -m bench.paper table1 fig4 fig3   # the networks, CPU-sized
+python -m bench.paper fig8 table2        # some of them
+python -m bench.paper --keep FOLDER      # keeps what `blockhess paper NAME --out FOLDER` wrote at this commit
+python -m bench.paper --speed            # Figure 8 at chosen rates, and exact Hessians
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from environment import describe
 
+from bench.environment import describe
 from blockhess.models import GPT, GPTConfig, next_token_loss
 from blockhess.paper.commands import EXPERIMENTS, NETWORK_EXPERIMENTS
 from blockhess.paper.figure8 import BETA2, NUM_STEPS, NUM_TRIALS, curves

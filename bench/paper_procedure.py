@@ -1,4 +1,4 @@
-"""The paper's procedure in plain PyTorch: the rival that bench_slq.py and bench_hvp.py measure against.
+"""The paper's procedure in plain PyTorch: the rival that end_to_end.py and hvp.py measure against.
 
 For every probe, and for every Lanczos step of all blocks together: one forward pass, one first backward that keeps
 its graph, then for every block l a second backward of <g_l, v_l> through the whole graph to all parameters, of
@@ -76,34 +76,14 @@ def second_backward(model: nn.Module, name: str, gradient: Tensor, vector: Tenso
     return None if column is None else column.double()
 
 
-def _products(model: nn.Module, batches: Sequence[Any], loss_fn: Loss, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """H_l v_l of every named block, for the weighted mean loss over the batches."""
-    products = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
-    total = 0.0
-    for batch in batches:
-        gradients, weight = first_backward(model, batch, loss_fn)
-        for name, vector in vectors.items():
-            product = second_backward(model, name, gradients[name], vector)
-            if product is not None:
-                products[name] += weight * product
-        total += weight
-    return {name: product / total for name, product in products.items()}
-
-
-def paper_spectrum(
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss_fn: Loss,
-    probes: Sequence[dict[str, Tensor]],
-    num_steps: int,
+def lanczos(
+    products: Callable[[dict[str, Tensor]], dict[str, Tensor]], probes: Sequence[dict[str, Tensor]], num_steps: int
 ) -> Quadratures:
     """Return for every block its nodes and weights of every probe.
 
     Args:
-        model: in the mode its Hessian is wanted in; attention must have a double backward.
-        batches: arguments of loss_fn.
-        loss_fn: maps (model, batch) to the mean loss and the batch's weight.
-        probes: of every probe the unit vector of every block, shaped as its parameter.
+        products: of every block named with that block's Hessian; vectors and products are float64.
+        probes: of every probe the unit vector of every block.
         num_steps: Lanczos steps, capped at each block's dimension.
     """
     result: Quadratures = {name: [] for name in probes[0]}
@@ -113,7 +93,7 @@ def paper_spectrum(
             for name, vector in probe.items()
         }
         while running := {name: r.vector for name, r in recurrences.items() if not r.finished}:
-            for name, product in _products(model, batches, loss_fn, running).items():
+            for name, product in products(running).items():
                 recurrences[name].advance(product)
         for name, recurrence in recurrences.items():
             result[name].append(recurrence.quadrature())

@@ -1,8 +1,8 @@
 """Writes the measured parts of README.md from bench/results, so that no number in it is typed by hand.
 
-python bench/bench_slq.py --json bench/results/slq_cpu.json    # measures
-python bench/readme.py --demo                                  # runs the demo and keeps what README shows of it
-python bench/readme.py                                         # rewrites the parts between the markers
+python -m bench --json bench/results/cpu_1_thread.json ...    # measures; bench/README.md has all commands
+python -m bench.readme --demo                                  # runs the demo and keeps what README shows of it
+python -m bench.readme                                         # rewrites the parts between the markers, and the tables
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import shutil
 import statistics
 import tempfile
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from bench_hvp import Row
-from bench_slq import Timing, markdown
-from environment import describe
+from bench import result_file, scaling
+from bench.environment import describe
+from bench.hvp import Row
+from bench.report import ROWS, judge_of, report, targets_of
+from bench.rows import target_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -50,27 +52,58 @@ def demo_part() -> str:
     )
 
 
+def runs() -> dict[str, dict[str, Any]]:
+    """The committed runs of `python -m bench`, by the names of their files."""
+    return {path.stem: result_file.read(path) for path in sorted(RESULTS.glob("cpu_*.json"))}
+
+
+def rows_of(threads: int) -> dict[str, Any]:
+    """All rows that were run with so many threads."""
+    return {
+        name: row
+        for result in runs().values()
+        if result["environment"]["threads"] == threads
+        for name, row in result["rows"].items()
+    }
+
+
 def bench_part() -> str:
-    """The table of bench_slq.py, from its JSON."""
-    result = json.loads((RESULTS / "slq_cpu.json").read_text())
-    names = {field.name for field in fields(Timing)}
-    timings = [Timing(**{key: value for key, value in timing.items() if key in names}) for timing in result["timings"]]
-    return (
-        "Against the paper's procedure in plain PyTorch (one double-backward through the whole graph per block and\n"
-        "probe), same model, data and probes, results compared before timing; `python bench/bench_slq.py`:\n\n"
-        + markdown(timings, result["peak_vector_sets"], result["environment"])
+    """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
+    rows, twice = rows_of(1), rows_of(2)
+    table = target_table(targets_of(list(ROWS)), {"1 thread": judge_of(rows), "2 threads": judge_of(twice)})
+    loads = [load for row in [*rows.values(), *twice.values()] for load in row["load"]]
+    origins = {
+        ", ".join(f"{key} {value}" for key, value in result["environment"].items() if key != "threads")
+        for result in runs().values()
+    }
+    return "\n".join(
+        [
+            "What CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
+            "`python -m bench` ([how](bench/README.md), [all of it](bench/results/cpu.md)):",
+            "",
+            *table,
+            "",
+            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. With clock cpu, seconds",
+            "are the processor's, since other programs kept it busy; they also share its caches and bandwidth.",
+            *sorted(origins),
+        ]
     )
 
 
+def results_page() -> str:
+    """All tables of the committed runs."""
+    return "\n\n".join(f"# {name}\n\n{report(result)}" for name, result in runs().items())
+
+
 def product_part() -> str:
-    """How many times longer each rival takes for one product, from the JSON of bench_hvp.py."""
+    """How many times longer each rival takes for one product, from the JSON of hvp.py."""
     data = json.loads((RESULTS / "hvp_cpu.json").read_text())
     rivals = [row["rival"] for row in data["results"][0]["rows"]]
     error = max(row["error"] for result in data["results"] for row in result["rows"])
     lines = [
         "One product H_l v once everything that steps share is ready, every rival in turn, all within "
         f"{error:.0e} of float64;",
-        'how many times as long as `engine="traced"` each takes; `python bench/bench_hvp.py`',
+        'how many times as long as `engine="traced"` each takes; `python -m bench.hvp`',
         "([all of it](bench/results/hvp_cpu.md)):",
         "",
         f"| model | traced, ms | {' | '.join(rivals[1:])} |",
@@ -103,6 +136,11 @@ def main() -> None:
     readme = replaced(path.read_text(), "demo", demo_part())
     readme = replaced(readme, "products", product_part())
     path.write_text(replaced(readme, "bench", bench_part()))
+    (RESULTS / "cpu.md").write_text(f"{results_page()}\n")
+    (row,) = scaling.ROWS
+    curves = {f"{n} thread(s)": rows_of(n)[row]["curves"] for n in (1, 2) if row in rows_of(n)}
+    if curves:
+        scaling.plot(curves, RESULTS / "cpu_scaling.png")
 
 
 if __name__ == "__main__":

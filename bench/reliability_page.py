@@ -3,7 +3,7 @@
 python -m tests.fuzz --inputs 100000 --out bench/results/reliability/fuzz.json
 python -m tests.crash --json bench/results/reliability/crash.json
 OUT=bench/results/reliability/sanitizers.json tests/sanitizers.sh
-python bench/reliability_page.py          # rewrites the parts between the markers
+python -m bench.reliability_page          # rewrites the parts between the markers
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from readme import ROOT, replaced
+from bench.readme import ROOT, replaced
 
 RESULTS = ROOT / "bench" / "results" / "reliability"
 PAGE = ROOT / "docs" / "reliability.md"

@@ -35,7 +35,7 @@ done
 rm -f "$out/summary.txt" "$out/results.json" "$out/results.md"
 
 BLOCKHESS_COMMIT=${BLOCKHESS_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
-export BLOCKHESS_COMMIT PYTHONPATH="$work:$work/python:$work/bench" PYTHONDONTWRITEBYTECODE=1
+export BLOCKHESS_COMMIT PYTHONPATH="$work:$work/python" PYTHONDONTWRITEBYTECODE=1
 [ $dry = 0 ] || export CUDA_VISIBLE_DEVICES=
 failed=0 deadline=590 reserved=160  # seconds: of the whole, and of it kept for the benchmarks
 
@@ -102,21 +102,21 @@ if [ $dry = 1 ]; then
   # 5 is pytest's "no tests": every module skipped itself.
   step tests_skip 60 bash -c '"$@"; code=$?; [ $code = 5 ]' _ "${pytest[@]}"
   step tests_on_cpu 120 env BLOCKHESS_TEST_DEVICE=cpu "${pytest[@]}"
-  step sanitizer_case 60 "$python" bench/sanitizer_case.py --cpu
+  step sanitizer_case 60 "$python" -m bench.sanitizer_case --cpu
   reserved=0
-  step bench 60 "$python" bench/gpu.py --cpu --out "$out"
+  step bench 60 "$python" -m bench.gpu --cpu --out "$out"
 else
   step tests 150 env BLOCKHESS_REQUIRE_GPU=1 "${pytest[@]}"
   if tool=$(sanitizer); then
     for check in memcheck racecheck initcheck; do
       step "$check" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --error-exitcode 86 \
-        "$python" bench/sanitizer_case.py
+        "$python" -m bench.sanitizer_case
     done
   else
     say 'compute-sanitizer      not here: memcheck, racecheck and initcheck did not run'
   fi
   reserved=0
-  step bench 240 "$python" bench/gpu.py --out "$out"
+  step bench 240 "$python" -m bench.gpu --out "$out"
 fi
 
 [ -f "$out/results.md" ] && { echo; cat "$out/results.md"; }

@@ -1,7 +1,7 @@
 """Writes the measured parts of docs/theory.md from bench/results/paper, so that no number in it is typed by hand.
 
-python bench/paper.py          # measures
-python bench/theory_page.py    # rewrites the parts between the markers
+python -m bench.paper          # measures
+python -m bench.theory_page    # rewrites the parts between the markers
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from readme import ROOT, replaced
-
+from bench.readme import ROOT, replaced
 from blockhess.paper.commands import EXPERIMENTS
 
 RESULTS = ROOT / "bench" / "results" / "paper"

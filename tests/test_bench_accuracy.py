@@ -1,24 +1,14 @@
-"""bench_accuracy.py's parts: the spectra are what their names say, and the rivals are restated with their faults."""
+"""bench/accuracy.py's parts: the spectra are what their names say, and the rivals are restated with their faults."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-BENCH = str(Path(__file__).parent.parent / "bench")
-
-
-@pytest.fixture(autouse=True)
-def bench(monkeypatch):
-    monkeypatch.setattr(sys, "path", [BENCH, *sys.path])
-
 
 def test_synthetic_spectra_have_the_moments_of_their_densities():
-    from known_spectra import synthetic
+    from bench.known_spectra import synthetic
 
     x = synthetic(20_000)
     for name, mean, variance in (("semicircle", 0, 1 / 4), ("Marchenko-Pastur", 1, 1 / 2), ("uniform", 0, 1 / 3)):
@@ -33,7 +23,7 @@ def test_synthetic_spectra_have_the_moments_of_their_densities():
 
 
 def test_dense_hessian_of_a_quadratic_form():
-    from known_spectra import dense_hessian
+    from bench.known_spectra import dense_hessian
 
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
@@ -43,8 +33,8 @@ def test_dense_hessian_of_a_quadratic_form():
 
 
 def run(name: str, eigenvalues: torch.Tensor, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from bench_accuracy import diagonal, unit_probes
-    from rival_recurrences import RECURRENCES
+    from bench.accuracy import diagonal, unit_probes
+    from bench.rival_recurrences import RECURRENCES
 
     return RECURRENCES[name](diagonal(eigenvalues), unit_probes(5, len(eigenvalues), 0), num_steps)
 
@@ -83,7 +73,7 @@ def test_rivals_break_as_they_are_known_to_and_ours_does_not():
 
 
 def test_errors_of_the_exact_quadrature_are_zero():
-    from bench_accuracy import errors
+    from bench.accuracy import errors
 
     alpha, beta = torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[2.0, 0.0]]).double()  # eigenvalues -1, 3
     l1, w1 = errors(alpha, beta, torch.tensor([-1.0, 3.0]).double())

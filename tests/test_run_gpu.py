@@ -24,7 +24,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def bench(program: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs a few lines of Python that may import the benchmarks."""
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "python", "bench"))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "python"))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", program], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
@@ -60,7 +60,8 @@ def test_wrong_arguments_are_refused(arguments):
 @built
 def test_a_wrong_result_is_not_timed(tmp_path):
     program = """
-import sys, gpu
+import sys
+from bench import gpu
 from blockhess_ext import ops
 right = ops.gaussian_density
 ops.gaussian_density = lambda *arguments: right(*arguments) * (1 + 1e-9)
@@ -78,7 +79,7 @@ sys.exit(gpu.main())
 @built
 def test_a_table_of_full_results_says_what_was_met():
     program = """
-import gpu
+from bench import gpu
 rows = {name: {"measured": {t.quantity: t.value for t in targets}, "times": {}, "error": 0.0}
         for name, (_, targets) in gpu.ROWS.items()}
 results = {"size": "full", "environment": {"device": "a GPU"}, "copy_bandwidth": 3e12, "rows": rows}
@@ -97,5 +98,5 @@ print(gpu.table(results).splitlines()[2])
 @built
 def test_the_table_in_the_results_is_the_script_s():
     committed = (ROOT / "bench/results/targets.md").read_text()
-    done = bench("import sys, gpu; sys.argv = ['gpu.py', '--unproven']; gpu.main()")
+    done = bench("import sys; from bench import gpu; sys.argv = ['gpu.py', '--unproven']; gpu.main()")
     assert committed == done.stdout

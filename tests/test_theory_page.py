@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def theory_page(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
-    import theory_page
+def theory_page():
+    from bench import theory_page
 
     return theory_page
 

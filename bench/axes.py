@@ -1,6 +1,6 @@
 """Whether the error bars on other axes are honest, where what eigenvalues are divided by is as random as the rest.
 
-    python bench/bench_axes.py [--json PATH] [--text PATH] [--quick | --show PATH]
+    python -m bench.axes [--json PATH] [--text PATH] [--quick | --show PATH]
 
 As the second half of bench_accuracy.py; README.md says what the numbers mean.
 """
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_accuracy import (
+from torch import Tensor
+
+from bench.accuracy import (
     CONFIDENCE,
     COVERED_POINTS,
     COVERED_SIGMA,
@@ -27,10 +29,8 @@ from bench_accuracy import (
     hold,
     summary,
 )
-from environment import describe
-from known_spectra import synthetic
-from torch import Tensor
-
+from bench.environment import describe
+from bench.known_spectra import synthetic
 from blockhess import measures
 from blockhess.axes import Axis, divisors
 from blockhess.density import smooth

@@ -1,6 +1,6 @@
 """What `spectrum(tol=, sigma=)` delivers: the error asked for, and the products it takes, on spectra that are known.
 
-    python bench/bench_adaptive.py [--json PATH] [--text PATH] [--quick | --show PATH]
+    python -m bench.adaptive [--json PATH] [--text PATH] [--quick | --show PATH]
 
 Every spectrum is a block of 100,000 parameters with a diagonal Hessian; a trial is one seed. README.md says more.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
-from known_spectra import synthetic
 from torch import Tensor, nn
 
 import blockhess
+from bench.environment import describe
+from bench.known_spectra import synthetic
 from blockhess.table import format_table
 from blockhess_ext.convergence import change
 

@@ -1,7 +1,7 @@
 """What one Hessian-vector product of one parameter block costs, by every engine and every rival, in the steady state.
 
-    python bench/bench_hvp.py [--json PATH] [--rounds N] [--threads N] [--case NAME] [--quick]
-    python bench/bench_hvp.py --table PATH ...  # prints the tables of such files
+    python -m bench.hvp [--json PATH] [--rounds N] [--threads N] [--case NAME] [--quick]
+    python -m bench.hvp --table PATH ...  # prints the tables of such files
 
 All products of all rivals are compared with float64 before anything is timed; a rival whose products differ is shown
 with its error and not timed. Rivals then run in turn, product by product, so that whatever else the machine does falls
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import statistics
@@ -21,16 +20,18 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
-from hvp_rivals import COMPILED, DISTRIBUTIONS, RIVALS, Case, Compiled, Rival, Traced
-from memory import growth, in_fresh_process
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.environment import describe, peers
+from bench.hvp_rivals import COMPILED, RIVALS, Case, Compiled, Rival, Traced
+from bench.memory import growth, in_fresh_process
+from bench.timing import alternate, timed, told
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.engines import AutogradEngine
 from blockhess.model_state import fixed_state
@@ -142,10 +143,8 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
         start = time.perf_counter()
         try:
             rivals[name] = make(case)
-        except ImportError as error:
-            rows[name].failure = f"absent ({error})"
         except Exception as error:  # a rival may fail in any way, and others should still be measured
-            rows[name].failure = _told(error)
+            rows[name].failure = told(error)
         rows[name].make_seconds = time.perf_counter() - start
     truth = AutogradEngine(case.problem.in_dtype(torch.float64))
     truth.prepare(0)
@@ -158,11 +157,11 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
             row = rows[name]
             try:
                 start = time.perf_counter()
-                product = rivals[name].of_block(block, v)
+                product = partial(rivals[name].of_block(block), v)
                 row.block_seconds += (time.perf_counter() - start) / len(case.blocks)
                 found, flops = _counted(rivals[name], product, len(numbers))
             except Exception as error:
-                row.failure = _told(error)
+                row.failure = told(error)
             else:
                 row.flops[block] = flops
                 difference = found.detach().reshape(-1).double() - expected[0]
@@ -186,30 +185,29 @@ def _counted(rival: Rival, product: Callable[[], Tensor], n_blocks: int) -> tupl
     return found, counter.get_total_flops() + shared.get_total_flops() / n_blocks
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-
-
 def measure(case: Case, makers: Makers, rounds: int) -> list[Row]:
     """Compare all rivals, then time those that are right."""
     with fixed_state(case.model):
         rows, rivals = compare(case, makers)
-        by_name = {row.rival: row for row in rows}
+        by_name, n_blocks = {row.rival: row for row in rows}, len(case.parameters)
         for block in case.blocks:
-            products = {name: rival.of_block(block, case.vector(block)) for name, rival in rivals.items()}
-            order = list(products)
-            for name in order:
+            v, clocks = case.vector(block), {}
+            for name, rival in rivals.items():
                 by_name[name].seconds[block] = []
-            for _ in range(rounds):
-                for name in order:
-                    start = time.perf_counter()
-                    products[name]()
-                    middle = time.perf_counter()
-                    rivals[name].step()  # after the product, whose graph it may replace
-                    step = time.perf_counter() - middle
-                    by_name[name].seconds[block].append(middle - start + step / len(case.parameters))
-                order = order[1:] + order[:1]
+                clocks[name] = _clock(rival, partial(rival.of_block(block), v), by_name[name].seconds[block], n_blocks)
+            for _ in alternate(clocks, rounds):
+                pass
     return rows
+
+
+def _clock(rival: Rival, product: Callable[[], Tensor], seconds: list[float], n_blocks: int) -> Callable[[], float]:
+    """Times a product with its share of a step, which comes after it, as it may replace the product's graph."""
+
+    def call() -> float:
+        seconds.append(timed(product) + timed(rival.step) / n_blocks)
+        return seconds[-1]
+
+    return call
 
 
 def _peak(key: str, quick: bool, name: str, threads: int) -> int:
@@ -220,7 +218,7 @@ def _peak(key: str, quick: bool, name: str, threads: int) -> int:
         with fixed_state(case.model):
             rival = _makers(key)[name](case)
             for block in case.blocks:
-                rival.of_block(block, case.vector(block))()
+                rival.of_block(block)(case.vector(block))
 
     run(QUICK.get(key, QUICK["gpt"])())  # loads what a run loads lazily
     case = (QUICK if quick else CASES)[key]()
@@ -358,17 +356,6 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def peers() -> dict[str, str]:
-    """The versions of the peers' distributions."""
-    found = {}
-    for name, distribution in DISTRIBUTIONS.items():
-        try:
-            found[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
@@ -396,7 +383,7 @@ def main() -> int:
                 options.json.write_text(json.dumps(data, indent=1) + "\n")
     print(markdown(data))
     wrong = [f"{e['name']}: {r['rival']}: {r['failure']}" for e in data["results"] for r in e["rows"] if _is_wrong(r)]
-    print("".join(f"bench_hvp: {line}\n" for line in wrong), end="", file=sys.stderr)
+    print("".join(f"bench.hvp: {line}\n" for line in wrong), end="", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -1,6 +1,6 @@
 """Error against Hessian-vector products, for this package and its rivals, and whether its error bars are honest.
 
-    python bench/bench_accuracy.py [--json PATH] [--text PATH] [--plot PATH] [--quick | --show PATH]
+    python -m bench.accuracy [--json PATH] [--text PATH] [--plot PATH] [--quick | --show PATH]
 
 Truth is known: six synthetic densities, and exact Hessians of small blocks. README.md says what the numbers mean.
 """
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
-from known_spectra import hessians, synthetic
-from rival_recurrences import RECURRENCES
 from torch import Tensor
 
+from bench.environment import describe
+from bench.known_spectra import hessians, synthetic
+from bench.rival_recurrences import RECURRENCES
 from blockhess import error_bars, measures
 from blockhess.blocks import BlockInfo
 from blockhess.density import node_grid, smooth

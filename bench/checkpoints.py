@@ -1,6 +1,6 @@
 """What saving the state of a run costs: a GPT on text, with and without a run directory, in turns.
 
-python bench/bench_checkpoints.py --out bench/results/reliability/checkpoints.json
+python -m bench.checkpoints --out bench/results/reliability/checkpoints.json
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
 
 import blockhess
+from bench.environment import describe
 from blockhess.demo import gpt_job
 from blockhess.runs.checkpoint import Checkpoints
 from blockhess_ext import State

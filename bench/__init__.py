@@ -1,0 +1,1 @@
+"""Benchmarks of blockhess: `python -m bench`; see README.md beside this file."""

@@ -1,0 +1,199 @@
+"""What one would write without the kernels: the same work in plain PyTorch, as fast as it goes there.
+
+A Lanczos step in several strengths: one vector after the other, one block after the other with all probes together,
+lists of vectors by torch._foreach, and blocks of about the same size padded to one. Sums are in float32 and no
+recurrence is watched for its end, which is less work than the op's. None of them waits for a GPU more than it must.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockhess_ext.layout import Layout
+from blockhess_ext.reference import gaussian_density
+
+StepOf = Callable[..., Callable[[], list[Tensor]]]
+
+
+def _advance(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) -> None:
+    """v_next of vectors along the last dimension, into `out`."""
+    alpha = (w * v).sum(-1, keepdim=True)
+    r = w - alpha * v - beta * v_prev
+    torch.div(r, r.norm(dim=-1, keepdim=True), out=out)
+
+
+def _advance_one(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) -> None:
+    r = w - torch.dot(w, v) * v - beta * v_prev
+    torch.div(r, r.norm(), out=out)
+
+
+def _maybe_compiled(function: Callable[..., None], compiled: bool) -> Callable[..., None]:
+    return torch.compile(function, dynamic=True, fullgraph=True) if compiled else function
+
+
+def step_by_vector(
+    w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
+) -> Callable[[], list[Tensor]]:
+    """A Lanczos step, one segment after the other."""
+    advance = _maybe_compiled(_advance_one, compiled)
+    lists = [[s for row in x for s in row.split(layout.dims)] for x in (w, v, v_prev)]
+    betas = list(beta_prev.to(w.dtype).flatten())
+    results = [torch.empty_like(x) for x in lists[0]]
+
+    def step() -> list[Tensor]:
+        for arguments in zip(*lists, betas, results):
+            advance(*arguments)
+        return results
+
+    return step
+
+
+def step_by_block(
+    w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
+) -> Callable[[], list[Tensor]]:
+    """A Lanczos step, vectorised over the probes, block after block, without a wait.
+
+    It writes to copies, made here, so that every call does the same.
+    """
+    advance = _maybe_compiled(_advance, compiled)
+    split = [x.split(layout.dims, dim=1) for x in (w, v, v_prev)]
+    betas = beta_prev.to(w.dtype).T[:, :, None].contiguous()
+    results = [torch.empty_like(x) for x in split[0]]
+
+    def step() -> list[Tensor]:
+        for arguments in zip(*split, betas, results):
+            advance(*arguments)
+        return results
+
+    return step
+
+
+def step_by_foreach(
+    w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
+) -> Callable[[], list[Tensor]]:
+    """A Lanczos step by torch._foreach over all segments.
+
+    There is no dot product of lists; with |v| = 1 it is (|w + v|^2 - |w|^2 - 1) / 2, which suits a speed test only
+    where |w| is about 1. Scalars of a list must be on the host: two waits a step; a compiled step has them as tensors.
+    """
+    lists = [[s for row in x for s in row.split(layout.dims)] for x in (w, v, v_prev)]
+    w_all, v_all, v_prev_all = lists
+    betas = beta_prev.flatten().tolist()
+
+    def scalars(x: Tensor) -> Any:
+        return list(x.unbind()) if compiled else x.tolist()
+
+    def step() -> list[Tensor]:
+        squares = torch.stack(torch._foreach_norm(torch._foreach_add(w_all, v_all))) ** 2
+        squares -= torch.stack(torch._foreach_norm(w_all)) ** 2
+        alphas = scalars((squares - 1) / 2)
+        r = torch._foreach_sub(w_all, torch._foreach_mul(v_all, alphas))
+        torch._foreach_sub_(r, torch._foreach_mul(v_prev_all, betas))
+        torch._foreach_div_(r, scalars(torch.stack(torch._foreach_norm(r))))
+        return r
+
+    return torch.compile(step, fullgraph=True) if compiled else step
+
+
+def padded_groups(dims: tuple[int, ...]) -> list[list[int]]:
+    """Blocks whose sizes have the same leading power of two, to be padded to the largest of them."""
+    groups: dict[int, list[int]] = {}
+    for l, dim in enumerate(dims):
+        groups.setdefault(dim.bit_length(), []).append(l)
+    return list(groups.values())
+
+
+def step_by_padding(
+    w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
+) -> Callable[[], list[Tensor]]:
+    """A Lanczos step of blocks of about the same size together, padded; packing and unpacking are not timed."""
+    advance = _maybe_compiled(_advance, compiled)
+    tasks = []
+    for group in padded_groups(layout.dims):
+        width = max(layout.dims[l] for l in group)
+        padded = []
+        for x in (w, v, v_prev):
+            together = x.new_zeros(len(x), len(group), width)
+            for i, l in enumerate(group):
+                together[:, i, : layout.dims[l]] = x[:, layout.columns(l)]
+            padded.append(together)
+        tasks.append((*padded, beta_prev.to(w.dtype)[:, group, None], torch.empty_like(padded[0])))
+
+    def step() -> list[Tensor]:
+        for task in tasks:
+            advance(*task)
+        return [task[-1] for task in tasks]
+
+    return step
+
+
+def _segments_joined(parts: list[Tensor], layout: Layout, n_probes: int) -> Tensor:
+    return torch.cat(parts).view(n_probes, layout.n)
+
+
+def _padding_removed(parts: list[Tensor], layout: Layout, n_probes: int) -> Tensor:
+    result = parts[0].new_empty(n_probes, layout.n)
+    for group, together in zip(padded_groups(layout.dims), parts):
+        for i, l in enumerate(group):
+            result[:, layout.columns(l)] = together[:, i, : layout.dims[l]]
+    return result
+
+
+# How a step is made, and how its result is joined to (n_probes, n).
+STEPS: dict[str, tuple[StepOf, Callable[[list[Tensor], Layout, int], Tensor]]] = {
+    "PyTorch by vector": (step_by_vector, _segments_joined),
+    "PyTorch by block": (step_by_block, lambda parts, layout, n_probes: torch.cat(parts, 1)),
+    "torch._foreach": (step_by_foreach, _segments_joined),
+    "padded PyTorch": (step_by_padding, _padding_removed),
+}
+
+
+def project_by_block(r: Tensor, basis: Tensor, layout: Layout) -> Callable[[], Tensor]:
+    """r orthogonalised twice against the basis and normalised, block after block, in a copy made here."""
+    x = torch.empty_like(r)
+
+    def project() -> Tensor:
+        x.copy_(r)
+        for p in range(len(x)):
+            for l in range(layout.n_blocks):
+                part, V = x[p, layout.columns(l)], basis[:, p, layout.basis_columns(l)]
+                for _ in range(2):
+                    part -= V.T @ (V @ part)
+                part /= part.norm()
+        return x
+
+    return project
+
+
+def quadrature_by_eigh(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of all problems by one batched dense eigendecomposition."""
+    T = torch.diag_embed(alpha)
+    T += torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
+    nodes, vectors = torch.linalg.eigh(T)
+    return nodes, vectors[:, 0, :] ** 2
+
+
+def density_in_chunks(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
+    """The broadcast formula, row by row, since all rows at once would not fit in any memory."""
+    rows = [
+        gaussian_density(nodes[b : b + 1], weights[b : b + 1], grid, sigma[b : b + 1]) for b in range(nodes.shape[0])
+    ]
+    return torch.cat(rows)
+
+
+def density_by_point(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor, probes: int) -> Tensor:
+    """The paper's loop: probe after probe and point after point of the grid, over the nodes of one probe."""
+    rows = []
+    for x, w, s in zip(nodes, weights, sigma.tolist()):
+        density = np.zeros(len(grid))
+        for x_p, w_p in zip(x.view(probes, -1).numpy(), w.view(probes, -1).numpy()):
+            for g, t in enumerate(grid.numpy()):
+                density[g] += np.sum(w_p * np.exp(-((t - x_p) ** 2) / (2 * s * s)) / (s * math.sqrt(2 * math.pi)))
+        rows.append(torch.from_numpy(density))
+    return torch.stack(rows)
