@@ -39,6 +39,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OPTIONS: Schema = {
     "blocks": str | dict[str, Names] | list[list[str]],
     "num_probes": int,
+    "first_probe": int,
     "num_steps": int,
     "tol": float,
     "sigma": float,
@@ -53,6 +54,7 @@ OPTIONS: Schema = {
     "first_probe": int,
     "keep_vectors": bool,
     "on_nonfinite": str,
+    "keep_vectors": bool,
 }
 MODELS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig), "resnet": (ResNet, ResNetConfig)}
 DATA: dict[str, Schema] = {

@@ -182,7 +182,10 @@ def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
 
     Raises:
         ValueError: it is in use, or cannot be made or written to, or holds other things.
+        TypeError: path is no path.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"run_dir: must be a path, got {path!r}")
     folder = files.writable_folder(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -190,11 +193,6 @@ def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
         except OSError as error:
             raise ValueError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from None
         yield RunDirectory(folder, stack.enter_context(caught()))
-
-
-def holds_run(path: str | PathLike[str]) -> bool:
-    """Whether a run was begun in the directory."""
-    return Path(path).is_dir() and read_run(Path(path)) is not None
 
 
 def read_run(path: Path) -> dict[str, Any] | None:
