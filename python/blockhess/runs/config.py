@@ -54,7 +54,6 @@ OPTIONS: Schema = {
     "first_probe": int,
     "keep_vectors": bool,
     "on_nonfinite": str,
-    "keep_vectors": bool,
 }
 MODELS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig), "resnet": (ResNet, ResNetConfig)}
 DATA: dict[str, Schema] = {
