@@ -378,6 +378,26 @@ def test_more_steps_are_those_of_a_longer_run(given, options, tmp_path):
     assert torch.equal(again.quadrature.nodes, longer.quadrature.nodes[:4])
 
 
+def test_an_extension_can_be_resumed_too(given, tmp_path):
+    first = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS)
+    expected = blockhess.extend(first, *given, num_steps=11, num_probes=5)
+
+    def extended() -> blockhess.Spectra:
+        return blockhess.extend(first, *given, num_steps=11, num_probes=5, run_dir=tmp_path)
+
+    def stop() -> None:
+        raise Stop
+
+    for count in (6, 14):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            after(patch, count, stop)
+            extended()
+    assert same_bits(extended(), expected)
+    other = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS | {"num_probes": 2})
+    with pytest.raises(ValueError, match=r"run_dir must hold a run of the same job(.|\n)*\nextends "):
+        blockhess.extend(other, *given, num_steps=11, num_probes=5, run_dir=tmp_path)
+
+
 def test_more_steps_need_the_vectors(given):
     spectra = blockhess.spectrum(*given, **OPTIONS)
     with pytest.raises(ValueError, match=r"extend: num_steps needs the vectors .*keep_vectors=True.*block '0.weight'"):
