@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 import blockhess
 from blockhess.cli import main
 from blockhess.models import GPT, GPTConfig
-from blockhess.runs.checkpoint import Checkpoints
 from blockhess.runs.config import OPTIONS, load_config
 
 GPT_RUN = """
@@ -109,7 +106,7 @@ def test_every_option_is_one_of_spectrum() -> None:
         (("num_probes = 1", "num_probes = '1'"), "spectrum: num_probes must be an integer, got '1'"),
         (("num_probes = 1", "num_probes = true"), "spectrum: num_probes must be an integer, got True"),
         (("num_probes = 1", "num_probes = 1.0"), "spectrum: num_probes must be an integer, got 1.0"),
-        (("num_probes = 1", "probes = 1"), "spectrum: 'probes' is no key; there are blocks, num_probes, first_probe"),
+        (("num_probes = 1", "probes = 1"), "spectrum: 'probes' is no key; there are blocks, num_probes"),
         (("num_probes = 1", "blocks = [['a']]"), "blocks must be pairs"),
         (("num_probes = 1", "blocks = [1]"), "blocks must be text or a table, each text or an array, each text or"),
         (("num_probes = 1", "dtype = 'float16'"), "dtype must be float32 or float64, got 'float16'"),
@@ -179,51 +176,19 @@ def test_reading_imports_nothing_that_is_named(path: Path) -> None:
 
 def test_the_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text(GPT_RUN)
-    out = tmp_path / "result.npz"
-    assert main(["run", str(path), "--out", str(out)]) == 0
+    run, out = tmp_path / "run", tmp_path / "run/spectra.npz"
+    assert main(["run", str(path), "--out", str(run)]) == 0
     assert str(out) in capsys.readouterr().out
+    assert main(["run", str(path), "--out", str(run)]) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert main(["run", str(path), "--out", str(run), "--resume"]) == 0
     arguments: dict[str, Any] = load_config(path).arguments()
     assert torch.equal(
         blockhess.load(out).quadrature.nodes, blockhess.spectrum(**arguments, progress=False).quadrature.nodes
     )
     path.write_text("job = 'os:getcwd'")
-    assert main(["run", str(path), "--out", str(out)]) == 2
+    other = str(tmp_path / "other")
+    assert main(["run", str(path), "--out", other]) == 2
     assert "--allow 'os:getcwd'" in capsys.readouterr().err
-    assert main(["run", str(path), "--out", str(out), "--allow", "os:getcwd"]) == 2
+    assert main(["run", str(path), "--out", other, "--allow", "os:getcwd"]) == 2
     assert "must return a mapping" in capsys.readouterr().err
-
-
-def test_a_run_is_recorded_and_resumed(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path.write_text(GPT_RUN)
-    out, folder = tmp_path / "result.npz", tmp_path / "run"
-    command = ["run", str(path), "--out", str(out), "--run-dir", str(folder)]
-    assert main([*command, "--resume"]) == 2
-    assert "must hold a run to resume" in capsys.readouterr().err
-    assert main(command) == 0
-    first = blockhess.load(out)
-    assert main(command) == 2
-    assert "add: --resume" in capsys.readouterr().err
-    assert main([*command, "--resume"]) == 0
-    assert torch.equal(blockhess.load(out).quadrature.nodes, first.quadrature.nodes)
-    path.write_text(GPT_RUN.replace("num_steps = 2", "num_steps = 3"))
-    assert main([*command, "--resume"]) == 2
-    assert "num_steps" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_run_with_their_exit_code(
-    path: Path, tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path.write_text(GPT_RUN)
-    folder = tmp_path / "run"
-    command = ["run", str(path), "--out", str(tmp_path / "result.npz"), "--run-dir", str(folder)]
-    after_step = Checkpoints.after_step
-
-    def interrupt(self: Checkpoints, *arguments: Any) -> None:
-        os.kill(os.getpid(), number)
-        after_step(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "after_step", interrupt)
-        assert main(command) == code
-    assert main([*command, "--resume"]) == 0

@@ -182,16 +182,7 @@ def test_the_command_ends_with_the_code_of_the_signal_and_can_be_resumed(which, 
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
     config, run = tmp_path / "run.toml", tmp_path / "run"
     config.write_text("job = 'tests.test_runs:job'")
-    arguments = [
-        "run",
-        str(config),
-        "--run-dir",
-        str(run),
-        "--out",
-        str(tmp_path / "out.npz"),
-        "--allow",
-        "tests.test_runs:job",
-    ]
+    arguments = ["run", str(config), "--out", str(run), "--allow", "tests.test_runs:job"]
     with monkeypatch.context() as patch:
         after(patch, 1, lambda: os.kill(os.getpid(), which))
         assert main(arguments) == code

@@ -1,6 +1,6 @@
 """The `blockhess` command: runs blockhess.commands and turns failures into exit codes.
 
-0 done; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130 interrupted, 143 by
+0 done; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130 interrupted; 143 ended by
 SIGTERM. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
 """
 

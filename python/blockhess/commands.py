@@ -76,31 +76,28 @@ def plan(
 @app.command("run")
 def run_config(
     config: Annotated[Path, typer.Argument(help="A TOML file: see the documentation of blockhess.runs.config.")],
-    out: Annotated[Path, typer.Option(help="The result file.")] = Path("spectra.npz"),
-    run_dir: Annotated[Path | None, typer.Option(help="Record the run in this directory as it goes.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --run-dir holds.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory of the run, and of its result spectra.npz.")] = Path("run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the directory.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="A job that the file may import; may be repeated.")] = None,
 ) -> None:
-    """Compute the spectra that a configuration file describes, and write the result file."""
+    """Compute the spectra that a configuration file describes, in a directory from which it can be resumed.
+
+    SIGTERM and SIGINT save the state; after any other end, kill -9 too, it goes on from what was saved last.
+    """
     import blockhess
-    from blockhess.files import check_writable
     from blockhess.runs.config import load_config
-    from blockhess.runs.directory import read_run
+    from blockhess.runs.directory import RESULT, holds_run
     from blockhess.runs.signals import Interrupted
 
-    begun = run_dir is not None and run_dir.is_dir() and read_run(run_dir) is not None
-    if begun and not resume:
-        raise ValueError(f"run: run_dir must hold no run, got {run_dir}; to go on with it, add: --resume")
-    if resume and not begun:
-        raise ValueError(f"run: run_dir must hold a run to resume, got {run_dir}")
     arguments = load_config(config).arguments(allow or ())
-    check_writable(out)
+    if holds_run(out) and not resume:
+        raise ValueError(f"run: {out} holds a run already; add --resume to go on with it, or choose another --out")
     try:
-        spectra = blockhess.spectrum(**arguments, run_dir=run_dir)
-    except Interrupted as error:
-        typer.echo(f"blockhess: {error}; to go on, add: --resume", err=True)
-        raise typer.Exit(128 + error.signal) from None
-    typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
+        spectra = blockhess.spectrum(**arguments | {"run_dir": out})
+    except Interrupted as interrupted:
+        typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", err=True)
+        raise typer.Exit(128 + interrupted.signal) from None
+    typer.echo(f"{spectra!r}\nwritten to {out / RESULT}")
 
 
 @app.command("status")

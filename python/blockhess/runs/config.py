@@ -39,7 +39,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OPTIONS: Schema = {
     "blocks": str | dict[str, Names] | list[list[str]],
     "num_probes": int,
-    "first_probe": int,
     "num_steps": int,
     "tol": float,
     "sigma": float,

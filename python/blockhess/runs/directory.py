@@ -197,6 +197,11 @@ def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
         yield run
 
 
+def holds_run(path: str | PathLike[str]) -> bool:
+    """Whether a run was begun in the directory."""
+    return Path(path).is_dir() and read_run(Path(path)) is not None
+
+
 def read_run(path: Path) -> dict[str, Any] | None:
     """The content of run.json; None where no run was begun.
 
