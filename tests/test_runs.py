@@ -415,6 +415,14 @@ def test_runs_of_other_probes_are_one_run(given, tmp_path):
     assert torch.equal(longer.quadrature.nodes, blockhess.spectrum(*given, num_probes=8, **options).quadrature.nodes)
 
 
+def test_probes_that_a_tolerance_chose_in_several_runs_leave_gaps(given):
+    options = {"num_steps": 5, "tol": 0.5, "engine": "autograd", "num_probes": 4}
+    merged = blockhess.merge([blockhess.spectrum(*given, first_probe=p, **options) for p in (0, 4)])
+    assert merged.quadrature.num_probes < 8
+    with pytest.raises(ValueError, match="extend: spectra must not be merged from probes that a tolerance chose"):
+        blockhess.extend(merged, *given, num_probes=20)
+
+
 @pytest.mark.parametrize("engine", ["autograd", "exact"])
 def test_runs_of_other_blocks_are_one_run(given, engine):
     options = {"num_steps": 5, "num_probes": 2, "reorthogonalize": "full", "engine": engine}

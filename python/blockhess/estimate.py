@@ -270,6 +270,8 @@ def extend(
         if name not in _KEPT:
             raise TypeError(f"extend: arguments must be those of spectrum, got {name!r}")
         _same(name, value, first[name])
+    if first["tol"] is not None and len({run["first_probe"] for run in first.get("merged", ())}) > 1:
+        raise ValueError("extend: spectra must not be merged from probes that a tolerance chose, which leave gaps")
     if num_probes is num_steps is None:
         raise ValueError("extend: num_probes or num_steps must be given, got neither")
     wanted: dict[str, Any] = {}
