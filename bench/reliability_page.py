@@ -76,6 +76,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fuzz": fuzz_part,
     "sanitizers": sanitizers_part,
     "crash": counts_part,
+    "checkpoints": counts_part,
     "ranks": counts_part,
 }
 

@@ -369,6 +369,26 @@ def test_more_steps_are_those_of_a_longer_run(given, options, tmp_path):
     assert torch.equal(again.quadrature.nodes, longer.quadrature.nodes[:4])
 
 
+def test_an_extension_can_be_resumed_too(given, tmp_path):
+    first = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS)
+    expected = blockhess.extend(first, *given, num_steps=11, num_probes=5)
+
+    def extended() -> blockhess.Spectra:
+        return blockhess.extend(first, *given, num_steps=11, num_probes=5, run_dir=tmp_path)
+
+    def stop() -> None:
+        raise Stop
+
+    for count in (6, 14):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            after(patch, count, stop)
+            extended()
+    assert same_bits(extended(), expected)
+    other = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS | {"num_probes": 2})
+    with pytest.raises(ValueError, match=r"run_dir must hold a run of the same job(.|\n)*\nextends "):
+        blockhess.extend(other, *given, num_steps=11, num_probes=5, run_dir=tmp_path)
+
+
 def test_more_steps_need_the_vectors(given):
     spectra = blockhess.spectrum(*given, **OPTIONS)
     with pytest.raises(ValueError, match=r"extend: num_steps needs the vectors .*keep_vectors=True.*block '0.weight'"):
@@ -393,6 +413,14 @@ def test_runs_of_other_probes_are_one_run(given, tmp_path):
     assert same_bits(blockhess.load(tmp_path / "all.npz"), merged)
     longer = blockhess.extend(merged, *given, num_probes=8)
     assert torch.equal(longer.quadrature.nodes, blockhess.spectrum(*given, num_probes=8, **options).quadrature.nodes)
+
+
+def test_probes_that_a_tolerance_chose_in_several_runs_leave_gaps(given):
+    options = {"num_steps": 5, "tol": 0.5, "engine": "autograd", "num_probes": 4}
+    merged = blockhess.merge([blockhess.spectrum(*given, first_probe=p, **options) for p in (0, 4)])
+    assert merged.quadrature.num_probes < 8
+    with pytest.raises(ValueError, match="extend: spectra must not be merged from probes that a tolerance chose"):
+        blockhess.extend(merged, *given, num_probes=20)
 
 
 @pytest.mark.parametrize("engine", ["autograd", "exact"])

@@ -104,14 +104,14 @@ class RunDirectory(Records):
             with _explained(self.path):
                 store.write_json(self.path / RUN, self.run)
             return
-        found = parts(self.path)
+        with _explained(self.path):
+            found, self._state = parts(self.path), state_of(self.path)
         self._next_file = max((number for number, *_ in found), default=-1) + 1
         for number, done, seconds in found:
             if keep_vectors and done.unit.num_probes:
                 done = dataclasses.replace(done, last=read_state(_file(self.path, VECTORS, number))[1])
             self._done[done.unit] = done
             self._seconds = max(self._seconds, seconds)
-        self._state = state_of(self.path)
         self._seconds = max(self._seconds, self._state[3] if self._state else 0.0)
 
     def result(self) -> Spectra | None:
@@ -124,7 +124,7 @@ class RunDirectory(Records):
         """Writes the result; the state is of no use any more."""
         files.save(spectra, self.path / RESULT)
         for generation in ("", ".new", ".previous"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 store.disk.unlink(f"{self.path / STATE}{generation}")
 
     def done(self, unit: Unit) -> Done | None:
@@ -192,7 +192,9 @@ def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
             stack.enter_context(locked(folder))
         except OSError as error:
             raise ValueError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from None
-        yield RunDirectory(folder, stack.enter_context(caught()))
+        with _explained(folder):
+            run = RunDirectory(folder, stack.enter_context(caught()))
+        yield run
 
 
 def holds_run(path: str | PathLike[str]) -> bool:
