@@ -50,6 +50,7 @@ OPTIONS: Schema = {
     "dtype": str,
     "matmul_precision": str,
     "memory_budget": int | str,
+    "first_probe": int,
     "keep_vectors": bool,
     "on_nonfinite": str,
 }
