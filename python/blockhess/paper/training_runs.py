@@ -38,8 +38,8 @@ class Settings:
         most_added: rates added beyond the grid at most.
     """
 
-    num_steps: int = 150
-    warmup: int = 8
+    num_steps: int = 600
+    warmup: int = 30
     schedule: str = "cosine"
     seeds: tuple[int, ...] = (0, 1, 2)
     grids: dict[str, Sequence[float]] = field(default_factory=lambda: dict(GRIDS))
