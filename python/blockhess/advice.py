@@ -1,4 +1,4 @@
-"""SGD or Adam, as far as spectra can tell: the calibration's rule, what drives JS0, and a learning rate for every block.
+"""SGD or Adam, as far as spectra can tell: the calibration's rule, what drives JS0, a learning rate for every block.
 
     rate of block l = factor / lambda_max(H_l)                                the paper's blockwise gradient descent
 
@@ -144,12 +144,14 @@ def param_groups(spectra: Spectra, model: nn.Module, factor: float = 1.0) -> lis
     known = [rate for rate in found.values() if rate is not None]
     if not known:
         raise ValueError("param_groups: one block at least must have a positive eigenvalue, got none")
-    tensors = {block.name: block.pieces[0].tensor for block in partition(unwrap(model)).blocks}
+    tensors = {block.info.name: block.pieces[0].tensor for block in partition(unwrap(model)).blocks}
     groups, left = [], dict(tensors)
     for block in spectra.blocks:
         unknown = [name for name in block.parameters if name not in tensors]
         if unknown:
-            raise ValueError(f"param_groups: model must have the parameters of the spectra, got none called {unknown[0]!r}")
+            raise ValueError(
+                f"param_groups: model must have the parameters of the spectra, got none called {unknown[0]!r}"
+            )
         if block.dim != sum(tensors[name].numel() for name in block.parameters):
             raise ValueError(f"param_groups: blocks must be whole parameters, got {block.name!r}")
         params = [left.pop(name) for name in block.parameters if name in left]

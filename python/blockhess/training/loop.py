@@ -1,8 +1,8 @@
 """One training: fixed number of steps, losses of all of them, divergence told apart from a bad loss.
 
-    eta_t = rate  or  rate (1 + cos(pi t / T)) / 2, after a linear warm-up;  gradients clipped to a global norm on request
+    eta_t = rate  or  rate (1 + cos(pi t / T)) / 2, after a linear warm-up;  gradients clipped on request
 
-A loss that is not finite ends the training, and one that ends above where it began has diverged: NaN is never a result.
+A loss that is not finite ends the training, and one that ends above where it began has diverged: no result is NaN.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
             w -= eta m^ / (sqrt(v^) + eps),  m^ = m / (1 - beta_1^t),  v^ = v / (1 - beta_2^t)
     Adam    m^0 = g^0, v^0 = (g^0)^2;  w -= eta m^t / (sqrt(v^t) + eps)                      Algorithm 3
 
-The first two are torch.optim.SGD and torch.optim.AdamW. In the last lines of Algorithms 2 and 3 "w^{t+1} = w^{t+1} - ..."
-is in print; Algorithm 3 names no decay.
+The first two are torch.optim.SGD and torch.optim.AdamW. The last lines of Algorithms 2 and 3 are in print
+"w^{t+1} = w^{t+1} - ..."; in Algorithm 2 that is the decayed w, in Algorithm 3 a slip for w^t.
 """
 
 from __future__ import annotations
