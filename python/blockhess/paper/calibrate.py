@@ -46,7 +46,7 @@ from blockhess.table import format_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-QUICK_NAMES = ("mlp-c8", "cnn", "gpt-1", "lstm")
+QUICK_NAMES = ("mlp-c1", "cnn", "gpt-1", "lstm")
 
 MEANS = ("pairs", "matrix")
 AXES = ("linear", "asinh")
@@ -126,9 +126,10 @@ def spread(spectra: Spectra) -> float:
 
 
 def gaps(name: str, sgd: Best, adamw: Best, *, capped: bool = False) -> list[float]:
-    """Return the gap at every seed; capped: with an initial loss of at most chance."""
+    """Return the gap at every seed; capped: with an initial loss of at most chance, where AdamW is below that."""
     most = ARCHITECTURES[name].chance if capped else math.inf
-    return [gap(min(i, most), s, a) for i, s, a in zip(adamw.initial, sgd.final, adamw.final)]
+    losses = zip(adamw.initial, sgd.final, adamw.final)
+    return [gap(min(i, most), s, a) for i, s, a in losses if not (capped and a >= most)]
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path) -> Result:
@@ -157,7 +158,7 @@ def judge(measured: Sequence[Measured], settings: Settings, seed: int) -> Result
     names = [m.name for m in measured]
     families = [ARCHITECTURES[name].family for name in names]
     all_gaps = {capped: [gaps(m.name, m.sgd, m.adamw, capped=capped) for m in measured] for capped in (False, True)}
-    mean = {capped: [fmean(values) for values in found] for capped, found in all_gaps.items()}
+    mean = {capped: [fmean(v) if v else math.nan for v in found] for capped, found in all_gaps.items()}
     tables = [_tables(m) for m in measured]
     predictors: dict[Definition | str, list[float]] = {
         definition: [table[definition] for table in tables]
@@ -170,7 +171,12 @@ def judge(measured: Sequence[Measured], settings: Settings, seed: int) -> Result
         for key, values in predictors.items()
         if len(set(values)) > 1
     }
-    capped = rank_correlation(predictors[DEFAULT], mean[True], families, seed=seed)
+    defined = [k for k, value in enumerate(mean[True]) if math.isfinite(value)]
+    capped = rank_correlation(
+        *([column[k] for k in defined] for column in (predictors[DEFAULT], mean[True])),
+        [families[k] for k in defined],
+        seed=seed,
+    )
     calibration = Calibration(
         tuple(
             Subject(name, family, g, js0)

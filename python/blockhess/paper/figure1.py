@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
+QUICK_SHARES = (0.0, 1.0)
 
 # Network -> the paper's panel, optimizer, learning rate.
 SUBJECTS = {
@@ -103,9 +104,9 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path) -> Result:
 def evolution(
     folder: Path, name: str, optimizer: str, rate: float, num_steps: int, seed: int, quick: bool
 ) -> list[Stage]:
-    """Return the spectra at SHARES of a training, trained and measured unless kept."""
+    """Return the spectra at SHARES, or QUICK_SHARES, of a training, trained and measured unless kept."""
     architecture = ARCHITECTURES[name]
-    steps = [round(share * num_steps) for share in SHARES]
+    steps = [round(share * num_steps) for share in (QUICK_SHARES if quick else SHARES)]
     paths = checkpoints(folder, architecture, name, optimizer, rate, num_steps, steps, seed)
     batch = architecture.batches(1, seed)
     stages = []
@@ -179,7 +180,7 @@ def judge(found: Mapping[str, Sequence[Stage]], num_steps: int, seed: int) -> Re
         low, high = stages[0].ends
         ratios[name] = max(-low / high, high / -low) if low < 0 else float("inf")
         negatives[name] = [s.negative for s in stages]
-        for share, stage, out in zip(SHARES, stages, outlying[name]):
+        for share, stage, out in zip(_shares(stages), stages, outlying[name]):
             low, high = stage.ends
             rows.append(
                 [
@@ -244,12 +245,16 @@ def judge(found: Mapping[str, Sequence[Stage]], num_steps: int, seed: int) -> Re
     )
 
 
+def _shares(stages: Sequence[Stage]) -> tuple[float, ...]:
+    return SHARES if len(stages) == len(SHARES) else QUICK_SHARES
+
+
 def _draw(found: Mapping[str, Sequence[Stage]]) -> Figure:
     """Rows: networks; columns: stages; eigenvalues divided by the 10th largest, log density, as in the paper."""
     figure = new_figure(11.0, 1.7 * len(found))
-    panels = figure.subplots(len(found), len(SHARES), squeeze=False)
+    panels = figure.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
     for row, (name, stages) in enumerate(found.items()):
-        for column, (share, stage) in enumerate(zip(SHARES, stages)):
+        for column, (share, stage) in enumerate(zip(_shares(stages), stages)):
             panel = panels[row][column]
             grid, density = stage.full.density()
             panel.semilogy((grid / stage.tenth).tolist(), density[0].clamp(min=1e-300).tolist(), linewidth=0.9)

@@ -1,4 +1,7 @@
-"""Trainings of the architectures, each kept in one file: learning-rate grids that grow until the best rate is inside.
+"""Trainings of the architectures, each kept in one file; the best learning rate of a grid that grows, then is refined.
+
+A grid of decades grows by decades while its best rate is the first or the last; then the half decades beside that are
+tried. Loss against rate has several minima where large rates lead to dead units, so the decades come first.
 
 FOLDER/runs/ARCHITECTURE/OPTIMIZER-RATE-SEED.json holds one finished training. A file is taken instead of training again
 if the settings in it are the same, so a run that was interrupted goes on with the training it was at; to redo an
@@ -19,12 +22,10 @@ from typing import Any
 from blockhess.paper.architectures import ARCHITECTURES
 from blockhess.training import Training, train
 
-# Rates tried first, half a decade apart; half a decade is added beyond an end while the best rate is there, so often.
-SGD_RATES = tuple(10.0 ** (k / 2) for k in range(-4, 0))
-ADAMW_RATES = tuple(10.0 ** (k / 2) for k in range(-6, -2))
-GRIDS = {"SGD": SGD_RATES, "AdamW": ADAMW_RATES}
-STEP_OF_GRID = 10.0**0.5
-MOST_ADDED = 5
+# Rates tried first, and how many decades may be added to them.
+RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+GRIDS = {"SGD": RATES, "AdamW": RATES}
+MOST_ADDED = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Settings:
         num_steps, warmup, schedule: see training.train.
         seeds: the first chooses the rate, all measure it.
         grids: optimizer -> rates tried first.
-        most_added: rates added beyond the grid at most.
+        most_added: decades added beyond the grid at most.
     """
 
     num_steps: int = 600
@@ -46,7 +47,7 @@ class Settings:
     most_added: int = MOST_ADDED
 
 
-QUICK = Settings(6, 1, seeds=(0, 1), grids={"SGD": (0.03, 0.1), "AdamW": (1e-3, 1e-2)}, most_added=1)
+QUICK = Settings(6, 1, seeds=(0, 1), grids={"SGD": (0.03, 0.1), "AdamW": (1e-3, 1e-2)}, most_added=0)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def trained(folder: Path, name: str, optimizer: str, rate: float, seed: int, set
 def best(folder: Path, name: str, optimizer: str, settings: Settings) -> Best:
     """Search the rate at the first seed and train at the best one with all seeds.
 
-    Raises:
-        ValueError: every rate diverged.
+    Where every rate diverged it is the smallest, and its trainings gain nothing.
     """
     rates = sorted(settings.grids[optimizer])
     first = settings.seeds[0]
@@ -134,14 +134,14 @@ def best(folder: Path, name: str, optimizer: str, settings: Settings) -> Best:
     for _ in range(settings.most_added):
         chosen = min(rates, key=final)
         if not math.isfinite(final(chosen)) or chosen == rates[0]:
-            rates.insert(0, rates[0] / STEP_OF_GRID)
+            rates.insert(0, rates[0] / 10)
         elif chosen == rates[-1]:
-            rates.append(rates[-1] * STEP_OF_GRID)
+            rates.append(rates[-1] * 10)
         else:
             break
+    middle = min(rates, key=final)
+    rates = sorted([*rates, middle / 10**0.5, middle * 10**0.5])
     chosen = min(rates, key=final)
-    if not math.isfinite(final(chosen)):
-        raise ValueError(f"best: one rate at least must not diverge, got {rates} for {optimizer} on {name}")
     trainings = tuple(trained(folder, name, optimizer, chosen, seed, settings) for seed in settings.seeds)
     tried = {rate: trained(folder, name, optimizer, rate, first, settings).final for rate in rates}
     return Best(chosen, chosen in (rates[0], rates[-1]), tried, trainings)
