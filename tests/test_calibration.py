@@ -275,7 +275,7 @@ def test_quick_calibration(tmp_path: Path) -> None:
     assert numbers["JS0"][whole][place] == pytest.approx(float(spectra.js_matrix().mean()))
     assert len(result.claims) == 3 and all(c.verdict for c in result.claims)
     json.dumps(numbers)
-    assert Calibration.from_json(json.dumps(numbers["calibration"])).subjects[0].name == "mlp-c1"
+    assert Calibration.from_json(json.dumps(numbers["calibration"])).subjects[0].name == "cnn"
 
 
 def test_quick_figures(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Writes docs/calibration.md and the calibration that ships with the package from bench/results/paper.
+
+python bench/paper.py --keep FOLDER calibrate fig1 fig10 fig11   # keeps what `blockhess paper` wrote there
+python bench/calibration_page.py                                 # rewrites both
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from readme import ROOT, replaced
+from theory_page import experiment_part, result
+
+from blockhess.calibration import LEAST_DECIDED, MOST_WRONG, NEEDED_GAP, Calibration
+from blockhess.paper.commands import TRAINING_EXPERIMENTS
+
+PAGE = ROOT / "docs" / "calibration.md"
+SHIPPED = ROOT / "python" / "blockhess" / "data" / "calibration.json"
+
+
+def calibration(content: dict[str, Any]) -> Calibration:
+    """The calibration of a result, with where it was made."""
+    found = Calibration.from_json(json.dumps(content["numbers"]["calibration"]))
+    return Calibration(found.subjects, {**found.made, "commit": content["environment"]["commit"]})
+
+
+def summary_part() -> str:
+    """What spectra.advice() may conclude, and what decided it."""
+    content = result("calibrate")
+    found = calibration(content)
+    correlations = content["numbers"]["correlations"]
+    above = sum(lower > 0 for _, lower, _ in correlations.values())
+    answer = (
+        f'**`advice()` answers "undecided": {found.broken}.**'
+        if found.broken
+        else f"**`advice()` decides: SGD fine below JS0 = {found.rule.fine_below:.3g}, Adam needed above "
+        f"{found.rule.needed_above:.3g}, undecided between.**"
+    )
+    said = "\n".join(
+        f"| {name} | {verdict} | {'Adam needed' if needs else 'SGD fine'} |"
+        for name, (verdict, needs) in found.left_out.items()
+    )
+    return (
+        f"{answer}\n\n{str(found).capitalize()}. Of {len(correlations)} predictors {above} have a bootstrap interval "
+        f"above zero.\n\nA network needs Adam if its gap is above {NEEDED_GAP:g}. The rule counts as holding if the "
+        f"correlation's interval is above zero and the rule made without a family decides on at least "
+        f"{100 * LEAST_DECIDED:.0f} % of all networks and is wrong about at most {100 * MOST_WRONG:.0f} % of those.\n\n"
+        f"| left out with its family | rule of the others | measured |\n|---|---|---|\n{said}"
+    )
+
+
+def page(text: str) -> str:
+    """The page with every measured part made again."""
+    for name in TRAINING_EXPERIMENTS:
+        text = replaced(text, name, experiment_part(name))
+    return replaced(text, "summary", summary_part())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
+    SHIPPED.write_text(calibration(result("calibrate")).to_json())
