@@ -38,7 +38,7 @@ from blockhess.paper.architectures import ARCHITECTURES
 from blockhess.paper.calibration_data import EFFORT, QUICK_EFFORT, Measured, measure
 from blockhess.paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
 from blockhess.paper.results import Claim, Result, verdict
-from blockhess.paper.training_runs import QUICK, Best, Settings
+from blockhess.paper.training_runs import QUICK, Best, Settings, cpu_seconds
 from blockhess.sensitivity import NORMALIZATIONS, SIGMAS
 from blockhess.spectra import Spectra
 from blockhess.table import format_table
@@ -143,11 +143,15 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path) -> Result:
     """
     settings = Settings(seeds=(seed, seed + 1, seed + 2)) if not quick else QUICK
     names = QUICK_NAMES if quick else tuple(ARCHITECTURES)
-    measured = []
+    measured, spent = [], 0.0
     for found in measure(writable_folder(folder), names, settings, QUICK_EFFORT if quick else EFFORT):
         print(f"  {found.name}: {_summary(found)}", flush=True)
         measured.append(found)
-    return judge(measured, settings, seed, QUICK_KINDS if quick else KINDS)
+        for optimizer, best in (("SGD", found.sgd), ("AdamW", found.adamw)):
+            spent += cpu_seconds(folder, found.name, optimizer, best, settings)
+        spent += sum(s.provenance["seconds"] for s in {id(s): s for s in found.spectra.values()}.values())
+    result = judge(measured, settings, seed, QUICK_KINDS if quick else KINDS)
+    return replace(result, numbers={**result.numbers, "seconds of trainings and spectra, whenever made": spent})
 
 
 def _summary(found: Measured) -> str:

@@ -84,7 +84,7 @@ def trained(folder: Path, name: str, optimizer: str, rate: float, seed: int, set
         folder: where FOLDER/runs is, or is made.
         name: of ARCHITECTURES.
     """
-    path = folder / "runs" / name / f"{optimizer}-{rate:.4g}-{seed}.json"
+    path = _path(folder, name, optimizer, rate, seed)
     asked = {
         "architecture": name,
         "optimizer": optimizer,
@@ -117,6 +117,17 @@ def trained(folder: Path, name: str, optimizer: str, rate: float, seed: int, set
     beside.write_text(json.dumps(content, allow_nan=False) + "\n")
     os.replace(beside, path)
     return training
+
+
+def _path(folder: Path, name: str, optimizer: str, rate: float, seed: int) -> Path:
+    return folder / "runs" / name / f"{optimizer}-{rate:.4g}-{seed}.json"
+
+
+def cpu_seconds(folder: Path, name: str, optimizer: str, found: Best, settings: Settings) -> float:
+    """Return the processor time of the trainings behind a Best, whenever they were made."""
+    searched = {(rate, settings.seeds[0]) for rate in found.tried} | {(found.rate, seed) for seed in settings.seeds}
+    paths = [_path(folder, name, optimizer, rate, seed) for rate, seed in searched]
+    return float(sum(json.loads(path.read_text())["cpu_seconds"] for path in paths))
 
 
 def best(folder: Path, name: str, optimizer: str, settings: Settings) -> Best:
