@@ -30,6 +30,7 @@ def summary_part() -> str:
     content = result("calibrate")
     found = calibration(content)
     correlations = content["numbers"]["correlations"]
+    seconds = content["numbers"]["seconds of trainings and spectra, whenever made"]
     above = sum(lower > 0 for _, lower, _ in correlations.values())
     answer = (
         f'**`advice()` answers "undecided": {found.broken}.**'
@@ -43,7 +44,8 @@ def summary_part() -> str:
     )
     return (
         f"{answer}\n\n{str(found).capitalize()}. Of {len(correlations)} predictors {above} have a bootstrap interval "
-        f"above zero.\n\nA network needs Adam if its gap is above {NEEDED_GAP:g}. The rule counts as holding if the "
+        f"above zero. Trainings and spectra took {seconds:.0f} s of one processor, which other programs shared; what "
+        f"is told below as the time of the command is that of the last run, which found them made.\n\nA network needs Adam if its gap is above {NEEDED_GAP:g}. The rule counts as holding if the "
         f"correlation's interval is above zero and the rule made without a family decides on at least "
         f"{100 * LEAST_DECIDED:.0f} % of all networks and is wrong about at most {100 * MOST_WRONG:.0f} % of those.\n\n"
         f"| left out with its family | rule of the others | measured |\n|---|---|---|\n{said}"

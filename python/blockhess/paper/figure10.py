@@ -18,7 +18,7 @@ from blockhess.calibration import NEEDED_GAP
 from blockhess.paper.calibrate import gaps
 from blockhess.paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
 from blockhess.paper.results import Claim, Result, verdict
-from blockhess.paper.training_runs import QUICK, Best, Settings, best
+from blockhess.paper.training_runs import QUICK, Best, Settings, best, cpu_seconds
 from blockhess.table import format_table
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def compare(
     }
     every = {key: gaps(key, both["SGD"], both["AdamW"]) for key, both in found.items()}
     mean = {key: fmean(values) for key, values in every.items()}
+    spent = sum(cpu_seconds(folder, key, o, b, settings) for key, both in found.items() for o, b in both.items())
     holds = [(mean[key] <= NEEDED_GAP) == similar for key in subjects]
     rows = [
         [
@@ -84,7 +85,8 @@ def compare(
             ),
         ),
         format_table(["network", "initial", "SGD", "AdamW", "gap (over seeds)", "rates that diverged"], rows)
-        + "\n* best rate at the end of the grid that was tried",
+        + "\n* best rate at the end of the grid that was tried\n"
+        + f"the trainings took {spent:.0f} s of one processor, whenever they were made",
         {"gaps": every, "rates": {key: {o: b.rate for o, b in both.items()} for key, both in found.items()}},
         {f"{key} {o}": _losses(b) for key, both in found.items() for o, b in both.items()},
         _draw(found, subjects),
