@@ -12,7 +12,7 @@ from typing import Any
 from readme import ROOT, replaced
 from theory_page import experiment_part, result
 
-from blockhess.calibration import LEAST_DECIDED, MOST_WRONG, NEEDED_GAP, Calibration
+from blockhess.calibration import LEAST_DECIDED, MOST_WRONG, NEEDED_GAP, Calibration, chance_of_best
 from blockhess.paper.commands import TRAINING_EXPERIMENTS
 
 PAGE = ROOT / "docs" / "calibration.md"
@@ -42,13 +42,26 @@ def summary_part() -> str:
         f"| {name} | {verdict} | {'Adam needed' if needs else 'SGD fine'} |"
         for name, (verdict, needs) in found.left_out.items()
     )
-    return (
-        f"{answer}\n\n{str(found).capitalize()}. Of {len(correlations)} predictors {above} have a bootstrap interval "
-        f"above zero. Trainings and spectra took {seconds:.0f} s of one processor, which other programs shared; what "
-        f"is told below as the time of the command is that of the last run, which found them made.\n\nA network needs Adam if its gap is above {NEEDED_GAP:g}. The rule counts as holding if the "
-        f"correlation's interval is above zero and the rule made without a family decides on at least "
-        f"{100 * LEAST_DECIDED:.0f} % of all networks and is wrong about at most {100 * MOST_WRONG:.0f} % of those.\n\n"
-        f"| left out with its family | rule of the others | measured |\n|---|---|---|\n{said}"
+    numbers = content["numbers"]
+    mean_gaps = [subject.gap for subject in found.subjects]
+    best = max(correlations, key=lambda key: correlations[key][0])
+    by_chance = chance_of_best(list(numbers["JS0"].values()), mean_gaps)
+    value, lower, upper = correlations[best]
+    return "\n\n".join(
+        [
+            answer,
+            str(found).capitalize() + ".",
+            f"Of {len(correlations)} predictors {above} have a bootstrap interval above zero. The best has {value:+.2f} "
+            f"({lower:+.2f} ... {upper:+.2f}): {best}. It was chosen after the fact; with gaps shuffled among the "
+            f"networks the best of the {len(correlations)} reaches as much in {100 * by_chance:.1f} % of the shuffles. "
+            "Only networks that were not used to choose it could confirm it.",
+            f"A network needs Adam if its gap is above {NEEDED_GAP:g}. The rule counts as holding if the correlation's "
+            "interval is above zero and the rule made without a family decides on at least "
+            f"{100 * LEAST_DECIDED:.0f} % of all networks and is wrong about at most {100 * MOST_WRONG:.0f} % of those.",
+            f"| left out with its family | rule of the others | measured |\n|---|---|---|\n{said}",
+            f"Trainings and spectra took {seconds:.0f} s of one processor, which other programs shared; the time of the "
+            "command below is that of its last run, which found them made.",
+        ]
     )
 
 

@@ -21,6 +21,7 @@ from blockhess.calibration import (
     Calibration,
     Rule,
     Subject,
+    chance_of_best,
     gap,
     rank_correlation,
     shipped_calibration,
@@ -62,6 +63,15 @@ def test_bootstrap_draws_families() -> None:
     assert again == found
     with pytest.raises(ValueError, match="two families"):
         rank_correlation(x, y, ["a"] * 6)
+
+
+def test_the_best_of_many_is_worth_less() -> None:
+    """Of 4 values in order, 1 of 24 orders correlates as well; with the reverse among the predictors 2 of 24 do."""
+    up = [1.0, 2.0, 3.0, 4.0]
+    assert chance_of_best([up], up) == pytest.approx(1 / 24, abs=0.01)
+    assert chance_of_best([up, up[::-1]], up) == pytest.approx(2 / 24, abs=0.01)
+    noise = np.random.default_rng(0).normal(size=(200, 12))
+    assert chance_of_best(noise, np.arange(12), shuffles=2000) > 0.02
 
 
 def planted(js0s: list[float], gaps: list[float]) -> Calibration:
