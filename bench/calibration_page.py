@@ -52,15 +52,15 @@ def summary_part() -> str:
             answer,
             f"{str(found)[0].upper()}{str(found)[1:]}.",
             f"Of {len(correlations)} predictors {above} have a bootstrap interval above zero. The best has "
-            f"{value:+.2f} ({lower:+.2f} ... {upper:+.2f}): {best}. It was chosen after the fact; with gaps shuffled among the "
-            f"networks the best of the {len(correlations)} reaches as much in {100 * by_chance:.1f} % of the shuffles. "
-            "Only networks that were not used to choose it could confirm it.",
+            f"{value:+.2f} ({lower:+.2f} ... {upper:+.2f}): {best}. It was chosen after the fact; with gaps shuffled "
+            f"among the networks the best of the {len(correlations)} reaches as much in {100 * by_chance:.1f} % of the "
+            "shuffles. Only networks that were not used to choose it could confirm it.",
             f"A network needs Adam if its gap is above {NEEDED_GAP:g}. The rule counts as holding if the "
             "correlation's interval is above zero and the rule made without a family decides on at least "
-            f"{100 * LEAST_DECIDED:.0f} % of all networks and is wrong about {100 * MOST_WRONG:.0f} % of those at most.",
+            f"{100 * LEAST_DECIDED:.0f} % of all and is wrong about {100 * MOST_WRONG:.0f} % of those at most.",
             f"| left out with its family | rule of the others | measured |\n|---|---|---|\n{said}",
-            f"Trainings and spectra took {seconds:.0f} s of one processor, which other programs shared; the time of the "
-            "command below is that of its last run, which found them made.",
+            f"Trainings and spectra took {seconds:.0f} s of one processor, which other programs shared; the time of "
+            "the command below is that of its last run, which found them made.",
         ]
     )
 
