@@ -174,7 +174,8 @@ def test_a_transformers_model_takes_the_networks_place(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("batchnorm", ["eval", "batch"])
 def test_blocks_of_a_relu_network_are_psd_of_low_rank_unless_batch_statistics_depend_on_them(batchnorm: str) -> None:
-    # Logits are piecewise linear in one layer's weights: H_l = J^T (d2 Loss / d logits^2) J, of rank images (classes - 1).
+    # Logits are piecewise linear in one layer's weights: H_l = J^T (d2 Loss / d logits^2) J, its rank at most
+    # images (classes - 1).
     torch.manual_seed(0)
     model = ResNet(ResNetConfig(4, (1,), num_classes=3, in_channels=1, stem="small")).double()
     model.train(batchnorm == "batch")

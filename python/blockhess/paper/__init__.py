@@ -1,7 +1,9 @@
-"""The paper's quadratic models, MLP, exact Hessians and theory, checked: one file per figure, table and theorem.
+"""The paper's networks, quadratic models, MLP and theory, checked: one file per figure, table and theorem.
 
     section 2.3   hessian.py, structure.py, figure2.py      block-diagonal structure (Figures 2 and 9), also of models
                                                             too large for an exact Hessian (left open in appendix C.2)
+                  networks.py, initial_spectra.py           the six networks and their spectra at initialisation
+                  figure3.py, figure4.py, table1.py         how their blocks differ
     section 2.4   mlp.py, figure5.py, table3.py             the MLP with scaled layers
     section 3.2   block_spectra.py, quadratics.py           the four cases
                   figure6.py, figure7.py                    their spectra
@@ -11,7 +13,7 @@
                   proposition2.py                           the limit cycle of Adam
 
 Each experiment is a function `run` that returns a Result (results.py): claims with verdicts, numbers, a picture.
-commands.py makes them commands, runner.py runs them. What holds: docs/theory.md.
+commands.py makes them commands, runner.py runs them. What holds: docs/theory.md, docs/findings.md.
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2402.16788.
 """

@@ -1,0 +1,250 @@
+"""Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
+
+python bench/findings.py                     # measures spectra
+python bench/paper.py table1 fig4 fig3       # measures the networks
+python bench/findings_page.py                # rewrites the parts between the markers
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from findings import IMAGES, MINI_IMAGES, MINI_SEEDS
+from readme import ROOT, replaced
+from theory_page import experiment_part, result
+
+import blockhess
+from blockhess.divergence import JS0
+from blockhess.paper.commands import NETWORK_EXPERIMENTS
+from blockhess.paper.table1 import PAPER as TABLE_1
+from blockhess.paper.table3 import ORDERED, PAPER_SIGMA
+from blockhess.paper.table3 import PAPER as TABLE_3
+from blockhess.spectra import Spectra
+
+FOLDER = ROOT / "bench" / "results" / "findings"
+PAGE = ROOT / "docs" / "findings.md"
+
+# How JS0 is taken: words, arguments of Spectra.js0.
+MEASURES: Mapping[str, Mapping[str, Any]] = {
+    "sigma 1% of the range of all blocks": {},
+    f"sigma {PAPER_SIGMA:.3g}, as in the paper's code": {"sigma": PAPER_SIGMA},
+    "each block over its spectral radius, 1%": {"normalize": "radius"},
+    "each block over its 10th largest, 1%": {"normalize": 10},
+    "asinh axis, 1%": {"axis": "asinh"},
+}
+
+CLASSES = 10
+
+# What an entry of Table 3's and Table 1's definitions stands for; the first that fits.
+HYPOTHESES = {
+    "H3: eigenvalues divided by a sum that may be near zero": r"normalisation trace",
+    "H1: densities summed without the bin width": r"^unnormalised",
+    "H2: symmetrised KL (Jeffreys)": r"^jeffreys",
+    "a Jensen-Shannon distance or divergence": r"",
+}
+
+
+@cache
+def spectra(stem: str) -> Spectra:
+    """The committed spectra."""
+    return blockhess.load(FOLDER / f"{stem}.npz")
+
+
+@cache
+def js0(stem: str, measure: str) -> JS0:
+    """JS0 with a 95 % interval."""
+    return spectra(stem).js0(confidence=0.95, **MEASURES[measure])
+
+
+def told(found: JS0) -> str:
+    """Value and interval."""
+    assert found.interval is not None
+    return f"{found.value:.3g} ({found.interval[0]:.2g} ... {found.interval[1]:.2g})"
+
+
+def compared(first: JS0, second: JS0) -> str:
+    """ "more", "less" or "undecided": whether the intervals are apart."""
+    assert first.interval is not None and second.interval is not None
+    if first.interval[0] > second.interval[1]:
+        return "more"
+    return "less" if first.interval[1] < second.interval[0] else "undecided"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def batchnorm_part() -> str:
+    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure, and how often which is more."""
+    stems = ("resnet18_eval", "resnet18_frozen-batch-stats", "resnet18_batch", "gpt2_nano")
+    rows, words = [], {"resnet18_batch": [], "resnet18_eval": []}
+    for measure in MEASURES:
+        found = {stem: js0(stem, measure) for stem in stems}
+        for stem, answers in words.items():
+            answers.append(compared(found[stem], found["gpt2_nano"]))
+        rows.append([measure, *(told(found[stem]) for stem in stems), words["resnet18_batch"][-1]])
+    header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
+
+    def counts(stem: str) -> str:
+        return "more heterogeneous in {}, less in {}, undecided in {}".format(
+            *(words[stem].count(word) for word in ("more", "less", "undecided"))
+        )
+
+    ratios = [js0("resnet18_batch", m).value / js0("gpt2_nano", m).value for m in MEASURES]
+    drops = [js0("resnet18_batch", m).value / js0("resnet18_eval", m).value for m in MEASURES]
+    sizes = "; ".join(
+        f"{name}: {len(spectra(stem))} blocks, {sum(spectra(stem).dims):,} parameters"
+        for name, stem in (("ResNet18", "resnet18_batch"), ("GPT2-nano", "gpt2_nano"))
+    )
+    probes = ", ".join(str(spectra(stem).quadrature.num_probes) for stem in stems)
+    sizes += f"; {probes} probes of {spectra(stems[0]).quadrature.num_steps} steps, in the order of the columns"
+    return (
+        table([*header, "ResNet18, batch, against GPT2-nano"], rows)
+        + '\n\nIn parentheses: 95 % intervals for the probes (jackknife); "more" and "less" where they are apart. '
+        + f"{sizes}."
+        + f"\n\nOf the {len(MEASURES)} measures, ResNet18 with batch statistics is, against GPT2-nano, "
+        f"{counts('resnet18_batch')}; its JS0 is {min(ratios):.2g} ... {max(ratios):.2g} times as large. In eval mode "
+        f"it is {counts('resnet18_eval')}. From eval mode to batch statistics JS0 grows by factors of "
+        f"{min(drops):.2g} ... {max(drops):.2g}, with the same weights and images."
+    )
+
+
+def mechanism_part() -> str:
+    """Sizes and signs of the spectra under every policy."""
+    rows = []
+    for policy in ("eval", "frozen-batch-stats", "batch"):
+        s = spectra(f"resnet18_{policy}")
+        rows.append([f"ResNet18, {policy}", *_signs(s)])
+    rows.append(["GPT2-nano", *_signs(spectra("gpt2_nano"))])
+    s = spectra("resnet18_eval")
+    smallest = min(s.dims)
+    return (
+        table(
+            [
+                "",
+                "loss",
+                "flattest block",
+                "sharpest block",
+                "negative eigenvalues, mean",
+                "largest negative / largest",
+            ],
+            rows,
+        )
+        + "\n\nFlattest and sharpest: the block's largest |eigenvalue|. Last column: the largest over the blocks of "
+        "|smallest eigenvalue| over the largest. "
+        + f"With {IMAGES} images and {CLASSES} classes the rank of a block is at most {IMAGES * (CLASSES - 1)} in the "
+        f"first two rows; the smallest block there has {smallest:,} parameters, the largest {max(s.dims):,}."
+    )
+
+
+def _signs(s: Spectra) -> list[str]:
+    low, high = s.eigenvalue_range()
+    radius = torch.maximum(low.abs(), high.abs())
+    share = (-low / high.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0).max()
+    return [
+        f"{s.provenance['loss_value']:.3f}",
+        f"{float(radius.min()):.2g}",
+        f"{float(radius.max()):.2g}",
+        f"{100 * float(s.negative_mass().mean()):.1f} %",
+        f"{float(share):.2g}",
+    ]
+
+
+def small_part() -> str:
+    """What the number of images and the seed of the weights change, on the small relatives."""
+    runs = [*((count, 0) for count in MINI_IMAGES), *((MINI_IMAGES[1], seed) for seed in MINI_SEEDS)]
+    policies = ("eval", "frozen-batch-stats", "batch")
+    rows = []
+    for measure in MEASURES:
+        for count, seed in runs:
+            stems = [f"mini_resnet_{policy}_{count}_seed{seed}" for policy in policies]
+            values = [f"{js0(stem, measure).value:.3g}" for stem in (*stems, f"mini_gpt_seed{seed}")]
+            rows.append([measure, f"{count} images, seed {seed}", *values])
+    probes = {spectra(path.stem).quadrature.num_probes for path in FOLDER.glob("mini_*.npz")}
+    rising = [float(row[4]) > float(row[2]) for row in rows]
+    above = [float(row[4]) > float(row[5]) for row in rows]
+    return (
+        table(["JS0", "data", "ResNet, eval", "frozen statistics", "batch statistics", "GPT"], rows)
+        + f"\n\nJS0 is larger with batch statistics than in eval mode in {sum(rising)} of {len(rows)} rows, and larger "
+        f"than the small GPT's of the same seed in {sum(above)}. {sum(spectra('mini_resnet_eval_8_seed0').dims):,} and "
+        f"{sum(spectra('mini_gpt_seed0').dims):,} parameters; {min(probes)} to {max(probes)} probes."
+    )
+
+
+def definition_part() -> str:
+    """How near every hypothesis about the paper's definition comes to Table 3 and to Table 1."""
+    rows = []
+    table3, table1 = result("table3")["numbers"]["judged"], result("table1")["numbers"]["judged"]["eval"]
+    rest3, rest1 = dict(table3), dict(table1)
+    for hypothesis, pattern in HYPOTHESES.items():
+        row = [hypothesis]
+        for rest in (rest3, rest1):
+            mine = {key: rest.pop(key) for key in list(rest) if re.search(pattern, key)}
+            closest = min(mine.values(), key=lambda judged: judged[0])
+            alike = min(mine.values(), key=lambda judged: judged[1])
+            row += [f"{closest[0]:.3g}", f"{alike[1]:.3g}", f"{max(judged[2] for judged in mine.values()):.2f}"]
+        rows.append(row)
+    rows.append(["one number for all", *_constant(TABLE_3), *_constant(TABLE_1)])
+    ordered = {
+        policy: [key for key, judged in result("table1")["numbers"]["judged"][policy].items() if judged[2] > ORDERED]
+        for policy in ("eval", "batch")
+    }
+    best3 = min(table3, key=lambda key: table3[key][0])
+    best1 = min(table1, key=lambda key: table1[key][0])
+    return (
+        table(
+            ["", "Table 3: factor", "scaled", "best rank", "Table 1: factor", "scaled", "best rank"],
+            rows,
+        )
+        + "\n\nFactor: root mean square factor between the closest definition's numbers and the paper's; scaled: that "
+        f"of the definition most alike after one common factor. {len(table3)} definitions for Table 3, {len(table1)} "
+        f"for Table 1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
+        + "".join(
+            f"\n\nRank correlation with Table 1 above {ORDERED}, BatchNorm {policy}: {'; '.join(keys) or 'none'}."
+            for policy, keys in ordered.items()
+        )
+    )
+
+
+def _constant(paper: tuple[float, ...]) -> list[str]:
+    factor = math.exp(statistics.pstdev([math.log(value) for value in paper]))
+    return [f"{factor:.3g}", f"{factor:.3g}", "-"]
+
+
+def environment_part() -> str:
+    """Where the spectra were made."""
+    made = json.loads((FOLDER / "environment.json").read_text())
+    seconds = sum(spectra(path.stem).provenance["seconds"] for path in sorted(FOLDER.glob("*.npz")))
+    return (
+        f"`python bench/findings.py`, {seconds / 60:.0f} minutes on cores that other programs kept busy; "
+        + ", ".join(f"{key} {value}" for key, value in made.items())
+    )
+
+
+def page(text: str) -> str:
+    """The page with every measured part made again."""
+    parts = {
+        "batchnorm": batchnorm_part,
+        "mechanism": mechanism_part,
+        "small": small_part,
+        "definition": definition_part,
+        "environment": environment_part,
+    }
+    for name, part in parts.items():
+        text = replaced(text, name, part())
+    for name in NETWORK_EXPERIMENTS:
+        text = replaced(text, name, experiment_part(name))
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
