@@ -23,7 +23,7 @@ import torch
 
 from bench.environment import describe
 from blockhess.models import GPT, GPTConfig, next_token_loss
-from blockhess.paper.commands import EXPERIMENTS, NETWORK_EXPERIMENTS
+from blockhess.paper.commands import EXPERIMENTS, NETWORK_EXPERIMENTS, TRAINING_EXPERIMENTS
 from blockhess.paper.figure8 import BETA2, NUM_STEPS, NUM_TRIALS, curves
 from blockhess.paper.hessian import exact_hessian
 from blockhess.paper.optimizers import search_rate
@@ -31,7 +31,7 @@ from blockhess.paper.quadratics import case
 from blockhess.paper.runner import run_experiments
 
 RESULTS = Path(__file__).parent / "results" / "paper"
-KNOWN = EXPERIMENTS | NETWORK_EXPERIMENTS
+KNOWN = EXPERIMENTS | NETWORK_EXPERIMENTS | TRAINING_EXPERIMENTS
 
 
 def keep(folder: Path, names: list[str], made: dict[str, str | int]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockhess import axes, checks, js_error, measures, ritz, transport
 from blockhess.axes import Axis
@@ -37,6 +37,8 @@ from blockhess_ext.arguments import integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from blockhess.advice import Advice
 
 # Nodes count as negative below -64 eps(dtype of the vectors) max |node|: Lanczos cannot tell them from 0 otherwise.
 NEGATIVE_TOLERANCE = 64
@@ -698,6 +700,26 @@ class Spectra(SpectraBands):
             >>> print(spectra.sensitivity())
         """
         return sensitivity(self, **options)
+
+    def advice(self) -> Advice:
+        """Recommend SGD or Adam where a calibration allows it, else say "undecided" and why: see advice.advice.
+
+        Example:
+            >>> print(spectra.advice())
+        """
+        from blockhess.advice import advice
+
+        return advice(self)
+
+    def param_groups(self, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:
+        """Return torch param groups with the rate factor / lambda_max for every block: see advice.param_groups.
+
+        Example:
+            >>> optimizer = torch.optim.SGD(spectra.param_groups(model, factor=0.1))
+        """
+        from blockhess.advice import param_groups
+
+        return param_groups(self, model, factor)
 
     def distance_matrix(
         self,

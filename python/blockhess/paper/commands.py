@@ -31,6 +31,9 @@ EXPERIMENTS = {
 # The same for the networks of section 2.3 to 2.5, which `all-theory` leaves out.
 NETWORK_EXPERIMENTS = {"fig3": "figure3", "fig4": "figure4", "table1": "table1"}
 
+# Trainings: an interrupted run goes on in the same folder.
+TRAINING_EXPERIMENTS = {"fig1": "figure1", "fig10": "figure10", "fig11": "figure11", "calibrate": "calibrate"}
+
 Out = Annotated[Path, typer.Option(help="Folder for data and pictures.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, for a smoke test.")]
@@ -40,7 +43,7 @@ DEFAULT_OUT = Path("blockhess-paper")
 def _run(names: Sequence[str], out: Path, seed: int, quick: bool, **options: Any) -> None:
     from blockhess.paper.runner import run_experiments
 
-    known = EXPERIMENTS | NETWORK_EXPERIMENTS
+    known = EXPERIMENTS | NETWORK_EXPERIMENTS | TRAINING_EXPERIMENTS
     run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
 
 
@@ -61,6 +64,10 @@ for _name, _text in {
     "fig7": "Figure 7: eigenvalues of case 2.",
     "fig8": "Figure 8: gradient norms of GD and Adam on the four cases.",
     "fig2": "Figure 2: exact Hessians of small Transformers and MLPs, and block structure of larger models.",
+    "fig1": "Figure 1: spectra of the full Hessian, and of the blocks, along training.",
+    "fig10": "Figure 10: AdamW against SGD on CNNs, at the best rates.",
+    "fig11": "Figure 11: AdamW against SGD on Transformers, at the best rates.",
+    "calibrate": "Does JS0 predict the gap between SGD and AdamW? Fifteen architectures, many trainings; resumable.",
 }.items():
     _add(_name, _text)
 

@@ -89,12 +89,13 @@ def measured(
         net = network(name, scale=scale, seed=seed, data=data, size=effort.size)
         for policy in POLICIES if has_batchnorm(net.model) else ("none",):
             path = kept / f"{name.replace(':', '-')}-{policy}.npz"
-            spectra = _once(path, net, policy, effort, seed)
+            spectra = measure_once(path, net, policy, effort, seed)
             subjects.append(Subject(name, policy, spectra, net.source))
     return subjects
 
 
-def _once(path: Path, net: Network, policy: str, effort: Effort, seed: int) -> Spectra:
+def measure_once(path: Path, net: Network, policy: str, effort: Effort, seed: int) -> Spectra:
+    """Return the spectra of one network, from the file where it holds the same, else measured and saved there."""
     # Figure 4 and Table 1 are of the figure's blocks; of a model of another package every tensor is a block.
     blocks = "paper-figure" if net.name in NETWORKS else "parameter"
     batches = as_batches(net.data, pairs=as_loss(net.loss_fn).pairs)

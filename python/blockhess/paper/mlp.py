@@ -65,15 +65,18 @@ class Scale(nn.Module):
         return self.factor * x
 
 
-def scaled_mlp(scale: float, seed: int) -> nn.Sequential:
+def scaled_mlp(scale: float, seed: int | None) -> nn.Sequential:
     """Return one MLP at PyTorch's default initialisation, which is the same for every scale.
+
+    A seed of None leaves torch's global generator to the caller.
 
     Example:
         >>> scaled_mlp(3.0, seed=0)(torch.zeros(2, 784)).shape
         torch.Size([2, 10])
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         modules = [m for a, b in itertools.pairwise(WIDTHS) for m in (nn.Linear(a, b), Scale(scale), nn.ReLU())]
     return nn.Sequential(*modules[:-1])
 
