@@ -16,6 +16,7 @@ except ImportError as error:
 from blockhess_ext import ops, reference
 from blockhess_ext.quadrature import Quadrature
 from blockhess_ext.slq import NonFiniteError, batched_slq
+from blockhess_ext.state import State
 
 
 def build_info() -> dict[str, str | int | None]:
@@ -24,4 +25,4 @@ def build_info() -> dict[str, str | int | None]:
     return dict(_C.build_info())
 
 
-__all__ = ["NonFiniteError", "Quadrature", "batched_slq", "build_info", "ops", "reference"]
+__all__ = ["NonFiniteError", "Quadrature", "State", "batched_slq", "build_info", "ops", "reference"]

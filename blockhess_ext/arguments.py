@@ -63,6 +63,13 @@ def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Seque
     return each
 
 
+def words_of(made: Sequence[str], wish: str | Sequence[str], n_blocks: int) -> list[str]:
+    """The words of a state, which the wish must allow."""
+    if wish != "auto" and list(made) != ([wish] * n_blocks if isinstance(wish, str) else list(wish)):
+        raise ValueError(f"batched_slq: reorthogonalize must be that of state, {', '.join(made)}, got {wish!r}")
+    return list(made)
+
+
 def block_dims(dims: Sequence[int]) -> tuple[int, ...]:
     """The sizes of the blocks: at least one block, each of at least one element."""
     try:

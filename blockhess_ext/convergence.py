@@ -76,12 +76,19 @@ class Convergence(Protocol):
     def look(self) -> None:
         """To be called after every step."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `look` remembers, by name, not copied."""
+
 
 class Never:
     """Lets every recurrence make all its steps."""
 
     def look(self) -> None:
         """As in `Convergence`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As in `Convergence`."""
+        return {}
 
 
 class Settled:
@@ -91,13 +98,17 @@ class Settled:
         recurrences: whose status it sets.
         tol: the largest error.
         sigma: see `change`.
+        step: steps made; what looks at them left is to be filled into `tensors`.
     """
 
-    def __init__(self, recurrences: Recurrences, tol: float, sigma: float | None) -> None:
+    def __init__(self, recurrences: Recurrences, tol: float, sigma: float | None, step: int = 0) -> None:
         self._recurrences, self._tol, self._sigma = recurrences, tol, sigma
-        self._before: Rule | None = None
         self._calm = torch.zeros_like(recurrences.status, dtype=torch.bool)
-        self._step, self._next = 0, steps_between(0)
+        self._step, last, self._next = step, 0, steps_between(0)
+        while self._next <= step:
+            last, self._next = self._next, self._next + steps_between(self._next)
+        empty = (recurrences.norm.new_zeros(recurrences.norm.numel(), last) for _ in range(2))
+        self._before: Rule | None = (next(empty), next(empty)) if last else None
 
     def look(self) -> None:
         """As in `Convergence`."""
@@ -116,7 +127,12 @@ class Settled:
             self._calm = calm
         self._before = now
 
+    def tensors(self) -> dict[str, Tensor]:
+        """As in `Convergence`."""
+        rule = {} if self._before is None else {"nodes_before": self._before[0], "weights_before": self._before[1]}
+        return {"calm": self._calm, **rule}
 
-def convergence(recurrences: Recurrences, tol: float | None, sigma: float | None) -> Convergence:
+
+def convergence(recurrences: Recurrences, tol: float | None, sigma: float | None, step: int = 0) -> Convergence:
     """What ends these recurrences; without tol nothing but themselves."""
-    return Never() if tol is None else Settled(recurrences, tol, sigma)
+    return Never() if tol is None else Settled(recurrences, tol, sigma, step)

@@ -31,6 +31,10 @@ class Always:
         before `reorthogonalize` has counted the step."""
         return None
 
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """What `due` remembers after this many steps, by name, not copied."""
+        return {}
+
 
 class WhereLost(Always):
     """Steps are projected where orthogonality is about to be lost, in the blocks that want it so.
@@ -72,6 +76,10 @@ class WhereLost(Always):
         self._now.copy_(torch.where(project & (k <= j), eps, next_))
         self._again.copy_(lost)
         return project.int()
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """As in `Always`."""
+        return {"omega": self._now[:step], "omega_before": self._before[:step], "project_again": self._again}
 
 
 def due_projections(recurrences: Recurrences, words: Sequence[str], dtype: torch.dtype) -> Always:

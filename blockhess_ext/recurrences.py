@@ -33,10 +33,10 @@ class Recurrences:
     limits: Tensor
 
     @staticmethod
-    def start(n_probes: int, limits: Tensor) -> Recurrences:
-        """Recurrences before their first step; limits (n_blocks,) int64, of which the largest is m."""
+    def start(n_probes: int, limits: Tensor, rows: int | None = None) -> Recurrences:
+        """Recurrences before their first step; limits (n_blocks,) int64, m = rows, by default the largest of them."""
         shape = (n_probes, limits.shape[0])
-        table = (int(limits.max()), *shape)
+        table = (int(limits.max()) if rows is None else rows, *shape)
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=limits.device)

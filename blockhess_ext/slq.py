@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import arguments, finished, ops, replay
-from blockhess_ext.convergence import convergence
 from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
-from blockhess_ext.orthogonality import due_projections
 from blockhess_ext.quadrature import Quadrature
-from blockhess_ext.recurrences import NON_FINITE, Recurrences
+from blockhess_ext.recurrences import NON_FINITE
+from blockhess_ext.state import Flight, State
 
 # "auto" keeps the basis of blocks so small that their Krylov space may be exhausted, smallest first, up to this size.
 # Larger blocks do without: the density is sound all the same (Chen, Trogdon, Ubaru 2021).
@@ -53,6 +52,8 @@ def batched_slq(
     on_nonfinite: str = "raise",
     cuda_graph: bool = False,
     on_step: Callable[[int, int], None] | None = None,
+    state: State | None = None,
+    on_state: Callable[[State], None] | None = None,
 ) -> Quadrature:
     """Gauss quadratures of the spectral measures of a block-diagonal symmetric operator.
 
@@ -90,6 +91,11 @@ def batched_slq(
             waits for the device, and that it keeps no tensor made in a call. Two captures wait for the device.
         on_step: called after every step with the number of steps made and of recurrences still running, as far as the
             host knows: on a GPU it learns a few steps late that one has finished.
+        state: go on from here instead of from the first step, to the same bits as without the stop. All other arguments
+            are those of the run that it came from, but for num_steps, which may be larger, and reorthogonalize="auto",
+            which then takes that run's words. num_steps = state.step makes the quadrature of what the state holds.
+        on_state: called after every step with the state, whose tensors the next step changes: what is to be kept must
+            be copied (`State.copy`). That of the last step stays as it is.
 
     Returns:
         Quadrature with nodes and weights (n_probes, n_blocks, min(num_steps, max(dims))) float64.
@@ -131,12 +137,18 @@ def batched_slq(
         num_probes, dtype = arguments.given_probes(probes, layout, dtype)
 
     row_bytes = num_probes * dtype.itemsize
-    words = reorthogonalized_blocks(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
+    if state is None:
+        words = reorthogonalized_blocks(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
+    else:
+        words = arguments.words_of(state.reorthogonalize, reorthogonalize, len(dims))
+        arguments.integer("num_steps", num_steps, state.step)
     layout = layout.with_basis([word != "none" for word in words])
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
     with memory_explained(sets, layout.n * row_bytes, basis_bytes):
-        if probes is None:
+        if state is not None:
+            v = torch.empty(num_probes, layout.n, dtype=dtype, device=device)
+        elif probes is None:
             assert seed is not None
             v = ops.random_probes(
                 layout, num_probes, seed=seed, block_ids=ids, first_probe=first_probe, distribution=distribution,
@@ -144,9 +156,13 @@ def batched_slq(
             )  # fmt: skip
         else:
             v = arguments.unit_probes(probes, layout)
-        recurrences = _lanczos(hvp, v, layout, num_steps, words, tol, sigma, recorder, on_step)
+        flight = Flight(v, layout, num_steps, words, tol, sigma, 0 if state is None else state.step)
+        if state is not None:
+            flight.load(state)
+        _lanczos(hvp, flight, layout, recorder, on_step, on_state)
 
-    alpha, beta = (table.permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
+    recurrences, m = flight.recurrences, flight.num_steps
+    alpha, beta = (table[:m].permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
     nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
     result = Quadrature(
         nodes=nodes.view_as(alpha),
@@ -170,25 +186,18 @@ def batched_slq(
 
 def _lanczos(
     hvp: Callable[[Tensor], Tensor],
-    v: Tensor,
+    flight: Flight,
     layout: Layout,
-    num_steps: int,
-    words: Sequence[str],
-    tol: float | None,
-    sigma: float | None,
     recorder: replay.Recorder | None,
     on_step: Callable[[int, int], None] | None,
-) -> Recurrences:
-    """Runs all recurrences from the unit vectors v to their end; replays the steps where there is a recorder."""
-    limits = torch.tensor(layout.dims, device=v.device).clamp(max=num_steps)
-    recurrences = Recurrences.start(len(v), limits)
-    partial = recurrences.norm.new_empty(len(v), layout.n_tiles)
-    basis = _basis_of(v, layout, limits)
+    on_state: Callable[[State], None] | None,
+) -> None:
+    """Runs all recurrences to their end, or to the most steps; replays the steps where there is a recorder."""
+    recurrences, basis, projections = flight.recurrences, flight.basis, flight.projections
+    partial = recurrences.norm.new_empty(len(flight.v), layout.n_tiles)
     basis_partial = partial.new_empty(*partial.shape, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
     watch = finished.watch(recurrences)
-    settled = convergence(recurrences, tol, sigma)
-    projections = due_projections(recurrences, words, v.dtype)
     n_finished = 0
 
     def product(v: Tensor) -> Tensor:
@@ -206,24 +215,28 @@ def _lanczos(
     def plain(v: Tensor, v_prev: Tensor) -> None:
         advance(product(v), v, v_prev)  # w is not kept: no more than three sets of vectors are ever held
 
-    step = replay.replayed(recorder, product, advance, v, _capturable(hvp)) if recorder else plain
-    v_prev = torch.zeros_like(v)
-    for j in range(len(recurrences.alpha)):
-        step(v, v_prev)
-        v, v_prev = v_prev, v
-        settled.look()
-
+    def running() -> int:
+        """How many recurrences are, as far as the host knows; the operator is told what is not."""
+        nonlocal n_finished
         known = watch.look()
-        newly = int(known.sum()) - n_finished
-        n_finished += newly
-        running = known.numel() - n_finished
-        if mark_finished is not None and newly > 0:
+        if mark_finished is not None and int(known.sum()) > n_finished:
             mark_finished(known)
+        n_finished = int(known.sum())
+        return known.numel() - n_finished
+
+    step: replay.Step = plain
+    if recorder:
+        step = replay.replayed(recorder, product, advance, flight.v, _capturable(hvp))
+    left = running()
+    while left and flight.step < flight.num_steps:
+        step(flight.v, flight.v_prev)
+        flight.turn()
+        flight.settled.look()
+        left = running()
         if on_step is not None:
-            on_step(j + 1, running)
-        if running == 0:
-            break
-    return recurrences
+            on_step(flight.step, left)
+        if on_state is not None:
+            on_state(flight.state())
 
 
 def _capturable(hvp: Callable[[Tensor], Tensor]) -> bool:
@@ -245,17 +258,6 @@ def reorthogonalized_blocks(
         if room >= 0 and dims[l] <= AUTO_DIMS_PER_STEP * num_steps:
             words[l] = "full"
     return words
-
-
-def _basis_of(v: Tensor, layout: Layout, limits: Tensor) -> Tensor:
-    """The kept basis (capacity, n_probes, n_basis) with v as its first row; empty where no block keeps one."""
-    kept = layout.basis_offsets >= 0
-    capacity = int(limits[kept].max()) if kept.any() else 0
-    basis = torch.zeros(capacity, len(v), layout.n_basis, dtype=v.dtype, device=v.device)
-    for l, start in enumerate(layout.basis_offsets.tolist()):
-        if start >= 0:
-            basis[0, :, start : start + layout.dims[l]] = v[:, layout.columns(l)]
-    return basis
 
 
 def _nonfinite_text(result: Quadrature) -> str:

@@ -114,8 +114,7 @@ def test_the_operator_is_told_what_is_finished(operator):
     assert [f[0].tolist() for f in operator.finished] == [
         [True, False, False, False],
         [True, True, False, False],
-        [True, True, False, True],
-        [True, True, True, True],
+        [True, True, False, True],  # the block of 30 elements could go on
     ]
 
 

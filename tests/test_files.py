@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 import blockhess
 from blockhess.files import check_writable, load, save, writable_folder
+from blockhess.report import describe
 from blockhess.spectra import Spectra
 from tests.spectra_cases import make_spectra, random_spectra
 
@@ -407,3 +409,38 @@ def test_arrays_are_validated(good: Path, change: Callable[[dict[str, Any]], Non
 )
 def test_numbers_that_cannot_be(good: Path, change: Callable[[dict[str, Any]], object], text: str) -> None:
     assert text in refused(change_header(good, change))
+
+
+def test_terminal_escapes_in_names_are_not_printed(tmp_path: Path) -> None:
+    clear = "w\x1b[2J\x1b]0;title\x07\n\u202e"
+    spectra = random_spectra(names=[clear, "a", "b", "c"], notes=[clear] * 4, model=clear, loss=clear, loss_value=0.1)
+    loaded = load(spectra.save(tmp_path / "x.npz"))
+    assert loaded.names[0] == clear  # kept as it is; only shown otherwise
+    spoiled = dataclasses.replace(loaded.quadrature, nonfinite=torch.eye(3, 4).cummin(0).values.bool())
+    for shown in (loaded, Spectra(loaded.blocks, spoiled, loaded.provenance)):
+        texts = (repr(shown), shown.table(), shown.error_table(), describe(shown), str(shown.js0()))
+        for text in texts:
+            assert all(line.isprintable() for line in text.split("\n")) and "w\x1b" not in text
+        assert "w\\x1b[2J\\x1b]0;title\\x07\\n\\u202e" in texts[1]
+    with pytest.raises(ValueError, match="different names") as caught:
+        load(change_header(tmp_path / "x.npz", edit("name", clear, "blocks", 1)))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (set_at("nodes", (0, 0, 0), 5.0), "nodes must ascend"),
+        (set_at("beta", (0, 0, 0), 1e150), "beta must be at most 1e\\+140"),
+    ],
+)
+def test_nodes_ascend_and_their_moments_are_finite(good: Path, change: Callable[[Any], None], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        load(change_arrays(good, change))
+
+
+@pytest.mark.parametrize("value", ["x", [], {"block0": "x"}, {"block0": -1}, {"block0": math.inf}, {"block0": {}}])
+@pytest.mark.parametrize("key", ["hvp_error", "ghosts"])
+def test_what_results_compute_with_is_checked(good: Path, key: str, value: Any) -> None:
+    assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update({key: value})))
+    assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update(tol="x")))

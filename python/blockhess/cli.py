@@ -12,9 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from blockhess.table import printable
+
 
 def _fail(message: str) -> int:
-    print(f"blockhess: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"blockhess: {' '.join(message.split())}"), file=sys.stderr)
     return 2
 
 

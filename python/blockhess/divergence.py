@@ -25,6 +25,7 @@ from torch import Tensor
 
 from blockhess.axes import Axis
 from blockhess.density import POINTS_PER_SIGMA, check_sigma, grid_spacing, node_grid, smooth
+from blockhess.table import printable
 
 # kind -> what it is, as printed with every value.
 KINDS = {
@@ -243,4 +244,4 @@ class JS0:
             shown, more = self.left_out[:_SHOWN_LEFT_OUT], len(self.left_out) - _SHOWN_LEFT_OUT
             names = ", ".join(f"{name} ({reason})" for name, reason in shown)
             parts.append(f"left out: {names}" + (f" and {more} more" if more > 0 else ""))
-        return "; ".join(parts)
+        return printable("; ".join(parts))

@@ -14,9 +14,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import reprlib
 import secrets
-import struct
 import zipfile
 from collections.abc import Callable
 from os import PathLike
@@ -25,10 +25,10 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 
 from blockhess.blocks import BlockInfo
 from blockhess.spectra import Spectra
+from blockhess.table import printable
 from blockhess_ext import Quadrature
 
 FORMAT = "blockhess-spectra"
@@ -36,6 +36,15 @@ VERSION = 1
 
 # How far the weights of a recurrence may sum from 1.
 WEIGHT_TOLERANCE = 1e-6
+
+# Nodes up to this size have moments that float64 holds: 2^62 squares of them are finite.
+LARGEST_NODE = 1e140
+
+# The only header that numpy writes for these arrays; nothing else is parsed.
+_NPY_HEADER = re.compile(
+    r"\{'descr': '([^'\\]{1,9})', 'fortran_order': (False|True), 'shape': \(([0-9, ]{0,99})\), \} *\n"
+)
+_MAGIC = b"\x93NUMPY\x01\x00"
 
 # array -> (dtype, number of dimensions)
 _ARRAYS = {
@@ -172,11 +181,17 @@ def load(path: str | PathLike[str]) -> Spectra:
                 arrays = {name: _array(archive, name) for name in list(_ARRAYS)[1:]}
                 return _spectra(header, arrays)
         except _Refused as error:
-            raise ValueError(f"load: {path}: {error}") from None
+            raise ValueError(f"load: {path}: {_short(error)}") from None
         except zipfile.BadZipFile as error:
-            raise ValueError(f"load: {path} is no result file, or a damaged one: {error}") from None
+            raise ValueError(f"load: {path} is no result file, or a damaged one: {_short(error)}") from None
         except _DAMAGE as error:
-            raise ValueError(f"load: {path} is damaged: {type(error).__name__}: {error}") from None
+            raise ValueError(f"load: {path} is damaged: {type(error).__name__}: {_short(error)}") from None
+
+
+def _short(error: Exception) -> str:
+    """The text of an error, which may quote the file: one line that is safe to print."""
+    text = printable(str(error))
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 class _Refused(Exception):
@@ -184,7 +199,7 @@ class _Refused(Exception):
 
 
 # What zipfile and numpy raise on damaged bytes beside BadZipFile.
-_DAMAGE = (ValueError, RuntimeError, OSError, EOFError, LookupError, OverflowError, MemoryError, struct.error)
+_DAMAGE = (ValueError, RuntimeError, OSError, EOFError, LookupError, OverflowError, MemoryError)
 
 
 def _header(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -215,16 +230,20 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
     if not stored or entry.file_size > os.fstat(archive.fp.fileno()).st_size:  # type: ignore[union-attr]
         raise _Refused(f"array {name} must be stored uncompressed within the file")
     with archive.open(entry) as file:
-        if npy.read_magic(file) != (1, 0):
+        start = file.read(len(_MAGIC) + 2)
+        text = file.read(int.from_bytes(start[len(_MAGIC) :], "little")).decode("latin1")
+        found = _NPY_HEADER.fullmatch(text)
+        if not start.startswith(_MAGIC) or found is None:
             raise _Refused(f"array {name} must be in npy format 1.0")
-        shape, fortran, got = npy.read_array_header_1_0(file)
-        if got.str != dtype or len(shape) != ndim or fortran:
-            raise _Refused(f"array {name} must be {dtype} with {ndim} dimensions, got {got.str} {shape}")
+        got, order = found[1], found[2]
+        shape = tuple(int(n) for n in found[3].split(",") if n.strip())
+        if got != dtype or len(shape) != ndim or order != "False":
+            raise _Refused(f"array {name} must be {dtype} with {ndim} dimensions, got {got} {shape}")
         size = entry.file_size - file.tell()
-        if any(n < 0 for n in shape) or math.prod(shape) * got.itemsize != size:
+        if math.prod(shape) * np.dtype(dtype).itemsize != size:
             raise _Refused(f"array {name} of shape {shape} does not fit its {size} bytes")
         # Reading to the end also compares the checksum.
-        return np.frombuffer(file.read(), got).reshape(shape)
+        return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) -> Spectra:
@@ -240,6 +259,8 @@ def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) ->
         "blocks, dims, block_ids and reorthogonalize must agree",
     )
     _check_arrays(arrays, dims)
+    provenance = _get(header, "provenance", dict)
+    _check_provenance(provenance)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     quadrature = Quadrature(
         nodes=tensors["nodes"],
@@ -257,9 +278,21 @@ def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) ->
         dtype=dtype,
     )
     try:
-        return Spectra(blocks, quadrature, _get(header, "provenance", dict))
+        return Spectra(blocks, quadrature, provenance)
     except (ValueError, TypeError) as error:
         raise _Refused(str(error)) from None
+
+
+def _check_provenance(provenance: dict[str, Any]) -> None:
+    """Refuse entries that results compute with and that are no numbers; all others are only shown."""
+    numbers = [provenance.get("tol")]
+    for name in ("hvp_error", "ghosts"):
+        by_block = provenance.get(name)
+        _require(by_block is None or isinstance(by_block, dict), f"provenance: {name} must be an object of numbers")
+        numbers += (by_block or {}).values()
+    for number in numbers:
+        sound = number is None or (type(number) in (int, float) and 0 <= number < math.inf)
+        _require(sound, f"provenance: tol, hvp_error and ghosts must be numbers, got {reprlib.repr(number)}")
 
 
 def _positive(entry: dict[str, Any], key: str) -> int:
@@ -298,7 +331,11 @@ def _check_arrays(arrays: dict[str, np.ndarray[Any, Any]], dims: tuple[int, ...]
     _require(bool(((steps >= least) & (steps <= most)).all()), f"steps must be in 1 ... min(dim, {m})")
     valid = np.arange(m) < steps[..., None]
     for name in ("nodes", "weights", "alpha", "beta"):
-        _require(bool(np.isfinite(arrays[name][valid]).all()), f"array {name} must be finite")
+        values = arrays[name][valid]
+        _require(bool(np.isfinite(values).all()), f"array {name} must be finite")
+        _require(bool((np.abs(values) <= LARGEST_NODE).all()), f"array {name} must be at most {LARGEST_NODE:g} in size")
+    ascending = np.diff(arrays["nodes"], axis=-1) >= 0
+    _require(bool((ascending | ~valid[..., 1:]).all()), "nodes must ascend")
     weights = np.where(valid, arrays["weights"], 0.0)
     _require(bool((weights >= 0).all()), "weights must not be negative")
     off = float(np.abs(weights.sum(-1) - (steps > 0)).max())

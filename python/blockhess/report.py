@@ -11,6 +11,7 @@ import torch
 from blockhess.divergence import check_choice
 from blockhess.records import block_records
 from blockhess.spectra import Spectra
+from blockhess.table import printable
 
 # sort key -> whether the largest value comes first.
 SORT_KEYS = {
@@ -121,7 +122,7 @@ def describe(spectra: Spectra, sort: str = "order") -> str:
             f"{sum(made['ghosts'].values())} nodes in {len(made['ghosts'])} blocks are ghosts: no reorthogonalisation "
             "there; densities lose nothing by them"
         )
-    lines += ["", spectra.table(names)]
+    lines = [*map(printable, lines), "", spectra.table(names)]
 
     weights = weights_only(spectra)
     if len(spectra.names) - len(spectra.left_out) >= 2:

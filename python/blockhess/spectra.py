@@ -30,7 +30,7 @@ from blockhess.divergence import JS0, UNNORMALISED_POINTS, js_matrix
 from blockhess.intervals import check_confidence, normal_quantile
 from blockhess.sensitivity import Sensitivity, sensitivity
 from blockhess.spectra_bands import SpectraBands
-from blockhess.table import format_table, number
+from blockhess.table import format_table, number, printable
 from blockhess_ext import Quadrature
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Spectra(SpectraBands):
 
     def __repr__(self) -> str:
         q, model = self.quadrature, self.provenance.get("model") or "a model"
-        return (
+        return printable(
             f"Spectra of {model}: {len(self)} blocks, {sum(self.dims):,} parameters; "
             f"{q.nodes.shape[0]} {q.distribution} probes, {q.num_steps} Lanczos steps in {q.dtype}, seed {q.seed}"
         )

@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """The text with every character that a terminal would act on, or not show, written as its escape.
+
+    Names in files come from whoever made them.
+
+    Example:
+        >>> print(printable("w\\x1b[2J"))
+        w\\x1b[2J
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return header, a rule and rows as aligned lines; columns that are empty in every row are left out.
 
@@ -21,7 +33,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
         bias     4
     """
     keep = [c for c in range(len(header)) if c < left or not rows or any(row[c] for row in rows)]
-    lines = [[header[c], *(row[c] for row in rows)] for c in keep]
+    lines = [[header[c], *(printable(row[c]) for row in rows)] for c in keep]
     widths = [max(map(len, column)) for column in lines]
     columns = [
         [cell.ljust(width) if c < left else cell.rjust(width) for cell in (column[0], "-" * width, *column[1:])]

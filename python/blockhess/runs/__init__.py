@@ -1,0 +1,1 @@
+"""Long jobs that cannot be lost: state on disk, locks, configuration."""

@@ -1,0 +1,184 @@
+"""The bytes of a state file: safetensors, whose metadata hold a JSON header and a checksum of the whole file.
+
+    u64 n | n bytes JSON {"__metadata__": {"checksum": 64 digits, "header": JSON text}, name: {...}, ...} | tensors
+
+The checksum is SHA-256 of every byte but its own digits, which stand first, so their place is known before anything is
+parsed. Any reader of safetensors reads these files; `parse` accepts only what `pack` can have written: it checks names,
+dtypes, shapes and offsets by itself (safetensors copies every tensor, and takes unaligned ones and repeated keys).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER = 2**24  # bytes; a parsed header takes some 20 times as much
+MAX_DIMS = 16
+DIGITS = 64
+
+_PREFIX = b'{"__metadata__":{"checksum":"'
+_DIGITS_AT = 8 + len(_PREFIX)
+
+
+class Damaged(Exception):
+    """What is wrong with a file, to follow its name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies among the bytes that follow the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def checksum(parts: Iterable[bytes | memoryview]) -> bytes:
+    """The digits for these bytes, in any cut.
+
+    Example:
+        >>> checksum([b"ab", b"c"]) == checksum([b"abc"])
+        True
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest().encode()
+
+
+def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> list[bytes | memoryview]:
+    """The bytes of a file, in parts; those of contiguous CPU tensors are views.
+
+    Raises:
+        TypeError: the header holds something JSON cannot, or a value is no dense tensor.
+        ValueError: a dtype that files do not know, or a header larger than MAX_HEADER.
+    """
+    entries: dict[str, Any] = {}
+    views: list[bytes | memoryview] = []
+    stop = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or name == "__metadata__":
+            raise ValueError(f"write: tensor {name!r} must be dense and {', '.join(DTYPES)}, got {tensor.dtype}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        view = flat.view(torch.uint8).numpy().data
+        start, stop = stop, stop + view.nbytes
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        views.append(view)
+    metadata = {"checksum": "0" * DIGITS, "header": json.dumps(dict(header))}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"write: header must take at most {MAX_HEADER} bytes, got {len(text)}")
+    before = len(text).to_bytes(8, "little") + _PREFIX
+    after = text[len(_PREFIX) + DIGITS :]
+    return [before, checksum([before, after, *views]), after, *views]
+
+
+def header_length(start: bytes, file_size: int) -> int:
+    """The size of the JSON text, from the first 8 bytes of a file.
+
+    Raises:
+        Damaged: there are none, or it cannot be.
+    """
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > file_size - 8:
+        raise Damaged("it is truncated, or no state file")
+    if length > MAX_HEADER or length % 8:
+        raise Damaged(f"its header must take at most {MAX_HEADER} bytes and a multiple of 8, got {length}")
+    return length
+
+
+def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The entries and the header of a file whose tensors take data_size bytes.
+
+    Raises:
+        Damaged: the text, an entry or the sum of all breaks a rule.
+    """
+    if not text.startswith(_PREFIX):
+        raise Damaged("it is no state file")
+    try:
+        entries = json.loads(text, object_pairs_hook=_distinct)
+        metadata = entries.pop("__metadata__")
+        header = json.loads(metadata["header"], object_pairs_hook=_distinct)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise Damaged(f"its header cannot be read: {type(error).__name__}: {reprlib.repr(str(error))}") from None
+    if not isinstance(header, dict) or metadata.keys() != {"checksum", "header"}:
+        raise Damaged("its metadata must be a checksum and a header")
+    found: dict[str, Entry] = {}
+    stop = 0
+    for name, entry in entries.items():
+        found[name] = _entry(name, entry, stop)
+        stop = found[name].stop
+    if stop != data_size:
+        raise Damaged(f"its tensors must take the {data_size} bytes that follow the header, got {stop}")
+    return found, header
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is repeated")
+    return result
+
+
+def _entry(name: str, entry: Any, start: int) -> Entry:
+    """The entry, which must begin where the one before ended and be as long as its shape says."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise Damaged(f"tensor {name!r} must have dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise Damaged(f"tensor {name!r} must be {', '.join(DTYPES)}, got {reprlib.repr(code)}")
+    numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not numbers or not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, *offsets)):
+        raise Damaged(f"tensor {name!r} must have a shape and two offsets, got {reprlib.repr((shape, offsets))}")
+    # Strides of empty tensors are products of the other extents.
+    if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) >= 2**62:
+        raise Damaged(f"tensor {name!r} has an impossible shape {reprlib.repr(shape)}")
+    dtype = DTYPES[code]
+    if start % dtype.itemsize or offsets != [start, start + math.prod(shape) * dtype.itemsize]:
+        raise Damaged(f"tensor {name!r} of shape {reprlib.repr(shape)} does not fit its offsets {offsets}")
+    return Entry(dtype, tuple(shape), *offsets)
+
+
+def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """The tensors, views of data, once the checksum over start, text and data was found right.
+
+    Raises:
+        Damaged: it is not, or a truth value is neither 0 nor 1.
+    """
+    at = len(_PREFIX)
+    if checksum([start, text[:at], text[at + DIGITS :], memoryview(data)]) != text[at : at + DIGITS]:
+        raise Damaged("its checksum is wrong: it was damaged or changed")
+    tensors = {}
+    for name, entry in entries.items():
+        if entry.start == entry.stop:
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            continue
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start)
+        if entry.dtype == torch.bool and int(flat.max()) > 1:
+            raise Damaged(f"tensor {name!r} must hold 0 and 1 alone")
+        tensors[name] = flat.view(entry.dtype).reshape(entry.shape)
+    return tensors

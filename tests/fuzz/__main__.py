@@ -1,0 +1,95 @@
+"""Fuzz every reader with as many inputs as asked, and write what came of it as JSON; exit code 1 where something did.
+
+Every input is a function of (target, seed, index): `--only TARGET --first INDEX --inputs 1` runs one again. A run that
+takes longer than LIMIT_SECONDS counts as a hang, and memory that grows by more than LIMIT_MEMORY as a leak or a bomb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bench.environment import describe
+from tests.fuzz.result_files import ResultFiles
+from tests.fuzz.state_files import StateFiles, StateTexts
+from tests.fuzz.targets import Target
+
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (ResultFiles, StateFiles, StateTexts)}
+LIMIT_SECONDS = 10
+LIMIT_MEMORY = 128 * 2**20
+
+
+class Hang(BaseException):
+    """A reader took too long; no error that it may catch."""
+
+
+def fuzz(target: Target, seed: int, indices: range) -> dict[str, Any]:
+    """Run the inputs of these indices; count them and collect what was found."""
+    counts, found = Counter[str](), dict[str, dict[str, int]]()
+    start, slowest = time.perf_counter(), 0.0
+    warm = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for index in indices:
+        before = time.perf_counter()
+        signal.alarm(LIMIT_SECONDS)
+        try:
+            counts["accepted" if target.run(seed, index) else "refused"] += 1
+        except (Exception, Hang) as error:
+            counts["findings"] += 1
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            kind = f"{type(error).__name__}: {re.sub(r'[0-9]+', '#', str(error))[:160]} ({place.name})"
+            found.setdefault(kind, {"first": index, "count": 0})["count"] += 1
+        finally:
+            signal.alarm(0)
+        slowest = max(slowest, time.perf_counter() - before)
+        if index - indices.start == 1000:
+            warm = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - warm) * 1024
+    if growth > LIMIT_MEMORY:
+        counts["findings"] += 1
+        found["memory grew"] = {"first": indices.start, "count": 1}
+    return {
+        "inputs": len(indices),
+        **{name: counts[name] for name in ("accepted", "refused", "findings")},
+        "seconds": round(time.perf_counter() - start, 1),
+        "slowest_seconds": round(slowest, 3),
+        "memory_growth_bytes": growth,
+        "found": found,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=1000, help="for every target")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=TARGETS, default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+
+    def hang(*_: object) -> None:
+        raise Hang(f"no answer within {LIMIT_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, hang)
+    indices = range(args.first, args.first + args.inputs)
+    result: dict[str, Any] = {"seed": args.seed, "machine": describe()}
+    for name in [args.only] if args.only else TARGETS:
+        with tempfile.TemporaryDirectory() as folder:
+            result[name] = fuzz(TARGETS[name](Path(folder)), args.seed, indices)
+        print(name, json.dumps(result[name], indent=1), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(isinstance(part, dict) and part["findings"] for part in result.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
