@@ -171,7 +171,7 @@ def test_an_extended_run_is_a_longer_run(options):
     ("change", "text"),
     [
         ({"seed": 1}, "seed must be that of the first run, 0, got 1"),
-        ({"num_steps": 9}, "num_steps must be that of the first run, 4, got 9"),
+        ({"num_steps": 3}, "num_steps must be at least 4, which spectra has, got 3"),
         ({"tol": 0.1}, "tol must be that of the first run, None, got 0.1"),
         ({"distribution": "rademacher"}, "distribution must be that of the first run, 'gaussian', got 'rademacher'"),
         ({"reorthogonalize": "full"}, "reorthogonalize must be that of the first run, 'auto', got 'full'"),

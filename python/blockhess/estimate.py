@@ -12,11 +12,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from os import PathLike
 from typing import Any
 
 import torch
@@ -24,20 +23,16 @@ from torch import nn
 
 import blockhess
 import blockhess_ext
-from blockhess import adaptive, fingerprint
-from blockhess.batches import as_batches, batch_size, split_batch
-from blockhess.blocks import ZERO_NOTE, BlockSpec, Partition, block_id, partition, unwrap, with_note
-from blockhess.engines import BlockOperator, Engine, NotTraceable
-from blockhess.engines.accuracy import Disagreement, measure
-from blockhess.engines.exact import exact_quadratures
-from blockhess.engines.plan import CHOICES, Plan, budget_bytes, make_plan, micro_batches, without_tracing
-from blockhess.losses import as_loss
-from blockhess.model_state import fixed_state, freeze_batch_statistics, has_batchnorm
+from blockhess.blocks import BlockSpec, unwrap
+from blockhess.engines.plan import Plan
+from blockhess.job import Job
+from blockhess.model_state import has_batchnorm
+from blockhess.options import Options, choice, count
+from blockhess.posing import LOSS_TOLERANCE, posed
 from blockhess.problem import Problem
 from blockhess.progress import progress_bar
+from blockhess.runs import directory
 from blockhess.spectra import Spectra
-from blockhess_ext import Quadrature
-from blockhess_ext.slq import reorthogonalized_blocks
 
 
 class NonFiniteError(ValueError):
@@ -66,6 +61,9 @@ def spectrum(
     dtype: torch.dtype | None = None,
     matmul_precision: str = "highest",
     memory_budget: int | str | None = None,
+    first_probe: int = 0,
+    keep_vectors: bool = False,
+    run_dir: str | PathLike[str] | None = None,
     on_nonfinite: str = "raise",
     progress: bool | str = "auto",
 ) -> Spectra:
@@ -106,6 +104,14 @@ def spectrum(
             CUDA) or "medium" (bfloat16). The error it makes is in the result's `hvp_error`.
         memory_budget: bytes, or a text such as "6 GiB", that vectors and graphs may take; by default half of the
             device's memory. What does not fit is done in several passes, large batches in parts.
+        first_probe: index of the first random vector of every block. Runs with other ones, made on other machines, are
+            joined by `merge`.
+        keep_vectors: keep the vectors after the last step (two per probe, and the kept basis), in the result's
+            `vectors` and in run_dir, so that `extend` can make more steps. The plan says how much memory they take.
+        run_dir: a directory, made if it is missing, in which the run is recorded as it goes. Called again with the same
+            arguments after any end of the process, it goes on from there to the same bits (on CUDA under
+            torch.use_deterministic_algorithms, else the result's "same_bits_on_resume" is False); a finished run
+            gives its result. SIGTERM and SIGINT save the state, then raise `runs.signals.Interrupted`.
         on_nonfinite: "raise" or "report": what to do where Hessian-vector products are not finite.
         progress: True, False, or "auto": a bar on stderr where tqdm is installed and it takes more than a few seconds.
 
@@ -113,7 +119,9 @@ def spectrum(
         Spectra of the blocks, in the order of the model's parameters or of `blocks`.
 
     Raises:
-        ValueError, TypeError: an argument is not as described.
+        ValueError, TypeError: an argument is not as described; run_dir is in use, or holds another run: says in what
+            they differ.
+        OSError: run_dir does not take the state, as when the disk is full; what was saved before is kept.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
         NotImplementedError: an operation of the model has no second derivative.
 
@@ -126,12 +134,18 @@ def spectrum(
         >>> list(spectra)
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
-    options = _Options(num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget)
-    posing = (blocks, batchnorm, dtype, memory_budget, matmul_precision)
-    with _posed(model, data, loss_fn, *posing) as (problem, cut, fingerprints):
-        job = _Job(problem, options)
+    options = Options(
+        num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget,
+        first_probe, keep_vectors,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
+        begun = None if run is None else run.plan
+        budget = memory_budget if begun is None or memory_budget is not None else begun.memory_budget
+        posing = (blocks, batchnorm, dtype, budget, matmul_precision)
+        problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing))
         made = {
             "model": type(unwrap(model)).__name__,
             "loss": problem.loss.name,
@@ -146,21 +160,36 @@ def spectrum(
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
         }
+        if run is None:
+            job = Job(problem, options)
+        else:
+            identity = _identity(problem, options, made, seed)
+            run.check(identity)
+            result = run.result()
+            if result is not None:
+                return _finite(result, on_nonfinite)
+            seed = blockhess_ext.arguments.probe_seed(seed) if run.run is None else run.run["seed"]
+            job = Job(problem, options, run, begun)
+            run.begin(identity, job.plan, seed, job.infos, keep_vectors)
+            made["same_bits_on_resume"] = identity["deterministic"]
         with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
             quadrature = job.run(seed, on_hvp)
-    spectra = Spectra(
-        job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": time.perf_counter() - start}
-    )
+        seconds = time.perf_counter() - start if run is None else run.seconds
+        made |= job.provenance(quadrature) | {"seconds": seconds}
+        spectra = Spectra(job.infos, quadrature, made, job.vectors)
+        if run is not None:
+            run.finish(spectra)
     return _finite(spectra, on_nonfinite)
 
 
 def extend(
-    spectra: Spectra,
+    spectra: Spectra | str | PathLike[str],
     model: nn.Module,
     data: Any,
     loss_fn: Callable[..., Any] | None = None,
     *,
-    num_probes: int,
+    num_probes: int | None = None,
+    num_steps: int | None = None,
     blocks: BlockSpec = "parameter",
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
@@ -168,21 +197,24 @@ def extend(
     progress: bool | str = "auto",
     **same: Any,
 ) -> Spectra:
-    """Add probes to a finished run, without redoing any: what `spectrum` would have given with so many from the start.
+    """Add probes, or steps, to a finished run, without redoing any: what `spectrum` would have given with so many from
+    the start, had it made the first run's choices. (More blocks are a run of their own, joined by `merge`.)
 
     Args:
-        spectra: from `spectrum` or `extend`, or loaded.
+        spectra: from `spectrum` or `extend`, or loaded; or the directory of a finished run.
         model, data, loss_fn, blocks, dtype: as in the first run.
         num_probes: of every estimated block, together with those that it has. Blocks that were written out, and
             blocks that have as many, stay as they are.
+        num_steps: of every probe, together with those that it has made; for runs with keep_vectors=True.
         memory_budget, on_nonfinite, progress: as for `spectrum`.
         same: other arguments of `spectrum`. They are those of the first run; one that is given must equal it.
 
     Returns:
-        New Spectra; `spectra` is left alone.
+        New Spectra, with vectors of their own where the first run kept them; `spectra` is left alone.
 
     Raises:
-        ValueError: the model's parameters, data, loss, blocks or an option differ from the first run's; says which.
+        ValueError: the model's parameters, data, loss, blocks or an option differ from the first run's; says which. Or
+            more steps are asked for and the vectors were not kept.
         TypeError: `same` holds something that is no argument of `spectrum`.
         NonFiniteError: as `spectrum`.
 
@@ -193,50 +225,48 @@ def extend(
         >>> extend(two, model, batch, loss_fn, num_probes=5).quadrature.num_probes
         5
     """
-    _choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
-    first = spectra.provenance
-    missing = [name for name in (*_KEPT, "fingerprints", "plan") if name not in first]
+    if not isinstance(spectra, Spectra):
+        spectra = directory.finished(spectra)
+    first, made = spectra.provenance, spectra.quadrature
+    missing = [name for name in ("num_steps", *_KEPT, "fingerprints", "plan") if name not in first]
     if missing:
         raise ValueError(f"extend: spectra must come from spectrum of this version, got none with {', '.join(missing)}")
     for name, value in same.items():
         if name not in _KEPT:
             raise TypeError(f"extend: arguments must be those of spectrum, got {name!r}")
         _same(name, value, first[name])
-    num_probes = _count("num_probes", num_probes, "extend")
-    if num_probes < spectra.quadrature.num_probes:
-        raise ValueError(
-            f"extend: num_probes must be at least {spectra.quadrature.num_probes}, which spectra has, got {num_probes}"
-        )
-    options = _Options(
-        num_probes, memory_budget=memory_budget, **{f: first[f] for f in _KEPT if f in _Options.__dataclass_fields__}
-    )
+    if num_probes is num_steps is None:
+        raise ValueError("extend: num_probes or num_steps must be given, got neither")
+    wanted: dict[str, Any] = {}
+    for name, number, has in (("num_probes", num_probes, made.num_probes), ("num_steps", num_steps, made.num_steps)):
+        wanted[name] = has if number is None else count(name, number, "extend")
+        if wanted[name] < has:
+            raise ValueError(f"extend: {name} must be at least {has}, which spectra has, got {number}")
+    kept = {name: first[name] for name in _KEPT if name in Options.__dataclass_fields__}
+    options = Options(**wanted, memory_budget=memory_budget, **kept)
     batchnorm = "eval" if first["batchnorm"] == "none" else first["batchnorm"]
     posing = (blocks, batchnorm, dtype, memory_budget, first["matmul_precision"])
-    with _posed(model, data, loss_fn, *posing) as (problem, _, fingerprints):
+    with posed(model, data, loss_fn, *posing) as (problem, _, fingerprints):
         _same("loss", problem.loss.name, first["loss"])
         _same("names of the blocks", [info.name for info in problem.infos], list(spectra.names))
         _same("sizes of the blocks", problem.dims, list(spectra.dims))
-        _same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), spectra.quadrature.dtype)
+        _same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), made.dtype)
         for what, digest in fingerprints.items():
             _same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
         if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
             _same("value of the loss", problem.loss_value, first["loss_value"])
-        job = _Job(problem, options, spectra)
+        job = Job(problem, options, first=spectra, more_probes=num_probes is not None)
         with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
-            quadrature = job.run(spectra.quadrature.seed, on_hvp)
+            quadrature = job.run(made.seed, on_hvp)
     seconds = first["seconds"] + time.perf_counter() - start
-    return _finite(
-        Spectra(job.infos, quadrature, first | job.provenance(quadrature) | {"seconds": seconds}), on_nonfinite
-    )
+    provenance = first | job.provenance(quadrature) | {"seconds": seconds}
+    return _finite(Spectra(job.infos, quadrature, provenance, job.vectors), on_nonfinite)
 
-
-# A loss is another one where its value on the same data differs by more, relatively.
-LOSS_TOLERANCE = 1e-4
 
 # Arguments of `spectrum` that provenance keeps by name, and that an extension shares with the first run.
 _KEPT = (
-    "num_steps",
     "tol",
     "sigma",
     "seed",
@@ -245,7 +275,30 @@ _KEPT = (
     "batchnorm",
     "engine",
     "matmul_precision",
+    "first_probe",
+    "keep_vectors",
 )
+
+
+def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """All that must be the same for a run to go on to the same bits: JSON values by names for the user."""
+    device = problem.device
+    return {
+        **{f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
+        "seed": seed,
+        **{name: made[name] for name in ("batchnorm", "matmul_precision", "model", "loss")},
+        "value of the loss": made["loss_value"],
+        "parameters": made["fingerprints"]["model"],
+        "data": made["fingerprints"]["data"],
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "blocks": [f"{info.name} ({info.dim})" for info in problem.infos],
+        "batches": len(problem.batches),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "torch": made["torch"],
+        "blockhess": made["blockhess"],
+    }
 
 
 def _same(name: str, got: Any, first: Any) -> None:
@@ -282,283 +335,7 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
     """
     given = inspect.signature(spectrum).bind(model, data, loss_fn, **options)
     given.apply_defaults()
-    wishes = _Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(_Options)})
-    posing = {name: given.arguments[name] for name in inspect.signature(_posed).parameters}
-    with _posed(**posing) as (problem, *_):
-        return _Job(problem, wishes).plan
-
-
-@dataclass(frozen=True)
-class _Options:
-    num_probes: int
-    num_steps: int
-    tol: float | None
-    sigma: float | None
-    engine: str
-    distribution: str
-    reorthogonalize: str
-    memory_budget: int | str | None
-
-    def __post_init__(self) -> None:
-        for name in ("num_probes", "num_steps"):
-            object.__setattr__(self, name, _count(name, getattr(self, name)))
-        blockhess_ext.arguments.tolerance(self.tol, self.sigma, "spectrum")
-        for name, choices in (
-            ("distribution", blockhess_ext.ops.DISTRIBUTIONS),
-            ("reorthogonalize", blockhess_ext.arguments.REORTHOGONALIZE),
-            ("engine", CHOICES),
-        ):
-            _choice(name, getattr(self, name), choices)
-
-
-@contextmanager
-def _posed(
-    model: nn.Module,
-    data: Any,
-    loss_fn: Callable[..., Any] | None,
-    blocks: BlockSpec,
-    batchnorm: str,
-    dtype: torch.dtype | None,
-    memory_budget: int | str | None,
-    matmul_precision: str,
-) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
-    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
-    _choice("matmul_precision", matmul_precision, ("highest", "high", "medium"))
-    model = unwrap(model)
-    cut = partition(model, blocks)
-    loss = as_loss(loss_fn)
-    with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
-        batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
-        fingerprints = {"model": fingerprint.of_model(model), "data": fingerprint.of_data(batches)}
-        if batchnorm == "frozen-batch-stats":
-            freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
-        try:
-            problem = Problem(model, loss, batches, cut.blocks, dtype)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            raise torch.OutOfMemoryError(
-                f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
-                f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
-            ) from None
-        parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
-        # Only where the loss of a batch may be the mean over its samples.
-        if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
-            problem = _split(problem, parts, cut, dtype)
-        yield problem, cut, fingerprints
-
-
-def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:
-    """The problem with smaller batches, or as it is where its loss is no mean over samples (a contrastive one)."""
-    batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
-    try:
-        smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
-    except (RuntimeError, ValueError):  # targets that cannot be cut like the inputs
-        return problem
-    same = math.isclose(smaller.loss_value, problem.loss_value, rel_tol=LOSS_TOLERANCE)
-    return smaller if same else problem
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-class _Job:
-    """A planned run: the engine is made, and checked, when it begins.
-
-    Args:
-        problem, options: what to compute.
-        first: a finished run of the same, whose choices are replayed and whose probes are kept.
-
-    Attributes:
-        plan: as carried out. infos: of the blocks, with notes. hvps: products computed, by the first run too.
-        hvp_error: block -> error of H v for a random unit vector v, None where it could not be measured.
-    """
-
-    def __init__(self, problem: Problem, options: _Options, first: Spectra | None = None) -> None:
-        self._problem, self._options, self._first = problem, options, first
-        dims, itemsize = problem.dims, problem.dtype.itemsize
-        exact = None
-        if first is None:
-            self._basis = reorthogonalized_blocks(
-                options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
-            )
-        else:
-            self._basis = list(first.quadrature.reorthogonalize)
-            exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
-        self.plan = make_plan(
-            problem,
-            engine=options.engine,
-            num_probes=options.num_probes,
-            num_steps=options.num_steps,
-            basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
-            budget=budget_bytes(options.memory_budget, problem.device),
-            exact=exact,
-        )
-        self.infos = problem.infos
-        self.hvps = 0 if first is None else first.provenance["hvps"]
-        self.hvp_error: dict[str, float] | None = None
-        self._zero_within: list[float | None] = [None] * len(self.infos)
-
-    @property
-    def exact_names(self) -> list[str]:
-        """Names of the blocks that were written out."""
-        return [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
-
-    def provenance(self, result: Quadrature) -> dict[str, Any]:
-        """How the result was made, as far as the job decides it."""
-        options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(_Options)}
-        del options["memory_budget"]  # in the plan, as bytes
-        ghosts = result.ghosts().sum(0).tolist()
-        bare = [word == "none" for word in result.reorthogonalize]
-        return options | {
-            "dtype": result.dtype,
-            "seed": result.seed,
-            "engine": self.plan.engine,
-            "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
-            "hvp_error": self.hvp_error,
-            "ghosts": {info.name: count for info, count, b in zip(self.infos, ghosts, bare) if b and count},
-            "hvps": self.hvps,
-            "hvps_saved": self.plan.hvps - self.hvps,
-        }
-
-    def run(self, seed: int | None, on_hvp: Callable[[], object]) -> Quadrature:
-        """All blocks, in their order."""
-        problem, options = self._problem, self._options
-        seed = blockhess_ext.arguments.probe_seed(seed)
-        ids = [block_id(info.name) for info in problem.infos]
-        engine = self._engine()
-        found: list[list[Quadrature]] = [[] for _ in ids]  # of every block: parts for some probes each, in order
-        if self._first is not None:
-            found = [[self._first.quadrature.of_block(l).to(problem.device)] for l in range(len(ids))]
-
-        for probes, blocks in self._rounds(found):
-            operator = BlockOperator(problem, engine, blocks, on_hvp)
-            part = blockhess_ext.batched_slq(
-                operator,
-                operator.dims,
-                num_probes=len(probes),
-                first_probe=probes.start,
-                num_steps=options.num_steps,
-                tol=options.tol,
-                sigma=options.sigma,
-                block_ids=[ids[l] for l in blocks],
-                distribution=options.distribution,
-                reorthogonalize=[self._basis[l] for l in blocks],
-                seed=seed,
-                dtype=problem.dtype,
-                device=problem.device,
-                on_nonfinite="report",
-            )
-            self.hvps += operator.hvps
-            for column, l in enumerate(blocks):
-                found[l].append(part.of_block(column))
-
-        exact = [l for l, e in enumerate(self.plan.exact) if e and not found[l]]
-        if exact:
-            rows = max((part.num_probes for part in map(_whole, filter(None, found))), default=options.num_probes)
-            operator = BlockOperator(problem, engine, exact, on_hvp)
-            written_out = exact_quadratures(
-                operator,
-                [ids[l] for l in exact],
-                rows,
-                options.num_steps,
-                seed,
-                options.distribution,
-            )
-            self.hvps += operator.hvps
-            for l, part in zip(exact, written_out):
-                found[l].append(part.to(problem.device))
-        whole = Quadrature.joined([_whole(parts) for parts in found], 1)
-        radii = whole.nodes.abs().amax((0, 2)).tolist()
-        self._note(
-            ZERO_NOTE,
-            [noise is not None and radius <= noise for radius, noise in zip(radii, self._zero_within)],
-        )
-        if options.tol is not None:
-            few = adaptive.missed(whole, options.tol, options.sigma)
-            self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
-        return whole
-
-    def _rounds(self, found: list[list[Quadrature]]) -> Iterator[tuple[range, list[int]]]:
-        """Probes and blocks to run together, until every estimated block has found as many probes as it needs."""
-        options = self._options
-        adapts = options.tol is not None and self._first is None
-        least = min(adaptive.LEAST_PROBES, options.num_probes) if adapts else options.num_probes
-        needs = {l: least for l, exact in enumerate(self.plan.exact) if not exact}
-        while True:
-            has = {l: sum(part.num_probes for part in found[l]) for l in needs}
-            behind = [l for l in needs if has[l] < needs[l]]
-            if not behind:
-                return
-            start = min(has[l] for l in behind)
-            together = {l for l in behind if has[l] == start}
-            stop = min(needs[l] for l in together)
-            for first, count, blocks in self.plan.passes:
-                probes, chosen = (
-                    range(max(first, start), min(first + count, stop)),
-                    [l for l in blocks if l in together],
-                )
-                if probes and chosen:
-                    yield probes, chosen
-            if options.tol is not None and adapts:
-                for l in together:
-                    (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.sigma)
-                    needs[l] = min(needed, options.num_probes)
-
-    def _note(self, text: str, which: Sequence[bool]) -> None:
-        self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
-
-    def _engine(self) -> Engine:
-        """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
-        try:
-            engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine)
-        except (NotTraceable, Disagreement) as error:
-            if self._options.engine == "traced":
-                raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {error}") from error
-            self.plan = without_tracing(self.plan, f"no trace: {error}")
-            engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine)
-        if accuracy is not None:
-            self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
-            self._zero_within = [
-                self._noise(l, error) if self._problem.is_used(l) and accuracy.is_zero(l) else None
-                for l, error in enumerate(accuracy.errors)
-            ]
-        return engine
-
-    def _noise(self, number: int, error: float) -> float:
-        """The largest eigenvalue of a block that is zero in the first batch, if it is zero in all."""
-        if len(self._problem.batches) == 1:
-            return math.inf
-        # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
-        return float(10 * error * self._problem.dims[number] ** 0.5 * sum(self._problem.shares))
-
-
-def _whole(parts: Sequence[Quadrature]) -> Quadrature:
-    return Quadrature.joined(parts, 0)
-
-
-def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"spectrum: {name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _count(name: str, value: Any, op: str = "spectrum") -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-    return number
+    wishes = Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(Options)})
+    posing = {name: given.arguments[name] for name in inspect.signature(posed).parameters}
+    with posed(**posing) as (problem, *_):
+        return Job(problem, wishes).plan

@@ -31,7 +31,8 @@ from blockhess.intervals import check_confidence, normal_quantile
 from blockhess.sensitivity import Sensitivity, sensitivity
 from blockhess.spectra_bands import SpectraBands
 from blockhess.table import format_table, number, printable
-from blockhess_ext import Quadrature
+from blockhess.work import Unit
+from blockhess_ext import Quadrature, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +84,7 @@ class Spectra(SpectraBands):
         blocks: one BlockInfo a block, names all different.
         quadrature: nodes and weights, whose block l is blocks[l]; moved to the CPU.
         provenance: how it was made, JSON values only.
+        vectors: of every unit of work, the state after the last step, where it was kept; files do not hold them.
 
     Raises:
         ValueError: blocks do not fit the quadrature, or two share a name.
@@ -94,8 +96,14 @@ class Spectra(SpectraBands):
         >>> print(spectra.js0())
     """
 
-    def __init__(self, blocks: Sequence[BlockInfo], quadrature: Quadrature, provenance: Mapping[str, Any]) -> None:
-        self.blocks = tuple(blocks)
+    def __init__(
+        self,
+        blocks: Sequence[BlockInfo],
+        quadrature: Quadrature,
+        provenance: Mapping[str, Any],
+        vectors: Sequence[tuple[Unit, State]] = (),
+    ) -> None:
+        self.blocks, self.vectors = tuple(blocks), tuple(vectors)
         if self.dims != tuple(quadrature.dims):
             raise ValueError(f"Spectra: blocks must have dims {tuple(quadrature.dims)}, got {self.dims}")
         repeated = [name for name, count in Counter(self.names).items() if count > 1]

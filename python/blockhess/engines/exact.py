@@ -6,14 +6,14 @@ eigenvector, which integrates the spectral density itself, so every probe is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from blockhess.engines.operator import BlockOperator
-from blockhess_ext import Quadrature, batched_slq
+from blockhess_ext import Quadrature, State, batched_slq
 
 
 def is_cheaper_exact(dim: int, num_probes: int, num_steps: int) -> bool:
@@ -22,13 +22,21 @@ def is_cheaper_exact(dim: int, num_probes: int, num_steps: int) -> bool:
 
 
 def exact_quadratures(
-    operator: BlockOperator, block_ids: Sequence[int], num_probes: int, num_steps: int, seed: int, distribution: str
+    operator: BlockOperator,
+    block_ids: Sequence[int],
+    num_probes: int,
+    num_steps: int,
+    seed: int,
+    distribution: str,
+    state: State | None = None,
+    on_state: Callable[[State], None] = lambda state: None,
 ) -> list[Quadrature]:
     """The eigenvalues of every block of an operator, each once per probe.
 
     Args:
         operator: of the blocks wanted; dims[l] products of each.
         block_ids, num_probes, num_steps, seed, distribution: what the quadratures are labelled with.
+        state, on_state: as for `batched_slq`; a step is a row of every block and probe, the tensors are the matrices.
 
     Returns:
         One Quadrature a block. Its nodes are the eigenvalues (equal ones are one node), its weights their share;
@@ -36,9 +44,11 @@ def exact_quadratures(
     """
     problem, dims = operator.problem, operator.dims
     rows = max(1, min(num_probes, max(dims)))
-    dense = [torch.empty(dim, dim, dtype=problem.dtype) for dim in dims]
+    dense = [torch.zeros(dim, dim, dtype=problem.dtype) for dim in dims]
+    if state is not None:
+        dense = [state.tensors[str(l)] for l in range(len(dims))]
     starts = [sum(dims[:l]) for l in range(len(dims))]
-    for first in range(0, max(dims), rows):
+    for first in range(0 if state is None else state.step, max(dims), rows):
         v = torch.zeros(rows, sum(dims), dtype=problem.dtype, device=problem.device)
         finished = torch.ones(rows, len(dims), dtype=torch.bool)
         for l, dim in enumerate(dims):
@@ -51,6 +61,7 @@ def exact_quadratures(
             k = min(rows, dim - first)
             if k > 0:
                 dense[l][first : first + k] = products[:k, starts[l] : starts[l] + dim].cpu()
+        on_state(State(first + rows, ("exact",) * len(dims), {str(l): matrix for l, matrix in enumerate(dense)}))
     dtype = str(problem.dtype).removeprefix("torch.")
     return [
         replace(

@@ -51,6 +51,7 @@ class Plan:
         flops: of all of them, about. seconds: that they would take at the speed of one measured forward pass.
         vector_bytes, engine_bytes: the most that vectors or blocks written out, and graphs or constants, take at a
             time.
+        kept_bytes: of the vectors after the last step, where they are kept; on the host, beside the others.
         memory_budget: bytes that the plan had to fit.
         why: the reason for the engine.
     """
@@ -67,6 +68,7 @@ class Plan:
     seconds: float = field(compare=False)
     vector_bytes: int
     engine_bytes: int
+    kept_bytes: int
     memory_budget: int
     why: str
 
@@ -91,6 +93,8 @@ class Plan:
             f"memory        {_size(self.vector_bytes)} vectors, {_size(self.engine_bytes)} {self.engine}, "
             f"of {_size(self.memory_budget)}",
         ]
+        if self.kept_bytes:
+            lines.append(f"kept          {_size(self.kept_bytes)} of vectors after the last step, for more steps later")
         return "\n".join(lines)
 
 
@@ -131,6 +135,7 @@ def make_plan(
     basis_dims: Sequence[int],
     budget: int,
     exact: tuple[bool, ...] | None = None,
+    keep_vectors: bool = False,
 ) -> Plan:
     """Plan a run.
 
@@ -140,6 +145,7 @@ def make_plan(
         basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
         budget: bytes.
         exact: which blocks are written out, where an earlier run has decided it.
+        keep_vectors: whether those after the last step are kept.
 
     Raises:
         ValueError: not even one probe of the largest block, or the blocks written out, fit; tells what would be needed.
@@ -181,6 +187,9 @@ def make_plan(
         seconds=forwards * problem.forward_seconds,
         vector_bytes=max(together, itemsize * sum(d * d for d, e in zip(dims, exact) if e)),
         engine_bytes=graph * (n_batches if retain else 1),
+        kept_bytes=keep_vectors
+        * num_probes
+        * sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e),
         memory_budget=budget,
         why=why,
     )

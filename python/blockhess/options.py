@@ -1,0 +1,57 @@
+"""What a user may ask of a run, checked once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import blockhess_ext
+from blockhess.engines.plan import CHOICES
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `spectrum` that decide what is computed, once the problem is posed."""
+
+    num_probes: int
+    num_steps: int
+    tol: float | None
+    sigma: float | None
+    engine: str
+    distribution: str
+    reorthogonalize: str
+    memory_budget: int | str | None
+    first_probe: int = 0
+    keep_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_probes", "num_steps"):
+            object.__setattr__(self, name, count(name, getattr(self, name)))
+        object.__setattr__(self, "first_probe", count("first_probe", self.first_probe, least=0))
+        choice("keep_vectors", self.keep_vectors, (True, False))
+        blockhess_ext.arguments.tolerance(self.tol, self.sigma, "spectrum")
+        for name, choices in (
+            ("distribution", blockhess_ext.ops.DISTRIBUTIONS),
+            ("reorthogonalize", blockhess_ext.arguments.REORTHOGONALIZE),
+            ("engine", CHOICES),
+        ):
+            choice(name, getattr(self, name), choices)
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuses a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"spectrum: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def count(name: str, value: Any, op: str = "spectrum", least: int = 1) -> int:
+    """The value as an int of at least so much."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return number

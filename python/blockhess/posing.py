@@ -1,0 +1,84 @@
+"""From what a user hands over to a problem: the model in a fixed state, its blocks, batches that fit, fingerprints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from blockhess import fingerprint
+from blockhess.batches import as_batches, batch_size, split_batch
+from blockhess.blocks import BlockSpec, Partition, partition, unwrap
+from blockhess.engines.plan import budget_bytes, micro_batches
+from blockhess.losses import as_loss
+from blockhess.model_state import fixed_state, freeze_batch_statistics, has_batchnorm
+from blockhess.options import choice
+from blockhess.problem import Problem
+
+# A loss is another one where its value on the same data differs by more, relatively.
+LOSS_TOLERANCE = 1e-4
+
+
+@contextmanager
+def posed(
+    model: nn.Module,
+    data: Any,
+    loss_fn: Callable[..., Any] | None,
+    blocks: BlockSpec,
+    batchnorm: str,
+    dtype: torch.dtype | None,
+    memory_budget: int | str | None,
+    matmul_precision: str,
+) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
+    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
+    choice("matmul_precision", matmul_precision, ("highest", "high", "medium"))
+    model = unwrap(model)
+    cut = partition(model, blocks)
+    loss = as_loss(loss_fn)
+    with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
+        batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
+        fingerprints = {"model": fingerprint.of_model(model), "data": fingerprint.of_data(batches)}
+        if batchnorm == "frozen-batch-stats":
+            freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
+        try:
+            problem = Problem(model, loss, batches, cut.blocks, dtype)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise torch.OutOfMemoryError(
+                f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
+                f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
+            ) from None
+        parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
+        # Only where the loss of a batch may be the mean over its samples.
+        if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
+            problem = _split(problem, parts, cut, dtype)
+        yield problem, cut, fingerprints
+
+
+def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:
+    """The problem with smaller batches, or as it is where its loss is no mean over samples (a contrastive one)."""
+    batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
+    try:
+        smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
+    except (RuntimeError, ValueError):  # targets that cannot be cut like the inputs
+        return problem
+    same = math.isclose(smaller.loss_value, problem.loss_value, rel_tol=LOSS_TOLERANCE)
+    return smaller if same else problem
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

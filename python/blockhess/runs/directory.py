@@ -1,0 +1,297 @@
+"""A run directory: all that a run needs to go on after any kind of end, to the same bits.
+
+    run.json             what the run is, its plan, seed and blocks: written before the first product
+    parts/00000.safetensors ...     the units of work that are done
+    vectors/00000.safetensors ...   their states after the last step, where they are kept
+    state.safetensors    the state of the unit in work
+    spectra.npz          the result, once all is done
+    lock                 who works in it
+
+A part is written before the next unit begins, so the state counts as long as there is no part of its unit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from blockhess import files
+from blockhess.blocks import BlockInfo
+from blockhess.engines.plan import Plan
+from blockhess.posing import LOSS_TOLERANCE
+from blockhess.runs import store
+from blockhess.runs.checkpoint import Checkpoints
+from blockhess.runs.lock import locked
+from blockhess.runs.parts import read_part, read_state, write_part, write_state
+from blockhess.runs.signals import Catcher, caught
+from blockhess.spectra import Spectra
+from blockhess.table import format_table
+from blockhess.work import Done, Records, Unit
+from blockhess_ext import State
+
+RUN, STATE, RESULT, PARTS, VECTORS = "run.json", "state.safetensors", "spectra.npz", "parts", "vectors"
+VERSION = 1
+
+
+class RunDirectory(Records):
+    """The records of a run, on disk.
+
+    Args:
+        path: of the directory.
+        signals: what asks the run to end.
+
+    Attributes:
+        run: content of run.json, or None where no run was begun.
+    """
+
+    def __init__(self, path: Path, signals: Catcher) -> None:
+        super().__init__()
+        self.path, self.run = path, read_run(path)
+        self._signals = signals
+        self._done: dict[Unit, Done] = {}
+        self._state: tuple[Unit, State, int, float] | None = None
+        self._unit: Unit | None = None
+        self._next_file = 0
+        self._seconds, self._start = 0.0, time.perf_counter()
+        self.checkpoints = Checkpoints(self._save_state)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, as far as it was saved, and this process."""
+        return self._seconds + time.perf_counter() - self._start
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the run that was begun."""
+        return None if self.run is None else plan_of(self.run)
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Refuses a directory whose run is another one.
+
+        Raises:
+            ValueError: with a table of what differs.
+        """
+        if self.run is None:
+            return
+        differing = differences(self.run["identity"], identity)
+        if differing:
+            table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
+            raise ValueError(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
+
+    def begin(
+        self, identity: Mapping[str, Any], plan: Plan, seed: int, blocks: tuple[BlockInfo, ...], keep_vectors: bool
+    ) -> None:
+        """Writes what the run is, or reads what it has done."""
+        self.keep_vectors = keep_vectors
+        if self.run is None:
+            self.run = {
+                "version": VERSION,
+                "identity": dict(identity),
+                "plan": dataclasses.asdict(plan),
+                "seed": seed,
+                "blocks": [dataclasses.asdict(block) for block in blocks],
+            }
+            for folder in (PARTS, VECTORS) if keep_vectors else (PARTS,):
+                (self.path / folder).mkdir(exist_ok=True)
+            with _explained(self.path):
+                store.write_json(self.path / RUN, self.run)
+            return
+        found = parts(self.path)
+        self._next_file = max((number for number, *_ in found), default=-1) + 1
+        for number, done, seconds in found:
+            if keep_vectors and done.unit.num_probes:
+                done = dataclasses.replace(done, last=read_state(_file(self.path, VECTORS, number))[1])
+            self._done[done.unit] = done
+            self._seconds = max(self._seconds, seconds)
+        self._state = state_of(self.path)
+        self._seconds = max(self._seconds, self._state[3] if self._state else 0.0)
+
+    def result(self) -> Spectra | None:
+        """The result of a run that was finished, with its vectors."""
+        if not (self.path / RESULT).exists():
+            return None
+        return finished(self.path)
+
+    def finish(self, spectra: Spectra) -> None:
+        """Writes the result; the state is of no use any more."""
+        files.save(spectra, self.path / RESULT)
+        for generation in ("", ".new", ".previous"):
+            with contextlib.suppress(FileNotFoundError):
+                store.disk.unlink(f"{self.path / STATE}{generation}")
+
+    def done(self, unit: Unit) -> Done | None:
+        """As in `Records`."""
+        done = self._done.get(unit)
+        if done is not None and done.last is not None:
+            self.vectors.append((unit, done.last))
+        return done
+
+    def is_cut(self, unit: Unit) -> bool:
+        """As in `Records`."""
+        begun = [*self._done, *([self._state[0]] if self._state else [])]
+        return any(unit.holds(other) for other in begun)
+
+    def state(self, unit: Unit) -> tuple[State | None, int]:
+        """As in `Records`."""
+        if self._state is None or self._state[0] != unit:
+            return None, 0
+        return self._state[1], self._state[2]
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """As in `Records`; signals wait until the state is saved."""
+        with self._signals.working():
+            yield
+
+    def after_step(self, unit: Unit, state: State, hvps: int) -> None:
+        """As in `Records`; saves the state where it is time, or where a signal waits."""
+        self._unit = unit
+        if self._signals.pending is not None:
+            self.checkpoints.save_now(state, hvps)
+            self._signals.check()
+        self.checkpoints.after_step(state, hvps)
+
+    def add(self, done: Done) -> None:
+        """As in `Records`."""
+        super().add(done)
+        self.checkpoints.forget()
+        number, seconds = self._next_file, self.seconds
+        with _explained(self.path):
+            if done.last is not None:
+                write_state(_file(self.path, VECTORS, number), done.unit, done.last, done.hvps, seconds)
+            write_part(_file(self.path, PARTS, number), done, seconds)
+        self._next_file = number + 1
+
+    def _save_state(self, state: State, hvps: int) -> None:
+        assert self._unit is not None
+        with _explained(self.path):
+            write_state(self.path / STATE, self._unit, state, hvps, self.seconds)
+
+
+@contextmanager
+def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
+    """The run directory, made if it is missing, for this process alone.
+
+    Raises:
+        ValueError: it is in use, or cannot be made or written to, or holds other things.
+    """
+    folder = files.writable_folder(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise ValueError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from None
+        yield RunDirectory(folder, stack.enter_context(caught()))
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """The content of run.json; None where no run was begun.
+
+    Raises:
+        ValueError: it is damaged, or of another version, or the directory holds other things instead.
+    """
+    if not any(store.disk.exists(f"{path / RUN}{end}") for end in ("", ".new", ".previous")):
+        others = sorted(file.name for file in path.iterdir() if file.name not in ("lock", PARTS, VECTORS))
+        if others:
+            raise ValueError(f"run_dir: must be empty or hold a run, {path} holds {', '.join(others[:3])}")
+        return None
+    try:
+        run = store.read_json(path / RUN)
+    except ValueError:
+        if not store.disk.exists(path / RUN):  # killed while it was written for the first time
+            return None
+        raise
+    if not isinstance(run, dict) or run.get("version") != VERSION:
+        raise ValueError(f"run_dir: {path / RUN} must be of version {VERSION}")
+    return run
+
+
+def plan_of(run: Mapping[str, Any]) -> Plan:
+    """The plan in run.json."""
+    plan = dict(run["plan"])
+    passes = tuple((first, count, tuple(blocks)) for first, count, blocks in plan["passes"])
+    return Plan(**plan | {"exact": tuple(plan["exact"]), "passes": passes})
+
+
+def parts(path: Path) -> list[tuple[int, Done, float]]:
+    """The number of the file, the unit, and the seconds so far, of every unit that is done, in order.
+
+    What cannot be read is no part: its unit is computed again. A kill in the middle of a write leaves such files.
+    """
+    found = []
+    for number in sorted({int(file.name.split(".")[0]) for file in (path / PARTS).iterdir()}):
+        with _unreadable_told(_file(path, PARTS, number)):
+            found.append((number, *read_part(_file(path, PARTS, number))))
+    return found
+
+
+def state_of(path: Path) -> tuple[Unit, State, int, float] | None:
+    """The state of the unit in work, the products that it took, and the seconds so far, if it can be read."""
+    if any(store.disk.exists(f"{path / STATE}{end}") for end in ("", ".new", ".previous")):
+        with _unreadable_told(path / STATE):
+            return read_state(path / STATE)
+    return None
+
+
+@contextmanager
+def _unreadable_told(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if store.disk.exists(file):  # else it was killed while it was written for the first time
+            warnings.warn(f"run_dir: {error}; that work is done again", stacklevel=4)
+
+
+def _file(path: Path, folder: str, number: int) -> Path:
+    return path / folder / f"{number:05}.safetensors"
+
+
+def finished(path: str | PathLike[str]) -> Spectra:
+    """The result of a finished run, with the vectors that it kept.
+
+    Raises:
+        ValueError: it is not finished, or a file is damaged.
+    """
+    path = Path(path)
+    spectra = files.load(path / RESULT)
+    vectors = []
+    for number, done, _ in parts(path) if (path / VECTORS).is_dir() else []:
+        if done.unit.num_probes:
+            unit, state, *_ = read_state(_file(path, VECTORS, number))
+            vectors.append((unit, state))
+    return Spectra(spectra.blocks, spectra.quadrature, spectra.provenance, vectors)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What differs between two runs: name, value there, value here."""
+    found = []
+    for name in [*then, *(name for name in now if name not in then)]:
+        a, b = then.get(name), now.get(name)
+        same_loss = name == "value of the loss" and math.isclose(a, b, rel_tol=LOSS_TOLERANCE)
+        if a != b and not same_loss:
+            found.append((name, _short(a), _short(b)))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"spectrum: run_dir must take the state, got {path}: {error.strerror or error}; the last good state is "
+            "kept: mend that and call again"
+        ) from None

@@ -1,0 +1,74 @@
+"""Units of work as files: the quadratures of one that is done, and the state of one in work."""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from blockhess.runs import store
+from blockhess.work import Done, Unit
+from blockhess_ext import Quadrature, State
+
+_TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
+
+
+def write_part(path: str | PathLike[str], done: Done, seconds: float) -> None:
+    """Writes what is done, and the seconds that the run has taken so far."""
+    part = done.part
+    labels = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in _TENSORS}
+    tensors: dict[str, Tensor] = {name: getattr(part, name) for name in _TENSORS}
+    header = {"unit": dataclasses.asdict(done.unit), "hvps": done.hvps, "seconds": seconds, "quadrature": labels}
+    store.write(path, tensors, header)
+
+
+def read_part(path: str | PathLike[str]) -> tuple[Done, float]:
+    """What `write_part` was given.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    tensors, header = store.read(path)
+    try:
+        values: dict[str, Any] = {name: _tuples(value) for name, value in header["quadrature"].items()}
+        values.update(tensors)
+        done = Done(_unit(header["unit"]), Quadrature(**values), int(header["hvps"]))
+        return done, float(header["seconds"])
+    except (TypeError, LookupError, ValueError) as error:
+        raise ValueError(f"read: {path} is not a part of a run: {error}") from None
+
+
+def write_state(path: str | PathLike[str], unit: Unit, state: State, hvps: int, seconds: float) -> None:
+    """Writes the state of a unit in work, the products that it took, and the seconds that the run has taken so far."""
+    header = {
+        "unit": dataclasses.asdict(unit),
+        "hvps": hvps,
+        "seconds": seconds,
+        "step": state.step,
+        "reorthogonalize": state.reorthogonalize,
+    }
+    store.write(path, state.tensors, header)
+
+
+def read_state(path: str | PathLike[str]) -> tuple[Unit, State, int, float]:
+    """What `write_state` was given.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it holds something else.
+    """
+    tensors, header = store.read(path)
+    try:
+        state = State(int(header["step"]), tuple(header["reorthogonalize"]), tensors)
+        return _unit(header["unit"]), state, int(header["hvps"]), float(header["seconds"])
+    except (TypeError, LookupError, ValueError) as error:
+        raise ValueError(f"read: {path} is not the state of a run: {error}") from None
+
+
+def _unit(entry: dict[str, Any]) -> Unit:
+    return Unit(int(entry["first_probe"]), int(entry["num_probes"]), tuple(map(int, entry["blocks"])))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
