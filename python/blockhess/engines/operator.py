@@ -1,6 +1,6 @@
 """The block-diagonal Hessian as an operator on vector sets, whatever computes the products.
 
-    (H v)_l = sum_b share_b H_b,l v_l
+    (H v)_l = sum_b share_b H_b,l v_l,   over the batches of all ranks that share them
 
 Promises: block l of the result depends on block l of the input only; the input is neither modified nor kept; the
 result is the only tensor of the input's size that is made; finished recurrences cost nothing.
@@ -84,6 +84,7 @@ class BlockOperator:
         """
         result = torch.zeros_like(v)
         columns = list(zip(torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
+        sums, last = self.problem.ranks.sums(), len(self.problem.shares) - 1
         for index, share in enumerate(self.problem.shares):
             self._engine.prepare(index)
             for column, (number, (vectors, products)) in enumerate(zip(self.numbers, columns)):
@@ -92,6 +93,9 @@ class BlockOperator:
                 running = [p for p in range(len(v)) if self._finished is None or not self._finished[p][column]]
                 for start in range(0, len(running), self._engine.rows):
                     self._add(number, vectors, products, running[start : start + self._engine.rows], share)
+                if index == last:
+                    sums.add(products)
+        sums.finish()
         return result
 
     def _add(self, number: int, vectors: Tensor, products: Tensor, probes: list[int], share: float) -> None:

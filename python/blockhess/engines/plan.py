@@ -166,9 +166,9 @@ def make_plan(
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
-    n_batches = len(problem.batches)
+    n_batches = len(problem.batches)  # of this rank, whose graphs it keeps
     per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
-    hvps = n_batches * sum(count for count, u in zip(per_block, used) if u)
+    hvps = problem.n_batches * sum(count for count, u in zip(per_block, used) if u)
     chosen, why = _engine(problem, engine, hvps)
     graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
     retain = n_batches * graph <= room
@@ -181,7 +181,7 @@ def make_plan(
         rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
         compiled=_compiling_pays(problem, chosen, hvps, sum(used)),
         retain=retain,
-        batches=n_batches,
+        batches=problem.n_batches,
         hvps=hvps,
         flops=forwards * problem.forward_flops,
         seconds=forwards * problem.forward_seconds,
