@@ -16,16 +16,21 @@ from blockhess_ext.layout import Layout
 VECTOR_DTYPES = (torch.float32, torch.float64)
 REORTHOGONALIZE = ("none", "full", "partial", "auto")
 
+# No memory holds as many of anything; sizes below it do not overflow.
+LIMIT = 2**40
 
-def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """The value as an int within its bounds."""
+
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None, op: str = "batched_slq") -> int:
+    """The value as an int within its bounds; LIMIT is the largest where none is given."""
     rule = f"at least {minimum}" if maximum is None else f"in {minimum} ... {maximum}"
     try:
         number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"batched_slq: {name} must be an integer {rule}, got {value!r}") from None
+    except (TypeError, RuntimeError):  # a tensor's own error is of the second kind
+        raise TypeError(f"{op}: {name} must be an integer {rule}, got {value!r}") from None
+    if maximum is None and number > LIMIT:
+        raise ValueError(f"{op}: {name} must be at most {LIMIT}, got {value!r}")
     if isinstance(value, bool) or number < minimum or (maximum is not None and number > maximum):
-        raise ValueError(f"batched_slq: {name} must be an integer {rule}, got {value!r}")
+        raise ValueError(f"{op}: {name} must be an integer {rule}, got {value!r}")
     return number
 
 
@@ -44,10 +49,10 @@ def tolerance(tol: Any, sigma: Any, op: str = "batched_slq") -> tuple[float | No
     return tol, sigma
 
 
-def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """The value, one of the choices."""
-    if value not in choices:
-        raise ValueError(f"batched_slq: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+def choice(name: str, value: Any, choices: Sequence[Any], op: str = "batched_slq") -> Any:
+    """The value, one of the choices and of its type: 1 is not True, and arrays are not compared."""
+    if not any(type(value) is type(c) and value == c for c in choices):
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     return value
 
 
@@ -55,6 +60,8 @@ def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Seque
     """One word for all blocks, or one for each."""
     if isinstance(wish, str):
         return choice("reorthogonalize", wish, REORTHOGONALIZE)  # type: ignore[no-any-return]
+    if not isinstance(wish, Sequence):
+        raise TypeError(f"batched_slq: reorthogonalize must be a word, or one for each block, got {wish!r}")
     each = [choice(f"reorthogonalize[{l}]", word, REORTHOGONALIZE[:-1]) for l, word in enumerate(wish)]
     if len(each) != n_blocks:
         raise ValueError(

@@ -49,7 +49,7 @@ def usable(device: torch.device | str) -> torch.device:
     """
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"batched_slq: device must be cpu or cuda, got {device!r}") from None
     if device.type == "cpu":
         return device

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import blockhess_ext._C  # noqa: F401  (registers the ops)
+from blockhess_ext.arguments import VECTOR_DTYPES, choice, integer
 from blockhess_ext.device import has_cuda, rebuild
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import Recurrences
@@ -160,6 +161,10 @@ def random_probes(
 
     Source: Philox4x32-10, Salmon et al. 2011.
     """
+    integer("num_probes", num_probes, 0, op="random_probes")
+    integer("seed", seed, 0, 2**63 - 1, "random_probes")
+    choice("distribution", distribution, DISTRIBUTIONS, "random_probes")
+    choice("dtype", dtype, VECTOR_DTYPES, "random_probes")
     device = layout.offsets.device
     probes = torch.empty(num_probes, layout.n, dtype=dtype, device=device)
     partial = torch.empty(num_probes, layout.n_tiles, dtype=torch.float64, device=device)

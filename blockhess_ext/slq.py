@@ -115,6 +115,11 @@ def batched_slq(
     """
     if not callable(hvp):
         raise TypeError(f"batched_slq: hvp must be a function, got {hvp!r}")
+    if not (state is None or isinstance(state, State)):
+        raise TypeError(f"batched_slq: state must be None or a State, got {state!r}")
+    for name, function in (("on_step", on_step), ("on_state", on_state)):
+        if not (function is None or callable(function)):
+            raise TypeError(f"batched_slq: {name} must be None or a function, got {function!r}")
     dims = arguments.block_dims(dims)
     num_steps = arguments.integer("num_steps", num_steps, 1)
     tol, sigma = arguments.tolerance(tol, sigma)
@@ -122,14 +127,16 @@ def batched_slq(
     reorthogonalize = arguments.reorthogonalization(reorthogonalize, len(dims))
     arguments.choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     arguments.choice("cuda_graph", cuda_graph, (True, False))
-    device = usable(device or (probes.device if isinstance(probes, Tensor) else "cpu"))
+    if device is None:
+        device = probes.device if isinstance(probes, Tensor) else "cpu"
+    device = usable(device)
     recorder = replay.recorder_of(device) if cuda_graph else None
     layout = Layout.of(dims, device)
     ids = arguments.block_id_tensor(block_ids, len(dims)).to(device)
 
     if probes is None:
         seed = arguments.probe_seed(seed)
-        dtype = arguments.choice("dtype", dtype or torch.float32, arguments.VECTOR_DTYPES)
+        dtype = arguments.choice("dtype", torch.float32 if dtype is None else dtype, arguments.VECTOR_DTYPES)
         num_probes = arguments.integer("num_probes", num_probes, 1)
         first_probe = arguments.integer("first_probe", first_probe, 0)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from blockhess_ext.convergence import convergence
 from blockhess_ext.layout import Layout
 from blockhess_ext.orthogonality import due_projections
-from blockhess_ext.recurrences import Recurrences
+from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ class Flight:
             for what in ("shape", "dtype"):
                 _require(f"{what} of {name}", getattr(tensor, what), getattr(saved, what))
             tensor.copy_(saved)
+        steps, status = self.recurrences.steps, self.recurrences.status
+        sound = (status == FINISHED) | (status == NON_FINITE) | ((status == RUNNING) & (steps == self.step))
+        if not bool((sound & (steps >= 0) & (steps <= self.step)).all()):
+            raise ValueError(f"batched_slq: steps and status in state must be those of {self.step} steps, got others")
         self._keep_v()
 
     def _keep_v(self) -> None:

@@ -177,7 +177,7 @@ def test_an_extended_run_is_a_longer_run(options):
         ({"reorthogonalize": "full"}, "reorthogonalize must be that of the first run, 'auto', got 'full'"),
         ({"batchnorm": "batch"}, "batchnorm must be that of the first run, 'none', got 'batch'"),
         ({"num_probes": 1}, "num_probes must be at least 2, which spectra has, got 1"),
-        ({"num_probes": 0}, "num_probes must be at least 1, got 0"),
+        ({"num_probes": 0}, "num_probes must be an integer at least 1, got 0"),
         ({"loss_fn": nn.MSELoss()}, "loss must be that of the first run, 'CrossEntropyLoss', got"),
         ({"blocks": "full"}, "names of the blocks must be that of the first run"),
         (

@@ -172,7 +172,7 @@ def test_refusals() -> None:
             call(confidence=95)  # type: ignore[operator]
     with pytest.raises(ValueError, match="density_band: sigma must be finite"):
         result.density_band(sigma=0.0)
-    with pytest.raises(ValueError, match="cdf_band: grid must ascend"):
+    with pytest.raises(ValueError, match="cdf_band: x must ascend"):
         result.cdf_band([1.0, 0.0])
     with pytest.raises(ValueError, match="no block is called"):
         result.cdf_band(blocks=["x"])

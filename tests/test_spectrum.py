@@ -301,9 +301,9 @@ def by_name(layer: nn.Module) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
-        ({"num_probes": -1}, "num_probes must be at least 1, got -1"),
-        ({"num_steps": 2.5}, "num_steps must be an integer, got 2.5"),
+        ({"num_steps": 0}, "num_steps must be an integer at least 1, got 0"),
+        ({"num_probes": -1}, "num_probes must be an integer at least 1, got -1"),
+        ({"num_steps": 2.5}, "num_steps must be an integer at least 1, got 2.5"),
         ({"distribution": "uniform"}, "distribution must be one of gaussian, rademacher, got 'uniform'"),
         ({"reorthogonalize": True}, "reorthogonalize must be one of none, full, partial, auto, got True"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),

@@ -152,3 +152,12 @@ def test_a_state_of_other_recurrences_is_refused(options, text):
     given = {"dims": [5, 9], "num_probes": 2, "num_steps": 6, "state": found[-1], **options}
     with pytest.raises(ValueError, match=f"batched_slq: {text}"):
         batched_slq(lambda v: v, **given)
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 6), ("steps", -1), ("steps", 3), ("status", 3), ("status", -1)])
+def test_a_state_that_cannot_be_is_refused(name: str, value: int) -> None:
+    state = states(Operator(torch.float64), 9)[4]
+    run(Operator(torch.float64), 9, state=state)  # control
+    state.tensors[name][1, 4] = value
+    with pytest.raises(ValueError, match="batched_slq: steps and status in state must be those of 5 steps, got others"):
+        run(Operator(torch.float64), 9, state=state)

@@ -348,7 +348,7 @@ def test_a_forged_file_alone_is_read(path: Path) -> None:
         ([("a", 5)], "must have dtype"),
         ([("a", None)], "must have dtype"),
         ([("\x1b[2J", None)], "must have dtype"),
-        ([("\ud800", None)], "must have dtype"),
+        ([("\ud800", entry())], "must have a name in Unicode"),
         ([("a", entry("BOOL", (8,)))], "must hold 0 and 1 alone"),
     ],
 )
@@ -415,6 +415,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_touched(path: Path
         ({"a": torch.ones(2, dtype=torch.complex64)}, {}, ValueError, "must be dense and F64"),
         ({"a": torch.eye(2).to_sparse()}, {}, ValueError, "must be dense"),
         ({"__metadata__": torch.ones(2)}, {}, ValueError, "__metadata__"),
+        ({"\udfff": torch.ones(2)}, {}, ValueError, "another name"),
         ({}, {"a": object()}, TypeError, "JSON"),
         ({}, {"a": "x" * 2**24}, ValueError, "header must take at most 16777216 bytes"),
     ):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockhess import measures
+from blockhess import checks, measures
 
 AXES = ("linear", "asinh")
 
@@ -59,13 +59,13 @@ def check_axis(op: str, axis: str, normalize: str | int, scale: float | None) ->
     Raises:
         ValueError: axis or normalize is unknown, or scale is not positive or given for the linear axis.
     """
-    if axis not in AXES:
+    if not isinstance(axis, str) or axis not in AXES:
         raise ValueError(f"{op}: axis must be one of {', '.join(AXES)}, got {axis!r}")
-    whole = isinstance(normalize, int) and not isinstance(normalize, bool) and normalize >= 1
+    whole = isinstance(normalize, int) and not isinstance(normalize, bool) and 1 <= normalize < 2**62
     if not (whole or (isinstance(normalize, str) and normalize in NORMALIZATIONS)):
         names = ", ".join(NORMALIZATIONS)
         raise ValueError(f"{op}: normalize must be one of {names} or k >= 1 for an eigenvalue, got {normalize!r}")
-    if scale is not None and (axis != "asinh" or not 0 < scale < math.inf):
+    if scale is not None and (axis != "asinh" or not 0 < checks.real(op, "scale", scale) < math.inf):
         raise ValueError(f"{op}: scale must be positive and goes with the asinh axis, got {scale} for {axis}")
 
 

@@ -19,6 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from blockhess_ext.arguments import LIMIT, integer
+
 # Of blocks that their Hessian-vector products cannot tell from zero.
 ZERO_NOTE = "zero within HVP error"
 
@@ -177,12 +179,18 @@ def heads(
 
     Raises:
         ValueError: unknown name, or a dimension that does not divide into len(roles) * num_heads.
+        TypeError: an argument is of another type, or a role is repeated.
 
     Example:
         >>> attention = torch.nn.MultiheadAttention(8, 2)
         >>> list(heads(attention, "in_proj_weight", 2, roles=("q", "k", "v")))[:3]
         ['in_proj_weight[q0]', 'in_proj_weight[q1]', 'in_proj_weight[k0]']
     """
+    for argument, value, least in (("num_heads", num_heads, 1), ("dim", dim, -LIMIT)):
+        integer(argument, value, least, LIMIT, "heads")
+    words = isinstance(roles, Sequence) and not isinstance(roles, str) and all(isinstance(r, str) for r in roles)
+    if not isinstance(name, str) or not words or len(set(roles)) != len(roles):
+        raise TypeError(f"heads: name must be text and roles different texts, got {name!r} and {roles!r}")
     found = _lookup(_names(unwrap(model)), name)
     count = len(roles) * num_heads
     size = found.tensor.shape[dim] if -found.tensor.dim() <= dim < found.tensor.dim() else 0

@@ -82,6 +82,23 @@ def plan(
     typer.echo(to_json(dataclasses.asdict(made)) if as_json else made)
 
 
+@app.command("run")
+def run_config(
+    config: Annotated[Path, typer.Argument(help="A TOML file: see the documentation of blockhess.runs.config.")],
+    out: Annotated[Path, typer.Option(help="The result file.")] = Path("spectra.npz"),
+    allow: Annotated[list[str] | None, typer.Option(help="A job that the file may import; may be repeated.")] = None,
+) -> None:
+    """Compute the spectra that a configuration file describes, and write the result file."""
+    import blockhess
+    from blockhess.files import check_writable
+    from blockhess.runs.config import load_config
+
+    arguments = load_config(config).arguments(allow or ())
+    check_writable(out)
+    spectra = blockhess.spectrum(**arguments)
+    typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
+
+
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo.")],

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blockhess import checks
 from blockhess_ext import ops
 
 # The densities vanish where a grid patch ends: exp(-WINDOW^2 / 2) = 2e-22 of a node's peak.
@@ -66,25 +67,25 @@ def check_sigma(op: str, sigma: float, nodes: Tensor) -> float:
     Raises:
         ValueError: sigma is not finite or below smallest_sigma(nodes).
     """
-    sigma, smallest = float(sigma), smallest_sigma(nodes)
+    sigma, smallest = checks.real(op, "sigma", sigma), smallest_sigma(nodes)
     if not smallest <= sigma < math.inf:
         raise ValueError(f"{op}: sigma must be finite and at least {smallest:.3g}, got {sigma}")
     return sigma
 
 
-def check_grid(op: str, grid: Tensor | Sequence[float]) -> Tensor:
+def check_grid(op: str, grid: Tensor | Sequence[float], name: str = "grid") -> Tensor:
     """Return grid as float64 on the CPU, or refuse it.
 
     Raises:
         ValueError: grid is not one-dimensional, empty, not finite or not strictly ascending.
     """
-    points = torch.as_tensor(grid, dtype=torch.float64).detach().cpu()
+    points = checks.reals(op, name, grid)
     if points.ndim != 1 or len(points) == 0:
-        raise ValueError(f"{op}: grid must have shape (n_points,), not empty, got {tuple(points.shape)}")
+        raise ValueError(f"{op}: {name} must have shape (n_points,), not empty, got {tuple(points.shape)}")
     if not bool(points.isfinite().all()):
-        raise ValueError(f"{op}: grid must be finite, got {points[~points.isfinite()][0].item()}")
+        raise ValueError(f"{op}: {name} must be finite, got {points[~points.isfinite()][0].item()}")
     if not bool((points.diff() > 0).all()):
-        raise ValueError(f"{op}: grid must ascend strictly, got a step of {points.diff().min().item()}")
+        raise ValueError(f"{op}: {name} must ascend strictly, got a step of {points.diff().min().item()}")
     return points.contiguous()
 
 

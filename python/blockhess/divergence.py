@@ -23,9 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockhess import checks
 from blockhess.axes import Axis
 from blockhess.density import POINTS_PER_SIGMA, check_sigma, grid_spacing, node_grid, smooth
 from blockhess.table import printable
+from blockhess_ext.arguments import integer
 
 # kind -> what it is, as printed with every value.
 KINDS = {
@@ -62,7 +64,7 @@ def check_choice(op: str, argument: str, value: str, choices: Iterable[str]) -> 
         ValueError: value is unknown.
     """
     names = list(choices)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(f"{op}: {argument} must be one of {', '.join(names)}, got {value!r}")
 
 
@@ -99,10 +101,10 @@ def js_matrix(
         [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
     """
     check_choice("js_matrix", "kind", kind, KINDS)
-    if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
+    base = checks.real("js_matrix", "base", base)
+    if not 1 < base < math.inf:
         raise ValueError(f"js_matrix: base must be finite and above 1, got {base!r}")
-    if grid_points < 2:
-        raise ValueError(f"js_matrix: grid_points must be at least 2, got {grid_points}")
+    grid_points = integer("grid_points", grid_points, 2, op="js_matrix")
     sigma = check_sigma("js_matrix", sigma, nodes)
 
     if kind == "jeffreys":

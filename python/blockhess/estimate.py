@@ -227,8 +227,10 @@ def extend(
     """
     choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
-    if not isinstance(spectra, Spectra):
+    if isinstance(spectra, str | PathLike):
         spectra = directory.finished(spectra)
+    if not isinstance(spectra, Spectra):
+        raise TypeError(f"extend: spectra must be Spectra, or the directory of a run, got {type(spectra).__name__}")
     first, made = spectra.provenance, spectra.quadrature
     missing = [name for name in ("num_steps", *_KEPT, "fingerprints", "plan") if name not in first]
     if missing:

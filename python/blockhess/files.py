@@ -334,8 +334,8 @@ def _check_arrays(arrays: dict[str, np.ndarray[Any, Any]], dims: tuple[int, ...]
         values = arrays[name][valid]
         _require(bool(np.isfinite(values).all()), f"array {name} must be finite")
         _require(bool((np.abs(values) <= LARGEST_NODE).all()), f"array {name} must be at most {LARGEST_NODE:g} in size")
-    ascending = np.diff(arrays["nodes"], axis=-1) >= 0
-    _require(bool((ascending | ~valid[..., 1:]).all()), "nodes must ascend")
+    nodes = arrays["nodes"]
+    _require(bool(((nodes[..., 1:] >= nodes[..., :-1]) | ~valid[..., 1:]).all()), "nodes must ascend")
     weights = np.where(valid, arrays["weights"], 0.0)
     _require(bool((weights >= 0).all()), "weights must not be negative")
     off = float(np.abs(weights.sum(-1) - (steps > 0)).max())

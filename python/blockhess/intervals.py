@@ -18,6 +18,8 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from blockhess import checks
+
 # From this many degrees of freedom on, chi^2 is normal within the precision that an interval needs.
 _NORMAL_FROM = 1e5
 
@@ -28,9 +30,11 @@ def check_confidence(op: str, confidence: float) -> float:
     Raises:
         ValueError: confidence is not between 0 and 1.
     """
-    if not 0 < float(confidence) < 1:
+    value = checks.real(op, "confidence", confidence)
+    # So close to an end that an interval would be empty or hold everything is at the end.
+    if not 0 < value < 1 or not 0 < normal_quantile(value) < math.inf:
         raise ValueError(f"{op}: confidence must be between 0 and 1, got {confidence}")
-    return float(confidence)
+    return value
 
 
 def normal_quantile(confidence: float) -> float:

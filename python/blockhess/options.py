@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,16 +41,9 @@ class Options:
 
 def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuses a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"spectrum: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    blockhess_ext.arguments.choice(name, value, choices, "spectrum")
 
 
 def count(name: str, value: Any, op: str = "spectrum", least: int = 1) -> int:
     """The value as an int of at least so much."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-    return number
+    return blockhess_ext.arguments.integer(name, value, least, op=op)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blockhess import axes, js_error, measures, ritz, transport
+from blockhess import axes, checks, js_error, measures, ritz, transport
 from blockhess.axes import Axis
 from blockhess.blocks import ZERO_NOTE, BlockInfo
 from blockhess.density import check_grid, check_sigma, default_sigma, node_grid, smallest_sigma, smooth
@@ -33,6 +33,7 @@ from blockhess.spectra_bands import SpectraBands
 from blockhess.table import format_table, number, printable
 from blockhess.work import Unit
 from blockhess_ext import Quadrature, State
+from blockhess_ext.arguments import integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,7 +168,7 @@ class Spectra(SpectraBands):
         Raises:
             ValueError: a name is unknown or repeated.
         """
-        names = self.names if blocks is None else tuple(blocks)
+        names = self.names if blocks is None else checks.names(blocks)
         for name, count in Counter(names).items():
             if name not in self._row:
                 raise ValueError(f"blocks: {self._no_block(name)}")
@@ -214,7 +215,9 @@ class Spectra(SpectraBands):
         Example:
             >>> grid, densities = spectra.density(sigma=0.01)
         """
-        names = self.names if blocks is None else tuple(blocks)
+        names = self.names if blocks is None else checks.names(blocks)
+        if not names:
+            raise ValueError("density: blocks must name at least one, got none")
         nodes, weights = self._measures_of(names, self._axis("density", names, axis, normalize, scale))
         if sigma is None:
             chosen = [i for i, name in enumerate(names) if blocks is not None or name in self._sound]
@@ -239,7 +242,7 @@ class Spectra(SpectraBands):
             >>> _, share = spectra.cdf(0.0)
         """
         nodes, weights = self.merged
-        points = torch.unique(nodes[self._known]) if x is None else torch.as_tensor(x, dtype=torch.float64).cpu()
+        points = torch.unique(nodes[self._known]) if x is None else checks.reals("cdf", "x", x)
         if points.ndim > 1 or bool(points.isnan().any()):
             raise ValueError(f"cdf: x must have shape (n_points,) and no NaN, got {points}")
         points = points.reshape(-1)
@@ -260,7 +263,7 @@ class Spectra(SpectraBands):
         Example:
             >>> median = spectra.quantiles(0.5)
         """
-        shares = torch.as_tensor(q, dtype=torch.float64).cpu().reshape(-1)
+        shares = checks.reals("quantiles", "q", q).reshape(-1)
         if not bool(((shares >= 0) & (shares <= 1)).all()):
             raise ValueError(f"quantiles: q must be in [0, 1], got {shares.tolist()}")
         return measures.quantiles(*self.merged, shares)
@@ -314,10 +317,10 @@ class Spectra(SpectraBands):
                 eps(dtype of the vectors) of its largest |node| where that is more. Lanczos finds a mass at zero only
                 where the other eigenvalues stay away from it: otherwise this is too small.
         """
-        if tolerance is not None and not tolerance >= 0:
+        if tolerance is not None and not checks.real("zero_mass", "tolerance", tolerance) >= 0:
             raise ValueError(f"zero_mass: tolerance must not be negative, got {tolerance}")
         nodes, weights = self.merged
-        bound = self._zero_tolerance if tolerance is None else torch.full((len(self),), float(tolerance))
+        bound = self._zero_tolerance if tolerance is None else torch.tensor([float(tolerance)], dtype=torch.float64)
         return (weights * (nodes.abs() <= bound[:, None])).sum(1).masked_fill(~self._known, torch.nan)
 
     @cached_property
@@ -345,8 +348,7 @@ class Spectra(SpectraBands):
         Example:
             >>> tenth, lower, upper = spectra.kth_eigenvalue(10)
         """
-        if k < 1:
-            raise ValueError(f"kth_eigenvalue: k must be at least 1, got {k}")
+        k = integer("k", k, 1, op="kth_eigenvalue")
         half = normal_quantile(check_confidence("kth_eigenvalue", confidence))
         half *= math.sqrt(2 * k / self.quadrature.num_probes)
         missing = ~self._known | (torch.tensor(self.dims) < k)
@@ -374,13 +376,12 @@ class Spectra(SpectraBands):
         """
         nodes, weights = self.merged
         if isinstance(bins, int):
-            if bins < 1:
-                raise ValueError(f"histogram: bins must be at least 1, got {bins}")
+            bins = integer("bins", bins, 1, op="histogram")
             low, high = float(nodes[self._known].min()), float(nodes[self._known].max())
             half = 0.5 if low == high else 0.0
             edges = torch.linspace(low - half, high + half, bins + 1, dtype=torch.float64)
         else:
-            edges = check_grid("histogram", bins)
+            edges = check_grid("histogram", bins, "bins")
             if len(edges) < 2:
                 raise ValueError("histogram: bins must have at least two edges, got 1")
         inside = (nodes >= edges[0]) & (nodes <= edges[-1])
@@ -407,7 +408,7 @@ class Spectra(SpectraBands):
         Example:
             >>> [(e.value, e.residual) for e in spectra.outliers("wte.weight")]
         """
-        return ritz.eigenvalues(self.quadrature, self.rows([name])[0], tolerance)
+        return ritz.eigenvalues(self.quadrature, self.rows([name])[0], checks.real("outliers", "tolerance", tolerance))
 
     @cached_property
     def _statistics(self) -> list[list[float]]:
@@ -449,7 +450,7 @@ class Spectra(SpectraBands):
             ValueError: a name is unknown, repeated or of a block of which nothing is known; fewer than two are left.
         """
         left_out = dict(self._left_out(normalize))
-        names = tuple(name for name in self.names if name not in left_out) if blocks is None else tuple(blocks)
+        names = tuple(name for name in self.names if name not in left_out) if blocks is None else checks.names(blocks)
         for row in self.rows(names):
             if not self._known[row]:
                 raise ValueError(f"blocks: {self.names[row]!r} has no spectrum: its Hessian was never finite")
@@ -532,9 +533,13 @@ class Spectra(SpectraBands):
             blocks: names; None means every block that is used and finite, and can be normalised.
             axis, normalize, scale: see js_matrix.
         """
+        axes.check_axis("default_sigma", axis, normalize, scale)
         if blocks is None:
             left_out = dict(self._left_out(normalize))
             blocks = [name for name in self.names if name not in left_out] or self.names
+        blocks = checks.names(blocks)
+        if not blocks:
+            raise ValueError("default_sigma: blocks must name at least one, got none")
         return default_sigma(self._measures_of(blocks, self._axis("default_sigma", blocks, axis, normalize, scale))[0])
 
     def js_matrix(
@@ -659,7 +664,7 @@ class Spectra(SpectraBands):
         names = self.compared(blocks, normalize)
         where = self._axis("js_matrix", names, axis, normalize, scale)
         nodes, weights = self._measures_of(names, where)
-        sigma = default_sigma(nodes) if sigma is None else float(sigma)
+        sigma = default_sigma(nodes) if sigma is None else checks.real("js_matrix", "sigma", sigma)
         matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
         return matrix, JS0(
             value=js_error.mean_of_pairs(matrix),

@@ -148,7 +148,7 @@ class SpectraBands:
             points = measures.quantiles(nodes, weights, shares)
             points = torch.unique(points[points.isfinite()])
         else:
-            points = check_grid("cdf_band", x)
+            points = check_grid("cdf_band", x, "x")
         return error_bars.cdf_band(self.quadrature, rows, points, confidence)
 
     def trace_interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:

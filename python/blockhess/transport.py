@@ -35,7 +35,7 @@ def distance_matrix(nodes: Tensor, weights: Tensor, metric: str = "wasserstein")
         tensor([[0., 3.],
                 [3., 0.]], dtype=torch.float64)
     """
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"distance_matrix: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     matrix = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
     for i in range(len(nodes) - 1):

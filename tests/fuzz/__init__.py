@@ -1,4 +1,4 @@
-"""Fuzzing of the files that are read: mutated ones must be refused by one clear error, or hold what they promise.
+"""Fuzzing: damaged files must be refused by one clear error or hold what they promise; a failed write loses nothing.
 
 python -m tests.fuzz --inputs 100000 --out fuzz.json
 """

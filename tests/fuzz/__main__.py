@@ -1,7 +1,8 @@
 """Fuzz every reader with as many inputs as asked, and write what came of it as JSON; exit code 1 where something did.
 
-Every input is a function of (target, seed, index): `--only TARGET --first INDEX --inputs 1` runs one again. A run that
-takes longer than LIMIT_SECONDS counts as a hang, and memory that grows by more than LIMIT_MEMORY as a leak or a bomb.
+Every input is a function of (target, seed, index): `--only TARGET --first INDEX --inputs 1` runs one again, and
+--out keeps what it holds of other targets. One that takes longer than LIMIT_SECONDS counts as a hang, and memory that
+grows by more than LIMIT_MEMORY as a leak or a bomb.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import describe
+from tests.fuzz.config_files import ConfigFiles
 from tests.fuzz.result_files import ResultFiles
+from tests.fuzz.state_crashes import StateCrashes
 from tests.fuzz.state_files import StateFiles, StateTexts
 from tests.fuzz.targets import Target
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (ResultFiles, StateFiles, StateTexts)}
+TARGETS: dict[str, type[Target]] = {
+    target.name: target for target in (ResultFiles, StateFiles, StateTexts, ConfigFiles, StateCrashes)
+}
+RAM_DISK = "/dev/shm"  # syncs cost nothing there
 LIMIT_SECONDS = 10
 LIMIT_MEMORY = 128 * 2**20
 
@@ -72,7 +78,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1000, help="for every target")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=TARGETS, default=None)
+    parser.add_argument("--only", choices=TARGETS, nargs="+", default=None)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
 
@@ -81,14 +87,16 @@ def main() -> int:
 
     signal.signal(signal.SIGALRM, hang)
     indices = range(args.first, args.first + args.inputs)
-    result: dict[str, Any] = {"seed": args.seed, "machine": describe()}
-    for name in [args.only] if args.only else TARGETS:
-        with tempfile.TemporaryDirectory() as folder:
-            result[name] = fuzz(TARGETS[name](Path(folder)), args.seed, indices)
+    made = {"seed": args.seed, "machine": describe()}
+    # What was found of other targets stays.
+    result = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    for name in args.only or TARGETS:
+        with tempfile.TemporaryDirectory(dir=RAM_DISK if Path(RAM_DISK).is_dir() else None) as folder:
+            result[name] = fuzz(TARGETS[name](Path(folder)), args.seed, indices) | made
         print(name, json.dumps(result[name], indent=1), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(isinstance(part, dict) and part["findings"] for part in result.values()))
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(result[name]["findings"] for name in args.only or TARGETS))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -47,7 +48,7 @@ def nasty(rng: random.Random, like: Any = None) -> Any:
         return rng.choice((like + 1, like - 1, -like, like * 2, like + 2**64, float(like), str(like)))
     if isinstance(like, list) and like and rng.random() < 0.5:
         return rng.choice((like[:-1], like + like[:1], like[::-1], [like], like * 40, like[0]))
-    return rng.choice((*NUMBERS, *FLOATS, *TEXTS, *OTHERS))
+    return copy.deepcopy(rng.choice((*NUMBERS, *FLOATS, *TEXTS, *OTHERS)))
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:

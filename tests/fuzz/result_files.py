@@ -19,7 +19,7 @@ from blockhess.files import load, save
 from blockhess.report import describe
 from blockhess.spectra import Spectra
 from tests.fuzz.mutations import FLOATS, NUMBERS, changed, damaged, text_of
-from tests.fuzz.targets import Target, printable, require
+from tests.fuzz.targets import Reader, printable, require
 from tests.spectra_cases import make_spectra, random_spectra
 from tests.test_files import same
 
@@ -45,7 +45,7 @@ NPY_HEADERS = (
 )
 
 
-class ResultFiles(Target):
+class ResultFiles(Reader):
     """blockhess.files.load."""
 
     name = "result"

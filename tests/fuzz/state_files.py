@@ -14,12 +14,12 @@ from safetensors.torch import load as load_safetensors
 
 from blockhess.runs import store, tensor_file
 from tests.fuzz.mutations import changed, damaged, nasty, text_of
-from tests.fuzz.targets import Target, require
+from tests.fuzz.targets import Reader, require
 
 START = b'{"__metadata__":{"checksum":"'
 
 
-class StateFiles(Target):
+class StateFiles(Reader):
     """blockhess.runs.store.read."""
 
     name = "state"
@@ -93,7 +93,7 @@ def forged(rng: random.Random, text: bytes, data: bytes) -> bytes:
     return length + START + tensor_file.checksum([length, START, after, data]) + after + data
 
 
-class StateTexts(Target):
+class StateTexts(Reader):
     """blockhess.runs.store.read_json."""
 
     name = "text"

@@ -14,7 +14,7 @@ class Finding(AssertionError):
 
 
 class Target(ABC):
-    """A reader of files.
+    """What is fuzzed.
 
     Args:
         folder: for the files, empty.
@@ -23,7 +23,23 @@ class Target(ABC):
     name: str
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / f"{self.name}.file"
+        self.folder = folder
+
+    @abstractmethod
+    def run(self, seed: int, index: int) -> bool:
+        """Whether the input of that seed and index is accepted.
+
+        Raises:
+            Finding: a promise is broken.
+        """
+
+
+class Reader(Target):
+    """A reader of damaged files."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / f"{self.name}.file"
 
     @abstractmethod
     def make(self, rng: random.Random) -> tuple[bytes, Any]:

@@ -274,7 +274,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[s
     """What differs between two runs: name, value there, value here."""
     found = []
     for name in [*then, *(name for name in now if name not in then)]:
-        a, b = then.get(name), now.get(name)
+        a: Any = then.get(name)
+        b: Any = now.get(name)
         same_loss = name == "value of the loss" and math.isclose(a, b, rel_tol=LOSS_TOLERANCE)
         if a != b and not same_loss:
             found.append((name, _short(a), _short(b)))

@@ -80,7 +80,9 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> list[bytes
     views: list[bytes | memoryview] = []
     stop = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or name == "__metadata__":
+        if name == "__metadata__" or not _is_unicode(name):
+            raise ValueError(f"write: tensor {name!r} must have another name")
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
             raise ValueError(f"write: tensor {name!r} must be dense and {', '.join(DTYPES)}, got {tensor.dtype}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         view = flat.view(torch.uint8).numpy().data
@@ -137,6 +139,11 @@ def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]
     return found, header
 
 
+def _is_unicode(name: str) -> bool:
+    """Whether other readers take the name: JSON lets half a surrogate pair through."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -146,6 +153,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, entry: Any, start: int) -> Entry:
     """The entry, which must begin where the one before ended and be as long as its shape says."""
+    if not _is_unicode(name):
+        raise Damaged(f"tensor {name!r} must have a name in Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Damaged(f"tensor {name!r} must have dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

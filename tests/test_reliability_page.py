@@ -1,0 +1,42 @@
+"""docs/reliability.md is what bench/results/reliability says, and the tests it names exist."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def reliability_page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    import reliability_page
+
+    return reliability_page
+
+
+def test_measured_parts_are_up_to_date(reliability_page: ModuleType) -> None:
+    text = reliability_page.PAGE.read_text()
+    assert reliability_page.page(text) == text
+
+
+def test_missing_parts_are_said_to_be_missing(
+    reliability_page: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reliability_page, "RESULTS", tmp_path)
+    text = reliability_page.page(reliability_page.PAGE.read_text())
+    assert text.count("**Not measured yet:**") == len(reliability_page.PARTS)
+    (tmp_path / "crash.json").write_text('{"kills": 200, "lost": 0, "machine": {"cpu": "x"}}')
+    assert "| kills | 200 |" in reliability_page.page(text)
+
+
+def test_named_tests_exist(reliability_page: ModuleType) -> None:
+    named = re.findall(r"(test_\w+\.py)::(\w+)", reliability_page.PAGE.read_text())
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
