@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,6 +112,9 @@ class Ranks:
 
     def _wait(self, work: Any) -> None:
         raise NotImplementedError
+
+
+ALONE = Ranks()
 
 
 class Processes(Ranks):
@@ -255,7 +257,7 @@ def joined(parallel: Parallel) -> Iterator[Ranks]:
         RankError: another rank failed.
     """
     if parallel is None:
-        yield Ranks()
+        yield ALONE
         return
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
@@ -276,11 +278,6 @@ def joined(parallel: Parallel) -> Iterator[Ranks]:
         raise
     finally:
         ranks.close()
-
-
-def local_share(budget: int, device: torch.device) -> int:
-    """Of a host's memory, what each of the processes that torchrun started on it may plan with."""
-    return budget // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else budget
 
 
 def refuse_sharded(model: nn.Module) -> None:

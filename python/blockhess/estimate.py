@@ -24,11 +24,12 @@ from torch import nn
 import blockhess
 import blockhess_ext
 from blockhess.blocks import BlockSpec, unwrap
+from blockhess.distributed import Parallel, joined
 from blockhess.engines.plan import Plan
 from blockhess.job import Job
 from blockhess.model_state import has_batchnorm
 from blockhess.options import Options, choice, count
-from blockhess.posing import LOSS_TOLERANCE, posed
+from blockhess.posing import LOSS_TOLERANCE, posed, shared_budget
 from blockhess.problem import Problem
 from blockhess.progress import progress_bar
 from blockhess.runs import directory
@@ -64,6 +65,7 @@ def spectrum(
     first_probe: int = 0,
     keep_vectors: bool = False,
     run_dir: str | PathLike[str] | None = None,
+    parallel: Parallel = None,
     on_nonfinite: str = "raise",
     progress: bool | str = "auto",
 ) -> Spectra:
@@ -112,6 +114,10 @@ def spectrum(
             arguments after any end of the process, it goes on from there to the same bits (on CUDA under
             torch.use_deterministic_algorithms, else the result's "same_bits_on_resume" is False); a finished run
             gives its result. SIGTERM and SIGINT save the state, then raise `runs.signals.Interrupted`.
+        parallel: how the processes of torch.distributed's default group share the job, which all of them call with the
+            same arguments: "work": each makes some of the recurrences; "data": each computes products for some of the
+            batches, its own or every so many-th of those given to all; (work, data): both, neighbouring ranks sharing
+            batches. None: they do not; this process does it all. All get the same result.
         on_nonfinite: "raise" or "report": what to do where Hessian-vector products are not finite.
         progress: True, False, or "auto": a bar on stderr where tqdm is installed and it takes more than a few seconds.
 
@@ -134,18 +140,20 @@ def spectrum(
         >>> list(spectra)
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    choice("on_nonfinite", on_nonfinite, ("raise", "report"))
     start = time.perf_counter()
-    options = Options(
-        num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget,
-        first_probe, keep_vectors,
-    )  # fmt: skip
     with ExitStack() as stack:
+        ranks = stack.enter_context(joined(parallel))
+        choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+        options = Options(
+            num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget,
+            first_probe, keep_vectors,
+        )  # fmt: skip
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
         begun = None if run is None else run.plan
         budget = memory_budget if begun is None or memory_budget is not None else begun.memory_budget
+        budget = shared_budget(budget, model, ranks)
         posing = (blocks, batchnorm, dtype, budget, matmul_precision)
-        problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing))
+        problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing, ranks))
         made = {
             "model": type(unwrap(model)).__name__,
             "loss": problem.loss.name,
@@ -160,10 +168,12 @@ def spectrum(
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
         }
+        identity = _identity(problem, options, made, seed)
+        ranks.agree(identity)
+        options = dataclasses.replace(options, memory_budget=budget)
         if run is None:
             job = Job(problem, options)
         else:
-            identity = _identity(problem, options, made, seed)
             run.check(identity)
             result = run.result()
             if result is not None:
@@ -172,7 +182,8 @@ def spectrum(
             job = Job(problem, options, run, begun)
             run.begin(identity, job.plan, seed, job.infos, keep_vectors)
             made["same_bits_on_resume"] = identity["deterministic"]
-        with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
+        shown = progress if ranks.rank == 0 else False
+        with progress_bar(job.plan.hvps // ranks.size, "HVP", shown) as on_hvp:
             quadrature = job.run(seed, on_hvp)
         seconds = time.perf_counter() - start if run is None else run.seconds
         made |= job.provenance(quadrature) | {"seconds": seconds}
@@ -294,7 +305,7 @@ def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: in
         "data": made["fingerprints"]["data"],
         "dtype": str(problem.dtype).removeprefix("torch."),
         "blocks": [f"{info.name} ({info.dim})" for info in problem.infos],
-        "batches": len(problem.batches),
+        "batches": problem.n_batches,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),

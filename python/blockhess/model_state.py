@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blockhess.distributed import Ranks
+from blockhess.distributed import ALONE, Ranks
 
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
@@ -74,7 +74,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
 
 
 def freeze_batch_statistics(
-    model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any], ranks: Ranks
+    model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any], ranks: Ranks = ALONE
 ) -> None:
     """Set BatchNorm's running statistics to the averages of the batches' own, at the present parameters.
 

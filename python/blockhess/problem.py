@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from blockhess.batches import Batch, check_device, map_tensors, tensors
 from blockhess.blocks import Block, with_note
-from blockhess.distributed import Ranks
+from blockhess.distributed import ALONE, Ranks
 from blockhess.losses import Loss, checked, checked_weight
 
 
@@ -75,7 +75,7 @@ class Problem:
         several: bool = False,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
-        self.ranks = Ranks()
+        self.ranks = ALONE
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = _Computation(model)
         pieces = {piece.name: piece.tensor for block in blocks for piece in block.pieces}
