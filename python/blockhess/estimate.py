@@ -144,11 +144,13 @@ def spectrum(
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(parallel))
         choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+        if parallel is not None and keep_vectors:
+            raise ValueError("spectrum: keep_vectors must be False with parallel, got True: no rank has all vectors")
         options = Options(
             num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget,
             first_probe, keep_vectors,
         )  # fmt: skip
-        run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
+        run = None if run_dir is None else stack.enter_context(directory.opened(run_dir, ranks))
         begun = None if run is None else run.plan
         budget = memory_budget if begun is None or memory_budget is not None else begun.memory_budget
         budget = shared_budget(budget, model, ranks)
@@ -168,7 +170,7 @@ def spectrum(
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
         }
-        identity = _identity(problem, options, made, seed)
+        identity = _identity(problem, options, made, seed) | {"parallel": parallel if parallel is None else str(parallel)}
         ranks.agree(identity)
         options = dataclasses.replace(options, memory_budget=budget)
         if run is None:
@@ -178,7 +180,8 @@ def spectrum(
             result = run.result()
             if result is not None:
                 return _finite(result, on_nonfinite)
-            seed = blockhess_ext.arguments.probe_seed(seed) if run.run is None else run.run["seed"]
+            fresh = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
+            seed = fresh if run.run is None else run.run["seed"]
             job = Job(problem, options, run, begun)
             run.begin(identity, job.plan, seed, job.infos, keep_vectors)
             made["same_bits_on_resume"] = identity["deterministic"]
