@@ -118,7 +118,7 @@ class Job:
         """All blocks, in their order."""
         options, ranks = self._options, self._problem.ranks
         seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
-        engine = self._engine()
+        engine = self.make_engine()
         share = None if ranks is ALONE else self._sharing(engine)
 
         def compute(unit: Unit, state: State | None = None) -> Iterator[Done]:
@@ -162,23 +162,15 @@ class Job:
         Raises:
             ValueError: there are more ranks than recurrences.
         """
-        problem, options, records, ranks = self._problem, self._options, self._records, self._problem.ranks
+        problem, records, ranks = self._problem, self._records, self._problem.ranks
         n_exact = sum(self.plan.exact)
-        recurrences = n_exact + (len(problem.dims) - n_exact) * options.num_probes
+        recurrences = n_exact + (len(problem.dims) - n_exact) * self._options.num_probes
         if recurrences < ranks.work_size:
             raise ValueError(
                 f"spectrum: parallel must share the work among no more ranks than there are recurrences, {recurrences}, "
                 f"got {ranks.work_size}; let ranks share batches: parallel='data' or (work, data)"
             )
-        products = ranks.gather(product_costs(problem, engine))[0]
-
-        def cost(number: int, probe: int) -> float:
-            dim = problem.dims[number]
-            if probe < 0:
-                return dim * products[number]
-            steps = min(options.num_steps, dim)
-            rows = steps / 2 if self._basis[number] != "none" else 0
-            return steps * (products[number] + step_cost(problem, number, rows))
+        cost = self.cost(ranks.gather(product_costs(problem, engine))[0])
 
         def share(units: Sequence[Unit], compute: Compute) -> list[Done]:
             before = [done for done in records.finished() if any(unit.covers(done.unit) for unit in units)]
@@ -203,6 +195,32 @@ class Job:
             return sorted(before, key=lambda done: done.unit.first_probe)
 
         return share
+
+    def cost(self, products: Sequence[float], steps: Sequence[float] | None = None) -> Callable[[int, int], float]:
+        """What a recurrence of a block takes, or writing it out (probe -1).
+
+        Args:
+            products: of each block, what one product takes for one vector.
+            steps: of each block, what a Lanczos step takes beside it; by default as counted.
+        """
+        problem = self._problem
+
+        def cost(number: int, probe: int) -> float:
+            dim = problem.dims[number]
+            if probe < 0:
+                return dim * products[number]
+            made = min(self._options.num_steps, dim)
+            rows = made / 2 if self._basis[number] != "none" else 0
+            return made * (products[number] + (steps[number] if steps else step_cost(problem, number, rows)))
+
+        return cost
+
+    @property
+    def units(self) -> list[Unit]:
+        """The most that there can be to do."""
+        first, exact = self._options.first_probe, tuple(l for l, e in enumerate(self.plan.exact) if e)
+        estimated = [Unit(first + start, count, blocks) for start, count, blocks in self.plan.passes]
+        return estimated + ([Unit(first, 0, exact)] if exact else [])
 
     def _rounds(self, found: list[list[Quadrature]]) -> Iterator[list[Unit]]:
         """What to compute until every estimated block has found as many probes as it needs, and the others are written
@@ -327,7 +345,7 @@ class Job:
     def _note(self, text: str, which: Sequence[bool]) -> None:
         self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
 
-    def _engine(self) -> Engine:
+    def make_engine(self) -> Engine:
         """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
         ranks, failure = self._problem.ranks, None
         try:
