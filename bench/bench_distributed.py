@@ -28,8 +28,8 @@ from blockhess.forecast import forecast
 from blockhess.models.gpt import GPT, GPTConfig, next_token_loss
 from blockhess.table import format_table
 
-ROUNDS = 5
-OPTIONS: dict[str, Any] = {"num_probes": 4, "num_steps": 20, "engine": "autograd", "progress": False}
+ROUNDS = 3
+OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 20, "engine": "autograd", "progress": False}
 # Name -> (work, data) processes.
 SHAPES = {"one process": (1, 1), "two share recurrences": (2, 1), "two share batches": (1, 2)}
 
@@ -38,7 +38,7 @@ def job(quick: bool) -> dict[str, Any]:
     """A small GPT on four batches of random text."""
     torch.manual_seed(0)
     width = 16 if quick else 64
-    model = GPT(GPTConfig(vocab_size=65, context=32, num_layers=2, num_heads=2, width=width))
+    model = GPT(GPTConfig(vocab_size=65, context=32, num_layers=1, num_heads=2, width=width))
     tokens = torch.randint(65, (4, 8, 33))
     return {"model": model, "data": [(t[:, :-1], t[:, 1:]) for t in tokens], "loss_fn": next_token_loss}
 
@@ -46,7 +46,7 @@ def job(quick: bool) -> dict[str, Any]:
 def _rank(rank: int, shape: tuple[int, int], quick: bool, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=shape[0] * shape[1])
-    blockhess.spectrum(**job(quick), parallel=shape, **OPTIONS | {"num_probes": 2, "num_steps": 2})  # warms up
+    blockhess.spectrum(**job(quick), parallel=shape, **OPTIONS | {"num_steps": 1})  # warms up
     dist.barrier()
     wall, processor = time.perf_counter(), time.process_time()
     spectra = blockhess.spectrum(**job(quick), parallel=shape, **OPTIONS)
