@@ -84,7 +84,10 @@ def text(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         ratio = statistics.median(m / p for m, p in zip(row["processor"], row["predicted"]))
         size = SHAPES[name][0] * SHAPES[name][1]
-        share = [statistics.median(a / (size * m) for a, m in zip(alone[clock], row[clock])) for clock in ("processor", "wall")]
+        share = [
+            statistics.median(a / (size * m) for a, m in zip(alone[clock], row[clock]))
+            for clock in ("processor", "wall")
+        ]
         rows.append(
             [name, f"{statistics.median(row['predicted']):.2f}", f"{statistics.median(row['processor']):.2f}",
              f"{ratio:.2f}", f"{row['balance']:.0%}", f"{share[0]:.0%}", f"{share[1]:.0%}"]

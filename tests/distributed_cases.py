@@ -74,7 +74,9 @@ def own_data(rank: int) -> Any:
 
 
 def summed_loss(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches(), nn.CrossEntropyLoss(reduction="sum"), parallel="data", **DOUBLE))
+    return values(
+        blockhess.spectrum(model(), batches(), nn.CrossEntropyLoss(reduction="sum"), parallel="data", **DOUBLE)
+    )
 
 
 def statistics(rank: int) -> Any:
@@ -92,9 +94,7 @@ def wrapped(rank: int) -> Any:
 
 
 def other_option(rank: int) -> Any:
-    return values(
-        blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS | {"num_probes": 3 + rank})
-    )
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS | {"num_probes": 3 + rank}))
 
 
 def other_model(rank: int) -> Any:
@@ -239,7 +239,8 @@ def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int 
     """Runs one run directory by worlds of so many ranks one after the other, each but the last killed after some steps.
 
     Returns:
-        (values, steps made in the last world) of every rank of the last world.
+        (values, steps made in the last world) of every rank of the world that finished, which may be one that was to
+        be killed later.
     """
     for number, (world, die_after) in enumerate(worlds):
         out = f"attempt{number}"

@@ -170,7 +170,9 @@ def spectrum(
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
         }
-        identity = _identity(problem, options, made, seed) | {"parallel": parallel if parallel is None else str(parallel)}
+        identity = _identity(problem, options, made, seed) | {
+            "parallel": parallel if parallel is None else str(parallel)
+        }
         ranks.agree(identity)
         options = dataclasses.replace(options, memory_budget=budget)
         if run is None:
@@ -352,6 +354,6 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
     given = inspect.signature(spectrum).bind(model, data, loss_fn, **options)
     given.apply_defaults()
     wishes = Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(Options)})
-    posing = {name: given.arguments[name] for name in inspect.signature(posed).parameters}
+    posing = {n: given.arguments[n] for n in inspect.signature(posed).parameters if n in given.arguments}
     with posed(**posing) as (problem, *_):
         return Job(problem, wishes).plan

@@ -1,6 +1,6 @@
 """What a job would take on several processes, from rates that this one measures.
 
-    seconds = fixed + max over ranks of (its products and Lanczos steps) * rate,   at least the traffic / bandwidth
+seconds = fixed + max over ranks of (its products and Lanczos steps) * rate,   at least the traffic / bandwidth
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Forecast:
     def __str__(self) -> str:
         return "\n".join(
             [
+                str(self.plan),
                 f"processes     {self.work * self.data}: {self.work} share recurrences x {self.data} share batches",
                 f"time          {time_text(self.seconds)}, {time_text(self.alone_seconds)} in one process; "
                 f"{time_text(self.fixed_seconds)} of it before the first product, in every process",
@@ -136,7 +137,8 @@ def forecast(
             seconds=fixed + max(max(ranks), traffic / bandwidth),
             alone_seconds=fixed + sum(loads(1, problem.n_batches)),
             balance=sum(ranks) / len(ranks) / max(ranks) if max(ranks) else 1.0,
-            memory_bytes=plan.vector_bytes // work + plan.engine_bytes * kept // max(1, problem.n_batches * plan.retain),
+            memory_bytes=plan.vector_bytes // work
+            + plan.engine_bytes * kept // max(1, problem.n_batches * plan.retain),
             traffic_bytes=traffic + results,
             traffic_seconds=(traffic + results) / bandwidth,
             bandwidth=bandwidth,

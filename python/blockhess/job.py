@@ -374,7 +374,12 @@ class Job:
         if self._problem.n_batches == 1:
             return math.inf
         # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
-        return float(10 * error * self._problem.dims[number] ** 0.5 * (1 if self._problem.loss.averaged else self._problem.n_batches))
+        return float(
+            10
+            * error
+            * self._problem.dims[number] ** 0.5
+            * (1 if self._problem.loss.averaged else self._problem.n_batches)
+        )
 
 
 def _whole(parts: Sequence[Quadrature]) -> Quadrature:

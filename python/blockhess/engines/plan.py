@@ -94,7 +94,9 @@ class Plan:
             f"of {size_text(self.memory_budget)}",
         ]
         if self.kept_bytes:
-            lines.append(f"kept          {size_text(self.kept_bytes)} of vectors after the last step, for more steps later")
+            lines.append(
+                f"kept          {size_text(self.kept_bytes)} of vectors after the last step, for more steps later"
+            )
         return "\n".join(lines)
 
 
