@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 
 from blockhess.batches import Batch
 from blockhess.table import format_table
@@ -80,7 +81,7 @@ class Ranks:
         else the rank's own.
 
         Raises:
-            ValueError: fewer batches than ranks to share them, or ranks that have neither the same batches nor their own.
+            ValueError: fewer batches than ranks to share them, or ranks with neither the same batches nor their own.
         """
         digests = self.gather(digest)
         if len(set(digests)) == 1:
@@ -93,8 +94,8 @@ class Ranks:
         own = digests[: self.data_size]
         if len(set(own)) < self.data_size or own * self.work_size != digests:
             raise ValueError(
-                "spectrum: data must be the same on all ranks, or different on each of those that share it and the same "
-                f"for ranks {self.data_size} apart, got {len(set(digests))} different sets on {self.size} ranks "
+                "spectrum: data must be the same on all ranks, or different on each of those that share it and the "
+                f"same for ranks {self.data_size} apart, got {len(set(digests))} different sets on {self.size} ranks "
                 f"(parallel={self.work_size, self.data_size})"
             )
         return batches, hashlib.blake2b("".join(own).encode(), digest_size=16).hexdigest()
@@ -122,12 +123,12 @@ class Processes(Ranks):
 
     Args:
         work_size, data_size: the mesh; their product is the world size.
-        store: for this call only.
+        store: torch.distributed's, for this call only.
 
     The groups are the call's own, so that a call that failed leaves nothing behind for the next.
     """
 
-    def __init__(self, work_size: int, data_size: int, store: dist.Store) -> None:
+    def __init__(self, work_size: int, data_size: int, store: Any) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.work_size, self.data_size = work_size, data_size
         self.work_rank, self.data_rank = divmod(self.rank, data_size)
@@ -237,7 +238,7 @@ class Sums:
     def _land(self) -> None:
         work, flat, parts = self._flying.pop(0)
         self._wait(work)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+        for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts])):
             part.copy_(total.view_as(part))
         if flat.is_cuda:
             # Ranks must learn at the same step that a recurrence has finished, or some would wait for sums of others.
@@ -266,8 +267,9 @@ def joined(parallel: Parallel) -> Iterator[Ranks]:
         )
     world = dist.get_world_size()
     shape = _mesh(parallel, world)
+    assert dist.group.WORLD is not None
     root = dist.group.WORLD.get_group_store()
-    ranks = Processes(*shape, dist.PrefixStore(f"blockhess {next(_calls)}", root))
+    ranks = Processes(*shape, PrefixStore(f"blockhess {next(_calls)}", root))
     try:
         ranks.agree({"parallel": str(parallel), "torch": str(torch.__version__)})
         ranks.connect()

@@ -69,8 +69,8 @@ class Forecast:
                 f"{time_text(self.fixed_seconds)} of it before the first product, in every process",
                 f"balance       {self.balance:.0%} (mean load / largest)",
                 f"memory        {size_text(self.memory_bytes)} of vectors and graphs in every process",
-                f"traffic       {size_text(self.traffic_bytes)} sent by every process, {time_text(self.traffic_seconds)} "
-                f"at {self.bandwidth / 1e9:.3g} GB/s, hidden behind products where they take longer",
+                f"traffic       {size_text(self.traffic_bytes)} sent by every process, "
+                f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s, hidden behind products where they take longer",
             ]
         )
 

@@ -26,7 +26,6 @@ from blockhess.work import Done, Records, Unit
 from blockhess_ext import Quadrature, State
 from blockhess_ext.slq import reorthogonalized_blocks
 
-
 Compute: TypeAlias = Callable[[Unit], Iterator[Done]]
 
 

@@ -164,7 +164,8 @@ def make_plan(
     if needed > budget:
         what = f"block {problem.infos[largest].name!r}" if sizes[largest] > room else "one batch's graph"
         raise ValueError(
-            f"spectrum: memory_budget must be at least {size_text(needed)} for one probe of {what}, got {size_text(budget)}"
+            f"spectrum: memory_budget must be at least {size_text(needed)} for one probe of {what}, got "
+            f"{size_text(budget)}"
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
