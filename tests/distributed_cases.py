@@ -74,9 +74,8 @@ def own_data(rank: int) -> Any:
 
 
 def summed_loss(rank: int) -> Any:
-    return values(
-        blockhess.spectrum(model(), batches(), nn.CrossEntropyLoss(reduction="sum"), parallel="data", **DOUBLE)
-    )
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return values(blockhess.spectrum(model(), batches(), loss, parallel="data", **DOUBLE))
 
 
 def statistics(rank: int) -> Any:
@@ -235,12 +234,12 @@ def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int
     dist.destroy_process_group()
 
 
-def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int | None]]) -> list[Any]:
+def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int | None]]) -> tuple[list[Any], int]:
     """Runs one run directory by worlds of so many ranks one after the other, each but the last killed after some steps.
 
     Returns:
-        (values, steps made in the last world) of every rank of the world that finished, which may be one that was to
-        be killed later.
+        (values, steps made) of every rank of the world that finished, which may be one that was to be killed later;
+        and how many were killed.
     """
     for number, (world, die_after) in enumerate(worlds):
         out = f"attempt{number}"
@@ -250,7 +249,7 @@ def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int 
             )
         except mp.ProcessExitedException:
             continue
-        return [torch.load(folder / f"{out}.{rank}.pt") for rank in range(world)]
+        return [torch.load(folder / f"{out}.{rank}.pt") for rank in range(world)], number
     raise AssertionError(f"no world finished: {worlds}")
 
 

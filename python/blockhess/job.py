@@ -143,7 +143,7 @@ class Job:
             else:
                 for unit in units:
                     keep(compute(unit))
-        self.shrunk = sum(ranks.gather(self.shrunk), [])
+        self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.joined([_whole(parts) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
         self._note(
@@ -166,8 +166,8 @@ class Job:
         recurrences = n_exact + (len(problem.dims) - n_exact) * self._options.num_probes
         if recurrences < ranks.work_size:
             raise ValueError(
-                f"spectrum: parallel must share the work among no more ranks than there are recurrences, {recurrences}, "
-                f"got {ranks.work_size}; let ranks share batches: parallel='data' or (work, data)"
+                "spectrum: parallel must share the work among no more ranks than there are recurrences, "
+                f"{recurrences}, got {ranks.work_size}; let ranks share batches: parallel='data' or (work, data)"
             )
         cost = self.cost(ranks.gather(product_costs(problem, engine))[0])
 
@@ -373,12 +373,8 @@ class Job:
         if self._problem.n_batches == 1:
             return math.inf
         # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
-        return float(
-            10
-            * error
-            * self._problem.dims[number] ** 0.5
-            * (1 if self._problem.loss.averaged else self._problem.n_batches)
-        )
+        shares = 1 if self._problem.loss.averaged else self._problem.n_batches
+        return float(10 * error * self._problem.dims[number] ** 0.5 * shares)
 
 
 def _whole(parts: Sequence[Quadrature]) -> Quadrature:
