@@ -1,6 +1,7 @@
 """Writes the measured parts of docs/reliability.md from bench/results/reliability; what was not measured is said to be.
 
 python -m tests.fuzz --inputs 100000 --out bench/results/reliability/fuzz.json
+python -m tests.crash --json bench/results/reliability/crash.json
 OUT=bench/results/reliability/sanitizers.json tests/sanitizers.sh
 python bench/reliability_page.py          # rewrites the parts between the markers
 """
@@ -62,8 +63,12 @@ def sanitizers_part(content: dict[str, Any]) -> str:
 
 
 def counts_part(content: dict[str, Any]) -> str:
-    """Every number and text of a result, one a line."""
-    rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in content.items() if not isinstance(value, dict)]
+    """Every number and text of a result, one a line; those of a table after its name."""
+    rows = []
+    for key, value in content.items():
+        if key != "machine":
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            rows += [f"| {' '.join(f'{key} {name}'.split()).replace('_', ' ')} | {v} |" for name, v in inner]
     return "\n".join(["| what | |", "|---|--:|", *rows, f"\nMade on {machine(content)}"])
 
 
@@ -71,6 +76,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fuzz": fuzz_part,
     "sanitizers": sanitizers_part,
     "crash": counts_part,
+    "checkpoints": counts_part,
     "ranks": counts_part,
 }
 

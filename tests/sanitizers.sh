@@ -4,8 +4,8 @@
 #   tests/sanitizers.sh [PYTEST ARGUMENT ...]     from anywhere; PYTHON names the interpreter (default python3), OUT a
 #                                                 JSON file for what came of it
 #
-# Captured by sys, not by fd, so that what a sanitizer writes is seen. torch itself is not instrumented, but what it allocates is watched. Before the tests, two planted bugs must be found:
-# a read past the end of a tensor and a signed overflow.
+# torch itself is not instrumented, but what it allocates is watched. Before the tests, two planted bugs must be found: a
+# read past the end of a tensor and a signed overflow. pytest captures sys.stderr alone, so that reports are seen.
 set -euo pipefail
 out=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "$0")/.."

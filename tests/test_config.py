@@ -176,15 +176,19 @@ def test_reading_imports_nothing_that_is_named(path: Path) -> None:
 
 def test_the_command(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text(GPT_RUN)
-    out = tmp_path / "result.npz"
-    assert main(["run", str(path), "--out", str(out)]) == 0
+    run, out = tmp_path / "run", tmp_path / "run/spectra.npz"
+    assert main(["run", str(path), "--out", str(run)]) == 0
     assert str(out) in capsys.readouterr().out
+    assert main(["run", str(path), "--out", str(run)]) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert main(["run", str(path), "--out", str(run), "--resume"]) == 0
     arguments: dict[str, Any] = load_config(path).arguments()
     assert torch.equal(
         blockhess.load(out).quadrature.nodes, blockhess.spectrum(**arguments, progress=False).quadrature.nodes
     )
     path.write_text("job = 'os:getcwd'")
-    assert main(["run", str(path), "--out", str(out)]) == 2
+    other = str(tmp_path / "other")
+    assert main(["run", str(path), "--out", other]) == 2
     assert "--allow 'os:getcwd'" in capsys.readouterr().err
-    assert main(["run", str(path), "--out", str(out), "--allow", "os:getcwd"]) == 2
+    assert main(["run", str(path), "--out", other, "--allow", "os:getcwd"]) == 2
     assert "must return a mapping" in capsys.readouterr().err

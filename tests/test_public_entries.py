@@ -247,6 +247,8 @@ def test_spectra_refuse_nonsense(method: str) -> None:
 
 
 SPECTRUM: dict[str, st.SearchStrategy[Any]] = {
+    "first_probe": st.sampled_from([0, 3]),
+    "keep_vectors": st.booleans(),
     "blocks": st.sampled_from(["parameter", "full", {"all": ["0.weight", "2.bias"]}, [(r"(\d)\.", r"\1")]]),
     "num_probes": st.integers(1, 2),
     "num_steps": st.integers(1, 4),
@@ -291,6 +293,11 @@ def test_spectrum_refuses_nonsense(chosen: dict[str, Any]) -> None:
     spectra = answer(lambda: small_spectrum(**chosen), list(chosen))
     if spectra is not None:
         check_values_of_spectrum(spectra)
+
+
+@pytest.mark.parametrize("value", [value for value in NONSENSE if value is not None and not isinstance(value, str)])
+def test_spectrum_refuses_a_run_dir_that_is_no_path(value: Any) -> None:
+    assert answer(lambda: small_spectrum(run_dir=value), ["run_dir"]) is None
 
 
 @examples(40)

@@ -31,8 +31,8 @@ def test_missing_parts_are_said_to_be_missing(
     monkeypatch.setattr(reliability_page, "RESULTS", tmp_path)
     text = reliability_page.page(reliability_page.PAGE.read_text())
     assert text.count("**Not measured yet:**") == len(reliability_page.PARTS)
-    (tmp_path / "crash.json").write_text('{"kills": 200, "lost": 0, "machine": {"cpu": "x"}}')
-    assert "| kills | 200 |" in reliability_page.page(text)
+    (tmp_path / "crash.json").write_text('{"counts": {"kills": 200}, "lost_runs": 0, "machine": {"cpu": "x"}}')
+    assert "| counts kills | 200 |\n| lost runs | 0 |\n" in reliability_page.page(text)
 
 
 def test_named_tests_exist(reliability_page: ModuleType) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from blockhess.divergence import JS0
     from blockhess.estimate import NonFiniteError, extend, plan, spectrum
     from blockhess.files import load
+    from blockhess.runs.merge import merge
     from blockhess.spectra import Spectra
 
 try:
@@ -29,6 +30,7 @@ __all__ = [
     "extend",
     "heads",
     "load",
+    "merge",
     "plan",
     "spectrum",
 ]
@@ -45,6 +47,7 @@ _MODULES = {
     "JS0": "divergence",
     "Spectra": "spectra",
     "load": "files",
+    "merge": "runs.merge",
 }
 
 

@@ -1,7 +1,8 @@
 """The `blockhess` command: runs blockhess.commands and turns failures into exit codes.
 
 0 done; 1 `doctor` found a fault; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130
-interrupted. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
+interrupted; 143 ended by SIGTERM. torch is imported only by the commands that compute, so `blockhess --help` answers at
+once.
 """
 
 from __future__ import annotations

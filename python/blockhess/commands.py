@@ -94,17 +94,60 @@ def plan(
 @app.command("run")
 def run_config(
     config: Annotated[Path, typer.Argument(help="A TOML file: see the documentation of blockhess.runs.config.")],
-    out: Annotated[Path, typer.Option(help="The result file.")] = Path("spectra.npz"),
+    out: Annotated[Path, typer.Option(help="Directory of the run, and of its result spectra.npz.")] = Path("run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the directory.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="A job that the file may import; may be repeated.")] = None,
 ) -> None:
-    """Compute the spectra that a configuration file describes, and write the result file."""
+    """Compute the spectra that a configuration file describes, in a directory from which it can be resumed.
+
+    SIGTERM and SIGINT save the state; after any other end, kill -9 too, it goes on from what was saved last.
+    """
     import blockhess
-    from blockhess.files import check_writable
     from blockhess.runs.config import load_config
+    from blockhess.runs.directory import RESULT, holds_run
+    from blockhess.runs.signals import Interrupted
 
     arguments = load_config(config).arguments(allow or ())
+    if holds_run(out) and not resume:
+        raise ValueError(f"run: {out} holds a run already; add --resume to go on with it, or choose another --out")
+    try:
+        spectra = blockhess.spectrum(**arguments | {"run_dir": out})
+    except Interrupted as interrupted:
+        typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", err=True)
+        raise typer.Exit(128 + interrupted.signal) from None
+    typer.echo(f"{spectra!r}\nwritten to {out / RESULT}")
+
+
+@app.command("status")
+def run_status(
+    directory: Annotated[Path, typer.Argument(help="The directory of a run, which may be working.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the spectra so far into this PNG.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the spectra so far into this file.")] = None,
+) -> None:
+    """Say how far a run has come: products, rate, time left."""
+    from blockhess.runs.status import partial, status
+
+    typer.echo(status(directory))
+    if plot is not None or save is not None:
+        spectra = partial(directory)
+        if plot is not None:
+            spectra.plot(plot)
+            typer.echo(f"\nSpectra so far drawn into {plot}")
+        if save is not None:
+            typer.echo(f"\nSpectra so far written to {spectra.save(save)}")
+
+
+@app.command("merge")
+def merge_runs(
+    out: Annotated[Path, typer.Argument(help="The result file.")],
+    runs: Annotated[list[Path], typer.Argument(help="Result files, or directories of finished runs.")],
+) -> None:
+    """Join runs of different probes of the same blocks, or of different blocks with the same probes."""
+    import blockhess
+    from blockhess.files import check_writable
+
     check_writable(out)
-    spectra = blockhess.spectrum(**arguments)
+    spectra = blockhess.merge(runs)
     typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
 
 

@@ -23,8 +23,9 @@ from torch import nn
 
 import blockhess
 import blockhess_ext
+from blockhess import fingerprint
 from blockhess.blocks import BlockSpec, unwrap
-from blockhess.distributed import Parallel, joined
+from blockhess.distributed import ALONE, Parallel, Ranks, joined
 from blockhess.engines.plan import Plan
 from blockhess.job import Job
 from blockhess.model_state import has_batchnorm
@@ -33,7 +34,9 @@ from blockhess.posing import LOSS_TOLERANCE, posed, shared_budget
 from blockhess.problem import Problem
 from blockhess.progress import progress_bar
 from blockhess.runs import directory
+from blockhess.runs.directory import RunDirectory
 from blockhess.spectra import Spectra
+from blockhess.work import Records
 
 
 class NonFiniteError(ValueError):
@@ -151,9 +154,7 @@ def spectrum(
             first_probe, keep_vectors,
         )  # fmt: skip
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir, ranks))
-        begun = None if run is None else run.plan
-        budget = memory_budget if begun is None or memory_budget is not None else begun.memory_budget
-        budget = shared_budget(budget, model, ranks)
+        budget = shared_budget(_budget(memory_budget, run), model, ranks)
         posing = (blocks, batchnorm, dtype, budget, matmul_precision)
         problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing, ranks))
         made = {
@@ -170,32 +171,62 @@ def spectrum(
             "torch": str(torch.__version__),
             "blockhess": blockhess.__version__,
         }
-        identity = _identity(problem, options, made, seed) | {
-            "parallel": parallel if parallel is None else str(parallel)
-        }
+        identity = _identity(problem, options, made, seed)
+        identity |= {"parallel": parallel if parallel is None else str(parallel)}
         ranks.agree(identity)
-        options = dataclasses.replace(options, memory_budget=budget)
-        if run is None:
-            job = Job(problem, options)
-        else:
-            run.check(identity)
-            result = run.result()
-            if result is not None:
-                return _finite(result, on_nonfinite)
-            fresh = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
-            seed = fresh if run.run is None else run.run["seed"]
-            job = Job(problem, options, run, begun)
-            run.begin(identity, job.plan, seed, job.infos, keep_vectors)
-            made["same_bits_on_resume"] = identity["deterministic"]
-        shown = progress if ranks.rank == 0 else False
-        with progress_bar(job.plan.hvps // ranks.size, "HVP", shown) as on_hvp:
-            quadrature = job.run(seed, on_hvp)
-        seconds = time.perf_counter() - start if run is None else run.seconds
-        made |= job.provenance(quadrature) | {"seconds": seconds}
-        spectra = Spectra(job.infos, quadrature, made, job.vectors)
-        if run is not None:
-            run.finish(spectra)
+        planned = dataclasses.replace(options, memory_budget=budget)
+        spectra = _carried_out(
+            lambda records, plan: Job(problem, planned, records, plan),
+            seed, made, start, progress, run, identity, ranks,
+        )  # fmt: skip
     return _finite(spectra, on_nonfinite)
+
+
+def _budget(memory_budget: int | str | None, run: RunDirectory | None) -> int | str | None:
+    """The memory budget of a run that was begun, unless another one is given."""
+    begun = None if run is None else run.plan
+    return memory_budget if begun is None or memory_budget is not None else begun.memory_budget
+
+
+def _carried_out(
+    make: Callable[[Records | None, Plan | None], Job],
+    seed: int | None,
+    made: dict[str, Any],
+    start: float,
+    progress: bool | str,
+    run: RunDirectory | None,
+    identity: dict[str, Any],
+    ranks: Ranks = ALONE,
+) -> Spectra:
+    """The spectra of a job, recorded as it goes where there is a run directory; or what the directory holds.
+
+    Args:
+        make: the job, given what keeps its work, and its plan if it was begun before.
+        made: provenance, as far as the job does not know it; seconds are added to those in it.
+        start: of the clock.
+        identity: what tells the job from others.
+        ranks: which share it.
+    """
+    if run is None:
+        job = make(None, None)
+    else:
+        run.check(identity)
+        result = run.result()
+        if result is not None:
+            return result
+        fresh = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
+        seed = fresh if run.run is None else run.run["seed"]
+        job = make(run, run.plan)
+        run.begin(identity, job.plan, seed, job.infos, identity["keep_vectors"])
+        made = made | {"same_bits_on_resume": identity["deterministic"]}
+    shown = progress if ranks.rank == 0 else False
+    with progress_bar(job.plan.hvps // ranks.size, "HVP", shown) as on_hvp:
+        quadrature = job.run(seed, on_hvp)
+    seconds = made.get("seconds", 0.0) + (time.perf_counter() - start if run is None else run.seconds)
+    spectra = Spectra(job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": seconds}, job.vectors)
+    if run is not None:
+        run.finish(spectra)
+    return spectra
 
 
 def extend(
@@ -209,6 +240,7 @@ def extend(
     blocks: BlockSpec = "parameter",
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
+    run_dir: str | PathLike[str] | None = None,
     on_nonfinite: str = "raise",
     progress: bool | str = "auto",
     **same: Any,
@@ -223,6 +255,7 @@ def extend(
             blocks that have as many, stay as they are.
         num_steps: of every probe, together with those that it has made; for runs with keep_vectors=True.
         memory_budget, on_nonfinite, progress: as for `spectrum`.
+        run_dir: as for `spectrum`; a directory of its own, not that of the first run.
         same: other arguments of `spectrum`. They are those of the first run; one that is given must equal it.
 
     Returns:
@@ -255,6 +288,8 @@ def extend(
         if name not in _KEPT:
             raise TypeError(f"extend: arguments must be those of spectrum, got {name!r}")
         _same(name, value, first[name])
+    if first["tol"] is not None and len({run["first_probe"] for run in first.get("merged", ())}) > 1:
+        raise ValueError("extend: spectra must not be merged from probes that a tolerance chose, which leave gaps")
     if num_probes is num_steps is None:
         raise ValueError("extend: num_probes or num_steps must be given, got neither")
     wanted: dict[str, Any] = {}
@@ -265,8 +300,10 @@ def extend(
     kept = {name: first[name] for name in _KEPT if name in Options.__dataclass_fields__}
     options = Options(**wanted, memory_budget=memory_budget, **kept)
     batchnorm = "eval" if first["batchnorm"] == "none" else first["batchnorm"]
-    posing = (blocks, batchnorm, dtype, memory_budget, first["matmul_precision"])
-    with posed(model, data, loss_fn, *posing) as (problem, _, fingerprints):
+    with ExitStack() as stack:
+        run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
+        posing = (blocks, batchnorm, dtype, _budget(memory_budget, run), first["matmul_precision"])
+        problem, _, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing))
         _same("loss", problem.loss.name, first["loss"])
         _same("names of the blocks", [info.name for info in problem.infos], list(spectra.names))
         _same("sizes of the blocks", problem.dims, list(spectra.dims))
@@ -275,12 +312,15 @@ def extend(
             _same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
         if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
             _same("value of the loss", problem.loss_value, first["loss_value"])
-        job = Job(problem, options, first=spectra, more_probes=num_probes is not None)
-        with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
-            quadrature = job.run(made.seed, on_hvp)
-    seconds = first["seconds"] + time.perf_counter() - start
-    provenance = first | job.provenance(quadrature) | {"seconds": seconds}
-    return _finite(Spectra(job.infos, quadrature, provenance, job.vectors), on_nonfinite)
+        now = first | {"torch": str(torch.__version__), "blockhess": blockhess.__version__}
+        identity = _identity(problem, options, now, made.seed)
+        identity |= {"extends": fingerprint.of_data([(made.alpha, made.beta, made.steps)])}
+
+        def make(records: Records | None, plan: Plan | None) -> Job:
+            return Job(problem, options, records, plan, spectra, more_probes=num_probes is not None)
+
+        longer = _carried_out(make, made.seed, first, start, progress, run, identity)
+    return _finite(longer, on_nonfinite)
 
 
 # Arguments of `spectrum` that provenance keeps by name, and that an extension shares with the first run.

@@ -70,8 +70,7 @@ class Forecast:
                 f"balance       {self.balance:.0%} (mean load / largest)",
                 f"memory        {size_text(self.memory_bytes)} of vectors and graphs in every process",
                 f"traffic       {size_text(self.traffic_bytes)} sent by every process, "
-                f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s, hidden behind products that take "
-                "longer",
+                f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s, hidden behind longer products",
             ]
         )
 

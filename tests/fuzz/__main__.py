@@ -30,6 +30,7 @@ from tests.fuzz.targets import Target
 TARGETS: dict[str, type[Target]] = {
     target.name: target for target in (ResultFiles, StateFiles, StateTexts, ConfigFiles, StateCrashes)
 }
+CHUNK = 10_000  # inputs between two writes of --out
 RAM_DISK = "/dev/shm"  # syncs cost nothing there
 LIMIT_SECONDS = 10
 LIMIT_MEMORY = 128 * 2**20
@@ -73,6 +74,19 @@ def fuzz(target: Target, seed: int, indices: range) -> dict[str, Any]:
     }
 
 
+def added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Two results of one target as one."""
+    if not a:
+        return b
+    found = a["found"] | b["found"]
+    for kind in a["found"].keys() & b["found"].keys():
+        found[kind] = {"first": a["found"][kind]["first"], "count": a["found"][kind]["count"] + found[kind]["count"]}
+    most = ("slowest_seconds", "memory_growth_bytes")
+    return {key: max(a[key], b[key]) if key in most else a[key] + b[key] for key in b if key != "found"} | {
+        "found": found
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=1000, help="for every target")
@@ -91,11 +105,15 @@ def main() -> int:
     # What was found of other targets stays.
     result = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for name in args.only or TARGETS:
+        total: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(dir=RAM_DISK if Path(RAM_DISK).is_dir() else None) as folder:
-            result[name] = fuzz(TARGETS[name](Path(folder)), args.seed, indices) | made
+            target = TARGETS[name](Path(folder))
+            for first in range(indices.start, indices.stop, CHUNK):
+                total = added(total, fuzz(target, args.seed, range(first, min(first + CHUNK, indices.stop))))
+                result[name] = total | made
+                if args.out:
+                    args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(result[name], indent=1), flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(result[name]["findings"] for name in args.only or TARGETS))
 
 

@@ -64,6 +64,7 @@ class ResultFiles(Reader):
             ),
         )  # fmt: skip
         self.data = [save(case, self.path).read_bytes() for case in self.cases]
+        self.arrays = [dict(np.load(io.BytesIO(data))) for data in self.data]
 
     def make(self, rng: random.Random) -> tuple[bytes, Any]:
         number = rng.randrange(len(self.cases))
@@ -71,8 +72,7 @@ class ResultFiles(Reader):
         kind = rng.randrange(5)
         if kind == 0:
             return damaged(rng, data, rng.choice(self.data)), self.cases[number]
-        with np.load(io.BytesIO(data)) as file:
-            arrays = {name: array.copy() for name, array in file.items()}
+        arrays = {name: array.copy() for name, array in self.arrays[number].items()}
         if kind == 1:
             header = json.loads(arrays["header"].tobytes())
             arrays["header"] = np.frombuffer(text_of(rng, changed(rng, header)), np.uint8)

@@ -50,6 +50,7 @@ OPTIONS: Schema = {
     "dtype": str,
     "matmul_precision": str,
     "memory_budget": int | str,
+    "keep_vectors": bool,
     "on_nonfinite": str,
 }
 MODELS: dict[str, tuple[type, type]] = {"gpt": (GPT, GPTConfig), "resnet": (ResNet, ResNetConfig)}

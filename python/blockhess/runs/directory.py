@@ -112,14 +112,14 @@ class RunDirectory(Records):
             with _explained(self.path):
                 store.write_json(self.path / RUN, self.run)
             return
-        found = parts(self.path)
+        with _explained(self.path):
+            found, self._state = parts(self.path), state_of(self._state_file)
         self._next_file = max((number for number, *_ in found), default=-1) + 1 + self._ranks.rank
         for number, done, seconds in found:
             if keep_vectors and done.unit.num_probes:
                 done = dataclasses.replace(done, last=read_state(_file(self.path, VECTORS, number))[1])
             self._done[done.unit] = done
             self._seconds = max(self._seconds, seconds)
-        self._state = state_of(self._state_file)
         self._seconds = max(self._seconds, self._state[3] if self._state else 0.0)
 
     def result(self) -> Spectra | None:
@@ -134,7 +134,8 @@ class RunDirectory(Records):
             return
         files.save(spectra, self.path / RESULT)
         for file in self.path.glob("state*.safetensors*"):
-            store.disk.unlink(file)
+            with contextlib.suppress(OSError):
+                store.disk.unlink(str(file))
 
     def done(self, unit: Unit) -> Done | None:
         """As in `Records`."""
@@ -203,7 +204,10 @@ def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirec
 
     Raises:
         ValueError: it is in use, or cannot be made or written to, or holds other things.
+        TypeError: path is no path.
     """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"run_dir: must be a path, got {path!r}")
     folder = files.writable_folder(path) if ranks.rank == 0 else Path(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -212,7 +216,14 @@ def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirec
         except OSError as error:
             raise ValueError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from None
         ranks.gather(None)  # the others need the folder
-        yield RunDirectory(folder, stack.enter_context(caught()), ranks)
+        with _explained(folder):
+            run = RunDirectory(folder, stack.enter_context(caught()), ranks)
+        yield run
+
+
+def holds_run(path: str | PathLike[str]) -> bool:
+    """Whether a run was begun in the directory."""
+    return Path(path).is_dir() and read_run(Path(path)) is not None
 
 
 def read_run(path: Path) -> dict[str, Any] | None:

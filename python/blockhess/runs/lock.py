@@ -56,6 +56,19 @@ def locked(directory: str | PathLike[str]) -> Iterator[None]:
                 _set_content(file, b"")
 
 
+def holder(directory: str | PathLike[str]) -> str | None:
+    """Who holds the directory now, for a person to read; None where nobody does. Nothing is changed."""
+    try:
+        file = os.open(Path(directory) / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        found = _holder(file)
+    finally:
+        os.close(file)
+    return f"process {found['pid']} on {found['host']}" if found and _lives(found) else None
+
+
 def process_start(pid: int) -> str | None:
     """What tells this process from every other one of that pid; None where it is gone, or the system does not say.
 

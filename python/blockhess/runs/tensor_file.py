@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -81,9 +81,9 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> list[bytes
     stop = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         if name == "__metadata__" or not _is_unicode(name):
-            raise ValueError(f"write: tensor {name!r} must have another name")
+            raise ValueError(f"write: tensor {brief(name)} must have another name")
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
-            raise ValueError(f"write: tensor {name!r} must be dense and {', '.join(DTYPES)}, got {tensor.dtype}")
+            raise ValueError(f"write: tensor {brief(name)} must be dense and {', '.join(DTYPES)}, got {tensor.dtype}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         view = flat.view(torch.uint8).numpy().data
         start, stop = stop, stop + view.nbytes
@@ -126,7 +126,7 @@ def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]
         metadata = entries.pop("__metadata__")
         header = json.loads(metadata["header"], object_pairs_hook=_distinct)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise Damaged(f"its header cannot be read: {type(error).__name__}: {reprlib.repr(str(error))}") from None
+        raise Damaged(f"its header cannot be read: {type(error).__name__}: {brief(str(error))}") from None
     if not isinstance(header, dict) or metadata.keys() != {"checksum", "header"}:
         raise Damaged("its metadata must be a checksum and a header")
     found: dict[str, Entry] = {}
@@ -154,21 +154,21 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, entry: Any, start: int) -> Entry:
     """The entry, which must begin where the one before ended and be as long as its shape says."""
     if not _is_unicode(name):
-        raise Damaged(f"tensor {name!r} must have a name in Unicode")
+        raise Damaged(f"tensor {brief(name)} must have a name in Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise Damaged(f"tensor {name!r} must have dtype, shape and data_offsets")
+        raise Damaged(f"tensor {brief(name)} must have dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise Damaged(f"tensor {name!r} must be {', '.join(DTYPES)}, got {reprlib.repr(code)}")
+        raise Damaged(f"tensor {brief(name)} must be {', '.join(DTYPES)}, got {brief(code)}")
     numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not numbers or not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, *offsets)):
-        raise Damaged(f"tensor {name!r} must have a shape and two offsets, got {reprlib.repr((shape, offsets))}")
+        raise Damaged(f"tensor {brief(name)} must have a shape and two offsets, got {brief((shape, offsets))}")
     # Strides of empty tensors are products of the other extents.
     if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) >= 2**62:
-        raise Damaged(f"tensor {name!r} has an impossible shape {reprlib.repr(shape)}")
+        raise Damaged(f"tensor {brief(name)} has an impossible shape {brief(shape)}")
     dtype = DTYPES[code]
     if start % dtype.itemsize or offsets != [start, start + math.prod(shape) * dtype.itemsize]:
-        raise Damaged(f"tensor {name!r} of shape {reprlib.repr(shape)} does not fit its offsets {offsets}")
+        raise Damaged(f"tensor {brief(name)} of shape {brief(shape)} does not fit its offsets {offsets}")
     return Entry(dtype, tuple(shape), *offsets)
 
 
@@ -188,6 +188,6 @@ def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Ent
             continue
         flat = torch.frombuffer(data, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start)
         if entry.dtype == torch.bool and int(flat.max()) > 1:
-            raise Damaged(f"tensor {name!r} must hold 0 and 1 alone")
+            raise Damaged(f"tensor {brief(name)} must hold 0 and 1 alone")
         tensors[name] = flat.view(entry.dtype).reshape(entry.shape)
     return tensors
