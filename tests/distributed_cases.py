@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,24 @@ def _failing(parallel: Any) -> Callable[[int], Any]:
     return case
 
 
+def slow_rank(rank: int) -> Any:
+    """Rank 1 keeps the others waiting for longer than they wait without looking around."""
+    left, product = 30, AutogradEngine.product
+
+    def slow(self: AutogradEngine, number: int, vectors: Tensor) -> Tensor | None:
+        nonlocal left
+        left -= 1
+        if rank == 1 and left == 0:
+            time.sleep(2.5)
+        return product(self, number, vectors)
+
+    AutogradEngine.product = slow  # type: ignore[method-assign]
+    try:
+        return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data", **DOUBLE))
+    finally:
+        AutogradEngine.product = product  # type: ignore[method-assign]
+
+
 def posing_fails(rank: int) -> Any:
     def loss(module: nn.Module, batch: Any) -> Any:
         if rank == 1:
@@ -181,7 +200,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     function.__name__: function
     for function in (
         work, adaptive, fresh_seed, data, own_data, summed_loss, statistics, mesh, wrapped, other_option, other_model,
-        other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option, sharded,
+        other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option, slow_rank, sharded,
     )
 }  # fmt: skip
 # What comes after a failure is not touched by it.

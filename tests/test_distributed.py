@@ -76,7 +76,7 @@ def test_a_fresh_seed_is_the_same_on_all_ranks(two):
     assert same_bits(first, second)
 
 
-@pytest.mark.parametrize(("size", "name"), [(2, "data"), (4, "data"), (4, "mesh"), (2, "own_data")])
+@pytest.mark.parametrize(("size", "name"), [(2, "data"), (4, "data"), (4, "mesh"), (2, "own_data"), (2, "slow_rank")])
 def test_shared_batches_give_the_same_hessian(worlds, size, name):
     expected = alone(**cases.DOUBLE)
     first = worlds[size][name][0]

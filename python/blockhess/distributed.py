@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,8 +33,6 @@ Parallel: TypeAlias = str | tuple[int, int] | None
 # Blocks are summed together until they have so many bytes, so that small ones do not cost a round each.
 BUCKET_BYTES = 2**22
 POLL_SECONDS = 0.005
-
-_calls = itertools.count()
 
 
 class RankError(RuntimeError):
@@ -123,19 +122,20 @@ class Processes(Ranks):
 
     Args:
         work_size, data_size: the mesh; their product is the world size.
-        store: torch.distributed's, for this call only.
+        root: the store of the default group.
 
-    The groups are the call's own, so that a call that failed leaves nothing behind for the next.
+    The groups and the part of the store are the call's own, so that a call that failed leaves nothing behind for the next.
     """
 
-    def __init__(self, work_size: int, data_size: int, store: Any) -> None:
+    def __init__(self, work_size: int, data_size: int, root: Any) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.work_size, self.data_size = work_size, data_size
         self.work_rank, self.data_rank = divmod(self.rank, data_size)
-        self._store, self._meetings = store, itertools.count()
         self._control = dist.new_group(backend="gloo")
+        names: list[str] = [""] * self.size
+        dist.all_gather_object(names, uuid.uuid4().hex, group=self._control)
+        self._store, self._meetings = PrefixStore(f"blockhess {names[0]}", root), itertools.count()
         self._data: dist.ProcessGroup | None = None
-        self._looked = time.monotonic()
 
     def connect(self) -> None:
         """Makes the groups of those that share batches, once all ranks are known to want the same mesh."""
@@ -268,8 +268,7 @@ def joined(parallel: Parallel) -> Iterator[Ranks]:
     world = dist.get_world_size()
     shape = _mesh(parallel, world)
     assert dist.group.WORLD is not None
-    root = dist.group.WORLD.get_group_store()
-    ranks = Processes(*shape, PrefixStore(f"blockhess {next(_calls)}", root))
+    ranks = Processes(*shape, dist.group.WORLD.get_group_store())
     try:
         ranks.agree({"parallel": str(parallel), "torch": str(torch.__version__)})
         ranks.connect()

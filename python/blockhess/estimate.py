@@ -132,7 +132,8 @@ def spectrum(
             they differ.
         OSError: run_dir does not take the state, as when the disk is full; what was saved before is kept.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
-        NotImplementedError: an operation of the model has no second derivative.
+        NotImplementedError: an operation of the model has no second derivative, or its parameters are shards.
+        distributed.RankError: another rank failed.
 
     Source: the paper's Algorithms 4 and 5.
 
