@@ -42,13 +42,7 @@ def main() -> None:
         assert sorted(parts) == everything, f"seed {seed}: work was done twice or not at all"
         print(f"seed {seed}: worlds {worlds}, resumed to the same bits", flush=True)
     if options.json:
-        told = {
-            "runs": options.runs,
-            "first_seed": options.seed,
-            "ranks_killed": kills,
-            "other_bits": 0,
-            "made_twice": 0,
-        }
+        told = {"runs": options.runs, "first_seed": options.seed, "ranks_killed": kills}
         options.json.write_text(json.dumps(told, indent=1) + "\n")
     print(f"{options.runs} runs, {kills} ranks killed: same bits, no recurrence made twice")
 

@@ -152,6 +152,7 @@ def test_a_killed_rank_costs_nothing_that_was_finished(tmp_path, parallel, place
     assert killed == len(places) - 1
     expected = alone(**cases.OPTIONS)
     for spectra, _ in found:
+        assert spectra["hvps"] == expected["hvps"]
         if parallel == "work":
             assert same_bits(spectra, expected)
         else:

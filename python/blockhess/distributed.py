@@ -124,7 +124,7 @@ class Processes(Ranks):
         work_size, data_size: the mesh; their product is the world size.
         root: the store of the default group.
 
-    The groups and the part of the store are the call's own, so that a call that failed leaves nothing behind for the next.
+    The groups and the part of the store are the call's own, so that a failed call leaves nothing behind for the next.
     """
 
     def __init__(self, work_size: int, data_size: int, root: Any) -> None:
@@ -211,6 +211,7 @@ class Sums:
     def __init__(self, group: dist.ProcessGroup | None, wait: Callable[[Any], None]) -> None:
         self._group, self._wait = group, wait
         self._bucket: list[Tensor] = []
+        self._last: Tensor | None = None
         self._flying: list[tuple[Any, Tensor, list[Tensor]]] = []
 
     def add(self, part: Tensor) -> None:
@@ -218,15 +219,20 @@ class Sums:
         if self._group is None:
             return
         self._bucket.append(part)
+        self._last = part
         if sum(t.numel() * t.itemsize for t in self._bucket) >= BUCKET_BYTES:
             self._send()
 
-    def finish(self) -> None:
-        """Waits for all sums."""
-        if self._bucket:
-            self._send()
+    def finish(self, count: int) -> int:
+        """Waits for all sums, and for that of the ranks' counts, which it returns."""
+        if self._last is None:
+            return count
+        counts = self._last.new_full((1,), count)
+        self._bucket.append(counts)
+        self._send()
         while self._flying:
             self._land()
+        return int(counts)
 
     def _send(self) -> None:
         if len(self._flying) > 1:  # two buffers, not all

@@ -185,11 +185,8 @@ class Job:
             for unit in mine:
                 own += [Done(d.unit, d.part.to("cpu"), d.hvps) for d in compute(unit)]
                 ranks.check()
-            for rank, others in enumerate(ranks.gather(own)):
-                if rank % ranks.data_size:  # made the same recurrences, of other batches
-                    self.hvps += sum(done.hvps for done in others)
-                else:
-                    before += others
+            for others in ranks.gather(own)[:: ranks.data_size]:
+                before += others
             before = [Done(d.unit, d.part.to(problem.device), d.hvps) for d in before]
             return sorted(before, key=lambda done: done.unit.first_probe)
 

@@ -52,7 +52,8 @@ class BlockOperator:
         on_hvp: called after every product of one block, probe and batch.
 
     Attributes:
-        problem: as given. dims: of these blocks. hvps: products computed so far, one per block, probe, step and batch.
+        problem: as given. dims: of these blocks. hvps: products computed so far, by
+            all ranks that share batches, one per block, probe, step and batch.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class BlockOperator:
         """
         result = torch.zeros_like(v)
         columns = list(zip(torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
-        sums, last = self.problem.ranks.sums(), len(self.problem.shares) - 1
+        sums, last, before = self.problem.ranks.sums(), len(self.problem.shares) - 1, self.hvps
         for index, share in enumerate(self.problem.shares):
             self._engine.prepare(index)
             for column, (number, (vectors, products)) in enumerate(zip(self.numbers, columns)):
@@ -95,7 +96,7 @@ class BlockOperator:
                     self._add(number, vectors, products, running[start : start + self._engine.rows], share)
                 if index == last:
                     sums.add(products)
-        sums.finish()
+        self.hvps = before + sums.finish(self.hvps - before)
         return result
 
     def _add(self, number: int, vectors: Tensor, products: Tensor, probes: list[int], share: float) -> None:
