@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +62,10 @@ def test_plan_for_gpus(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["work"] == 4
     assert main(["plan", job, "--gpus", "3", "--batch-ranks", "2"]) != 0
     assert "must divide" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_kept_measurement():
+    root = Path(__file__).parents[1]
+    kept = (root / "bench" / "results" / "distributed_cpu.txt").read_text().splitlines()
+    page = (root / "docs" / "distributed.md").read_text()
+    assert kept and all(f"    {line}".rstrip() in page for line in kept)
