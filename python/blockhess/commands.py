@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,9 +66,11 @@ def plan(
     sigma: Annotated[float | None, typer.Option(help="With --tol: blur, as a share of a block's range.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, autograd, traced, exact or ggn.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one on each GPU.")] = None,
+    batch_ranks: Annotated[int, typer.Option(min=1, help="Of these, how many share batches; divides --gpus.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a job would take: engine, products, FLOPs, time and memory. Computes no product.
+    """Say what a job would take: engine, products, FLOPs, time and memory. Computes no product, but a few with --gpus.
 
     Try: blockhess plan blockhess.demo:gpt_job
     """
@@ -81,7 +83,14 @@ def plan(
     asked = {"num_probes": probes, "num_steps": steps, "tol": tol, "sigma": sigma, "engine": engine}
     asked["memory_budget"] = memory_budget
     arguments = load(job) | {name: value for name, value in asked.items() if value is not None}
-    made = blockhess.plan(**arguments)
+    if gpus is None:
+        made: Any = blockhess.plan(**arguments)
+    else:
+        from blockhess.forecast import forecast
+
+        if gpus % batch_ranks:
+            raise ValueError(f"plan: --batch-ranks must divide --gpus, got {batch_ranks} and {gpus}")
+        made = forecast(work=gpus // batch_ranks, data_shares=batch_ranks, **arguments)
     typer.echo(to_json(dataclasses.asdict(made)) if as_json else made)
 
 

@@ -25,11 +25,12 @@ import blockhess
 import blockhess_ext
 from blockhess import fingerprint
 from blockhess.blocks import BlockSpec, unwrap
+from blockhess.distributed import ALONE, Parallel, Ranks, joined
 from blockhess.engines.plan import Plan
 from blockhess.job import Job
 from blockhess.model_state import has_batchnorm
 from blockhess.options import Options, choice, count
-from blockhess.posing import LOSS_TOLERANCE, posed
+from blockhess.posing import LOSS_TOLERANCE, posed, shared_budget
 from blockhess.problem import Problem
 from blockhess.progress import check_progress, progress_bar
 from blockhess.runs import directory
@@ -67,6 +68,7 @@ def spectrum(
     first_probe: int = 0,
     keep_vectors: bool = False,
     run_dir: str | PathLike[str] | None = None,
+    parallel: Parallel = None,
     on_nonfinite: str = "raise",
     progress: bool | str = "auto",
 ) -> Spectra:
@@ -116,6 +118,10 @@ def spectrum(
             arguments after any end of the process, it goes on from there to the same bits (on CUDA under
             torch.use_deterministic_algorithms, else the result's "same_bits_on_resume" is False); a finished run
             gives its result. SIGTERM and SIGINT save the state, then raise `runs.signals.Interrupted`.
+        parallel: how the processes of torch.distributed's default group share the job, which all of them call with the
+            same arguments: "work": each makes some of the recurrences; "data": each computes products for some of the
+            batches, its own or every so many-th of those given to all; (work, data): both, neighbouring ranks sharing
+            batches. None: they do not; this process does it all. All get the same result.
         on_nonfinite: "raise" or "report": what to do where Hessian-vector products are not finite.
         progress: True, False, or "auto": a bar on stderr where tqdm is installed and it takes more than a few seconds.
 
@@ -127,7 +133,8 @@ def spectrum(
             they differ.
         OSError: run_dir does not take the state, as when the disk is full; what was saved before is kept.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
-        NotImplementedError: an operation of the model has no second derivative.
+        NotImplementedError: an operation of the model has no second derivative, or its parameters are shards.
+        distributed.RankError: another rank failed.
 
     Source: the paper's Algorithms 4 and 5.
 
@@ -138,16 +145,20 @@ def spectrum(
         >>> list(spectra)
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     start = time.perf_counter()
-    options = Options(
-        num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget,
-        first_probe, keep_vectors,
-    )  # fmt: skip
     with ExitStack() as stack:
-        run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
-        posing = (blocks, batchnorm, dtype, _budget(memory_budget, run), matmul_precision)
-        problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing))
+        ranks = stack.enter_context(joined(parallel))
+        choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+        if parallel is not None and keep_vectors:
+            raise ValueError("spectrum: keep_vectors must be False with parallel, got True: no rank has all vectors")
+        options = Options(
+            num_probes, num_steps, tol, sigma, engine, distribution, reorthogonalize, memory_budget,
+            first_probe, keep_vectors,
+        )  # fmt: skip
+        run = None if run_dir is None else stack.enter_context(directory.opened(run_dir, ranks))
+        budget = shared_budget(_budget(memory_budget, run), model, ranks)
+        posing = (blocks, batchnorm, dtype, budget, matmul_precision)
+        problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing, ranks))
         made = {
             "model": type(unwrap(model)).__name__,
             "loss": problem.loss.name,
@@ -163,9 +174,13 @@ def spectrum(
             "blockhess": blockhess.__version__,
         }
         identity = _identity(problem, options, made, seed)
+        identity |= {"parallel": parallel if parallel is None else str(parallel)}
+        ranks.agree(identity)
+        planned = dataclasses.replace(options, memory_budget=budget)
         spectra = _carried_out(
-            lambda records, plan: Job(problem, options, records, plan), seed, made, start, progress, run, identity
-        )
+            lambda records, plan: Job(problem, planned, records, plan),
+            seed, made, start, progress, run, identity, ranks,
+        )  # fmt: skip
     return _finite(spectra, on_nonfinite)
 
 
@@ -183,6 +198,7 @@ def _carried_out(
     progress: bool | str,
     run: RunDirectory | None,
     identity: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Spectra:
     """The spectra of a job, recorded as it goes where there is a run directory; or what the directory holds.
 
@@ -191,6 +207,7 @@ def _carried_out(
         made: provenance, as far as the job does not know it; seconds are added to those in it.
         start: of the clock.
         identity: what tells the job from others.
+        ranks: which share it.
     """
     if run is None:
         job = make(None, None)
@@ -199,11 +216,13 @@ def _carried_out(
         result = run.result()
         if result is not None:
             return result
-        seed = blockhess_ext.arguments.probe_seed(seed) if run.run is None else run.run["seed"]
+        fresh = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
+        seed = fresh if run.run is None else run.run["seed"]
         job = make(run, run.plan)
         run.begin(identity, job.plan, seed, job.infos, identity["keep_vectors"])
         made = made | {"same_bits_on_resume": identity["deterministic"]}
-    with progress_bar(job.plan.hvps, "HVP", progress) as on_hvp:
+    shown = progress if ranks.rank == 0 else False
+    with progress_bar(job.plan.hvps // ranks.size, "HVP", shown) as on_hvp:
         quadrature = job.run(seed, on_hvp)
     seconds = made.get("seconds", 0.0) + (time.perf_counter() - start if run is None else run.seconds)
     spectra = Spectra(job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": seconds}, job.vectors)
@@ -335,7 +354,7 @@ def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: in
         "data": made["fingerprints"]["data"],
         "dtype": str(problem.dtype).removeprefix("torch."),
         "blocks": [f"{info.name} ({info.dim})" for info in problem.infos],
-        "batches": len(problem.batches),
+        "batches": problem.n_batches,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
@@ -382,6 +401,6 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
     check_progress(given.arguments["progress"])
     blockhess_ext.arguments.probe_seed(given.arguments["seed"])
     wishes = Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(Options)})
-    posing = {name: given.arguments[name] for name in inspect.signature(posed).parameters}
+    posing = {n: given.arguments[n] for n in inspect.signature(posed).parameters if n in given.arguments}
     with posed(**posing) as (problem, *_):
         return Job(problem, wishes).plan

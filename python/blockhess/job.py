@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 import blockhess_ext
 from blockhess import adaptive
 from blockhess.blocks import ZERO_NOTE, block_id, with_note
+from blockhess.distributed import ALONE
 from blockhess.engines import BlockOperator, Engine, NotTraceable
 from blockhess.engines.accuracy import Disagreement, measure
+from blockhess.engines.costs import product_costs, step_cost
 from blockhess.engines.exact import exact_quadratures
 from blockhess.engines.plan import Plan, budget_bytes, make_plan, without_tracing
 from blockhess.options import Options
 from blockhess.problem import Problem
+from blockhess.sharing import items_of, shared
 from blockhess.spectra import Spectra
 from blockhess.work import Done, Records, Unit
 from blockhess_ext import Quadrature, State
 from blockhess_ext.slq import reorthogonalized_blocks
+
+Compute: TypeAlias = Callable[[Unit], Iterator[Done]]
 
 
 class Job:
@@ -106,16 +111,21 @@ class Job:
             "ghosts": {info.name: count for info, count, b in zip(self.infos, ghosts, bare) if b and count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
+            "processes": [self._problem.ranks.work_size, self._problem.ranks.data_size],
         }
 
     def run(self, seed: int | None, on_hvp: Callable[[], object]) -> Quadrature:
         """All blocks, in their order."""
-        options = self._options
-        seed = blockhess_ext.arguments.probe_seed(seed)
-        engine = self._engine()
+        options, ranks = self._options, self._problem.ranks
+        seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
+        engine = self.make_engine()
+        share = None if ranks is ALONE else self._sharing(engine)
 
-        def finish(unit: Unit, state: State | None = None) -> None:
-            for done in self._finish(unit, engine, seed, on_hvp, state):
+        def compute(unit: Unit, state: State | None = None) -> Iterator[Done]:
+            return self._finish(unit, engine, seed, on_hvp, state)
+
+        def keep(finished: Iterable[Done]) -> None:
+            for done in finished:
                 self.hvps += done.hvps
                 for column, l in enumerate(done.unit.blocks):
                     found[l].append(done.part.of_block(column))
@@ -125,11 +135,16 @@ class Job:
             found = [[part.to(self._problem.device)] for part in _blocks_of(self._first)]
         elif self._first is not None:
             for unit, state in sorted(self._first.vectors, key=lambda kept: kept[0].first_probe):
-                finish(unit, state)
+                keep(compute(unit, state))
             self._check_vectors(self._first, found)
 
-        for unit in self._units(found):
-            finish(unit)
+        for units in self._rounds(found):
+            if share is not None:
+                keep(share(units, compute))
+            else:
+                for unit in units:
+                    keep(compute(unit))
+        self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.joined([_whole(parts) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
         self._note(
@@ -141,9 +156,72 @@ class Job:
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
         return whole
 
-    def _units(self, found: list[list[Quadrature]]) -> Iterator[Unit]:
+    def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[Done]]:
+        """What has units computed by all ranks, each some of them, and hands all results to all.
+
+        Raises:
+            ValueError: there are more ranks than recurrences.
+        """
+        problem, records, ranks = self._problem, self._records, self._problem.ranks
+        n_exact = sum(self.plan.exact)
+        recurrences = n_exact + (len(problem.dims) - n_exact) * self._options.num_probes
+        if recurrences < ranks.work_size:
+            raise ValueError(
+                "spectrum: parallel must share the work among no more ranks than there are recurrences, "
+                f"{recurrences}, got {ranks.work_size}; let ranks share batches: parallel='data' or (work, data)"
+            )
+        cost = self.cost(ranks.gather(product_costs(problem, engine))[0])
+
+        def share(units: Sequence[Unit], compute: Compute) -> list[Done]:
+            before = [done for done in records.finished() if any(unit.covers(done.unit) for unit in units)]
+            made = {item for done in before for item in items_of(done.unit)}
+            # Units that were broken off go on where their state is.
+            begun: list[list[Unit]] = [[] for _ in range(ranks.work_size)]
+            for rank, unit in enumerate(ranks.gather(records.in_work())[:: ranks.data_size]):
+                if unit and any(u.covers(unit) for u in units) and made.isdisjoint(items_of(unit)):
+                    begun[rank].append(unit)
+                    made.update(items_of(unit))
+            mine = [*begun[ranks.work_rank], *shared(units, cost, ranks.work_size, made)[ranks.work_rank]]
+            own: list[Done] = []
+            for unit in mine:
+                own += [Done(d.unit, d.part.to("cpu"), d.hvps) for d in compute(unit)]
+                ranks.check()
+            for others in ranks.gather(own)[:: ranks.data_size]:
+                before += others
+            before = [Done(d.unit, d.part.to(problem.device), d.hvps) for d in before]
+            return sorted(before, key=lambda done: done.unit.first_probe)
+
+        return share
+
+    def cost(self, products: Sequence[float], steps: Sequence[float] | None = None) -> Callable[[int, int], float]:
+        """What a recurrence of a block takes, or writing it out (probe -1).
+
+        Args:
+            products: of each block, what one product takes for one vector.
+            steps: of each block, what a Lanczos step takes beside it; by default as counted.
+        """
+        problem = self._problem
+
+        def cost(number: int, probe: int) -> float:
+            dim = problem.dims[number]
+            if probe < 0:
+                return dim * products[number]
+            made = min(self._options.num_steps, dim)
+            rows = made / 2 if self._basis[number] != "none" else 0
+            return made * (products[number] + (steps[number] if steps else step_cost(problem, number, rows)))
+
+        return cost
+
+    @property
+    def units(self) -> list[Unit]:
+        """The most that there can be to do."""
+        first, exact = self._options.first_probe, tuple(l for l, e in enumerate(self.plan.exact) if e)
+        estimated = [Unit(first + start, count, blocks) for start, count, blocks in self.plan.passes]
+        return estimated + ([Unit(first, 0, exact)] if exact else [])
+
+    def _rounds(self, found: list[list[Quadrature]]) -> Iterator[list[Unit]]:
         """What to compute until every estimated block has found as many probes as it needs, and the others are written
-        out; asked for the next one, it looks at what has been found."""
+        out; asked for the next units, it looks at what has been found."""
         options = self._options
         adapts = options.tol is not None and self._first is None
         least = min(adaptive.LEAST_PROBES, options.num_probes) if adapts else options.num_probes
@@ -157,11 +235,13 @@ class Job:
             start = min(has[l] for l in behind)
             together = {l for l in behind if has[l] == start}
             stop = min(needs[l] for l in together)
+            units = []
             for first, count, blocks in self.plan.passes:
                 probes = range(max(first, start), min(first + count, stop))
                 chosen = tuple(l for l in blocks if l in together)
                 if probes and chosen:
-                    yield Unit(options.first_probe + probes.start, len(probes), chosen)
+                    units.append(Unit(options.first_probe + probes.start, len(probes), chosen))
+            yield units
             if options.tol is not None and adapts:
                 for l in together:
                     (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.sigma)
@@ -169,7 +249,7 @@ class Job:
         exact = tuple(l for l, e in enumerate(self.plan.exact) if e and not found[l])
         if exact:
             self._exact_rows = max((_whole(p).num_probes for p in found if p), default=options.num_probes)
-            yield Unit(options.first_probe, 0, exact)
+            yield [Unit(options.first_probe, 0, exact)]
 
     def _finish(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None
@@ -187,8 +267,8 @@ class Job:
                     done = self._compute(unit, engine, seed, on_hvp, state)
                     self._records.add(done)
             except torch.OutOfMemoryError:
-                if not unit.halves() or state is not None:
-                    raise
+                if not unit.halves() or state is not None or self._problem.ranks.data_size > 1:
+                    raise  # ranks that sum their products must all cut, or none
             if done is not None:
                 yield done
                 return
@@ -262,17 +342,22 @@ class Job:
     def _note(self, text: str, which: Sequence[bool]) -> None:
         self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
 
-    def _engine(self) -> Engine:
+    def make_engine(self) -> Engine:
         """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
+        ranks, failure = self._problem.ranks, None
         try:
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine)
         except (NotTraceable, Disagreement) as error:
             if self._options.engine == "traced":
                 raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {error}") from error
-            self.plan = without_tracing(self.plan, f"no trace: {error}")
+            failure = str(error)
+        failure = next(filter(None, ranks.gather(failure)), None)
+        if failure is not None:
+            self.plan = without_tracing(self.plan, f"no trace: {failure}")
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine)
+        accuracy = ranks.gather(accuracy)[0]
         if accuracy is not None:
             self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
             self._zero_within = [
@@ -283,10 +368,11 @@ class Job:
 
     def _noise(self, number: int, error: float) -> float:
         """The largest eigenvalue of a block that is zero in the first batch, if it is zero in all."""
-        if len(self._problem.batches) == 1:
+        if self._problem.n_batches == 1:
             return math.inf
         # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
-        return float(10 * error * self._problem.dims[number] ** 0.5 * sum(self._problem.shares))
+        shares = 1 if self._problem.loss.averaged else self._problem.n_batches
+        return float(10 * error * self._problem.dims[number] ** 0.5 * shares)
 
 
 def _whole(parts: Sequence[Quadrature]) -> Quadrature:

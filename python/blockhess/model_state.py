@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from blockhess.distributed import ALONE, Ranks
+
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 
@@ -71,7 +73,9 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         yield
 
 
-def freeze_batch_statistics(model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any]) -> None:
+def freeze_batch_statistics(
+    model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any], ranks: Ranks = ALONE
+) -> None:
     """Set BatchNorm's running statistics to the averages of the batches' own, at the present parameters.
 
     To be called in a `fixed_state`, which puts the old ones back.
@@ -79,7 +83,8 @@ def freeze_batch_statistics(model: nn.Module, evaluate: Callable[[Any], object],
     Args:
         model: the model.
         evaluate: runs the model on a batch.
-        batches: all data.
+        batches: all data, or this rank's part.
+        ranks: whose batches count, each as much as any other.
 
     Raises:
         ValueError: a BatchNorm layer keeps no running statistics.
@@ -98,6 +103,11 @@ def freeze_batch_statistics(model: nn.Module, evaluate: Callable[[Any], object],
             layer.reset_running_stats()
         for batch in batches:
             evaluate(batch)
+        averages = [b for layer in layers.values() for b in (layer.running_mean, layer.running_var)]
+        found = ranks.row((len(batches), [average.cpu() for average in averages])) if ranks.data_size > 1 else []
+        total = sum(count for count, _ in found)
+        for number, average in enumerate(averages if found else ()):
+            average.copy_(sum(count / total * parts[number].to(average) for count, parts in found))
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from blockhess import fingerprint
 from blockhess.batches import as_batches, batch_size, split_batch
 from blockhess.blocks import BlockSpec, Partition, partition, unwrap
+from blockhess.distributed import ALONE, Ranks, refuse_sharded
 from blockhess.engines.plan import budget_bytes, micro_batches
 from blockhess.losses import as_loss
 from blockhess.model_state import fixed_state, freeze_batch_statistics, has_batchnorm
@@ -33,23 +35,29 @@ def posed(
     dtype: torch.dtype | None,
     memory_budget: int | str | None,
     matmul_precision: str,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
-    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints."""
+    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints.
+
+    Of several ranks that share batches, each has its own, and the fingerprint is that of all.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
     choice("matmul_precision", matmul_precision, ("highest", "high", "medium"))
     model = unwrap(model)
+    refuse_sharded(model)
     cut = partition(model, blocks)
     loss = as_loss(loss_fn)
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
-        fingerprints = {"model": fingerprint.of_model(model), "data": fingerprint.of_data(batches)}
+        batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
+        fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
         if batchnorm == "frozen-batch-stats":
-            freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
+            freeze_batch_statistics(model, lambda batch: loss(model, batch), batches, ranks)
         try:
-            problem = Problem(model, loss, batches, cut.blocks, dtype)
+            problem = Problem(model, loss, batches, cut.blocks, dtype, several=ranks.data_size > 1)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise torch.OutOfMemoryError(
@@ -60,7 +68,19 @@ def posed(
         # Only where the loss of a batch may be the mean over its samples.
         if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
             problem = _split(problem, parts, cut, dtype)
+        problem.join(ranks)
         yield problem, cut, fingerprints
+
+
+def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: Ranks) -> int | str | None:
+    """The memory budget that all ranks plan with, by default the least that any of their devices grants; processes that
+    torchrun started on one host share what is the host's."""
+    if memory_budget is not None or ranks is ALONE or not isinstance(model, nn.Module):
+        return memory_budget
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    own = budget_bytes(None, device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return int(min(ranks.gather(own // local)))
 
 
 def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:

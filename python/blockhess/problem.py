@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from blockhess.batches import Batch, check_device, map_tensors, tensors
 from blockhess.blocks import Block, with_note
+from blockhess.distributed import ALONE, Ranks
 from blockhess.losses import Loss, checked, checked_weight
 
 
@@ -36,6 +37,7 @@ class Problem:
         dtype: what to compute in: None is the parameters' own, float32 for float16 and bfloat16 ones; otherwise all
             parameters, buffers and floating-point data are converted. float16 or bfloat16 itself is taken only if
             the parameters have it.
+        several: whether other ranks have more batches, with which `join` will put these together.
 
     Attributes:
         blocks: as given. infos: their BlockInfo, with "unused" noted.
@@ -43,7 +45,9 @@ class Problem:
         parameters: name -> what is differentiated, of every parameter in a block.
         dtype, device: of the vector sets: the widest dtype among the parameters, at least float32.
         batches: those of weight above 0. shares: of each in the whole.
-        loss_value: the loss of all data. weight: the sum of the batches' weights.
+        loss_value: the loss of all data. weight: the sum of the batches' weights. n_batches: how many there are; after
+            `join` these three, and what is used, are of all ranks.
+        ranks: which hold the other batches.
         used: names of parameters that a gradient reaches in some batch. unused: the others.
         graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds, scaled to the largest
             batch.
@@ -68,8 +72,10 @@ class Problem:
         batches: Sequence[Batch],
         blocks: Sequence[Block],
         dtype: torch.dtype | None = None,
+        several: bool = False,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
+        self.ranks = ALONE
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = _Computation(model)
         pieces = {piece.name: piece.tensor for block in blocks for piece in block.pieces}
@@ -84,7 +90,7 @@ class Problem:
         self.dtype = max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize)
         if self.dtype.itemsize < 4:
             self.dtype = torch.float32
-        self._survey(batches)
+        self._survey(batches, several)
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The loss of a batch, at other parameters if some are given by name."""
@@ -139,7 +145,7 @@ class Problem:
             # Tied parameters are named one by one: a module that is registered twice must be changed once.
             return functional_call(self._wrapped, renamed, (compute, batch), tie_weights=False)
 
-    def _survey(self, batches: Sequence[Batch]) -> None:
+    def _survey(self, batches: Sequence[Batch], several: bool) -> None:
         """One pass over the data: checks, weights, the loss, and which parameters it depends on."""
         weights: list[float] = []
         values: list[float] = []
@@ -151,7 +157,7 @@ class Problem:
                     flops = stack.enter_context(_Flops())
                 loss, raw_weight = self._call(self.loss, batch, None)
             loss = checked(loss, index)
-            weight = checked_weight(raw_weight, index, len(batches)) if self.loss.averaged else 1.0
+            weight = checked_weight(raw_weight, index, len(batches) + several) if self.loss.averaged else 1.0
             if weight == 0:  # all labels ignored: the mean over them is 0 / 0
                 continue
             if not torch.isfinite(loss):
@@ -179,7 +185,7 @@ class Problem:
         if self.batches:
             sizes = [sum(t.numel() for t in tensors(batch)) for batch in self.batches]
             self.graph_bytes = int(self.graph_bytes * max(sizes) / max(1, sizes[0]))
-        self.weight = sum(weights)
+        self.weight, self.n_batches = sum(weights), len(self.batches)
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
         if not used:
@@ -189,11 +195,32 @@ class Problem:
             )
         self.shares = [w / self.weight if self.loss.averaged else 1.0 for w in weights]
         self.loss_value = sum(share * value for share, value in zip(self.shares, values))
-        self.used = frozenset(used)
+        self._use(frozenset(used))
+
+    def _use(self, used: frozenset[str]) -> None:
+        self.used = used
         self.unused = tuple(name for name in self.parameters if name not in used)
         self.infos = tuple(
             block.info if used & set(block.parameters) else with_note(block.info, "unused") for block in self.blocks
         )
+
+    def join(self, ranks: Ranks) -> None:
+        """Make the data of all ranks that share it one: to be called by all of them, once."""
+        self.ranks = ranks
+        if ranks.data_size == 1:
+            return
+        counted = (self.graph_nodes, self.graph_bytes, self.forward_flops)
+        found = ranks.row((self.weight, self.loss_value, self.n_batches, self.used, counted))
+        weights, values, numbers, used, counts = zip(*found)
+        total = sum(weights)
+        if self.loss.averaged:
+            self.shares = [share * self.weight / total for share in self.shares]
+            self.loss_value = sum(weight / total * value for weight, value in zip(weights, values))
+        else:
+            self.loss_value = sum(values)
+        self.weight, self.n_batches = total, sum(numbers)
+        self._use(frozenset().union(*used))
+        self.graph_nodes, self.graph_bytes, self.forward_flops = map(max, zip(*counts))
 
     def is_used(self, number: int) -> bool:
         """Whether the loss depends on some parameter of block `number`."""

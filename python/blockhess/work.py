@@ -45,10 +45,14 @@ class Unit:
             return tuple(Unit(first, self.num_probes, part) for part in (self.blocks[:middle], self.blocks[middle:]))
         return ()
 
+    def covers(self, other: Unit) -> bool:
+        """Whether the other one is a piece of it, or all."""
+        inside = set(other.probes) <= set(self.probes) and set(other.blocks) <= set(self.blocks)
+        return inside and (self.num_probes > 0) == (other.num_probes > 0)
+
     def holds(self, other: Unit) -> bool:
         """Whether the other one is a piece of it, and not all."""
-        inside = set(other.probes) <= set(self.probes) and set(other.blocks) <= set(self.blocks)
-        return inside and (self.num_probes > 0) == (other.num_probes > 0) and other != self
+        return self.covers(other) and other != self
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,14 @@ class Records:
 
     def done(self, unit: Unit) -> Done | None:
         """The unit, if it was done before."""
+        return None
+
+    def finished(self) -> list[Done]:
+        """All units that were done before, by any process."""
+        return []
+
+    def in_work(self) -> Unit | None:
+        """The unit that this process had in work when it was broken off."""
         return None
 
     def is_cut(self, unit: Unit) -> bool:

@@ -1,6 +1,6 @@
 """The block-diagonal Hessian as an operator on vector sets, whatever computes the products.
 
-    (H v)_l = sum_b share_b H_b,l v_l
+    (H v)_l = sum_b share_b H_b,l v_l,   over the batches of all ranks that share them
 
 Promises: block l of the result depends on block l of the input only; the input is neither modified nor kept; the
 result is the only tensor of the input's size that is made; finished recurrences cost nothing.
@@ -52,7 +52,8 @@ class BlockOperator:
         on_hvp: called after every product of one block, probe and batch.
 
     Attributes:
-        problem: as given. dims: of these blocks. hvps: products computed so far, one per block, probe, step and batch.
+        problem: as given. dims: of these blocks. hvps: products computed so far, by
+            all ranks that share batches, one per block, probe, step and batch.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class BlockOperator:
         """
         result = torch.zeros_like(v)
         columns = list(zip(torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
+        sums, last, before = self.problem.ranks.sums(), len(self.problem.shares) - 1, self.hvps
         for index, share in enumerate(self.problem.shares):
             self._engine.prepare(index)
             for column, (number, (vectors, products)) in enumerate(zip(self.numbers, columns)):
@@ -92,6 +94,9 @@ class BlockOperator:
                 running = [p for p in range(len(v)) if self._finished is None or not self._finished[p][column]]
                 for start in range(0, len(running), self._engine.rows):
                     self._add(number, vectors, products, running[start : start + self._engine.rows], share)
+                if index == last:
+                    sums.add(products)
+        self.hvps = before + sums.finish(self.hvps - before)
         return result
 
     def _add(self, number: int, vectors: Tensor, products: Tensor, probes: list[int], share: float) -> None:

@@ -93,14 +93,16 @@ class Plan:
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
             f"products      {self._products()} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
-            f"{_time(self.seconds)}",
+            f"{time_text(self.seconds)}",
             f"together      {max(p[1] for p in self.passes) if self.passes else 0} probes of "
             f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
-            f"memory        {_size(self.vector_bytes)} vectors, {_size(self.engine_bytes)} {self.engine}, "
-            f"of {_size(self.memory_budget)}",
+            f"memory        {size_text(self.vector_bytes)} vectors, {size_text(self.engine_bytes)} {self.engine}, "
+            f"of {size_text(self.memory_budget)}",
         ]
         if self.kept_bytes:
-            lines.append(f"kept          {_size(self.kept_bytes)} of vectors after the last step, for more steps later")
+            lines.append(
+                f"kept          {size_text(self.kept_bytes)} of vectors after the last step, for more steps later"
+            )
         return "\n".join(lines)
 
 
@@ -170,16 +172,17 @@ def make_plan(
     if needed > budget:
         what = f"block {problem.infos[largest].name!r}" if sizes[largest] > room else "one batch's graph"
         raise ValueError(
-            f"spectrum: memory_budget must be at least {_size(needed)} for one probe of {what}, got {_size(budget)}"
+            f"spectrum: memory_budget must be at least {size_text(needed)} for one probe of {what}, got "
+            f"{size_text(budget)}"
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
-    n_batches = len(problem.batches)
+    n_batches = len(problem.batches)  # of this rank, whose graphs it keeps
     per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
-    hvps = n_batches * sum(count for count, u in zip(per_block, used) if u)
+    hvps = problem.n_batches * sum(count for count, u in zip(per_block, used) if u)
     fewest_probes, fewest_steps = least or (num_probes, num_steps)
     fewest = [d if e else min(fewest_probes, num_probes) * min(fewest_steps, num_steps, d) for d, e in zip(dims, exact)]
-    least_hvps = n_batches * sum(count for count, u in zip(fewest, used) if u)
+    least_hvps = problem.n_batches * sum(count for count, u in zip(fewest, used) if u)
     chosen, why = _engine(problem, engine, hvps)
     graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
     retain = n_batches * graph <= room
@@ -192,7 +195,7 @@ def make_plan(
         rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
         compiled=_compiling_pays(problem, chosen, hvps, sum(used)),
         retain=retain,
-        batches=n_batches,
+        batches=problem.n_batches,
         hvps=hvps,
         least_hvps=least_hvps,
         flops=forwards * problem.forward_flops,
@@ -249,8 +252,8 @@ def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, r
     taken = bytes_needed(written, problem.dtype.itemsize)
     if wish == "exact" and taken > room:
         raise ValueError(
-            f"spectrum: memory_budget must be at least {_size(2 * taken)} to write out {sum(exact)} blocks "
-            f"(engine='exact'), got {_size(2 * room)}"
+            f"spectrum: memory_budget must be at least {size_text(2 * taken)} to write out {sum(exact)} blocks "
+            f"(engine='exact'), got {size_text(2 * room)}"
         )
     return tuple(exact)
 
@@ -279,14 +282,16 @@ def _passes(
     ]
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A duration for people."""
     for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.2g} {unit}"
     return f"{seconds:.2g} seconds"
 
 
-def _size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if nbytes < 1024 or unit == "GiB":
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"

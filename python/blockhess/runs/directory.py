@@ -3,7 +3,7 @@
     run.json             what the run is, its plan, seed and blocks: written before the first product
     parts/00000.safetensors ...     the units of work that are done
     vectors/00000.safetensors ...   their states after the last step, where they are kept
-    state.safetensors    the state of the unit in work
+    state.safetensors    the state of the unit in work; state-1.safetensors ... those of other ranks
     spectra.npz          the result, once all is done
     lock                 who works in it
 
@@ -25,6 +25,7 @@ from typing import Any
 
 from blockhess import files
 from blockhess.blocks import BlockInfo
+from blockhess.distributed import ALONE, Ranks
 from blockhess.engines.plan import Plan
 from blockhess.posing import LOSS_TOLERANCE
 from blockhess.runs import store
@@ -44,22 +45,27 @@ VERSION = 1
 class RunDirectory(Records):
     """The records of a run, on disk.
 
+    Ranks that share recurrences write their own parts and states, and read those of all; of those that share batches,
+    and so have the same, the first one writes.
+
     Args:
         path: of the directory.
         signals: what asks the run to end.
+        ranks: which share the run.
 
     Attributes:
         run: content of run.json, or None where no run was begun.
     """
 
-    def __init__(self, path: Path, signals: Catcher) -> None:
+    def __init__(self, path: Path, signals: Catcher, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        self.path, self.run = path, read_run(path)
+        self.path, self.run, self._ranks = path, read_run(path), ranks
+        self._state_file = path / (f"state-{ranks.work_rank}.safetensors" if ranks.work_rank else STATE)
         self._signals = signals
         self._done: dict[Unit, Done] = {}
         self._state: tuple[Unit, State, int, float] | None = None
         self._unit: Unit | None = None
-        self._next_file = 0
+        self._next_file = ranks.rank
         self._seconds, self._start = 0.0, time.perf_counter()
         self.checkpoints = Checkpoints(self._save_state)
 
@@ -99,14 +105,16 @@ class RunDirectory(Records):
                 "seed": seed,
                 "blocks": [dataclasses.asdict(block) for block in blocks],
             }
+            if self._ranks.rank:
+                return
             for folder in (PARTS, VECTORS) if keep_vectors else (PARTS,):
                 (self.path / folder).mkdir(exist_ok=True)
             with _explained(self.path):
                 store.write_json(self.path / RUN, self.run)
             return
         with _explained(self.path):
-            found, self._state = parts(self.path), state_of(self.path)
-        self._next_file = max((number for number, *_ in found), default=-1) + 1
+            found, self._state = parts(self.path), state_of(self._state_file)
+        self._next_file = max((number for number, *_ in found), default=-1) + 1 + self._ranks.rank
         for number, done, seconds in found:
             if keep_vectors and done.unit.num_probes:
                 done = dataclasses.replace(done, last=read_state(_file(self.path, VECTORS, number))[1])
@@ -121,11 +129,13 @@ class RunDirectory(Records):
         return finished(self.path)
 
     def finish(self, spectra: Spectra) -> None:
-        """Writes the result; the state is of no use any more."""
+        """Writes the result; the states are of no use any more."""
+        if self._ranks.rank:
+            return
         files.save(spectra, self.path / RESULT)
-        for generation in ("", ".new", ".previous"):
+        for file in self.path.glob("state*.safetensors*"):
             with contextlib.suppress(OSError):
-                store.disk.unlink(f"{self.path / STATE}{generation}")
+                store.disk.unlink(str(file))
 
     def done(self, unit: Unit) -> Done | None:
         """As in `Records`."""
@@ -133,6 +143,14 @@ class RunDirectory(Records):
         if done is not None and done.last is not None:
             self.vectors.append((unit, done.last))
         return done
+
+    def finished(self) -> list[Done]:
+        """As in `Records`."""
+        return list(self._done.values())
+
+    def in_work(self) -> Unit | None:
+        """As in `Records`."""
+        return None if self._state is None else self._state[0]
 
     def is_cut(self, unit: Unit) -> bool:
         """As in `Records`."""
@@ -155,30 +173,34 @@ class RunDirectory(Records):
         """As in `Records`; saves the state where it is time, or where a signal waits."""
         self._unit = unit
         if self._signals.pending is not None:
-            self.checkpoints.save_now(state, hvps)
+            if not self._ranks.data_rank:
+                self.checkpoints.save_now(state, hvps)
             self._signals.check()
-        self.checkpoints.after_step(state, hvps)
+        if not self._ranks.data_rank:
+            self.checkpoints.after_step(state, hvps)
 
     def add(self, done: Done) -> None:
         """As in `Records`."""
         super().add(done)
         self.checkpoints.forget()
+        if self._ranks.data_rank:
+            return
         number, seconds = self._next_file, self.seconds
         with _explained(self.path):
             if done.last is not None:
                 write_state(_file(self.path, VECTORS, number), done.unit, done.last, done.hvps, seconds)
             write_part(_file(self.path, PARTS, number), done, seconds)
-        self._next_file = number + 1
+        self._next_file = number + self._ranks.size
 
     def _save_state(self, state: State, hvps: int) -> None:
         assert self._unit is not None
         with _explained(self.path):
-            write_state(self.path / STATE, self._unit, state, hvps, self.seconds)
+            write_state(self._state_file, self._unit, state, hvps, self.seconds)
 
 
 @contextmanager
-def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
-    """The run directory, made if it is missing, for this process alone.
+def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirectory]:
+    """The run directory, made if it is missing, for these ranks alone, the first of which locks it.
 
     Raises:
         ValueError: it is in use, or cannot be made or written to, or holds other things.
@@ -186,14 +208,16 @@ def opened(path: str | PathLike[str]) -> Iterator[RunDirectory]:
     """
     if not isinstance(path, str | PathLike):
         raise TypeError(f"run_dir: must be a path, got {path!r}")
-    folder = files.writable_folder(path)
+    folder = files.writable_folder(path) if ranks.rank == 0 else Path(path)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder))
+            if ranks.rank == 0:
+                stack.enter_context(locked(folder))
         except OSError as error:
             raise ValueError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from None
+        ranks.gather(None)  # the others need the folder
         with _explained(folder):
-            run = RunDirectory(folder, stack.enter_context(caught()))
+            run = RunDirectory(folder, stack.enter_context(caught()), ranks)
         yield run
 
 
@@ -243,11 +267,11 @@ def parts(path: Path) -> list[tuple[int, Done, float]]:
     return found
 
 
-def state_of(path: Path) -> tuple[Unit, State, int, float] | None:
-    """The state of the unit in work, the products that it took, and the seconds so far, if it can be read."""
-    if any(store.disk.exists(f"{path / STATE}{end}") for end in ("", ".new", ".previous")):
-        with _unreadable_told(path / STATE):
-            return read_state(path / STATE)
+def state_of(file: Path) -> tuple[Unit, State, int, float] | None:
+    """The state of a unit in work, the products that it took, and the seconds so far, if it can be read."""
+    if any(store.disk.exists(f"{file}{end}") for end in ("", ".new", ".previous")):
+        with _unreadable_told(file):
+            return read_state(file)
     return None
 
 

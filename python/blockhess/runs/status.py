@@ -167,5 +167,5 @@ def _run(path: Path) -> dict[str, Any]:
 
 def _in_work(path: Path, parts: list[tuple[int, Done, float]]) -> tuple[Unit, State, int, float] | None:
     """The state of a unit that is not done yet."""
-    state = directory.state_of(path)
+    state = directory.state_of(path / directory.STATE)
     return None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state
