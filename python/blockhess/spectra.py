@@ -337,8 +337,9 @@ class Spectra(SpectraBands):
 
         Returns:
             value, lower, upper: (n_blocks,) each; NaN where a block has fewer than k. The interval is between the
-            crossings of k - 1/2 -+ z sqrt(2 k / n_probes): among the weights of n_probes Gaussian vectors the count of
-            the k largest has that standard error. What too few steps leave open is not in it.
+            crossings of k - 1/2 -+ z sqrt(2 k / n_probes): among the weights of a block's n_probes Gaussian vectors the
+            count of the k largest has that standard error, none where the block was written out. What too few steps
+            leave open is not in it.
 
         Raises:
             ValueError: k is below 1, or confidence is not between 0 and 1.
@@ -347,8 +348,9 @@ class Spectra(SpectraBands):
             >>> tenth, lower, upper = spectra.kth_eigenvalue(10)
         """
         k = integer("k", k, 1, op="kth_eigenvalue")
-        half = normal_quantile(check_confidence("kth_eigenvalue", confidence))
-        half *= math.sqrt(2 * k / self.quadrature.num_probes)
+        z, q = normal_quantile(check_confidence("kth_eigenvalue", confidence)), self.quadrature
+        exact = torch.tensor([q.is_exact(row) for row in range(len(self))])
+        half = (z * (2 * k / (q.steps > 0).sum(0).double()).sqrt()).masked_fill(exact, 0.0)
         missing = ~self._known | (torch.tensor(self.dims) < k)
         value, lower, upper = (
             axes.kth_largest(*self.merged, self.dims, count).masked_fill(missing, torch.nan)
