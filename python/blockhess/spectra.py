@@ -476,7 +476,7 @@ class Spectra(SpectraBands):
         return tuple((name, reasons[name]) for name in self.names if name in reasons)
 
     def _not_normalizable(self, normalize: str | int) -> dict[str, str]:
-        """Name -> why, of the known blocks that cannot be divided by what normalize says."""
+        """Name -> why, of the blocks that cannot be divided by what normalize says."""
         if normalize == "none":
             return {}
         values = axes.divisors(*self.merged, self.dims, normalize).tolist()
@@ -484,8 +484,8 @@ class Spectra(SpectraBands):
         reasons = {}
         for name, dim, known, value, least in zip(self.names, self.dims, self._known.tolist(), values, zero):
             if not known:
-                continue
-            if name in self.zero_blocks:
+                reasons[name] = "nothing is known of them"
+            elif name in self.zero_blocks:
                 reasons[name] = "zero"
             elif isinstance(normalize, int) and dim < normalize:
                 reasons[name] = f"fewer than {normalize} eigenvalues"
