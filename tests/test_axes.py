@@ -178,3 +178,15 @@ def test_a_block_axis_is_inverted_and_its_slope_is_the_derivative() -> None:
     for axis in (Axis(normalize="radius").of_block(2.0), Axis("asinh", "radius", 0.5).of_block(2.0)):
         torch.testing.assert_close(axis.invert(axis.place(x)), x)
         torch.testing.assert_close(axis.slope(x), (axis.place(x + 1e-6) - axis.place(x - 1e-6)) / 2e-6)
+
+
+@pytest.mark.parametrize("normalize", ["radius", "trace", 1])
+def test_a_block_of_which_nothing_is_known_is_not_normalised(normalize: str | int) -> None:
+    spectra = make_spectra(
+        [[[1.0, 3.0], [0.0, 0.0]]], [[[0.5, 0.5], [0.0, 0.0]]], steps=[[2, 0]], nonfinite=[[False, True]]
+    )
+    assert spectra.normalizable(normalize) == ("block0",) and spectra.normalizable("none") == spectra.names
+    for call in (spectra.density, spectra.density_band, spectra.cdf_band, spectra.wasserstein_error):
+        with pytest.raises(ValueError, match=r"'block1' cannot be divided by .*: nothing is known of them"):
+            call(normalize=normalize)
+    assert spectra.density_band(blocks=["block0"], normalize=normalize).x.isfinite().all()

@@ -194,6 +194,22 @@ def test_range_error() -> None:
     assert one.range_error()[0][0].isnan().all()
 
 
+def test_errors_of_a_block_are_those_of_its_own_probes() -> None:
+    q = rotated(SPECTRA["uniform"], num_steps=6)
+    few = measures.with_probes(q, slice(0, 3))
+    beside = as_spectra(Quadrature.joined([few, measures.with_probes(q, slice(3, 15))], 1))
+    for name, options in (("range_error", ()), ("kth_eigenvalue", (5,)), ("trace_interval", ())):
+        alone, both = (getattr(result, name)(*options) for result in (as_spectra(few), beside))
+        if name == "range_error":
+            alone, both = (sum(values, ()) for values in (alone, both))
+        for one, two in zip(alone, both, strict=True):
+            assert one[0].isfinite() and two[0] == pytest.approx(float(one[0]), rel=1e-12), name
+            assert two[1] != two[0]
+    written_out = dataclasses.replace(few, reorthogonalize=("exact",))
+    value, lower, upper = as_spectra(written_out).kth_eigenvalue(5)
+    assert lower == value == upper
+
+
 def test_refusals() -> None:
     result = random_spectra()
     for call in (result.density_band, result.cdf_band, result.trace_interval):

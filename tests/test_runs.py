@@ -369,6 +369,17 @@ def test_more_steps_are_those_of_a_longer_run(given, options, tmp_path):
     assert torch.equal(again.quadrature.nodes, longer.quadrature.nodes[:4])
 
 
+def test_more_probes_leave_the_vectors_for_more_steps(given, tmp_path):
+    first = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS)
+    expected = blockhess.spectrum(*given, **OPTIONS | {"num_probes": 5, "num_steps": 11})
+    wider = blockhess.extend(first, *given, num_probes=5, run_dir=tmp_path)
+    for middle in (wider, tmp_path, blockhess.extend(wider, *given, num_probes=5)):
+        more = blockhess.extend(middle, *given, num_steps=11)
+        for name in ("nodes", "weights", "alpha", "beta", "steps"):
+            assert torch.equal(getattr(more.quadrature, name), getattr(expected.quadrature, name))
+        assert more.provenance["hvps"] == expected.provenance["hvps"]
+
+
 def test_an_extension_can_be_resumed_too(given, tmp_path):
     first = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS)
     expected = blockhess.extend(first, *given, num_steps=11, num_probes=5)

@@ -132,6 +132,13 @@ def test_entries_that_are_not_finite_are_an_error():
     assert nodes.isfinite().all()
 
 
+@pytest.mark.parametrize("n_problems, m", [(0, 0), (0, 5), (3, 0), (17, 0)])
+def test_problems_without_entries(n_problems, m):
+    empty = torch.zeros(n_problems, m, dtype=torch.float64)
+    nodes, weights = ops.tridiag_quadrature(empty, empty, torch.zeros(n_problems, dtype=torch.int64))
+    assert nodes.shape == weights.shape == (n_problems, m)
+
+
 def test_steps_out_of_range_are_an_error():
     alpha = torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"steps must be in 0 \.\.\. 2, got 3 in problem 0"):

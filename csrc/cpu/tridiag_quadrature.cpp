@@ -33,7 +33,8 @@ int64_t tridiag_quadrature_cpu(const TridiagQuadrature& op, const ParallelFor& p
   std::atomic<int64_t> lowest_failed{op.n_problems};
   const int64_t n_groups = (op.n_problems + kLanes - 1) / kLanes;
   parallel_for(n_groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> d(op.m * kLanes), e(op.m * kLanes), q(op.m * kLanes);
+    const int64_t rows = std::max<int64_t>(op.m, 1);  // a lane without steps is a matrix of one zero
+    std::vector<double> d(rows * kLanes), e(rows * kLanes), q(rows * kLanes);
     std::vector<std::pair<double, double>> rule(op.m);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * kLanes, count = std::min(kLanes, op.n_problems - first);

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from blockhess import measures
+from blockhess import measures, truncation
 from blockhess.density import smooth
 from blockhess_ext import Quadrature
 from blockhess_ext.convergence import GRID_MARGIN, GRID_POINTS_PER_SIGMA
@@ -83,5 +83,6 @@ def missed(quadrature: Quadrature, tol: float, sigma: float | None) -> list[bool
     """Of which blocks num_steps or the number of probes were too few for the tolerance."""
     few = statistical_error(quadrature, sigma) > _share(tol, sigma)
     dims = torch.tensor(quadrature.dims, device=few.device)
-    cut_off = ((quadrature.steps == quadrature.num_steps) & (dims > quadrature.num_steps)).any(0)
+    open_ = ~truncation.exact(quadrature.to("cpu")).to(few.device)
+    cut_off = ((quadrature.steps == quadrature.num_steps) & (dims > quadrature.num_steps) & open_).any(0)
     return (few | cut_off).tolist()

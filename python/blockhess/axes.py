@@ -130,19 +130,19 @@ def default_scale(nodes: Tensor, weights: Tensor) -> float:
     return float(sizes.median()) if len(sizes) else 1.0
 
 
-def kth_largest(nodes: Tensor, weights: Tensor, dims: Sequence[int], k: float) -> Tensor:
+def kth_largest(nodes: Tensor, weights: Tensor, dims: Sequence[int], k: float | Tensor) -> Tensor:
     """Estimate the k-th largest eigenvalue of every block: where dims (1 - cdf) crosses k - 1/2.
 
     Args:
         nodes, weights: (n_blocks, K) float64.
         dims: sizes of the blocks.
-        k: counted from 1; clamped to a block's own first and last eigenvalue.
+        k: counted from 1, one for all or (n_blocks,); clamped to a block's own first and last eigenvalue.
 
     Returns:
         (n_blocks,).
     """
     sizes = torch.tensor(dims, dtype=torch.float64)
-    above = (torch.tensor(k, dtype=torch.float64).clamp(min=1.0) - 0.5).minimum(sizes - 0.5)
+    above = (torch.as_tensor(k, dtype=torch.float64).clamp(min=1.0) - 0.5).minimum(sizes - 0.5)
     shares = 1 - above / sizes
     return torch.stack([measures.quantiles(x[None], w[None], q[None])[0, 0] for x, w, q in zip(nodes, weights, shares)])
 

@@ -28,6 +28,7 @@ from blockhess.blocks import BlockSpec, unwrap
 from blockhess.distributed import ALONE, Parallel, Ranks, joined
 from blockhess.engines.plan import Plan
 from blockhess.job import Job
+from blockhess.losses import as_loss
 from blockhess.model_state import has_batchnorm
 from blockhess.options import Options, choice, count
 from blockhess.posing import LOSS_TOLERANCE, posed, shared_budget
@@ -302,11 +303,11 @@ def extend(
     kept = {name: first[name] for name in _KEPT if name in Options.__dataclass_fields__}
     options = Options(**wanted, memory_budget=memory_budget, **kept)
     batchnorm = "eval" if first["batchnorm"] == "none" else first["batchnorm"]
+    _same("loss", as_loss(loss_fn).name, first["loss"])  # before it meets data that are not for it
     with ExitStack() as stack:
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
         posing = (blocks, batchnorm, dtype, _budget(memory_budget, run), first["matmul_precision"])
         problem, _, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing))
-        _same("loss", problem.loss.name, first["loss"])
         _same("names of the blocks", [info.name for info in problem.infos], list(spectra.names))
         _same("sizes of the blocks", problem.dims, list(spectra.dims))
         _same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), made.dtype)

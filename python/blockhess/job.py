@@ -131,12 +131,13 @@ class Job:
                     found[l].append(done.part.of_block(column))
 
         found: list[list[Quadrature]] = [[] for _ in self._ids]  # of every block: parts for some probes each, in order
-        if self._first is not None and options.num_steps == self._first.quadrature.num_steps:
-            found = [[part.to(self._problem.device)] for part in _blocks_of(self._first)]
-        elif self._first is not None:
+        if self._first is not None:
             for unit, state in sorted(self._first.vectors, key=lambda kept: kept[0].first_probe):
-                keep(compute(unit, state))
-            self._check_vectors(self._first, found)
+                keep(compute(unit, state))  # where no step is left to make, this only keeps the vectors
+            if options.num_steps == self._first.quadrature.num_steps:
+                found = [[part.to(self._problem.device)] for part in _blocks_of(self._first)]
+            else:
+                self._check_vectors(self._first, found)
 
         for units in self._rounds(found):
             if share is not None:

@@ -339,8 +339,9 @@ class Spectra(SpectraBands):
 
         Returns:
             value, lower, upper: (n_blocks,) each; NaN where a block has fewer than k. The interval is between the
-            crossings of k - 1/2 -+ z sqrt(2 k / n_probes): among the weights of n_probes Gaussian vectors the count of
-            the k largest has that standard error. What too few steps leave open is not in it.
+            crossings of k - 1/2 -+ z sqrt(2 k / n_probes): among the weights of a block's n_probes Gaussian vectors the
+            count of the k largest has that standard error, none where the block was written out. What too few steps
+            leave open is not in it.
 
         Raises:
             ValueError: k is below 1, or confidence is not between 0 and 1.
@@ -349,8 +350,9 @@ class Spectra(SpectraBands):
             >>> tenth, lower, upper = spectra.kth_eigenvalue(10)
         """
         k = integer("k", k, 1, op="kth_eigenvalue")
-        half = normal_quantile(check_confidence("kth_eigenvalue", confidence))
-        half *= math.sqrt(2 * k / self.quadrature.num_probes)
+        z, q = normal_quantile(check_confidence("kth_eigenvalue", confidence)), self.quadrature
+        exact = torch.tensor([q.is_exact(row) for row in range(len(self))])
+        half = (z * (2 * k / (q.steps > 0).sum(0).double()).sqrt()).masked_fill(exact, 0.0)
         missing = ~self._known | (torch.tensor(self.dims) < k)
         value, lower, upper = (
             axes.kth_largest(*self.merged, self.dims, count).masked_fill(missing, torch.nan)
@@ -476,7 +478,7 @@ class Spectra(SpectraBands):
         return tuple((name, reasons[name]) for name in self.names if name in reasons)
 
     def _not_normalizable(self, normalize: str | int) -> dict[str, str]:
-        """Name -> why, of the known blocks that cannot be divided by what normalize says."""
+        """Name -> why, of the blocks that cannot be divided by what normalize says."""
         if normalize == "none":
             return {}
         values = axes.divisors(*self.merged, self.dims, normalize).tolist()
@@ -484,8 +486,8 @@ class Spectra(SpectraBands):
         reasons = {}
         for name, dim, known, value, least in zip(self.names, self.dims, self._known.tolist(), values, zero):
             if not known:
-                continue
-            if name in self.zero_blocks:
+                reasons[name] = "nothing is known of them"
+            elif name in self.zero_blocks:
                 reasons[name] = "zero"
             elif isinstance(normalize, int) and dim < normalize:
                 reasons[name] = f"fewer than {normalize} eigenvalues"

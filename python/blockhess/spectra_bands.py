@@ -222,18 +222,24 @@ class SpectraBands:
         What too few steps leave is not in it; the residuals of `outliers` bound that.
 
         Returns:
-            (bias, stderr) of lambda_min and of lambda_max, (n_blocks,) each; NaN with one probe.
+            (bias, stderr) of lambda_min and of lambda_max, (n_blocks,) each, from a block's own probes; NaN where it
+            has only one.
 
         Source: Quenouille 1956; Miller 1974.
 
         Example:
             >>> (_, _), (bias, stderr) = spectra.range_error()
         """
+        errors = []
+        for row in range(len(self.names)):
+            block = self.quadrature.of_blocks([row])
+            known = (block.steps[:, 0] > 0).nonzero().flatten().tolist() or [0]
 
-        def extremes(probes: list[int]) -> Tensor:
-            return torch.stack(measures.extremes(measures.with_probes(self.quadrature, probes)))
+            def extremes(chosen: list[int], block: Quadrature = block, known: list[int] = known) -> Tensor:
+                return torch.cat(measures.extremes(measures.with_probes(block, [known[i] for i in chosen])))
 
-        bias, stderr = jackknife(*leave_one_out(extremes, self.quadrature.num_probes))
+            errors.append(torch.stack(jackknife(*leave_one_out(extremes, len(known)))))
+        bias, stderr = torch.stack(errors, -1)
         return (bias[0], stderr[0]), (bias[1], stderr[1])
 
     def wasserstein_error(
