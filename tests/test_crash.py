@@ -41,8 +41,8 @@ def test_a_state_that_is_off_by_one_bit_is_seen(name: str, tmp_path: Path, monke
         patch.setattr(Checkpoints, "after_step", stop_later)
         run(name, tmp_path)
 
-    def off(path: Path) -> tuple[object, ...]:
-        unit, state, *rest = parts.read_state(path)
+    def off(path: Path, run_id: str) -> tuple[object, ...]:
+        unit, state, *rest = parts.read_state(path, run_id)
         v = state.tensors["v"]
         v.view(-1)[0] *= 1 + 2 * (1.2e-7 if v.itemsize == 4 else 2.3e-16)
         return unit, state, *rest

@@ -82,8 +82,8 @@ def status(path: str | PathLike[str]) -> Status:
     """
     path = Path(path)
     run = _run(path)
-    parts = directory.parts(path)
-    state = _in_work(path, parts)
+    parts = directory.parts(path, run["id"])
+    state = _in_work(path, run, parts)
     files = [path / directory.RUN, path / directory.STATE, *(path / directory.PARTS).iterdir()]
     saved = [file.stat().st_mtime for file in files if file.exists()]
     return Status(
@@ -117,9 +117,9 @@ def partial(path: str | PathLike[str]) -> Spectra:
     lists = ("shape", "parameters")
     blocks = [BlockInfo(**block | {name: tuple(block[name]) for name in lists}) for block in run["blocks"]]
     found: list[list[Quadrature]] = [[] for _ in blocks]
-    saved = directory.parts(path)
+    saved = directory.parts(path, run["id"])
     pieces = [(done.unit, done.part) for _, done, _ in saved]
-    working = _in_work(path, saved)
+    working = _in_work(path, run, saved)
     if working is not None and working[0].num_probes:
         unit, state, *_ = working
         pieces.append((unit, _quadrature(run, [blocks[l] for l in unit.blocks], unit, state)))
@@ -165,7 +165,9 @@ def _run(path: Path) -> dict[str, Any]:
     return run
 
 
-def _in_work(path: Path, parts: list[tuple[int, Done, float]]) -> tuple[Unit, State, int, float] | None:
+def _in_work(
+    path: Path, run: dict[str, Any], parts: list[tuple[int, Done, float]]
+) -> tuple[Unit, State, int, float] | None:
     """The state of a unit that is not done yet."""
-    state = directory.state_of(path)
+    state = directory.state_of(path, run["id"])
     return None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state
