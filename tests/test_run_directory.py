@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import blockhess
 from blockhess import files
+from blockhess.cli import main
 from blockhess.runs import directory
+from blockhess.runs.signals import caught
 from blockhess.runs.status import partial, status
 from tests.crash.scenarios import same_bits
 from tests.test_runs import OPTIONS, given, stopped  # noqa: F401
@@ -117,3 +123,50 @@ def test_the_working_directory_may_change(given, tmp_path, monkeypatch):  # noqa
     monkeypatch.chdir(tmp_path)
     blockhess.spectrum(*given[:2], Elsewhere(), run_dir="run", **OPTIONS)
     assert (tmp_path / "run/spectra.npz").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_integers_of_numpy_are_integers(given, tmp_path):  # noqa: F811
+    options = OPTIONS | {"num_probes": np.int64(3)}
+    expected = blockhess.spectrum(*given, seed=5, **OPTIONS)
+    assert same_bits(blockhess.spectrum(*given, seed=np.int64(5), run_dir=tmp_path, **options), expected)
+    assert same_bits(blockhess.spectrum(*given, seed=5, run_dir=tmp_path, **OPTIONS), expected)
+
+
+def test_an_extension_counts_the_products_that_it_has_to_make(given, tmp_path):  # noqa: F811
+    first = blockhess.spectrum(*given, **OPTIONS)
+    longer = blockhess.extend(first, *given, num_probes=4, run_dir=tmp_path)
+    made = longer.provenance["hvps"] - first.provenance["hvps"]
+    assert status(tmp_path).hvps == made > 0 and f"{made} of at most {made} products (100.0 %)" in str(status(tmp_path))
+
+
+def test_a_file_is_extended_too(given, tmp_path):  # noqa: F811
+    first = blockhess.spectrum(*given, **OPTIONS)
+    first.save(tmp_path / "first.npz")
+    assert same_bits(
+        blockhess.extend(tmp_path / "first.npz", *given, num_probes=4), blockhess.extend(first, *given, num_probes=4)
+    )
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with caught() as catcher, catcher.working():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert catcher.pending is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert catcher.pending == signal.SIGTERM
+            catcher.pending = None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_readme_holds_a_configuration_and_the_command_shows_what_differs(tmp_path, capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (configuration,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    config, out = tmp_path / "run.toml", str(tmp_path / "run")
+    config.write_text(re.sub("num_steps = .*", "num_steps = 3", configuration))
+    assert main(["run", str(config), "--out", out]) == 0
+    config.write_text(configuration)
+    assert main(["run", str(config), "--out", out, "--resume"]) == 2
+    assert re.search(r"^num_steps +50 +3$", capsys.readouterr().err, re.MULTILINE)

@@ -46,6 +46,10 @@ VERSION = 1
 _OURS = re.compile(rf"lock|{PARTS}|{VECTORS}|\.[0-9a-f]{{16}}\.tmp")
 
 
+class OtherRun(ValueError):
+    """A directory holds another run; the text has a table of what differs."""
+
+
 class RunDirectory(Records):
     """The records of a run, on disk.
 
@@ -82,19 +86,25 @@ class RunDirectory(Records):
         """Refuses a directory whose run is another one.
 
         Raises:
-            ValueError: with a table of what differs.
+            OtherRun: with a table of what differs.
         """
         if self.run is None:
             return
         differing = differences(self.run["identity"], identity)
         if differing:
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
-            raise ValueError(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
+            raise OtherRun(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
 
     def begin(
-        self, identity: Mapping[str, Any], plan: Plan, seed: int, blocks: tuple[BlockInfo, ...], keep_vectors: bool
+        self,
+        identity: Mapping[str, Any],
+        plan: Plan,
+        seed: int,
+        blocks: tuple[BlockInfo, ...],
+        keep_vectors: bool,
+        hvps: int,
     ) -> None:
-        """Writes what the run is, or reads what it has done."""
+        """Writes what the run is, or reads what it has done; hvps are at most to be made."""
         self.keep_vectors = keep_vectors
         if self.run is None:
             self.run = {
@@ -103,6 +113,7 @@ class RunDirectory(Records):
                 "identity": dict(identity),
                 "plan": dataclasses.asdict(plan),
                 "seed": seed,
+                "hvps": hvps,
                 "blocks": [dataclasses.asdict(block) for block in blocks],
             }
             with _explained(self.path):
