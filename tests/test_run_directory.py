@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import warnings
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import blockhess
 from blockhess import files
 from blockhess.cli import main
 from blockhess.runs import directory
-from blockhess.runs.signals import caught
 from blockhess.runs.status import partial, status
 from tests.crash.scenarios import same_bits
 from tests.test_runs import OPTIONS, given, stopped  # noqa: F401
@@ -145,20 +143,6 @@ def test_a_file_is_extended_too(given, tmp_path):  # noqa: F811
     assert same_bits(
         blockhess.extend(tmp_path / "first.npz", *given, num_probes=4), blockhess.extend(first, *given, num_probes=4)
     )
-
-
-def test_signals_that_are_ignored_stay_so():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with caught() as catcher, catcher.working():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert catcher.pending is None
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert catcher.pending == signal.SIGTERM
-            catcher.pending = None
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_the_readme_holds_a_configuration_and_the_command_shows_what_differs(tmp_path, capsys):

@@ -263,9 +263,7 @@ def extend(
     if isinstance(spectra, str | PathLike):
         spectra = load_run(spectra)
     if not isinstance(spectra, Spectra):
-        raise TypeError(
-            f"extend: spectra must be Spectra or the path of a run, got {type(spectra).__name__}"
-        )
+        raise TypeError(f"extend: spectra must be Spectra or the path of a run, got {type(spectra).__name__}")
     first, made = spectra.provenance, spectra.quadrature
     missing = [name for name in ("num_steps", *_KEPT, "fingerprints", "plan") if name not in first]
     if missing:

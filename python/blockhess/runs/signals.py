@@ -63,16 +63,12 @@ class Catcher:
 
 @contextmanager
 def caught() -> Iterator[Catcher]:
-    """SIGINT and SIGTERM go to the Catcher, in the main thread; in others they stay what they are.
-
-    So do signals that are ignored, as by nohup and in a shell's background, and handlers that are not Python's.
-    """
+    """SIGINT and SIGTERM go to the Catcher, in the main thread; in others they stay what they are."""
     catcher = Catcher()
     if threading.current_thread() is not threading.main_thread():
         yield catcher
         return
-    taken = [number for number in CAUGHT if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    before = {number: signal.signal(number, catcher) for number in taken}
+    before = {number: signal.signal(number, catcher) for number in CAUGHT}
     try:
         yield catcher
     finally:
