@@ -22,7 +22,7 @@ def test_killed_runs_are_resumed_to_the_same_bits() -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["kills"] == 20
+    assert json.loads(done.stdout)["kills"] >= 20  # the last run may be killed more than once
 
 
 class Stop(Exception):
