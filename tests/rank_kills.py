@@ -36,7 +36,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found, killed = cases.killed_and_resumed(Path(folder), "work", worlds)
             kills += killed
-            parts = [item for _, done, _ in directory.parts(Path(folder) / "run") for item in items_of(done.unit)]
+            run = Path(folder) / "run"
+            done = directory.parts(run, directory.read_run(run)["id"])
+            parts = [item for _, part, _ in done for item in items_of(part.unit)]
         for spectra, _ in found:
             assert all(torch.equal(spectra[name], expected[name]) for name in cases.TENSORS), f"seed {seed}: other bits"
         assert sorted(parts) == everything, f"seed {seed}: work was done twice or not at all"

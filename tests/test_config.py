@@ -97,7 +97,7 @@ def test_building_leaves_the_random_state_alone(path: Path) -> None:
 def test_every_option_is_one_of_spectrum() -> None:
     known = inspect.signature(blockhess.spectrum).parameters.keys() - {"model", "data", "loss_fn", "progress"}
     assert OPTIONS.keys() <= known
-    assert known - OPTIONS.keys() == {"run_dir"}, "an option that configurations lack"
+    assert known - OPTIONS.keys() == {"run_dir", "parallel"}, "an option that configurations lack"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_killed_runs_are_resumed_to_the_same_bits() -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["kills"] == 20
+    assert json.loads(done.stdout)["kills"] >= 20  # the last run may be killed more than once
 
 
 class Stop(Exception):
@@ -41,8 +41,8 @@ def test_a_state_that_is_off_by_one_bit_is_seen(name: str, tmp_path: Path, monke
         patch.setattr(Checkpoints, "after_step", stop_later)
         run(name, tmp_path)
 
-    def off(path: Path) -> tuple[object, ...]:
-        unit, state, *rest = parts.read_state(path)
+    def off(path: Path, run_id: str) -> tuple[object, ...]:
+        unit, state, *rest = parts.read_state(path, run_id)
         v = state.tensors["v"]
         v.view(-1)[0] *= 1 + 2 * (1.2e-7 if v.itemsize == 4 else 2.3e-16)
         return unit, state, *rest

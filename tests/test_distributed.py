@@ -158,7 +158,9 @@ def test_a_killed_rank_costs_nothing_that_was_finished(tmp_path, parallel, place
         else:
             assert (spectra["nodes"] - expected["nodes"]).abs().max() < 1e-5
             assert same_bits(spectra, found[0][0])
-    made = [item for _, done, _ in directory.parts(tmp_path / "run") for item in items_of(done.unit)]
+    run = tmp_path / "run"
+    parts = directory.parts(run, directory.read_run(run)["id"])
+    made = [item for _, done, _ in parts for item in items_of(done.unit)]
     assert sorted(made) == [(block, probe) for block in range(6) for probe in range(3)]
     if parallel == "data":
         assert all(steps <= cases.OPTIONS["num_steps"] - 3 for _, steps in found)  # the state was taken up

@@ -12,7 +12,7 @@ from blockhess.paper.commands import app as paper
 app = typer.Typer(
     help="Hessian eigenvalue densities of every parameter block of a neural network.",
     epilog="Exit codes: 0 done; 1 doctor found a fault; 2 a wrong option, bad input or a missing extra, told in one "
-    "line on stderr; 130 interrupted.",
+    "line on stderr; 130 interrupted; 143 ended by SIGTERM.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -107,7 +107,7 @@ def run_config(
     """
     import blockhess
     from blockhess.runs.config import load_config
-    from blockhess.runs.directory import RESULT, holds_run
+    from blockhess.runs.directory import RESULT, OtherRun, holds_run
     from blockhess.runs.signals import Interrupted
 
     arguments = load_config(config).arguments(allow or ())
@@ -118,6 +118,9 @@ def run_config(
     except Interrupted as interrupted:
         typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", err=True)
         raise typer.Exit(128 + interrupted.signal) from None
+    except OtherRun as other:  # a table, so of more than one line
+        typer.echo(f"blockhess: {other}", err=True)
+        raise typer.Exit(2) from None
     typer.echo(f"{spectra!r}\nwritten to {out / RESULT}")
 
 

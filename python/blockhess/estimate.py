@@ -36,6 +36,7 @@ from blockhess.problem import Problem
 from blockhess.progress import check_progress, progress_bar
 from blockhess.runs import directory
 from blockhess.runs.directory import RunDirectory
+from blockhess.runs.merge import load_run
 from blockhess.spectra import Spectra
 from blockhess.work import Records
 
@@ -220,10 +221,10 @@ def _carried_out(
         fresh = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
         seed = fresh if run.run is None else run.run["seed"]
         job = make(run, run.plan)
-        run.begin(identity, job.plan, seed, job.infos, identity["keep_vectors"])
+        run.begin(identity, job.plan, seed, job.infos, identity["keep_vectors"], max(job.plan.hvps - job.hvps, 0))
         made = made | {"same_bits_on_resume": identity["deterministic"]}
-    shown = progress if ranks.rank == 0 else False
-    with progress_bar(job.plan.hvps // ranks.size, "HVP", shown) as on_hvp:
+    most = max(job.plan.hvps - job.hvps, 0) // ranks.size
+    with progress_bar(most, "HVP", progress if ranks.rank == 0 else False) as on_hvp:
         quadrature = job.run(seed, on_hvp)
     seconds = made.get("seconds", 0.0) + (time.perf_counter() - start if run is None else run.seconds)
     spectra = Spectra(job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": seconds}, job.vectors)
@@ -252,7 +253,7 @@ def extend(
     the start, had it made the first run's choices. (More blocks are a run of their own, joined by `merge`.)
 
     Args:
-        spectra: from `spectrum` or `extend`, or loaded; or the directory of a finished run.
+        spectra: from `spectrum` or `extend`; or the file of a result, or the directory of a finished run.
         model, data, loss_fn, blocks, dtype: as in the first run.
         num_probes: of every estimated block, together with those that it has. Blocks that were written out, and
             blocks that have as many, stay as they are.
@@ -280,9 +281,9 @@ def extend(
     choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     start = time.perf_counter()
     if isinstance(spectra, str | PathLike):
-        spectra = directory.finished(spectra)
+        spectra = load_run(spectra)
     if not isinstance(spectra, Spectra):
-        raise TypeError(f"extend: spectra must be Spectra, or the directory of a run, got {type(spectra).__name__}")
+        raise TypeError(f"extend: spectra must be Spectra or the path of a run, got {type(spectra).__name__}")
     first, made = spectra.provenance, spectra.quadrature
     missing = [name for name in ("num_steps", *_KEPT, "fingerprints", "plan") if name not in first]
     if missing:
@@ -348,7 +349,7 @@ def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: in
     device = problem.device
     return {
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
-        "seed": seed,
+        "seed": None if seed is None else blockhess_ext.arguments.probe_seed(seed),
         **{name: made[name] for name in ("batchnorm", "matmul_precision", "model", "loss")},
         "value of the loss": made["loss_value"],
         "parameters": made["fingerprints"]["model"],

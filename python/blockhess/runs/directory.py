@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
+import secrets
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,6 +42,13 @@ from blockhess_ext import State
 
 RUN, STATE, RESULT, PARTS, VECTORS = "run.json", "state.safetensors", "spectra.npz", "parts", "vectors"
 VERSION = 1
+
+# What may be there before run.json: also what another process, or one that was killed, tries writing with.
+_OURS = re.compile(rf"lock|{PARTS}|{VECTORS}|\.[0-9a-f]{{16}}\.tmp")
+
+
+class OtherRun(ValueError):
+    """A directory holds another run; the text has a table of what differs."""
 
 
 class RunDirectory(Records):
@@ -83,41 +92,53 @@ class RunDirectory(Records):
         """Refuses a directory whose run is another one.
 
         Raises:
-            ValueError: with a table of what differs.
+            OtherRun: with a table of what differs.
         """
         if self.run is None:
             return
         differing = differences(self.run["identity"], identity)
         if differing:
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
-            raise ValueError(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
+            raise OtherRun(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
 
     def begin(
-        self, identity: Mapping[str, Any], plan: Plan, seed: int, blocks: tuple[BlockInfo, ...], keep_vectors: bool
+        self,
+        identity: Mapping[str, Any],
+        plan: Plan,
+        seed: int,
+        blocks: tuple[BlockInfo, ...],
+        keep_vectors: bool,
+        hvps: int,
     ) -> None:
-        """Writes what the run is, or reads what it has done."""
+        """Writes what the run is, or reads what it has done; hvps are at most to be made."""
         self.keep_vectors = keep_vectors
         if self.run is None:
             self.run = {
                 "version": VERSION,
+                "id": self._ranks.gather(secrets.token_hex(16))[0],
                 "identity": dict(identity),
                 "plan": dataclasses.asdict(plan),
                 "seed": seed,
+                "hvps": hvps,
                 "blocks": [dataclasses.asdict(block) for block in blocks],
             }
             if self._ranks.rank:
                 return
-            for folder in (PARTS, VECTORS) if keep_vectors else (PARTS,):
-                (self.path / folder).mkdir(exist_ok=True)
             with _explained(self.path):
+                for folder in (PARTS, VECTORS) if keep_vectors else (PARTS,):
+                    (self.path / folder).mkdir(exist_ok=True)
                 store.write_json(self.path / RUN, self.run)
             return
         with _explained(self.path):
-            found, self._state = parts(self.path), state_of(self._state_file)
+            found, self._state = parts(self.path, self.run["id"]), state_of(self._state_file, self.run["id"])
         self._next_file = max((number for number, *_ in found), default=-1) + 1 + self._ranks.rank
         for number, done, seconds in found:
             if keep_vectors and done.unit.num_probes:
-                done = dataclasses.replace(done, last=read_state(_file(self.path, VECTORS, number))[1])
+                last = _state_in(_file(self.path, VECTORS, number), self.run["id"])
+                if last is None:
+                    store.disk.unlink(_file(self.path, PARTS, number))
+                    continue
+                done = dataclasses.replace(done, last=last[1])
             self._done[done.unit] = done
             self._seconds = max(self._seconds, seconds)
         self._seconds = max(self._seconds, self._state[3] if self._state else 0.0)
@@ -132,7 +153,10 @@ class RunDirectory(Records):
         """Writes the result; the states are of no use any more."""
         if self._ranks.rank:
             return
-        files.save(spectra, self.path / RESULT)
+        try:
+            files.save(spectra, self.path / RESULT)
+        except ValueError as error:
+            raise OSError(f"spectrum: all is computed and kept, but {error}; mend that and call again") from None
         for file in self.path.glob("state*.safetensors*"):
             with contextlib.suppress(OSError):
                 store.disk.unlink(str(file))
@@ -185,17 +209,18 @@ class RunDirectory(Records):
         self.checkpoints.forget()
         if self._ranks.data_rank:
             return
-        number, seconds = self._next_file, self.seconds
+        assert self.run is not None
+        number, seconds, run = self._next_file, self.seconds, self.run["id"]
         with _explained(self.path):
             if done.last is not None:
-                write_state(_file(self.path, VECTORS, number), done.unit, done.last, done.hvps, seconds)
-            write_part(_file(self.path, PARTS, number), done, seconds)
+                write_state(_file(self.path, VECTORS, number), run, done.unit, done.last, done.hvps, seconds)
+            write_part(_file(self.path, PARTS, number), run, done, seconds)
         self._next_file = number + self._ranks.size
 
     def _save_state(self, state: State, hvps: int) -> None:
-        assert self._unit is not None
+        assert self._unit is not None and self.run is not None
         with _explained(self.path):
-            write_state(self._state_file, self._unit, state, hvps, self.seconds)
+            write_state(self._state_file, self.run["id"], self._unit, state, hvps, self.seconds)
 
 
 @contextmanager
@@ -208,7 +233,9 @@ def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirec
     """
     if not isinstance(path, str | PathLike):
         raise TypeError(f"run_dir: must be a path, got {path!r}")
-    folder = files.writable_folder(path) if ranks.rank == 0 else Path(path)
+    folder = Path(path).absolute()  # the working directory may change
+    if ranks.rank == 0:
+        files.writable_folder(folder)
     with contextlib.ExitStack() as stack:
         try:
             if ranks.rank == 0:
@@ -233,7 +260,7 @@ def read_run(path: Path) -> dict[str, Any] | None:
         ValueError: it is damaged, or of another version, or the directory holds other things instead.
     """
     if not any(store.disk.exists(f"{path / RUN}{end}") for end in ("", ".new", ".previous")):
-        others = sorted(file.name for file in path.iterdir() if file.name not in ("lock", PARTS, VECTORS))
+        others = sorted(file.name for file in path.iterdir() if not _OURS.fullmatch(file.name))
         if others:
             raise ValueError(f"run_dir: must be empty or hold a run, {path} holds {', '.join(others[:3])}")
         return None
@@ -255,33 +282,48 @@ def plan_of(run: Mapping[str, Any]) -> Plan:
     return Plan(**plan | {"exact": tuple(plan["exact"]), "passes": passes})
 
 
-def parts(path: Path) -> list[tuple[int, Done, float]]:
+def parts(path: Path, run: str) -> list[tuple[int, Done, float]]:
     """The number of the file, the unit, and the seconds so far, of every unit that is done, in order.
 
-    What cannot be read is no part: its unit is computed again. A kill in the middle of a write leaves such files.
+    What cannot be read, or is of another run, is no part: its unit is computed again. A kill in the middle of a write
+    leaves such files.
+
+    Args:
+        run: id in run.json.
     """
     found = []
-    for number in sorted({int(file.name.split(".")[0]) for file in (path / PARTS).iterdir()}):
+    for number in _numbers(path):
         with _unreadable_told(_file(path, PARTS, number)):
-            found.append((number, *read_part(_file(path, PARTS, number))))
+            found.append((number, *read_part(_file(path, PARTS, number), run)))
     return found
 
 
-def state_of(file: Path) -> tuple[Unit, State, int, float] | None:
+def state_of(file: Path, run: str) -> tuple[Unit, State, int, float] | None:
     """The state of a unit in work, the products that it took, and the seconds so far, if it can be read."""
     if any(store.disk.exists(f"{file}{end}") for end in ("", ".new", ".previous")):
-        with _unreadable_told(file):
-            return read_state(file)
+        return _state_in(file, run)
     return None
 
 
+def _state_in(file: Path, run: str) -> tuple[Unit, State, int, float] | None:
+    with _unreadable_told(file):
+        return read_state(file, run)
+    return None
+
+
+def _numbers(path: Path) -> list[int]:
+    """Of the files of parts, in order."""
+    names = (re.match(r"(\d+)\.safetensors", file.name, re.ASCII) for file in (path / PARTS).iterdir())
+    return sorted({int(name[1]) for name in names if name})
+
+
 @contextmanager
-def _unreadable_told(file: Path) -> Iterator[None]:
+def _unreadable_told(file: Path, so: str = "that work is done again") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         if store.disk.exists(file):  # else it was killed while it was written for the first time
-            warnings.warn(f"run_dir: {error}; that work is done again", stacklevel=4)
+            warnings.warn(f"run_dir: {error}; {so}", stacklevel=4)
 
 
 def _file(path: Path, folder: str, number: int) -> Path:
@@ -295,12 +337,15 @@ def finished(path: str | PathLike[str]) -> Spectra:
         ValueError: it is not finished, or a file is damaged.
     """
     path = Path(path)
+    if not (path / RESULT).exists() and holds_run(path):
+        raise ValueError(f"run_dir: run must be finished, {path} is not; go on with it, with the same arguments, first")
     spectra = files.load(path / RESULT)
+    run = ((path / VECTORS).is_dir() and read_run(path)) or {}
     vectors = []
-    for number, done, _ in parts(path) if (path / VECTORS).is_dir() else []:
+    for number, done, _ in parts(path, run["id"]) if run else []:
         if done.unit.num_probes:
-            unit, state, *_ = read_state(_file(path, VECTORS, number))
-            vectors.append((unit, state))
+            with _unreadable_told(_file(path, VECTORS, number), "more steps cannot be made from it"):
+                vectors.append(read_state(_file(path, VECTORS, number), run["id"])[:2])
     return Spectra(spectra.blocks, spectra.quadrature, spectra.provenance, vectors)
 
 

@@ -26,7 +26,7 @@ class Status:
     Attributes:
         path: of its directory. run: content of run.json. plan: its plan.
         parts: the units that are done. unit: in work, and step: of it, as last saved; None where there is none.
-        hvps: products that were saved. seconds: that they took.
+        hvps: products that were saved, of at most most. seconds: that they took.
         finished: whether the result is there. holder: process and host that work on it now, or None.
         age: seconds since something was saved.
     """
@@ -38,6 +38,7 @@ class Status:
     unit: Unit | None
     step: int
     hvps: int
+    most: int
     seconds: float
     finished: bool
     holder: str | None
@@ -53,15 +54,15 @@ class Status:
         """At that rate, if all products that the plan allows are needed; None where there is no rate yet."""
         if self.finished:
             return 0.0
-        return max(self.plan.hvps - self.hvps, 0) / self.rate if self.rate else None
+        return max(self.most - self.hvps, 0) / self.rate if self.rate else None
 
     def __str__(self) -> str:
         state = "finished" if self.finished else f"worked on by {self.holder}" if self.holder else "not running"
         left = self.seconds_left
         lines = [
             f"run           {self.path}, {state}; last saved {self.age:.0f} s ago",
-            f"done          {self.hvps:,} of at most {self.plan.hvps:,} products "
-            f"({100 * self.hvps / max(self.plan.hvps, 1):.1f} %), {self.parts} unit(s)",
+            f"done          {self.hvps:,} of at most {self.most:,} products "
+            f"({100 * self.hvps / max(self.most, 1):.1f} %), {self.parts} unit(s)",
             f"rate          {self.rate:.3g} products a second, {self.seconds:.3g} s so far",
         ]
         if self.unit is not None:
@@ -82,8 +83,8 @@ def status(path: str | PathLike[str]) -> Status:
     """
     path = Path(path)
     run = _run(path)
-    parts = directory.parts(path)
-    state = _in_work(path, parts)
+    parts = directory.parts(path, run["id"])
+    state = _in_work(path, run, parts)
     files = [path / directory.RUN, path / directory.STATE, *(path / directory.PARTS).iterdir()]
     saved = [file.stat().st_mtime for file in files if file.exists()]
     return Status(
@@ -94,6 +95,7 @@ def status(path: str | PathLike[str]) -> Status:
         unit=state[0] if state else None,
         step=state[1].step if state else 0,
         hvps=sum(done.hvps for _, done, _ in parts) + (state[2] if state else 0),
+        most=run["hvps"],
         seconds=max([seconds for *_, seconds in parts] + ([state[3]] if state else []), default=0.0),
         finished=(path / directory.RESULT).exists(),
         holder=holder(path),
@@ -117,9 +119,9 @@ def partial(path: str | PathLike[str]) -> Spectra:
     lists = ("shape", "parameters")
     blocks = [BlockInfo(**block | {name: tuple(block[name]) for name in lists}) for block in run["blocks"]]
     found: list[list[Quadrature]] = [[] for _ in blocks]
-    saved = directory.parts(path)
+    saved = directory.parts(path, run["id"])
     pieces = [(done.unit, done.part) for _, done, _ in saved]
-    working = _in_work(path, saved)
+    working = _in_work(path, run, saved)
     if working is not None and working[0].num_probes:
         unit, state, *_ = working
         pieces.append((unit, _quadrature(run, [blocks[l] for l in unit.blocks], unit, state)))
@@ -165,7 +167,9 @@ def _run(path: Path) -> dict[str, Any]:
     return run
 
 
-def _in_work(path: Path, parts: list[tuple[int, Done, float]]) -> tuple[Unit, State, int, float] | None:
+def _in_work(
+    path: Path, run: dict[str, Any], parts: list[tuple[int, Done, float]]
+) -> tuple[Unit, State, int, float] | None:
     """The state of a unit that is not done yet."""
-    state = directory.state_of(path / directory.STATE)
+    state = directory.state_of(path / directory.STATE, run["id"])
     return None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state
