@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of stdout has what it wanted: blockhess show FILE | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         return _fail(str(error))
 
 

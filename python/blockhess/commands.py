@@ -152,6 +152,8 @@ def merge_runs(
     import blockhess
     from blockhess.files import check_writable
 
+    if out.exists():  # the first of the runs, where the result was forgotten
+        raise ValueError(f"merge: the result must be a new file, got {out}, which exists")
     check_writable(out)
     spectra = blockhess.merge(runs)
     typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
