@@ -2,6 +2,7 @@
 
 python -m tests.fuzz --inputs 100000 --out bench/results/reliability/fuzz.json
 python -m tests.crash --json bench/results/reliability/crash.json
+python -m tests.rank_kills --runs 40 --json bench/results/reliability/rank_kills.json
 OUT=bench/results/reliability/sanitizers.json tests/sanitizers.sh
 python -m bench.reliability_page          # rewrites the parts between the markers
 """
@@ -77,7 +78,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sanitizers": sanitizers_part,
     "crash": counts_part,
     "checkpoints": counts_part,
-    "ranks": counts_part,
+    "rank_kills": counts_part,
 }
 
 

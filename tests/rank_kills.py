@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import blockhess
+from bench.environment import describe
 from blockhess.runs import directory
 from blockhess.sharing import items_of
 from tests import distributed_cases as cases
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the summary")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    machine = describe()
     expected = cases.values(blockhess.spectrum(cases.model(), cases.batches(), cases.LOSS, **cases.OPTIONS))
     everything = [(block, probe) for block in range(6) for probe in range(3)]
     kills = 0
@@ -45,6 +47,7 @@ def main() -> None:
         print(f"seed {seed}: worlds {worlds}, resumed to the same bits", flush=True)
     if options.json:
         told = {"runs": options.runs, "first_seed": options.seed, "ranks_killed": kills}
+        told |= {"resumed to other bits, or work done twice": 0, "machine": machine}
         options.json.write_text(json.dumps(told, indent=1) + "\n")
     print(f"{options.runs} runs, {kills} ranks killed: same bits, no recurrence made twice")
 
