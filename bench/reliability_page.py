@@ -1,7 +1,7 @@
 """Writes the measured parts of docs/reliability.md from bench/results/reliability; what was not measured is said to be.
 
 python -m tests.fuzz --inputs 100000 --out bench/results/reliability/fuzz.json
-python -m tests.crash --json bench/results/reliability/crash.json
+python -m tests.crash --kills 200 --faults 50 --out bench/results/reliability/crash.json
 python -m tests.rank_kills --runs 40 --json bench/results/reliability/rank_kills.json
 OUT=bench/results/reliability/sanitizers.json tests/sanitizers.sh
 python -m bench.reliability_page          # rewrites the parts between the markers
