@@ -1,6 +1,7 @@
 # make demo   the main job, on data that ships with the package
 # make test   the tests
 # make check  lint, formatting and types
+# make docs   the documentation site, in site/
 #
 # Each sets up $(VENV) first. A torch >= 2.10 that $(PYTHON) can import is used; where there is none, $(TORCH) is installed
 # from the index that pip is set to. To choose another one:
@@ -14,7 +15,7 @@ bin := $(VENV)/bin
 sources := setup.py pyproject.toml $(shell find csrc -type f)
 has_torch := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.installed-cli
 	$(bin)/blockhess demo
@@ -28,8 +29,11 @@ check: $(VENV)/.installed-lint
 	$(bin)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(bin)/mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=true $(bin)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info blockhess_ext/*.so
+	rm -rf $(VENV) build site *.egg-info blockhess_ext/*.so
 
 $(VENV)/.torch:
 	@if $(PYTHON) -c "$(has_torch)" 2>/dev/null; \

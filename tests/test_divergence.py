@@ -16,7 +16,8 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from blockhess import divergence
-from blockhess.divergence import JS0, KINDS, js_matrix
+from blockhess.divergence import BATCHNORM_POLICIES, JS0, KINDS, js_matrix
+from blockhess.model_state import BATCHNORM
 from tests.spectra_cases import float64
 
 STANDARD = ("distance", "divergence")
@@ -259,6 +260,10 @@ def test_js0_says_all_it_depends_on() -> None:
         "mean over 1 pair of 2 blocks; BatchNorm policy not recorded; "
         "left out: " + ", ".join(["x (unused)"] * 6) + " and 3 more"
     )
+
+
+def test_every_batchnorm_policy_has_words() -> None:
+    assert {*BATCHNORM, "none"} == BATCHNORM_POLICIES.keys()
 
 
 def test_a_base_is_a_number() -> None:

@@ -41,6 +41,7 @@ KINDS = {
 BATCHNORM_POLICIES = {
     "eval": "BatchNorm in eval mode",
     "batch": "BatchNorm with batch statistics",
+    "frozen-batch-stats": "BatchNorm with frozen batch statistics",
     "none": "no BatchNorm",
 }
 

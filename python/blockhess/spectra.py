@@ -422,7 +422,7 @@ class Spectra(SpectraBands):
     def hvp_error(self, name: str) -> float:
         """Return the size of the errors of Hessian-vector products with a block, where it is known, else 0.
 
-        It is an attribute of the block, or provenance["hvp_error"][name], in units of the eigenvalues.
+        It is an attribute of the block, or `provenance["hvp_error"][name]`, in units of the eigenvalues.
         """
         known = getattr(self.blocks[self._row[name]], "hvp_error", None)
         if known is None:
