@@ -83,8 +83,8 @@ def bench_part() -> str:
             "",
             *table,
             "",
-            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. With clock cpu, seconds",
-            "are the processor's, since other programs kept it busy; they also share its caches and bandwidth.",
+            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. Above the number of threads",
+            "other programs ran beside it and took part of its bandwidth, which shares of limits feel more than ratios.",
             *sorted(origins),
         ]
     )
