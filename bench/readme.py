@@ -83,8 +83,8 @@ def bench_part() -> str:
             "",
             *table,
             "",
-            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. Above the number of threads",
-            "other programs ran beside it and took part of its bandwidth, which shares of limits feel more than ratios.",
+            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. Above the threads in use,",
+            "other programs ran beside it and took part of its bandwidth: shares of limits feel it more than ratios.",
             *sorted(origins),
         ]
     )

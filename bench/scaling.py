@@ -88,7 +88,7 @@ def plot(named: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
             panel.plot(*zip(*found[kind]), "o-", label=name)
         panel.set_xscale("linear" if kind.startswith("threads") else "log")
         panel.set_xlabel(kind)
-        panel.set_ylim(bottom=0)
+    figure.axes[0].set_ylim(bottom=0)  # shared, so once all curves are drawn
     figure.axes[0].set_ylabel("ns for each element and step")
     figure.axes[0].legend()
     figure.savefig(path)
