@@ -7,8 +7,6 @@ Truth is known: six synthetic densities, and exact Hessians of small blocks. REA
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import describe
+from bench.kept import arguments, result_of, tell
 from bench.known_spectra import hessians, synthetic
 from bench.rival_recurrences import RECURRENCES
 from blockhess import error_bars, measures
@@ -346,26 +345,16 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--text", type=Path, help="also write the tables to this file")
+def main() -> None:
+    parser = arguments(__doc__, "tiny sizes: that it runs, not numbers worth quoting")
     parser.add_argument("--plot", type=Path, help="draw the errors into this picture")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, not numbers worth quoting")
-    parser.add_argument("--show", type=Path, help="measure nothing: tables and picture of a file of --json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result = json.loads(options.show.read_text()) if options.show else measure(options.quick)
-    text = text_of(result)
-    print(text)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.text:
-        options.text.write_text(text + "\n")
+    result = result_of(options, measure)
+    tell(options, result, text_of(result))
     if options.plot:
         plot(result["errors"], options.plot)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

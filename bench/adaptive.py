@@ -7,12 +7,9 @@ Every spectrum is a block of 100,000 parameters with a diagonal Hessian; a trial
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 import blockhess
 from bench.environment import describe
+from bench.kept import arguments, result_of, tell
 from bench.known_spectra import synthetic
 from blockhess.table import format_table
 from blockhess_ext.convergence import change
@@ -158,19 +156,10 @@ def text(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--quick", action="store_true", help="two trials, to see that it runs")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="print a kept result")
-    options = parser.parse_args()
-    result = json.loads(options.show.read_text()) if options.show else measured(options.quick)
+    options = arguments(__doc__, "two trials, to see that it runs").parse_args()
+    result = result_of(options, measured)
     assert all(math.isfinite(row["median_error"]) for row in result["asked"])
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.text:
-        options.text.write_text(text(result) + "\n")
-    print(text(result))
+    tell(options, result, text(result))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ As the second half of bench_accuracy.py; README.md says what the numbers mean.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from bench.accuracy import (
     summary,
 )
 from bench.environment import describe
+from bench.kept import arguments, result_of, tell
 from bench.known_spectra import synthetic
 from blockhess import measures
 from blockhess.axes import Axis, divisors
@@ -117,22 +115,12 @@ def measure(quick: bool) -> dict[str, Any]:
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--text", type=Path, help="also write the table to this file")
-    parser.add_argument("--quick", action="store_true", help="few runs: that it runs, not numbers worth quoting")
-    parser.add_argument("--show", type=Path, help="measure nothing: the table of a file of --json")
-    options = parser.parse_args()
+def main() -> None:
+    options = arguments(__doc__, "few runs: that it runs, not numbers worth quoting").parse_args()
     torch.set_num_threads(1)
-    result = json.loads(options.show.read_text()) if options.show else measure(options.quick)
-    print(text_of(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.text:
-        options.text.write_text(text_of(result) + "\n")
-    return 0
+    result = result_of(options, measure)
+    tell(options, result, text_of(result))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ spends no processor time worth naming, and what gloo's threads spend is counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -24,6 +23,7 @@ import torch.multiprocessing as mp
 
 import blockhess
 from bench.environment import describe
+from bench.kept import arguments, result_of, tell
 from blockhess.forecast import forecast
 from blockhess.models.gpt import GPT, GPTConfig, next_token_loss
 from blockhess.table import format_table
@@ -106,18 +106,9 @@ def text(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one round of a tiny model, to see that it runs")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="print a kept result")
-    options = parser.parse_args()
-    result = json.loads(options.show.read_text()) if options.show else measured(options.quick)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.text:
-        options.text.write_text(text(result) + "\n")
-    print(text(result))
+    options = arguments(__doc__, "one round of a tiny model, to see that it runs").parse_args()
+    result = result_of(options, measured)
+    tell(options, result, text(result))
 
 
 if __name__ == "__main__":

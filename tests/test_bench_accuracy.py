@@ -81,3 +81,17 @@ def test_errors_of_the_exact_quadrature_are_zero():
     l1, w1 = errors(alpha, beta, torch.tensor([-1.0, 4.0]).double())
     assert l1 == pytest.approx(1.0, abs=1e-3) and w1 == pytest.approx(0.5 / 5)
     assert errors(alpha * float("nan"), beta, alpha[0]) == (float("inf"), float("inf"))
+
+
+def test_a_kept_result_tells_what_the_run_told(tmp_path, monkeypatch, capsys):
+    from bench import axes
+
+    kept, tables = tmp_path / "axes.json", tmp_path / "axes.txt"
+    monkeypatch.setattr("sys.argv", ["axes", "--quick", "--json", str(kept), "--text", str(tables)])
+    axes.main()
+    told = capsys.readouterr().out
+    assert tables.read_text() == told and told.count("\n") > len(axes.AXES) * len(axes.NAMES)
+    monkeypatch.setattr(axes, "measure", None)  # nothing is measured again
+    monkeypatch.setattr("sys.argv", ["axes", "--show", str(kept)])
+    axes.main()
+    assert capsys.readouterr().out == told

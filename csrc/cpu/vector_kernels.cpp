@@ -7,10 +7,12 @@
 namespace blockhess {
 namespace {
 
-constexpr int64_t kLanes = 32;  // partial sums: enough to hide the latency of the add at every vector width
-constexpr int64_t kChunk =
-    4096;                     // elements of x in float64, and their part of 100 rows of the basis: both stay in cache
-constexpr int64_t kRows = 4;  // rows of the basis that share the loads of x
+// Partial sums: enough to hide the latency of the add at every vector width.
+constexpr int64_t kLanes = 32;
+// Elements of x in float64, and their part of 100 rows of the basis: both stay in cache.
+constexpr int64_t kChunk = 4096;
+// Rows of the basis that share the loads of x.
+constexpr int64_t kRows = 4;
 
 struct Lanes {
   double sum[kLanes] = {};

@@ -124,7 +124,7 @@ for _name, _text in {
 
 @app.command("all-theory")
 def all_theory(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
-    """All of the above."""
+    """All of the theory, one after the other: neither networks nor trainings."""
     _run(list(EXPERIMENTS), out, seed, quick, data=data)
 
 
