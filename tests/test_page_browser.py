@@ -55,6 +55,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page.write(results, folder / "three.html", [f"step {100 * i}" for i in range(3)])
     page.write(results[:1], folder / "one.html")
     page.write([random_spectra(n_blocks=1)], folder / "single.html")
+    page.write([random_spectra(n_probes=1, partial=True)], folder / "unfinished.html")
     return folder
 
 
@@ -220,6 +221,31 @@ def test_sliders_and_axes_redraw(browser: Any, pages: Path) -> None:
     browser.find_element(By.ID, "reset").click()
     assert text(browser, "sigma-said").endswith(", 1 % of the range")
     assert complaints(browser) == []
+
+
+def test_standard_errors_are_drawn_and_can_be_left_out(browser: Any, pages: Path) -> None:
+    opened(browser, pages / "one.html")
+    with_bands = pixels(browser, "density")
+    canvas = browser.find_element(By.ID, "density")
+    canvas.send_keys(Keys.ARROW_RIGHT)
+    assert " ± " in text(browser, "density-said")
+    browser.find_element(By.ID, "bands").send_keys(Keys.SPACE)
+    drawn(browser)
+    assert pixels(browser, "density") != with_bands
+    canvas.send_keys(Keys.ARROW_RIGHT)
+    assert " ± " not in text(browser, "density-said")
+    opened(browser, pages / "unfinished.html")  # of one probe
+    assert not browser.find_element(By.ID, "bands").is_displayed()
+    assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_an_unfinished_run_has_a_banner(browser: Any, pages: Path, dark: bool) -> None:
+    opened(browser, pages / "one.html", dark=dark)
+    assert not browser.find_element(By.ID, "unfinished").is_displayed()
+    opened(browser, pages / "unfinished.html", dark=dark)
+    assert "not finished" in text(browser, "unfinished") and contrast(browser, "#unfinished") >= 4.5
+    assert chosen(browser)
 
 
 def test_pointer_reads_values_and_zooms(browser: Any, pages: Path) -> None:

@@ -180,14 +180,18 @@ def show(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Result files; several: checkpoints of one model, in order.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Result files, or directories of runs; several: checkpoints of one model, in order."),
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
 ) -> None:
     """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution."""
     import blockhess
     from blockhess import page
+    from blockhess.runs.status import partial
 
-    results = [blockhess.load(file) for file in files]
+    results = [partial(file) if file.is_dir() else blockhess.load(file) for file in files]
     path = page.write(results, out or files[-1].with_suffix(".html"), [file.stem for file in files])
     typer.echo(f"Report written into {path}")
 

@@ -23,6 +23,7 @@ def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mappin
         js0: comparison -> its JS0, the default first.
     """
     told = [
+        _advice(spectra),
         _heterogeneity(js0),
         _curvature(spectra),
         _precision(spectra, records),
@@ -31,6 +32,14 @@ def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mappin
         _batchnorm(spectra),
     ]
     return [text for text in told if text]
+
+
+def _advice(spectra: Spectra) -> str:
+    if spectra.num_comparable() < 2:
+        return ""
+    advice = spectra.advice()
+    unlike = ", ".join(name for name, _ in advice.drivers[:MOST_NAMES])
+    return f"SGD or Adam? {advice.decision.capitalize()}: {advice.reason}. Most unlike the other blocks: {unlike}."
 
 
 def _heterogeneity(js0: Mapping[str, float]) -> str:
