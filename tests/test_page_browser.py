@@ -280,6 +280,12 @@ def test_a_cell_of_the_heat_map_shows_its_two_spectra(browser: Any, pages: Path)
     told = text(browser, "heatmap-said")
     assert told.startswith("Showing distance ")
     assert float(told.split()[2].rstrip(",").replace("−", "-")) == pytest.approx(distance, rel=0.01, abs=1e-4)
+    plain = pixels(browser, "heatmap")
+    browser.find_element(By.ID, "stretch").send_keys(Keys.SPACE)
+    drawn(browser)
+    assert pixels(browser, "heatmap") != plain
+    upper = spectra.js_matrix().triu(1)
+    assert browser.execute_script("return blockhess.heatmap.top") == pytest.approx(float(upper.max()), abs=1e-4)
     browser.execute_script("document.querySelector('#order input[value=model]').click()")
     assert browser.execute_script("return blockhess.heatmap.rows") == list(range(N_BLOCKS))
 

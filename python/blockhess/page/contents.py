@@ -75,7 +75,8 @@ def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:
     comparisons = [comparison for title in COMPARISONS if (comparison := _comparison(spectra, title))]
     records = block_records(spectra)
     widths, weights = spectra.resolved_sigma().tolist(), set(weights_only(spectra))
-    blocks, nodes, shares = [], [], []
+    blocks: list[dict[str, Any]] = []
+    nodes, shares = [], []
     for record, x, w, width in zip(records, *(part.numpy() for part in spectra.merged), widths):
         carried = w > 0
         probes = [count for count in carried.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]

@@ -70,7 +70,9 @@ def _precision(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> str:
         return "Every block was written out exactly." if known else ""
     by_steps = sum(r["w1_steps"] > r["w1_probes"] for r in open_blocks)
     advice = "more steps help most" if 2 * by_steps > len(open_blocks) else "more probes help most"
-    blocks = f"{by_steps} of {len(open_blocks)} estimated blocks" if by_steps else "no block"
+    if not by_steps:
+        return f"In every block the random probes leave more open than the finite number of steps: {advice}."
+    blocks = f"{by_steps} of {len(open_blocks)} estimated blocks"
     return f"The finite number of steps may leave more open than the random probes in {blocks}: {advice}."
 
 
