@@ -12,7 +12,18 @@ import pytest
 
 from tests.spectra_cases import make_spectra
 
-HEAVY = ("matplotlib", "scipy.stats", "scipy.cluster", "transformers", "pandas", "sympy.core", "torch._dynamo", "typer")
+HEAVY = (
+    "matplotlib",
+    "scipy.special",
+    "scipy.fft",
+    "scipy.stats",
+    "scipy.cluster",
+    "transformers",
+    "pandas",
+    "sympy.core",
+    "torch._dynamo",
+    "typer",
+)
 
 ROOT = Path(__file__).parents[1]
 

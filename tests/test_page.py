@@ -64,7 +64,7 @@ def data_of(html: str) -> dict[str, Any]:
 def unpacked(result: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Nodes and weights of every block."""
     nodes, weights = (np.frombuffer(base64.b64decode(result[name]), "<f4") for name in ("nodes", "weights"))
-    stops = np.cumsum([block["count"] for block in result["blocks"]])
+    stops = np.cumsum([sum(block["probes"]) for block in result["blocks"]])
     assert stops[-1] == len(nodes) == len(weights)
     return [
         (block["radius"] * x.astype(float), w.astype(float))
@@ -155,7 +155,7 @@ def test_blocks_of_which_nothing_is_known() -> None:
     )
     (result,) = data_of(page.render(page_contents([spectra])))["results"]
     assert [block["lambda_max"] for block in result["blocks"]] == [2.0, None]
-    assert result["blocks"][1]["count"] == 0 and result["comparisons"] == []
+    assert result["blocks"][1]["probes"] == [] and result["comparisons"] == []
     assert any("not finite: block1." in text for text in result["findings"])
 
 
@@ -175,7 +175,11 @@ def test_findings_follow_from_the_numbers() -> None:
     assert "cannot be told from zero: block2" in told and 'batchnorm="batch"' in told
     one = make_spectra([[[1.0, 2.0]] * 2], [[[0.5, 0.5]] * 2])
     told = "\n".join(findings(one, block_records(one), {}))
-    assert "With one random probe" in told and "No block has more than 1 % negative" in told
+    assert (
+        "With one random probe" in told
+        and "SGD or Adam? Undecided: " in told
+        and "No block has more than 1 % negative" in told
+    )
     assert "BatchNorm" not in told
 
 
@@ -190,6 +194,17 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     one = random_spectra()
     assert one.report(tmp_path / "method.html") == tmp_path / "method.html"
     assert len(data_of((tmp_path / "method.html").read_text())["results"][0]["blocks"]) == len(one)
+
+
+def test_an_unfinished_run_is_told() -> None:
+    def said(**provenance: Any) -> Any:
+        return page_contents([random_spectra(**provenance)])["results"][0]["unfinished"]
+
+    assert said() is None and said(partial=False, hvps=3) is None
+    assert said(partial=True).startswith("This run is not finished: ")
+    told = said(partial=True, hvps=1200, hvps_planned=5000, blocks_missing=2)
+    assert told.endswith("1,200 of at most 5,000 Hessian-vector products are done. 2 of 6 blocks have no spectrum yet.")
+    assert said(partial=True, hvps="<b>", hvps_planned=[], blocks_missing="many") == said(partial=True)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +280,41 @@ def test_the_page_smooths_as_blockhess_does(axis: str, sigma: float | None) -> N
     assert np.array(got["all"]) == pytest.approx(expected.numpy(), abs=tolerance)
     assert got["one"] == pytest.approx(expected[:, 5].tolist(), abs=tolerance)
     assert np.array(got["all"]).max() > 100 * tolerance
+
+
+ERRORS = """
+const fs = require("fs"), vm = require("vm");
+vm.runInThisContext(fs.readFileSync(process.argv[1], "utf8").replaceAll("const ", "var "));
+const { blocks, sigma, start, step, count } = JSON.parse(fs.readFileSync(0, "utf8"));
+console.log(JSON.stringify(blocks.map((b) => {
+  const nodes = Float64Array.from(b.nodes), weights = Float64Array.from(b.weights);
+  const values = density(nodes, weights, start, step, count, sigma);
+  return Array.from(densityErrors({ ...b, weights }, nodes, values, start, step, count, sigma));
+})));
+"""
+
+
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+def test_the_pages_standard_errors() -> None:
+    """Of each point's Gaussian, over the probes and over the eigenvalues, with numpy's sums."""
+    n_probes, n_blocks, sigma, count = 4, 3, 0.3, 401
+    spectra = random_spectra(n_probes=n_probes, n_blocks=n_blocks, m=6, dims=[6, 40, 4000])
+    (result,) = page_contents([spectra])["results"]
+    blocks = [b | {"nodes": x.tolist(), "weights": w.tolist()} for b, (x, w) in zip(result["blocks"], unpacked(result))]
+    job = {"blocks": blocks, "sigma": sigma, "start": -2.0, "step": 0.01, "count": count}
+    script = Path(page.__file__).parent / "assets/density.js"
+    done = subprocess.run(
+        [str(NODE), "-e", ERRORS, str(script)], input=json.dumps(job), capture_output=True, text=True, check=True
+    )
+    grid = -2.0 + 0.01 * np.arange(count)
+    larger = []
+    for row, got in enumerate(json.loads(done.stdout)):
+        x, w = (part[:, row].numpy() for part in (spectra.quadrature.nodes, spectra.quadrature.weights))
+        f = np.exp(-0.5 * ((grid - x[..., None]) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+        of_probes = (w[..., None] * f).sum(1)
+        sample = of_probes.var(0, ddof=1)
+        mean_square = (w[..., None] * f**2).sum(1).mean(0)
+        theory = 2 / (spectra.dims[row] + 2) * (mean_square - of_probes.mean(0) ** 2)
+        assert got == pytest.approx(np.sqrt(np.maximum(sample, theory) / n_probes).tolist(), abs=2e-6)
+        larger.append(theory > sample)
+    assert np.any(larger[0]) and not np.all(larger[2])  # both are tested

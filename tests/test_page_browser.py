@@ -55,6 +55,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page.write(results, folder / "three.html", [f"step {100 * i}" for i in range(3)])
     page.write(results[:1], folder / "one.html")
     page.write([random_spectra(n_blocks=1)], folder / "single.html")
+    page.write([random_spectra(n_probes=1, partial=True)], folder / "unfinished.html")
     return folder
 
 
@@ -222,6 +223,31 @@ def test_sliders_and_axes_redraw(browser: Any, pages: Path) -> None:
     assert complaints(browser) == []
 
 
+def test_standard_errors_are_drawn_and_can_be_left_out(browser: Any, pages: Path) -> None:
+    opened(browser, pages / "one.html")
+    with_bands = pixels(browser, "density")
+    canvas = browser.find_element(By.ID, "density")
+    canvas.send_keys(Keys.ARROW_RIGHT)
+    assert " ± " in text(browser, "density-said")
+    browser.find_element(By.ID, "bands").send_keys(Keys.SPACE)
+    drawn(browser)
+    assert pixels(browser, "density") != with_bands
+    canvas.send_keys(Keys.ARROW_RIGHT)
+    assert " ± " not in text(browser, "density-said")
+    opened(browser, pages / "unfinished.html")  # of one probe
+    assert not browser.find_element(By.ID, "bands").is_displayed()
+    assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_an_unfinished_run_has_a_banner(browser: Any, pages: Path, dark: bool) -> None:
+    opened(browser, pages / "one.html", dark=dark)
+    assert not browser.find_element(By.ID, "unfinished").is_displayed()
+    opened(browser, pages / "unfinished.html", dark=dark)
+    assert "not finished" in text(browser, "unfinished") and contrast(browser, "#unfinished") >= 4.5
+    assert chosen(browser)
+
+
 def test_pointer_reads_values_and_zooms(browser: Any, pages: Path) -> None:
     opened(browser, pages / "one.html")
     canvas = browser.find_element(By.ID, "density")
@@ -254,6 +280,12 @@ def test_a_cell_of_the_heat_map_shows_its_two_spectra(browser: Any, pages: Path)
     told = text(browser, "heatmap-said")
     assert told.startswith("Showing distance ")
     assert float(told.split()[2].rstrip(",").replace("−", "-")) == pytest.approx(distance, rel=0.01, abs=1e-4)
+    plain = pixels(browser, "heatmap")
+    browser.find_element(By.ID, "stretch").send_keys(Keys.SPACE)
+    drawn(browser)
+    assert pixels(browser, "heatmap") != plain
+    upper = spectra.js_matrix().triu(1)
+    assert browser.execute_script("return blockhess.heatmap.top") == pytest.approx(float(upper.max()), abs=1e-4)
     browser.execute_script("document.querySelector('#order input[value=model]').click()")
     assert browser.execute_script("return blockhess.heatmap.rows") == list(range(N_BLOCKS))
 

@@ -326,6 +326,8 @@ def test_status_and_spectra_so_far(given, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "not running" in told and "step 2" in told and "products a second" in told
     assert same_bits_of_nodes(blockhess.load(tmp_path / "so_far.npz"), so_far)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "This run is not finished: " in (tmp_path / "run.html").read_text()
     assert main(["status", str(tmp_path)]) == 2
     with directory.opened(tmp_path / "run"):
         assert f"worked on by process {os.getpid()}" in str(status(tmp_path / "run"))

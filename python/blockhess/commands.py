@@ -180,16 +180,29 @@ def show(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Result files; several: checkpoints of one model, in order.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Result files, or directories of runs; several: checkpoints of one model, in order."),
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
+    figures: Annotated[str | None, typer.Option(help="Also figures for a paper, beside it: pdf, svg or png.")] = None,
 ) -> None:
     """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution."""
     import blockhess
     from blockhess import page
+    from blockhess.runs.status import partial
 
-    results = [blockhess.load(file) for file in files]
-    path = page.write(results, out or files[-1].with_suffix(".html"), [file.stem for file in files])
+    results = [partial(file) if file.is_dir() else blockhess.load(file) for file in files]
+    labels = [file.stem for file in files]
+    path = page.write(results, out or files[-1].with_suffix(".html"), labels)
     typer.echo(f"Report written into {path}")
+    if figures is not None:
+        from blockhess.figures import shown, write
+
+        paths = write(results, path.with_suffix(""), figures, labels)
+        typer.echo(f"Figures written into {', '.join(map(str, paths))}")
+        if len(shown(results[-1])) < len(results[-1]):
+            typer.echo(f"Spectra are those of {len(shown(results[-1]))} of its {len(results[-1])} blocks")
 
 
 @app.command()

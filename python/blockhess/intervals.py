@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import scipy  # its parts on first use: they are slow to import
 import torch
-from scipy import special
 from torch import Tensor
 
 from blockhess import checks
@@ -39,12 +39,12 @@ def check_confidence(op: str, confidence: float) -> float:
 
 def normal_quantile(confidence: float) -> float:
     """Return z such that a standard normal variable lies in [-z, z] with this probability."""
-    return float(special.ndtri((1 + confidence) / 2))
+    return float(scipy.special.ndtri((1 + confidence) / 2))
 
 
 def student_quantile(confidence: float, degrees: int) -> float:
     """Return t such that Student's variable of so many degrees of freedom lies in [-t, t] with this probability."""
-    return float(special.stdtrit(degrees, (1 + confidence) / 2))
+    return float(scipy.special.stdtrit(degrees, (1 + confidence) / 2))
 
 
 def mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -98,8 +98,8 @@ def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[T
     skewed = (mean > 0) & (variance > 0) & (degrees > 0) & (degrees < _NORMAL_FROM)
     observed, unit = degrees[skewed].numpy(), (mean / degrees)[skewed]
     tail = (1 - confidence) / 2
-    lower[skewed] = torch.from_numpy(special.chdtriv(1 - tail, observed)) * unit
-    upper[skewed] = torch.from_numpy(special.chdtriv(tail, observed)) * unit
+    lower[skewed] = torch.from_numpy(scipy.special.chdtriv(1 - tail, observed)) * unit
+    upper[skewed] = torch.from_numpy(scipy.special.chdtriv(tail, observed)) * unit
     certain = variance == 0
     lower = torch.where(certain, mean, torch.minimum(lower.clamp(min=0.0), mean))
     return lower, torch.where(certain, mean, torch.maximum(upper, mean))

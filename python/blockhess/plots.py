@@ -38,12 +38,21 @@ PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
 # The heat map writes the values into its cells up to the first number of blocks, and every name up to the second.
 MOST_VALUES, MOST_LABELS = 14, 150
 
+# Of a figure whose width is given: panels are so wide at least, and labels stand so far apart, in inches.
+LEAST_PANEL, LABEL_PITCH = 1.7, 0.1
 
-def _figure(width: float, height: float) -> Figure:
+# A cell that holds a value is so wide at least, in inches.
+LEAST_CELL = 0.3
+
+MISSING = 'pictures need matplotlib; type: pip install "blockhess[plot]"'
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of this size in inches, free of any display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('pictures need matplotlib; type: pip install "blockhess[plot]"') from None
+        raise ImportError(MISSING) from None
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
@@ -75,6 +84,7 @@ def plot_density(
     axis: str = "linear",
     normalize: str | int = "none",
     scale: float | None = None,
+    width: float | None = None,
 ) -> Figure:
     """Draw the log-density of every block in a panel of its own.
 
@@ -90,6 +100,7 @@ def plot_density(
         confidence: of the error bands: dark what the random probes, light what probes and steps leave open, see
             Spectra.density_band. None means no bands; of a block with one probe there are none.
         axis, normalize, scale: see Spectra.js_matrix.
+        width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
 
     Returns:
         Figure.
@@ -112,8 +123,12 @@ def plot_density(
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
 
     columns = min(MOST_COLUMNS, math.ceil(math.sqrt(len(rows) / 2)))
+    panel_height = PANEL_HEIGHT
+    if width is not None:
+        columns = max(1, min(len(rows), int(width / LEAST_PANEL)))
+        panel_height = min(PANEL_HEIGHT, 0.6 * width / columns)
     lines = math.ceil(len(rows) / columns)
-    figure = _figure(max(5.6, PANEL_WIDTH * columns + 0.3), PANEL_HEIGHT * lines + 1.1)
+    figure = new_figure(width or max(5.6, PANEL_WIDTH * columns + 0.3), panel_height * lines + 1.1)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
     if sigma is not None:
         widths = [check_sigma_in_range("plot_density", sigma, nodes)] * len(rows)
@@ -124,10 +139,10 @@ def plot_density(
     else:
         widths = spectra.resolved_sigma(names, axis, normalize, where.scale).tolist()
         blur = "about each block's range / steps, for pictures only"
-    for panel, row, x, w, width in zip(panels.flatten(), rows, nodes, weights, widths):
-        _draw_density(panel, spectra.names[row], x, w, width)
+    for panel, row, x, w, one in zip(panels.flatten(), rows, nodes, weights, widths):
+        _draw_density(panel, spectra.names[row], x, w, one)
         if confidence is not None:
-            _draw_bands(panel, spectra, row, node_grid(x, width), width, confidence, where)
+            _draw_bands(panel, spectra, row, node_grid(x, one), one, confidence, where)
     for panel in panels.flatten()[len(rows) :]:
         panel.remove()
 
@@ -141,7 +156,8 @@ def plot_density(
     model, policy = spectra.provenance.get("model"), spectra.provenance.get("batchnorm")
     title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
     title += f", {BATCHNORM_POLICIES[policy]}" if policy in ("eval", "batch") else ""
-    figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
+    if width is None:
+        figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
     what = "eigenvalue" if where == Axis() else textwrap.fill(str(where), int(10 * figure.get_figwidth()))
     below = f"{what} (grey line: 0)\nblurred by Gaussians of {blur}"
     if confidence is not None:
@@ -197,13 +213,14 @@ def _brief(value: float) -> str:
     return f"{value:.2g}" if -3 <= int(exponent) <= 3 or value == 0 else f"{mantissa}e{int(exponent)}"
 
 
-def plot_heatmap(spectra: Spectra, vmax: float | None = None, **comparison: Any) -> Figure:
+def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | None = None, **comparison: Any) -> Figure:
     """Draw the matrix of Jensen-Shannon values between all pairs of blocks.
 
     Args:
         spectra: what to compare.
         vmax: where the colours end; None means the largest possible value of the kind, so that pictures of different
             models compare at a glance, or the largest value found where there is no such bound.
+        width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
         comparison: kind, base, sigma, axis, blocks, grid_points of Spectra.js_matrix.
 
     Returns:
@@ -228,25 +245,29 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, **comparison: Any)
     if vmax is None:
         vmax = bounds.get(js0.kind, float(pairs.max())) or 1.0
 
-    side = min(12.0, max(4.8, 0.2 * n))
-    longest = max(map(len, js0.blocks))
-    font = min(8.0, 0.78 * 72 * side / min(n, MOST_LABELS))
-    margin = 0.55 * font / 72 * min(longest, 40)
+    longest = min(40, max(map(len, js0.blocks)))
+    side, most_labels = min(12.0, max(4.8, 0.2 * n)), MOST_LABELS
+    if width is not None:
+        side, longest = 0.6 * width, min(longest, 24)
+        most_labels = int(side / LABEL_PITCH)
+    font = min(8.0, 0.78 * 72 * side / min(n, most_labels))
+    margin = 0.55 * font / 72 * longest
     found = f"pairs from {float(pairs.min()):.2g} to {float(pairs.max()):.2g}"
     caption = textwrap.wrap(f"{js0}; {found}", int(14 * side))
     model = spectra.provenance.get("model")
     title = textwrap.wrap(f"Block spectra{f' of {model}' if model else ''}, compared", int(8 * side))
-    figure = _figure(side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.3)
+    title = title if width is None else []
+    figure = new_figure(width or side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.3)
     axes = figure.subplots()
     image = axes.imshow(matrix.numpy(), cmap="viridis", vmin=0.0, vmax=vmax, interpolation="nearest")
 
-    shown = range(0, n, math.ceil(n / MOST_LABELS))
-    labels = [_shorten(js0.blocks[i], 40) for i in shown]
+    shown = range(0, n, math.ceil(n / most_labels))
+    labels = [_shorten(js0.blocks[i], longest) for i in shown]
     axes.set_xticks(list(shown), labels, rotation=90, fontsize=font)
     axes.set_yticks(list(shown), labels, fontsize=font)
     axes.tick_params(length=0, pad=2)
     axes.spines[:].set_visible(False)
-    if n <= MOST_VALUES:
+    if n <= MOST_VALUES and side / n >= LEAST_CELL:
         for i in range(n):
             for j in range(n):
                 dark = float(matrix[i, j]) < 0.6 * vmax

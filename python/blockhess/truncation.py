@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 
+import scipy  # its parts on first use: they are slow to import
 import torch
-from scipy.fft import dct
 from torch import Tensor
 
 from blockhess.axes import BlockAxis
@@ -102,13 +102,16 @@ class Recurrence:
         beta = torch.maximum(self.beta, _LEAST_COUPLING * self.size[:, None]).clamp(min=1e-300)
         christoffel, before, now = torch.ones_like(x), torch.zeros_like(x), torch.ones_like(x)
         residual = torch.zeros_like(x)
-        for j in range(max(self.steps.tolist(), default=0)):
-            going = (j < self.steps)[:, None]
+        steps = self.steps.tolist()
+        for j in range(max(steps, default=0)):
             r = (x - self.alpha[:, j, None]) * now - (beta[:, j - 1, None] * before if j else 0.0)
-            residual = torch.where(going, r, residual)
             # p_j and the sum of squares grow without bound: both are kept divided by the root of that sum.
             after = r / beta[:, j, None]
             shrink = torch.hypot(after, torch.ones_like(x)).reciprocal()
+            if j + 1 < min(steps):
+                before, now, christoffel = now * shrink, after * shrink, christoffel * shrink**2
+                continue
+            residual = torch.where((j < self.steps)[:, None], r, residual)
             more = (j + 1 < self.steps)[:, None]
             before, now = torch.where(more, now * shrink, before), torch.where(more, after * shrink, now)
             christoffel = torch.where(more, christoffel * shrink**2, christoffel)
@@ -278,7 +281,7 @@ def _chebyshev_tail(recurrence: Recurrence, grid: Tensor, sigma: float, axis: Bl
     for start in range(0, len(grid), 512):
         z = (grid[start : start + 512, None] - y) / sigma
         values = (-0.5 * z**2).exp() / (sigma * math.sqrt(2 * math.pi))
-        coefficients = torch.from_numpy(dct(values.numpy(), axis=1)) / size
+        coefficients = torch.from_numpy(scipy.fft.dct(values.numpy(), axis=1)) / size
         tail[start : start + 512] = 2 * coefficients[:, degree:].abs().sum(1)
     return tail
 

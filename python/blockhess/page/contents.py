@@ -22,6 +22,7 @@ from blockhess.page.findings import findings
 from blockhess.records import block_records
 from blockhess.report import weights_only
 from blockhess.spectra import Spectra
+from blockhess_ext import Quadrature
 
 # Nodes in a page, at most; about 11 bytes each.
 MOST_NODES = 360_000
@@ -30,7 +31,7 @@ MOST_NODES = 360_000
 SMALLEST_SHARE = 1e-4
 
 # Of provenance, what is long or shown elsewhere.
-NOT_SHOWN = ("hvp_error", "plan", "model", "ghosts")
+NOT_SHOWN = ("partial", "hvp_error", "plan", "model", "ghosts")
 LONGEST_VALUE = 300
 
 # title -> arguments of Spectra.compare
@@ -74,12 +75,15 @@ def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:
     comparisons = [comparison for title in COMPARISONS if (comparison := _comparison(spectra, title))]
     records = block_records(spectra)
     widths, weights = spectra.resolved_sigma().tolist(), set(weights_only(spectra))
-    blocks, nodes, shares = [], [], []
+    blocks: list[dict[str, Any]] = []
+    nodes, shares = [], []
     for record, x, w, width in zip(records, *(part.numpy() for part in spectra.merged), widths):
         carried = w > 0
+        probes = [count for count in carried.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
         x, w = x[carried], w[carried]
         if most is not None and len(x) > most:
             x, w = condense(x, w, most)
+            probes = [len(x)]
         radius = float(np.abs(x).max(initial=0.0))
         relative = x / radius if radius > 0 else x
         nodes.append(relative)
@@ -90,7 +94,8 @@ def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:
                 "radius": radius,
                 "rms": radius * math.sqrt(float((w * relative**2).sum())),
                 "sigma": width,
-                "count": len(x),
+                "probes": probes,
+                "known": _known_variance(spectra.quadrature, len(blocks)),
                 "is_weight": record["block"] in weights,
             }
         )
@@ -99,6 +104,7 @@ def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:
         "step": spectra.provenance.get("step"),
         "model": str(spectra.provenance.get("model") or "a model"),
         "summary": repr(spectra),
+        "unfinished": _unfinished(spectra),
         "findings": findings(spectra, records, {c["title"]: c["value"] for c in comparisons}),
         "made": _made(spectra),
         "blocks": blocks,
@@ -106,6 +112,25 @@ def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:
         "weights": _packed(np.concatenate(shares), "<f4"),
         "comparisons": comparisons,
     }
+
+
+def _known_variance(q: Quadrature, block: int) -> float:
+    """Variance of v^T f(H) v in units of that of f over the eigenvalues, as probe_error.variance_of_probes."""
+    return 2 / (q.dims[block] + 2) if q.distribution == "gaussian" and not q.is_exact(block) else 0.0
+
+
+def _unfinished(spectra: Spectra) -> str | None:
+    """What is missing in the spectra so far of a run, as runs.status.partial gives them."""
+    made = spectra.provenance
+    if not made.get("partial"):
+        return None
+    text = "This run is not finished: the page shows what it has saved so far; probes and steps differ between blocks."
+    done, planned, missing = (made.get(key) for key in ("hvps", "hvps_planned", "blocks_missing"))
+    if isinstance(done, int) and isinstance(planned, int):
+        text += f" {done:,} of at most {planned:,} Hessian-vector products are done."
+    if isinstance(missing, int) and missing > 0:
+        text += f" {missing} of {missing + len(spectra)} blocks have no spectrum yet."
+    return text
 
 
 def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:

@@ -23,6 +23,7 @@ def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mappin
         js0: comparison -> its JS0, the default first.
     """
     told = [
+        _advice(spectra),
         _heterogeneity(js0),
         _curvature(spectra),
         _precision(spectra, records),
@@ -31,6 +32,14 @@ def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mappin
         _batchnorm(spectra),
     ]
     return [text for text in told if text]
+
+
+def _advice(spectra: Spectra) -> str:
+    if spectra.num_comparable() < 2:
+        return ""
+    advice = spectra.advice()
+    unlike = ", ".join(name for name, _ in advice.drivers[:MOST_NAMES])
+    return f"SGD or Adam? {advice.decision.capitalize()}: {advice.reason}. Most unlike the other blocks: {unlike}."
 
 
 def _heterogeneity(js0: Mapping[str, float]) -> str:
@@ -61,7 +70,9 @@ def _precision(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> str:
         return "Every block was written out exactly." if known else ""
     by_steps = sum(r["w1_steps"] > r["w1_probes"] for r in open_blocks)
     advice = "more steps help most" if 2 * by_steps > len(open_blocks) else "more probes help most"
-    blocks = f"{by_steps} of {len(open_blocks)} estimated blocks" if by_steps else "no block"
+    if not by_steps:
+        return f"In every block the random probes leave more open than the finite number of steps: {advice}."
+    blocks = f"{by_steps} of {len(open_blocks)} estimated blocks"
     return f"The finite number of steps may leave more open than the random probes in {blocks}: {advice}."
 
 

@@ -94,7 +94,7 @@ def status(path: str | PathLike[str]) -> Status:
         parts=len(parts),
         unit=state[0] if state else None,
         step=state[1].step if state else 0,
-        hvps=sum(done.hvps for _, done, _ in parts) + (state[2] if state else 0),
+        hvps=_hvps(parts, state),
         most=run["hvps"],
         seconds=max([seconds for *_, seconds in parts] + ([state[3]] if state else []), default=0.0),
         finished=(path / directory.RESULT).exists(),
@@ -132,7 +132,14 @@ def partial(path: str | PathLike[str]) -> Spectra:
     if not known:
         raise ValueError(f"partial: {path} holds no step of any block yet")
     quadrature = Quadrature.joined([Quadrature.joined(found[l], 0) for l in known], 1)
-    made = {"model": run["identity"]["model"], "loss": run["identity"]["loss"], "partial": True}
+    made = {
+        "model": run["identity"]["model"],
+        "loss": run["identity"]["loss"],
+        "partial": True,
+        "hvps": _hvps(saved, working),
+        "hvps_planned": run["hvps"],
+        "blocks_missing": len(blocks) - len(known),
+    }
     return Spectra([blocks[l] for l in known], quadrature, made)
 
 
@@ -165,6 +172,10 @@ def _run(path: Path) -> dict[str, Any]:
     if run is None:
         raise ValueError(f"status: {path} must be the directory of a run")
     return run
+
+
+def _hvps(parts: list[tuple[int, Done, float]], state: tuple[Unit, State, int, float] | None) -> int:
+    return sum(done.hvps for _, done, _ in parts) + (state[2] if state else 0)
 
 
 def _in_work(

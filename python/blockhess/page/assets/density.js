@@ -60,6 +60,24 @@ function densityAt(nodes, weights, t, sigma) {
   return (sum * PEAK) / sigma;
 }
 
+// Standard errors of a block's `values` of density() from its random probes: the variance that theory knows of Gaussian
+// probes, block.known (mean f^2 - (mean f)^2), or the sample's where that is more, as error_bars.density_band for one sigma.
+function densityErrors(block, nodes, values, start, step, count, sigma) {
+  const probes = block.probes.length;
+  const sums = new Float64Array(count);
+  let first = 0;
+  for (const size of block.probes) {
+    const [own, shares] = [nodes, block.weights].map((list) => list.subarray(first, first + size));
+    density(own, shares, start, step, count, sigma).forEach((v, i) => (sums[i] += (probes * v - values[i]) ** 2));
+    first += size;
+  }
+  const half = sigma / Math.SQRT2; // g^2 is a Gaussian of this width
+  const squares = density(nodes, block.weights, start, step, count, half);
+  const factor = (0.5 * PEAK) / half;
+  const known = (i) => block.known * (factor * squares[i] - values[i] ** 2);
+  return sums.map((sum, i) => Math.sqrt(Math.max(sum / (probes - 1), known(i)) / probes));
+}
+
 // The density at start, start + step, ...: each Gaussian by the recurrence g(t + h) = g(t) r(t), r(t + h) = r(t) q.
 function density(nodes, weights, start, step, count, sigma) {
   const values = new Float64Array(count);

@@ -112,7 +112,7 @@ function powerTicks(low, high, count) {
   return ticks.length > 1 ? ticks : roundTicks(low, high, count);
 }
 
-// A frame with ticks and labels. x and y: { ticks, at(value), label, text(value) }.
+// A frame with ticks and labels. x and y: { ticks, at(value), label, text(value) }; the line at x.origin is a stronger one.
 function drawAxes(ctx, box, x, y) {
   ctx.lineWidth = 1;
   ctx.fillStyle = colour("quiet");
@@ -136,17 +136,18 @@ function drawAxes(ctx, box, x, y) {
   let lastRight = -Infinity;
   for (const value of x.ticks) {
     const px = x.at(value);
-    ctx.strokeStyle = colour(value === 0 ? "quiet" : "grid");
-    ctx.globalAlpha = value === 0 ? 0.6 : 1;
+    ctx.strokeStyle = colour(value === x.origin ? "quiet" : "grid");
+    ctx.globalAlpha = value === x.origin ? 0.6 : 1;
     ctx.beginPath();
     ctx.moveTo(px, box.top);
     ctx.lineTo(px, box.bottom);
     ctx.stroke();
     ctx.globalAlpha = 1;
     const half = ctx.measureText(x.text(value)).width / 2;
-    if (px - half > lastRight + 8) {
-      ctx.fillText(x.text(value), px, box.bottom + 7);
-      lastRight = px + half;
+    const middle = Math.min(px, ctx.canvas.clientWidth - half);
+    if (middle - half > lastRight + 8) {
+      ctx.fillText(x.text(value), middle, box.bottom + 7);
+      lastRight = middle + half;
     }
   }
   ctx.strokeStyle = colour("line");

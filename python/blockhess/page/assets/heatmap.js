@@ -13,6 +13,7 @@ class Heatmap {
     this.drawSoon = throttled(() => this.draw());
     $("compared-on").addEventListener("change", () => this.update());
     $("order").addEventListener("change", () => this.update());
+    $("stretch").addEventListener("change", () => this.update());
     this.listen();
   }
 
@@ -36,6 +37,7 @@ class Heatmap {
       const [i, j] = [this.order[row], this.order[column]].sort((a, b) => a - b);
       return i === j ? 0 : upper[i * n - (i * (i + 1)) / 2 + (j - i - 1)] / 65535;
     };
+    this.top = $("stretch").checked ? upper.reduce((a, b) => Math.max(a, b), 1) / 65535 : 1; // where the colours end
     this.picture = this.paint(n);
     $("js0").textContent = comparison.text;
     this.cell = null;
@@ -50,7 +52,7 @@ class Heatmap {
     const image = ctx.createImageData(n, n);
     for (let row = 0; row < n; row++) {
       for (let column = 0; column < n; column++) {
-        image.data.set([...viridis(this.value(row, column)), 255], 4 * (row * n + column));
+        image.data.set([...viridis(this.value(row, column) / this.top), 255], 4 * (row * n + column));
       }
     }
     ctx.putImageData(image, 0, 0);
@@ -108,7 +110,8 @@ class Heatmap {
     }
     ctx.fillStyle = colour("quiet");
     ctx.textAlign = "left";
-    ctx.fillText("0 alike … 1 nothing in common", barWidth + 8, top + 5);
+    const end = this.top === 1 ? "1 nothing in common" : `${number(this.top, 2)}, the largest here`;
+    ctx.fillText(`0 alike … ${end}`, barWidth + 8, top + 5);
   }
 
   listen() {

@@ -28,6 +28,7 @@ class Page {
       this.spectra.update();
       this.redraw();
     });
+    window.addEventListener("beforeprint", () => this.table.drawSparks());
     this.show(this.current);
   }
 
@@ -72,6 +73,8 @@ class Page {
 
   describe(result) {
     document.title = `${result.model}: block spectra`;
+    $("unfinished").hidden = !result.unfinished;
+    $("unfinished").textContent = result.unfinished || "";
     $("model").textContent = result.model;
     $("subtitle").textContent = result.summary;
     const known = result.blocks.filter((b) => b.lambda_max !== null);
@@ -109,9 +112,10 @@ function unpack(result) {
   const weights = new Float32Array(bytes(result.weights));
   let start = 0;
   for (const block of result.blocks) {
-    block.nodes = nodes.subarray(start, start + block.count);
-    block.weights = weights.subarray(start, start + block.count);
-    start += block.count;
+    const stop = start + block.probes.reduce((sum, count) => sum + count, 0);
+    block.nodes = nodes.subarray(start, stop);
+    block.weights = weights.subarray(start, stop);
+    start = stop;
   }
   for (const comparison of result.comparisons) comparison.values = new Uint16Array(bytes(comparison.matrix));
   result.byName = new Map(result.blocks.map((b) => [b.block, b]));

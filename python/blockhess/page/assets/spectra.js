@@ -17,7 +17,7 @@ class SpectraPlot {
     this.cursor = null; // position on the axis
     this.drag = null;
     this.drawSoon = throttled(() => this.draw());
-    for (const name of ["axis", "height"]) {
+    for (const name of ["axis", "height", "bands"]) {
       $(name).addEventListener("change", () => {
         if (name === "axis") this.zoom = this.cursor = null;
         this.update();
@@ -63,6 +63,7 @@ class SpectraPlot {
     const factor = 10 ** (Number($("sigma").value) / 100);
     this.sigma = defaultSigma(this.range) * factor;
     $("scale-row").hidden = !this.isAsinh;
+    $("bands-row").hidden = !(blocks.length <= MOST_COLOURS && blocks.some((b) => b.probes.length > 1));
     $("sigma-said").textContent = `${number(this.sigma)}, ${number(factor, 2)} % of the range`;
     $("scale").setAttribute("aria-valuetext", number(this.scale));
     $("sigma").setAttribute("aria-valuetext", $("sigma-said").textContent);
@@ -113,8 +114,11 @@ class SpectraPlot {
     const share = this.sigma / PEAK;
     let top = 0;
     for (const curve of this.curves) {
-      curve.values = density(curve.nodes, curve.block.weights, low, step, count, this.sigma);
+      const { block, nodes } = curve;
+      curve.values = density(nodes, block.weights, low, step, count, this.sigma);
+      curve.errors = this.hasBand(curve) ? densityErrors(block, nodes, curve.values, low, step, count, this.sigma) : null;
       for (let i = 0; i < count; i++) top = Math.max(top, (curve.values[i] *= share));
+      if (curve.errors) for (let i = 0; i < count; i++) curve.errors[i] *= share;
     }
     const floor = 0.1 / Math.max(10, ...this.curves.map((c) => c.block.dim));
     const yTop = this.isLog ? 2 : Math.max(top * 1.08, 1e-12);
@@ -129,6 +133,7 @@ class SpectraPlot {
       {
         ticks: this.scale === null ? roundTicks(low, high, columns) : signedTicks(low, high, this.scale, columns),
         at: (v) => x(place(v, this.scale)),
+        origin: 0,
         text: tickText,
         label: this.scale === null ? "eigenvalue" : "eigenvalue, signed-log axis",
       },
@@ -151,7 +156,8 @@ class SpectraPlot {
       ctx.lineWidth = isMany ? 1 : 1.7;
       ctx.globalAlpha = isMany ? 0.6 : 1;
       ctx.stroke();
-      if (this.curves.length <= MOST_COLOURS) {
+      if (curve.errors) this.shade(ctx, curve, (i) => x(low + i * step), y);
+      else if (this.curves.length <= MOST_COLOURS) {
         ctx.lineTo(box.right + 2, box.bottom);
         ctx.lineTo(box.left - 2, box.bottom);
         ctx.globalAlpha = 0.07;
@@ -175,6 +181,21 @@ class SpectraPlot {
     }
     ctx.restore();
     this.frame = { box, low, high, y };
+  }
+
+  // Whether standard errors are drawn around a curve: of a few, where there are two probes or more.
+  hasBand({ block }) {
+    return $("bands").checked && this.curves.length <= MOST_COLOURS && block.probes.length > 1;
+  }
+
+  // The band of one standard error.
+  shade(ctx, { values, errors, stroke }, x, y) {
+    ctx.beginPath();
+    values.forEach((v, i) => ctx.lineTo(x(i), y(v + errors[i])));
+    for (let i = values.length - 1; i >= 0; i--) ctx.lineTo(x(i), y(Math.max(values[i] - errors[i], 0)));
+    ctx.globalAlpha = 0.2;
+    ctx.fillStyle = stroke;
+    ctx.fill();
   }
 
   // A path through the values; where several fall on one pixel, through the least and the largest of them.
@@ -269,9 +290,16 @@ class SpectraPlot {
   read(py) {
     const { y } = this.frame;
     const share = this.sigma / PEAK;
-    const rows = this.curves.map(({ block, nodes, stroke }) => {
-      const value = share * densityAt(nodes, block.weights, this.cursor, this.sigma);
-      return { value, far: py === null ? -value : Math.abs(y(value) - py), row: [stroke, block.block, number(value)] };
+    const rows = this.curves.map((curve) => {
+      const { block, nodes, stroke } = curve;
+      const height = densityAt(nodes, block.weights, this.cursor, this.sigma);
+      const value = share * height;
+      let said = number(value);
+      if (this.hasBand(curve)) {
+        const [error] = densityErrors(block, nodes, [height], this.cursor, this.sigma, 1, this.sigma);
+        said += ` ± ${number(share * error, 2)}`;
+      }
+      return { value, far: py === null ? -value : Math.abs(y(value) - py), row: [stroke, block.block, said] };
     });
     rows.sort((a, b) => a.far - b.far);
     const more = rows.length > TIP_ROWS ? `, nearest ${TIP_ROWS} of ${rows.length}` : "";

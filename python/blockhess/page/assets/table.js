@@ -155,6 +155,10 @@ class Table {
     ctx.fill();
   }
 
+  drawSparks() {
+    for (const { row } of this.rows) this.spark(row.querySelector("canvas"));
+  }
+
   redraw() {
     for (const { row } of this.rows) this.sparks.observe(row.querySelector("canvas"));
   }

@@ -1,0 +1,91 @@
+"""What a release says of itself agrees with what it holds: version, changelog, citation, licences, pictured folders."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from blockhess.cli import main
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def tracked(*paths: str) -> list[str]:
+    done = subprocess.run(["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        pytest.skip("this is no git checkout")
+    return done.stdout.split()
+
+
+def test_every_folder_of_python_is_a_package() -> None:
+    folders = {str(Path(name).parent) for name in tracked("python", "blockhess_ext") if name.endswith(".py")}
+    found = sorted(folder.removeprefix("python/").replace("/", ".") for folder in folders)
+    assert found == sorted(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_every_file_beside_the_modules_is_packaged() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    held: set[str] = set()
+    for package, patterns in setuptools["package-data"].items():
+        folder = Path(setuptools["package-dir"].get(package, package))
+        held |= {str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / folder).glob(pattern)}
+    others = {name for name in tracked("python", "blockhess_ext") if not name.endswith(".py")}
+    assert others == others & held and len(others) > 10
+
+
+def test_the_changelog_keeps_its_convention() -> None:
+    """Newest first: "Unreleased", then "VERSION - DATE"; the project's version is the newest released or the next."""
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    dated = [re.fullmatch(r"(\d+)\.(\d+)\.(\d+) - (\d{4}-\d\d-\d\d)", heading) for heading in headings[1:]]
+    assert all(dated)
+    versions = [tuple(map(int, match.groups()[:3])) for match in dated if match]
+    assert versions == sorted(versions, reverse=True)
+    current = tuple(map(int, PROJECT["project"]["version"].split(".")))
+    assert not versions or current >= versions[0]
+
+
+def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+    version = PROJECT["project"]["version"]
+    assert VERSION.fullmatch(version)
+    pattern = re.compile(rf"\b(version|__version__)\b\W{{1,5}}{re.escape(version)}\b")
+    assert [n for n in tracked("*.py", "*.toml", "*.cff") if pattern.search((ROOT / n).read_text())] == [
+        "pyproject.toml"
+    ]
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"blockhess (\d+\.\d+\.\d+.*|0\+source)\n", capsys.readouterr().out)
+
+
+def test_the_citation() -> None:
+    yaml = pytest.importorskip("yaml", reason="pyyaml comes with transformers")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert citation["license"] == PROJECT["project"]["license"] == "MIT"
+    (paper,) = citation["references"]
+    assert paper["title"] == "Why Transformers Need Adam: A Hessian Perspective" and len(paper["authors"]) == 6
+    assert "2402.16788" in paper["url"]
+
+
+def test_every_file_of_data_has_a_licence() -> None:
+    table = (ROOT / "python/blockhess/data/README.md").read_text()
+    rows = dict(re.findall(r"^\| (`.*?) \| `([\w.-]+)` \|", table, flags=re.MULTILINE))
+    said = {name for names in rows for name in re.findall(r"`(.*?)`", names)}
+    assert said == {Path(name).name for name in tracked("python/blockhess/data")} - {"README.md"}
+    assert set(rows.values()) <= {"MIT", "LicenseRef-public-domain"}
+
+
+def test_the_picture_shows_folders_that_are_there() -> None:
+    svg = ElementTree.parse(ROOT / "docs/architecture.svg")
+    folders = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "folder"]
+    assert len(folders) == 11 and all(name and (ROOT / name).is_dir() for name in folders)
+    drawn = {name for name in folders if name and name.startswith("csrc/")}
+    assert drawn == {f"csrc/{folder.name}" for folder in (ROOT / "csrc").iterdir()}
