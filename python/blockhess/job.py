@@ -17,7 +17,7 @@ from blockhess.engines import BlockOperator, Engine, NotTraceable
 from blockhess.engines.accuracy import Disagreement, measure
 from blockhess.engines.costs import product_costs, step_cost
 from blockhess.engines.exact import exact_quadratures
-from blockhess.engines.plan import Plan, budget_bytes, make_plan, without_tracing
+from blockhess.engines.plan import Plan, budget_bytes, make_plan, size_text, without_tracing
 from blockhess.options import Options
 from blockhess.problem import Problem
 from blockhess.sharing import items_of, shared
@@ -267,9 +267,14 @@ class Job:
                 with self._records.working():
                     done = self._compute(unit, engine, seed, on_hvp, state)
                     self._records.add(done)
-            except torch.OutOfMemoryError:
-                if not unit.halves() or state is not None or self._problem.ranks.data_size > 1:
-                    raise  # ranks that sum their products must all cut, or none
+            except torch.OutOfMemoryError as error:
+                if self._problem.ranks.data_size > 1:  # ranks that sum their products must all cut, or none
+                    raise torch.OutOfMemoryError(
+                        f"spectrum: memory_budget must be below {size_text(self.plan.memory_budget)}, as memory ran "
+                        f"out and ranks that share batches cannot cut their work one by one: {error}"
+                    ) from None
+                if not unit.halves() or state is not None:
+                    raise
             if done is not None:
                 yield done
                 return
