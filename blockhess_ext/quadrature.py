@@ -28,8 +28,8 @@ class Quadrature:
         beta: (n_probes, n_blocks, m) float64; beta[..., j] couples steps j and j + 1, the last valid one
             is the residual.
         steps: (n_probes, n_blocks) int64, valid Lanczos steps.
-        nonfinite: (n_probes, n_blocks) bool, recurrences frozen because the operator returned NaN or inf; their
-            quadrature is that of the steps before.
+        nonfinite: (n_probes, n_blocks) bool, recurrences frozen because the operator returned NaN, inf or what
+            is out of range; their quadrature is that of the steps before.
         dims: size of each block.
         block_ids: what keys the probes of each block.
         num_steps: steps asked for.

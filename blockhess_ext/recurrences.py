@@ -9,6 +9,9 @@ from torch import Tensor
 
 RUNNING, FINISHED, NON_FINITE = 0, 1, 2
 
+# Below this size of T, unless it is 0, squares of residuals lose digits to underflow; beyond 1e150 they overflow.
+LEAST_SIZE = 1e-120
+
 
 @dataclass(frozen=True)
 class Recurrences:

@@ -42,7 +42,7 @@ from blockhess.work import Records
 
 
 class NonFiniteError(ValueError):
-    """Hessian-vector products of some blocks were NaN or infinite; `partial` holds the Spectra of what was computed."""
+    """Hessian-vector products of some blocks were NaN, infinite or out of range; `partial` holds the other Spectra."""
 
     def __init__(self, message: str, partial: Spectra) -> None:
         super().__init__(message)
@@ -376,8 +376,8 @@ def _finite(spectra: Spectra, on_nonfinite: str) -> Spectra:
     if on_nonfinite == "raise" and failed:
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise NonFiniteError(
-            f"spectrum: Hessian-vector products must be finite, got NaN or inf in {len(failed)} of "
-            f"{len(spectra)} blocks: {names}; the error's .partial holds the others",
+            f"spectrum: Hessian-vector products must be finite, got NaN, inf or sizes out of range (1e-120 ... 1e150) "
+            f"in {len(failed)} of {len(spectra)} blocks: {names}; the error's .partial holds the others",
             spectra,
         )
     return spectra
