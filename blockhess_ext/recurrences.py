@@ -9,8 +9,8 @@ from torch import Tensor
 
 RUNNING, FINISHED, NON_FINITE = 0, 1, 2
 
-# Below this size of T, unless it is 0, squares of residuals lose digits to underflow; beyond 1e150 they overflow.
-LEAST_SIZE = 1e-120
+# Sizes of T, other than 0, in which no square of a residual underflows or overflows.
+LEAST_SIZE, MOST_SIZE = 1e-120, 1e120
 
 
 @dataclass(frozen=True)

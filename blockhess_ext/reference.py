@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blockhess_ext.layout import Layout
-from blockhess_ext.recurrences import FINISHED, LEAST_SIZE, NON_FINITE, RUNNING, Recurrences
+from blockhess_ext.recurrences import FINISHED, LEAST_SIZE, MOST_SIZE, NON_FINITE, RUNNING, Recurrences
 
 
 def _close_step(p: int, l: int, recurrences: Recurrences, eps: float) -> float:
@@ -17,7 +17,7 @@ def _close_step(p: int, l: int, recurrences: Recurrences, eps: float) -> float:
     a, b = alpha[j, p, l].item(), beta[j, p, l].item()
     norm = max(recurrences.norm[p, l].item(), abs(a))
     size = max(norm, b)
-    if not (math.isfinite(a) and math.isfinite(b)) or 0 < size < LEAST_SIZE:
+    if not (math.isfinite(a) and math.isfinite(b) and (size == 0 or LEAST_SIZE <= size <= MOST_SIZE)):
         alpha[j, p, l] = beta[j, p, l] = 0.0
         recurrences.status[p, l] = NON_FINITE
         return 0.0

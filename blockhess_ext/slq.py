@@ -83,7 +83,7 @@ def batched_slq(
         dtype: of the vectors, float32 (default) or float64.
         device: of the vectors; by default that of `probes`, or the CPU.
         on_nonfinite: "raise" or "report": what to do when in some recurrence hvp returned NaN, inf or, in float64, a
-            size beyond 1e150 or below 1e-120 that is not 0, once all others are done.
+            size beyond 1e120, or below 1e-120 and not 0, once all others are done.
         cuda_graph: replay every step from a CUDA graph, for batches so small that launching kernels takes longer than
             running them; the results keep their bits. hvp stays outside, and its result is copied into one more set of
             vectors, unless it has an attribute `capturable` that is True. With that it promises that every call gives
@@ -272,6 +272,6 @@ def _nonfinite_text(result: Quadrature) -> str:
     p, l = failed[0]
     more = f", and in {len(failed) - 1} more recurrences" if len(failed) > 1 else ""
     return (
-        f"batched_slq: hvp must return finite values, got NaN, inf or sizes out of range (1e-120 ... 1e150) in "
+        f"batched_slq: hvp must return finite values, got NaN, inf or sizes out of range (1e-120 ... 1e120) in "
         f"block {l} at step {result.steps[p, l].item() + 1} of probe {p}{more}; the error's .partial holds the others"
     )

@@ -46,7 +46,7 @@ def test_reorthogonalised_it_ends_after_as_many_steps_as_distinct_eigenvalues(dt
     assert ((q.steps == 21) | (q.steps == 22)).all()
 
 
-@pytest.mark.parametrize("power", [-390, 490])
+@pytest.mark.parametrize("power", [-390, 390])
 def test_float64_keeps_its_bits_at_any_size_within_range(power, reorthogonalize, rng):
     A = torch.randn(60, 60, generator=rng, dtype=torch.float64)
     A, scale = A + A.T, 2.0**power
@@ -55,11 +55,11 @@ def test_float64_keeps_its_bits_at_any_size_within_range(power, reorthogonalize,
     assert torch.equal(scaled.nodes, scale * q.nodes) and torch.equal(scaled.weights, q.weights)
 
 
-@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-125, 1e160, 1e200, 1e300])
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-125, 1e125, 1e200, 1e300])
 def test_float64_beyond_the_range_is_refused_and_never_wrong(scale, reorthogonalize, rng):
     A = torch.randn(60, 60, generator=rng, dtype=torch.float64)
     A, sizes = A + A.T, torch.tensor([scale] * 60 + [1.0] * 60, dtype=torch.float64)
-    with pytest.raises(NonFiniteError, match=r"sizes out of range \(1e-120 ... 1e150\) in block 0 at step 1") as error:
+    with pytest.raises(NonFiniteError, match=r"sizes out of range \(1e-120 ... 1e120\) in block 0 at step 1") as error:
         batched_slq(
             lambda v: torch.hstack([v[:, :60] @ A, v[:, 60:] @ A]) * sizes, [60, 60], num_steps=20,
             dtype=torch.float64, reorthogonalize=reorthogonalize,

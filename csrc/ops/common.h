@@ -70,17 +70,18 @@ struct Recurrences {
   BLOCKHESS_HD double last_beta(int64_t s) const { return steps[s] > 0 ? beta[next(s) - stride] : 0.0; }
 };
 
-// Below this size of T, unless it is 0, squares of residuals lose digits to underflow; beyond 1e150 they overflow.
-constexpr double kLeastSize = 1e-120;
+// Sizes of T, other than 0, in which no square of a residual underflows or overflows.
+constexpr double kLeastSize = 1e-120, kMostSize = 1e120;
 
 // Closes the next step j of recurrence s, whose alpha_j and beta_j are written: counts it, ends it where
 //   beta_j <= 64 eps |T|   (Krylov space exhausted), steps = limit or no row is left,
-// freezes it where either is not finite, or |T| is below kLeastSize and not 0. Returns what the residual is multiplied
-// with to become v_{j+1}: 1 / beta_j, or 0 where the recurrence takes no more part.
+// freezes it where either is not finite, or |T| is out of range. Returns what the residual is multiplied with to become
+// v_{j+1}: 1 / beta_j, or 0 where the recurrence takes no more part.
 inline BLOCKHESS_HD double close_step(const Recurrences& r, int64_t s, int64_t limit, double eps) {
   const double alpha = r.alpha[r.next(s)], beta = r.beta[r.next(s)];
   const double norm = std::fmax(r.norm[s], std::fabs(alpha)), size = std::fmax(norm, beta);
-  if (!(std::isfinite(alpha) && std::isfinite(beta)) || (size > 0.0 && size < kLeastSize)) {
+  const bool in_range = size == 0.0 || (kLeastSize <= size && size <= kMostSize);
+  if (!(std::isfinite(alpha) && std::isfinite(beta) && in_range)) {
     r.alpha[r.next(s)] = r.beta[r.next(s)] = 0.0;
     r.status[s] = kNonFinite;
     return 0.0;

@@ -376,7 +376,7 @@ def _finite(spectra: Spectra, on_nonfinite: str) -> Spectra:
     if on_nonfinite == "raise" and failed:
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise NonFiniteError(
-            f"spectrum: Hessian-vector products must be finite, got NaN, inf or sizes out of range (1e-120 ... 1e150) "
+            f"spectrum: Hessian-vector products must be finite, got NaN, inf or sizes out of range (1e-120 ... 1e120) "
             f"in {len(failed)} of {len(spectra)} blocks: {names}; the error's .partial holds the others",
             spectra,
         )
