@@ -105,10 +105,13 @@ class Quadrature:
         return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
 
     def of_block(self, block: int) -> Quadrature:
-        """The part that belongs to one block, of those probes that it was given."""
+        """The part that belongs to one block: of the probes that it was given, as many steps as it has elements."""
         part = self.of_blocks([block])
         given = ((part.steps > 0) | part.nonfinite)[:, 0]
         chosen: dict[str, Any] = {name: getattr(part, name)[given] for name in _TENSORS}
+        chosen |= {
+            name: chosen[name][..., : self.dims[block]].clone() for name in ("nodes", "weights", "alpha", "beta")
+        }
         return replace(part, **chosen)
 
     @property

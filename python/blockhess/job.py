@@ -99,8 +99,8 @@ class Job:
         """How the result was made, as far as the job decides it."""
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(Options)}
         del options["memory_budget"]  # in the plan, as bytes
-        ghosts = result.ghosts().sum(0).tolist()
-        bare = [word == "none" for word in result.reorthogonalize]
+        bare = [l for l, word in enumerate(result.reorthogonalize) if word == "none"]
+        ghosts = result.of_blocks(bare).ghosts().sum(0).tolist()
         return options | {
             "dtype": result.dtype,
             "seed": result.seed,
@@ -108,7 +108,7 @@ class Job:
             "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
-            "ghosts": {info.name: count for info, count, b in zip(self.infos, ghosts, bare) if b and count},
+            "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
             "processes": [self._problem.ranks.work_size, self._problem.ranks.data_size],
