@@ -34,6 +34,19 @@ def steps_between(step: int) -> int:
     return max(5, step // 8 | 1)
 
 
+def looks(step: int) -> list[int]:
+    """The steps up to this one after which one looks.
+
+    Example:
+        >>> looks(60)
+        [5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 57]
+    """
+    found = [steps_between(0)]
+    while found[-1] <= step:
+        found.append(found[-1] + steps_between(found[-1]))
+    return found[:-1]
+
+
 def wasserstein(a: Rule, b: Rule) -> Tensor:
     """Wasserstein-1 distance of two quadratures, row by row: the area between their distribution functions.
 
@@ -70,6 +83,33 @@ def change(a: Rule, b: Rule, sigma: float | None = None) -> Tensor:
     return (densities[0] - densities[1]).abs().sum(-1) * h
 
 
+def _is_calm(a: Rule, b: Rule, tol: float, sigma: float | None) -> Tensor:
+    return change(a, b, sigma) <= CHANGE_PER_ERROR * tol
+
+
+def settled_at_end(alpha: Tensor, beta: Tensor, tol: float, sigma: float | None) -> Tensor:
+    """Whether `Settled` would have ended recurrences after their last step, were they not at their limit.
+
+    Args:
+        alpha, beta: (n, m) float64, of recurrences that made all m steps.
+        tol, sigma: as of `Settled`.
+
+    Returns:
+        (n,) bool; never true where there is no look after step m.
+    """
+    n, m = alpha.shape
+    steps = looks(m)[-3:]
+    if len(steps) < 3 or steps[-1] != m:
+        return torch.zeros(n, dtype=torch.bool, device=alpha.device)
+
+    def rule(k: int) -> Rule:
+        counts = torch.full((n,), k, device=alpha.device)
+        return ops.tridiag_quadrature(alpha[:, :k].contiguous(), beta[:, :k].contiguous(), counts)
+
+    first, second, third = map(rule, steps)
+    return _is_calm(first, second, tol, sigma) & _is_calm(second, third, tol, sigma)
+
+
 class Convergence(Protocol):
     """What ends recurrences before their limit."""
 
@@ -104,9 +144,8 @@ class Settled:
     def __init__(self, recurrences: Recurrences, tol: float, sigma: float | None, step: int = 0) -> None:
         self._recurrences, self._tol, self._sigma = recurrences, tol, sigma
         self._calm = torch.zeros_like(recurrences.status, dtype=torch.bool)
-        self._step, last, self._next = step, 0, steps_between(0)
-        while self._next <= step:
-            last, self._next = self._next, self._next + steps_between(self._next)
+        last = (looks(step) or [0])[-1]
+        self._step, self._next = step, last + steps_between(last)
         empty = (recurrences.norm.new_zeros(recurrences.norm.numel(), last) for _ in range(2))
         self._before: Rule | None = (next(empty), next(empty)) if last else None
 
@@ -122,7 +161,7 @@ class Settled:
         # The op itself, not the function, which waits for the device to say what failed; NaN never counts as calm.
         now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, torch.where(running, r.steps, 0).flatten())
         if self._before is not None:
-            calm = (change(self._before, now, self._sigma) <= CHANGE_PER_ERROR * self._tol).view_as(running)
+            calm = _is_calm(self._before, now, self._tol, self._sigma).view_as(running)
             r.status.masked_fill_(running & calm & self._calm, FINISHED)
             self._calm = calm
         self._before = now

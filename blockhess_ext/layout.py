@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,10 +52,14 @@ class Layout:
         n_basis += -n_basis % 4  # rows of whole 16-byte packs, which a GPU reads at once
         return replace(self, basis_offsets=torch.tensor(columns).to(self.offsets), n_basis=n_basis)
 
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.dims, initial=0))  # on the host, unlike `offsets`
+
     @property
     def n(self) -> int:
         """Elements of a vector."""
-        return sum(self.dims)
+        return self._starts[-1]
 
     @property
     def n_blocks(self) -> int:
@@ -67,8 +73,7 @@ class Layout:
 
     def columns(self, block: int) -> slice:
         """The columns of a block."""
-        start = sum(self.dims[:block])
-        return slice(start, start + self.dims[block])
+        return slice(self._starts[block], self._starts[block + 1])
 
     def basis_columns(self, block: int) -> slice | None:
         """The columns of a block in a kept basis, or None."""

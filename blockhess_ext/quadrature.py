@@ -28,8 +28,8 @@ class Quadrature:
         beta: (n_probes, n_blocks, m) float64; beta[..., j] couples steps j and j + 1, the last valid one
             is the residual.
         steps: (n_probes, n_blocks) int64, valid Lanczos steps.
-        nonfinite: (n_probes, n_blocks) bool, recurrences frozen because the operator returned NaN or inf; their
-            quadrature is that of the steps before.
+        nonfinite: (n_probes, n_blocks) bool, recurrences frozen because the operator returned NaN, inf or what
+            is out of range; their quadrature is that of the steps before.
         dims: size of each block.
         block_ids: what keys the probes of each block.
         num_steps: steps asked for.
@@ -105,10 +105,13 @@ class Quadrature:
         return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
 
     def of_block(self, block: int) -> Quadrature:
-        """The part that belongs to one block, of those probes that it was given."""
+        """The part that belongs to one block: of the probes that it was given, as many steps as it has elements."""
         part = self.of_blocks([block])
         given = ((part.steps > 0) | part.nonfinite)[:, 0]
         chosen: dict[str, Any] = {name: getattr(part, name)[given] for name in _TENSORS}
+        chosen |= {
+            name: chosen[name][..., : self.dims[block]].clone() for name in ("nodes", "weights", "alpha", "beta")
+        }
         return replace(part, **chosen)
 
     @property

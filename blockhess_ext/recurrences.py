@@ -9,6 +9,9 @@ from torch import Tensor
 
 RUNNING, FINISHED, NON_FINITE = 0, 1, 2
 
+# Sizes of T, other than 0, in which no square of a residual underflows or overflows.
+LEAST_SIZE, MOST_SIZE = 1e-120, 1e120
+
 
 @dataclass(frozen=True)
 class Recurrences:

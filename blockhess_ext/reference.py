@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from blockhess_ext.layout import Layout
-from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
+from blockhess_ext.recurrences import FINISHED, LEAST_SIZE, MOST_SIZE, NON_FINITE, RUNNING, Recurrences
 
 
 def _close_step(p: int, l: int, recurrences: Recurrences, eps: float) -> float:
     """Counts the step of recurrence (p, l) or ends it; what its residual is multiplied with."""
     alpha, beta, j = recurrences.alpha, recurrences.beta, int(recurrences.steps[p, l])
     a, b = alpha[j, p, l].item(), beta[j, p, l].item()
-    if not (math.isfinite(a) and math.isfinite(b)):
+    norm = max(recurrences.norm[p, l].item(), abs(a))
+    size = max(norm, b)
+    if not (math.isfinite(a) and math.isfinite(b) and (size == 0 or LEAST_SIZE <= size <= MOST_SIZE)):
         alpha[j, p, l] = beta[j, p, l] = 0.0
         recurrences.status[p, l] = NON_FINITE
         return 0.0
-    norm = max(recurrences.norm[p, l].item(), abs(a))
-    recurrences.norm[p, l] = max(norm, b)
+    recurrences.norm[p, l] = size
     recurrences.steps[p, l] += 1
     if b <= 64 * eps * norm or j + 1 >= min(int(recurrences.limits[l]), len(alpha)):
         recurrences.status[p, l] = FINISHED

@@ -26,7 +26,7 @@ AUTO_DIMS_PER_STEP = 8
 
 
 class NonFiniteError(ValueError):
-    """The operator returned NaN or inf. `partial` holds all that was computed; its `nonfinite` marks what failed."""
+    """The operator returned NaN, inf or what is out of range. `partial` holds all else; its `nonfinite` marks these."""
 
     def __init__(self, message: str, partial: Quadrature) -> None:
         super().__init__(message)
@@ -82,8 +82,8 @@ def batched_slq(
         seed: of the random vectors; None takes a fresh one, recorded in the result.
         dtype: of the vectors, float32 (default) or float64.
         device: of the vectors; by default that of `probes`, or the CPU.
-        on_nonfinite: "raise" or "report": what to do when hvp returned NaN or inf in some recurrence, once all others
-            are done.
+        on_nonfinite: "raise" or "report": what to do when in some recurrence hvp returned NaN, inf or, in float64, a
+            size beyond 1e120, or below 1e-120 and not 0, once all others are done.
         cuda_graph: replay every step from a CUDA graph, for batches so small that launching kernels takes longer than
             running them; the results keep their bits. hvp stays outside, and its result is copied into one more set of
             vectors, unless it has an attribute `capturable` that is True. With that it promises that every call gives
@@ -103,7 +103,7 @@ def batched_slq(
     Raises:
         ValueError, TypeError: an argument, or what hvp returns, is not as described.
         RuntimeError: hvp says that it is capturable and is not.
-        NonFiniteError: hvp returned NaN or inf; `.partial` is the result of everything else.
+        NonFiniteError: see on_nonfinite; `.partial` is the result of everything else.
 
     Source: the paper's Algorithms 4 and 5; Ubaru, Chen, Saad 2017.
 
@@ -272,6 +272,6 @@ def _nonfinite_text(result: Quadrature) -> str:
     p, l = failed[0]
     more = f", and in {len(failed) - 1} more recurrences" if len(failed) > 1 else ""
     return (
-        f"batched_slq: hvp must return finite values, got NaN or inf in block {l} at step "
-        f"{result.steps[p, l].item() + 1} of probe {p}{more}; the error's .partial holds the others"
+        f"batched_slq: hvp must return finite values, got NaN, inf or sizes out of range (1e-120 ... 1e120) in "
+        f"block {l} at step {result.steps[p, l].item() + 1} of probe {p}{more}; the error's .partial holds the others"
     )

@@ -139,7 +139,7 @@ def one_bad_option(rank: int) -> Any:
     return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
 
 
-def _failing(parallel: Any) -> Callable[[int], Any]:
+def _failing(parallel: Any, failure: type[Exception] = OverflowError) -> Callable[[int], Any]:
     """Rank 1 fails in the middle of Lanczos."""
 
     def case(rank: int) -> Any:
@@ -149,7 +149,7 @@ def _failing(parallel: Any) -> Callable[[int], Any]:
             nonlocal left
             left -= 1
             if rank == 1 and left == 0:
-                raise OverflowError("on rank 1")
+                raise failure("on rank 1")
             return product(self, number, vectors)
 
         AutogradEngine.product = failing  # type: ignore[method-assign]
@@ -204,7 +204,12 @@ CASES: dict[str, Callable[[int], Any]] = {
     )
 }  # fmt: skip
 # What comes after a failure is not touched by it.
-CASES = {"work_fails": _failing("work"), "data_fails": _failing("data"), "posing_fails": posing_fails} | CASES
+CASES = {
+    "work_fails": _failing("work"),
+    "data_fails": _failing("data"),
+    "data_fills_memory": _failing("data", torch.OutOfMemoryError),
+    "posing_fails": posing_fails,
+} | CASES
 
 
 def _run(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> None:

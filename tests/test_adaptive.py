@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,24 @@ def test_steps_that_exhaust_a_krylov_space_were_enough():
     for num_steps, few in ((2, True), (3, False)):
         q = batched_slq(lambda v: v * eigenvalues, [30], num_probes=2, num_steps=num_steps, reorthogonalize="full")
         assert int(q.steps.min()) == num_steps and missed(q, 0.9, None) == [few]
+
+
+@pytest.mark.parametrize("sigma", [None, 0.05])
+def test_steps_that_settle_at_the_last_one_were_enough(sigma):
+    eigenvalues, tol = torch.linspace(0, 1, 40_000), 0.03
+
+    def run(num_steps: int) -> Quadrature:
+        return batched_slq(lambda v: v * eigenvalues, [40_000], num_probes=2, num_steps=num_steps, tol=tol, sigma=sigma)
+
+    settled = int(run(100).steps.max())
+    assert settled < 100
+    for num_steps, few in ((settled, False), (settled - 1, True), (settled - 5, True), (settled + 1, False)):
+        q = run(num_steps)
+        assert int(q.steps.max()) == min(num_steps, settled) and missed(q, tol, sigma) == [few]
+    # Beside a longer block the tables are padded, and the answer is the same.
+    long = batched_slq(lambda v: v * eigenvalues[:200], [200], num_probes=2, num_steps=200, reorthogonalize="full")
+    beside = Quadrature.joined([run(settled), dataclasses.replace(long, num_steps=settled)], 1)
+    assert beside.alpha.shape[-1] == 200 and missed(beside, tol, sigma)[0] is False
 
 
 def test_passes_that_fit_a_budget_give_the_same():

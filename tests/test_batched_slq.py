@@ -242,7 +242,7 @@ def test_nan_in_one_lane_leaves_the_others(operator, rng):
                 w[1, 10] = math.nan
             return w
 
-    with pytest.raises(NonFiniteError, match=r"got NaN or inf in block 2 at step 5 of probe 1; ") as error:
+    with pytest.raises(NonFiniteError, match=r"got NaN, inf or sizes .* in block 2 at step 5 of probe 1; ") as error:
         batched_slq(Failing(operator.blocks), DIMS, num_probes=2, num_steps=12)
     partial = error.value.partial
     assert partial.nonfinite.nonzero().tolist() == [[1, 2]]

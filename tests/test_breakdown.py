@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blockhess_ext import batched_slq
+from blockhess_ext import NonFiniteError, batched_slq
 
 N, STEPS, PROBES = 400, 60, 5
 SCALES = [1e-12, 1e-7, 1e-3, 1.0, 1e12]
@@ -44,6 +44,29 @@ def test_reorthogonalised_it_ends_after_as_many_steps_as_distinct_eigenvalues(dt
     d = diagonal(1.0, dtype)
     q = batched_slq(lambda v: v * d, [N], num_probes=PROBES, num_steps=STEPS, dtype=dtype, reorthogonalize="full")
     assert ((q.steps == 21) | (q.steps == 22)).all()
+
+
+@pytest.mark.parametrize("power", [-390, 390])
+def test_float64_keeps_its_bits_at_any_size_within_range(power, reorthogonalize, rng):
+    A = torch.randn(60, 60, generator=rng, dtype=torch.float64)
+    A, scale = A + A.T, 2.0**power
+    options = {"num_steps": 20, "dtype": torch.float64, "reorthogonalize": reorthogonalize}
+    q, scaled = (batched_slq(lambda v, s=s: (v @ A) * s, [60], **options) for s in (1.0, scale))
+    assert torch.equal(scaled.nodes, scale * q.nodes) and torch.equal(scaled.weights, q.weights)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-125, 1e125, 1e200, 1e300])
+def test_float64_beyond_the_range_is_refused_and_never_wrong(scale, reorthogonalize, rng):
+    A = torch.randn(60, 60, generator=rng, dtype=torch.float64)
+    A, sizes = A + A.T, torch.tensor([scale] * 60 + [1.0] * 60, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match=r"sizes out of range \(1e-120 ... 1e120\) in block 0 at step 1") as error:
+        batched_slq(
+            lambda v: torch.hstack([v[:, :60] @ A, v[:, 60:] @ A]) * sizes, [60, 60], num_steps=20,
+            dtype=torch.float64, reorthogonalize=reorthogonalize,
+        )  # fmt: skip
+    q = error.value.partial
+    assert q.nonfinite[:, 0].all() and (q.steps[:, 0] == 0).all() and (q.steps[:, 1] == 20).all()
+    assert not q.nonfinite[:, 1].any() and q.nodes.isfinite().all()
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 100])

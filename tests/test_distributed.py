@@ -130,6 +130,7 @@ def test_the_error_of_one_rank_ends_all(two):
         ("one_bad_option", "ValueError: spectrum: num_steps must be"),
         ("work_fails", "OverflowError: on rank 1"),
         ("data_fails", "OverflowError: on rank 1"),
+        ("data_fills_memory", "OutOfMemoryError: spectrum: memory_budget must be below"),
         ("posing_fails", "OverflowError: on rank 1"),
     ):
         other, failed = two[name]

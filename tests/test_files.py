@@ -439,7 +439,9 @@ def test_nodes_ascend_and_their_moments_are_finite(good: Path, change: Callable[
         load(change_arrays(good, change))
 
 
-@pytest.mark.parametrize("value", ["x", [], {"block0": "x"}, {"block0": -1}, {"block0": math.inf}, {"block0": {}}])
+@pytest.mark.parametrize(
+    "value", ["x", [], {"block0": "x"}, {"block0": None}, {"block0": -1}, {"block0": math.inf}, {"block0": {}}]
+)
 @pytest.mark.parametrize("key", ["hvp_error", "ghosts"])
 def test_what_results_compute_with_is_checked(good: Path, key: str, value: Any) -> None:
     assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update({key: value})))

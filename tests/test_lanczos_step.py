@@ -77,6 +77,21 @@ def test_a_recurrence_that_is_not_finite_is_frozen_and_the_others_go_on(step, ba
     assert torch.equal(case.v_prev, clean.v_prev)
 
 
+@pytest.mark.parametrize("step", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("scale", "status"),
+    [(1e-300, NON_FINITE), (1e-121, NON_FINITE), (1e-119, RUNNING), (1e119, RUNNING), (1e121, NON_FINITE)],
+)
+def test_sizes_whose_squares_float64_does_not_hold_freeze(step, scale, status):
+    H = scale * torch.tensor([[0.5, 1.0], [1.0, 0.5]], dtype=torch.float64)
+    case = first_step(H, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    step(*case.arguments())
+    r = case.recurrences
+    assert r.status.item() == status
+    assert r.beta[0].item() == pytest.approx(scale if status == RUNNING else 0.0)
+    assert r.steps.item() == (status == RUNNING) and case.v_prev.isfinite().all()
+
+
 def test_cpu_equals_reference(dtype, rng):
     case = mid_flight(dtype, rng)
     expected = case.copy()

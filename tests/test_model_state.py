@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockhess.model_state import fixed_state
+from blockhess.model_state import batchnorm_policy, fixed_state
 
 
 class Everything(nn.Module):
@@ -92,6 +92,24 @@ def test_batch_uses_the_batchs_statistics() -> None:
     torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
     with fixed_state(model, "eval"):
         assert model(x).mean(0).abs().max() > 1e-3
+
+
+def test_the_policy_is_what_the_layers_do() -> None:
+    kept, none_kept = nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)
+    mixed = nn.Sequential(kept, none_kept)
+    for asked in ("eval", "batch", "frozen-batch-stats"):
+        assert batchnorm_policy(nn.Linear(3, 3), asked) == "none"
+        assert batchnorm_policy(kept, asked) == asked
+    assert [batchnorm_policy(none_kept, asked) for asked in ("eval", "batch")] == ["batch", "batch"]
+    assert batchnorm_policy(mixed, "batch") == "batch"
+    for model, asked in ((none_kept, "frozen-batch-stats"), (mixed, "eval"), (mixed, "frozen-batch-stats")):
+        with pytest.raises(ValueError, match=f"keeps no running statistics, as '1?' .*got '{asked}'"):
+            batchnorm_policy(model, asked)
+    x = torch.randn(50, 3)
+    with fixed_state(none_kept, "eval"):
+        eval_ = none_kept(x)
+    with fixed_state(none_kept, "batch"):
+        assert torch.equal(eval_, none_kept(x))
 
 
 def test_compiled_models_run_eagerly() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,4 +171,42 @@ def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None
         problem(mlp(), data, nn.CrossEntropyLoss()) for data in ([large], [small, large], [large, small])
     )
     assert two.graph_bytes == pytest.approx(one.graph_bytes, rel=0.5) == other.graph_bytes
-    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2) + 24 * 12**2
+    tables = 2 * 4 * 8 * 3 * 4 * 12  # probes, blocks, steps
+    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2) + 24 * 12**2 + tables
+
+
+PEAK = """
+import sys
+import torch
+import blockhess
+
+class Model(torch.nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.w = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(dim)) for dim in dims])
+
+    def forward(self, scale):
+        return scale * sum(w.sin().sum() ** 2 / len(w) for w in self.w)
+
+def highest():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+def job(dims):
+    options = {"num_probes": 10, "num_steps": 200, "engine": "exact"}
+    return (Model(dims), torch.tensor(1.0), lambda model, batch: (model(batch), 1.0)), options
+
+given, options = job([3, 5])
+blockhess.spectrum(*given, **options)
+given, options = job([16] * 300 + [600])
+before = highest()
+blockhess.spectrum(*given, **options)
+print(highest() - before, blockhess.plan(*given, **options).vector_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
+def test_tables_of_many_blocks_written_out_take_what_is_planned() -> None:
+    told = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+    peak, plan = map(int, told.split())
+    assert peak / 1.25 < plan < 2 * peak

@@ -18,7 +18,7 @@ import blockhess
 from blockhess.model_state import fixed_state
 from blockhess.progress import progress_bar
 from tests.dense_hessian import dense_hessian, operator, operator_blocks
-from tests.tiny_models import CASES, labelled, mlp
+from tests.tiny_models import CASES, convolutional, labelled, mlp
 
 pytestmark = pytest.mark.usefixtures("float64_models")
 
@@ -98,6 +98,20 @@ def test_batches_of_unequal_size_equal_the_whole_batch() -> None:
         torch.testing.assert_close(three[name].lambda_max, one[name].lambda_max, rtol=1e-9, atol=1e-12)
     assert three.provenance["weight"] == 7
     assert three.provenance["loss_value"] == pytest.approx(F.cross_entropy(model(x), y).item())
+
+
+def test_layers_without_running_statistics_are_recorded_as_what_they_do() -> None:
+    model, data = convolutional(), (torch.randn(9, 1, 4, 4), torch.randint(3, (9,)))
+    model[1] = nn.BatchNorm2d(model[1].num_features, track_running_stats=False)
+    options = {"num_probes": 2, "num_steps": 3, "engine": "autograd"}
+    first, asked = (
+        blockhess.spectrum(model, data, nn.CrossEntropyLoss(), batchnorm=policy, **options)
+        for policy in ("eval", "batch")
+    )
+    assert first.provenance["batchnorm"] == asked.provenance["batchnorm"] == "batch"
+    assert torch.equal(first.quadrature.nodes, asked.quadrature.nodes)
+    longer = blockhess.extend(first, model, data, nn.CrossEntropyLoss(), num_probes=3)
+    assert torch.equal(longer.quadrature.nodes[:2], first.quadrature.nodes)
 
 
 def test_provenance_tells_how_it_was_made() -> None:
@@ -284,7 +298,7 @@ class SecondDerivativeIsInfinite(nn.Module):
 def test_nonfinite_products_keep_the_other_blocks() -> None:
     model, data = SecondDerivativeIsInfinite(), labelled(7)
     options = {"num_probes": 2, "num_steps": 5}
-    with pytest.raises(blockhess.NonFiniteError, match="got NaN or inf in 1 of 3 blocks: bad; ") as caught:
+    with pytest.raises(blockhess.NonFiniteError, match=r"got NaN, inf or sizes .* in 1 of 3 blocks: bad; ") as caught:
         blockhess.spectrum(model, data, F.cross_entropy, blocks={"bad": "bad", **by_name(model.layer)}, **options)
     partial = caught.value.partial
     good = blockhess.spectrum(model, data, F.cross_entropy, blocks=by_name(model.layer), **options)

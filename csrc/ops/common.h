@@ -47,7 +47,7 @@ struct CudaQueue {
 enum Status : int32_t {
   kRunning = 0,
   kFinished = 1,   // Krylov space exhausted, or the last step allowed was made: the quadrature stands
-  kNonFinite = 2,  // the operator returned NaN or inf: the steps before it stand
+  kNonFinite = 2,  // the operator returned NaN, inf or what is out of range: the steps before it stand
 };
 
 // The recurrences between two steps, all arrays writable. Which step comes next each recurrence knows itself, so a call
@@ -70,19 +70,23 @@ struct Recurrences {
   BLOCKHESS_HD double last_beta(int64_t s) const { return steps[s] > 0 ? beta[next(s) - stride] : 0.0; }
 };
 
+// Sizes of T, other than 0, in which no square of a residual underflows or overflows.
+constexpr double kLeastSize = 1e-120, kMostSize = 1e120;
+
 // Closes the next step j of recurrence s, whose alpha_j and beta_j are written: counts it, ends it where
 //   beta_j <= 64 eps |T|   (Krylov space exhausted), steps = limit or no row is left,
-// freezes it where either is not finite. Returns what the residual is multiplied with to become v_{j+1}: 1 / beta_j, or
-// 0 where the recurrence takes no more part.
+// freezes it where either is not finite, or |T| is out of range. Returns what the residual is multiplied with to become
+// v_{j+1}: 1 / beta_j, or 0 where the recurrence takes no more part.
 inline BLOCKHESS_HD double close_step(const Recurrences& r, int64_t s, int64_t limit, double eps) {
   const double alpha = r.alpha[r.next(s)], beta = r.beta[r.next(s)];
-  if (!(std::isfinite(alpha) && std::isfinite(beta))) {
+  const double norm = std::fmax(r.norm[s], std::fabs(alpha)), size = std::fmax(norm, beta);
+  const bool in_range = size == 0.0 || (kLeastSize <= size && size <= kMostSize);
+  if (!(std::isfinite(alpha) && std::isfinite(beta) && in_range)) {
     r.alpha[r.next(s)] = r.beta[r.next(s)] = 0.0;
     r.status[s] = kNonFinite;
     return 0.0;
   }
-  const double norm = std::fmax(r.norm[s], std::fabs(alpha));
-  r.norm[s] = std::fmax(norm, beta);
+  r.norm[s] = size;
   r.steps[s] += 1;
   if (beta <= 64.0 * eps * norm || r.steps[s] >= limit || r.steps[s] >= r.rows) {
     r.status[s] = kFinished;

@@ -19,7 +19,7 @@ from torch import Tensor
 from blockhess import measures, truncation
 from blockhess.density import smooth
 from blockhess_ext import Quadrature
-from blockhess_ext.convergence import GRID_MARGIN, GRID_POINTS_PER_SIGMA
+from blockhess_ext.convergence import GRID_MARGIN, GRID_POINTS_PER_SIGMA, settled_at_end
 
 # What of the tolerance is the probes' part. A settled quadrature is off by 0.8 of it in Wasserstein distance, which
 # falls as 1 / m, but by less than half in L1, which falls faster than any power of m; the two parts add in squares. One
@@ -84,5 +84,7 @@ def missed(quadrature: Quadrature, tol: float, sigma: float | None) -> list[bool
     few = statistical_error(quadrature, sigma) > _share(tol, sigma)
     dims = torch.tensor(quadrature.dims, device=few.device)
     open_ = ~truncation.exact(quadrature.to("cpu")).to(few.device)
-    cut_off = ((quadrature.steps == quadrature.num_steps) & (dims > quadrature.num_steps) & open_).any(0)
-    return (few | cut_off).tolist()
+    cut_off = (quadrature.steps == quadrature.num_steps) & (dims > quadrature.num_steps) & open_
+    alpha, beta = (table[cut_off][:, : quadrature.num_steps] for table in (quadrature.alpha, quadrature.beta))
+    cut_off[cut_off.clone()] = ~settled_at_end(alpha, beta, tol, sigma)
+    return (few | cut_off.any(0)).tolist()

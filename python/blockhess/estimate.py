@@ -29,7 +29,7 @@ from blockhess.distributed import ALONE, Parallel, Ranks, joined
 from blockhess.engines.plan import Plan
 from blockhess.job import Job
 from blockhess.losses import as_loss
-from blockhess.model_state import has_batchnorm
+from blockhess.model_state import batchnorm_policy
 from blockhess.options import Options, choice, count
 from blockhess.posing import LOSS_TOLERANCE, posed, shared_budget
 from blockhess.problem import Problem
@@ -42,7 +42,7 @@ from blockhess.work import Records
 
 
 class NonFiniteError(ValueError):
-    """Hessian-vector products of some blocks were NaN or infinite; `partial` holds the Spectra of what was computed."""
+    """Hessian-vector products of some blocks were NaN, infinite or out of range; `partial` holds the other Spectra."""
 
     def __init__(self, message: str, partial: Spectra) -> None:
         super().__init__(message)
@@ -101,7 +101,8 @@ def spectrum(
         distribution: of the random vectors, "gaussian" or "rademacher".
         reorthogonalize: "none", "full", "partial" or "auto"; see `blockhess_ext.batched_slq`.
         batchnorm: statistics that BatchNorm uses: "eval", the running ones; "batch", those of each batch; or
-            "frozen-batch-stats", the average over the batches of their own, held fixed.
+            "frozen-batch-stats", the average over the batches of their own, held fixed. Recorded is what was done:
+            "batch" where no layer keeps running statistics.
         engine: what computes Hessian-vector products: "autograd" walks the graph of the gradient, "traced" turns it
             into linear programs first, "auto" takes the one that counted operations favour, and writes small blocks
             out exactly where that needs fewer products; "exact" writes all blocks out. "ggn" takes the generalised
@@ -166,7 +167,7 @@ def spectrum(
             "loss": problem.loss.name,
             "loss_value": problem.loss_value,
             "weight": problem.weight,
-            "batchnorm": batchnorm if has_batchnorm(model) else "none",
+            "batchnorm": batchnorm_policy(model, batchnorm),
             "matmul_precision": matmul_precision,
             "frozen": list(cut.frozen),
             "tied": {name: list(aliases) for name, aliases in cut.tied.items()},
@@ -375,8 +376,8 @@ def _finite(spectra: Spectra, on_nonfinite: str) -> Spectra:
     if on_nonfinite == "raise" and failed:
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise NonFiniteError(
-            f"spectrum: Hessian-vector products must be finite, got NaN or inf in {len(failed)} of "
-            f"{len(spectra)} blocks: {names}; the error's .partial holds the others",
+            f"spectrum: Hessian-vector products must be finite, got NaN, inf or sizes out of range (1e-120 ... 1e120) "
+            f"in {len(failed)} of {len(spectra)} blocks: {names}; the error's .partial holds the others",
             spectra,
         )
     return spectra

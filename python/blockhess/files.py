@@ -285,13 +285,14 @@ def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) ->
 
 def _check_provenance(provenance: dict[str, Any]) -> None:
     """Refuse entries that results compute with and that are no numbers; all others are only shown."""
-    numbers = [provenance.get("tol")]
+    tol = provenance.get("tol")
+    numbers = [] if tol is None else [tol]
     for name in ("hvp_error", "ghosts"):
         by_block = provenance.get(name)
         _require(by_block is None or isinstance(by_block, dict), f"provenance: {name} must be an object of numbers")
         numbers += (by_block or {}).values()
     for number in numbers:
-        sound = number is None or (type(number) in (int, float) and 0 <= number < math.inf)
+        sound = type(number) in (int, float) and 0 <= number < math.inf
         _require(sound, f"provenance: tol, hvp_error and ghosts must be numbers, got {reprlib.repr(number)}")
 
 

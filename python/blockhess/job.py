@@ -17,7 +17,7 @@ from blockhess.engines import BlockOperator, Engine, NotTraceable
 from blockhess.engines.accuracy import Disagreement, measure
 from blockhess.engines.costs import product_costs, step_cost
 from blockhess.engines.exact import exact_quadratures
-from blockhess.engines.plan import Plan, budget_bytes, make_plan, without_tracing
+from blockhess.engines.plan import Plan, budget_bytes, make_plan, size_text, without_tracing
 from blockhess.options import Options
 from blockhess.problem import Problem
 from blockhess.sharing import items_of, shared
@@ -99,8 +99,8 @@ class Job:
         """How the result was made, as far as the job decides it."""
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(Options)}
         del options["memory_budget"]  # in the plan, as bytes
-        ghosts = result.ghosts().sum(0).tolist()
-        bare = [word == "none" for word in result.reorthogonalize]
+        bare = [l for l, word in enumerate(result.reorthogonalize) if word == "none"]
+        ghosts = result.of_blocks(bare).ghosts().sum(0).tolist()
         return options | {
             "dtype": result.dtype,
             "seed": result.seed,
@@ -108,7 +108,7 @@ class Job:
             "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
-            "ghosts": {info.name: count for info, count, b in zip(self.infos, ghosts, bare) if b and count},
+            "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
             "processes": [self._problem.ranks.work_size, self._problem.ranks.data_size],
@@ -267,9 +267,14 @@ class Job:
                 with self._records.working():
                     done = self._compute(unit, engine, seed, on_hvp, state)
                     self._records.add(done)
-            except torch.OutOfMemoryError:
-                if not unit.halves() or state is not None or self._problem.ranks.data_size > 1:
-                    raise  # ranks that sum their products must all cut, or none
+            except torch.OutOfMemoryError as error:
+                if self._problem.ranks.data_size > 1:  # ranks that sum their products must all cut, or none
+                    raise torch.OutOfMemoryError(
+                        f"spectrum: memory_budget must be below {size_text(self.plan.memory_budget)}, as memory ran "
+                        f"out and ranks that share batches cannot cut their work one by one: {error}"
+                    ) from None
+                if not unit.halves() or state is not None:
+                    raise
             if done is not None:
                 yield done
                 return

@@ -29,6 +29,27 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(map(_is_batchnorm, model.modules()))
 
 
+def batchnorm_policy(model: nn.Module, asked: str) -> str:
+    """What the BatchNorm layers do where `asked` is asked for, one of BATCHNORM, or "none" where there is no layer.
+
+    Layers without running statistics take the batch's in any mode, so of them "eval" makes "batch".
+
+    Raises:
+        ValueError: running statistics are asked for and only some layers keep them, or would have to be frozen.
+    """
+    keeps = {name: m.running_mean is not None for name, m in model.named_modules() if _is_batchnorm(m)}
+    if not keeps:
+        return "none"
+    if asked == "batch" or all(keeps.values()):
+        return asked
+    if asked == "eval" and not any(keeps.values()):
+        return "batch"
+    raise ValueError(
+        "spectrum: batchnorm must be 'batch' where a layer keeps no running statistics, as "
+        f"{next(name for name, kept in keeps.items() if not kept)!r} (track_running_stats=False), got {asked!r}"
+    )
+
+
 def _is_batchnorm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
@@ -42,9 +63,9 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
 
     Args:
         model: the model; wrapped or not.
-        batchnorm: "eval": BatchNorm uses its running statistics; "batch": the statistics of each batch, through
-            which the loss depends on the parameters too; "frozen-batch-stats": as "eval", for running statistics that
-            `freeze_batch_statistics` sets.
+        batchnorm: "eval": BatchNorm uses its running statistics, if it has them; "batch": the statistics of each
+            batch, through which the loss depends on the parameters too; "frozen-batch-stats": as "eval", for running
+            statistics that `freeze_batch_statistics` sets.
 
     Raises:
         ValueError: another `batchnorm`.
@@ -78,32 +99,23 @@ def freeze_batch_statistics(
 ) -> None:
     """Set BatchNorm's running statistics to the averages of the batches' own, at the present parameters.
 
-    To be called in a `fixed_state`, which puts the old ones back.
+    To be called in a `fixed_state`, which puts the old ones back, where `batchnorm_policy` allows it.
 
     Args:
         model: the model.
         evaluate: runs the model on a batch.
         batches: all data, or this rank's part.
         ranks: whose batches count, each as much as any other.
-
-    Raises:
-        ValueError: a BatchNorm layer keeps no running statistics.
     """
-    layers = {name: m for name, m in model.named_modules() if _is_batchnorm(m)}
-    for name, layer in layers.items():
-        if layer.running_mean is None:
-            raise ValueError(
-                f"spectrum: batchnorm must be 'batch' where a layer keeps no running statistics, as {name!r} "
-                "(track_running_stats=False), got 'frozen-batch-stats'"
-            )
+    layers: list[Any] = [m for m in model.modules() if _is_batchnorm(m)]
     with ExitStack() as stack, torch.no_grad():
-        for layer in layers.values():
+        for layer in layers:
             _set(stack, layer, "training", True)
             _set(stack, layer, "momentum", None)  # the plain average over batches
             layer.reset_running_stats()
         for batch in batches:
             evaluate(batch)
-        averages = [b for layer in layers.values() for b in (layer.running_mean, layer.running_var)]
+        averages = [b for layer in layers for b in (layer.running_mean, layer.running_var)]
         found = ranks.row((len(batches), [average.cpu() for average in averages])) if ranks.data_size > 1 else []
         total = sum(count for count, _ in found)
         for number, average in enumerate(averages if found else ()):

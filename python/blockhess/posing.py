@@ -17,7 +17,7 @@ from blockhess.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.distributed import ALONE, Ranks, refuse_sharded
 from blockhess.engines.plan import budget_bytes, micro_batches
 from blockhess.losses import as_loss
-from blockhess.model_state import fixed_state, freeze_batch_statistics, has_batchnorm
+from blockhess.model_state import batchnorm_policy, fixed_state, freeze_batch_statistics
 from blockhess.options import choice
 from blockhess.problem import Problem
 
@@ -51,10 +51,11 @@ def posed(
     cut = partition(model, blocks)
     loss = as_loss(loss_fn)
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
+        policy = batchnorm_policy(model, batchnorm)
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
-        if batchnorm == "frozen-batch-stats":
+        if policy == "frozen-batch-stats":
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches, ranks)
         try:
             problem = Problem(model, loss, batches, cut.blocks, dtype, several=ranks.data_size > 1)
@@ -66,7 +67,7 @@ def posed(
             ) from None
         parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
         # Only where the loss of a batch may be the mean over its samples.
-        if parts > 1 and loss.calls_model and not (batchnorm == "batch" and has_batchnorm(model)):
+        if parts > 1 and loss.calls_model and policy != "batch":
             problem = _split(problem, parts, cut, dtype)
         problem.join(ranks)
         yield problem, cut, fingerprints

@@ -371,7 +371,7 @@ class Spectra(SpectraBands):
             edges (n_bins + 1,), counts (n_blocks, n_bins); NaN for a block of which nothing is known.
 
         Raises:
-            ValueError: bins is below 1 or not ascending.
+            ValueError: bins is below 1 or not ascending, or a number where nothing is known of any block.
 
         Example:
             >>> edges, counts = spectra.histogram(100)
@@ -379,6 +379,8 @@ class Spectra(SpectraBands):
         nodes, weights = self.merged
         if isinstance(bins, int):
             bins = integer("bins", bins, 1, op="histogram")
+            if not bool(self._known.any()):
+                raise ValueError(f"histogram: bins must be edges where nothing is known of any block, got {bins}")
             low, high = float(nodes[self._known].min()), float(nodes[self._known].max())
             half = 0.5 if low == high else 0.0
             edges = torch.linspace(low - half, high + half, bins + 1, dtype=torch.float64)

@@ -110,6 +110,16 @@ def test_lanczos_step(dims, dtype, rng):
     assert (status == RUNNING).sum() >= 5
 
 
+def test_sizes_out_of_range_freeze_as_on_the_cpu(rng):
+    for scale, status in ((1e-130, NON_FINITE), (1e-110, RUNNING), (1e110, RUNNING), (1e130, NON_FINITE)):
+        start = Step(torch.float64, rng, RAGGED, steps=0)
+        start.w *= scale
+        start.recurrences.norm.zero_()
+        got, expected = (start.after(backend).recurrences for backend in (EMULATORS[0], ops))
+        assert torch.equal(got.status, expected.status) and torch.equal(got.steps, expected.steps)
+        assert got.status[0, 1] == status
+
+
 @pytest.mark.parametrize("steps", [-1, 10, 2**40])
 @pytest.mark.parametrize("dims", [RAGGED, SHORT], ids=["ragged", "short"])
 def test_steps_that_are_no_row_write_nothing(steps, dims, dtype, rng):

@@ -77,9 +77,11 @@ def exact_quadratures(
     ]
 
 
-def bytes_needed(dims: Sequence[int], itemsize: int) -> int:
-    """Bytes that writing out blocks of these sizes takes: all of them, and three float64 copies of the largest."""
-    return sum(itemsize * dim * dim for dim in dims) + 24 * max(dims, default=0) ** 2
+def bytes_needed(dims: Sequence[int], itemsize: int, num_probes: int) -> int:
+    """Bytes that writing out blocks of these sizes takes: all of them, three float64 copies of the largest, and the
+    four tables of quadratures, for each probe as wide as the largest, twice while they become part of the result."""
+    largest = max(dims, default=0)
+    return sum(itemsize * dim * dim for dim in dims) + 24 * largest**2 + 2 * 32 * num_probes * len(dims) * largest
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def make_plan(
         least_hvps=least_hvps,
         flops=forwards * problem.forward_flops,
         seconds=forwards * problem.forward_seconds,
-        vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize)),
+        vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
         engine_bytes=graph * (n_batches if retain else 1),
         kept_bytes=keep_vectors
         * num_probes
@@ -246,10 +246,10 @@ def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, r
         dim = problem.dims[l]
         if not problem.is_used(l) or (wish == "auto" and not is_cheaper_exact(dim, num_probes, num_steps)):
             continue
-        exact[l] = wish == "exact" or bytes_needed([*written, dim], problem.dtype.itemsize) <= room
+        exact[l] = wish == "exact" or bytes_needed([*written, dim], problem.dtype.itemsize, num_probes) <= room
         if exact[l]:
             written.append(dim)
-    taken = bytes_needed(written, problem.dtype.itemsize)
+    taken = bytes_needed(written, problem.dtype.itemsize, num_probes)
     if wish == "exact" and taken > room:
         raise ValueError(
             f"spectrum: memory_budget must be at least {size_text(2 * taken)} to write out {sum(exact)} blocks "
