@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench import end_to_end, matrix_rows, op_rows, scaling
+from bench import end_to_end, matrix_rows, op_rows, same_accuracy, scaling
 from bench.rows import Judge, Target, judged, short, shown, target_table, unmeasured
 
 # Of the machine, above the threads in use: more means that other programs ran.
 SPARE_LOAD = 0.5
 
-ROWS = {**op_rows.ROWS, **matrix_rows.ROWS, **scaling.ROWS, **end_to_end.ROWS}
+ROWS = {**op_rows.ROWS, **matrix_rows.ROWS, **scaling.ROWS, **end_to_end.ROWS, **same_accuracy.ROWS}
 
 
 def judge_of(rows: Mapping[str, Any], size: str = "full") -> Judge:
