@@ -7,7 +7,11 @@
     python -m bench --compare OLD.json   also the ratios to an earlier run
     python -m bench --show NEW.json      measures nothing: the tables of a kept run
 
-README.md in this folder says how it is measured. Exit code 1: something was wrong; missed targets are no failure.
+README.md in this folder says how it is measured. Exit codes:
+
+    0  rows were measured, or skipped with the reason; rivals that are wrong are refused, targets may be missed
+    1  a row failed: our own result was wrong, or something broke; the other rows were measured
+    2  arguments or files are not as they must be; nothing was measured
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,7 @@ import torch
 from bench.environment import describe, peers
 from bench.machine import Machine, TooSmall
 from bench.report import ROWS, report
-from bench.result_file import SCHEMA, comparison, read, write
+from bench.result_file import SCHEMA, check_comparable, check_writable, comparison, read, write
 from bench.timing import CLOCKS, CPU, use_clock
 
 
@@ -64,21 +69,28 @@ def run(names: list[str], size: str, clock: str, path: Path | None) -> dict[str,
     return result
 
 
-def is_wrong(row: dict[str, Any]) -> bool:
-    """Whether a row failed, or a rival in it returned other numbers."""
-    return "failure" in row or any(t.get("failure", "").startswith("wrong") for t in row.get("times", {}).values())
+def refused(row: dict[str, Any]) -> dict[str, str]:
+    """Rival -> why it was not timed, of those that are there but failed or returned other numbers."""
+    failures = {rival: times.get("failure", "") for rival, times in row.get("times", {}).items()}
+    return {rival: failure for rival, failure in failures.items() if failure and not failure.startswith("absent")}
 
 
-def chosen(only: list[str] | None) -> list[str]:
-    """The rows asked for, in the order of the table.
+def chosen(only: Sequence[str] | None, names: Iterable[str]) -> list[str]:
+    """The names that were asked for, in their order.
 
     Raises:
         ValueError: one matches no row.
     """
+    names = list(names)
     for text in only or ():
-        if not any(text in name for name in ROWS):
-            raise ValueError(f"bench: --only must be part of a row's name, got {text!r}; rows: {'; '.join(ROWS)}")
-    return [name for name in ROWS if not only or any(text in name for text in only)]
+        if not any(text in name for name in names):
+            raise ValueError(f"bench: --only must be part of a row's name, got {text!r}; rows: {'; '.join(names)}")
+    return [name for name in names if not only or any(text in name for text in only)]
+
+
+def with_rows(result: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The result with these rows alone, as far as it has them."""
+    return {**result, "rows": {name: result["rows"][name] for name in names if name in result["rows"]}}
 
 
 def main() -> int:
@@ -100,27 +112,37 @@ def main() -> int:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.threads > 1 and options.clock == "cpu":
         parser.error("--clock cpu adds up the seconds of all threads: --threads must be 1")
+    if options.show and (options.json or options.quick):
+        parser.error("--show measures nothing: --json and --quick must not be given")
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
-    try:
-        names = chosen(options.only)
-        old = read(options.compare) if options.compare else None  # before hours are spent
-        if options.show:
-            result = read(options.show)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that nothing is compiled already
-                os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nor goes on compiling beside what is timed
-                result = run(names, "quick" if options.quick else "full", options.clock, options.json)
-        print(report(result))
+    size = "quick" if options.quick else "full"
+    try:  # all that can be wrong, before hours are spent
+        shown = read(options.show) if options.show else None
+        names = chosen(options.only, ROWS if shown is None else shown["rows"])
+        old = read(options.compare) if options.compare else None
         if old is not None:
-            print(f"\n{comparison(old, result)}")
+            check_comparable(old, size if shown is None else shown["size"])
+        if options.json:
+            check_writable(options.json)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return 1
-    wrong = [name for name, row in result["rows"].items() if is_wrong(row)]
-    print("".join(f"bench: wrong or failed: {name}\n" for name in wrong), end="", file=sys.stderr)
-    return int(bool(wrong))
+        return 2
+    if shown is None:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that nothing is compiled already
+            os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nor goes on compiling beside what is timed
+            result = run(names, size, options.clock, options.json)
+    else:
+        result = with_rows(shown, names)
+    print(report(result))
+    if old is not None:
+        print(f"\n{comparison(with_rows(old, names) if options.only else old, result)}")
+    rows = result["rows"].items()
+    lines = [f"{name}: not timed: {rival}, {why}" for name, row in rows for rival, why in refused(row).items()]
+    failed = [f"{name}: failed: {row['failure']}" for name, row in rows if "failure" in row]
+    print("".join(f"bench: {line}\n" for line in lines + failed), end="", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -35,14 +35,15 @@ def _commit() -> str:
 
 
 def describe() -> dict[str, str | int]:
-    """Return CPU, thread count, operating system, versions and commit.
+    """Return CPU, cores and threads in use, operating system, versions and commit.
 
     Example:
         >>> sorted(describe())
-        ['commit', 'cpu', 'os', 'python', 'threads', 'torch']
+        ['commit', 'cores', 'cpu', 'os', 'python', 'threads', 'torch']
     """
     return {
         "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "os": platform.platform(),
         "python": platform.python_version(),

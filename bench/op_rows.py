@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.layouts import LAYOUTS, gpt2, log_spaced
 from bench.machine import Machine
 from bench.memory import peak_vector_sets
-from bench.rows import Row, Target
+from bench.rows import Row, Target, faster
 from bench.step import (
     ROUNDING,
     Projection,
@@ -241,25 +241,28 @@ def memory(machine: Machine) -> Row:
     return Row(0.0, {"vector sets": peak_vector_sets(5, dims, num_steps=5)})
 
 
-def _faster(rival: str, times: float) -> Target:
-    return Target(f">= {times:g} x {rival}", f"times faster than {rival}", times, True)
-
-
 _STRENGTHS = ("PyTorch by vector", "PyTorch by block", "torch._foreach", "padded PyTorch")
+
+
+def _by_block(layout: str) -> tuple[str, ...]:
+    """A sum of 1e8 float32 is too far off in float32."""
+    return ("PyTorch by block", *(["PyTorch by block, sums in float64"] if "huge" in layout else []))
+
+
 _SHARE = Target(">= 80 % of triad bandwidth, counting the bytes it moves", "share of triad bandwidth", 0.80, True)
 
 ROWS: dict[str, tuple[RowOf, list[Target]]] = {
     "`lanczos_step`, GPT2-nano layout, 10 probes, float32": (
         partial(step_row, layout="GPT2-nano", n_probes=10, names=_STRENGTHS, compiled=True),
         [
-            _faster("PyTorch by block", 3.5),
+            faster("PyTorch by block", 3.5),
             _SHARE,
             Target("at most 8 elements moved a step", "elements moved", 8, False),
         ],
     ),
     "`lanczos_step`, 150 blocks of 64 ... 65,536 elements, 10 probes": (
         partial(step_row, layout="150 small blocks", n_probes=10, names=_STRENGTHS, compiled=True),
-        [_faster("PyTorch by block", 6), _faster("torch._foreach", 3)],
+        [faster("PyTorch by block", 6), faster("torch._foreach", 3)],
     ),
     "`reorthogonalize`, basis of 100, GPT2-nano layout, 1 probe": (
         projection,
@@ -268,15 +271,15 @@ ROWS: dict[str, tuple[RowOf, list[Target]]] = {
     **{
         f"`tridiag_quadrature`, {problems:,} problems, m = {m}": (
             partial(quadrature, problems=problems, m=m),
-            [_faster("torch.linalg.eigh", 10), _faster("LAPACK sterf", 5)],
+            [faster("torch.linalg.eigh", 10), faster("LAPACK sterf", 5)],
         )
         for problems, m in ((260, 100), (1500, 100), (260, 300))
     },
     "`gaussian_density`, 38 blocks x 1,000 nodes x 50,000 points, sigma 1e-3 of the range": (
         density,
         [
-            _faster("the paper's loop", 500),
-            _faster("broadcast PyTorch", 30),
+            faster("the paper's loop", 500),
+            faster("broadcast PyTorch", 30),
             Target("error <= 1e-10", "error", 1e-10, False),
             Target("no temporary larger than the result", "memory beside the result, in results", 1.0, False),
         ],
@@ -287,7 +290,7 @@ ROWS: dict[str, tuple[RowOf, list[Target]]] = {
     ),
     **{
         f"`lanczos_step`, {name} layout": (
-            partial(step_row, layout=name, n_probes=10, names=("PyTorch by block",), compiled=False),
+            partial(step_row, layout=name, n_probes=10, names=_by_block(name), compiled=False),
             [],
         )
         for name in list(LAYOUTS)[2:]

@@ -18,7 +18,7 @@ from typing import Any
 from bench import result_file, scaling
 from bench.environment import describe
 from bench.hvp import Row
-from bench.report import ROWS, judge_of, report, targets_of
+from bench.report import ROWS, environment, judge_of, load, report, targets_of
 from bench.rows import target_table
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +69,7 @@ def rows_of(threads: int) -> dict[str, Any]:
 
 def bench_part() -> str:
     """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
-    rows, twice = rows_of(1), rows_of(2)
-    table = target_table(targets_of(list(ROWS)), {"1 thread": judge_of(rows), "2 threads": judge_of(twice)})
-    loads = [load for row in [*rows.values(), *twice.values()] for load in row["load"]]
-    origins = {
-        ", ".join(f"{key} {value}" for key, value in result["environment"].items() if key != "threads")
-        for result in runs().values()
-    }
+    table = target_table(targets_of(list(ROWS)), {"1 thread": judge_of(rows_of(1)), "2 threads": judge_of(rows_of(2))})
     return "\n".join(
         [
             "What CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
@@ -83,9 +77,7 @@ def bench_part() -> str:
             "",
             *table,
             "",
-            f"Load of the machine, which has 2 cores: {min(loads):.1f} ... {max(loads):.1f}. Above the threads in use,",
-            "other programs ran beside it and took part of its bandwidth: shares of limits feel it more than ratios.",
-            *sorted(origins),
+            *(f"- {environment(result)}; {load(result)}" for result in runs().values()),
         ]
     )
 

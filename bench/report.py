@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench import end_to_end, matrix_rows, op_rows, scaling
-from bench.rows import Judge, Target, judged, shown, target_table, unmeasured
+from bench import end_to_end, matrix_rows, op_rows, same_accuracy, scaling
+from bench.rows import Judge, Target, judged, short, shown, target_table, unmeasured
 
-ROWS = {**op_rows.ROWS, **matrix_rows.ROWS, **scaling.ROWS, **end_to_end.ROWS}
+# Of the machine, above the threads in use: more means that other programs ran.
+SPARE_LOAD = 0.5
+
+ROWS = {**op_rows.ROWS, **matrix_rows.ROWS, **scaling.ROWS, **end_to_end.ROWS, **same_accuracy.ROWS}
 
 
 def judge_of(rows: Mapping[str, Any], size: str = "full") -> Judge:
@@ -46,14 +49,10 @@ def times_table(rows: Mapping[str, Any]) -> list[str]:
                 continue
             found = row["measured"]
             ratio = found.get(f"times faster than {rival}", found.get(f"times faster than {rival}, again"))
-            median, fastest, slowest, first = (_short(t[f"{x}_ms"]) for x in ("median", "min", "max", "first"))
+            median, fastest, slowest, first = (short(t[f"{x}_ms"]) for x in ("median", "min", "max", "first"))
             times, peak = ("-" if x is None else f"{x:.2f}" for x in (ratio, t["peak_mib"]))
             lines.append(f"{head} {median} ({fastest} - {slowest}) | {times} | {first} | {peak} | {error} |")
     return lines
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def measured_table(rows: Mapping[str, Any]) -> list[str]:
@@ -72,6 +71,20 @@ def measured_table(rows: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def environment(result: dict[str, Any]) -> str:
+    """Machine, threads, versions and commit of a run."""
+    return ", ".join(f"{name} {value}" for name, value in result["environment"].items())
+
+
+def load(result: dict[str, Any]) -> str:
+    """How busy the machine was, and what that does to the numbers."""
+    loads = [x for row in result["rows"].values() for x in row["load"]]
+    text = f"load of the machine {min(loads):.1f} ... {max(loads):.1f}"
+    if max(loads) > result["environment"]["threads"] + SPARE_LOAD:
+        text += ": other programs took part of it meanwhile, which shares of limits feel more than ratios"
+    return text
+
+
 def report(result: dict[str, Any]) -> str:
     """All tables of a run, and where it was."""
     rows = result["rows"]
@@ -81,6 +94,7 @@ def report(result: dict[str, Any]) -> str:
         times_table(rows),
         measured_table(rows),
         [f"Limits of this machine in this run, GB/s and GFLOP/s: {limits}. Sizes: {result['size']}."],
-        [", ".join(f"{name} {value}" for name, value in {**result["environment"], **result["peers"]}.items()) + "."],
+        [f"{environment(result)}; {', '.join(f'{name} {version}' for name, version in result['peers'].items())}."],
+        [f"{load(result).capitalize()}."],
     ]
     return "\n\n".join("\n".join(part) for part in parts)

@@ -31,14 +31,22 @@ def read(path: Path) -> dict[str, Any]:
     return content  # type: ignore[no-any-return]
 
 
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Every time of two runs as a ratio, new over old.
+def check_writable(path: Path) -> None:
+    """Raise ValueError unless the file can be written; what it holds stays."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"bench: --json must be a file that can be written, got {error}") from None
 
-    Raises:
-        ValueError: the runs had other sizes.
-    """
-    if old["size"] != new["size"]:
-        raise ValueError(f"bench: runs must have one size to be compared, got {old['size']!r} and {new['size']!r}")
+
+def check_comparable(old: dict[str, Any], size: str) -> None:
+    """Raise ValueError unless a run had this size."""
+    if old["size"] != size:
+        raise ValueError(f"bench: runs must have one size to be compared, got {old['size']!r} and {size!r}")
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Every time of two runs of one size as a ratio, new over old."""
     lines = ["| work | rival | old, ms | new, ms | new / old | |", "|---|---|--:|--:|--:|---|"]
     for name in dict.fromkeys([*old["rows"], *new["rows"]]):
         before, after = (result["rows"].get(name, {}).get("times", {}) for result in (old, new))
@@ -53,9 +61,10 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
             else:
                 told = [times.get("failure", "timed" if times else "not there") for times in (a, b)]
                 lines.append(f"| {name} | {rival} | | | | old: {told[0]}; new: {told[1]} |")
-    for key in ("cpu", "threads", "clock", "torch"):
-        if old["environment"][key] != new["environment"][key]:
-            lines.append(f"\nNot the same {key}: {old['environment'][key]}, now {new['environment'][key]}.")
+    for key in ("cpu", "cores", "threads", "clock", "torch"):
+        before, now = (result["environment"].get(key, "not told") for result in (old, new))
+        if before != now:
+            lines.append(f"\nNot the same {key}: {before}, now {now}.")
     return "\n".join(lines)
 
 

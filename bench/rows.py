@@ -23,6 +23,11 @@ class Target:
         return measured >= self.value if self.at_least else measured <= self.value
 
 
+def faster(rival: str, times: float, when: str = "") -> Target:
+    """Ours is at least so many times faster than the rival."""
+    return Target(f">= {times:g} x {rival}{when}", f"times faster than {rival}{when}", times, True)
+
+
 @dataclass
 class Row:
     """What one row gave."""
@@ -49,6 +54,11 @@ class Row:
                 ratio = statistics.median(a / b for a, b in zip(entry.seconds, ours.seconds))
                 row.measured[f"times faster than {rival}"] = ratio
         return row
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def shown(quantity: str, value: float) -> str:

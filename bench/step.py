@@ -32,15 +32,10 @@ class Step:
 
     @staticmethod
     def of(machine: Machine, dims: list[int], n_probes: int) -> Step:
-        layout, rng = Layout.of(dims, machine.device), machine.generator()
-        vectors = []
-        for _ in range(3):
-            x = torch.randn(n_probes, layout.n, device=machine.device, generator=rng)
-            for segment in x.split(dims, dim=1):
-                segment /= segment.norm(dim=1, keepdim=True)
-            vectors.append(x)
+        layout, ids = Layout.of(dims, machine.device), torch.arange(len(dims), device=machine.device)
+        vectors = [ops.random_probes(layout, n_probes, seed=seed, block_ids=ids) for seed in range(3)]
         recurrences = Recurrences.start(n_probes, torch.full((len(dims),), ROWS_OF_STEPS, device=machine.device))
-        recurrences.beta[0].uniform_(generator=rng)
+        recurrences.beta[0].uniform_(generator=machine.generator())
         recurrences.steps.fill_(1)
         partial = recurrences.norm.new_empty(n_probes, layout.n_tiles)
         return Step(*vectors, recurrences, layout, partial)

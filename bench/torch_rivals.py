@@ -1,14 +1,16 @@
 """What one would write without the kernels: the same work in plain PyTorch, as fast as it goes there.
 
 A Lanczos step in several strengths: one vector after the other, one block after the other with all probes together,
-lists of vectors by torch._foreach, and blocks of about the same size padded to one. Sums are in float32 and no
-recurrence is watched for its end, which is less work than the op's. None of them waits for a GPU more than it must.
+lists of vectors by torch._foreach, and blocks of about the same size padded to one. Sums are in float32, but for
+one of them, and no recurrence is watched for its end, which is less work than the op's. None waits for a GPU more than
+it must.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,13 @@ def _advance(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) ->
     alpha = (w * v).sum(-1, keepdim=True)
     r = w - alpha * v - beta * v_prev
     torch.div(r, r.norm(dim=-1, keepdim=True), out=out)
+
+
+def _advance_in_double(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) -> None:
+    """The same with sums in float64, which is as exact as the op."""
+    alpha = (w * v).sum(-1, keepdim=True, dtype=torch.float64).to(w.dtype)
+    r = w - alpha * v - beta * v_prev
+    torch.div(r, torch.linalg.vector_norm(r, dim=-1, keepdim=True, dtype=torch.float64).to(w.dtype), out=out)
 
 
 def _advance_one(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) -> None:
@@ -55,13 +64,19 @@ def step_by_vector(
 
 
 def step_by_block(
-    w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
+    w: Tensor,
+    v: Tensor,
+    v_prev: Tensor,
+    beta_prev: Tensor,
+    layout: Layout,
+    compiled: bool = False,
+    one_block: Callable[..., None] = _advance,
 ) -> Callable[[], list[Tensor]]:
     """A Lanczos step, vectorised over the probes, block after block, without a wait.
 
     It writes to copies, made here, so that every call does the same.
     """
-    advance = _maybe_compiled(_advance, compiled)
+    advance = _maybe_compiled(one_block, compiled)
     split = [x.split(layout.dims, dim=1) for x in (w, v, v_prev)]
     betas = beta_prev.to(w.dtype).T[:, :, None].contiguous()
     results = [torch.empty_like(x) for x in split[0]]
@@ -137,6 +152,10 @@ def _segments_joined(parts: list[Tensor], layout: Layout, n_probes: int) -> Tens
     return torch.cat(parts).view(n_probes, layout.n)
 
 
+def _blocks_joined(parts: list[Tensor], layout: Layout, n_probes: int) -> Tensor:
+    return torch.cat(parts, 1)
+
+
 def _padding_removed(parts: list[Tensor], layout: Layout, n_probes: int) -> Tensor:
     result = parts[0].new_empty(n_probes, layout.n)
     for group, together in zip(padded_groups(layout.dims), parts):
@@ -148,7 +167,8 @@ def _padding_removed(parts: list[Tensor], layout: Layout, n_probes: int) -> Tens
 # How a step is made, and how its result is joined to (n_probes, n).
 STEPS: dict[str, tuple[StepOf, Callable[[list[Tensor], Layout, int], Tensor]]] = {
     "PyTorch by vector": (step_by_vector, _segments_joined),
-    "PyTorch by block": (step_by_block, lambda parts, layout, n_probes: torch.cat(parts, 1)),
+    "PyTorch by block": (step_by_block, _blocks_joined),
+    "PyTorch by block, sums in float64": (partial(step_by_block, one_block=_advance_in_double), _blocks_joined),
     "torch._foreach": (step_by_foreach, _segments_joined),
     "padded PyTorch": (step_by_padding, _padding_removed),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import end_to_end, layouts, op_rows, report, result_file, scaling, timing
+from bench import end_to_end, layouts, op_rows, report, result_file, scaling, slices, timing
 from bench.machine import Machine, TooSmall
 from bench.rows import Row, Target, judged
 from bench.step import Projection, Step
 from bench.timing import CPU, Entry, Rival, Times, WrongResult, alternate, contest, told
 from bench.torch_rivals import STEPS, density_by_point, density_in_chunks
+from blockhess import estimate
 from blockhess.model_state import fixed_state
 
 TINY = Machine(CPU, "tiny", {"copy": 1e9, "triad": 2e9, "read": 4e9, "gemm": 8e9})
@@ -164,12 +166,21 @@ def test_the_table_shows_times_and_everyone_who_is_not_there():
     row = row_of(blockhess=1.0, **{"PyTorch by block": 4.0})
     row["times"]["torch._foreach"] = Entry("absent (no)").summary()
     other = next(name for name in report.ROWS if name != name[0] and "huge" in name)
-    text = report.report(result_of({name: row, other: {"skipped": "takes 9 GiB of memory, 1 GiB are free"}}))
+    skipped = {"skipped": "takes 9 GiB of memory, 1 GiB are free", "load": [1.0, 1.0]}
+    text = report.report(result_of({name: row, other: skipped}))
     assert "| >= 3.5 x PyTorch by block | 4 | met |" in text
     assert "|  | torch._foreach | not timed: absent (no) | | | | - |" in text
     assert f"| {other} | skipped: takes 9 GiB of memory, 1 GiB are free |" in text
     assert "|  | PyTorch by block | 4 (4 - 4) | 4.00 |" in text
     assert "met" not in report.report(result_of({name: row}, "quick")).replace("not judged", "")
+
+
+def test_the_report_says_whether_other_programs_ran():
+    row = row_of(blockhess=1.0)
+    assert report.load(result_of({"a": row})).startswith("load of the machine 1.0 ... 2.0: other programs took part")
+    row["load"] = [0.9, 1.2]
+    assert report.load(result_of({"a": row})) == "load of the machine 0.9 ... 1.2"
+    assert report.report(result_of({"a": row})).endswith("\n\nLoad of the machine 0.9 ... 1.2.")
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -186,8 +197,6 @@ def test_comparing_shows_ratios_and_what_is_missing():
     assert "| gone | blockhess | | | | old: timed; new: not there |" in lines
     assert lines[-1] == "Not the same threads: 1, now 2."
     assert "slower" not in result_file.comparison(old, old)
-    with pytest.raises(ValueError, match="runs must have one size to be compared, got 'full' and 'quick'"):
-        result_file.comparison(old, result_of({}, "quick"))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +215,7 @@ def test_an_unreadable_or_foreign_file_is_one_clear_error(content, message, tmp_
     with pytest.raises(ValueError, match=message):
         result_file.read(path)
     monkeypatch.setattr(sys, "argv", ["bench", "--compare", str(path)])
-    assert command.main() == 1
+    assert command.main() == 2
     output = capsys.readouterr()
     assert output.out == "" and len(output.err.splitlines()) == 1
 
@@ -243,7 +252,7 @@ def test_a_quick_row_is_measured_written_shown_and_compared(run, tmp_path, capsy
     assert again.startswith(shown.rstrip()) and "| 1.00 |" in again
 
 
-def test_a_wrong_rival_is_an_error_of_the_run(run, monkeypatch, capsys, tmp_path):
+def test_a_wrong_rival_is_refused_and_told_and_no_failure(run, monkeypatch, capsys, tmp_path):
     right = op_rows.quadrature_by_eigh
     calls = []
 
@@ -253,9 +262,10 @@ def test_a_wrong_rival_is_an_error_of_the_run(run, monkeypatch, capsys, tmp_path
         return nodes + (0.1 if len(calls) > 1 else 0.0), weights  # the first call is the reference
 
     monkeypatch.setattr(op_rows, "quadrature_by_eigh", wrong)
-    assert run("--quick", "--only", "m = 300", "--json", str(tmp_path / "x.json")) == 1
+    assert run("--quick", "--only", "m = 300", "--json", str(tmp_path / "x.json")) == 0
     output = capsys.readouterr()
-    assert "| torch.linalg.eigh | not timed: wrong by" in output.out and "bench: wrong or failed" in output.err
+    assert "| torch.linalg.eigh | not timed: wrong by" in output.out
+    assert "m = 300: not timed: torch.linalg.eigh, wrong by 0.0" in output.err.splitlines()[-1]
     (row,) = json.loads((tmp_path / "x.json").read_text())["rows"].values()
     assert "median_ms" in row["times"]["LAPACK sterf"] and "median_ms" not in row["times"]["torch.linalg.eigh"]
 
@@ -265,27 +275,65 @@ def test_our_own_wrong_result_fails_the_row(run, monkeypatch, capsys):
     monkeypatch.setattr(op_rows, "compile_seconds", lambda machine: 0.01)
     monkeypatch.setattr(op_rows.ops, "gaussian_density", lambda *arguments: right(*arguments) * (1 + 1e-9))
     assert run("--quick", "--only", "gaussian_density") == 1
-    assert "blockhess: wrong by 1e-09" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "blockhess: wrong by 1e-09" in output.out
+    assert output.err.splitlines()[-1].startswith("bench: `gaussian_density`") and "failed: WrongResult" in output.err
 
 
-def test_a_machine_too_small_is_a_reason(monkeypatch):
+def test_a_machine_too_small_is_a_reason(run, monkeypatch, capsys):
     def huge(machine: Machine) -> Row:
         machine.require(2.0**60)
         return Row(0.0)
 
-    monkeypatch.setitem(command.ROWS, "huge", (huge, []))
-    assert command.run_row("huge", TINY)["skipped"].startswith("takes 1.07e+09 GiB of memory, ")
+    monkeypatch.setitem(command.ROWS, "too large", (huge, []))
+    assert run("--quick", "--only", "too large") == 0
+    assert "| too large | skipped: takes 1.07e+09 GiB of memory, " in capsys.readouterr().out
     with pytest.raises(TooSmall):
         TINY.require(2.0**60)
 
 
-def test_rows_that_do_not_exist_are_told(run, capsys):
-    assert run("--only", "no such row") == 1
-    assert "bench: --only must be part of a row's name, got 'no such row'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("--threads", "0")
-    with pytest.raises(SystemExit):
-        run("--threads", "2", "--clock", "cpu")
+def test_what_cannot_be_is_told_before_anything_is_measured(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "run", None)  # would be called
+    path = tmp_path / "kept.json"
+    result_file.write(result_of({"a row": row_of(blockhess=1.0)}), path)
+    for arguments, message in (
+        (
+            ["--only", "no such row"],
+            "bench: --only must be part of a row's name, got 'no such row'; rows: `lan",
+        ),
+        (
+            ["--show", str(path), "--only", "another"],
+            "bench: --only must be part of a row's name, got 'another'; rows: a row",
+        ),
+        (["--quick", "--compare", str(path)], "bench: runs must have one size to be compared, got 'full' and 'quick'"),
+        (["--json", str(tmp_path / "no" / "x")], "bench: --json must be a file that can be written, got [Errno 2]"),
+    ):
+        assert run(*arguments) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith(message) and len(output.err.splitlines()) == 1
+    for arguments in (
+        ["--threads", "0"],
+        ["--threads", "2", "--clock", "cpu"],
+        ["--show", str(path), "--json", str(path)],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
+
+
+def test_only_the_rows_asked_for_are_shown_and_compared(run, capsys, tmp_path):
+    path = tmp_path / "kept.json"
+    result_file.write(result_of({"one row": row_of(blockhess=1.0), "another": row_of(blockhess=2.0)}), path)
+    assert run("--show", str(path), "--compare", str(path), "--only", "one") == 0
+    shown = capsys.readouterr().out
+    assert "| one row | blockhess | 1 | 1 | 1.00 |  |" in shown and "another" not in shown
+
+
+def test_threads_are_everybodys(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(command.ROWS, "threads in use", (lambda machine: Row(0.0, {"n": torch.get_num_threads()}), []))
+    assert run("--quick", "--only", "threads in use", "--threads", "2", "--json", str(tmp_path / "x.json")) == 0
+    data = result_file.read(tmp_path / "x.json")
+    assert data["environment"]["threads"] == 2 and data["rows"]["threads in use"]["measured"] == {"n": 2}
 
 
 # --- workloads ------------------------------------------------------------------------------------------------
@@ -349,32 +397,108 @@ def test_scaling_curves_are_measured_and_drawn(tmp_path, monkeypatch):
 # --- end to end -----------------------------------------------------------------------------------------------
 
 
-def test_a_slice_is_extrapolated_by_products():
-    assert end_to_end.Slice(setup=2.0, work=3.0, products=6).whole(100) == 52.0
+class Counting:
+    """A clock that advances by what it is told."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def small_case():
+    return end_to_end._small_gpt().case
+
+
+def test_our_job_is_stopped_and_extrapolated_block_by_block(monkeypatch):
+    """A first product takes 100 s (compiling), a later one 2 s for one block and 3 s for another; 7 s come before."""
+    case, clock = small_case(), Counting()
+    measured = dataclasses.replace(case, blocks=case.blocks[3:5])
+
+    def spectrum(*_, blocks, num_probes, num_steps, **__):
+        assert list(blocks) == list(measured.blocks) and num_probes * num_steps == 1000
+        with estimate.progress_bar(1, "", False) as product:
+            clock.time += 7
+            for step in range(1000):
+                for seconds in (2, 3):
+                    clock.time += 100 if step == 0 else seconds
+                    product()
+
+    monkeypatch.setattr(slices, "now", clock)
+    monkeypatch.setattr(slices.blockhess, "spectrum", spectrum)
+    counts = dict.fromkeys(case.blocks, 10) | {case.blocks[3]: 20}
+    found = slices.of_ours(measured, counts, steps=3)
+    assert clock.time == 7 + 200 + 3 * 5
+    # 11 blocks stand behind these 2; 120 products behind these 30.
+    assert found.setup == pytest.approx((7 + 200 - 5) * 11 / 2)
+    assert found.work == pytest.approx((20 * 2 + 10 * 3) * 120 / 30)
+
+
+def test_a_rival_is_extrapolated_block_by_block(monkeypatch):
+    case, clock = small_case(), Counting()
+    measured = dataclasses.replace(case, blocks=case.blocks[3:5])
+
+    class Slow:
+        """1 s to make, 0.5 s a block, a product 2 s of one block and 3 s of the other; 4 s once a step."""
+
+        def __init__(self, case):
+            clock.time += 1
+
+        def of_block(self, name):
+            clock.time += 0.5
+
+            def product(v):
+                clock.time += 2 if name == case.blocks[3] else 3
+                return torch.linspace(0, 1, len(v)) * v
+
+            return product
+
+        def step(self):
+            clock.time += 4
+
+    monkeypatch.setattr(slices, "now", clock)
+    monkeypatch.setattr(slices, "timed", lambda call: (before := clock.time, call(), clock.time - before)[2])
+    monkeypatch.setitem(slices.RIVALS, "slow", Slow)
+    counts = dict.fromkeys(case.blocks, 10) | {case.blocks[3]: 20}
+    probe = {name: case.vector(name) for name in measured.blocks}
+    found = slices.of_rival("slow", measured, counts, [probe], 3)
+    assert found.setup == pytest.approx(1 + 2 * 0.5 * 11 / 2)
+    assert found.work == pytest.approx((20 * 2 + 10 * 3) * 120 / 30 + 1000 * 4)
+    assert found.whole == found.setup + found.work and len(found.quadratures[case.blocks[3]][0][0]) == 3
 
 
 def test_rivals_find_the_js_matrix_and_a_wrong_one_does_not(monkeypatch):
-    job = end_to_end._gpt(TINY)
-    with fixed_state(job.case.model):
-        found = end_to_end.compared(job, job.case, "autograd")
-    assert found["the paper's procedure"][0] < end_to_end.LARGEST_JS_ERROR
-    right = end_to_end.RIVALS["the paper's procedure"]
+    case = small_case()
+    with fixed_state(case.model):
+        found = end_to_end.compared(case, "autograd")
+    error, failure = found["the paper's procedure"]
+    assert error < end_to_end.LARGEST_JS_ERROR and not failure
+    right = slices.RIVALS["the paper's procedure"]
 
     class Off(right):
         def of_block(self, name):
             product = super().of_block(name)
             return lambda v: (4.0 if "tok" in name else 1.0) * product(v)
 
-    monkeypatch.setitem(end_to_end.RIVALS, "the paper's procedure", Off)
+    monkeypatch.setitem(slices.RIVALS, "the paper's procedure", Off)
     monkeypatch.setattr(end_to_end, "PEERS", ("the paper's procedure",))
-    with fixed_state(job.case.model):
-        found = end_to_end.compared(job, job.case, "autograd")
-    assert found["the paper's procedure"][0] > 5 * end_to_end.LARGEST_JS_ERROR
-    row = end_to_end.job_row(TINY, lambda _: job)
-    assert row.times["the paper's procedure"]["failure"].startswith("wrong by ")
+    row = end_to_end.job_row(TINY, lambda _: end_to_end._small_gpt())
+    refused = row.times["the paper's procedure"]
+    assert refused["failure"].startswith("wrong by ") and refused["error"] > 5 * end_to_end.LARGEST_JS_ERROR
+    assert "times faster than the paper's procedure, cold" not in row.measured
 
 
-def test_our_job_is_stopped_after_the_products_asked_for():
-    job = end_to_end._gpt(TINY)
-    found, products = end_to_end.first_products(job)
-    assert products == job.ours == found.products and found.setup > 0 and found.work > 0
+def test_a_job_tells_what_is_no_product(monkeypatch):
+    monkeypatch.setattr(end_to_end, "PEERS", ("the paper's procedure",))
+    row = end_to_end.job_row(TINY, end_to_end.gpt_nano)
+    first, last = row.times["blockhess"]["first_ms"] / 1e3, row.measured
+    others = last["set-up, cold, s"] + last["Lanczos and quadratures, s"] + last["JS matrix, s"]
+    assert last["share of all but products, cold"] == pytest.approx(others / first)
+    assert last["times faster than the paper's procedure, cold"] == pytest.approx(
+        row.times["the paper's procedure"]["first_ms"] / 1e3 / first
+    )
+    # 8 of 11 blocks have fewer entries than 1,000 and are written out by ours alone.
+    assert last["products"] < last["products of rivals"] <= 11 * 1000
+    _, targets = end_to_end.ROWS["end to end, 10 x 100, GPT2-nano (10.7M), 1,024 tokens"]
+    assert all(target.quantity in row.measured for target in targets)
