@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockhess.paper.commands import app as paper
+from blockhess.terminal import AsJson, completed, text_on_stderr
+
+if TYPE_CHECKING:
+    from blockhess.spectra import Spectra
+
+EXIT_CODES = {
+    0: "done",
+    1: "doctor found a fault, or blockhess has one: then with a traceback",
+    2: "a wrong option, bad input, a missing extra or a failing model, told in one line on stderr",
+    130: "interrupted",
+    143: "ended by SIGTERM",
+}
 
 app = typer.Typer(
     help="Hessian eigenvalue densities of every parameter block of a neural network.",
-    epilog="Exit codes: 0 done; 1 doctor found a fault; 2 a wrong option, bad input or a missing extra, told in one "
-    "line on stderr; 130 interrupted; 143 ended by SIGTERM.",
-    add_completion=False,
+    epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}. "
+    "BLOCKHESS_TRACEBACK=1 in the environment shows the traceback of every failure.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(paper, name="paper")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Tol = Annotated[float | None, typer.Option(help="Error asked for; probes and steps are the most then.")]
+Sigma = Annotated[float | None, typer.Option(help="With --tol: blur, as a share of a block's range.")]
+
+# What options take, known here without an import of torch.
+ENGINES = ("auto", "autograd", "traced", "ggn", "exact")
+SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negative")
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,6 +62,9 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, text windows and probes.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models, for a smoke test.")] = False,
+    tol: Tol = None,
+    sigma: Sigma = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a GPT and a ResNet block by block.
 
@@ -53,8 +72,12 @@ def demo(
     minutes on 2 cores.
     """
     from blockhess.demo import run
+    from blockhess.records import to_json
 
-    run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick)
+    with text_on_stderr(as_json):
+        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, sigma=sigma)
+    if as_json:
+        typer.echo(to_json(found))
 
 
 @app.command()
@@ -62,9 +85,11 @@ def plan(
     job: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")],
     probes: Annotated[int | None, typer.Option(help="Random probes per block.")] = None,
     steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
-    tol: Annotated[float | None, typer.Option(help="Error asked for; probes and steps are the most then.")] = None,
-    sigma: Annotated[float | None, typer.Option(help="With --tol: blur, as a share of a block's range.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, autograd, traced, exact or ggn.")] = None,
+    tol: Tol = None,
+    sigma: Sigma = None,
+    engine: Annotated[
+        str | None, typer.Option(help=f"{', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
+    ] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one on each GPU.")] = None,
     batch_ranks: Annotated[int, typer.Option(min=1, help="Of these, how many share batches; divides --gpus.")] = 1,
@@ -100,6 +125,7 @@ def run_config(
     out: Annotated[Path, typer.Option(help="Directory of the run, and of its result spectra.npz.")] = Path("run"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the directory.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="A job that the file may import; may be repeated.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the spectra that a configuration file describes, in a directory from which it can be resumed.
 
@@ -121,7 +147,7 @@ def run_config(
     except OtherRun as other:  # a table, so of more than one line
         typer.echo(f"blockhess: {other}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(f"{spectra!r}\nwritten to {out / RESULT}")
+    _told_written(spectra, out / RESULT, as_json)
 
 
 @app.command("status")
@@ -129,24 +155,28 @@ def run_status(
     directory: Annotated[Path, typer.Argument(help="The directory of a run, which may be working.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw the spectra so far into this PNG.")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the spectra so far into this file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say how far a run has come: products, rate, time left."""
+    from blockhess.records import to_json
     from blockhess.runs.status import partial, status
 
-    typer.echo(status(directory))
+    found = status(directory)
+    typer.echo(to_json(found.as_record()) if as_json else found)
     if plot is not None or save is not None:
         spectra = partial(directory)
         if plot is not None:
             spectra.plot(plot)
-            typer.echo(f"\nSpectra so far drawn into {plot}")
+            typer.echo(f"\nSpectra so far drawn into {plot}", err=as_json)
         if save is not None:
-            typer.echo(f"\nSpectra so far written to {spectra.save(save)}")
+            typer.echo(f"\nSpectra so far written to {spectra.save(save)}", err=as_json)
 
 
 @app.command("merge")
 def merge_runs(
     out: Annotated[Path, typer.Argument(help="The result file.")],
     runs: Annotated[list[Path], typer.Argument(help="Result files, or directories of finished runs.")],
+    as_json: AsJson = False,
 ) -> None:
     """Join runs of different probes of the same blocks, or of different blocks with the same probes."""
     import blockhess
@@ -156,22 +186,21 @@ def merge_runs(
         raise ValueError(f"merge: the result must be a new file, got {out}, which exists")
     check_writable(out)
     spectra = blockhess.merge(runs)
-    typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
+    _told_written(spectra, spectra.save(out), as_json)
 
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo.")],
-    sort: Annotated[str, typer.Option(help="order, name, dim, lambda_min, lambda_max, trace or negative.")] = "order",
+    file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo, or a run's directory.")],
+    sort: Annotated[str, typer.Option(help=f"{', '.join(SORT_KEYS)}.", autocompletion=completed(SORT_KEYS))] = "order",
     plot: Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a result file holds: its origin, its table of blocks and its JS0."""
-    import blockhess
+    """Print what a result file holds: its origin, its table of blocks and its JS0; of an unfinished run, so far."""
     from blockhess.records import to_json
     from blockhess.report import as_record, describe
 
-    spectra = blockhess.load(file)
+    spectra = _loaded(file)
     typer.echo(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
         spectra.plot(plot)
@@ -180,16 +209,24 @@ def show(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Result files; several: checkpoints of one model, in order.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Results, or directories of runs; several: checkpoints of one model, in order."),
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution."""
-    import blockhess
-    from blockhess import page
+    """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution.
 
-    results = [blockhess.load(file) for file in files]
+    Of an unfinished run it shows what there is so far, and says so.
+    """
+    from blockhess import page
+    from blockhess.records import to_json
+
+    results = [_loaded(file) for file in files]
     path = page.write(results, out or files[-1].with_suffix(".html"), [file.stem for file in files])
-    typer.echo(f"Report written into {path}")
+    record = {"written": str(path), "results": [repr(spectra) for spectra in results]}
+    typer.echo(to_json(record) if as_json else f"Report written into {path}")
 
 
 @app.command()
@@ -202,3 +239,18 @@ def doctor(as_json: AsJson = False) -> None:
     typer.echo(to_json(as_records(checks)) if as_json else told(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+def _loaded(path: Path) -> Spectra:
+    import blockhess
+    from blockhess.runs.status import partial
+
+    return partial(path) if path.is_dir() else blockhess.load(path)
+
+
+def _told_written(spectra: Spectra, path: Path, as_json: bool) -> None:
+    from blockhess.records import to_json
+    from blockhess.report import as_record
+
+    record = {"written": str(path), **as_record(spectra)} if as_json else {}
+    typer.echo(to_json(record) if as_json else f"{spectra!r}\nwritten to {path}")
