@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from blockhess import __version__
 
-        typer.echo(f"blockhess {__version__}")
+        print(f"blockhess {__version__}")
         raise typer.Exit()
 
 
@@ -77,7 +78,7 @@ def demo(
     with text_on_stderr(as_json):
         found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, sigma=sigma)
     if as_json:
-        typer.echo(to_json(found))
+        print(to_json(found))
 
 
 @app.command()
@@ -116,7 +117,7 @@ def plan(
         if gpus % batch_ranks:
             raise ValueError(f"plan: --batch-ranks must divide --gpus, got {batch_ranks} and {gpus}")
         made = forecast(work=gpus // batch_ranks, data_shares=batch_ranks, **arguments)
-    typer.echo(to_json(dataclasses.asdict(made)) if as_json else made)
+    print(to_json(dataclasses.asdict(made)) if as_json else made)
 
 
 @app.command("run")
@@ -142,10 +143,10 @@ def run_config(
     try:
         spectra = blockhess.spectrum(**arguments | {"run_dir": out})
     except Interrupted as interrupted:
-        typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", err=True)
+        print(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", file=sys.stderr)
         raise typer.Exit(128 + interrupted.signal) from None
     except OtherRun as other:  # a table, so of more than one line
-        typer.echo(f"blockhess: {other}", err=True)
+        print(f"blockhess: {other}", file=sys.stderr)
         raise typer.Exit(2) from None
     _told_written(spectra, out / RESULT, as_json)
 
@@ -162,14 +163,14 @@ def run_status(
     from blockhess.runs.status import partial, status
 
     found = status(directory)
-    typer.echo(to_json(found.as_record()) if as_json else found)
+    print(to_json(found.as_record()) if as_json else found)
     if plot is not None or save is not None:
         spectra = partial(directory)
         if plot is not None:
             spectra.plot(plot)
-            typer.echo(f"\nSpectra so far drawn into {plot}", err=as_json)
+            print(f"\nSpectra so far drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
         if save is not None:
-            typer.echo(f"\nSpectra so far written to {spectra.save(save)}", err=as_json)
+            print(f"\nSpectra so far written to {spectra.save(save)}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command("merge")
@@ -201,10 +202,10 @@ def show(
     from blockhess.report import as_record, describe
 
     spectra = _loaded(file)
-    typer.echo(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
+    print(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
         spectra.plot(plot)
-        typer.echo(f"\nSpectra drawn into {plot}", err=as_json)
+        print(f"\nSpectra drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()
@@ -226,7 +227,7 @@ def report(
     results = [_loaded(file) for file in files]
     path = page.write(results, out or files[-1].with_suffix(".html"), [file.stem for file in files])
     record = {"written": str(path), "results": [repr(spectra) for spectra in results]}
-    typer.echo(to_json(record) if as_json else f"Report written into {path}")
+    print(to_json(record) if as_json else f"Report written into {path}")
 
 
 @app.command()
@@ -236,7 +237,7 @@ def doctor(as_json: AsJson = False) -> None:
     from blockhess.records import to_json
 
     checks = examine()
-    typer.echo(to_json(as_records(checks)) if as_json else told(checks))
+    print(to_json(as_records(checks)) if as_json else told(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -253,4 +254,4 @@ def _told_written(spectra: Spectra, path: Path, as_json: bool) -> None:
     from blockhess.report import as_record
 
     record = {"written": str(path), **as_record(spectra)} if as_json else {}
-    typer.echo(to_json(record) if as_json else f"{spectra!r}\nwritten to {path}")
+    print(to_json(record) if as_json else f"{spectra!r}\nwritten to {path}")

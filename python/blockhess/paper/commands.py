@@ -50,7 +50,7 @@ def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool,
     with text_on_stderr(as_json):
         run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
     if as_json:
-        typer.echo(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")
+        print(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")
 
 
 def _add(name: str, text: str) -> None:
@@ -164,4 +164,4 @@ def spectra(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, as_jso
     with text_on_stderr(as_json):
         written = measure_spectra(out, seed=seed, quick=quick)
     if as_json:
-        typer.echo(to_json({"written": list(map(str, written))}))
+        print(to_json({"written": list(map(str, written))}))
