@@ -2,6 +2,7 @@
 # make test   the tests
 # make check  lint, formatting and types
 # make docs   the documentation site, in site/
+# make notebooks   what the notebooks of docs/notebooks print and draw, made anew
 #
 # Each sets up $(VENV) first. A torch >= 2.10 that $(PYTHON) can import is used; where there is none, $(TORCH) is installed
 # from the index that pip is set to. To choose another one:
@@ -15,7 +16,7 @@ bin := $(VENV)/bin
 sources := setup.py pyproject.toml $(shell find csrc -type f)
 has_torch := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs notebooks clean
 
 demo: $(VENV)/.installed-cli
 	$(bin)/blockhess demo
@@ -31,6 +32,9 @@ check: $(VENV)/.installed-lint
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=true $(bin)/mkdocs build --strict
+
+notebooks: $(VENV)/.installed-test
+	$(bin)/python -m tests.notebooks
 
 clean:
 	rm -rf $(VENV) build site *.egg-info blockhess_ext/*.so

@@ -1,8 +1,8 @@
 """The `blockhess` command: runs blockhess.commands and turns failures into exit codes.
 
-0 done; 1 `doctor` found a fault; 2 a wrong option, bad input or a missing extra, told in one line on stderr; 130
-interrupted; 143 ended by SIGTERM. torch is imported only by the commands that compute, so `blockhess --help` answers
-at once.
+The codes are blockhess.commands.EXIT_CODES. What can go wrong without a fault of this package, RuntimeErrors of torch
+and of the user's model among it, is told in one line; other errors keep their traceback, and all do where
+BLOCKHESS_TRACEBACK is set. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of stdout has what it wanted: blockhess show FILE | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        return _fail(str(error))
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("BLOCKHESS_TRACEBACK"):
+            raise
+        return _fail(str(error) or type(error).__name__)
 
 
 if __name__ == "__main__":

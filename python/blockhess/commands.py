@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockhess.paper.commands import app as paper
+from blockhess.terminal import AsJson, completed, text_on_stderr
+
+if TYPE_CHECKING:
+    from blockhess.spectra import Spectra
+
+EXIT_CODES = {
+    0: "done",
+    1: "doctor found a fault, or blockhess has one: then with a traceback",
+    2: "a wrong option, bad input, a missing extra or a failing model, told in one line on stderr",
+    130: "interrupted",
+    143: "ended by SIGTERM",
+}
 
 app = typer.Typer(
     help="Hessian eigenvalue densities of every parameter block of a neural network.",
-    epilog="Exit codes: 0 done; 1 doctor found a fault; 2 a wrong option, bad input or a missing extra, told in one "
-    "line on stderr; 130 interrupted; 143 ended by SIGTERM.",
-    add_completion=False,
+    epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}. "
+    "BLOCKHESS_TRACEBACK=1 in the environment shows the traceback of every failure.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(paper, name="paper")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Tol = Annotated[float | None, typer.Option(help="Error asked for; probes and steps are the most then.")]
+Sigma = Annotated[float | None, typer.Option(help="With --tol: blur, as a share of a block's range.")]
+
+# What options take, known here without an import of torch.
+ENGINES = ("auto", "autograd", "traced", "ggn", "exact")
+SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negative")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
         from blockhess import __version__
 
-        typer.echo(f"blockhess {__version__}")
+        print(f"blockhess {__version__}")
         raise typer.Exit()
 
 
@@ -46,6 +63,9 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, text windows and probes.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models, for a smoke test.")] = False,
+    tol: Tol = None,
+    sigma: Sigma = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a GPT and a ResNet block by block.
 
@@ -53,8 +73,12 @@ def demo(
     minutes on 2 cores.
     """
     from blockhess.demo import run
+    from blockhess.records import to_json
 
-    run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick)
+    with text_on_stderr(as_json):
+        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, sigma=sigma)
+    if as_json:
+        print(to_json(found))
 
 
 @app.command()
@@ -62,9 +86,11 @@ def plan(
     job: Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")],
     probes: Annotated[int | None, typer.Option(help="Random probes per block.")] = None,
     steps: Annotated[int | None, typer.Option(help="Lanczos steps per probe.")] = None,
-    tol: Annotated[float | None, typer.Option(help="Error asked for; probes and steps are the most then.")] = None,
-    sigma: Annotated[float | None, typer.Option(help="With --tol: blur, as a share of a block's range.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, autograd, traced, exact or ggn.")] = None,
+    tol: Tol = None,
+    sigma: Sigma = None,
+    engine: Annotated[
+        str | None, typer.Option(help=f"{', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
+    ] = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one on each GPU.")] = None,
     batch_ranks: Annotated[int, typer.Option(min=1, help="Of these, how many share batches; divides --gpus.")] = 1,
@@ -91,7 +117,7 @@ def plan(
         if gpus % batch_ranks:
             raise ValueError(f"plan: --batch-ranks must divide --gpus, got {batch_ranks} and {gpus}")
         made = forecast(work=gpus // batch_ranks, data_shares=batch_ranks, **arguments)
-    typer.echo(to_json(dataclasses.asdict(made)) if as_json else made)
+    print(to_json(dataclasses.asdict(made)) if as_json else made)
 
 
 @app.command("run")
@@ -100,6 +126,7 @@ def run_config(
     out: Annotated[Path, typer.Option(help="Directory of the run, and of its result spectra.npz.")] = Path("run"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the directory.")] = False,
     allow: Annotated[list[str] | None, typer.Option(help="A job that the file may import; may be repeated.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the spectra that a configuration file describes, in a directory from which it can be resumed.
 
@@ -116,12 +143,12 @@ def run_config(
     try:
         spectra = blockhess.spectrum(**arguments | {"run_dir": out})
     except Interrupted as interrupted:
-        typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", err=True)
+        print(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", file=sys.stderr)
         raise typer.Exit(128 + interrupted.signal) from None
     except OtherRun as other:  # a table, so of more than one line
-        typer.echo(f"blockhess: {other}", err=True)
+        print(f"blockhess: {other}", file=sys.stderr)
         raise typer.Exit(2) from None
-    typer.echo(f"{spectra!r}\nwritten to {out / RESULT}")
+    _told_written(spectra, out / RESULT, as_json)
 
 
 @app.command("status")
@@ -129,24 +156,28 @@ def run_status(
     directory: Annotated[Path, typer.Argument(help="The directory of a run, which may be working.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw the spectra so far into this PNG.")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the spectra so far into this file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say how far a run has come: products, rate, time left."""
+    from blockhess.records import to_json
     from blockhess.runs.status import partial, status
 
-    typer.echo(status(directory))
+    found = status(directory)
+    print(to_json(found.as_record()) if as_json else found)
     if plot is not None or save is not None:
         spectra = partial(directory)
         if plot is not None:
             spectra.plot(plot)
-            typer.echo(f"\nSpectra so far drawn into {plot}")
+            print(f"\nSpectra so far drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
         if save is not None:
-            typer.echo(f"\nSpectra so far written to {spectra.save(save)}")
+            print(f"\nSpectra so far written to {spectra.save(save)}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command("merge")
 def merge_runs(
     out: Annotated[Path, typer.Argument(help="The result file.")],
     runs: Annotated[list[Path], typer.Argument(help="Result files, or directories of finished runs.")],
+    as_json: AsJson = False,
 ) -> None:
     """Join runs of different probes of the same blocks, or of different blocks with the same probes."""
     import blockhess
@@ -156,26 +187,25 @@ def merge_runs(
         raise ValueError(f"merge: the result must be a new file, got {out}, which exists")
     check_writable(out)
     spectra = blockhess.merge(runs)
-    typer.echo(f"{spectra!r}\nwritten to {spectra.save(out)}")
+    _told_written(spectra, spectra.save(out), as_json)
 
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo.")],
-    sort: Annotated[str, typer.Option(help="order, name, dim, lambda_min, lambda_max, trace or negative.")] = "order",
+    file: Annotated[Path, typer.Argument(help="A result file of Spectra.save or of the demo, or a run's directory.")],
+    sort: Annotated[str, typer.Option(help=f"{', '.join(SORT_KEYS)}.", autocompletion=completed(SORT_KEYS))] = "order",
     plot: Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a result file holds: its origin, its table of blocks and its JS0."""
-    import blockhess
+    """Print what a result file holds: its origin, its table of blocks and its JS0; of an unfinished run, so far."""
     from blockhess.records import to_json
     from blockhess.report import as_record, describe
 
-    spectra = blockhess.load(file)
-    typer.echo(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
+    spectra = _loaded(file)
+    print(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
         spectra.plot(plot)
-        typer.echo(f"\nSpectra drawn into {plot}", err=as_json)
+        print(f"\nSpectra drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()
@@ -186,23 +216,29 @@ def report(
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
     figures: Annotated[str | None, typer.Option(help="Also figures for a paper, beside it: pdf, svg or png.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution."""
-    import blockhess
-    from blockhess import page
-    from blockhess.runs.status import partial
+    """Write one self-contained HTML page: summary, table, interactive spectra, heat map, evolution.
 
-    results = [partial(file) if file.is_dir() else blockhess.load(file) for file in files]
+    Of an unfinished run it shows what there is so far, and says so.
+    """
+    from blockhess import page
+    from blockhess.records import to_json
+
+    results = [_loaded(file) for file in files]
     labels = [file.stem for file in files]
     path = page.write(results, out or files[-1].with_suffix(".html"), labels)
-    typer.echo(f"Report written into {path}")
+    drawn: list[Path] = []
+    told = [f"Report written into {path}"]
     if figures is not None:
         from blockhess.figures import shown, write
 
-        paths = write(results, path.with_suffix(""), figures, labels)
-        typer.echo(f"Figures written into {', '.join(map(str, paths))}")
+        drawn = write(results, path.with_suffix(""), figures, labels)
+        told.append(f"Figures written into {', '.join(map(str, drawn))}")
         if len(shown(results[-1])) < len(results[-1]):
-            typer.echo(f"Spectra are those of {len(shown(results[-1]))} of its {len(results[-1])} blocks")
+            told.append(f"Spectra are those of {len(shown(results[-1]))} of its {len(results[-1])} blocks")
+    record = {"written": str(path), "figures": list(map(str, drawn)), "results": [repr(spectra) for spectra in results]}
+    print(to_json(record) if as_json else "\n".join(told))
 
 
 @app.command()
@@ -212,6 +248,21 @@ def doctor(as_json: AsJson = False) -> None:
     from blockhess.records import to_json
 
     checks = examine()
-    typer.echo(to_json(as_records(checks)) if as_json else told(checks))
+    print(to_json(as_records(checks)) if as_json else told(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+def _loaded(path: Path) -> Spectra:
+    import blockhess
+    from blockhess.runs.status import partial
+
+    return partial(path) if path.is_dir() else blockhess.load(path)
+
+
+def _told_written(spectra: Spectra, path: Path, as_json: bool) -> None:
+    from blockhess.records import to_json
+    from blockhess.report import as_record
+
+    record = {"written": str(path), **as_record(spectra)} if as_json else {}
+    print(to_json(record) if as_json else f"{spectra!r}\nwritten to {path}")

@@ -327,7 +327,9 @@ def run(
     num_steps: int | None = None,
     seed: int = 0,
     quick: bool = False,
-) -> None:
+    tol: float | None = None,
+    sigma: float | None = None,
+) -> dict[str, Any]:
     """Run the demo: print tables, JS0 and what they suggest; write results and pictures into a folder.
 
     Args:
@@ -335,6 +337,10 @@ def run(
         num_probes, num_steps: of every spectrum; None means the size's own.
         seed: of the weights, the windows of text and the probes.
         quick: take the tiny size, for a smoke test.
+        tol, sigma: as for `spectrum`; num_probes and num_steps are then the most. JS0 has sigmas of its own.
+
+    Returns:
+        what comparison.json holds.
 
     Raises:
         ValueError: the folder cannot be written, or a number breaks its rule.
@@ -366,6 +372,8 @@ def run(
             subject.loss_fn,
             num_probes=num_probes,
             num_steps=num_steps,
+            tol=tol,
+            sigma=sigma,
             seed=seed,
             batchnorm=subject.batchnorm,
         )
@@ -394,12 +402,12 @@ def run(
         ]
     )
     (folder / "comparison.txt").write_text(f"{summary}\n")
-    (folder / "comparison.json").write_text(
-        to_json({"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges})
-    )
+    found = {"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges}
+    (folder / "comparison.json").write_text(to_json(found))
     print(summary)
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s. Written to {folder}/:\n"
         f"  {', '.join(ranges)}: each .npz (blockhess show reads it), .txt, _spectra.png, _heatmap.png\n"
         "  comparison.txt, comparison.json"
     )
+    return found

@@ -1,4 +1,8 @@
-"""A progress bar with an estimate of the time left, silent for jobs of a few seconds."""
+"""A progress bar with an estimate of the time left, silent for jobs of a few seconds.
+
+a terminal, a notebook     one line that is written over
+a log file, a pipe         a new line now and then
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,20 @@ def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterato
     if not enabled:
         yield lambda: None
         return
-    # A log file gets a line now and then, a terminal a moving bar.
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, unit=unit, delay=3, mininterval=interval, dynamic_ncols=True, file=sys.stderr) as bar:
+    # Of a notebook's kernel, no terminal, whose output is shown as on one.
+    moving = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
+    where = {"file": sys.stderr, "mininterval": 0.5} if moving else {"file": _LogLines(), "mininterval": 10.0}
+    with tqdm(total=total, unit=unit, delay=3, dynamic_ncols=True, **where) as bar:
         yield bar.update
         bar.total = bar.n
+
+
+class _LogLines:
+    """stderr, where each state of the bar takes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()

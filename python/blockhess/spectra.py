@@ -144,6 +144,7 @@ class Spectra(SpectraBands):
         return printable(
             f"Spectra of {model}: {len(self)} blocks, {sum(self.dims):,} parameters; "
             f"{q.nodes.shape[0]} {q.distribution} probes, {q.num_steps} Lanczos steps in {q.dtype}, seed {q.seed}"
+            f"{'; of an unfinished run, what it has so far' if self.provenance.get('partial') else ''}"
         )
 
     def _no_block(self, name: object) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from blockhess.terminal import AsJson, completed, text_on_stderr
+
 app = typer.Typer(
     help="The paper's networks, quadratic models, MLP and theory, checked: each writes data, picture and verdict.",
     rich_markup_mode=None,
@@ -40,16 +42,20 @@ Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, for a smoke t
 DEFAULT_OUT = Path("blockhess-paper")
 
 
-def _run(names: Sequence[str], out: Path, seed: int, quick: bool, **options: Any) -> None:
+def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool, **options: Any) -> None:
+    """As JSON: a list of what the experiments' NAME.json hold."""
     from blockhess.paper.runner import run_experiments
 
     known = EXPERIMENTS | NETWORK_EXPERIMENTS | TRAINING_EXPERIMENTS
-    run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
+    with text_on_stderr(as_json):
+        run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
+    if as_json:
+        print(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")
 
 
 def _add(name: str, text: str) -> None:
-    def command(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False) -> None:
-        _run([name], out, seed, quick)
+    def command(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+        _run([name], out, seed, quick, as_json)
 
     app.command(name, help=text)(command)
 
@@ -78,21 +84,39 @@ Data = Annotated[
 
 
 @app.command()
-def fig5(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
+def fig5(
+    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
+) -> None:
     """Figure 5: the MLP with scaled layers, SGD and Adam over a grid of rates."""
-    _run(["fig5"], out, seed, quick, data=data)
+    _run(["fig5"], out, seed, quick, as_json, data=data)
 
 
 @app.command()
-def table3(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
+def table3(
+    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
+) -> None:
     """Table 3: JS0 of the MLP for every scale, in every definition, against the paper's numbers."""
-    _run(["table3"], out, seed, quick, data=data)
+    _run(["table3"], out, seed, quick, as_json, data=data)
 
 
-Scale = Annotated[str, typer.Option(help="mini: CPU-sized, on data that ship; paper: the paper's sizes and batches.")]
+# What the options take, known here without an import of torch.
+SCALES = ("mini", "paper")
+NETWORKS = ("resnet18", "vgg16", "vit-base", "bert", "gpt2-nano", "gpt2")
+
+Scale = Annotated[
+    str,
+    typer.Option(
+        help="mini: CPU-sized, on data that ship; paper: the paper's sizes and batches.",
+        autocompletion=completed(SCALES),
+    ),
+]
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", help="One of the networks, or hf:TYPE, timm:NAME, torchvision:NAME; may be repeated."),
+    typer.Option(
+        "--model",
+        help=f"{', '.join(NETWORKS)}, hf:TYPE, timm:NAME or torchvision:NAME; may be repeated.",
+        autocompletion=completed(NETWORKS),
+    ),
 ]
 Corpora = Annotated[
     Path | None,
@@ -108,8 +132,9 @@ def _add_network(name: str, text: str) -> None:
         scale: Scale = "mini",
         model: Models = None,
         data: Corpora = None,
+        as_json: AsJson = False,
     ) -> None:
-        _run([name], out, seed, quick, scale=scale, models=model or (), data=data)
+        _run([name], out, seed, quick, as_json, scale=scale, models=model or (), data=data)
 
     app.command(name, help=text)(command)
 
@@ -123,14 +148,20 @@ for _name, _text in {
 
 
 @app.command("all-theory")
-def all_theory(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
+def all_theory(
+    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
+) -> None:
     """All of the theory, one after the other: neither networks nor trainings."""
-    _run(list(EXPERIMENTS), out, seed, quick, data=data)
+    _run(list(EXPERIMENTS), out, seed, quick, as_json, data=data)
 
 
 @app.command()
-def spectra(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False) -> None:
+def spectra(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
     """Measure the block spectra of cases 1 and 2 again, as they were for the shipped files; some minutes."""
     from blockhess.paper.runner import measure_spectra
+    from blockhess.records import to_json
 
-    measure_spectra(out, seed=seed, quick=quick)
+    with text_on_stderr(as_json):
+        written = measure_spectra(out, seed=seed, quick=quick)
+    if as_json:
+        print(to_json({"written": list(map(str, written))}))

@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ def run_experiments(
     return results
 
 
-def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool) -> None:
-    """Measure the block spectra of cases 1 and 2 and print where they went."""
-    for path in block_spectra.measure(writable_folder(out), seed=seed, quick=quick):
+def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool) -> list[Path]:
+    """Measure the block spectra of cases 1 and 2, print where they went and return it."""
+    written = block_spectra.measure(writable_folder(out), seed=seed, quick=quick)
+    for path in written:
         print(f"{path}: {blockhess.load(path)!r}")
+    return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -24,16 +25,16 @@ class Status:
     """How far a run has come.
 
     Attributes:
-        path: of its directory. run: content of run.json. plan: its plan.
+        path: of its directory. run: content of run.json, empty while the job is prepared. plan: its plan, None then.
         parts: the units that are done. unit: in work, and step: of it, as last saved; None where there is none.
         hvps: products that were saved, of at most most. seconds: that they took.
         finished: whether the result is there. holder: process and host that work on it now, or None.
-        age: seconds since something was saved.
+        age: seconds since something was saved, NaN where nothing was.
     """
 
     path: Path
     run: dict[str, Any]
-    plan: Plan
+    plan: Plan | None
     parts: int
     unit: Unit | None
     step: int
@@ -56,8 +57,16 @@ class Status:
             return 0.0
         return max(self.most - self.hvps, 0) / self.rate if self.rate else None
 
+    def as_record(self) -> dict[str, Any]:
+        """Return what is told as a JSON value."""
+        names = ("finished", "holder", "age", "parts", "step", "hvps", "most", "seconds", "rate", "seconds_left")
+        values = {name: getattr(self, name) for name in names}
+        return {"path": str(self.path), "prepared": self.plan is not None, **values}
+
     def __str__(self) -> str:
         state = "finished" if self.finished else f"worked on by {self.holder}" if self.holder else "not running"
+        if self.plan is None:
+            return f"run           {self.path}, {state}; model and data are being prepared, no product is made yet"
         left = self.seconds_left
         lines = [
             f"run           {self.path}, {state}; last saved {self.age:.0f} s ago",
@@ -82,6 +91,10 @@ def status(path: str | PathLike[str]) -> Status:
         ValueError: there is no run.
     """
     path = Path(path)
+    working = holder(path)
+    if working is not None and not directory.holds_run(path):
+        nothing: dict[str, Any] = {"parts": 0, "unit": None, "step": 0, "hvps": 0, "most": 0, "seconds": 0.0}
+        return Status(path, {}, None, **nothing, finished=False, holder=working, age=math.nan)
     run = _run(path)
     parts = directory.parts(path, run["id"])
     state = _in_work(path, run, parts)
@@ -98,7 +111,7 @@ def status(path: str | PathLike[str]) -> Status:
         most=run["hvps"],
         seconds=max([seconds for *_, seconds in parts] + ([state[3]] if state else []), default=0.0),
         finished=(path / directory.RESULT).exists(),
-        holder=holder(path),
+        holder=working,
         age=max(0.0, time.time() - max(saved)),
     )
 
