@@ -33,7 +33,7 @@ HINDSIGHT = ", fewest products in hindsight"
 
 def large_blocks(machine: Machine) -> Case:
     """A GPT of one layer whose parameters are nearly all in blocks of 1e5 and more; 32 tokens."""
-    width, context = machine.pick(320, 32, 16), machine.pick(32, 8, 8)
+    width, context = machine.pick(320, 16, 16), machine.pick(32, 8, 8)
     config = GPTConfig(context=context, num_layers=1, num_heads=4, width=width)
     return hvp.gpt("GPT of one layer, width 320", config, 1, 1)
 
@@ -71,7 +71,7 @@ def cheapest(spectra: blockhess.Spectra, error: Callable[[blockhess.Spectra], fl
 def row(machine: Machine) -> Row:
     """`spectrum(tol=)` beside rivals of 10 x 100, and of fewer where fewer would have done."""
     case = large_blocks(machine)
-    probes, steps = machine.pick(PROBES, 3, 2), machine.pick(STEPS, 32, 24)
+    probes, steps = machine.pick(PROBES, 2, 2), machine.pick(STEPS, 24, 24)
     with fixed_state(case.model):
         truth = ours(case, num_probes=2 * probes // 3, num_steps=3 * steps, seed=SEED + 1)
         sigma = truth.default_sigma()
@@ -104,7 +104,7 @@ def row(machine: Machine) -> Row:
             fewest[name].append(slice_.setup + slice_.work * p * s / (probes * steps))
             return slice_.whole
 
-        entries = contest(case, "traced", clock, 3, error(found))
+        entries = contest(case, "traced", clock, machine.pick(3, 1, 1), error(found))
     result = Row.of(entries)
     for name in PEERS:
         if fewest[name]:
