@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockhess.divergence import check_choice
 from blockhess.files import check_writable
@@ -30,7 +30,7 @@ MOST_PANELS = 24
 # Apart for colour-blind readers: Okabe and Ito 2008.
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 
-STYLE = {"font.size": 8.5, "savefig.dpi": 600, "axes.linewidth": 0.6}
+STYLE: dict[Any, float] = {"font.size": 8.5, "savefig.dpi": 600, "axes.linewidth": 0.6}
 
 
 def write(results: Sequence[Spectra], stem: Path, suffix: str, labels: Sequence[str]) -> list[Path]:
@@ -98,7 +98,7 @@ def plot_js0(results: Sequence[Spectra], labels: Sequence[str], width: float = S
     axes = figure.subplots()
     steps = [spectra.provenance.get("step") for spectra in results]
     known = all(isinstance(step, int | float) for step in steps)
-    positions = steps if known else list(range(len(results)))
+    positions: list[Any] = steps if known else list(range(len(results)))
     for (title, options), marker, colour in zip(COMPARISONS.items(), "osv", COLOURS):
         normalize = options.get("normalize", "none")
         found = [
