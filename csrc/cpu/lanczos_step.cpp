@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "tiles.h"
 #include "vector_kernels.h"
@@ -26,24 +25,10 @@ class Step {
   void run(const ParallelFor& parallel_for) const {
     for_tiles(tiles_, parallel_for, [this](int64_t t) {
       const int64_t s = tiles_.segment(t);
-      if (shared(s))
-        dot_with_v(s, t);
-      else if (t == tiles_.begin(s))
-        whole_segment(s);
+      if (t == tiles_.begin(s) && !shared(s)) segment(s, [](int64_t count, const auto& body) { body(0, count); });
     });
-    std::vector<int64_t> shared_segments;
     for (int64_t s = 0; s < tiles_.segments(); ++s)
-      if (shared(s)) shared_segments.push_back(s);
-    if (shared_segments.empty()) return;
-
-    for (int64_t s : shared_segments) write_alpha(s);
-    for_tiles(tiles_, parallel_for, [this](int64_t t) {
-      if (shared(tiles_.segment(t))) subtract(tiles_.segment(t), t);
-    });
-    for (int64_t s : shared_segments) close(s);
-    for_tiles(tiles_, parallel_for, [this](int64_t t) {
-      if (shared(tiles_.segment(t))) normalize(tiles_.segment(t), t);
-    });
+      if (shared(s)) segment(s, [&](int64_t count, const auto& body) { parallel_for(count, 1, body); });
   }
 
  private:
@@ -54,13 +39,19 @@ class Step {
   bool running(int64_t s) const { return op_.recurrences.running(s); }
   bool deferred(int64_t s) const { return op_.basis_offsets[tiles_.block(s)] >= 0; }
 
-  void whole_segment(int64_t s) const {
-    const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
-    for (int64_t t = begin; t < end; ++t) dot_with_v(s, t);
+  // All passes over a segment; `loop` runs a pass over its tiles.
+  template <class Loop>
+  void segment(int64_t s, const Loop& loop) const {
+    const auto pass = [&](const auto& body) {
+      loop(tiles_.end(s) - tiles_.begin(s), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) body(tiles_.begin(s) + t);
+      });
+    };
+    pass([&](int64_t t) { dot_with_v(s, t); });
     write_alpha(s);
-    for (int64_t t = begin; t < end; ++t) subtract(s, t);
+    pass([&](int64_t t) { subtract(s, t); });
     close(s);
-    for (int64_t t = begin; t < end; ++t) normalize(s, t);
+    pass([&](int64_t t) { normalize(s, t); });
   }
 
   void dot_with_v(int64_t s, int64_t t) const {

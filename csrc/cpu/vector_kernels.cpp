@@ -1,6 +1,7 @@
 #include "vector_kernels.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "multiversion.h"
 
@@ -13,6 +14,14 @@ constexpr int64_t kLanes = 32;
 constexpr int64_t kChunk = 4096;
 // Rows of the basis that share the loads of x.
 constexpr int64_t kRows = 4;
+// Elements that a loop asks for ahead of their turn, since a processor's own prefetching ends with each page of 4 KiB.
+constexpr int64_t kAhead = 512;
+
+// Asks for kLanes elements, kAhead after x, to be in the second-level cache; where there is no memory it does nothing.
+template <class T>
+BLOCKHESS_INLINE void prefetch(const T* x) {
+  for (int64_t k = 0; k < kLanes; k += 64 / sizeof(T)) __builtin_prefetch(x + kAhead + k, 0, 2);
+}
 
 struct Lanes {
   double sum[kLanes] = {};
@@ -33,36 +42,55 @@ BLOCKHESS_INLINE double dot_loop(const T* __restrict x, const T* __restrict y, i
   return lanes.total();
 }
 
+// p <- r = w - alpha v - beta p, sum <- sum + r^2, over n elements that stay in registers from line to line
+template <int64_t n, class T>
+BLOCKHESS_INLINE void three_terms(const T* __restrict w, const T* __restrict v, T* __restrict p, double alpha,
+                                  double beta, double* __restrict sum) {
+  T r[n];
+  for (int64_t k = 0; k < n; ++k) r[k] = T(double(w[k]) - alpha * double(v[k]) - beta * double(p[k]));
+  for (int64_t k = 0; k < n; ++k) p[k] = r[k];
+  for (int64_t k = 0; k < n; ++k) sum[k] += double(r[k]) * double(r[k]);
+}
+
 template <class T>
 BLOCKHESS_INLINE double three_term_loop(const T* __restrict w, const T* __restrict v, T* __restrict p, double alpha,
                                         double beta, int64_t n) {
   Lanes lanes;
-  const auto element = [&](int64_t i, int64_t k) {
-    const T r = T(double(w[i + k]) - alpha * double(v[i + k]) - beta * double(p[i + k]));
-    p[i + k] = r;
-    lanes.sum[k] += double(r) * double(r);
-  };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t k = 0; k < kLanes; ++k) element(i, k);
-  for (int64_t k = 0; i + k < n; ++k) element(i, k);
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(p + i);  // w and v have been read before
+    for (int64_t k = 0; k < kLanes; k += 16)
+      three_terms<16>(w + i + k, v + i + k, p + i + k, alpha, beta, lanes.sum + k);
+  }
+  for (int64_t k = 0; i + k < n; ++k) three_terms<1>(w + i + k, v + i + k, p + i + k, alpha, beta, lanes.sum + k);
   return lanes.total();
 }
 
 template <class T>
 BLOCKHESS_INLINE void scale_loop(T* x, double scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = T(double(x[i]) * scale);
+  // high + low is scale to twice the digits of T, so neither a conversion nor accuracy is lost to float32.
+  const T high = T(scale), low = T(scale - double(high));
+  if (std::isnormal(high))
+    for (int64_t i = 0; i < n; ++i) x[i] = x[i] * high + x[i] * low;
+  else
+    for (int64_t i = 0; i < n; ++i) x[i] = T(double(x[i]) * scale);
 }
 
 // chunk <- chunk - sum_r c_r row_r over kRows rows, or over one
 template <int64_t rows, class T>
 BLOCKHESS_INLINE void subtract_rows(double* __restrict chunk, const T* __restrict row, int64_t stride,
                                     const double* __restrict c, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
+  const auto element = [&](int64_t i) {
     double sum = 0.0;
     for (int64_t r = 0; r < rows; ++r) sum += c[r] * double(row[r * stride + i]);
     chunk[i] -= sum;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t r = 0; r < rows; ++r) prefetch(row + r * stride + i);
+    for (int64_t k = 0; k < kLanes; ++k) element(i + k);
   }
+  for (; i < n; ++i) element(i);
 }
 
 // d_r <- d_r + <row_r, chunk>
@@ -71,9 +99,11 @@ BLOCKHESS_INLINE void add_dots(double* __restrict d, const T* __restrict row, in
                                const double* __restrict chunk, int64_t n) {
   Lanes lanes[rows];
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t r = 0; r < rows; ++r) prefetch(row + r * stride + i);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t k = 0; k < kLanes; ++k) lanes[r].sum[k] += double(row[r * stride + i + k]) * chunk[i + k];
+  }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; i + k < n; ++k) lanes[r].sum[k] += double(row[r * stride + i + k]) * chunk[i + k];
     d[r] += lanes[r].total();
