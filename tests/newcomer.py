@@ -1,14 +1,15 @@
-"""Follows README.md and docs to the letter: types what a page shows, in order, and compares what it says will be printed.
+"""Follows README.md and docs to the letter: types what a page shows, in order, and compares what it says is printed.
 
-    follow(page)                Python examples and commands, in the working directory; test_readme.py and test_docs.py
-    python -m tests.newcomer    all of it: what installs, in fresh clones, then every page in a fresh folder, with what the
-                                README's installation gave; half an hour, and several GB where pip's torch is CUDA's
+    follow(page)                Python examples and commands, in the working directory; test_readme.py, test_docs.py
+    python -m tests.newcomer    all of it: what installs, in fresh clones, then every page in a fresh folder, with what
+                                the README's installation gave; minutes, and several GB where pip's torch is CUDA's
 
 A page's blocks run in order, Python in one namespace. The first line of a Python block tells of one that does not:
-`# not run here: REASON` never does, `# needs: MODULE` does where that module is installed; the commands that follow wait
-for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown, in a
-block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of commands
-are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for anything.
+`# not run here: REASON` never does, `# needs: MODULE` does where that module is installed; the commands that follow
+wait for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown,
+in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of
+commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for
+anything.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _with_script(programs: Path) -> dict[str, str]:
 
 
 def install(page: Path, clone: Path) -> bool:
-    """Do what a page says of installing and making, in a fresh clone and a bare environment; False if it says nothing."""
+    """Do what a page says of installing, in a fresh clone and a bare environment; False if there is nothing."""
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
         lines = [line for line in commands(text) if not left_out(line)] if language in ("sh", "bash") else []
