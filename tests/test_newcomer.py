@@ -1,0 +1,79 @@
+"""Who follows the pages notices what is not as they say, and leaves out no more than is listed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import newcomer
+from tests.newcomer import COMMANDS, LEFT_OUT, PAGES, commands, follow, install, left_out, parts, words
+
+SHOWN = [line for page in PAGES for language, text in parts(page) if language in COMMANDS for line in commands(text)]
+
+
+def test_commands_are_found() -> None:
+    assert len(SHOWN) > 60
+    for command in ("make demo", "blockhess doctor", "blockhess plan my_job.py:make --gpus 8 --batch-ranks 2"):
+        assert command in SHOWN
+    assert commands("a  # why\n\nb \\\n    --c 'x # y'\n# no\n")[0] == "a"
+    assert commands("b \\\n    --c\n") == ["b --c"]
+
+
+def test_no_more_is_left_out_than_there_is() -> None:
+    for pattern, reason in LEFT_OUT.items():
+        assert reason and any(re.fullmatch(pattern, command, flags=re.DOTALL) for command in SHOWN), pattern
+    assert sum(not left_out(command) for command in SHOWN) >= 20
+
+
+def page_of(folder: Path, text: str) -> Path:
+    page = folder / "page.md"
+    page.write_text(text)
+    return page
+
+
+def test_a_page_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "```python\nopen('a', 'w').write('x 2.5e-3')\n```\n```toml\n# b.toml\n```\n"
+    text += "```sh\ncat a; ls b.toml\n```\nwords\n```text\nx   7\n...\nb.toml\n```\n"
+    follow(page_of(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```sh\nls\nfalse\n```\n", "exit code 1"),
+        ("It is shown by `blockhess show nothing.npz`.\n", "no such file: nothing.npz"),
+        ("```sh\necho 1 cat\n```\n```text\n2 dogs\n```\n", "the page shows\n2 dogs"),
+        ("```sh\necho 1 cat\n```\n```text\n1 cat\n...\nmore\n```\n", "the page shows\n\nmore"),
+        ("`python -c 'raise SystemExit(3)'`", "exit code 3"),
+    ],
+)
+def test_a_page_that_is_wrong(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        follow(page_of(tmp_path, text))
+
+
+def test_commands_after_an_example_that_does_not_run_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(page_of(tmp_path, "```python\n# needs: no_such_module\n```\n```sh\nfalse\n```\n"))
+
+
+def test_what_installs_is_done_in_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_of(tmp_path, "```sh\nmake demo  # why\nmake test\n```\n```text\nspectra 1\n```\n")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "Makefile").write_text("demo:\n\t@echo spectra 2\ntest:\n\t@false\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        newcomer.subprocess.run([*git, *arguments], cwd=source, check=True)
+    monkeypatch.setattr(newcomer, "ROOT", source)
+    assert install(page, tmp_path / "clone")
+    assert not install(page_of(tmp_path, "```sh\nls\n```\n"), tmp_path / "other")
+
+
+def test_words() -> None:
+    assert words("a -----  1,234.5 %\n  inf") == words("a ---------- -7e-03 % 3")
+    assert words("10 cats") != words("10 dogs")
