@@ -109,9 +109,8 @@ class Quadrature:
         part = self.of_blocks([block])
         given = ((part.steps > 0) | part.nonfinite)[:, 0]
         chosen: dict[str, Any] = {name: getattr(part, name)[given] for name in _TENSORS}
-        chosen |= {
-            name: chosen[name][..., : self.dims[block]].clone() for name in ("nodes", "weights", "alpha", "beta")
-        }
+        for name in ("nodes", "weights", "alpha", "beta"):
+            chosen[name] = chosen[name][..., : self.dims[block]].clone()  # a view would hold the whole
         return replace(part, **chosen)
 
     @property

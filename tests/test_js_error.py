@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from blockhess import measures
 from blockhess.divergence import js_matrix
+from blockhess.intervals import jackknife, leave_one_out
 from blockhess_ext import batched_slq
 from tests.dense_measures import spectra
 from tests.spectra_cases import make_spectra, random_spectra
@@ -52,6 +53,19 @@ def test_js_matrix_error(kind: str) -> None:
             for rest in ([q for q in range(6) if q != p] for p in range(6))
         ]
         torch.testing.assert_close(bias, 5 * (torch.stack(parts).mean(0) - value), rtol=1e-9, atol=1e-12)
+
+
+def test_fewer_probes_of_a_block_are_overestimated_by_what_is_said() -> None:
+    x = torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # what k = 3 of n = 8 gave
+    for power in (1, 2):
+        alone, among = (
+            jackknife(*leave_one_out(lambda probes, power=power: x[[p for p in probes if p < 3]].mean() ** power, n))
+            for n in (3, 8)
+        )
+        factor = 3 * 7 / (8 * 2)
+        torch.testing.assert_close(among[0], factor * alone[0], rtol=1e-9, atol=1e-12)
+        if power == 1:  # of others the spread is about the mean of the parts, which differs
+            torch.testing.assert_close(among[1], factor**0.5 * alone[1], rtol=1e-9, atol=0)
 
 
 def test_the_interval_stays_within_the_bounds_and_is_printed() -> None:

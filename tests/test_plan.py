@@ -198,7 +198,7 @@ def job(dims):
 
 given, options = job([3, 5])
 blockhess.spectrum(*given, **options)
-given, options = job([16] * 300 + [600])
+given, options = job([8] * 150 + [600])
 before = highest()
 blockhess.spectrum(*given, **options)
 print(highest() - before, blockhess.plan(*given, **options).vector_bytes)

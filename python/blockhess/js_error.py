@@ -3,6 +3,10 @@
 The divergence is convex in the spectra, so noise raises it, by a bias that falls as 1 / n_probes: what the jackknife
 removes. The distance, its square root, has no such bias where spectra agree, so its bias is taken from the corrected
 divergence: sqrt(D) - sqrt(max(0, D - bias of D)).
+
+A block may have k < n of the probes, where a tolerance chose how many. To leave out one that it lacks changes nothing
+of it, so what it adds to the bias, and to the squared standard error, is overestimated by k (n - 1) / (n (k - 1)), to
+first order: at most by 2. Intervals are then too wide, about a middle that is corrected too much.
 """
 
 from __future__ import annotations
