@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -53,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except typer.Abort:
             raise KeyboardInterrupt from None
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         print("blockhess: interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupted, "signal", signal.SIGINT)
     except BrokenPipeError:
         # The reader of stdout has what it wanted: blockhess show FILE | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

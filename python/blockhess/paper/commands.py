@@ -64,10 +64,6 @@ for _name, _text in {
     "fig7": "Figure 7: eigenvalues of case 2.",
     "fig8": "Figure 8: gradient norms of GD and Adam on the four cases.",
     "fig2": "Figure 2: exact Hessians of small Transformers and MLPs, and block structure of larger models.",
-    "fig1": "Figure 1: spectra of the full Hessian, and of the blocks, along training.",
-    "fig10": "Figure 10: AdamW against SGD on CNNs, at the best rates.",
-    "fig11": "Figure 11: AdamW against SGD on Transformers, at the best rates.",
-    "calibrate": "Does JS0 predict the gap between SGD and AdamW? Fifteen architectures, many trainings; resumable.",
 }.items():
     _add(_name, _text)
 
@@ -89,7 +85,10 @@ def table3(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: D
     _run(["table3"], out, seed, quick, data=data)
 
 
-Scale = Annotated[str, typer.Option(help="mini: CPU-sized, on data that ship; paper: the paper's sizes and batches.")]
+Scale = Annotated[
+    str,
+    typer.Option(help="mini: CPU-sized, on data that ship; paper: the paper's sizes, which nobody has run in full."),
+]
 Models = Annotated[
     list[str] | None,
     typer.Option("--model", help="One of the networks, or hf:TYPE, timm:NAME, torchvision:NAME; may be repeated."),
@@ -98,6 +97,16 @@ Corpora = Annotated[
     Path | None,
     typer.Option(help="For --scale paper: imagenet/CLASS/*.JPEG, cornell/movie_*.txt, openwebtext/train.bin."),
 ]
+Device = Annotated[str, typer.Option(help="Of torch: cpu, cuda, cuda:1 ...")]
+Precision = Annotated[
+    str, typer.Option(help="Of float32 matrix products in spectra: highest, high (TF32 on CUDA) or medium (bfloat16).")
+]
+
+
+def _selection(scale: str, model: list[str] | None, data: Path | None, device: str, precision: str) -> Any:
+    from blockhess.paper.networks import Selection
+
+    return Selection(model or (), scale, data, device, precision)
 
 
 def _add_network(name: str, text: str) -> None:
@@ -108,18 +117,36 @@ def _add_network(name: str, text: str) -> None:
         scale: Scale = "mini",
         model: Models = None,
         data: Corpora = None,
+        device: Device = "cpu",
+        precision: Precision = "highest",
     ) -> None:
-        _run([name], out, seed, quick, scale=scale, models=model or (), data=data)
+        _run([name], out, seed, quick, selection=_selection(scale, model, data, device, precision))
 
-    app.command(name, help=text)(command)
+    app.command(name, help=f"{text} Resumable: goes on in the same --out.")(command)
 
 
 for _name, _text in {
+    "fig1": "Figure 1: spectra of the full Hessian, and of the blocks, along training.",
     "fig3": "Figure 3: spectra of four blocks of every network at initialisation.",
     "fig4": "Figure 4: JS distances between all blocks of every network.",
     "table1": "Table 1: JS0 of the six networks in every definition, against the paper's numbers.",
+    "fig10": "Figure 10: AdamW against SGD on CNNs, at the best rates.",
+    "fig11": "Figure 11: AdamW against SGD on Transformers, at the best rates.",
 }.items():
     _add_network(_name, _text)
+
+
+@app.command()
+def calibrate(
+    out: Out = DEFAULT_OUT,
+    seed: Seed = 0,
+    quick: Quick = False,
+    scale: Annotated[str, typer.Option(help="mini: there is no other, six networks of two families being too few.")] = (
+        "mini"
+    ),
+) -> None:
+    """Does JS0 predict the gap between SGD and AdamW? Fifteen architectures, many trainings; resumable."""
+    _run(["calibrate"], out, seed, quick, selection=_selection(scale, None, None, "cpu", "highest"))
 
 
 @app.command("all-theory")
