@@ -2,8 +2,8 @@
 
 From the paper (appendix C.1): networks, data sets, code bases; "all the models under the default configurations"; on
 CNNs AdamW's rate is SGD's recommended one over 100; gradients of language models are clipped whatever the optimizer;
-SGD and AdamW are its Algorithms 1 and 2, so SGD has momentum 0.9 and no weight decay. The batches of 1,024 images and so on
-are those whose Hessian is measured.
+SGD and AdamW are its Algorithms 1 and 2, so SGD has momentum 0.9 and no weight decay. The batches of 1,024 images and
+so on are those whose Hessian is measured.
 
 From the code bases that it names, as they are by default: ResNet18 and VGG16 (PyTorch's ImageNet example): 90 epochs of
 256 images, rate 0.1 and, for networks without BatchNorm, 0.01, divided by 10 every 30 epochs. GPT2-nano and GPT2

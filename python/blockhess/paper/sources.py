@@ -25,8 +25,9 @@ from blockhess.datasets import shakespeare
 from blockhess.models import CONFIGS, masked_pair_loss, next_token_loss
 from blockhess.sentence_pairs import SPECIAL, masked_pairs
 
-# Steps have seeds of their own: no two of a training are alike, nor of trainings with seeds next to each other.
-STEP_STRIDE = 2**32
+# Steps, or epochs, have seeds of their own. torch's generator on the CPU looks at 32 bits of a seed only: no two steps of
+# a training share one, nor do trainings of fewer steps than this with other seeds.
+SEED_STRIDE = 1_000_003
 
 IMAGE_SIDE = 224
 
@@ -116,7 +117,7 @@ def source(name: str, data: str | PathLike[str] | None) -> Source:
 
 def _language(batches: Callable[..., Any], words: str, context: int, sizes: Mapping[str, int] | None = None) -> Source:
     def draw(count: int, seed: int, step: int) -> Any:
-        [batch] = batches(batch_size=count, context=context, seed=seed + STEP_STRIDE * step)
+        [batch] = batches(batch_size=count, context=context, seed=SEED_STRIDE * seed + step)
         return batch
 
     return Source(words, draw, next_token_loss, "window", context, sizes=sizes or {})
@@ -129,7 +130,7 @@ def _sentence_pairs(folder: Path) -> Source:
     pairs, learned = cornell_dialogs(folder, config.vocab_size - SPECIAL)
 
     def draw(count: int, seed: int, step: int) -> Any:
-        seeds = seed + STEP_STRIDE * step
+        seeds = SEED_STRIDE * seed + step
         [batch] = masked_pairs(pairs, learned + SPECIAL, batch_size=count, context=config.context, seed=seeds)
         return batch
 
@@ -152,7 +153,7 @@ def _images(folder: Path) -> Source:
         if count > len(images):
             raise ValueError(f"network: {folder} must hold a batch of {count:,} images, got {len(images):,}")
         epoch, place = divmod(step, len(images) // count)
-        chosen = order(seed + STEP_STRIDE * epoch)[place * count : (place + 1) * count]
+        chosen = order(SEED_STRIDE * seed + epoch)[place * count : (place + 1) * count]
         return images.read(chosen.tolist(), side=IMAGE_SIDE)
 
     return Source("ImageNet", draw, nn.CrossEntropyLoss(), "image", num_samples=len(images))
