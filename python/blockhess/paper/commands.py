@@ -149,6 +149,33 @@ def calibrate(
     _run(["calibrate"], out, seed, quick, selection=_selection(scale, None, None, "cpu", "highest"))
 
 
+@app.command()
+def plan(
+    model: Annotated[list[str] | None, typer.Option("--model", help="One of the networks; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Count only: measure no products here.")] = False,
+    device: Device = "cpu",
+    precision: Precision = "highest",
+    gflops: Annotated[
+        float | None,
+        typer.Option(help="GFLOP/s that another device sustains; default: an assumed share of an H100's peak."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """What the paper's six jobs take at its size, and how long: measured here, extrapolated elsewhere.
+
+    Counts products, FLOPs and memory without computing any; then measures a few products of each network on a small
+    batch, some minutes on a CPU. Nobody has run these jobs at full size yet.
+    """
+    from blockhess.paper.plan import as_records, plans, told
+    from blockhess.records import to_json
+
+    selection = _selection("paper", model, None, device, precision)
+    if gflops is not None and not gflops > 0:
+        raise ValueError(f"plan: --gflops must be positive, got {gflops}")
+    works = plans(selection, measure=not quick)
+    typer.echo(to_json(as_records(works, gflops)) if as_json else told(works, device, gflops))
+
+
 @app.command("all-theory")
 def all_theory(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None) -> None:
     """All of the theory, one after the other: neither networks nor trainings."""

@@ -25,8 +25,8 @@ from blockhess.datasets import shakespeare
 from blockhess.models import CONFIGS, masked_pair_loss, next_token_loss
 from blockhess.sentence_pairs import SPECIAL, masked_pairs
 
-# Steps, or epochs, have seeds of their own. torch's generator on the CPU looks at 32 bits of a seed only: no two steps of
-# a training share one, nor do trainings of fewer steps than this with other seeds.
+# Steps, or epochs, have seeds of their own. torch's generator on the CPU looks at 32 bits of a seed only: no two steps
+# of a training share one, nor do trainings of fewer steps than this with other seeds.
 SEED_STRIDE = 1_000_003
 
 IMAGE_SIDE = 224
@@ -96,7 +96,7 @@ def source(name: str, data: str | PathLike[str] | None) -> Source:
         ValueError: it is needed and not given, or has another layout: tells which, and where to get the data.
         ImportError: a package that reads the data is missing.
     """
-    config = CONFIGS.get(name, (None, None))[1]
+    config: Any = CONFIGS[name][1] if name in CONFIGS else None
     if name == "gpt2-nano":
         text = shakespeare()
         sizes = {"vocab_size": len(text.vocabulary)}
