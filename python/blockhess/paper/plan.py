@@ -26,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from blockhess.batches import tensors
 from blockhess.blocks import partition
 from blockhess.engines.autograd import AutogradEngine
 from blockhess.engines.exact import is_cheaper_exact
@@ -81,7 +82,7 @@ class Cost:
         parameters: of the model.
         products: FLOPs of one product with each block.
         gradient: FLOPs of the loss and its gradient, with the gradient's graph.
-        graph_bytes: that this graph holds, beside the model.
+        graph_bytes: that this graph holds, beside model and batch.
     """
 
     dims: tuple[int, ...]
@@ -192,7 +193,7 @@ def counted(name: str, samples: int, tokens: int | None = None) -> Cost:
             with FlopCounterMode(display=False) as product:
                 torch.autograd.grad(g, parameter, torch.zeros_like(parameter), retain_graph=True)
             products.append(product.get_total_flops())
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *tensors(batch))}
     graph_bytes = sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
     dims = tuple(parameter.numel() for parameter in parameters)
     whole = sum(p.numel() for p in model.parameters())
@@ -317,7 +318,7 @@ def told(works: Sequence[Work], device: str, gflops: float | None) -> str:
             "",
             f"How long on {device}: by the rate of a few products, measured. {', '.join(rates)}: extrapolated, by",
             f"{basis}; unproven on hardware. Nobody has run these jobs at full size yet.",
-            "Needed: the share of an H100's peak that what is wanted takes. The paper's: with the full Hessian's spectrum.",
+            "Needed: the share of an H100's peak that what is wanted takes. The paper's includes the full Hessian's.",
             format_table(
                 ["network", f"here, {device}", *(f"{kind}, extrapolated" for kind in rates), "wanted on H100",
                  "needed", "the paper's"],
