@@ -249,18 +249,19 @@ def measured_rate(
     return sum(cost.products[number] for number in numbers) / sum(seconds)
 
 
-def plans(selection: Selection, *, measure: bool) -> list[Work]:
+def plans(selection: Selection, *, measure: bool, clock: Callable[[], float] = time.perf_counter) -> list[Work]:
     """Return what the jobs take.
 
     Args:
         selection: of the networks; and the device and precision in which a few products are measured.
         measure: whether they are.
+        clock: in seconds; time.process_time where others use the machine.
     """
     found = []
     for name in selection.of(NETWORKS, "plan"):
         job = work(name)
         if measure:
-            rate = measured_rate(name, torch.device(selection.device), selection.precision)
+            rate = measured_rate(name, torch.device(selection.device), selection.precision, clock)
             job = dataclasses.replace(job, rate=rate)
         found.append(job)
     return found
