@@ -20,7 +20,7 @@ from blockhess.cli import main
 from blockhess.demo import one_thread
 from blockhess.engines.operator import BlockOperator
 from blockhess.models import CONFIGS, BERTConfig, GPTConfig, ResNetConfig, VGGConfig, ViTConfig
-from blockhess.paper import calibrate, figure1, initial_spectra, networks, recipes, sources
+from blockhess.paper import calibrate, figure1, initial_spectra, networks, recipes, runner, sources
 from blockhess.paper.initial_spectra import Effort, measure_once
 from blockhess.paper.networks import NETWORKS, Network, Selection
 from blockhess.paper.recipes import GRID, RECIPES, Recipe, trainees
@@ -409,3 +409,15 @@ class TestRecipes:
     def test_batchnorm_sees_the_whole_batch(self) -> None:
         assert RECIPES["resnet18"].at_once == RECIPES["resnet18"].batch
         assert all(recipe.batch % recipe.at_once == 0 for recipe in RECIPES.values())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_codes_of_interrupted_commands(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Interrupted(number)
+
+    monkeypatch.setattr(runner, "run_experiments", interrupted)
+    assert main(["paper", "fig1", "--out", str(tmp_path)]) == code
+    assert capsys.readouterr().err == "blockhess: interrupted\n"
