@@ -420,4 +420,4 @@ def test_exit_codes_of_interrupted_commands(
 
     monkeypatch.setattr(runner, "run_experiments", interrupted)
     assert main(["paper", "fig1", "--out", str(tmp_path)]) == code
-    assert capsys.readouterr().err == "blockhess: interrupted\n"
+    assert f"what is done is in {tmp_path}, go on with the same command" in capsys.readouterr().err

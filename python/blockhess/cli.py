@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -51,13 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except usage_error as error:
             return _fail(f"{error.format_message().rstrip('.')}; see: blockhess --help")
-        except typer.Abort as abort:
-            interrupted = abort.__cause__
-            raise interrupted if isinstance(interrupted, KeyboardInterrupt) else KeyboardInterrupt from None
+        except typer.Abort:
+            raise KeyboardInterrupt from None
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print("blockhess: interrupted", file=sys.stderr)
-        return 128 + int(getattr(error, "signal", signal.SIGINT))
+        return 130
     except BrokenPipeError:
         # The reader of stdout has what it wanted: blockhess show FILE | head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

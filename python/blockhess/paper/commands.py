@@ -42,9 +42,14 @@ DEFAULT_OUT = Path("blockhess-paper")
 
 def _run(names: Sequence[str], out: Path, seed: int, quick: bool, **options: Any) -> None:
     from blockhess.paper.runner import run_experiments
+    from blockhess.runs.signals import Interrupted
 
     known = EXPERIMENTS | NETWORK_EXPERIMENTS | TRAINING_EXPERIMENTS
-    run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
+    try:
+        run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
+    except Interrupted as interrupted:
+        typer.echo(f"blockhess: {interrupted}; what is done is in {out}, go on with the same command", err=True)
+        raise typer.Exit(128 + interrupted.signal) from None
 
 
 def _add(name: str, text: str) -> None:
