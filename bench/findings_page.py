@@ -2,11 +2,13 @@
 
 python -m bench.findings                     # measures spectra
 python -m bench.paper table1 fig4 fig3       # measures the networks
+python -m bench.paper --plan                 # counts them at the paper's size
 python -m bench.findings_page                # rewrites the parts between the markers
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -23,6 +25,7 @@ from bench.readme import ROOT, replaced
 from bench.theory_page import experiment_part, result
 from blockhess.divergence import JS0
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
+from blockhess.paper.plan import Work, told
 from blockhess.paper.table1 import PAPER as TABLE_1
 from blockhess.paper.table3 import ORDERED, PAPER_SIGMA
 from blockhess.paper.table3 import PAPER as TABLE_3
@@ -63,7 +66,7 @@ def js0(stem: str, measure: str) -> JS0:
     return spectra(stem).js0(confidence=0.95, **MEASURES[measure])
 
 
-def told(found: JS0) -> str:
+def valued(found: JS0) -> str:
     """Value and interval."""
     assert found.interval is not None
     return f"{found.value:.3g} ({found.interval[0]:.2g} ... {found.interval[1]:.2g})"
@@ -91,7 +94,7 @@ def batchnorm_part() -> str:
         found = {stem: js0(stem, measure) for stem in stems}
         for stem, answers in words.items():
             answers.append(compared(found[stem], found["gpt2_nano"]))
-        rows.append([measure, *(told(found[stem]) for stem in stems), words["resnet18_batch"][-1]])
+        rows.append([measure, *(valued(found[stem]) for stem in stems), words["resnet18_batch"][-1]])
     header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
 
     def counts(stem: str) -> str:
@@ -220,6 +223,19 @@ def _constant(paper: tuple[float, ...]) -> list[str]:
     return [f"{factor:.3g}", f"{factor:.3g}", "-"]
 
 
+def plan_part() -> str:
+    """What the jobs take at the paper's size."""
+    content = result("plan")
+    names = [field.name for field in dataclasses.fields(Work)]
+    works = [Work(**{name: job[name] for name in names}) for job in content["jobs"]]
+    return (
+        f"```text\n{told(works, 'this CPU', None)}\n```\n\n"
+        f"Made by `python -m bench.paper --plan` (`blockhess paper plan` prints it anew); rates by the clock "
+        f"{content['clock']}, as other programs took part of it (load {content['load'][0]:.1f}); "
+        + ", ".join(f"{key} {value}" for key, value in content["environment"].items())
+    )
+
+
 def environment_part() -> str:
     """Where the spectra were made."""
     made = json.loads((FOLDER / "environment.json").read_text())
@@ -237,6 +253,7 @@ def page(text: str) -> str:
         "mechanism": mechanism_part,
         "small": small_part,
         "definition": definition_part,
+        "plan": plan_part,
         "environment": environment_part,
     }
     for name, part in parts.items():

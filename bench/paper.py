@@ -5,6 +5,7 @@ python -m bench.paper table1 fig4 fig3   # the networks, CPU-sized
 python -m bench.paper fig8 table2        # some of them
 python -m bench.paper --keep FOLDER      # keeps what `blockhess paper NAME --out FOLDER` wrote at this commit
 python -m bench.paper --speed            # Figure 8 at chosen rates, and exact Hessians
+python -m bench.paper --plan             # what the networks' jobs would take at the paper's size
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from blockhess.models import GPT, GPTConfig, next_token_loss
 from blockhess.paper.commands import EXPERIMENTS, NETWORK_EXPERIMENTS, TRAINING_EXPERIMENTS
 from blockhess.paper.figure8 import BETA2, NUM_STEPS, NUM_TRIALS, curves
 from blockhess.paper.hessian import exact_hessian
+from blockhess.paper.networks import Selection
 from blockhess.paper.optimizers import search_rate
+from blockhess.paper.plan import as_records, plans, told
 from blockhess.paper.quadratics import case
 from blockhess.paper.runner import run_experiments
 
@@ -75,16 +78,28 @@ def speed() -> None:
     print(json.dumps(result, indent=1))
 
 
+def plan() -> None:
+    """Count the jobs at the paper's size and measure a few products of each."""
+    made = describe()
+    works = plans(Selection(), measure=True, clock=time.process_time)
+    result = {"environment": made, "clock": "of the processor", "load": list(os.getloadavg()), **as_records(works)}
+    (RESULTS / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(told(works, "cpu", None))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*KNOWN, []], help="experiments; default: the theory")
     parser.add_argument("--keep", type=Path, help="folder with results to keep instead of running")
     parser.add_argument("--speed", action="store_true", help="measure speed instead")
+    parser.add_argument("--plan", action="store_true", help="count and measure the jobs at the paper's size instead")
     arguments = parser.parse_args()
     names = arguments.names or list(EXPERIMENTS)
     made = describe()  # before anything changes the checkout
     if arguments.speed:
         speed()
+    elif arguments.plan:
+        plan()
     elif arguments.keep:
         keep(arguments.keep, names, made)
     else:

@@ -262,6 +262,7 @@ def test_fingerprints_tell_every_bit():
         )
     ]
     assert len(set(same)) == 1 and len({*same, *others}) == 6
+    assert fingerprint.of_data([torch.arange(6).view(1, 6)[:, 2]]) == fingerprint.of_data([torch.tensor([2])])
     model = mlp()
     before = fingerprint.of_model(model)
     with torch.no_grad():

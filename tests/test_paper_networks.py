@@ -15,11 +15,11 @@ import blockhess
 from blockhess.blocks import partition
 from blockhess.cli import main
 from blockhess.demo import one_thread
-from blockhess.models import ResNet, ResNetConfig
+from blockhess.models import CONFIGS, ResNet, ResNetConfig
 from blockhess.paper import networks, table1
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
 from blockhess.paper.figure3 import SHOWN, four_blocks
-from blockhess.paper.networks import NETWORKS, network
+from blockhess.paper.networks import NETWORKS, Selection, network
 from blockhess.paper.results import NOT_REPRODUCED, PARTLY, REPRODUCED
 from tests.dense_hessian import dense_hessian
 from tests.test_data_files import corpus, image
@@ -110,7 +110,7 @@ def tiny(name: str, **_: object) -> nn.Module:
     """A model that takes the paper's data but is built in no time."""
     sizes = {"vgg16": {"width": 2, "hidden": 4}, "vit-base": {"width": 12, "depth": 1}, "bert": {"width": 12},
              "resnet18": {"width": 2}, "gpt2": {"width": 12, "num_layers": 1}, "gpt2-nano": {"width": 6}}  # fmt: skip
-    kind, config = networks.CONFIGS[name]
+    kind, config = CONFIGS[name]
     return kind(type(config)(**vars(config) | sizes[name] | {k: v for k, v in _.items()}))
 
 
@@ -127,8 +127,7 @@ def test_the_papers_size_is_read_from_the_users_files(
     (tmp_path / "openwebtext").mkdir()
     np.arange(1100, dtype=np.uint16).tofile(tmp_path / "openwebtext" / "train.bin")
     monkeypatch.setattr(networks, "named", tiny)
-    monkeypatch.setattr(networks, "TOKENS_AT_ONCE", 1024)
-    net = network(name, scale="paper", data=tmp_path, size=2)
+    net = network(name, Selection(scale="paper", data=tmp_path), size=2, at_once=1)
     with one_thread():
         plan = blockhess.plan(
             net.model, net.data, net.loss_fn, blocks="paper-figure", num_probes=10, num_steps=100, engine="autograd"
@@ -139,7 +138,7 @@ def test_the_papers_size_is_read_from_the_users_files(
 
 
 def test_the_papers_batches() -> None:
-    net = network("gpt2-nano", scale="paper")
+    net = network("gpt2-nano", Selection(scale="paper"))
     assert sum(x.numel() for x, _ in net.data) == 163_840 and net.data[0][0].numel() == 8_192
     assert sum(p.numel() for p in net.model.parameters()) == 10_745_088 + (76 - 65) * 384
 

@@ -98,7 +98,7 @@ def plan(
 ) -> None:
     """Say what a job would take: engine, products, FLOPs, time and memory. Computes no product, but a few with --gpus.
 
-    Try: blockhess plan blockhess.demo:gpt_job
+    Try: blockhess plan blockhess.demo:gpt_job. For the paper's own jobs: blockhess paper plan
     """
     import dataclasses
 

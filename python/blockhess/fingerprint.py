@@ -26,5 +26,8 @@ def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in named:
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-        digest.update(dense.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        flat = dense.cpu().contiguous().flatten()
+        # The one element of a slice may have any stride, which a view as bytes does not take.
+        flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

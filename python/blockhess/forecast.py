@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def forecast(
         engine = job.make_engine()
         fixed = clock() - start
         counted = product_costs(problem, engine)
-        products = _product_seconds(problem, engine, clock)
+        products = product_seconds(problem, engine, clock)
         steps = _step_seconds(problem, clock)
         share = -(-problem.n_batches // data_shares)
 
@@ -145,11 +145,14 @@ def forecast(
         )
 
 
-def _product_seconds(problem: Problem, engine: Engine, clock: Callable[[], float]) -> list[float]:
-    """Of one product of each block, vector and batch, as measured for the first batch."""
+def product_seconds(
+    problem: Problem, engine: Engine, clock: Callable[[], float], numbers: Sequence[int] | None = None
+) -> list[float]:
+    """Of one product of each block, or of those numbered, vector and batch, as measured for the first batch."""
     engine.prepare(0)
     found = []
-    for number, dim in enumerate(problem.dims):
+    for number in range(len(problem.dims)) if numbers is None else numbers:
+        dim = problem.dims[number]
         rows = torch.ones(engine.rows, dim, dtype=problem.dtype, device=problem.device)
 
         def product(number: int = number, rows: torch.Tensor = rows) -> None:

@@ -6,8 +6,11 @@ are taken is a pure function of the files' names and the seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +26,88 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
-def image_folder(
-    folder: str | PathLike[str], num_images: int, *, side: int = 224, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Draw images from a folder that has a folder for every class.
+class ImageFolder:
+    """The images of a folder that has a folder for every class, read when they are asked for.
 
-    Every image is scaled so that its shorter side is 8/7 of `side`, and its middle is taken: as in testing on ImageNet.
+    Every image is scaled so that its shorter side is 8/7 of the one asked for, and its middle is taken: as in testing
+    on ImageNet.
 
     Args:
         folder: FOLDER/CLASS/IMAGE, with images ending in one of SUFFIXES; classes are numbered by name.
+
+    Raises:
+        ValueError: the folder has another layout.
+        ImportError: Pillow is missing.
+
+    Source: the layout and preprocessing of PyTorch's ImageNet example; ImageNet: https://image-net.org (registration).
+
+    Example:
+        >>> images, labels = ImageFolder("imagenet/train").read([0, 7], side=224)
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        _pillow()
+        classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
+        found = [(path, label) for label, kind in enumerate(classes) for path in sorted(kind.iterdir())]
+        self._found = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
+        self.num_classes = len(classes)
+        if not self._found:
+            raise ValueError(
+                f"image_folder: {folder} must hold a folder of images for every class, as ImageNet's train folder does "
+                f"(https://image-net.org; FOLDER/n01440764/*.JPEG), got {len(classes)} folders and no image in them"
+            )
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def read(self, indices: Sequence[int], *, side: int = 224) -> tuple[Tensor, Tensor]:
+        """Return images (n, 3, side, side) float32 and labels (n,) int64; several are decoded at a time.
+
+        Raises:
+            ValueError: a file is no image.
+        """
+        pixels = np.empty((len(indices), side, side, 3), np.uint8)
+
+        def decode(row: int) -> None:
+            pixels[row] = _middle(self._found[indices[row]][0], side)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(decode, range(len(indices))))
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        labels = torch.tensor([self._found[index][1] for index in indices])
+        return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), labels
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+    except ImportError:
+        raise ImportError('image_folder: needs Pillow; type: pip install "blockhess[data]"') from None
+    return PIL
+
+
+def _middle(path: Path, side: int) -> np.ndarray[Any, Any]:
+    """Pixels (side, side, 3) of an image."""
+    pil = _pillow()
+    try:
+        with pil.Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (pil.UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"image_folder: {path} must be an image, got {error}") from None
+    scale = side * 8 / 7 / min(image.size)
+    width, height = (max(side, round(scale * length)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    resized = image.resize((width, height), pil.Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+def image_folder(
+    folder: str | PathLike[str], num_images: int, *, side: int = 224, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw images from a folder that has a folder for every class: see ImageFolder.
+
+    Args:
+        folder: as of ImageFolder.
         num_images: how many, without repetition.
         side: pixels.
         seed: of the draw.
@@ -43,44 +119,17 @@ def image_folder(
         ValueError: the folder has another layout or too few images, a file is no image, or a size is below 1.
         ImportError: Pillow is missing.
 
-    Source: the layout and preprocessing of PyTorch's ImageNet example; ImageNet: https://image-net.org (registration).
-
     Example:
         >>> images, labels = image_folder("imagenet/train", 1024)
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise ImportError('image_folder: needs Pillow; type: pip install "blockhess[data]"') from None
     for name, value in (("num_images", num_images), ("side", side)):
         if value < 1:
             raise ValueError(f"image_folder: {name} must be at least 1, got {value}")
-    classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
-    found = [(path, label) for label, kind in enumerate(classes) for path in sorted(kind.iterdir())]
-    found = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
-    if not found:
-        raise ValueError(
-            f"image_folder: {folder} must hold a folder of images for every class, as ImageNet's train folder does "
-            f"(https://image-net.org; FOLDER/n01440764/*.JPEG), got {len(classes)} folders and no image in them"
-        )
+    found = ImageFolder(folder)
     if num_images > len(found):
         raise ValueError(f"image_folder: num_images must be at most {len(found)}, got {num_images}")
     drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
-    pixels = np.empty((num_images, side, side, 3), np.uint8)
-    for row, index in enumerate(drawn):
-        path = found[index][0]
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"image_folder: {path} must be an image, got {error}") from None
-        scale = side * 8 / 7 / min(image.size)
-        width, height = (max(side, round(scale * length)) for length in image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        resized = image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels[row] = np.asarray(resized.crop((left, top, left + side, top + side)))
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), torch.tensor([found[index][1] for index in drawn])
+    return found.read(drawn, side=side)
 
 
 def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tensor, Tensor]:

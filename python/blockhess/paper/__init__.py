@@ -4,6 +4,10 @@
                                                             too large for an exact Hessian (left open in appendix C.2)
                   networks.py, initial_spectra.py           the six networks and their spectra at initialisation
                   figure3.py, figure4.py, table1.py         how their blocks differ
+                  sources.py, recipes.py, plan.py           at the paper's size: data, trainings, what a job takes
+    section 2.2   figure1.py                                spectra along training
+    section 2.1   architectures.py, training_runs.py        small networks, trained at their best rates
+                  figure10.py, figure11.py, calibrate.py    AdamW against SGD; whether JS0 tells which is needed
     section 2.4   mlp.py, figure5.py, table3.py             the MLP with scaled layers
     section 3.2   block_spectra.py, quadratics.py           the four cases
                   figure6.py, figure7.py                    their spectra

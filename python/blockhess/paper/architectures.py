@@ -53,9 +53,14 @@ class Architecture:
         return math.log(CHARACTERS if self.draw == "windows" else 10)
 
     @property
-    def clip(self) -> float | None:
-        """Largest gradient norm in training."""
-        return 1.0 if self.draw in ("windows", "pairs") else None
+    def options(self) -> dict[str, Any]:
+        """Arguments of train: language models are trained with the gradient clipped."""
+        return {"clip": 1.0 if self.draw in ("windows", "pairs") else None}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What else tells its trainings from others: nothing."""
+        return {}
 
     def model(self, seed: int) -> nn.Module:
         """Return the model at the initialisation of a seed."""

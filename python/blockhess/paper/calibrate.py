@@ -36,6 +36,7 @@ from blockhess.divergence import KINDS
 from blockhess.files import writable_folder
 from blockhess.paper.architectures import ARCHITECTURES
 from blockhess.paper.calibration_data import EFFORT, QUICK_EFFORT, Measured, measure
+from blockhess.paper.networks import Selection
 from blockhess.paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
 from blockhess.paper.results import Claim, Result, verdict
 from blockhess.paper.training_runs import QUICK, Best, Settings, cpu_seconds
@@ -133,14 +134,24 @@ def gaps(name: str, sgd: Best, adamw: Best, *, capped: bool = False) -> list[flo
     return [gap(min(i, most), s, a) for i, s, a in losses if not (capped and a >= most)]
 
 
-def run(*, seed: int = 0, quick: bool = False, folder: Path) -> Result:
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Measure what is not there yet, and judge.
 
     Args:
         seed: the first of the seeds; of the bootstrap too.
         quick: three architectures, six steps, one kind.
         folder: keeps trainings and spectra; the same folder goes on with what was interrupted.
+        selection: its scale must be mini.
+
+    Raises:
+        ValueError: another scale.
     """
+    if selection is not None and selection.scale != "mini":
+        raise ValueError(
+            "calibrate: scale must be mini, got 'paper': a rank correlation over the paper's six networks, in two "
+            "families, says nothing, and each would be trained at every rate with three seeds; fig10 and fig11 train "
+            "the six once"
+        )
     settings = Settings(seeds=(seed, seed + 1, seed + 2)) if not quick else QUICK
     names = QUICK_NAMES if quick else tuple(ARCHITECTURES)
     measured, spent = [], 0.0

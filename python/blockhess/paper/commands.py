@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,10 +46,15 @@ DEFAULT_OUT = Path("blockhess-paper")
 def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool, **options: Any) -> None:
     """As JSON: a list of what the experiments' NAME.json hold."""
     from blockhess.paper.runner import run_experiments
+    from blockhess.runs.signals import Interrupted
 
     known = EXPERIMENTS | NETWORK_EXPERIMENTS | TRAINING_EXPERIMENTS
-    with text_on_stderr(as_json):
-        run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
+    try:
+        with text_on_stderr(as_json):
+            run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
+    except Interrupted as interrupted:
+        print(f"blockhess: {interrupted}; what is done is in {out}, go on with the same command", file=sys.stderr)
+        raise typer.Exit(128 + interrupted.signal) from None
     if as_json:
         print(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")
 
@@ -70,10 +76,6 @@ for _name, _text in {
     "fig7": "Figure 7: eigenvalues of case 2.",
     "fig8": "Figure 8: gradient norms of GD and Adam on the four cases.",
     "fig2": "Figure 2: exact Hessians of small Transformers and MLPs, and block structure of larger models.",
-    "fig1": "Figure 1: spectra of the full Hessian, and of the blocks, along training.",
-    "fig10": "Figure 10: AdamW against SGD on CNNs, at the best rates.",
-    "fig11": "Figure 11: AdamW against SGD on Transformers, at the best rates.",
-    "calibrate": "Does JS0 predict the gap between SGD and AdamW? Fifteen architectures, many trainings; resumable.",
 }.items():
     _add(_name, _text)
 
@@ -106,7 +108,7 @@ NETWORKS = ("resnet18", "vgg16", "vit-base", "bert", "gpt2-nano", "gpt2")
 Scale = Annotated[
     str,
     typer.Option(
-        help="mini: CPU-sized, on data that ship; paper: the paper's sizes and batches.",
+        help="mini: CPU-sized, on data that ship; paper: the paper's sizes, which nobody has run in full.",
         autocompletion=completed(SCALES),
     ),
 ]
@@ -122,6 +124,16 @@ Corpora = Annotated[
     Path | None,
     typer.Option(help="For --scale paper: imagenet/CLASS/*.JPEG, cornell/movie_*.txt, openwebtext/train.bin."),
 ]
+Device = Annotated[str, typer.Option(help="Of torch: cpu, cuda, cuda:1 ...")]
+Precision = Annotated[
+    str, typer.Option(help="Of float32 matrix products in spectra: highest, high (TF32 on CUDA) or medium (bfloat16).")
+]
+
+
+def _selection(scale: str, model: list[str] | None, data: Path | None, device: str, precision: str) -> Any:
+    from blockhess.paper.networks import Selection
+
+    return Selection(model or (), scale, data, device, precision)
 
 
 def _add_network(name: str, text: str) -> None:
@@ -132,19 +144,68 @@ def _add_network(name: str, text: str) -> None:
         scale: Scale = "mini",
         model: Models = None,
         data: Corpora = None,
+        device: Device = "cpu",
+        precision: Precision = "highest",
         as_json: AsJson = False,
     ) -> None:
-        _run([name], out, seed, quick, as_json, scale=scale, models=model or (), data=data)
+        _run([name], out, seed, quick, as_json, selection=_selection(scale, model, data, device, precision))
 
-    app.command(name, help=text)(command)
+    app.command(name, help=f"{text} Resumable: goes on in the same --out.")(command)
 
 
 for _name, _text in {
+    "fig1": "Figure 1: spectra of the full Hessian, and of the blocks, along training.",
     "fig3": "Figure 3: spectra of four blocks of every network at initialisation.",
     "fig4": "Figure 4: JS distances between all blocks of every network.",
     "table1": "Table 1: JS0 of the six networks in every definition, against the paper's numbers.",
+    "fig10": "Figure 10: AdamW against SGD on CNNs, at the best rates.",
+    "fig11": "Figure 11: AdamW against SGD on Transformers, at the best rates.",
 }.items():
     _add_network(_name, _text)
+
+
+@app.command()
+def calibrate(
+    out: Out = DEFAULT_OUT,
+    seed: Seed = 0,
+    quick: Quick = False,
+    scale: Annotated[str, typer.Option(help="mini: there is no other, six networks of two families being too few.")] = (
+        "mini"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Does JS0 predict the gap between SGD and AdamW? Fifteen architectures, many trainings; resumable."""
+    _run(["calibrate"], out, seed, quick, as_json, selection=_selection(scale, None, None, "cpu", "highest"))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="One of the networks; may be repeated.", autocompletion=completed(NETWORKS)),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Count only: measure no products here.")] = False,
+    device: Device = "cpu",
+    precision: Precision = "highest",
+    gflops: Annotated[
+        float | None,
+        typer.Option(help="GFLOP/s that another device sustains; default: an assumed share of an H100's peak."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the paper's six jobs take at its size, and how long: measured here, extrapolated elsewhere.
+
+    Counts products, FLOPs and memory without computing any; then measures a few products of each network on a small
+    batch, some minutes on a CPU. Nobody has run these jobs at full size yet.
+    """
+    from blockhess.paper.plan import as_records, plans, told
+    from blockhess.records import to_json
+
+    selection = _selection("paper", model, None, device, precision)
+    if gflops is not None and not gflops > 0:
+        raise ValueError(f"plan: --gflops must be positive, got {gflops}")
+    works = plans(selection, measure=not quick)
+    print(to_json(as_records(works, gflops)) if as_json else told(works, device, gflops))
 
 
 @app.command("all-theory")

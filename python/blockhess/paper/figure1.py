@@ -5,12 +5,15 @@ statements are counted, not looked at: dispersion (largest eigenvalue over the 1
 negative over most positive eigenvalue), and evolution (the share of negative eigenvalues' weight, sum |lambda| over the
 negative ones relative to all).
 
-FOLDER/checkpoints/NAME-STEP.pt are kept, with one spectrum each in FOLDER/evolution, so an interrupted run goes on.
+At scale "mini" the networks are those of architectures.py; at scale "paper" the paper's, trained as recipes.py says and
+measured with its batches on its blocks. FOLDER/checkpoints/NAME-STEP.pt are kept, with spectra of each in
+FOLDER/evolution, so an interrupted run goes on, within a training and within a spectrum too. A training that diverged
+is told as such and decides nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import blockhess
-from blockhess import fingerprint
 from blockhess.files import writable_folder
 from blockhess.measures import merge_probes
-from blockhess.paper.architectures import ARCHITECTURES, Architecture
+from blockhess.model_state import has_batchnorm
+from blockhess.paper.architectures import ARCHITECTURES
+from blockhess.paper.initial_spectra import EFFORTS, Effort, measure_once
+from blockhess.paper.networks import NETWORKS, Network, Selection
 from blockhess.paper.pictures import new_figure
+from blockhess.paper.recipes import PaperTrainee, trainees
 from blockhess.paper.results import Claim, Result, verdict
+from blockhess.paper.training_runs import Settings, Trainee
 from blockhess.spectra import Spectra
 from blockhess.table import format_table
-from blockhess.training import load_checkpoint, save_checkpoint, train
+from blockhess.training import Kept, load_checkpoint, save_checkpoint, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 SHARES = (0.0, 0.25, 0.5, 1.0)
 QUICK_SHARES = (0.0, 1.0)
 
-# Network -> the paper's panel, optimizer, learning rate.
+# Small network -> the paper's panel, optimizer, learning rate.
 SUBJECTS = {
     "vgg-bn": ("VGG16", "SGD", 0.1),
     "resnet": ("ResNet18", "SGD", 0.1),
@@ -44,8 +50,12 @@ SUBJECTS = {
     "vit-2": ("ViT-base", "AdamW", 3e-3),
 }
 
-NUM_STEPS, NUM_PROBES, LANCZOS_STEPS = 300, 2, 40
-QUICK_STEPS, QUICK_PROBES, QUICK_LANCZOS = 8, 1, 5
+# The paper's panels, in its order.
+PANELS = ("vgg16", "resnet18", "gpt2", "gpt2-nano", "vit-base")
+
+SMALL = Settings(300, 15, "cosine")
+QUICK_SMALL = Settings(8, 0, "cosine")
+EFFORT, QUICK_EFFORT = Effort(2, 40), Effort(1, 5)
 
 # Spectra count as symmetric if the ends of the range are within this factor of each other.
 SYMMETRIC = 3.0
@@ -84,164 +94,224 @@ class Stage:
         return float(size[nodes < 0].sum() / size.sum())
 
 
-def run(*, seed: int = 0, quick: bool = False, folder: Path) -> Result:
+@dataclass(frozen=True)
+class Panel:
+    """A network of the figure, and how it is trained and measured.
+
+    Attributes:
+        title: of the paper's panel.
+        trainee: the network.
+        optimizer, rate, settings: of the training.
+        batch: makes a network with the batch that is measured, whose model is exchanged for the trained one.
+        blocks: that are measured beside the full Hessian.
+    """
+
+    title: str
+    trainee: Trainee
+    optimizer: str
+    rate: float
+    settings: Settings
+    batch: Callable[[], Network]
+    blocks: str = "parameter"
+
+
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Train, measure every checkpoint, and judge.
 
     Args:
         seed: of weights, batches and probes.
         quick: two networks, few steps.
         folder: keeps checkpoints and spectra.
+        selection: of the networks; at scale "mini" of SUBJECTS.
     """
-    subjects = dict(list(SUBJECTS.items())[1:4:2]) if quick else SUBJECTS
-    num_steps = QUICK_STEPS if quick else NUM_STEPS
-    found = {
-        name: evolution(folder, name, optimizer, rate, num_steps, seed, quick)
-        for name, (_, optimizer, rate) in subjects.items()
-    }
-    return judge(found, num_steps, seed)
+    selection = selection or Selection()
+    shares = QUICK_SHARES if quick else SHARES
+    if selection.scale == "mini":
+        known = dict(list(SUBJECTS.items())[1:4:2]) if quick else SUBJECTS
+        panels = {name: small_panel(name, seed, quick) for name in selection.of(known, "fig1")}
+        effort = QUICK_EFFORT if quick else EFFORT
+    else:
+        made = trainees(selection.of(PANELS, "fig1"), selection, quick)
+        panels = {name: paper_panel(trainee, seed) for name, trainee in made.items()}
+        effort = EFFORTS["quick" if quick else "paper"]
+    found: dict[str, list[Stage]] = {}
+    diverged: dict[str, str] = {}
+    for name, panel in panels.items():
+        try:
+            found[name] = evolution(folder, name, panel, shares, effort, seed, selection.precision)
+        except Diverged as made:
+            diverged[name] = "diverged after {} of {} steps".format(*made.args)
+    return judge(found, diverged, panels, effort, seed, selection)
+
+
+def small_panel(name: str, seed: int, quick: bool) -> Panel:
+    """Return one of SUBJECTS."""
+    title, optimizer, rate = SUBJECTS[name]
+    architecture = ARCHITECTURES[name]
+    source = "Shakespeare" if architecture.draw == "windows" else "Fashion-MNIST"
+
+    def batch() -> Network:
+        return Network(name, architecture.model(seed), architecture.batches(1, seed), architecture.loss_fn, source)
+
+    return Panel(title, architecture, optimizer, rate, QUICK_SMALL if quick else SMALL, batch)
+
+
+def paper_panel(trainee: PaperTrainee, seed: int) -> Panel:
+    """Return one of PANELS, with the optimizer and the rate that its code base takes."""
+    optimizer = "AdamW" if trainee.transformer else "SGD"
+    rate, batch = trainee.recipe.rates[optimizer][0], partial(trainee.measured_batch, seed)
+    return Panel(NETWORKS[trainee.name][0], trainee, optimizer, rate, trainee.settings(seed), batch, "paper")
 
 
 def evolution(
-    folder: Path, name: str, optimizer: str, rate: float, num_steps: int, seed: int, quick: bool
+    folder: Path, name: str, panel: Panel, shares: Sequence[float], effort: Effort, seed: int, precision: str
 ) -> list[Stage]:
-    """Return the spectra at SHARES, or QUICK_SHARES, of a training, trained and measured unless kept."""
-    architecture = ARCHITECTURES[name]
-    steps = [round(share * num_steps) for share in (QUICK_SHARES if quick else SHARES)]
-    paths = checkpoints(folder, architecture, name, optimizer, rate, num_steps, steps, seed)
-    batch = architecture.batches(1, seed)
+    """Return the spectra after these shares of a training, trained and measured unless kept."""
+    steps = [round(share * panel.settings.num_steps) for share in shares]
+    net = panel.batch()
+    policy = "eval" if has_batchnorm(net.model) else "none"
+    kept = writable_folder(folder / "evolution")
     stages = []
-    for path in paths:
-        model = architecture.model(seed)
-        load_checkpoint(model, path)
-        kept = writable_folder(folder / "evolution")
-        spectra = []
-        for blocks in ("full", "parameter"):
-            file = kept / f"{path.stem}-{blocks}.npz"
-            options: dict[str, Any] = {
-                "num_probes": QUICK_PROBES if quick else NUM_PROBES,
-                "num_steps": QUICK_LANCZOS if quick else LANCZOS_STEPS,
-                "seed": seed,
-            }
-            before = blockhess.load(file) if file.exists() else None
-            if before is None or not _same(before, model, options):
-                before = blockhess.spectrum(model, batch, architecture.loss_fn, blocks=blocks, **options)
-                before.save(file)
-            spectra.append(before)
-        stages.append(Stage(*spectra))
+    for path in checkpoints(folder, name, panel, steps, seed):
+        load_checkpoint(net.model, path)
+        full, blocks = (
+            measure_once(kept / f"{path.stem}-{cut}.npz", net, policy, effort, seed, blocks=cut, precision=precision)
+            for cut in ("full", panel.blocks)
+        )
+        stages.append(Stage(full, blocks))
     return stages
 
 
-def _same(spectra: Spectra, model: torch.nn.Module, options: Mapping[str, Any]) -> bool:
-    q = spectra.quadrature
-    made = {"num_probes": q.num_probes, "num_steps": q.num_steps, "seed": q.seed}
-    return spectra.provenance["fingerprints"]["model"] == fingerprint.of_model(model) and made == options
+class Diverged(Exception):
+    """A loss was not finite; holds the steps made before, of how many."""
 
 
-def checkpoints(
-    folder: Path,
-    architecture: Architecture,
-    name: str,
-    optimizer: str,
-    rate: float,
-    num_steps: int,
-    steps: Sequence[int],
-    seed: int,
-) -> list[Path]:
+def checkpoints(folder: Path, name: str, panel: Panel, steps: Sequence[int], seed: int) -> list[Path]:
     """Return a checkpoint for each of some steps of a training; trains where one is missing.
 
     Raises:
-        ValueError: the training diverged.
+        Diverged: now, or when it was trained before.
     """
-    kept = writable_folder(folder / "checkpoints")
-    paths = {step: kept / f"{name}-{optimizer}-{rate:g}-{seed}-{num_steps}-{step}.pt" for step in steps}
+    settings, kept = panel.settings, writable_folder(folder / "checkpoints")
+    stem = f"{name}-{panel.optimizer}-{panel.rate:g}-{seed}-{settings.num_steps}"
+    paths = {step: kept / f"{stem}-{step}.pt" for step in steps}
+    diverged = kept / f"{stem}.diverged"
+    if diverged.exists():
+        raise Diverged(int(diverged.read_text()), settings.num_steps)
     if not all(path.exists() for path in paths.values()):
+        state = Kept(kept / f"{stem}.state", {"schedule": settings.schedule, **panel.trainee.told})
         training = train(
-            architecture.model(seed),
-            architecture.batches(num_steps, seed),
-            architecture.loss_fn,
-            optimizer=optimizer,
-            rate=rate,
-            num_steps=num_steps,
-            warmup=num_steps // 20,
-            clip=architecture.clip,
+            panel.trainee.model(seed),
+            panel.trainee.batches(settings.num_steps, seed),
+            panel.trainee.loss_fn,
+            optimizer=panel.optimizer,
+            rate=panel.rate,
+            num_steps=settings.num_steps,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
             at_steps={step: partial(save_checkpoint, path=path) for step, path in paths.items()},
+            kept=state,
+            **panel.trainee.options,
         )
-        if len(training.losses) < num_steps:
-            raise ValueError(f"fig1: rate must keep the training finite, got {rate:g} for {optimizer} on {name}")
+        if len(training.losses) < settings.num_steps:
+            diverged.write_text(str(len(training.losses)))
+        state.remove()
+        if diverged.exists():
+            raise Diverged(len(training.losses), settings.num_steps)
     return list(paths.values())
 
 
-def judge(found: Mapping[str, Sequence[Stage]], num_steps: int, seed: int) -> Result:
-    """Return what the stages say about Figure 1 and section 2.2."""
-    rows, outlying, ratios, negatives = [], {}, {}, {}
+def judge(
+    found: Mapping[str, Sequence[Stage]],
+    diverged: Mapping[str, str],
+    panels: Mapping[str, Panel],
+    effort: Effort,
+    seed: int,
+    selection: Selection,
+) -> Result:
+    """Return what the stages say about Figure 1 and section 2.2; claims where there are CNNs and Transformers."""
+    rows = [[panels[name].title, told] for name, told in diverged.items()]
     for name, stages in found.items():
-        title = SUBJECTS[name][0]
-        outlying[name] = [s.ends[1] / s.tenth for s in stages]
-        low, high = stages[0].ends
-        ratios[name] = max(-low / high, high / -low) if low < 0 else float("inf")
-        negatives[name] = [s.negative for s in stages]
-        for share, stage, out in zip(_shares(stages), stages, outlying[name]):
+        for share, stage in zip(_shares(stages), stages):
             low, high = stage.ends
             rows.append(
                 [
-                    title,
+                    panels[name].title,
                     f"{100 * share:.0f} %",
                     f"{stage.full.provenance['loss_value']:.3f}",
                     f"{low:.3g}",
                     f"{high:.3g}",
-                    f"{out:.2f}",
+                    f"{high / stage.tenth:.2f}",
                     f"{stage.negative:.3f}",
                     f"{stage.blocks.js0().value:.3f}",
                 ]
             )
     header = ["network", "steps", "loss", "lambda_min", "lambda_max", "over 10th", "negative share", "JS0 of blocks"]
-    of = {side: [n for n in found if ARCHITECTURES[n].transformer is side] for side in (True, False)}
-    largest = {side: [value for n in names for value in outlying[n]] for side, names in of.items()}
+    steps = {name: panel.settings.num_steps for name, panel in panels.items()}
+    same = len({*steps.values()}) == 1
+    numbers = {
+        "largest over 10th": {n: [s.ends[1] / s.tenth for s in stages] for n, stages in found.items()},
+        "asymmetry at initialisation": {n: _asymmetry(*stages[0].ends) for n, stages in found.items()},
+        "negative share": {n: [s.negative for s in stages] for n, stages in found.items()},
+        "JS0 of the blocks": {n: [s.blocks.js0().value for s in stages] for n, stages in found.items()},
+    }
+    kinds = {panels[name].trainee.transformer for name in found}
+    return Result(
+        "fig1",
+        "Figure 1: full Hessian spectra along training"
+        + (f", {next(iter(steps.values()))} steps" if same else ", the paper's networks"),
+        {
+            "seed": seed,
+            "scale": selection.scale,
+            "device": selection.device,
+            "precision": selection.precision,
+            "num_steps": steps,
+            "optimizers": {n: [panel.title, panel.optimizer, panel.rate] for n, panel in panels.items()},
+            "recipes": {n: panel.trainee.told for n, panel in panels.items() if panel.trainee.told},
+            "num_probes": effort.num_probes,
+            "Lanczos steps": effort.num_steps,
+        },
+        _claims(found, numbers, {n: panels[n].trainee.transformer for n in found}) if len(kinds) == 2 else (),
+        format_table(header, [[*row, *[""] * (len(header) - len(row))] for row in rows], left=2),
+        {**numbers, "diverged": diverged},
+        figure=_draw(found, panels) if found else None,
+    )
+
+
+def _asymmetry(low: float, high: float) -> float:
+    return max(-low / high, high / -low) if low < 0 else float("inf")
+
+
+def _claims(
+    found: Mapping[str, Sequence[Stage]], numbers: Mapping[str, Any], transformer: Mapping[str, bool]
+) -> tuple[Claim, ...]:
+    outlying, ratios, negatives = list(numbers.values())[:3]
+    largest = {side: [v for n in found if transformer[n] is side for v in outlying[n]] for side in (True, False)}
     overlap = min(largest[True]) <= max(largest[False]) and max(largest[True]) <= 3 * max(largest[False])
     symmetric = [n for n in found if ratios[n] <= SYMMETRIC]
     shrinks = [n for n in found if negatives[n][-1] < negatives[n][0]]
-    js0 = {n: [s.blocks.js0().value for s in stages] for n, stages in found.items()}
-    return Result(
-        "fig1",
-        f"Figure 1: full Hessian spectra along training, {num_steps} steps",
-        {
-            "seed": seed,
-            "num_steps": num_steps,
-            "optimizers": {n: list(SUBJECTS[n]) for n in found},
-            "num_probes": next(iter(found.values()))[0].full.quadrature.num_probes,
-            "Lanczos steps": next(iter(found.values()))[0].full.quadrature.num_steps,
-        },
-        (
-            Claim(
-                "Section 2.2 (1): eigenvalues of CNNs and Transformers are dispersed alike, and Transformers have no "
-                "notably large ones.",
-                f"largest over 10th largest eigenvalue {min(largest[True]):.2f} ... {max(largest[True]):.2f} of "
-                f"Transformers, {min(largest[False]):.2f} ... {max(largest[False]):.2f} of CNNs, over all stages.",
-                verdict(overlap, min(largest[True]) <= max(largest[False])),
-            ),
-            Claim(
-                "Section 2.2 (2): on all networks the spectrum is approximately symmetric around 0 at initialisation.",
-                "the ends of the range differ by a factor "
-                + ", ".join(f"{ratios[n]:.2g} ({n})" for n in found)
-                + f"; within {SYMMETRIC:g} on {len(symmetric)} of {len(found)}.",
-                verdict(len(symmetric) == len(found), bool(symmetric)),
-            ),
-            Claim(
-                "Section 2.2 (3): as training proceeds the majority of large negative eigenvalues disappear.",
-                "negative share of sum |lambda| from start to end "
-                + ", ".join(f"{negatives[n][0]:.2f} to {negatives[n][-1]:.2f} ({n})" for n in found)
-                + f"; it shrinks on {len(shrinks)} of {len(found)}.",
-                verdict(all(negatives[n][-1] < negatives[n][0] / 2 for n in found), len(shrinks) > len(found) / 2),
-            ),
+    return (
+        Claim(
+            "Section 2.2 (1): eigenvalues of CNNs and Transformers are dispersed alike, and Transformers have no "
+            "notably large ones.",
+            f"largest over 10th largest eigenvalue {min(largest[True]):.2f} ... {max(largest[True]):.2f} of "
+            f"Transformers, {min(largest[False]):.2f} ... {max(largest[False]):.2f} of CNNs, over all stages.",
+            verdict(overlap, min(largest[True]) <= max(largest[False])),
         ),
-        format_table(header, rows, left=2),
-        {
-            "largest over 10th": outlying,
-            "asymmetry at initialisation": ratios,
-            "negative share": negatives,
-            "JS0 of the blocks": js0,
-        },
-        figure=_draw(found),
+        Claim(
+            "Section 2.2 (2): on all networks the spectrum is approximately symmetric around 0 at initialisation.",
+            "the ends of the range differ by a factor "
+            + ", ".join(f"{ratios[n]:.2g} ({n})" for n in found)
+            + f"; within {SYMMETRIC:g} on {len(symmetric)} of {len(found)}.",
+            verdict(len(symmetric) == len(found), bool(symmetric)),
+        ),
+        Claim(
+            "Section 2.2 (3): as training proceeds the majority of large negative eigenvalues disappear.",
+            "negative share of sum |lambda| from start to end "
+            + ", ".join(f"{negatives[n][0]:.2f} to {negatives[n][-1]:.2f} ({n})" for n in found)
+            + f"; it shrinks on {len(shrinks)} of {len(found)}.",
+            verdict(all(negatives[n][-1] < negatives[n][0] / 2 for n in found), len(shrinks) > len(found) / 2),
+        ),
     )
 
 
@@ -249,22 +319,22 @@ def _shares(stages: Sequence[Stage]) -> tuple[float, ...]:
     return SHARES if len(stages) == len(SHARES) else QUICK_SHARES
 
 
-def _draw(found: Mapping[str, Sequence[Stage]]) -> Figure:
+def _draw(found: Mapping[str, Sequence[Stage]], panels: Mapping[str, Panel]) -> Figure:
     """Rows: networks; columns: stages; eigenvalues divided by the 10th largest, log density, as in the paper."""
     figure = new_figure(11.0, 1.7 * len(found))
-    panels = figure.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
+    axes = figure.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
     for row, (name, stages) in enumerate(found.items()):
         for column, (share, stage) in enumerate(zip(_shares(stages), stages)):
-            panel = panels[row][column]
+            panel = axes[row][column]
             grid, density = stage.full.density()
             panel.semilogy((grid / stage.tenth).tolist(), density[0].clamp(min=1e-300).tolist(), linewidth=0.9)
             top = float(density.max())
             panel.set_ylim(top * 1e-8, top * 3)
             panel.set_title(
-                f"{SUBJECTS[name][0]}, {100 * share:.0f} %" if share else f"{SUBJECTS[name][0]}, start",
+                f"{panels[name].title}, {100 * share:.0f} %" if share else f"{panels[name].title}, start",
                 fontsize="small",
             )
             panel.tick_params(labelsize="x-small")
-    for panel in panels[-1]:
+    for panel in axes[-1]:
         panel.set_xlabel("eigenvalue / 10th largest", fontsize="small")
     return figure

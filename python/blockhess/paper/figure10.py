@@ -1,8 +1,9 @@
-"""Figure 10: AdamW and SGD on CNNs, each at its best learning rate, CPU-sized; figure11.py does Transformers alike.
+"""Figure 10: AdamW and SGD on CNNs, each at its best learning rate; figure11.py does Transformers alike.
 
-The paper's training accuracies over 90 epochs of ImageNet become training losses over some hundred steps here, of the
-architectures of architectures.py. "Similar" is a gap of at most NEEDED_GAP, the share of AdamW's gain that SGD does not
-make, averaged over the seeds. A rate that diverged is told as such and never chosen.
+The paper's training accuracies over 90 epochs of ImageNet become training losses here: over some hundred steps of the
+architectures of architectures.py or, at the paper's size, as recipes.py says. "Similar" is a gap of at most NEEDED_GAP,
+the share of AdamW's gain that SGD does not make, averaged over the seeds. A rate that diverged is told as such and
+never chosen; where AdamW gains nothing there is no gap, and no claim holds.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blockhess.calibration import NEEDED_GAP
-from blockhess.paper.calibrate import gaps
+from blockhess.calibration import NEEDED_GAP, gap
+from blockhess.paper.networks import NETWORKS, Selection
 from blockhess.paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
+from blockhess.paper.recipes import trainees
 from blockhess.paper.results import Claim, Result, verdict
-from blockhess.paper.training_runs import QUICK, Best, Settings, best, cpu_seconds
+from blockhess.paper.training_runs import QUICK, Best, Settings, Trainee, best, cpu_seconds
 from blockhess.table import format_table
 
 if TYPE_CHECKING:
@@ -31,57 +33,104 @@ CNNS = {"resnet": "ResNet18", "vgg": "VGG16", "vgg-bn": "VGG16 with BatchNorm (n
 SMOOTHED = 15
 
 
-def run(*, seed: int = 0, quick: bool = False, folder: Path) -> Result:
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Train the CNNs.
 
     Args:
         seed, quick: see runner.run_experiments.
         folder: keeps every training, so that an interrupted run goes on; those of `calibrate` serve here too.
+        selection: of the networks; at scale "mini" of CNNS.
     """
-    claim = "Figure 10: SGD and AdamW perform similarly on CNNs."
-    return compare("fig10", claim, dict(list(CNNS.items())[:1]) if quick else CNNS, True, seed, quick, folder)
+    subjects = dict(list(CNNS.items())[:1]) if quick else CNNS
+    return compared("fig10", "Figure 10: SGD and AdamW perform similarly on CNNs.", subjects, False, seed, quick,
+                    folder, selection or Selection())  # fmt: skip
 
 
-def compare(
-    name: str, claim: str, subjects: Mapping[str, str], similar: bool, seed: int, quick: bool, folder: Path
+def compared(
+    name: str,
+    claim: str,
+    subjects: Mapping[str, str],
+    transformers: bool,
+    seed: int,
+    quick: bool,
+    folder: Path,
+    selection: Selection,
 ) -> Result:
-    """Train architectures with both optimizers at their best rates and judge a claim about all of them.
+    """Compare both optimizers on the small architectures, or on the paper's networks of the same kind.
 
     Args:
         name, claim: of the result.
-        subjects: of ARCHITECTURES -> title.
-        similar: whether the paper says that SGD is on par, or that it is worse.
-        seed, quick, folder: see run.
+        subjects: the small ones: of ARCHITECTURES -> title.
+        transformers: which of the paper's, and whether it says that SGD is worse on them.
+        seed, quick, folder, selection: see run.
     """
-    settings = QUICK if quick else Settings(seeds=(seed, seed + 1, seed + 2))
+    if selection.scale == "mini":
+        settings = QUICK if quick else Settings(seeds=(seed, seed + 1, seed + 2))
+        chosen = {key: subjects[key] for key in selection.of(subjects, name)}
+        return compare(name, claim, chosen, not transformers, dict.fromkeys(chosen, settings), folder)
+    shown = [key for key, (_, _, transformer) in NETWORKS.items() if transformer is transformers]
+    made = trainees(selection.of(shown, name), selection, quick)
+    titles = {key: NETWORKS[key][0] for key in made}
+    each = {key: trainee.settings(seed) for key, trainee in made.items()}
+    return compare(name, claim, titles, not transformers, each, folder, made)
+
+
+def compare(
+    name: str,
+    claim: str,
+    subjects: Mapping[str, str],
+    similar: bool,
+    settings: Mapping[str, Settings],
+    folder: Path,
+    made: Mapping[str, Trainee] | None = None,
+) -> Result:
+    """Train networks with both optimizers at their best rates and judge a claim about all of them.
+
+    Args:
+        name, claim: of the result.
+        subjects: key -> title.
+        similar: whether the paper says that SGD is on par, or that it is worse.
+        settings: key -> how it is trained.
+        folder: see run.
+        made: key -> what is trained; by default that of ARCHITECTURES.
+    """
     found = {
-        key: {optimizer: best(folder, key, optimizer, settings) for optimizer in ("SGD", "AdamW")} for key in subjects
+        key: {o: best(folder, key, o, settings[key], (made or {}).get(key)) for o in ("SGD", "AdamW")}
+        for key in subjects
     }
-    every = {key: gaps(key, both["SGD"], both["AdamW"]) for key, both in found.items()}
-    mean = {key: fmean(values) for key, values in every.items()}
-    spent = sum(cpu_seconds(folder, key, o, b, settings) for key, both in found.items() for o, b in both.items())
-    holds = [(mean[key] <= NEEDED_GAP) == similar for key in subjects]
+    every = {key: _gaps(both["SGD"], both["AdamW"]) for key, both in found.items()}
+    mean = {key: fmean(values) if values else None for key, values in every.items()}
+    spent = sum(cpu_seconds(folder, key, o, b, settings[key]) for key, both in found.items() for o, b in both.items())
+    holds = [(value <= NEEDED_GAP) == similar for value in mean.values() if value is not None]
+    steps = {key: each.num_steps for key, each in settings.items()}
+    seeds = next(iter(settings.values())).seeds
     rows = [
         [
             title,
             f"{fmean(found[key]['SGD'].initial):.3f}",
             *(f"{fmean(b.final):.3f} at {b.rate:.2g}{'*' if b.at_edge else ''}" for b in found[key].values()),
-            f"{mean[key]:+.3f} ({min(every[key]):+.3f} ... {max(every[key]):+.3f})",
+            f"{_gap(mean[key])} ({min(every[key]):+.3f} ... {max(every[key]):+.3f})" if every[key] else _gap(None),
             _diverged(found[key]),
         ]
         for key, title in subjects.items()
     ]
-    measured = "; ".join(f"{title}: gap {mean[key]:+.3f}" for key, title in subjects.items())
+    measured = "; ".join(f"{title}: gap {_gap(mean[key])}" for key, title in subjects.items())
     return Result(
         name,
-        f"{claim.split(':')[0]}: AdamW and SGD, {settings.num_steps} steps, {len(settings.seeds)} seeds",
-        {"seed": seed, "num_steps": settings.num_steps, "seeds": list(settings.seeds), "subjects": dict(subjects)},
+        f"{claim.split(':')[0]}: AdamW and SGD, {_steps(steps)} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        {
+            "seed": seeds[0],
+            "num_steps": steps if len({*steps.values()}) > 1 else next(iter(steps.values())),
+            "seeds": list(seeds),
+            "subjects": dict(subjects),
+            **({"recipes": {key: trainee.told for key, trainee in made.items()}} if made else {}),
+        },
         (
             Claim(
                 claim,
                 f"share of AdamW's gain that SGD does not make, {'at most' if similar else 'above'} {NEEDED_GAP:g} "
                 f"expected: {measured}.",
-                verdict(all(holds), any(holds)),
+                verdict(all(holds) and len(holds) == len(mean), any(holds)),
             ),
         ),
         format_table(["network", "initial", "SGD", "AdamW", "gap (over seeds)", "rates that diverged"], rows)
@@ -91,6 +140,19 @@ def compare(
         {f"{key} {o}": _losses(b) for key, both in found.items() for o, b in both.items()},
         _draw(found, subjects),
     )
+
+
+def _gaps(sgd: Best, adamw: Best) -> list[float]:
+    """The gap at every seed at which AdamW gained anything."""
+    return [gap(i, s, a) for i, s, a in zip(adamw.initial, sgd.final, adamw.final) if a < i]
+
+
+def _gap(value: float | None) -> str:
+    return "none: AdamW gained nothing" if value is None else f"{value:+.3f}"
+
+
+def _steps(steps: Mapping[str, int]) -> str:
+    return " ... ".join(f"{number}" for number in sorted({min(steps.values()), max(steps.values())}))
 
 
 def _diverged(both: Mapping[str, Best]) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockhess.density import default_sigma, node_grid, smooth
 from blockhess.paper.initial_spectra import Subject, measured, settings
-from blockhess.paper.networks import NETWORKS
+from blockhess.paper.networks import NETWORKS, Selection
 from blockhess.paper.pictures import new_figure
 from blockhess.paper.results import Claim, Result, verdict
 from blockhess.spectra import Spectra
@@ -63,21 +62,14 @@ def four_blocks(name: str, names: Sequence[str]) -> list[str]:
     return list(names[:4])
 
 
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    folder: Path,
-    scale: str = "mini",
-    data: str | PathLike[str] | None = None,
-    models: Sequence[str] = (),
-) -> Result:
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Draw the spectra of four blocks a network and measure how much they differ.
 
     Args:
-        seed, quick, folder, scale, data, models: see table1.run; none means the five networks of the figure.
+        seed, quick, folder, selection: see table1.run; no model means the five networks of the figure.
     """
-    subjects = measured(folder, models=models or SHOWN, scale=scale, seed=seed, quick=quick, data=data)
+    selection = selection or Selection()
+    subjects = measured(folder, selection, SHOWN, seed=seed, quick=quick)
     chosen = {s.title: four_blocks(s.name, s.spectra.names) for s in subjects}
     distances = {}
     rows = []
@@ -92,8 +84,8 @@ def run(
         rows[-1].append(f"{distances[s.title]:.3f}")
     return Result(
         "fig3",
-        f"Figure 3: spectra of four blocks of every network, scale {scale!r}",
-        settings(subjects, seed, scale),
+        f"Figure 3: spectra of four blocks of every network, scale {selection.scale!r}",
+        settings(subjects, seed, selection),
         _claims(subjects, distances),
         "eigenvalues over the block's 10th largest; JS: mean distance between the four, base 2, without blocks whose\n"
         "10th largest is negative\n"

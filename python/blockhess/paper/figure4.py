@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blockhess.paper.initial_spectra import Subject, measured, settings
-from blockhess.paper.networks import NETWORKS
+from blockhess.paper.networks import NETWORKS, Selection
 from blockhess.paper.pictures import new_figure
 from blockhess.paper.results import Claim, Result, quantiles, verdict
 from blockhess.table import format_table
@@ -31,21 +30,14 @@ CLEAR = 2.0
 MOST_COLUMNS = 4
 
 
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    folder: Path,
-    scale: str = "mini",
-    data: str | PathLike[str] | None = None,
-    models: Sequence[str] = (),
-) -> Result:
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Compare the blocks of every network pair by pair.
 
     Args:
-        seed, quick, folder, scale, data, models: see table1.run.
+        seed, quick, folder, selection: see table1.run.
     """
-    subjects = measured(folder, models=models, scale=scale, seed=seed, quick=quick, data=data)
+    selection = selection or Selection()
+    subjects = measured(folder, selection, seed=seed, quick=quick)
     compared = {s.title: s.spectra.compare() for s in subjects}
     pairs = {title: _pairs(matrix) for title, (matrix, _) in compared.items()}
     spread = {title: quantiles(found, (0.1, 0.5, 0.9, 1.0)) for title, found in pairs.items()}
@@ -61,8 +53,8 @@ def run(
     ]
     return Result(
         "fig4",
-        f"Figure 4: JS distance between the blocks of every network, scale {scale!r}",
-        settings(subjects, seed, scale),
+        f"Figure 4: JS distance between the blocks of every network, scale {selection.scale!r}",
+        settings(subjects, seed, selection),
         _claims(subjects, spread),
         "JS distance, base 2, over pairs of different blocks\n"
         + format_table(

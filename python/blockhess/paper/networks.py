@@ -1,27 +1,26 @@
 """The paper's six networks with data and loss, as Table 1 and Figures 3 and 4 take them: at its size, or for a CPU.
 
     scale "mini"     blockhess.models' "-mini", on the data that ship with the package
-    scale "paper"    the paper's sizes and batches (appendix C.1), on data in a folder of the user's:
-                     FOLDER/imagenet/CLASS/*.JPEG, FOLDER/cornell/movie_*.txt, FOLDER/openwebtext/train.bin
+    scale "paper"    the paper's sizes and batches (appendix C.1), on data in a folder of the user's: see sources.py
 
 Weights, text windows and images are pure functions of the seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blockhess.batches import map_tensors, split_batch
 from blockhess.datasets import CharText, fashion_mnist, shakespeare
 from blockhess.divergence import check_choice
-from blockhess.models import CONFIGS, masked_pair_loss, named, next_token_loss
+from blockhess.models import masked_pair_loss, named, next_token_loss
+from blockhess.paper.sources import Source, source
 from blockhess.sentence_pairs import SPECIAL, line_pairs, masked_pairs
 
 SCALES = ("mini", "paper")
@@ -46,6 +45,45 @@ IMAGES_AT_ONCE, TOKENS_AT_ONCE = 32, 8_192
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which networks a command is to take, and where.
+
+    Attributes:
+        models: names; none means those of the figure or table.
+        scale: one of SCALES.
+        data: folder with the data of scale "paper".
+        device: of torch, such as "cuda".
+        precision: of float32 matrix products, matmul_precision of spectrum.
+    """
+
+    models: Sequence[str] = ()
+    scale: str = "mini"
+    data: str | PathLike[str] | None = None
+    device: str = "cpu"
+    precision: str = "highest"
+
+    def __post_init__(self) -> None:
+        check_choice("network", "scale", self.scale, SCALES)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"network: device must be one of this machine's, got {self.device!r}: {reason}") from None
+
+    def of(self, known: Iterable[str], figure: str) -> list[str]:
+        """Return the chosen names, all of those that a figure has where none was chosen.
+
+        Raises:
+            ValueError: the figure has no such network.
+        """
+        names = list(known)
+        for name in self.models:
+            if name not in names:
+                raise ValueError(f"{figure}: model must be one of {', '.join(names)}, got {name!r}")
+        return [name for name in names if name in self.models] if self.models else names
+
+
+@dataclass(frozen=True)
 class Network:
     """A network at initialisation with what `spectrum` takes.
 
@@ -63,32 +101,40 @@ class Network:
 
 
 def network(
-    name: str, *, scale: str = "mini", seed: int = 0, data: str | PathLike[str] | None = None, size: int | None = None
+    name: str, selection: Selection | None = None, *, seed: int = 0, size: int | None = None, at_once: int | None = None
 ) -> Network:
     """Build a network and its data.
 
     Args:
         name: of NETWORKS; or hf:TYPE for a Transformers language model, torchvision:NAME or timm:NAME.
-        scale: one of SCALES.
+        selection: scale, data and device; by default mini, on the CPU.
         seed: of weights and data.
-        data: folder with the data of scale "paper"; Shakespeare ships.
         size: images, windows or pairs, instead of the scale's own number.
+        at_once: of these that one graph holds, instead of the scale's own number.
 
     Raises:
-        ValueError: an unknown name or scale, or data that are not there; tells the layout.
+        ValueError: an unknown name, or data that are not there; tells the layout.
 
     Example:
         >>> network("bert").source
         'line pairs of Shakespeare, by character'
     """
-    check_choice("network", "scale", scale, SCALES)
+    selection = selection or Selection()
     if name not in NETWORKS and ":" not in name:
         raise ValueError(f"network: name must be one of {', '.join(NETWORKS)} or PACKAGE:NAME, got {name!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if scale == "paper":
-            return _at_paper_size(name, seed, data, size)
-        return _mini(name, seed, size)
+    if selection.scale == "paper":
+        net = _at_paper_size(name, selection, seed, size, at_once)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = _mini(name, seed, size)
+    return moved(net, torch.device(selection.device))
+
+
+def moved(net: Network, device: torch.device) -> Network:
+    """Return the network with model and data on a device."""
+    data = map_tensors(lambda tensor: tensor.to(device), net.data)
+    return Network(net.name, net.model.to(device), data, net.loss_fn, net.source)
 
 
 def _mini(name: str, seed: int, size: int | None) -> Network:
@@ -122,40 +168,28 @@ def _lines(text: CharText) -> list[tuple[Tensor, Tensor]]:
     return line_pairs([line[line != newline] for line in torch.tensor_split(text.tokens, ends)])
 
 
-def _at_paper_size(name: str, seed: int, data: str | PathLike[str] | None, size: int | None) -> Network:
-    model = named(name)
-    if name == "gpt2-nano":
-        text = shakespeare()
-        model = named(name, vocab_size=len(text.vocabulary))
-        return Network(name, model, _windows(text.batches, name, 256, seed, size), next_token_loss, "Shakespeare")
-    if data is None:
+def samples(name: str, found: Source) -> tuple[int, int]:
+    """Return how many samples the paper's batch has, and how many of them one graph holds."""
+    if found.num_samples is not None:
+        return IMAGES, IMAGES_AT_ONCE
+    return TOKENS[name] // found.tokens, max(1, TOKENS_AT_ONCE // found.tokens)
+
+
+def model_of(name: str, found: Source, seed: int) -> nn.Module:
+    """Return a network at the paper's size, initialised from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return named(name, **found.sizes)
+
+
+def _at_paper_size(name: str, selection: Selection, seed: int, size: int | None, at_once: int | None) -> Network:
+    if name.startswith("hf:"):
         raise ValueError(
-            f"network: {name} at the paper's size needs --data FOLDER with imagenet/CLASS/*.JPEG, "
-            "cornell/movie_*.txt or openwebtext/train.bin, got none"
+            f"network: name at the paper's size must be one of {', '.join(NETWORKS)}, timm:NAME or torchvision:NAME, "
+            f"got {name!r}"
         )
-    folder = Path(data)
-    if name == "gpt2":
-        from blockhess.text_files import TokenFile
-
-        tokens = TokenFile(folder / "openwebtext" / "train.bin", CONFIGS[name][1].vocab_size)
-        return Network(name, model, _windows(tokens.batches, name, 1024, seed, size), next_token_loss, "OpenWebText")
-    if name == "bert":
-        from blockhess.text_files import cornell_dialogs
-
-        pairs, vocab_size = cornell_dialogs(folder / "cornell", CONFIGS[name][1].vocab_size - SPECIAL)
-        count, at_once = size or TOKENS[name] // 64, TOKENS_AT_ONCE // 64
-        batches = masked_pairs(
-            pairs, vocab_size + SPECIAL, -(-count // at_once), batch_size=min(count, at_once), context=64, seed=seed
-        )
-        return Network(name, model, batches, masked_pair_loss, "Cornell Movie-Dialogs")
-    from blockhess.image_files import image_folder
-
-    images, labels = image_folder(folder / "imagenet", size or IMAGES, side=224, seed=seed)
-    parts = list(zip(torch.split(images, IMAGES_AT_ONCE), torch.split(labels, IMAGES_AT_ONCE)))
-    return Network(name, model, parts, nn.CrossEntropyLoss(), "ImageNet")
-
-
-def _windows(draw: Callable[..., Any], name: str, context: int, seed: int, size: int | None) -> list[Any]:
-    """The paper's tokens as windows, in batches that one graph holds."""
-    count, at_once = size or TOKENS[name] // context, TOKENS_AT_ONCE // context
-    return partial(draw, context=context, seed=seed)(-(-count // at_once), batch_size=min(count, at_once))  # type: ignore[no-any-return]
+    found = source(name, selection.data)
+    count, together = samples(name, found)
+    count, together = size or count, at_once or together
+    parts = split_batch(found.draw(count, seed, 0), -(-count // together))
+    return Network(name, model_of(name, found, seed), parts, found.loss_fn, found.words)

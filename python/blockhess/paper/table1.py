@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockhess.paper.initial_spectra import POLICIES, Subject, measured, settings
-from blockhess.paper.networks import NETWORKS
+from blockhess.paper.networks import NETWORKS, Selection
 from blockhess.paper.pictures import new_figure
 from blockhess.paper.results import Claim, Result, verdict
 from blockhess.paper.table3 import (
@@ -77,25 +76,18 @@ def by_policy(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
     return {policy: [s for s in subjects if s.policy in (policy, "none")] for policy in POLICIES}
 
 
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    folder: Path,
-    scale: str = "mini",
-    data: str | PathLike[str] | None = None,
-    models: Sequence[str] = (),
-) -> Result:
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Measure the networks, or take their spectra from the folder, and compare with the paper's six numbers.
 
     Args:
         seed: of weights, data and probes.
         quick: few probes, steps, samples and definitions.
         folder: where the spectra are kept.
-        scale, data: see networks.network.
-        models: names of networks; none means the paper's six. Claims are judged of the six together only.
+        selection: of the networks, by default the small relatives of the paper's six. Claims are judged of the six
+            together only.
     """
-    subjects = measured(folder, models=models, scale=scale, seed=seed, quick=quick, data=data)
+    selection = selection or Selection()
+    subjects = measured(folder, selection, seed=seed, quick=quick)
     definitions = TRIED[1::8] if quick else TRIED
     values = {key: {s.title: js0(s.spectra, key) for s in subjects} for key in definitions}
     intervals = {s.title: s.spectra.js0(confidence=0.95) for s in subjects}
@@ -117,8 +109,8 @@ def run(
     }
     return Result(
         "table1",
-        f"Table 1: JS0 of the networks at initialisation, scale {scale!r}",
-        settings(subjects, seed, scale),
+        f"Table 1: JS0 of the networks at initialisation, scale {selection.scale!r}",
+        settings(subjects, seed, selection),
         _claims(judged, ratios) if complete else (),
         _text(subjects, values, judged, ratios) + "\n" + "\n".join(f"{t}: {j}" for t, j in intervals.items()),
         numbers,

@@ -4,8 +4,8 @@ A grid of decades grows by decades while its best rate is the first or the last;
 tried. Loss against rate has several minima where large rates lead to dead units, so the decades come first.
 
 FOLDER/runs/ARCHITECTURE/OPTIMIZER-RATE-SEED.json holds one finished training. A file is taken instead of training again
-if the settings in it are the same, so a run that was interrupted goes on with the training it was at; to redo an
-architecture, remove its folder.
+if the settings in it are the same; that of a training under way, which ends in .state, brings an interrupted run back
+to the step it was at. To redo an architecture, remove its folder.
 """
 
 from __future__ import annotations
@@ -13,19 +13,52 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import nn
 
 from blockhess.paper.architectures import ARCHITECTURES
-from blockhess.training import Training, train
+from blockhess.training import Kept, Training, train
 
 # Rates tried first, and how many decades may be added to them.
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 GRIDS = {"SGD": RATES, "AdamW": RATES}
 MOST_ADDED = 3
+
+
+class Trainee(Protocol):
+    """What can be made and trained: architectures.Architecture, or recipes.PaperTrainee."""
+
+    @property
+    def transformer(self) -> bool:
+        """Whether it is one."""
+        ...
+
+    @property
+    def loss_fn(self) -> Any:
+        """Of spectrum and train."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of train beside those of Settings."""
+        ...
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What tells its trainings from others, beside Settings."""
+        ...
+
+    def model(self, seed: int) -> nn.Module:
+        """The model at the initialisation of a seed."""
+        ...
+
+    def batches(self, num_batches: int, seed: int) -> Sequence[Any]:
+        """Batches of a training."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,14 +70,16 @@ class Settings:
         seeds: the first chooses the rate, all measure it.
         grids: optimizer -> rates tried first.
         most_added: decades added beyond the grid at most.
+        refined: whether the half decades beside the best are tried.
     """
 
     num_steps: int = 600
     warmup: int = 30
     schedule: str = "cosine"
     seeds: tuple[int, ...] = (0, 1, 2)
-    grids: dict[str, Sequence[float]] = field(default_factory=lambda: dict(GRIDS))
+    grids: Mapping[str, Sequence[float]] = field(default_factory=lambda: dict(GRIDS))
     most_added: int = MOST_ADDED
+    refined: bool = True
 
 
 QUICK = Settings(6, 1, seeds=(0, 1), grids={"SGD": (0.03, 0.1), "AdamW": (1e-3, 1e-2)}, most_added=0)
@@ -77,13 +112,17 @@ class Best:
         return tuple(t.initial if t.final is None else t.final for t in self.trainings)
 
 
-def trained(folder: Path, name: str, optimizer: str, rate: float, seed: int, settings: Settings) -> Training:
+def trained(
+    folder: Path, name: str, optimizer: str, rate: float, seed: int, settings: Settings, trainee: Trainee | None = None
+) -> Training:
     """Return a training that is there, or do it and keep it.
 
     Args:
         folder: where FOLDER/runs is, or is made.
-        name: of ARCHITECTURES.
+        name: of the trainee.
+        trainee: by default that of ARCHITECTURES.
     """
+    trainee = trainee or ARCHITECTURES[name]
     path = _path(folder, name, optimizer, rate, seed)
     asked = {
         "architecture": name,
@@ -93,29 +132,31 @@ def trained(folder: Path, name: str, optimizer: str, rate: float, seed: int, set
         "num_steps": settings.num_steps,
         "warmup": settings.warmup,
         "schedule": settings.schedule,
+        **trainee.told,
     }
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        if kept["settings"] == asked:
-            return Training(**{**kept["training"], "losses": tuple(kept["training"]["losses"])})
-    architecture = ARCHITECTURES[name]
-    start = time.process_time()
+        before: dict[str, Any] = json.loads(path.read_text())
+        if before["settings"] == asked:
+            return Training(**{**before["training"], "losses": tuple(before["training"]["losses"])})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = Kept(path.with_suffix(".state"), asked)
     training = train(
-        architecture.model(seed),
-        architecture.batches(settings.num_steps, seed),
-        architecture.loss_fn,
+        trainee.model(seed),
+        trainee.batches(settings.num_steps, seed),
+        trainee.loss_fn,
         optimizer=optimizer,
         rate=rate,
         num_steps=settings.num_steps,
         schedule=settings.schedule,
         warmup=settings.warmup,
-        clip=architecture.clip,
+        kept=kept,
+        **trainee.options,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    content = {"settings": asked, "training": asdict(training), "cpu_seconds": time.process_time() - start}
+    content = {"settings": asked, "training": asdict(training), "cpu_seconds": kept.cpu_seconds}
     beside.write_text(json.dumps(content, allow_nan=False) + "\n")
     os.replace(beside, path)
+    kept.remove()
     return training
 
 
@@ -130,7 +171,7 @@ def cpu_seconds(folder: Path, name: str, optimizer: str, found: Best, settings: 
     return float(sum(json.loads(path.read_text())["cpu_seconds"] for path in paths))
 
 
-def best(folder: Path, name: str, optimizer: str, settings: Settings) -> Best:
+def best(folder: Path, name: str, optimizer: str, settings: Settings, trainee: Trainee | None = None) -> Best:
     """Search the rate at the first seed and train at the best one with all seeds.
 
     Where every rate diverged it is the smallest, and its trainings gain nothing.
@@ -139,7 +180,7 @@ def best(folder: Path, name: str, optimizer: str, settings: Settings) -> Best:
     first = settings.seeds[0]
 
     def final(rate: float) -> float:
-        value = trained(folder, name, optimizer, rate, first, settings).final
+        value = trained(folder, name, optimizer, rate, first, settings, trainee).final
         return math.inf if value is None else value
 
     for _ in range(settings.most_added):
@@ -150,9 +191,10 @@ def best(folder: Path, name: str, optimizer: str, settings: Settings) -> Best:
             rates.append(rates[-1] * 10)
         else:
             break
-    middle = min(rates, key=final)
-    rates = sorted([*rates, middle / 10**0.5, middle * 10**0.5])
+    if settings.refined:
+        middle = min(rates, key=final)
+        rates = sorted([*rates, middle / 10**0.5, middle * 10**0.5])
     chosen = min(rates, key=final)
-    trainings = tuple(trained(folder, name, optimizer, chosen, seed, settings) for seed in settings.seeds)
-    tried = {rate: trained(folder, name, optimizer, rate, first, settings).final for rate in rates}
-    return Best(chosen, chosen in (rates[0], rates[-1]), tried, trainings)
+    trainings = tuple(trained(folder, name, optimizer, chosen, seed, settings, trainee) for seed in settings.seeds)
+    tried = {rate: trained(folder, name, optimizer, rate, first, settings, trainee).final for rate in rates}
+    return Best(chosen, len(rates) > 1 and chosen in (rates[0], rates[-1]), tried, trainings)

@@ -55,7 +55,7 @@ class Checkpoints:
         """To be called after every step; saves where it is time."""
         start = time.perf_counter()
         if self._due is None:
-            self._due = start + _wait(FIRST_SECONDS + state.nbytes / FIRST_BYTES_PER_SECOND)
+            self._due = start + wait_after(FIRST_SECONDS + state.nbytes / FIRST_BYTES_PER_SECOND)
         if self._copy is None and start >= self._due:
             state, arrived = copied(state)
             self._copy = state, hvps, arrived
@@ -78,8 +78,9 @@ class Checkpoints:
         self._copy = None
         now = time.perf_counter()
         self.seconds, self.count = self.seconds + now - start, self.count + 1
-        self._due = now + _wait(now - start)
+        self._due = now + wait_after(now - start)
 
 
-def _wait(cost: float) -> float:
+def wait_after(cost: float) -> float:
+    """Seconds until the next save, after one that took so many."""
     return max(LEAST_SECONDS, cost / SHARE)

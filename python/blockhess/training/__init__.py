@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from blockhess.training.checkpoints import load_checkpoint, save_checkpoint, spectra_of_checkpoints
+from blockhess.training.kept import Kept
 from blockhess.training.loop import Training, learning_rate, train
 from blockhess.training.optimizers import OPTIMIZERS, AdamUncorrected, make_optimizer
 
 __all__ = [
     "OPTIMIZERS",
     "AdamUncorrected",
+    "Kept",
     "Training",
     "learning_rate",
     "load_checkpoint",

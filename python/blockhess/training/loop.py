@@ -1,14 +1,17 @@
 """One training: fixed number of steps, losses of all of them, divergence told apart from a bad loss.
 
-    eta_t = rate  or  rate (1 + cos(pi t / T)) / 2, after a linear warm-up;  gradients clipped on request
+    eta_t = rate  or  rate (1 + cos(pi t / T)) / 2  or  rate / 10^floor(3 t / T), after a linear warm-up
+    g_t = sum_i weight_i g_i / sum_i weight_i    over the parts of a batch that one graph does not hold;  clipped
 
 A loss that is not finite ends the training, and one that ends above where it began has diverged: no result is NaN.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +19,22 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from blockhess.batches import batch_size, split_batch
 from blockhess.divergence import check_choice
-from blockhess.losses import as_loss
-from blockhess.training.optimizers import make_optimizer
+from blockhess.losses import Loss, as_loss, checked_weight
+from blockhess.runs.signals import Catcher, caught
+from blockhess.training.kept import Kept
+from blockhess.training.optimizers import BETA2, make_optimizer
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "thirds")
 
 
 def learning_rate(step: int, num_steps: int, schedule: str = "cosine", warmup: int = 0) -> float:
     """Return the factor of the learning rate at a step, counted from 0.
 
     Args:
-        schedule: "constant", or "cosine" from 1 towards 0 over the steps after the warm-up.
+        schedule: "constant"; "cosine" from 1 towards 0 over the steps after the warm-up; or "thirds", a tenth of
+            what it was after every third of the steps.
         warmup: steps of a linear rise before.
 
     Example:
@@ -38,6 +45,8 @@ def learning_rate(step: int, num_steps: int, schedule: str = "cosine", warmup: i
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
         return 1.0
+    if schedule == "thirds":
+        return 0.1 ** (3 * step // num_steps)
     return (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
 
 
@@ -72,22 +81,30 @@ def train(
     warmup: int = 0,
     clip: float | None = None,
     weight_decay: float = 0.0,
+    beta2: float = BETA2,
+    at_once: int | None = None,
     window: int = 10,
     at_steps: Mapping[int, Callable[[nn.Module], object]] | None = None,
+    kept: Kept | None = None,
 ) -> Training:
     """Train a model in place, in train mode.
 
     Args:
         model: its parameters that require gradients are trained.
-        batches: drawn one a step; a list is gone through again and again.
+        batches: drawn one a step; a sequence is gone through again and again, and asked for a batch when that is due.
         loss_fn: as of `blockhess.spectrum`.
         optimizer: "SGD", "AdamW" or "Adam", see make_optimizer.
         rate, schedule, warmup: the learning rate, see learning_rate.
         num_steps: how many.
         clip: largest norm of the whole gradient, as language models are trained with; None means any.
-        weight_decay: of AdamW.
+        weight_decay, beta2: of AdamW; see make_optimizer.
+        at_once: samples that one graph holds: the gradient of a larger batch is put together from parts. BatchNorm
+            takes the statistics of each part. None means any.
         window: how many last losses are averaged to the final one; the same batches give the initial one.
         at_steps: step -> what to call with the model after so many steps; 0 is before the first.
+        kept: where the training is kept while it is under way, and goes on from if it was interrupted; what `at_steps`
+            called before that is not called again. SIGTERM and SIGINT save the state, then raise
+            `runs.signals.Interrupted`.
 
     Returns:
         Training. The model is left in train mode, with whatever parameters it reached.
@@ -109,54 +126,91 @@ def train(
         )
     if clip is not None and not clip > 0:
         raise ValueError(f"train: clip must be positive, got {clip}")
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"train: at_once must be at least 1, got {at_once}")
     loss_of = as_loss(loss_fn)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    update = make_optimizer(optimizer, parameters, rate, weight_decay)
-    source = _repeated(batches)
-    drawn = [next(source) for _ in range(num_steps)]
+    update = make_optimizer(optimizer, parameters, rate, weight_decay, beta2)
+    drawn = _indexed(batches, num_steps)
     hooks = at_steps or {}
     model.train()
-    first = [_value(loss_of, model, batch) for batch in drawn[-window:]]
-    initial = sum(first) / len(first)
-    if 0 in hooks:
-        hooks[0](model)
+    begun = None if kept is None else kept.load(model, update)
+    if begun is None:
+        first = [_value(loss_of, model, drawn[step % len(drawn)], at_once) for step in range(num_steps)[-window:]]
+        begun = [], sum(first) / len(first)
+        if 0 in hooks:
+            hooks[0](model)
+    losses, initial = begun
 
-    losses: list[float] = []
-    for step, batch in enumerate(drawn):
-        loss, _ = loss_of(model, batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            break
-        losses.append(value)
-        update.zero_grad()
-        loss.backward()
-        if clip is not None:
-            clip_grad_norm_(parameters, clip)
-        for group in update.param_groups:
-            group["lr"] = rate * learning_rate(step, num_steps, schedule, warmup)
-        update.step()
-        if step + 1 in hooks:
-            hooks[step + 1](model)
+    with ExitStack() as stack:
+        catcher: Catcher | None = None
+        if kept is not None:
+            catcher = stack.enter_context(caught())
+            stack.enter_context(catcher.working())
+        for step in range(len(losses), num_steps):
+            update.zero_grad()
+            value = _loss(loss_of, model, drawn[step % len(drawn)], at_once, backward=True)
+            if not math.isfinite(value):
+                break
+            losses.append(value)
+            if clip is not None:
+                clip_grad_norm_(parameters, clip)
+            for group in update.param_groups:
+                group["lr"] = rate * learning_rate(step, num_steps, schedule, warmup)
+            update.step()
+            if step + 1 in hooks:
+                hooks[step + 1](model)
+            if kept is not None and catcher is not None:
+                if catcher.pending is not None:
+                    kept.save(model, update, losses, initial)
+                    catcher.check()
+                kept.after_step(model, update, losses, initial)
     final = sum(losses[-window:]) / len(losses[-window:]) if losses else math.nan
     diverged = len(losses) < num_steps or not final <= initial
     return Training(tuple(losses), initial, None if diverged else final, diverged, num_steps)
 
 
+def _loss(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None, *, backward: bool) -> float:
+    """The loss of a batch; backward: its gradient is added to that of the parameters."""
+    size = batch_size(batch)
+    parts = [batch] if at_once is None or size is None else split_batch(batch, -(-size // at_once))
+    if len(parts) == 1:
+        loss, _ = loss_of(model, batch)
+        if backward:
+            loss.backward()
+        return float(loss.item())
+    total = value = 0.0
+    for index, part in enumerate(parts):
+        loss, weight = loss_of(model, part)
+        share = checked_weight(weight, index, len(parts)) if loss_of.averaged else 1.0
+        if backward:
+            (share * loss).backward()
+        total, value = total + share, value + share * loss.item()
+    if not loss_of.averaged:
+        return value
+    for parameter in model.parameters() if backward else ():
+        if parameter.grad is not None:
+            parameter.grad /= total
+    return value / total
+
+
 @torch.no_grad()
-def _value(loss_of: Any, model: nn.Module, batch: Any) -> float:
+def _value(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None) -> float:
     """The loss without a trace in the model: BatchNorm's running statistics stay as they are."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    value = float(loss_of(model, batch)[0])
+    value = _loss(loss_of, model, batch, at_once, backward=False)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return value
 
 
-def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
-    if isinstance(batches, list | tuple):
+def _indexed(batches: Iterable[Any], num_steps: int) -> Sequence[Any]:
+    """The batches by number: a sequence as it is, of others as many as are needed."""
+    if isinstance(batches, Sequence):
         if not batches:
             raise ValueError("train: batches must hold one at least, got none")
-        while True:
-            yield from batches
-    yield from batches
-    raise ValueError("train: batches must last for num_steps, got fewer")
+        return batches
+    drawn = list(itertools.islice(batches, num_steps))
+    if len(drawn) < num_steps:
+        raise ValueError("train: batches must last for num_steps, got fewer")
+    return drawn

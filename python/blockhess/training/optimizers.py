@@ -78,18 +78,22 @@ class AdamUncorrected(Optimizer):
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "SGD": lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr, momentum=BETA1),
-    "AdamW": lambda params, lr, weight_decay: torch.optim.AdamW(
-        params, lr=lr, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=weight_decay
+    "SGD": lambda params, lr, weight_decay, beta2: torch.optim.SGD(params, lr=lr, momentum=BETA1),
+    "AdamW": lambda params, lr, weight_decay, beta2: torch.optim.AdamW(
+        params, lr=lr, betas=(BETA1, beta2), eps=EPSILON, weight_decay=weight_decay
     ),
-    "Adam": lambda params, lr, weight_decay: AdamUncorrected(params, lr=lr),
+    "Adam": lambda params, lr, weight_decay, beta2: AdamUncorrected(params, lr=lr, betas=(BETA1, beta2)),
 }
 
 
 def make_optimizer(
-    name: str, params: Iterable[Tensor] | Iterable[dict[str, Any]], rate: float, weight_decay: float = 0.0
+    name: str,
+    params: Iterable[Tensor] | Iterable[dict[str, Any]],
+    rate: float,
+    weight_decay: float = 0.0,
+    beta2: float = BETA2,
 ) -> Optimizer:
-    """Return Algorithm 1 ("SGD"), 2 ("AdamW") or 3 ("Adam"); only AdamW decays weights.
+    """Return Algorithm 1 ("SGD"), 2 ("AdamW") or 3 ("Adam"); only AdamW decays weights, SGD has no beta2.
 
     Raises:
         ValueError: another name, or rate is not positive.
@@ -101,4 +105,4 @@ def make_optimizer(
     check_choice("make_optimizer", "name", name, OPTIMIZERS)
     if not 0 < rate < math.inf:
         raise ValueError(f"make_optimizer: rate must be positive, got {rate}")
-    return OPTIMIZERS[name](params, lr=rate, weight_decay=weight_decay)
+    return OPTIMIZERS[name](params, lr=rate, weight_decay=weight_decay, beta2=beta2)
