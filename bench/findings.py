@@ -1,19 +1,19 @@
 """Measures what docs/findings.md says of BatchNorm: block spectra of ResNet18 at its real width, and of GPT2-nano.
 
-python -m bench.findings             # all, 3 probes of 20 steps; about an hour on one thread
+python -m bench.findings             # all, 3 probes of 20 steps; about two hours on one thread
 python -m bench.findings mini        # those whose name begins so
 python -m bench.findings --probes 4  # adds probes to what is there, and to that alone
 
 The ResNet18 is the paper's (11M, ImageNet stem) on 8 images of Fashion-MNIST enlarged to 56 x 56, with the same
-weights under three BatchNorm policies; the GPT the paper's GPT2-nano (10.7M) on 512 characters of Shakespeare. What
-images and seeds change is measured on the small relatives of both. After every probe the spectra are written to
-bench/results/findings, so what was interrupted goes on where it stopped.
+weights under three BatchNorm policies; the GPT the paper's GPT2-nano (10.7M) on 512 characters of Shakespeare. A seed
+decides weights, images or windows, and probes. What the number of images and more seeds change is measured on the
+small relatives of both. After every probe the spectra are written to bench/results/findings, with where that was
+done, so what was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, named, next_t
 
 RESULTS = Path(__file__).parent / "results" / "findings"
 IMAGES, IMAGE_SIDE, WINDOWS = 8, 56, 2
-NUM_PROBES, NUM_STEPS, SEED = 3, 20, 0
+NUM_PROBES, NUM_STEPS, SEEDS = 3, 20, (0, 1)
 
 # Of training, of the paper's code, and the statistics of training held fixed.
 POLICIES = ("batch", "eval", "frozen-batch-stats")
@@ -40,6 +40,11 @@ MINI_IMAGES, MINI_SEEDS = (8, 64, 256), (1, 2)
 def weights(model: nn.Module) -> dict[str, str]:
     """Every parameter tensor of two dimensions or more, under its own name: no biases, no normalisation."""
     return {name: name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+
+
+def stem(name: str, seed: int) -> str:
+    """Of the result file of a network at full width."""
+    return name + (f"_seed{seed}" if seed else "")
 
 
 def small_jobs() -> dict[str, dict[str, Any]]:
@@ -71,26 +76,31 @@ def small_jobs() -> dict[str, dict[str, Any]]:
     return found
 
 
-def jobs() -> dict[str, dict[str, Any]]:
-    """Stem of the result file -> arguments of spectrum."""
+def full_jobs(seed: int) -> dict[str, dict[str, Any]]:
+    """ResNet18 under every policy and GPT2-nano."""
     text = shakespeare()
-    images, labels = fashion_mnist(IMAGES)
+    shown = slice(seed * IMAGES, (seed + 1) * IMAGES)
+    images, labels = (t[shown] for t in fashion_mnist())
     images = F.interpolate(images, size=(IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     gpt = GPT(GPTConfig(len(text.vocabulary)))
     resnet = ResNet(ResNetConfig(num_classes=10, in_channels=1))
-    windows = text.batches(batch_size=WINDOWS, context=gpt.config.context, seed=SEED)
+    windows = text.batches(batch_size=WINDOWS, context=gpt.config.context, seed=seed)
     on_images = {
         "model": resnet,
         "data": (images, labels),
         "loss_fn": nn.CrossEntropyLoss(),
         "blocks": weights(resnet),
+        "seed": seed,
     }
-    return {
-        **{f"resnet18_{policy}": {**on_images, "batchnorm": policy} for policy in POLICIES},
-        "gpt2_nano": {"model": gpt, "data": windows, "loss_fn": next_token_loss, "blocks": weights(gpt)},
-        **small_jobs(),
-    }
+    on_text = {"model": gpt, "data": windows, "loss_fn": next_token_loss, "blocks": weights(gpt), "seed": seed}
+    policies = {stem(f"resnet18_{policy}", seed): {**on_images, "batchnorm": policy} for policy in POLICIES}
+    return {**policies, stem("gpt2_nano", seed): on_text}
+
+
+def jobs() -> dict[str, dict[str, Any]]:
+    """Stem of the result file -> arguments of spectrum."""
+    return {name: job for seed in SEEDS for name, job in full_jobs(seed).items()} | small_jobs()
 
 
 def main() -> None:
@@ -100,20 +110,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
-    todo = {stem: job for stem, job in jobs().items() if stem.startswith(tuple(arguments.names))}
-    environment = RESULTS / "environment.json"
-    if not environment.exists():
-        environment.write_text(json.dumps(describe(), indent=1) + "\n")
+    todo = {name: job for name, job in jobs().items() if name.startswith(tuple(arguments.names))}
+    same = {"num_steps": NUM_STEPS, "engine": "autograd", "reorthogonalize": "none"}
     for num_probes in range(1, arguments.probes + 1):
-        for stem, job in todo.items():
-            path = RESULTS / f"{stem}.npz"
-            same = {"num_steps": NUM_STEPS, "seed": SEED, "engine": "autograd", "reorthogonalize": "none"}
+        for name, job in todo.items():
+            path = RESULTS / f"{name}.npz"
             if not path.exists():
                 spectra = blockhess.spectrum(**job, **same, num_probes=1)
             elif (before := blockhess.load(path)).quadrature.num_probes < num_probes:
                 spectra = blockhess.extend(before, **job, **same, num_probes=num_probes)
             else:
                 continue
+            spectra.provenance.setdefault("made_at", []).append(describe())
             spectra.save(path)
             print(f"{path.name}: {spectra!r}; {spectra.provenance['seconds']:.0f} s", flush=True)
 
