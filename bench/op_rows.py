@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.layouts import LAYOUTS, gpt2, log_spaced
 from bench.machine import Machine
 from bench.memory import peak_vector_sets
-from bench.rows import Row, Target, faster
+from bench.rows import AT_TRIAD, Row, Target, faster
 from bench.step import (
     ROUNDING,
     Projection,
@@ -55,7 +55,7 @@ def layout_dims(machine: Machine, name: str) -> list[int]:
     return LAYOUTS[name]() if machine.size == "full" else small
 
 
-# Most tiles of a segment that the CPU's lanczos_step makes in one go, from csrc/cpu/lanczos_step.cpp.
+# Most tiles of a segment that the CPU's lanczos_step leaves to one thread, from csrc/cpu/lanczos_step.cpp.
 TILES_IN_CACHE = 32
 
 
@@ -63,7 +63,7 @@ def moved_elements(layout: Layout) -> float:
     """Elements of a vector that a step moves between memory and cache, for each of its n: counted from its passes.
 
     Read w, v; read w, v, v_prev, write r; read r, write v_next: 8. Where a segment stays in cache all but the first
-    reads and the last write do: read w, v, v_prev, write v_next: 4.
+    reads and the last write do: read w, v, v_prev, write v_next: 4. Of a longer one a larger cache may keep a part.
     """
     in_cache = layout.tile_offsets.diff() <= TILES_IN_CACHE
     return sum(dim * (4 if c else 8) for dim, c in zip(layout.dims, in_cache.tolist())) / layout.n
@@ -117,6 +117,10 @@ def step_row(
     row, seconds = Row.of(entries), entries["blockhess"].median
     moved = moved_elements(step.layout)
     n_bytes = moved * step.w.nbytes
+    for rival, entry in entries.items():
+        if rival != "blockhess" and not entry.failure:
+            most = entry.median / (n_bytes / machine.limits["triad"])
+            row.measured[f"times faster than {rival}{AT_TRIAD}"] = most
     row.measured |= {
         "elements moved": moved,
         "GB/s": n_bytes / seconds / 1e9,

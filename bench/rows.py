@@ -9,6 +9,9 @@ from typing import Any
 
 from bench.timing import Entry, WrongResult
 
+# After a quantity: what moving the same bytes as fast as triad would give.
+AT_TRIAD = ", at triad bandwidth"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -79,7 +82,10 @@ def judged(target: Target, row: Mapping[str, Any]) -> tuple[str, str]:
         rival = target.quantity.removeprefix("times faster than ")
         return "-", f"not measured: {row['times'].get(rival, {}).get('failure', 'no such rival')}"
     value = row["measured"][target.quantity]
-    return shown(target.quantity, value), "met" if target.met(value) else "missed"
+    text, at_triad = shown(target.quantity, value), row["measured"].get(target.quantity + AT_TRIAD)
+    if at_triad is not None:
+        text += f" (at triad bandwidth {shown(target.quantity, at_triad)})"
+    return text, "met" if target.met(value) else "missed"
 
 
 Judge = Callable[[str, Target], tuple[str, str]]

@@ -141,6 +141,8 @@ def test_targets_are_judged_and_absence_is_told():
     assert judged(target, {"skipped": "takes 9 GiB"}) == ("-", "skipped: takes 9 GiB")
     assert judged(target, {"failure": "no"}) == ("-", "failed")
     assert judged(Target("", "share of x", 0.8, True), {"measured": {"share of x": 0.812}})[0] == "81.2 %"
+    bounded = {"measured": {"times faster than peer": 1.9, "times faster than peer, at triad bandwidth": 1.95}}
+    assert judged(target, bounded) == ("1.9 (at triad bandwidth 1.95)", "missed")
 
 
 def result_of(rows: dict, size: str = "full") -> dict:

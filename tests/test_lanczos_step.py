@@ -52,6 +52,16 @@ def test_an_eigenvector_finishes_at_any_scale(step, scale, dtype):
 
 
 @pytest.mark.parametrize("step", IMPLEMENTATIONS)
+@pytest.mark.parametrize("exponent", [-130, -120, 0, 120, 127])
+def test_the_next_vector_has_norm_one_where_its_factor_is_no_number_of_its_precision(step, exponent, dtype):
+    beta = 2.0**exponent  # its inverse is beyond float32, or has few digits there
+    case = first_step(torch.tensor([[0.0, beta], [beta, 0.0]], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype))
+    step(*case.arguments())
+    assert case.recurrences.beta[0].item() == beta
+    assert case.v_prev.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("step", IMPLEMENTATIONS)
 def test_the_threshold_is_64_eps_of_the_running_norm(step, dtype):
     eps = torch.finfo(dtype).eps
     for beta, status in [(63 * eps, FINISHED), (66 * eps, RUNNING)]:

@@ -1,12 +1,13 @@
 // lanczos_step on the CPU: tiles are spread over threads.
 //
 // A segment that stays in cache is stepped by one thread from its first pass to its last, so memory moves 4 of the 8
-// elements: w, v, v_prev in, v_next out. A longer one, or one that is a large part of all the work, is shared by all
-// threads, pass by pass. Both add the same partial sums in the same order.
+// elements: w, v, v_prev in, v_next out. One that is longer, or a large part of all the work, is shared by all threads,
+// pass by pass. Both add the same partial sums in the same order.
 #include "ops/lanczos_step.h"
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "tiles.h"
 #include "vector_kernels.h"
@@ -14,8 +15,11 @@
 namespace blockhess {
 namespace {
 
-constexpr int64_t kOwnTiles = 32;   // most tiles of a segment that is left to one thread: 12 MiB of float32 vectors
-constexpr int64_t kLargePart = 16;  // a sixteenth of all tiles
+// Most tiles of a segment that is left to one thread, and fewest that are worth the waits of sharing: 12 MiB of float32
+// vectors. Tried on 2 cores with 32 MiB of cache: shorter ones are slower when shared, longer ones not.
+constexpr int64_t kOwnTiles = 32;
+// A segment left to one thread holds at most this part of all tiles: for no longer have the others to wait.
+constexpr int64_t kLargePart = 16;
 
 template <class T>
 class Step {
@@ -25,10 +29,19 @@ class Step {
   void run(const ParallelFor& parallel_for) const {
     for_tiles(tiles_, parallel_for, [this](int64_t t) {
       const int64_t s = tiles_.segment(t);
-      if (t == tiles_.begin(s) && !shared(s)) segment(s, [](int64_t count, const auto& body) { body(0, count); });
+      if (t == tiles_.begin(s) && !shared(s)) whole_segment(s);
     });
-    for (int64_t s = 0; s < tiles_.segments(); ++s)
-      if (shared(s)) segment(s, [&](int64_t count, const auto& body) { parallel_for(count, 1, body); });
+    std::vector<int64_t> segments, tiles;  // shared, and few enough to stay in cache where one alone does
+    for (int64_t s = 0; s < tiles_.segments(); ++s) {
+      if (shared(s)) {
+        segments.push_back(s);
+        for (int64_t t = tiles_.begin(s); t < tiles_.end(s); ++t) tiles.push_back(t);
+      }
+      if (int64_t(tiles.size()) < kOwnTiles && s + 1 < tiles_.segments()) continue;
+      step_together(segments, tiles, parallel_for);
+      segments.clear();
+      tiles.clear();
+    }
   }
 
  private:
@@ -39,23 +52,31 @@ class Step {
   bool running(int64_t s) const { return op_.recurrences.running(s); }
   bool deferred(int64_t s) const { return op_.basis_offsets[tiles_.block(s)] >= 0; }
 
-  // All passes over a segment; `loop` runs a pass over its tiles.
-  template <class Loop>
-  void segment(int64_t s, const Loop& loop) const {
-    const auto pass = [&](const auto& body) {
-      loop(tiles_.end(s) - tiles_.begin(s), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) body(tiles_.begin(s) + t);
-      });
-    };
-    pass([&](int64_t t) { dot_with_v(s, t); });
+  void whole_segment(int64_t s) const {
+    const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
+    for (int64_t t = begin; t < end; ++t) dot_with_v(t);
     write_alpha(s);
-    pass([&](int64_t t) { subtract(s, t); });
+    for (int64_t t = begin; t < end; ++t) subtract(t);
     close(s);
-    pass([&](int64_t t) { normalize(s, t); });
+    for (int64_t t = begin; t < end; ++t) normalize(t);
   }
 
-  void dot_with_v(int64_t s, int64_t t) const {
-    const int64_t start = tiles_.start(t);
+  void step_together(const std::vector<int64_t>& segments, const std::vector<int64_t>& tiles,
+                     const ParallelFor& parallel_for) const {
+    const auto pass = [&](void (Step::*over_tile)(int64_t) const) {
+      parallel_for(tiles.size(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) (this->*over_tile)(tiles[i]);
+      });
+    };
+    pass(&Step::dot_with_v);
+    for (int64_t s : segments) write_alpha(s);
+    pass(&Step::subtract);
+    for (int64_t s : segments) close(s);
+    pass(&Step::normalize);
+  }
+
+  void dot_with_v(int64_t t) const {
+    const int64_t s = tiles_.segment(t), start = tiles_.start(t);
     if (running(s)) op_.partial[t] = dot(op_.w + start, op_.v + start, tiles_.length(t));
   }
 
@@ -63,10 +84,10 @@ class Step {
     if (running(s)) op_.recurrences.alpha[op_.recurrences.next(s)] = tiles_.sum(op_.partial, s);
   }
 
-  void subtract(int64_t s, int64_t t) const {
+  void subtract(int64_t t) const {
     const Recurrences& r = op_.recurrences;
+    const int64_t s = tiles_.segment(t), start = tiles_.start(t);
     if (!running(s)) return;
-    const int64_t start = tiles_.start(t);
     op_.partial[t] = three_term(op_.w + start, op_.v + start, op_.v_prev + start, r.alpha[r.next(s)], r.last_beta(s),
                                 tiles_.length(t));
   }
@@ -81,7 +102,8 @@ class Step {
     close_step(r, s, op_.limits[tiles_.block(s)], std::numeric_limits<T>::epsilon());
   }
 
-  void normalize(int64_t s, int64_t t) const {
+  void normalize(int64_t t) const {
+    const int64_t s = tiles_.segment(t);
     T* next = op_.v_prev + tiles_.start(t);
     if (!running(s))
       std::fill_n(next, tiles_.length(t), T(0));

@@ -9,6 +9,8 @@
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define BLOCKHESS_INLINE inline __attribute__((always_inline))
 #if !defined(BLOCKHESS_ONE_VERSION)
+// One of several bodies of a function, "default" among them; only calls in the same file choose.
+#define BLOCKHESS_VERSION(name) __attribute__((target(name)))
 #define BLOCKHESS_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #endif
 #endif

@@ -68,13 +68,30 @@ BLOCKHESS_INLINE double three_term_loop(const T* __restrict w, const T* __restri
 
 template <class T>
 BLOCKHESS_INLINE void scale_loop(T* x, double scale, int64_t n) {
-  // high + low is scale to twice the digits of T, so neither a conversion nor accuracy is lost to float32.
-  const T high = T(scale), low = T(scale - double(high));
-  if (std::isnormal(high))
-    for (int64_t i = 0; i < n; ++i) x[i] = x[i] * high + x[i] * low;
-  else
-    for (int64_t i = 0; i < n; ++i) x[i] = T(double(x[i]) * scale);
+  for (int64_t i = 0; i < n; ++i) x[i] = T(double(x[i]) * scale);
 }
+
+// The same without conversions: high + low is scale to twice the digits of float32, and fused they are rounded once.
+BLOCKHESS_INLINE void scale_fused(float* x, double scale, int64_t n) {
+  const float high = float(scale), low = float(scale - double(high));
+  if (!std::isnormal(high)) return scale_loop(x, scale, n);
+  for (int64_t i = 0; i < n; ++i) x[i] = std::fma(x[i], high, x[i] * low);
+}
+
+// Fused where the processor can: a library takes long for it.
+#if defined(BLOCKHESS_VERSION)
+BLOCKHESS_VERSION("default") void scale_floats(float* x, double scale, int64_t n) { scale_loop(x, scale, n); }
+BLOCKHESS_VERSION("arch=x86-64-v3") void scale_floats(float* x, double scale, int64_t n) { scale_fused(x, scale, n); }
+BLOCKHESS_VERSION("arch=x86-64-v4") void scale_floats(float* x, double scale, int64_t n) { scale_fused(x, scale, n); }
+#else
+void scale_floats(float* x, double scale, int64_t n) {
+#if defined(__FP_FAST_FMAF)
+  scale_fused(x, scale, n);
+#else
+  scale_loop(x, scale, n);
+#endif
+}
+#endif
 
 // chunk <- chunk - sum_r c_r row_r over kRows rows, or over one
 template <int64_t rows, class T>
@@ -144,7 +161,6 @@ BLOCKHESS_INLINE double gram_schmidt_loop(T* __restrict x, const T* __restrict b
   BLOCKHESS_MULTIVERSION double three_term(const T* w, const T* v, T* p, double alpha, double beta, int64_t n) { \
     return three_term_loop(w, v, p, alpha, beta, n);                                                             \
   }                                                                                                              \
-  BLOCKHESS_MULTIVERSION void scale(T* x, double scale, int64_t n) { scale_loop(x, scale, n); }                  \
   BLOCKHESS_MULTIVERSION double gram_schmidt(T* x, const T* basis, int64_t stride, int64_t count, int64_t n,     \
                                              const double* c, double* d) {                                       \
     return gram_schmidt_loop(x, basis, stride, count, n, c, d);                                                  \
@@ -152,5 +168,8 @@ BLOCKHESS_INLINE double gram_schmidt_loop(T* __restrict x, const T* __restrict b
 
 BLOCKHESS_INSTANTIATE(float)
 BLOCKHESS_INSTANTIATE(double)
+
+void scale(float* x, double scale, int64_t n) { scale_floats(x, scale, n); }
+BLOCKHESS_MULTIVERSION void scale(double* x, double scale, int64_t n) { scale_loop(x, scale, n); }
 
 }  // namespace blockhess

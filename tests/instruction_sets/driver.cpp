@@ -19,6 +19,11 @@ double run_three_term(const float* w, const float* v, float* p, double alpha, do
   return three_term(w, v, p, alpha, beta, n);
 }
 
+double run_scale(float* x, double factor, int64_t n) {
+  scale(x, factor, n);
+  return 0.0;
+}
+
 double run_gram_schmidt(float* x, const float* basis, int64_t count, int64_t n, const double* c, double* d) {
   return gram_schmidt(x, basis, n, count, n, c, d);
 }

@@ -84,6 +84,15 @@ def test_dots_and_three_terms(builds, n, rng):
             torch.testing.assert_close(x, y, rtol=2 * EPS32, atol=2 * EPS32)
 
 
+def test_scaling_by_what_is_no_float32(builds, rng):
+    x, factor = vectors(rng, 5001).abs(), 1457.0 / 2048.0 + 0.24 * EPS32  # in float32 the last term is lost
+    for build in builds:
+        out = x.clone()
+        build("scale", out, factor, len(out))
+        torch.testing.assert_close(out.double(), factor * x.double(), rtol=EPS32, atol=0)
+        assert abs(out.double().sum() / x.double().sum() - factor) < EPS32 / 50  # roundings cancel, a lost term not
+
+
 def test_gram_schmidt(builds, rng):
     n, count = 5000, 7
     basis, x = vectors(rng, count, n) / math.sqrt(n), vectors(rng, n)
