@@ -148,6 +148,7 @@ def test_the_papers_batches() -> None:
     [
         (["--scale", "huge"], "scale must be one of mini, paper, got 'huge'"),
         (["--model", "lenet"], "name must be one of resnet18"),
+        (["--scale", "paper", "--model", "hf:gpt2"], "timm:NAME or torchvision:NAME, got 'hf:gpt2'"),
         (["--scale", "paper", "--model", "gpt2"], "needs --data FOLDER with imagenet/CLASS"),
         (["--scale", "paper", "--model", "gpt2", "--data", "nowhere"], "uint16 tokens, as nanoGPT's"),
         (["--scale", "paper", "--model", "vgg16", "--data", "nowhere"], "a folder of images for every class"),
