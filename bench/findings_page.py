@@ -9,7 +9,6 @@ python -m bench.findings_page                # rewrites the parts between the ma
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import blockhess
-from bench.findings import IMAGES, MINI_IMAGES, MINI_SEEDS
+from bench.findings import IMAGES, MINI_IMAGES, MINI_SEEDS, SEEDS, stem
 from bench.readme import ROOT, replaced
 from bench.theory_page import experiment_part, result
 from blockhess.divergence import JS0
@@ -86,48 +85,78 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def batchnorm_part() -> str:
-    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure, and how often which is more."""
-    stems = ("resnet18_eval", "resnet18_frozen-batch-stats", "resnet18_batch", "gpt2_nano")
-    rows, words = [], {"resnet18_batch": [], "resnet18_eval": []}
-    for measure in MEASURES:
-        found = {stem: js0(stem, measure) for stem in stems}
-        for stem, answers in words.items():
-            answers.append(compared(found[stem], found["gpt2_nano"]))
-        rows.append([measure, *(valued(found[stem]) for stem in stems), words["resnet18_batch"][-1]])
-    header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
+# Columns of the table: policies of ResNet18, and the GPT.
+NETWORKS = ("resnet18_eval", "resnet18_frozen-batch-stats", "resnet18_batch", "gpt2_nano")
 
-    def counts(stem: str) -> str:
+
+def batchnorm_part() -> str:
+    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure and seed, and how often which is more."""
+    words = {
+        (name, seed): [compared(js0(stem(name, seed), m), js0(stem("gpt2_nano", seed), m)) for m in MEASURES]
+        for name in NETWORKS
+        for seed in SEEDS
+    }
+    header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
+    tables = [
+        f"Seed {seed}:\n\n"
+        + table(
+            [*header, "ResNet18, batch, against GPT2-nano"],
+            [
+                [m, *(valued(js0(stem(name, seed), m)) for name in NETWORKS), word]
+                for m, word in zip(MEASURES, words["resnet18_batch", seed])
+            ],
+        )
+        for seed in SEEDS
+    ]
+    sizes = "; ".join(
+        f"{name}: {len(spectra(first))} blocks, {sum(spectra(first).dims):,} parameters"
+        for name, first in (("ResNet18", "resnet18_batch"), ("GPT2-nano", "gpt2_nano"))
+    )
+    probes = "; ".join(
+        f"seed {seed}: {', '.join(str(spectra(stem(name, seed)).quadrature.num_probes) for name in NETWORKS)}"
+        for seed in SEEDS
+    )
+    steps = {spectra(stem(name, seed)).quadrature.num_steps for name in NETWORKS for seed in SEEDS}
+    engines = {spectra(stem(name, seed)).provenance["engine"] for name in NETWORKS for seed in SEEDS}
+    same = sum(len(set(pair)) == 1 for pair in zip(*(words["resnet18_batch", seed] for seed in SEEDS)))
+    return (
+        "\n\n".join(tables)
+        + '\n\nIn parentheses: 95 % intervals for the probes (jackknife); "more" and "less" where they are apart. '
+        + f"{sizes}. {', '.join(map(str, steps))} Lanczos steps by the engine {', '.join(engines)}; probes, in the "
+        + f"order of the columns, {probes}."
+        + "".join("\n\n" + _counted(seed, words) for seed in SEEDS)
+        + f"\n\nThe last column is the same for both seeds in {same} of the {len(MEASURES)} measures."
+    )
+
+
+def _counted(seed: int, words: Mapping[tuple[str, int], list[str]]) -> str:
+    """How often ResNet18 is more heterogeneous than GPT2-nano, in either mode."""
+
+    def counts(name: str) -> str:
         return "more heterogeneous in {}, less in {}, undecided in {}".format(
-            *(words[stem].count(word) for word in ("more", "less", "undecided"))
+            *(words[name, seed].count(word) for word in ("more", "less", "undecided"))
         )
 
-    ratios = [js0("resnet18_batch", m).value / js0("gpt2_nano", m).value for m in MEASURES]
-    drops = [js0("resnet18_batch", m).value / js0("resnet18_eval", m).value for m in MEASURES]
-    sizes = "; ".join(
-        f"{name}: {len(spectra(stem))} blocks, {sum(spectra(stem).dims):,} parameters"
-        for name, stem in (("ResNet18", "resnet18_batch"), ("GPT2-nano", "gpt2_nano"))
-    )
-    probes = ", ".join(str(spectra(stem).quadrature.num_probes) for stem in stems)
-    sizes += f"; {probes} probes of {spectra(stems[0]).quadrature.num_steps} steps, in the order of the columns"
+    def factors(first: str, second: str) -> str:
+        found = [js0(stem(first, seed), m).value / js0(stem(second, seed), m).value for m in MEASURES]
+        return f"{min(found):.2g} ... {max(found):.2g}"
+
     return (
-        table([*header, "ResNet18, batch, against GPT2-nano"], rows)
-        + '\n\nIn parentheses: 95 % intervals for the probes (jackknife); "more" and "less" where they are apart. '
-        + f"{sizes}."
-        + f"\n\nOf the {len(MEASURES)} measures, ResNet18 with batch statistics is, against GPT2-nano, "
-        f"{counts('resnet18_batch')}; its JS0 is {min(ratios):.2g} ... {max(ratios):.2g} times as large. In eval mode "
+        f"Seed {seed}: of the {len(MEASURES)} measures, ResNet18 with batch statistics is, against GPT2-nano, "
+        f"{counts('resnet18_batch')}; its JS0 is {factors('resnet18_batch', 'gpt2_nano')} times as large. In eval mode "
         f"it is {counts('resnet18_eval')}. From eval mode to batch statistics JS0 grows by factors of "
-        f"{min(drops):.2g} ... {max(drops):.2g}, with the same weights and images."
+        f"{factors('resnet18_batch', 'resnet18_eval')}, with the same weights and images."
     )
 
 
 def mechanism_part() -> str:
     """Sizes and signs of the spectra under every policy."""
-    rows = []
-    for policy in ("eval", "frozen-batch-stats", "batch"):
-        s = spectra(f"resnet18_{policy}")
-        rows.append([f"ResNet18, {policy}", *_signs(s)])
-    rows.append(["GPT2-nano", *_signs(spectra("gpt2_nano"))])
+    titles = ("ResNet18, eval", "ResNet18, frozen statistics", "ResNet18, batch statistics", "GPT2-nano")
+    rows = [
+        [f"{title}, seed {seed}", *_signs(spectra(stem(name, seed)))]
+        for seed in SEEDS
+        for title, name in zip(titles, NETWORKS)
+    ]
     s = spectra("resnet18_eval")
     smallest = min(s.dims)
     return (
@@ -145,7 +174,8 @@ def mechanism_part() -> str:
         + "\n\nFlattest and sharpest: the block's largest |eigenvalue|. Last column: the largest over the blocks of "
         "|smallest eigenvalue| over the largest. "
         + f"With {IMAGES} images and {CLASSES} classes the rank of a block is at most {IMAGES * (CLASSES - 1)} in the "
-        f"first two rows; the smallest block there has {smallest:,} parameters, the largest {max(s.dims):,}."
+        f"first two rows of each seed; the smallest block there has {smallest:,} parameters, the largest "
+        f"{max(s.dims):,}."
     )
 
 
@@ -237,12 +267,22 @@ def plan_part() -> str:
 
 
 def environment_part() -> str:
-    """Where the spectra were made."""
-    made = json.loads((FOLDER / "environment.json").read_text())
-    seconds = sum(spectra(path.stem).provenance["seconds"] for path in sorted(FOLDER.glob("*.npz")))
+    """Where the spectra were made, as far as the files say it."""
+    made = [spectra(path.stem).provenance for path in sorted(FOLDER.glob("*.npz"))]
+    minutes = sum(provenance["seconds"] for provenance in made) / 60
+    versions = ", ".join(sorted({provenance["torch"] for provenance in made}))
+    places: dict[str, int] = {}
+    for provenance in made:
+        for place in provenance.get("made_at", ()):
+            where = ", ".join(f"{key} {value}" for key, value in place.items())
+            places[where] = places.get(where, 0) + 1
     return (
-        f"`python -m bench.findings`, {seconds / 60:.0f} minutes on cores that other programs kept busy; "
-        + ", ".join(f"{key} {value}" for key, value in made.items())
+        f"`python -m bench.findings`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
+        f"torch {versions}. Every file says which engine, options and seeds made it."
+        + "".join(
+            f"\n\n{count} probes, each of all blocks of a file, record where they were made: {place}."
+            for place, count in places.items()
+        )
     )
 
 

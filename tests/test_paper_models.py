@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,7 +214,7 @@ def test_inputs_of_another_size_are_refused(model: nn.Module, inputs: Any, messa
         (lambda: named("gpt3"), "name must be one of .*the nearest are gpt2"),
         (lambda: named("gpt2", heads=3), "GPTConfig has no field 'heads'"),
         (lambda: named("keras:gpt2"), "PACKAGE:NAME must be of hf, timm, torchvision"),
-        (lambda: named("hf:no-such-type"), "must be a model type of Transformers"),
+        (lambda: named("hf:gpt3"), "must be a model type of Transformers.*; the nearest are .*gpt2"),
     ],
 )
 def test_bad_sizes_and_names(make: Any, message: str) -> None:
@@ -224,9 +225,21 @@ def test_bad_sizes_and_names(make: Any, message: str) -> None:
 @pytest.mark.parametrize("name", ["timm:vit_base_patch16_224", "torchvision:resnet18", "hf:gpt2"])
 def test_a_package_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     package = {"hf": "transformers"}.get(name.split(":")[0], name.split(":")[0])
-    monkeypatch.setattr("importlib.import_module", lambda module: builtins.__import__("no_such_" + module))
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=f"{re.escape(name)}' needs {package}; type: pip install {package}"):
         named(name)
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError('operator nms does not exist')", "import no_such_package"])
+def test_a_package_that_does_not_load_is_told_from_one_that_is_not_installed(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text(fault)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"is installed but does not load beside torch .*: (operator nms|No module named 'no_such_package')"
+    with pytest.raises(ImportError, match=message):
+        named("torchvision:resnet18")
 
 
 def test_models_of_transformers_are_named() -> None:
@@ -234,6 +247,13 @@ def test_models_of_transformers_are_named() -> None:
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 4}
     assert type(named("hf:gpt2", **sizes)).__name__ == "GPT2LMHeadModel"
     assert count(on_meta("hf:gpt2")) == 124_439_808
+    assert type(on_meta("hf:bert")).__name__ == "BertForPreTraining"
+    llama = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 4}
+    assert type(named("hf:llama", vocab_size=11, **llama)).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ValueError, match="GPT2Config has no field 'heads'"):
+        named("hf:gpt2", heads=3)
+    with pytest.raises(ValueError, match="with a language model, such as gpt2 or bert, got 'vit'"):
+        named("hf:vit")
 
 
 def test_mini_models_are_small_relatives() -> None:

@@ -16,6 +16,7 @@ from blockhess.blocks import partition
 from blockhess.cli import main
 from blockhess.demo import one_thread
 from blockhess.models import CONFIGS, ResNet, ResNetConfig
+from blockhess.models.bert import IGNORED
 from blockhess.paper import networks, table1
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
 from blockhess.paper.figure3 import SHOWN, four_blocks
@@ -170,6 +171,40 @@ def test_a_transformers_model_takes_the_networks_place(tmp_path: Path, monkeypat
     with one_thread():
         assert main(["paper", "table1", "--quick", "--model", "hf:gpt2", "--out", str(tmp_path)]) == 0
     assert list(content(tmp_path, "table1")["numbers"]["default"]) == ["hf:gpt2"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+def test_a_transformers_model_gets_the_labels_that_its_loss_asks_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    named = networks.named
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
+    monkeypatch.setattr(networks, "named", lambda name, **given: named(name, **sizes, **given))
+    net = network(f"hf:{kind}", size=2)
+    assert net.loss_fn is None and net.model(**net.data).loss.isfinite()
+    labels = net.data["labels"]
+    masked = kind in ("bert", "roberta")
+    assert ("attention_mask" in net.data) == masked and bool((labels == IGNORED).any()) == masked
+    if kind == "bert":  # whose loss has two halves, and is none without the other
+        assert net.model(**{key: net.data[key] for key in ("input_ids", "labels")}).loss is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "built"),
+    [
+        ("electra", {"num_hidden_layers": 1, "hidden_size": 8, "embedding_size": 8}, "ElectraForPreTraining"),
+        ("t5", {"d_model": 8, "num_layers": 1}, "T5ForConditionalGeneration"),
+    ],
+)
+def test_other_language_models_are_refused(
+    kind: str, sizes: dict[str, int], built: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    named = networks.named
+    monkeypatch.setattr(networks, "named", lambda name, **given: named(name, num_attention_heads=2, **sizes, **given))
+    with pytest.raises(ValueError, match=f"next-sentence language model, got 'hf:{kind}', a {built}"):
+        network(f"hf:{kind}")
 
 
 @pytest.mark.parametrize("batchnorm", ["eval", "batch"])

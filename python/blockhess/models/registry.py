@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from blockhess.models.bert import BERT, BERTConfig
@@ -49,7 +50,7 @@ def named(name: str, **sizes: Any) -> nn.Module:
 
     Raises:
         ValueError: no model has this name, or no configuration this field; the field's own rule.
-        ImportError: the package is not installed.
+        ImportError: the package is not installed, or does not load.
 
     Example:
         >>> model = named("gpt2-nano-mini", num_layers=1)
@@ -61,44 +62,64 @@ def named(name: str, **sizes: Any) -> nn.Module:
         if package not in _PACKAGES:
             raise ValueError(f"model: PACKAGE:NAME must be of {', '.join(_PACKAGES)}, got {name!r}")
         return _PACKAGES[package](rest, sizes)
-    if name not in CONFIGS:
-        near = difflib.get_close_matches(name, CONFIGS, n=3)
-        hint = f"; the nearest are {', '.join(near)}" if near else ""
-        raise ValueError(f"model: name must be one of {', '.join(CONFIGS)} or PACKAGE:NAME, got {name!r}{hint}")
+    _check_name(name, CONFIGS, f"name must be one of {', '.join(CONFIGS)} or PACKAGE:NAME")
     kind, config = CONFIGS[name]
-    unknown = sizes.keys() - {field.name for field in dataclasses.fields(config)}
-    if unknown:
-        raise ValueError(f"model: {type(config).__name__} has no field {sorted(unknown)[0]!r}")
+    _check_fields(config, sizes)
     return kind(dataclasses.replace(config, **sizes))
+
+
+def _check_name(name: str, names: Iterable[str], rule: str) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
+        raise ValueError(f"model: {rule}, got {name!r}{hint}")
+
+
+def _check_fields(config: Any, sizes: Mapping[str, Any]) -> None:
+    for field in sizes:
+        if not hasattr(config, field):
+            raise ValueError(f"model: {type(config).__name__} has no field {field!r}")
 
 
 def _imported(package: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(package)
-    except ImportError:
-        raise ImportError(f"model: {name!r} needs {package}; type: pip install {package}") from None
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise ImportError(f"model: {name!r} needs {package}; type: pip install {package}") from None
+        reason: Exception = error
+    except (ImportError, OSError, RuntimeError) as error:  # an extension that was built for another torch
+        reason = error
+    raise ImportError(
+        f"model: {name!r} needs {package}, which is installed but does not load beside torch {torch.__version__}: "
+        f"{reason}"
+    ) from reason
 
 
 def _transformers(name: str, sizes: Mapping[str, Any]) -> nn.Module:
     transformers: Any = _imported("transformers", f"hf:{name}")
-    if name not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"model: hf:NAME must be a model type of Transformers, such as gpt2 or bert, got {name!r}")
-    config = transformers.CONFIG_MAPPING[name](**sizes)
-    return transformers.AutoModelForPreTraining.from_config(config)  # type: ignore[no-any-return]
+    types = transformers.CONFIG_MAPPING
+    _check_name(name, types, "hf:NAME must be a model type of Transformers, such as gpt2 or bert")
+    _check_fields(types[name](), sizes)
+    config = types[name](**sizes)
+    if type(config) in transformers.MODEL_FOR_PRETRAINING_MAPPING:
+        return transformers.AutoModelForPreTraining.from_config(config)  # type: ignore[no-any-return]
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    raise ValueError(f"model: hf:NAME must be a type with a language model, such as gpt2 or bert, got {name!r}")
 
 
 def _timm(name: str, sizes: Mapping[str, Any]) -> nn.Module:
     timm: Any = _imported("timm", f"timm:{name}")
-    if not timm.is_model(name):
-        raise ValueError(f"model: timm:NAME must be one of timm.list_models(), got {name!r}")
+    _check_name(name, timm.list_models(), "timm:NAME must be one of timm.list_models()")
     return timm.create_model(name, pretrained=False, **sizes)  # type: ignore[no-any-return]
 
 
 def _torchvision(name: str, sizes: Mapping[str, Any]) -> nn.Module:
-    _imported("torchvision", f"torchvision:{name}")
-    models = importlib.import_module("torchvision.models")
-    if name not in models.list_models():
-        raise ValueError(f"model: torchvision:NAME must be one of torchvision.models.list_models(), got {name!r}")
+    models: Any = _imported("torchvision", f"torchvision:{name}").models
+    # Of images only: the constructors of detectors download their backbones unless told not to.
+    names = models.list_models(module=models)
+    _check_name(name, names, "torchvision:NAME must be one of torchvision.models.list_models(torchvision.models)")
     return models.get_model(name, weights=None, **sizes)  # type: ignore[no-any-return]
 
 

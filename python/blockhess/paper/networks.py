@@ -8,20 +8,21 @@ Weights, text windows and images are pure functions of the seed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blockhess.batches import map_tensors, split_batch
-from blockhess.datasets import CharText, fashion_mnist, shakespeare
+from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.divergence import check_choice
-from blockhess.models import masked_pair_loss, named, next_token_loss
+from blockhess.models import MaskedPairs, masked_pair_loss, named, next_token_loss
 from blockhess.paper.sources import Source, source
-from blockhess.sentence_pairs import SPECIAL, line_pairs, masked_pairs
+from blockhess.sentence_pairs import PADDING, SPECIAL, line_pairs, masked_pairs
 
 SCALES = ("mini", "paper")
 
@@ -139,17 +140,10 @@ def moved(net: Network, device: torch.device) -> Network:
 
 def _mini(name: str, seed: int, size: int | None) -> Network:
     if name.startswith("hf:"):
-        text = shakespeare()
-        model = named(name, vocab_size=len(text.vocabulary))
-        [(tokens, _)] = text.batches(batch_size=size or MINI_WINDOWS, seed=seed)
-        return Network(name, model, {"input_ids": tokens, "labels": tokens}, None, "Shakespeare, by character")
+        return _of_transformers(name, seed, size)
     if name == "bert":
-        text = shakespeare()
-        model = named("bert-mini", vocab_size=len(text.vocabulary) + SPECIAL)
-        pairs = masked_pairs(
-            _lines(text), len(text.vocabulary) + SPECIAL, batch_size=size or MINI_PAIRS, context=32, seed=seed
-        )
-        return Network(name, model, pairs, masked_pair_loss, "line pairs of Shakespeare, by character")
+        batches, vocab_size = _pairs(seed, size)
+        return Network(name, named("bert-mini", vocab_size=vocab_size), batches, masked_pair_loss, PAIRS)
     if name.startswith("gpt2"):
         text = shakespeare()
         model = named(f"{name}-mini", vocab_size=len(text.vocabulary))
@@ -157,15 +151,46 @@ def _mini(name: str, seed: int, size: int | None) -> Network:
         return Network(name, model, windows, next_token_loss, "Shakespeare, by character")
     images, labels = fashion_mnist(size or MINI_IMAGES)
     if ":" in name:
-        colours = nn.functional.interpolate(images.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear")
-        return Network(name, named(name), (colours, labels), nn.CrossEntropyLoss(), "Fashion-MNIST, 224 x 224")
+        model = named(name)
+        # timm's models say what they take.
+        channels, *sides = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+        enlarged = nn.functional.interpolate(images.expand(-1, channels, -1, -1), size=sides, mode="bilinear")
+        source = f"Fashion-MNIST, {sides[0]} x {sides[1]}"
+        return Network(name, model, (enlarged, labels), nn.CrossEntropyLoss(), source)
     return Network(name, named(f"{name}-mini"), (images, labels), nn.CrossEntropyLoss(), "Fashion-MNIST")
 
 
-def _lines(text: CharText) -> list[tuple[Tensor, Tensor]]:
+PAIRS = "line pairs of Shakespeare, by character"
+
+
+def _pairs(seed: int, size: int | None) -> tuple[list[MaskedPairs], int]:
+    """One batch of line pairs, and the size of its vocabulary."""
+    text = shakespeare()
     newline = text.encode("\n")
     ends = (text.tokens == newline).nonzero().flatten()
-    return line_pairs([line[line != newline] for line in torch.tensor_split(text.tokens, ends)])
+    pairs = line_pairs([line[line != newline] for line in torch.tensor_split(text.tokens, ends)])
+    vocab_size = len(text.vocabulary) + SPECIAL
+    return masked_pairs(pairs, vocab_size, batch_size=size or MINI_PAIRS, context=32, seed=seed), vocab_size
+
+
+def _of_transformers(name: str, seed: int, size: int | None) -> Network:
+    """A language model and the labels that its own loss asks for."""
+    [pairs], vocab_size = _pairs(seed, size)
+    model = named(name, vocab_size=vocab_size)
+    kind = type(model).__name__
+    next_sentence = "next_sentence_label" in inspect.signature(model.forward).parameters
+    if next_sentence or kind.endswith("MaskedLM"):
+        batch = {"input_ids": pairs.tokens, "attention_mask": (pairs.tokens != PADDING).long(), "labels": pairs.labels}
+        if next_sentence:
+            # Segments are counted from 0 there, padding among the first; label 0 says that B follows A.
+            batch |= {"token_type_ids": (pairs.segments == 2).long(), "next_sentence_label": 1 - pairs.is_next}
+        return Network(name, model, batch, None, PAIRS)
+    if not kind.endswith(("CausalLM", "LMHeadModel")):
+        raise ValueError(
+            f"network: hf:TYPE must have a causal, masked or next-sentence language model, got {name!r}, a {kind}"
+        )
+    [(tokens, _)] = shakespeare().batches(batch_size=size or MINI_WINDOWS, seed=seed)
+    return Network(name, model, {"input_ids": tokens, "labels": tokens}, None, "Shakespeare, by character")
 
 
 def samples(name: str, found: Source) -> tuple[int, int]:
