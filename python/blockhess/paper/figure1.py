@@ -128,7 +128,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     shares = QUICK_SHARES if quick else SHARES
     if selection.scale == "mini":
         known = dict(list(SUBJECTS.items())[1:4:2]) if quick else SUBJECTS
-        panels = {name: small_panel(name, seed, quick) for name in selection.of(known, "fig1")}
+        panels = {name: small_panel(name, seed, quick) for name in selection.small(known, "fig1")}
         effort = QUICK_EFFORT if quick else EFFORT
     else:
         made = trainees(selection.of(PANELS, "fig1"), selection, quick)

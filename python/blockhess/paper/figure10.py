@@ -66,7 +66,7 @@ def compared(
     """
     if selection.scale == "mini":
         settings = QUICK if quick else Settings(seeds=(seed, seed + 1, seed + 2))
-        chosen = {key: subjects[key] for key in selection.of(subjects, name)}
+        chosen = {key: subjects[key] for key in selection.small(subjects, name)}
         return compare(name, claim, chosen, not transformers, dict.fromkeys(chosen, settings), folder)
     shown = [key for key, (_, _, transformer) in NETWORKS.items() if transformer is transformers]
     made = trainees(selection.of(shown, name), selection, quick)

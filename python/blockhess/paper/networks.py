@@ -71,6 +71,16 @@ class Selection:
             reason = str(error).splitlines()[0]
             raise ValueError(f"network: device must be one of this machine's, got {self.device!r}: {reason}") from None
 
+    def small(self, known: Iterable[str], figure: str) -> list[str]:
+        """Return what `of` does, for networks that are trained on the CPU alone.
+
+        Raises:
+            ValueError: as `of`; or another device.
+        """
+        if self.device != "cpu":
+            raise ValueError(f"{figure}: device must be cpu at scale mini, got {self.device!r}")
+        return self.of(known, figure)
+
     def of(self, known: Iterable[str], figure: str) -> list[str]:
         """Return the chosen names, all of those that a figure has where none was chosen.
 
