@@ -195,6 +195,8 @@ def test_what_is_missing_is_told_with_what_to_type(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    for module in [name for name in sys.modules if name.startswith(f"{missing}.")]:
+        monkeypatch.setitem(sys.modules, module, None)  # loaded by another test
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(arguments) == 2
     told = capsys.readouterr().err
