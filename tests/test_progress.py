@@ -69,11 +69,3 @@ def test_a_log_gets_a_line_now_and_then(clock: list[float], monkeypatch: pytest.
     assert "\r" not in text and text.isascii() and 2 <= len(lines) <= 5
     assert all("HVP/s" in line or "s/HVP" in line for line in lines)
     assert "30/30" in lines[-1]
-
-
-def test_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with progress_bar(1, "HVP") as on_hvp:
-        on_hvp()
-    with pytest.raises(ImportError, match=r'pip install "blockhess\[cli\]"'), progress_bar(1, "HVP", True):
-        pass

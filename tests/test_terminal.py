@@ -18,10 +18,12 @@ import blockhess
 from blockhess import commands, report
 from blockhess.cli import main
 from blockhess.engines.plan import CHOICES
+from blockhess.image_files import image_folder
 from blockhess.jobs import load
 from blockhess.paper import commands as paper
 from blockhess.paper import networks
 from blockhess.runs import directory
+from blockhess.text_files import BytePairs
 from tests.spectra_cases import make_spectra
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +175,39 @@ def test_other_errors_keep_their_traceback(here: Path) -> None:
     command = [sys.executable, "-m", "blockhess.cli", *run_arguments("unknown")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and 'return {}["model"]' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "advice"),
+    [
+        ("matplotlib", ["show", "result.npz", "--plot", "a.png"], 'pip install "blockhess[plot]"'),
+        ("matplotlib", ["paper", "fig6", "--quick"], 'pip install "blockhess[cli]"'),
+        ("transformers", ["paper", "table1", "--quick", "--model", "hf:gpt2"], "pip install transformers"),
+        ("timm", ["paper", "table1", "--quick", "--model", "timm:vit_base_patch16_224"], "pip install timm"),
+        ("torchvision", ["paper", "table1", "--quick", "--model", "torchvision:vgg16"], "pip install torchvision"),
+    ],
+)
+def test_what_is_missing_is_told_with_what_to_type(
+    missing: str,
+    arguments: list[str],
+    advice: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in [name for name in sys.modules if name.startswith(f"{missing}.")]:
+        monkeypatch.setitem(sys.modules, module, None)  # loaded by another test
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.endswith(f"type: {advice}\n") and told.count("\n") == 1
+
+
+def test_readers_of_files_tell_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, read in (("PIL", lambda: image_folder(".", 1)), ("tokenizers", lambda: BytePairs(["a"], 256))):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ImportError, match=r'pip install "blockhess\[data\]"'):
+            read()
 
 
 # ---- runs that are not finished
