@@ -141,7 +141,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """All of it."""
     torch.set_num_threads(1)
     blocks = 20 if quick else BLOCKS
-    found = startup(1 if quick else 9)
+    found = startup(1 if quick else 5)
     spectra = many_blocks(blocks)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "page.html"
