@@ -165,7 +165,7 @@ def told(result: dict[str, Any]) -> str:
     return (
         f"Seconds of the processor, imports beyond torch's own; the page is of {about}.\n\n"
         f"{format_table(['what', 'measured', 'target', ''], rows)}\n\n{machine}; load {result['load']:.1f} on "
-        f"{os.cpu_count()} cores"
+        f"{os.cpu_count()} cores; times in ms are the clock's, which other programs lengthen"
     )
 
 
