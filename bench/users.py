@@ -141,7 +141,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """All of it."""
     torch.set_num_threads(1)
     blocks = 20 if quick else BLOCKS
-    found = startup(1 if quick else 9)
+    found = startup(1 if quick else 5)
     spectra = many_blocks(blocks)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "page.html"
@@ -165,7 +165,7 @@ def told(result: dict[str, Any]) -> str:
     return (
         f"Seconds of the processor, imports beyond torch's own; the page is of {about}.\n\n"
         f"{format_table(['what', 'measured', 'target', ''], rows)}\n\n{machine}; load {result['load']:.1f} on "
-        f"{os.cpu_count()} cores"
+        f"{os.cpu_count()} cores; times in ms are the clock's, which other programs lengthen"
     )
 
 

@@ -248,6 +248,18 @@ def test_an_unfinished_run_has_a_banner(browser: Any, pages: Path, dark: bool) -
     assert chosen(browser)
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_many_curves_stand_out_from_the_page(browser: Any, pages: Path, dark: bool) -> None:
+    opened(browser, pages / "one.html", dark=dark)
+    browser.find_element(By.ID, "choose-all").click()
+    drawn(browser)
+    strokes = browser.execute_script("return blockhess.spectra.curves.map((c) => c.stroke)")
+    paper = browser.execute_script("return getComputedStyle(document.querySelector('.card')).backgroundColor")
+    paper_channels, *channels = ([int(part) for part in re.findall(r"\d+", c)] for c in (paper, *strokes))
+    assert len(channels) == N_BLOCKS
+    assert all(max(abs(a - b) for a, b in zip(stroke, paper_channels)) > 90 for stroke in channels)
+
+
 def test_pointer_reads_values_and_zooms(browser: Any, pages: Path) -> None:
     opened(browser, pages / "one.html")
     canvas = browser.find_element(By.ID, "density")

@@ -43,7 +43,9 @@ function viridis(share) {
 // Colour and dashes of curve i of n: distinct ones for a few, viridis in order for many.
 function curveStyle(i, n) {
   if (n <= MOST_COLOURS) return { stroke: colour(`c${i}`), dash: [] };
-  return { stroke: `rgb(${viridis(0.92 * (i / (n - 1))).join(" ")})`, dash: n <= 24 ? DASHES[i % 3] : [] };
+  // The end of viridis that is near the page's colour is left out.
+  const [first, last] = matchMedia("(prefers-color-scheme: dark)").matches ? [0.25, 1] : [0, 0.92];
+  return { stroke: `rgb(${viridis(first + (last - first) * (i / (n - 1))).join(" ")})`, dash: n <= 24 ? DASHES[i % 3] : [] };
 }
 
 function number(value, digits = 3) {
