@@ -18,7 +18,6 @@ import blockhess
 import blockhess_ext
 from blockhess.blocks import BlockInfo
 
-
 NOT_IMPORTED = ("blockhess_ext._C", "blockhess.integrations.lightning", "blockhess.integrations.transformers")
 
 
