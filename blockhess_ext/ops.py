@@ -105,7 +105,7 @@ def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tens
     Example:
         >>> one = torch.ones(1, 2, dtype=torch.float64)
         >>> tridiag_quadrature(0 * one, one, torch.tensor([2]))[0]
-        tensor([[-1.,  1.]], dtype=torch.float64)
+        tensor([[-1.0000,  1.0000]], dtype=torch.float64)
     """
     nodes, weights = _ops.tridiag_quadrature(alpha, beta, steps)
     if nodes.is_cuda and bool(nodes[:, :1].isnan().any()):

@@ -151,6 +151,7 @@ class Quadrature:
         Source: Ubaru, Chen, Saad 2017; the paper's appendix B.2.
 
         Example:
+            >>> from blockhess_ext import batched_slq
             >>> q = batched_slq(lambda v: 2 * v, [3])
             >>> q.integrate(torch.log)[0]  # log-determinant of 2 I: 3 log 2
             tensor([2.0794], dtype=torch.float64)

@@ -422,6 +422,9 @@ def test_terminal_escapes_in_names_are_not_printed(tmp_path: Path) -> None:
         for text in texts:
             assert all(line.isprintable() for line in text.split("\n")) and "w\x1b" not in text
         assert "w\\x1b[2J\\x1b]0;title\\x07\\n\\u202e" in texts[1]
+    with pytest.raises(ValueError, match="no block is called") as caught:
+        loaded.rows([clear + "x"])
+    assert str(caught.value).isprintable()
     with pytest.raises(ValueError, match="different names") as caught:
         load(change_header(tmp_path / "x.npz", edit("name", clear, "blocks", 1)))
     assert str(caught.value).isprintable()

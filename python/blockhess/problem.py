@@ -59,6 +59,8 @@ class Problem:
         NotImplementedError: an operation that autograd would silently differentiate wrongly.
 
     Example:
+        >>> from blockhess.blocks import partition
+        >>> from blockhess.losses import as_loss
         >>> model, data = torch.nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1))
         >>> problem = Problem(model, as_loss(torch.nn.MSELoss()), [data], partition(model).blocks)
         >>> problem.dims, problem.weight

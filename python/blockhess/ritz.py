@@ -69,6 +69,7 @@ def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED
     Source: Parlett 1998, section 13.2.
 
     Example:
+        >>> from blockhess_ext import batched_slq
         >>> q = batched_slq(lambda v: torch.tensor([2.0, 2.0, 5.0]) * v, [3], num_probes=2)
         >>> [(round(e.value, 3), e.probes) for e in eigenvalues(q, 0)]
         [(5.0, 2), (2.0, 2)]

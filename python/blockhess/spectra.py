@@ -149,7 +149,7 @@ class Spectra(SpectraBands):
 
     def _no_block(self, name: object) -> str:
         close = difflib.get_close_matches(str(name), self.names, n=3)
-        return f"no block is called {name!r}" + (f"; close to it: {', '.join(close)}" if close else "")
+        return f"no block is called {name!r}" + (f"; close to it: {', '.join(map(printable, close))}" if close else "")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -411,7 +411,7 @@ class Spectra(SpectraBands):
         Source: Parlett 1998, section 13.2; Paige 1980.
 
         Example:
-            >>> [(e.value, e.residual) for e in spectra.outliers("wte.weight")]
+            >>> [(e.value, e.residual) for e in spectra.outliers("0.weight")]
         """
         return ritz.eigenvalues(self.quadrature, self.rows([name])[0], checks.real("outliers", "tolerance", tolerance))
 
@@ -591,7 +591,7 @@ class Spectra(SpectraBands):
                 compared.
 
         Example:
-            >>> spectra.js_matrix(kind="jeffreys", blocks=["wte.weight", "h.0.attn.wq"])
+            >>> spectra.js_matrix(kind="jeffreys", blocks=["0.weight", "2.weight"])
         """
         return self.compare(kind, base, sigma, axis, blocks, grid_points, normalize, scale)[0]
 

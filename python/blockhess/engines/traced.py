@@ -17,8 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.batches import map_tensors
-from blockhess.engines.linearize import Linearizer, Program, accumulate_in_place
+from blockhess.engines.linearize import Linearizer
 from blockhess.engines.operations import VIEWS, NotTraceable
+from blockhess.engines.program import Program, accumulate_in_place
 from blockhess.engines.trace import trace_gradient
 from blockhess.problem import Problem
 

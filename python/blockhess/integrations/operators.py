@@ -85,6 +85,7 @@ def block_operators(
         ValueError, TypeError, NotImplementedError: as `spectrum`.
 
     Example:
+        >>> import scipy.sparse.linalg
         >>> with block_operators(model, batch, torch.nn.CrossEntropyLoss()) as operators:
         ...     largest = scipy.sparse.linalg.eigsh(operators["0.weight"], k=3, return_eigenvectors=False)
     """
@@ -132,6 +133,7 @@ def operator_spectra(
         blockhess_ext.NonFiniteError: a product is not finite.
 
     Example:
+        >>> import scipy.sparse
         >>> spectra = operator_spectra({"kernel": scipy.sparse.diags([1.0, 2.0, 5.0])})
         >>> spectra["kernel"].lambda_max
     """

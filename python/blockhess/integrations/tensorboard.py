@@ -26,7 +26,8 @@ def log_spectra(writer: Any, spectra: Spectra, step: int, *, figures: bool = Fal
         ImportError: figures are wanted and matplotlib is missing.
 
     Example:
-        >>> log_spectra(torch.utils.tensorboard.SummaryWriter(), spectra, step=100)
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> log_spectra(SummaryWriter(), spectra, step=100)
     """
     is_compared = spectra.num_comparable() >= 2
     if is_compared:

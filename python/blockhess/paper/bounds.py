@@ -58,6 +58,8 @@ def count_violations(steps: Iterable[Iterate], kappa: Tensor, bounds: Mapping[st
         Violations by name. Iterations from a loss of zero are not compared.
 
     Example:
+        >>> from blockhess.paper.optimizers import iterates, optimal_rate
+        >>> from blockhess.paper.quadratics import case
         >>> problems = case(3)
         >>> one = Bound(torch.ones(1, 1))
         >>> count_violations(iterates(problems, optimal_rate(problems), 10), problems.kappa, {"it descends": one})

@@ -85,6 +85,7 @@ def iterates(problems: Quadratics, rates: Tensor, num_steps: int, *, beta2: floa
         ValueError: rates or beta2 break their rule, or an entry of Adam's first gradient is zero.
 
     Example:
+        >>> from blockhess.paper.quadratics import case
         >>> problems = case(3, num_trials=2)
         >>> *_, last = iterates(problems, optimal_rate(problems), 100)
         >>> last.log10_gradient_norm().shape
@@ -157,6 +158,7 @@ def search_rate(problems: Quadratics, rates: Tensor, num_steps: int, *, beta2: f
         ValueError: rates is not an ascending grid.
 
     Example:
+        >>> from blockhess.paper.quadratics import case
         >>> search_rate(case(3), torch.logspace(-3, 0, 10), 500, beta2=1.0).converged.tolist()
         [True]
     """

@@ -63,7 +63,7 @@ def ratio(values: Mapping[str, float]) -> float:
         values: name of every network -> JS0.
 
     Example:
-        >>> ratio({name: value for name, (_, value, _) in NETWORKS.items()})
+        >>> round(ratio({name: value for name, (_, value, _) in NETWORKS.items()}), 1)
         149.3
     """
     least = min(values[name] for name, (_, _, transformer) in NETWORKS.items() if transformer)

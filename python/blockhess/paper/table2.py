@@ -68,6 +68,7 @@ def iterations(problems: Quadratics, rates: Tensor | None, preconditioner: Tenso
         ValueError: a trial diverges at its rate.
 
     Example:
+        >>> from blockhess.paper.quadratics import case
         >>> problems = case(3)
         >>> iterations(problems, optimal_rate(problems), torch.ones_like(problems.start)).item() > 1000
         True

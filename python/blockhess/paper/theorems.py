@@ -56,6 +56,7 @@ def constants(problems: Quadratics) -> Constants:
     Source: Zhang et al. 2024, section 3.3.
 
     Example:
+        >>> from blockhess.paper.quadratics import make_quadratics
         >>> one_element_blocks = make_quadratics([[1.0], [1.0]])
         >>> constants(one_element_blocks).r.tolist()
         [1.0]

@@ -35,8 +35,8 @@ def locked(directory: str | PathLike[str]) -> Iterator[None]:
         OSError: no file can be written there.
 
     Example:
-        >>> with locked("run"):
-        ...     write("run/state.safetensors", tensors, header)
+        >>> with locked(folder):
+        ...     written = (folder / "state").write_text("nobody else writes here")
     """
     path = Path(directory) / "lock"
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid())}

@@ -61,7 +61,7 @@ def merge(runs: Sequence[Spectra | str | PathLike[str]]) -> Spectra:
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         >>> given = model, (torch.randn(32, 4), torch.randint(3, (32,))), torch.nn.CrossEntropyLoss()
-        >>> there, here = (spectrum(*given, num_probes=5, first_probe=p, engine="autograd") for p in (5, 0))
+        >>> there, here = (blockhess.spectrum(*given, num_probes=5, first_probe=p, engine="autograd") for p in (5, 0))
         >>> merge([here, there]).quadrature.num_probes
         10
     """
