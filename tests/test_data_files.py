@@ -148,7 +148,7 @@ def test_image_folders_number_classes_by_name(tmp_path: Path) -> None:
     image(tmp_path / "a" / "3.PNG", (16, 16), (0, 0, 255))
     (tmp_path / "a" / "notes.txt").write_text("no image")
     images, labels = image_folder(tmp_path, 3, side=16)
-    assert images.shape == (3, 3, 16, 16) and sorted(labels.tolist()) == [0, 0, 1]
+    assert images.shape == (3, 3, 16, 16) and images.is_contiguous() and sorted(labels.tolist()) == [0, 0, 1]
     red = images[labels == 1][0]
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]
     torch.testing.assert_close(red, torch.tensor(expected)[:, None, None].expand(3, 16, 16))

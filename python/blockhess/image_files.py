@@ -61,7 +61,7 @@ class ImageFolder:
         return len(self._found)
 
     def read(self, indices: Sequence[int], *, side: int = 224) -> tuple[Tensor, Tensor]:
-        """Return images (n, 3, side, side) float32 and labels (n,) int64; several are decoded at a time.
+        """Return images (n, 3, side, side) float32, contiguous, and labels (n,) int64; several are decoded at a time.
 
         Raises:
             ValueError: a file is no image.
@@ -73,7 +73,7 @@ class ImageFolder:
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(decode, range(len(indices))))
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor([self._found[index][1] for index in indices])
         return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), labels
 
