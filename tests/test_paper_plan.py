@@ -100,7 +100,10 @@ def test_the_command(small: None, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gflops", "0"], "--gflops must be positive"),
+        *(
+            (["--gflops", value], f"plan: --gflops must be positive and finite, got {float(value)}")
+            for value in ("0", "-1", "inf", "nan")
+        ),
         (["--model", "lenet"], "plan: model must be one of resnet18"),
         (["--device", "warp"], "device must be one of this machine's"),
     ],
