@@ -1,6 +1,7 @@
 """Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
 
 python -m bench.findings                     # measures spectra
+python -m bench.findings --dates             # when they were committed
 python -m bench.paper table1 fig4 fig3       # measures the networks
 python -m bench.paper --plan                 # counts them at the paper's size
 python -m bench.findings_page                # rewrites the parts between the markers
@@ -12,19 +13,20 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 import blockhess
-from bench.findings import IMAGES, MINI_IMAGES, MINI_SEEDS, SEEDS, stem
+from bench.findings import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_SEEDS, NUM_STEPS, SEEDS, dates, stem
 from bench.readme import ROOT, replaced
 from bench.theory_page import experiment_part, result
 from blockhess.divergence import JS0
+from blockhess.intervals import student_quantile
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
-from blockhess.paper.plan import Work, told
+from blockhess.paper.plan import ASSUMED_SHARE, H100_PEAK, HOUR, TARGETS, Work, told
 from blockhess.paper.table1 import PAPER as TABLE_1
 from blockhess.paper.table3 import ORDERED, PAPER_SIGMA
 from blockhess.paper.table3 import PAPER as TABLE_3
@@ -89,13 +91,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 NETWORKS = ("resnet18_eval", "resnet18_frozen-batch-stats", "resnet18_batch", "gpt2_nano")
 
 
-def batchnorm_part() -> str:
-    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure and seed, and how often which is more."""
-    words = {
+def against_gpt() -> dict[tuple[str, int], list[str]]:
+    """(Network, seed) -> how its JS0 compares with that of GPT2-nano, by measure."""
+    return {
         (name, seed): [compared(js0(stem(name, seed), m), js0(stem("gpt2_nano", seed), m)) for m in MEASURES]
         for name in NETWORKS
         for seed in SEEDS
     }
+
+
+def batchnorm_part() -> str:
+    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure and seed, and how often which is more."""
+    words = against_gpt()
     header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
     tables = [
         f"Seed {seed}:\n\n"
@@ -104,7 +111,8 @@ def batchnorm_part() -> str:
             [
                 [m, *(valued(js0(stem(name, seed), m)) for name in NETWORKS), word]
                 for m, word in zip(MEASURES, words["resnet18_batch", seed])
-            ],
+            ]
+            + [["probes of every block", *(str(_probes(name, seed)) for name in NETWORKS), ""]],
         )
         for seed in SEEDS
     ]
@@ -112,20 +120,68 @@ def batchnorm_part() -> str:
         f"{name}: {len(spectra(first))} blocks, {sum(spectra(first).dims):,} parameters"
         for name, first in (("ResNet18", "resnet18_batch"), ("GPT2-nano", "gpt2_nano"))
     )
-    probes = "; ".join(
-        f"seed {seed}: {', '.join(str(spectra(stem(name, seed)).quadrature.num_probes) for name in NETWORKS)}"
-        for seed in SEEDS
-    )
     steps = {spectra(stem(name, seed)).quadrature.num_steps for name in NETWORKS for seed in SEEDS}
     engines = {spectra(stem(name, seed)).provenance["engine"] for name in NETWORKS for seed in SEEDS}
-    same = sum(len(set(pair)) == 1 for pair in zip(*(words["resnet18_batch", seed] for seed in SEEDS)))
     return (
         "\n\n".join(tables)
-        + '\n\nIn parentheses: 95 % intervals for the probes (jackknife); "more" and "less" where they are apart. '
-        + f"{sizes}. {', '.join(map(str, steps))} Lanczos steps by the engine {', '.join(engines)}; probes, in the "
-        + f"order of the columns, {probes}."
+        + '\n\nIn parentheses: 95 % intervals for the probes; "more" and "less" where they are apart. '
+        + f"{sizes}. {', '.join(map(str, steps))} Lanczos steps by the engine {', '.join(engines)}."
         + "".join("\n\n" + _counted(seed, words) for seed in SEEDS)
-        + f"\n\nThe last column is the same for both seeds in {same} of the {len(MEASURES)} measures."
+        + "\n\n"
+        + _in_every_seed(words)
+    )
+
+
+def _probes(name: str, seed: int) -> int:
+    return spectra(stem(name, seed)).quadrature.num_probes
+
+
+def _in_every_seed(words: Mapping[tuple[str, int], list[str]]) -> str:
+    """Which words about ResNet18 against GPT2-nano hold for all seeds."""
+
+    def told(name: str, word: str) -> str:
+        held = [m for m, *found in zip(MEASURES, *(words[name, seed] for seed in SEEDS)) if set(found) == {word}]
+        return f"{word} in {len(held)}" + (f" ({'; '.join(held)})" if held else "")
+
+    return (
+        f"For every seed, of the {len(MEASURES)} measures ResNet18 is, against GPT2-nano: with batch statistics "
+        + ", ".join(told("resnet18_batch", word) for word in ("more", "less", "undecided"))
+        + "; in eval mode "
+        + ", ".join(told("resnet18_eval", word) for word in ("more", "less", "undecided"))
+        + "."
+    )
+
+
+def frozen_part() -> str:
+    """How much of the growth of JS0 comes with statistics that are held fixed."""
+    return table(
+        ["share of the growth of JS0 from eval mode to batch statistics", *(f"seed {seed}" for seed in SEEDS)],
+        [[m, *(f"{100 * frozen_share(m, seed):.0f} %" for seed in SEEDS)] for m in MEASURES],
+    )
+
+
+def frozen_share(measure: str, seed: int) -> float:
+    """(JS0 frozen - JS0 eval) / (JS0 batch - JS0 eval) of ResNet18."""
+    policies = ("eval", "frozen-batch-stats", "batch")
+    in_eval_mode, frozen, batch = (js0(stem(f"resnet18_{policy}", seed), measure).value for policy in policies)
+    return (frozen - in_eval_mode) / (batch - in_eval_mode)
+
+
+def limits_part() -> str:
+    """What the tables at full width rest on, and what their intervals are."""
+    probes = sorted({_probes(name, seed) for name in NETWORKS for seed in SEEDS})
+    found = [js0(stem(name, seed), m) for name in NETWORKS for seed in SEEDS for m in MEASURES]
+    outside = sum(not each.interval[0] <= each.value <= each.interval[1] for each in found if each.interval)
+    factors = " and ".join(f"{student_quantile(0.95, count - 1):.1f} ({count})" for count in probes)
+    return (
+        f"Limits: one architecture of each kind at real width; {len(SEEDS)} seeds there, each of weights, data and "
+        f"probes at once; {IMAGES} grey images of {IMAGE_SIDE} x {IMAGE_SIDE} and "
+        f"{spectra('gpt2_nano').provenance['weight']:.0f} characters a seed; {NUM_STEPS} Lanczos steps. A block has "
+        f"{' or '.join(map(str, probes))} probes, so an interval is {factors} standard errors to either side, of a "
+        "standard error that is itself known from so few; each is about the value less the bias that the jackknife "
+        f"finds, which leaves {outside} of the {len(found)} values outside. Each holds with 95 % by itself: of "
+        f"{len(found)} some may miss. None contains what weights, data and steps would change: of that, {len(SEEDS)} "
+        "seeds give an impression, no more."
     )
 
 
@@ -192,25 +248,57 @@ def _signs(s: Spectra) -> list[str]:
     ]
 
 
+# Of the small relatives: images and seed.
+MINI_RUNS = [*((count, 0) for count in MINI_IMAGES), *((MINI_IMAGES[1], seed) for seed in MINI_SEEDS)]
+
+
+def small_summary() -> dict[str, tuple[float, list[bool], list[float]]]:
+    """Measure -> JS0 of the small ResNet in eval mode, with the most images over the fewest; of every run, whether
+    batch statistics raise it; and what it is then over that of the small GPT."""
+    found = {}
+    for measure in MEASURES:
+        fewest, most = (js0(f"mini_resnet_eval_{MINI_IMAGES[i]}_seed0", measure).value for i in (0, -1))
+        batch, eval_mode = (
+            [js0(f"mini_resnet_{policy}_{count}_seed{seed}", measure).value for count, seed in MINI_RUNS]
+            for policy in ("batch", "eval")
+        )
+        gpt = [js0(f"mini_gpt_seed{seed}", measure).value for _, seed in MINI_RUNS]
+        above = [b > e for b, e in zip(batch, eval_mode)]
+        found[measure] = most / fewest, above, [b / g for b, g in zip(batch, gpt)]
+    return found
+
+
 def small_part() -> str:
     """What the number of images and the seed of the weights change, on the small relatives."""
-    runs = [*((count, 0) for count in MINI_IMAGES), *((MINI_IMAGES[1], seed) for seed in MINI_SEEDS)]
     policies = ("eval", "frozen-batch-stats", "batch")
     rows = []
     for measure in MEASURES:
-        for count, seed in runs:
+        for count, seed in MINI_RUNS:
             stems = [f"mini_resnet_{policy}_{count}_seed{seed}" for policy in policies]
             values = [f"{js0(stem, measure).value:.3g}" for stem in (*stems, f"mini_gpt_seed{seed}")]
             rows.append([measure, f"{count} images, seed {seed}", *values])
     probes = {spectra(path.stem).quadrature.num_probes for path in FOLDER.glob("mini_*.npz")}
+    bound = MINI_IMAGES[-1] * (CLASSES - 1)
+    dims = spectra(f"mini_resnet_eval_{MINI_IMAGES[-1]}_seed0").dims
+    summary = [
+        [measure, f"{factor:.2f}", f"{sum(above)} of {len(above)}", f"{min(ratios):.2g} ... {max(ratios):.2g}"]
+        for measure, (factor, above, ratios) in small_summary().items()
+    ]
     rising = [float(row[4]) > float(row[2]) for row in rows]
     above = [float(row[4]) > float(row[5]) for row in rows]
     return (
         table(["JS0", "data", "ResNet, eval", "frozen statistics", "batch statistics", "GPT"], rows)
         + f"\n\nJS0 is larger with batch statistics than in eval mode in {sum(rising)} of {len(rows)} rows, and larger "
         f"than the small GPT's of the same seed in {sum(above)}. {sum(spectra('mini_resnet_eval_8_seed0').dims):,} and "
-        f"{sum(spectra('mini_gpt_seed0').dims):,} parameters; {min(probes)} to {max(probes)} probes."
-    )
+        f"{sum(spectra('mini_gpt_seed0').dims):,} parameters; {min(probes)} to {max(probes)} probes: no intervals."
+        f" With {MINI_IMAGES[-1]} images the bound on the rank is {bound:,}: below the parameters of "
+        f"{sum(dim > bound for dim in dims)} of the {len(dims)} blocks.\n\n"
+        + table(
+            ["by measure", f"eval mode: {MINI_IMAGES[-1]} images / {MINI_IMAGES[0]}",
+             "batch statistics above eval mode", "batch statistics / GPT"],
+            summary,
+        )
+    )  # fmt: skip
 
 
 def definition_part() -> str:
@@ -259,10 +347,53 @@ def plan_part() -> str:
     names = [field.name for field in dataclasses.fields(Work)]
     works = [Work(**{name: job[name] for name in names}) for job in content["jobs"]]
     return (
-        f"```text\n{told(works, 'this CPU', None)}\n```\n\n"
+        f"```text\n{told(works, 'this CPU', None)}\n```\n\n{wanted(works)}\n\n"
         f"Made by `python -m bench.paper --plan` (`blockhess paper plan` prints it anew); rates by the clock "
         f"{content['clock']}, as other programs took part of it (load {content['load'][0]:.1f}); "
         + ", ".join(f"{key} {value}" for key, value in content["environment"].items())
+    )
+
+
+def wanted(works: Sequence[Work]) -> str:
+    """Which targets on an H100 the jobs meet, were the assumption true."""
+    met, missed = [], []
+    for work in works:
+        for kind, target in TARGETS[work.name].items():
+            hours = work.flops / (ASSUMED_SHARE * H100_PEAK[kind]) / HOUR
+            words = f"{work.title} in {kind} ({hours:.2g} hours against {target / HOUR:.2g})"
+            (met if hours <= target / HOUR else missed).append(words)
+    return (
+        f"**No step was timed on an H100.** Were {100 * ASSUMED_SHARE:.0f} % of its peak reached, what is wanted would "
+        f"be missed by {', '.join(missed) or 'none'} and met by {', '.join(met) or 'none'}."
+    )
+
+
+# Wanted of every figure with its default on two cores; and what experiments take from others in the same folder.
+MOST_SECONDS = 600.0
+REUSED = {
+    "fig3": "the spectra of table1",
+    "fig4": "the spectra of table1",
+    "fig10": "the trainings of calibrate",
+    "fig11": "the trainings of calibrate",
+}
+
+
+def times_part() -> str:
+    """How long the CPU-sized figures took, against what is wanted, and what was made before."""
+    rows, missed = [], []
+    for name in ("table1", "fig3", "fig4", "fig1", "fig10", "fig11"):
+        content = result(name)
+        seconds, cpu = content["seconds"], content["cpu_seconds"]
+        threads = content["environment"]["threads"]
+        if seconds > MOST_SECONDS:
+            missed.append(f"{name} ({seconds / 60:.1f} minutes, {cpu / 60:.1f} of them of the processor)")
+        rows.append([f"`{name}`", f"{seconds:.0f}", f"{cpu:.0f}", f"{threads}", REUSED.get(name, "none")])
+    return (
+        table(["", "seconds", "of the processor", "threads", "takes, and does not count"], rows)
+        + f"\n\nWanted are {MOST_SECONDS / 60:.0f} minutes each on two cores. Missed, as timed, by "
+        + f"{', '.join(missed) or 'none'}. Other programs kept the machine busy: the seconds of the processor are what "
+        "the process itself took; no run on an idle machine shows what it would take there, and whether a run went on "
+        "from one that was interrupted is not recorded."
     )
 
 
@@ -274,15 +405,22 @@ def environment_part() -> str:
     places: dict[str, int] = {}
     for provenance in made:
         for place in provenance.get("made_at", ()):
-            where = ", ".join(f"{key} {value}" for key, value in place.items())
+            where = ", ".join(f"{key} {value}" for key, value in place.items() if key != "date")
             places[where] = places.get(where, 0) + 1
+    unknown = sum(provenance["num_probes"] for provenance in made) - sum(places.values())
+    first = dates()
+    committed = "; ".join(
+        f"seed {seed}, " + ", ".join(f"{name} {first[stem(name, seed)]}" for name in NETWORKS) for seed in SEEDS
+    )
     return (
         f"`python -m bench.findings`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
-        f"torch {versions}. Every file says which engine, options and seeds made it."
+        f"torch {versions}. Every file says which engine, options and seeds made it. The files at full width were "
+        f"first committed: {committed}."
         + "".join(
             f"\n\n{count} probes, each of all blocks of a file, record where they were made: {place}."
             for place, count in places.items()
         )
+        + (f" The other {unknown} were made before files recorded it." if unknown else "")
     )
 
 
@@ -290,9 +428,12 @@ def page(text: str) -> str:
     """The page with every measured part made again."""
     parts = {
         "batchnorm": batchnorm_part,
+        "frozen": frozen_part,
         "mechanism": mechanism_part,
+        "limits": limits_part,
         "small": small_part,
         "definition": definition_part,
+        "times": times_part,
         "plan": plan_part,
         "environment": environment_part,
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockhess.image_files import CIFAR10_MEAN, CIFAR10_STD, cifar10, image_folder
+from blockhess.image_files import CIFAR10_MEAN, CIFAR10_STD, ImageFolder, cifar10, image_folder
 from blockhess.models.bert import IGNORED
 from blockhess.sentence_pairs import CLS, MASK, SEP, SPECIAL, line_pairs, masked_pairs
 from blockhess.text_files import BytePairs, TokenFile, cornell_dialogs, read_text
@@ -166,6 +166,32 @@ def test_images_are_cut_from_the_middle(tmp_path: Path) -> None:
     images, _ = image_folder(tmp_path, 1, side=56)
     assert (images[0, 0, 28, 28] > 2) and (images[0, 0, 28, 0] < -2)
     assert torch.allclose(images, images.flip(-1), atol=1e-5)
+
+
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path: Path) -> None:
+    for path in ("a/1.png", "a/._1.png", "b/2.png", ".cache/3.png"):
+        image(tmp_path / path, (8, 8), (0, 0, 0))
+    found = ImageFolder(tmp_path)
+    assert (found.num_classes, len(found)) == (2, 2)
+    assert found.read([0, 1], side=8)[1].tolist() == [0, 1]
+
+
+def test_images_lie_channel_by_channel(tmp_path: Path) -> None:
+    """Not channels last, in which torch has a broken gradient."""
+    image(tmp_path / "a" / "1.png", (8, 8), (0, 0, 0))
+    image(tmp_path / "a" / "2.png", (8, 8), (0, 0, 0))
+    assert image_folder(tmp_path, 2, side=8)[0].is_contiguous()
+
+
+def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
+    image(tmp_path / "a" / "1.png", (8, 8), (0, 0, 0))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"image_folder: every folder of .* must hold images .*got none in 'b'$"):
+        ImageFolder(tmp_path)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match="got none in 'b' and 1 more"):
+        ImageFolder(tmp_path)
 
 
 def test_image_folders_that_do_not_fit(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ TESTS = {
 NOT_RUN = {
     f"blockhess.{name}"
     for name in (
-        "datasets.idx_images", "image_files.cifar10", "image_files.image_folder", "integrations.frames.block_frame",
+        "datasets.idx_images", "image_files.ImageFolder", "image_files.cifar10", "image_files.image_folder",
+        "integrations.frames.block_frame",
         "integrations.frames.pair_frame", "integrations.tensorboard.log_spectra",
         "runs.config.Config.arguments", "text_files.TokenFile",
         "text_files.cornell_dialogs", "training.checkpoints.spectra_of_checkpoints", "paper.table3.js0", "demo.run",
@@ -61,6 +62,7 @@ def names() -> dict[str, Any]:
     spectra = blockhess.spectrum(model, batch, loss_fn, num_probes=3, num_steps=10)
     four_blocks = [BlockInfo(name, (1,), 1, (name,)) for name in "abcd"]
     given = {"model": model, "loss_fn": loss_fn, "batch": batch, "spectra": spectra, "four_blocks": four_blocks}
+    given |= {"before": spectra, "after": spectra}
     return {"torch": torch, "blockhess": blockhess, "blockhess_ext": blockhess_ext, **given}
 
 

@@ -23,6 +23,8 @@ from blockhess.models import (
     BERTConfig,
     GPTConfig,
     MaskedPairs,
+    ResNet,
+    ResNetConfig,
     VGGConfig,
     ViT,
     ViTConfig,
@@ -189,6 +191,15 @@ def test_heads_split_the_vits_qkv() -> None:
     [
         (ViT(ViTConfig(8, 4, 1, 2, 8, 3, 1)), [torch.zeros(1, 1, 9, 8)], r"ViT: images must be 8 x 8, got \(9, 8\)"),
         (VGG(VGGConfig(2, (1, 1), 4, 1, 3, 1)), [torch.zeros(1, 1, 3, 9)], r"VGG: images must be at least 4 x 4"),
+        *(
+            (model, [torch.zeros(*shape)], rf"{name}: images must be \(batch, 1, height, width\), got \({first}, ")
+            for name, model in (
+                ("ViT", ViT(ViTConfig(8, 4, 1, 2, 8, 3, 1))),
+                ("VGG", VGG(VGGConfig(2, (1, 1), 4, 1, 3, 1))),
+                ("ResNet", ResNet(ResNetConfig(2, (1, 1), 3, 1))),
+            )
+            for first, shape in ((5, (5, 3, 8, 8)), (1, (1, 8, 8)))
+        ),
         (
             BERT(BERTConfig(5, 4, 1, 1, 8)),
             [torch.ones(2, 1, 5).long()],

@@ -138,6 +138,14 @@ def test_the_papers_size_is_read_from_the_users_files(
     assert first.shape[1:] == {"bert": (64,), "gpt2-nano": (256,), "gpt2": (1024,)}.get(name, (3, 224, 224))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "gpt2", "bert"])
+@pytest.mark.parametrize("argument", ["size", "at_once"])
+def test_no_samples_are_refused(name: str, argument: str) -> None:
+    """0 does not mean the scale's own number."""
+    with pytest.raises(ValueError, match=f"network: {argument} must be at least 1, got 0"):
+        network(name, **{argument: 0})
+
+
 def test_the_papers_batches() -> None:
     net = network("gpt2-nano", Selection(scale="paper"))
     assert sum(x.numel() for x, _ in net.data) == 163_840 and net.data[0][0].numel() == 8_192

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import findings_page
@@ -100,7 +102,10 @@ def test_the_command(small: None, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gflops", "0"], "--gflops must be positive"),
+        *(
+            (["--gflops", value], f"plan: --gflops must be positive and finite, got {float(value)}")
+            for value in ("0", "-1", "inf", "nan")
+        ),
         (["--model", "lenet"], "plan: model must be one of resnet18"),
         (["--device", "warp"], "device must be one of this machine's"),
     ],
@@ -109,6 +114,18 @@ def test_bad_requests(arguments: list[str], message: str, capsys: pytest.Capture
     assert main(["paper", "plan", "--quick", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_batch_statistics_take_as_much_again(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """So a job with both BatchNorm policies is twice what is told, which says so where there is BatchNorm."""
+    counted_in_eval_mode = plan.counted("resnet18", 2)
+    monkeypatch.setattr(nn.Module, "eval", nn.Module.train)
+    in_train_mode = plan.counted("resnet18", 2)
+    assert in_train_mode.products == counted_in_eval_mode.products
+    assert in_train_mode.gradient == counted_in_eval_mode.gradient
+    for name, told in (("resnet18", True), ("vgg16", False)):
+        assert main(["paper", "plan", "--quick", "--model", name]) == 0
+        assert ("ResNet18: BatchNorm in eval mode; " in capsys.readouterr().out) is told
 
 
 def test_the_kept_plan_is_of_the_papers_sizes() -> None:

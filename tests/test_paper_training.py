@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,11 @@ def regression(sizes: tuple[int, ...] = (6,)) -> list[tuple[torch.Tensor, torch.
     return [(torch.randn(n, 3, generator=generator), torch.randn(n, 2, generator=generator)) for n in sizes]
 
 
-def test_a_signal_saves_the_state_and_a_state_of_another_training_is_not_used(tmp_path: Path) -> None:
+def test_a_signal_saves_the_state_and_a_state_of_another_training_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "LEAST_SECONDS", float("inf"))  # the signal alone saves, however slow the machine
+
     def run(told: str, hook: Any = None, rate: float = 0.1) -> tuple[Any, list[int]]:
         seen: list[int] = []
         hooks = {step: lambda _, step=step: seen.append(step) or (hook and hook(step)) for step in range(7)}
@@ -296,6 +301,62 @@ def test_a_diverging_rate_is_recorded(data: Path, tmp_path: Path, monkeypatch: p
     assert main(["paper", "fig1", "--model", "vgg16", *arguments]) == 0
 
 
+def test_a_training_that_ends_above_its_start_is_not_measured(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss is finite."""
+    monkeypatch.setitem(RECIPES, "resnet18", Recipe(4, 4, {"SGD": (30.0,), "AdamW": (30.0,)}, "constant", epochs=4))
+    monkeypatch.setattr(figure1, "measure_once", None)
+    arguments = ["--scale", "paper", "--data", str(data), "--out", str(tmp_path)]
+    for work in (train, None):  # remembered: not trained again
+        monkeypatch.setattr(figure1, "train", work)
+        assert main(["paper", "fig1", "--model", "resnet18", *arguments]) == 0
+        found = content(tmp_path, "fig1")
+        assert found["numbers"]["diverged"] == {"resnet18": "diverged after 8 of 8 steps"}
+        assert "not finite, or the last losses are above those at the start" in found["text"]
+
+
+def test_a_training_whose_end_is_unknown_is_gone_on_with(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints alone do not tell whether it diverged."""
+    panel = figure1.paper_panel(trainees(["gpt2"], Selection(scale="paper", data=data), quick=False)["gpt2"], 0)
+
+    def stopped(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figure1, "write_text", stopped)
+        with pytest.raises(Stop):
+            figure1.checkpoints(tmp_path, "gpt2", panel, [0, 4], 0)
+    paths = figure1.checkpoints(tmp_path, "gpt2", panel, [0, 4], 0)
+    assert all(path.exists() for path in paths) and len([*tmp_path.glob("checkpoints/*.json")]) == 1
+    monkeypatch.setattr(figure1, "train", None)
+    assert figure1.checkpoints(tmp_path, "gpt2", panel, [0, 4], 0) == paths
+
+
+def test_trainings_on_other_data_or_schedules_are_others(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    (other / "imagenet").mkdir(parents=True)
+    for number in range(9):
+        image(other / "imagenet" / f"class{number % 3}" / f"{number}.png", (40, 36), (9, 8, 25 * number))
+    (other / "openwebtext").mkdir()
+    (np.arange(200) % 37).astype(np.uint16).tofile(other / "openwebtext" / "train.bin")
+    for name, optimizer in (("resnet18", "SGD"), ("gpt2", "AdamW")):
+        found: list[Any] = []
+        for folder in (data, other):
+            trainee = trainees([name], Selection(scale="paper", data=folder), quick=False)[name]
+            panel = figure1.paper_panel(trainee, 0)
+            paths = figure1.checkpoints(tmp_path, name, panel, [0, 4], 0)
+            losses = trained(tmp_path, name, optimizer, 0.01, 0, trainee.settings(0), trainee).losses
+            found.append((paths, losses, trainee.found.words))
+        assert found[0][0] != found[1][0] and found[0][1] != found[1][1] and found[0][2] == found[1][2]
+    longer = replace(panel, settings=replace(panel.settings, warmup=2))
+    assert figure1.checkpoints(tmp_path, name, longer, [0, 4], 0) != paths
+
+
 COMMANDS = ["fig1", "fig3", "fig4", "table1", "fig10", "fig11"]
 IMAGES_OF = {"fig11": "vit-base"}
 
@@ -321,7 +382,7 @@ def test_bad_images(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (bad / "imagenet" / "a" / f"{number}.png").write_bytes(b"no image")
     assert "must be an image" in refused(command, model, bad, tmp_path, capsys)
     for number in range(4):
-        (bad / "imagenet" / f"more{number}").mkdir()
+        image(bad / "imagenet" / f"more{number}" / "0.png", (5, 3), (1, 2, 3))
     assert "must hold 3 classes at most, got 5" in refused(command, model, bad, tmp_path, capsys)
     assert "device must be one of this machine's, got 'warp'" in refused(
         command, model, bad, tmp_path, capsys, "--device", "warp"

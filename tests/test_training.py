@@ -151,6 +151,16 @@ def test_a_loss_above_the_initial_has_diverged() -> None:
     assert len(result.losses) == 3 and result.diverged and result.final is None
 
 
+def test_parameters_that_are_not_finite_have_diverged() -> None:
+    """Losses are those before the steps, so they do not show what the last step did."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    data = [(torch.full((1, 1), 1e5), torch.zeros(1, 1))]
+    result = train(model, data, nn.MSELoss(), optimizer="SGD", rate=1e30, num_steps=1)
+    assert not model.weight.isfinite() and result.losses == (result.initial,)
+    assert result.diverged and result.final is None
+
+
 def test_clipping_bounds_the_step() -> None:
     def step(clip: float | None) -> float:
         model = nn.Linear(1, 1, bias=False)

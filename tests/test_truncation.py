@@ -167,7 +167,7 @@ def test_one_step_and_no_step() -> None:
     assert len(wasserstein_bound(Recurrence(broken.quadrature, 0))) == 0
 
 
-@pytest.mark.parametrize("scale", [1e-150, 1e-10, 1e10, 1e150])
+@pytest.mark.parametrize("scale", [1e-100, 1e-10, 1e10, 1e100])  # test_breakdown.py: what lies beyond is refused
 def test_any_scale(scale: float) -> None:
     def at(c: float) -> tuple[float, np.ndarray]:
         q = lanczos(c * SPECTRA["bimodal"], num_steps=12).quadrature

@@ -72,6 +72,8 @@ BLOCKHESS_INLINE void scale_loop(T* x, double scale, int64_t n) {
 }
 
 // The same without conversions: high + low is scale to twice the digits of float32, and fused they are rounded once.
+// For finite x alone, inf high + inf low being NaN where low is 0 or of the other sign. Callers pass scale = 1 / |x|_2
+// where that norm is finite, so that every x_i is, and |x_i scale| <= 1.
 BLOCKHESS_INLINE void scale_fused(float* x, double scale, int64_t n) {
   const float high = float(scale), low = float(scale - double(high));
   if (!std::isnormal(high)) return scale_loop(x, scale, n);

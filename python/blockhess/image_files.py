@@ -33,10 +33,11 @@ class ImageFolder:
     on ImageNet.
 
     Args:
-        folder: FOLDER/CLASS/IMAGE, with images ending in one of SUFFIXES; classes are numbered by name.
+        folder: FOLDER/CLASS/IMAGE, with images ending in one of SUFFIXES; classes are numbered by name. Folders and
+            files that begin with a dot are left out.
 
     Raises:
-        ValueError: the folder has another layout.
+        ValueError: the folder has another layout, or a class has no image.
         ImportError: Pillow is missing.
 
     Source: the layout and preprocessing of PyTorch's ImageNet example; ImageNet: https://image-net.org (registration).
@@ -47,14 +48,21 @@ class ImageFolder:
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         _pillow()
-        classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
-        found = [(path, label) for label, kind in enumerate(classes) for path in sorted(kind.iterdir())]
-        self._found = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
+        classes = [path for path in _shown(Path(folder)) if path.is_dir()]
+        images = [[path for path in _shown(kind) if path.suffix.lower() in SUFFIXES] for kind in classes]
+        self._found = [(path, label) for label, paths in enumerate(images) for path in paths]
         self.num_classes = len(classes)
         if not self._found:
             raise ValueError(
                 f"image_folder: {folder} must hold a folder of images for every class, as ImageNet's train folder does "
                 f"(https://image-net.org; FOLDER/n01440764/*.JPEG), got {len(classes)} folders and no image in them"
+            )
+
+        empty = [kind.name for kind, paths in zip(classes, images) if not paths]
+        if empty:
+            raise ValueError(
+                f"image_folder: every folder of {folder} must hold images ({', '.join(SUFFIXES)}), got none in "
+                f"{empty[0]!r}" + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
             )
 
     def __len__(self) -> int:
@@ -76,6 +84,11 @@ class ImageFolder:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor([self._found[index][1] for index in indices])
         return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), labels
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What a folder holds and does not hide, by name."""
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
 def _pillow() -> Any:
@@ -175,4 +188,6 @@ def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tenso
 
 def _normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return (pixels.float() / 255 - shift) / scale
+    # Pixels as they are decoded lie channels last; in that layout torch 2.13's gradient of a strided 1x1 convolution of
+    # fewer than 8 channels (seen with 2, 4 and 6) writes outside its memory on a CPU without AVX-512.
+    return (pixels.float().contiguous() / 255 - shift) / scale

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from blockhess import fingerprint
-from blockhess.batches import as_batches, batch_size, split_batch
+from blockhess.batches import as_batches, batch_size, check_tokens, split_batch
 from blockhess.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.distributed import ALONE, Ranks, refuse_sharded
 from blockhess.engines.plan import budget_bytes, micro_batches
 from blockhess.losses import as_loss
 from blockhess.model_state import batchnorm_policy, fixed_state, freeze_batch_statistics
+from blockhess.models import masked_pair_loss, next_token_loss
 from blockhess.options import choice
 from blockhess.problem import Problem
 
@@ -53,6 +54,9 @@ def posed(
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
         policy = batchnorm_policy(model, batchnorm)
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
+        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+        if loss_fn in (next_token_loss, masked_pair_loss) and vocab_size is not None:
+            check_tokens(batches, vocab_size)
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
         if policy == "frozen-batch-stats":

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockhess.models.images import check_images
+
 
 @dataclass(frozen=True)
 class ResNetConfig:
@@ -106,7 +108,12 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (batch, num_classes) of images (batch, in_channels, height, width_px)."""
+        """Return the logits (batch, num_classes) of images (batch, in_channels, height, width_px).
+
+        Raises:
+            ValueError: images of other channels.
+        """
+        check_images("ResNet", images, self.config.in_channels)
         x = F.relu(self.bn1(self.conv1(images)))
         if self.config.stem == "imagenet":
             x = F.max_pool2d(x, 3, stride=2, padding=1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from blockhess.models.images import check_images
+
 
 @dataclass(frozen=True)
 class VGGConfig:
@@ -90,8 +92,9 @@ class VGG(nn.Module):
         """Return the logits (batch, num_classes) of images (batch, in_channels, height, width).
 
         Raises:
-            ValueError: an image is so small that nothing is left of it after the last stage.
+            ValueError: images of other channels, or so small that nothing is left after the last stage.
         """
+        check_images("VGG", images, self.config.in_channels)
         least = 1 << len(self.config.convs_per_stage)
         if min(images.shape[-2:]) < least:
             raise ValueError(f"VGG: images must be at least {least} x {least}, got {tuple(images.shape[-2:])}")

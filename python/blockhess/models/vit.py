@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockhess.models.images import check_images
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -132,8 +134,9 @@ class ViT(nn.Module):
         """Return the logits (batch, num_classes) of images (batch, in_channels, image_size, image_size).
 
         Raises:
-            ValueError: images of another size.
+            ValueError: images of another size or other channels.
         """
+        check_images("ViT", images, self.config.in_channels)
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"ViT: images must be {size} x {size}, got {tuple(images.shape[-2:])}")

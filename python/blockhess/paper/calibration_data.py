@@ -45,7 +45,8 @@ def initial_spectra(folder: Path, name: str, seed: int, effort: Effort) -> dict[
     architecture = ARCHITECTURES[name]
     model = architecture.model(seed)
     images = architecture.draw.endswith("images")
-    batch = architecture.batches(1, seed, batch_size=effort.size or (IMAGES if images else WINDOWS))
+    usual = IMAGES if images else WINDOWS
+    batch = architecture.batches(1, seed, batch_size=usual if effort.size is None else effort.size)
     source = "Fashion-MNIST" if images else "Shakespeare"
     network = Network(name, model, batch, architecture.loss_fn, source)
     kept = writable_folder(folder / "spectra")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,8 +203,8 @@ def plan(
     from blockhess.records import to_json
 
     selection = _selection("paper", model, None, device, precision)
-    if gflops is not None and not gflops > 0:
-        raise ValueError(f"plan: --gflops must be positive, got {gflops}")
+    if gflops is not None and not 0 < gflops < math.inf:
+        raise ValueError(f"plan: --gflops must be positive and finite, got {gflops}")
     works = plans(selection, measure=not quick)
     print(to_json(as_records(works, gflops)) if as_json else told(works, device, gflops))
 

@@ -7,21 +7,23 @@ negative ones relative to all).
 
 At scale "mini" the networks are those of architectures.py; at scale "paper" the paper's, trained as recipes.py says and
 measured with its batches on its blocks. FOLDER/checkpoints/NAME-STEP.pt are kept, with spectra of each in
-FOLDER/evolution, so an interrupted run goes on, within a training and within a spectrum too. A training that diverged
-is told as such and decides nothing.
+FOLDER/evolution, so an interrupted run goes on, within a training and within a spectrum too. A training that diverged,
+which is not finite or ended above where it began, is told as such and decides nothing; its spectra are not measured.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blockhess.files import writable_folder
+from blockhess.files import writable_folder, write_text
 from blockhess.measures import merge_probes
 from blockhess.model_state import has_batchnorm
 from blockhess.paper.architectures import ARCHITECTURES
@@ -183,23 +185,25 @@ def evolution(
 
 
 class Diverged(Exception):
-    """A loss was not finite; holds the steps made before, of how many."""
+    """A training was not finite or ended above where it began; holds the steps with finite losses, of how many."""
 
 
 def checkpoints(folder: Path, name: str, panel: Panel, steps: Sequence[int], seed: int) -> list[Path]:
-    """Return a checkpoint for each of some steps of a training; trains where one is missing.
+    """Return a checkpoint for each of some steps of a training; trains unless it was trained before.
 
     Raises:
         Diverged: now, or when it was trained before.
     """
     settings, kept = panel.settings, writable_folder(folder / "checkpoints")
-    stem = f"{name}-{panel.optimizer}-{panel.rate:g}-{seed}-{settings.num_steps}"
+    told = {"schedule": settings.schedule, "warmup": settings.warmup, **panel.trainee.told}
+    digest = blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
+    stem = f"{name}-{panel.optimizer}-{panel.rate:g}-{seed}-{settings.num_steps}-{digest}"
     paths = {step: kept / f"{stem}-{step}.pt" for step in steps}
-    diverged = kept / f"{stem}.diverged"
-    if diverged.exists():
-        raise Diverged(int(diverged.read_text()), settings.num_steps)
-    if not all(path.exists() for path in paths.values()):
-        state = Kept(kept / f"{stem}.state", {"schedule": settings.schedule, **panel.trainee.told})
+    # Written last: how the training ended is known only then, whatever checkpoints there are.
+    ended = kept / f"{stem}.json"
+    end = json.loads(ended.read_text()) if ended.exists() else None
+    if end is None or not (end["diverged"] or all(path.exists() for path in paths.values())):
+        state = Kept(kept / f"{stem}.state", told)
         training = train(
             panel.trainee.model(seed),
             panel.trainee.batches(settings.num_steps, seed),
@@ -213,11 +217,11 @@ def checkpoints(folder: Path, name: str, panel: Panel, steps: Sequence[int], see
             kept=state,
             **panel.trainee.options,
         )
-        if len(training.losses) < settings.num_steps:
-            diverged.write_text(str(len(training.losses)))
+        end = {"steps": len(training.losses), "diverged": training.diverged}
+        write_text(json.dumps(end) + "\n", ended)
         state.remove()
-        if diverged.exists():
-            raise Diverged(len(training.losses), settings.num_steps)
+    if end["diverged"]:
+        raise Diverged(end["steps"], settings.num_steps)
     return list(paths.values())
 
 
@@ -246,6 +250,7 @@ def judge(
                     f"{stage.blocks.js0().value:.3f}",
                 ]
             )
+    below = "\nDiverged: not finite, or the last losses are above those at the start." if diverged else ""
     header = ["network", "steps", "loss", "lambda_min", "lambda_max", "over 10th", "negative share", "JS0 of blocks"]
     steps = {name: panel.settings.num_steps for name, panel in panels.items()}
     same = len({*steps.values()}) == 1
@@ -272,7 +277,7 @@ def judge(
             "Lanczos steps": effort.num_steps,
         },
         _claims(found, numbers, {n: panels[n].trainee.transformer for n in found}) if len(kinds) == 2 else (),
-        format_table(header, [[*row, *[""] * (len(header) - len(row))] for row in rows], left=2),
+        format_table(header, [[*row, *[""] * (len(header) - len(row))] for row in rows], left=2) + below,
         {**numbers, "diverged": diverged},
         figure=_draw(found, panels) if found else None,
     )

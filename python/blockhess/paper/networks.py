@@ -120,11 +120,11 @@ def network(
         name: of NETWORKS; or hf:TYPE for a Transformers language model, torchvision:NAME or timm:NAME.
         selection: scale, data and device; by default mini, on the CPU.
         seed: of weights and data.
-        size: images, windows or pairs, instead of the scale's own number.
-        at_once: of these that one graph holds, instead of the scale's own number.
+        size: images, windows or pairs, instead of the scale's own number; at least 1.
+        at_once: of these that one graph holds, instead of the scale's own number; at least 1.
 
     Raises:
-        ValueError: an unknown name, or data that are not there; tells the layout.
+        ValueError: an unknown name, a number below 1, or data that are not there; tells the layout.
 
     Example:
         >>> network("bert").source
@@ -133,6 +133,9 @@ def network(
     selection = selection or Selection()
     if name not in NETWORKS and ":" not in name:
         raise ValueError(f"network: name must be one of {', '.join(NETWORKS)} or PACKAGE:NAME, got {name!r}")
+    for argument, value in (("size", size), ("at_once", at_once)):
+        if value is not None and value < 1:
+            raise ValueError(f"network: {argument} must be at least 1, got {value}")
     if selection.scale == "paper":
         net = _at_paper_size(name, selection, seed, size, at_once)
     else:
@@ -157,9 +160,9 @@ def _mini(name: str, seed: int, size: int | None) -> Network:
     if name.startswith("gpt2"):
         text = shakespeare()
         model = named(f"{name}-mini", vocab_size=len(text.vocabulary))
-        windows = text.batches(batch_size=size or MINI_WINDOWS, context=64, seed=seed)
+        windows = text.batches(batch_size=MINI_WINDOWS if size is None else size, context=64, seed=seed)
         return Network(name, model, windows, next_token_loss, "Shakespeare, by character")
-    images, labels = fashion_mnist(size or MINI_IMAGES)
+    images, labels = fashion_mnist(MINI_IMAGES if size is None else size)
     if ":" in name:
         model = named(name)
         # timm's models say what they take.
@@ -180,7 +183,9 @@ def _pairs(seed: int, size: int | None) -> tuple[list[MaskedPairs], int]:
     ends = (text.tokens == newline).nonzero().flatten()
     pairs = line_pairs([line[line != newline] for line in torch.tensor_split(text.tokens, ends)])
     vocab_size = len(text.vocabulary) + SPECIAL
-    return masked_pairs(pairs, vocab_size, batch_size=size or MINI_PAIRS, context=32, seed=seed), vocab_size
+    return masked_pairs(
+        pairs, vocab_size, batch_size=MINI_PAIRS if size is None else size, context=32, seed=seed
+    ), vocab_size
 
 
 def _of_transformers(name: str, seed: int, size: int | None) -> Network:
@@ -199,7 +204,7 @@ def _of_transformers(name: str, seed: int, size: int | None) -> Network:
         raise ValueError(
             f"network: hf:TYPE must have a causal, masked or next-sentence language model, got {name!r}, a {kind}"
         )
-    [(tokens, _)] = shakespeare().batches(batch_size=size or MINI_WINDOWS, seed=seed)
+    [(tokens, _)] = shakespeare().batches(batch_size=MINI_WINDOWS if size is None else size, seed=seed)
     return Network(name, model, {"input_ids": tokens, "labels": tokens}, None, "Shakespeare, by character")
 
 
@@ -225,6 +230,6 @@ def _at_paper_size(name: str, selection: Selection, seed: int, size: int | None,
         )
     found = source(name, selection.data)
     count, together = samples(name, found)
-    count, together = size or count, at_once or together
+    count, together = count if size is None else size, together if at_once is None else at_once
     parts = split_batch(found.draw(count, seed, 0), -(-count // together))
     return Network(name, model_of(name, found, seed), parts, found.loss_fn, found.words)

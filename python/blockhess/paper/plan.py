@@ -4,10 +4,11 @@ Products, operations and memory are counted on torch's meta device, where nothin
 
     FLOPs = sum_l count_l FLOPs(H_l v) + steps * FLOPs(gradient, with its graph)       over all parts of the batch
 
-count_l is probes * steps, or dim_l where writing the block out takes less. The products are the autograd engine's;
-traced ones take about a fifth less. Time on the device at hand is FLOPs over the rate of a few products, measured there
-on a small batch. Time on an H100, which is not at hand, is FLOPs over a share of its peak that is assumed:
-extrapolated, unproven on hardware. Lanczos steps beside the products are left out: some per cent.
+count_l is probes * steps, or dim_l where writing the block out takes less. The products are the autograd engine's.
+BatchNorm is in eval mode: where table1, fig3 and fig4 measure batch statistics too, they take this twice. Time
+on the device at hand is FLOPs over the rate of a few products, measured there on a small batch. Time on an H100, which
+is not at hand, is FLOPs over a share of its peak that is assumed: extrapolated, unproven on hardware. Lanczos steps
+beside the products are left out.
 
 Source: the paper's appendix C.1 for batches and GPU days, which count the full Hessian's spectrum too.
 """
@@ -32,6 +33,7 @@ from blockhess.engines.autograd import AutogradEngine
 from blockhess.engines.exact import is_cheaper_exact
 from blockhess.engines.plan import size_text, time_text
 from blockhess.forecast import product_seconds
+from blockhess.model_state import has_batchnorm
 from blockhess.models import CONFIGS, masked_pair_loss, named, next_token_loss
 from blockhess.models.bert import MaskedPairs
 from blockhess.paper.initial_spectra import EFFORTS
@@ -140,6 +142,15 @@ def _rates(gflops: float | None) -> dict[str, float]:
     if gflops is not None:
         return {f"{gflops:g} GFLOP/s": gflops * 1e9}
     return {f"H100, {kind}": ASSUMED_SHARE * peak for kind, peak in H100_PEAK.items()}
+
+
+def _policies(works: Sequence[Work]) -> list[str]:
+    """A line about the networks that have BatchNorm, if any."""
+    with torch.device("meta"):
+        titles = [work.title for work in works if has_batchnorm(named(work.name))]
+    if not titles:
+        return []
+    return [f"{', '.join(titles)}: BatchNorm in eval mode; table1, fig3 and fig4 add batch statistics: twice as much."]
 
 
 def _image_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
@@ -316,6 +327,7 @@ def told(works: Sequence[Work], device: str, gflops: float | None) -> str:
         [
             f"The paper's jobs: {effort.num_probes} probes of {effort.num_steps} steps, counted",
             format_table(header, takes),
+            *_policies(works),
             "",
             f"How long on {device}: by the rate of a few products, measured. {', '.join(rates)}: extrapolated, by",
             f"{basis}; unproven on hardware. Nobody has run these jobs at full size yet.",

@@ -131,7 +131,7 @@ class PaperTrainee:
     @property
     def told(self) -> dict[str, Any]:
         """What else tells its trainings from others."""
-        return {**self.options, "batch": self.batch, "data": self.found.words, "samples": self.found.num_samples}
+        return {**self.options, "batch": self.batch, "data": self.found.words, "identity": self.found.identity}
 
     def settings(self, seed: int) -> Settings:
         """Steps, schedule, rates and the one seed.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -20,6 +20,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from blockhess import fingerprint
 from blockhess.batches import map_tensors
 from blockhess.datasets import shakespeare
 from blockhess.models import CONFIGS, masked_pair_loss, next_token_loss
@@ -41,6 +42,7 @@ class Source:
         draw: (samples, seed, step) -> a batch.
         loss_fn: of spectrum and train.
         sample: what a sample is, in words.
+        count: of images, tokens or sentence pairs that there are.
         tokens: in a sample of text.
         num_samples: in an epoch, where there is such a thing.
         sizes: fields of the model's configuration that the data decide.
@@ -50,9 +52,18 @@ class Source:
     draw: Callable[[int, int, int], Any]
     loss_fn: Callable[..., Any]
     sample: str
+    count: int
     tokens: int = 1
     num_samples: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> str:
+        """Tells the data from others under the same words: how many there are, and every bit of one sample.
+
+        Data that differ in neither are taken for the same: reading all of ImageNet would take hours.
+        """
+        return f"{self.count}-{fingerprint.of_data([self.draw(1, 0, 0)])}"
 
 
 class Stream(Sequence[Any]):
@@ -100,7 +111,7 @@ def source(name: str, data: str | PathLike[str] | None) -> Source:
     if name == "gpt2-nano":
         text = shakespeare()
         sizes = {"vocab_size": len(text.vocabulary)}
-        return _language(text.batches, "Shakespeare, by character", config.context, sizes)
+        return _language(text.batches, "Shakespeare, by character", len(text.tokens), config.context, sizes)
     if data is None:
         raise ValueError(
             f"network: {name} at the paper's size needs --data FOLDER with imagenet/CLASS/*.JPEG, "
@@ -111,16 +122,18 @@ def source(name: str, data: str | PathLike[str] | None) -> Source:
         from blockhess.text_files import TokenFile
 
         tokens = TokenFile(folder / "openwebtext" / "train.bin", config.vocab_size)
-        return _language(tokens.batches, "OpenWebText", config.context)
+        return _language(tokens.batches, "OpenWebText", len(tokens.tokens), config.context)
     return _sentence_pairs(folder / "cornell") if name == "bert" else _images(folder / "imagenet")
 
 
-def _language(batches: Callable[..., Any], words: str, context: int, sizes: Mapping[str, int] | None = None) -> Source:
+def _language(
+    batches: Callable[..., Any], words: str, count: int, context: int, sizes: Mapping[str, int] | None = None
+) -> Source:
     def draw(count: int, seed: int, step: int) -> Any:
         [batch] = batches(batch_size=count, context=context, seed=SEED_STRIDE * seed + step)
         return batch
 
-    return Source(words, draw, next_token_loss, "window", context, sizes=sizes or {})
+    return Source(words, draw, next_token_loss, "window", count, context, sizes=sizes or {})
 
 
 def _sentence_pairs(folder: Path) -> Source:
@@ -134,7 +147,7 @@ def _sentence_pairs(folder: Path) -> Source:
         [batch] = masked_pairs(pairs, learned + SPECIAL, batch_size=count, context=config.context, seed=seeds)
         return batch
 
-    return Source("Cornell Movie-Dialogs", draw, masked_pair_loss, "sentence pair", config.context)
+    return Source("Cornell Movie-Dialogs", draw, masked_pair_loss, "sentence pair", len(pairs), config.context)
 
 
 def _images(folder: Path) -> Source:
@@ -156,4 +169,4 @@ def _images(folder: Path) -> Source:
         chosen = order(SEED_STRIDE * seed + epoch)[place * count : (place + 1) * count]
         return images.read(chosen.tolist(), side=IMAGE_SIDE)
 
-    return Source("ImageNet", draw, nn.CrossEntropyLoss(), "image", num_samples=len(images))
+    return Source("ImageNet", draw, nn.CrossEntropyLoss(), "image", len(images), num_samples=len(images))

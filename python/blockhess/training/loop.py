@@ -3,7 +3,8 @@
     eta_t = rate  or  rate (1 + cos(pi t / T)) / 2  or  rate / 10^floor(3 t / T), after a linear warm-up
     g_t = sum_i weight_i g_i / sum_i weight_i    over the parts of a batch that one graph does not hold;  clipped
 
-A loss that is not finite ends the training, and one that ends above where it began has diverged: no result is NaN.
+A loss that is not finite ends the training. It has diverged then, and also where a parameter is not finite after the
+last step or the loss ends above where it began: no result is NaN.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Training:
         losses: of every step's batch before the step, as long as they were finite.
         initial: mean loss of the last `window` batches at the initial parameters.
         final: mean of the last `window` losses, or None where the training diverged.
-        diverged: a loss was not finite, or the final one is above the initial.
+        diverged: a loss was not finite, or a parameter after the last step, or the final loss is above the initial.
         num_steps: that were asked for.
     """
 
@@ -166,7 +167,9 @@ def train(
                     catcher.check()
                 kept.after_step(model, update, losses, initial)
     final = sum(losses[-window:]) / len(losses[-window:]) if losses else math.nan
-    diverged = len(losses) < num_steps or not final <= initial
+    # Losses are those before the steps: what the last one did shows in the parameters alone.
+    finite = len(losses) == num_steps and all(bool(p.isfinite().all()) for p in parameters)
+    diverged = not (finite and final <= initial)
     return Training(tuple(losses), initial, None if diverged else final, diverged, num_steps)
 
 
