@@ -20,6 +20,23 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+PASSED_OVER = pytest.StashKey[dict[str, dict[str, str]]]()
+
+
+@pytest.fixture
+def passed_over(request: pytest.FixtureRequest) -> dict[str, dict[str, str]]:
+    """Of every page what was not run, and why; listed at the end of pytest's output."""
+    return request.config.stash.setdefault(PASSED_OVER, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for page, found in config.stash.get(PASSED_OVER, {}).items():
+        if found:
+            terminalreporter.section(f"passed over in {page}")
+        for what, why in found.items():
+            terminalreporter.line(f"{what.splitlines()[0]}: {why}")
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)

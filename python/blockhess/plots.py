@@ -202,13 +202,14 @@ def _draw_bands(
 
 
 def _span(panel: Axes, low: float, high: float, sigma: float) -> None:
-    """Show the eigenvalues from low to high, and label these two."""
+    """Show the eigenvalues from low to high, and label these two, to a hundredth of what is between them."""
     # A block with a single eigenvalue shows as what it is, a narrow peak.
     spread = high - low > 10 * sigma
     reach = 6 * sigma if spread else 50 * sigma
     panel.set_xlim(low - reach, high + reach)
     ticks = [low, high] if spread else [low]
-    panel.set_xticks(ticks, [_brief(tick) for tick in ticks])
+    places = math.ceil(2 - math.log10(high - low)) if spread else 300
+    panel.set_xticks(ticks, [_brief(round(tick, places) + 0.0) for tick in ticks])  # + 0.0: no -0
 
 
 def _brief(value: float) -> str:
