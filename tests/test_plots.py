@@ -106,6 +106,17 @@ def test_a_block_written_out_has_no_band() -> None:
     assert areas == [1 if written_out else 3 for written_out in exact]
 
 
+def test_ticks_are_no_finer_than_the_picture() -> None:
+    def ticks(*nodes: float) -> list[str]:
+        spectra = make_spectra([[list(nodes)]], [[[1 / len(nodes)] * len(nodes)]], dims=[100])
+        return [label.get_text() for label in plot_density(spectra).axes[0].get_xticklabels()]
+
+    assert ticks(-0.0684, 1.0, 2.04) == ["-0.07", "2"]
+    assert ticks(-6.6e-10, 0.1, 0.114) == ["0", "0.11"]
+    assert ticks(1.23e-9, 2e-9, 4.56e-9) == ["1.2e-9", "4.6e-9"]
+    assert ticks(7.3e-6, 7.3e-6) == ["7.3e-6"]
+
+
 def test_bands_on_a_normalised_axis() -> None:
     from matplotlib.collections import PolyCollection
 
