@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Of processes that tests start in other folders too.
+if "PYTHONPATH" in os.environ:
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -13,6 +18,23 @@ DTYPES = (torch.float32, torch.float64)
 @pytest.fixture(params=DTYPES, ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+PASSED_OVER = pytest.StashKey[dict[str, dict[str, str]]]()
+
+
+@pytest.fixture
+def passed_over(request: pytest.FixtureRequest) -> dict[str, dict[str, str]]:
+    """Of every page what was not run, and why; listed at the end of pytest's output."""
+    return request.config.stash.setdefault(PASSED_OVER, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for page, found in config.stash.get(PASSED_OVER, {}).items():
+        if found:
+            terminalreporter.section(f"passed over in {page}")
+        for what, why in found.items():
+            terminalreporter.line(f"{what.splitlines()[0]}: {why}")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Follows README.md and docs to the letter: types what a page shows, in order, and compares what it says is printed.
 
-    follow(page)                Python examples and commands, in the working directory; test_readme.py, test_docs.py
+    follow(page)                Python examples and commands, in the working directory; test_readme.py, test_docs.py,
+                                which list what was passed over at the end of pytest's output
     python -m tests.newcomer    all of it: what installs, in fresh clones, then every page in a fresh folder, with what
                                 the README's installation gave; minutes, and several GB where pip's torch is CUDA's
 
@@ -9,7 +10,7 @@ A page's blocks run in order, Python in one namespace. The first line of a Pytho
 wait for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown,
 in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of
 commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for
-anything.
+anything. What is passed over is told with its reason.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +36,7 @@ LEFT_OUT = {
     r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; test_paper_*.py run each with --quick",
     r"make test": "this is part of it",
     r"make \w+ TORCH=.*": "the same as without TORCH, from another index",
-    r"python -m bench(\.\w+)?( .*)?": "minutes to hours, for results to be kept; test_bench*.py and test_*_page.py",
+    r"python -m bench(\.\w+)?( --\w+)?": "minutes to hours, for results to be kept; test_bench*.py and test_*_page.py",
     r"python -m tests\.(fuzz|crash|rank_kills)": "hours; their short versions are tests",
     r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
     r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",
@@ -83,9 +85,27 @@ def commands(block: str) -> list[str]:
     return [line for line in (re.sub(r"(^| +)# .*", "", line).strip() for line in lines) if line]
 
 
-def left_out(command: str, *more: str) -> bool:
-    """Whether a command is listed as one that is not run."""
-    return any(re.fullmatch(pattern, command, flags=re.DOTALL) for pattern in (*LEFT_OUT, *more))
+def left_out(command: str) -> str | None:
+    """The reason for which a command is listed as one that is not run, None for one that is run."""
+    return next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, command, flags=re.DOTALL)), None)
+
+
+def in_a_clone(command: str) -> bool:
+    """Whether a command installs, or builds, what takes a clone of the repository."""
+    return re.fullmatch(IN_A_CLONE, command) is not None
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What came of following a page.
+
+    Attributes:
+        names: that its Python examples have made.
+        passed_over: example or command -> why it was not run.
+    """
+
+    names: dict[str, object]
+    passed_over: dict[str, str]
 
 
 def words(text: str) -> str:
@@ -120,11 +140,8 @@ def type_in(lines: Sequence[str], environment: dict[str, str], folder: Path, sho
             assert words(piece) in words(done.stdout), f"the page shows\n{piece}\nand this was printed:\n{told}"
 
 
-def follow(page: Path) -> dict[str, object]:
+def follow(page: Path) -> Followed:
     """Do what a page says, in the working directory, which should be empty.
-
-    Returns:
-        the names that its Python examples have made.
 
     Raises:
         AssertionError: a command fails, or prints something else than is shown; or whatever an example raises.
@@ -133,31 +150,45 @@ def follow(page: Path) -> dict[str, object]:
         Path(name).write_text(text)
     names: dict[str, object] = {"__name__": "__main__"}
     done: set[str] = set()
+    passed_over: dict[str, str] = {}
     waits = False
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
         if language == "python":
             module = needed(text)
             waits = not (module is None or (module and importlib.util.find_spec(module)))
-            if not waits:
+            if waits:
+                first, *code = filter(None, text.splitlines())
+                passed_over[code[0] if code else first] = (
+                    f"needs {module}, which is not installed" if module else first.removeprefix(NOT_RUN)
+                )
+            else:
                 exec(compile(text, f"{page.name}: {text[:40]!r}", "exec"), names)
         elif language == "toml":
             Path(text.split("\n", 1)[0].removeprefix("# ")).write_text(text)
-        elif language in COMMANDS and not waits:
-            todo = [line for line in commands(text) if line not in done and not left_out(line, IN_A_CLONE)]
+        elif language in COMMANDS:
+            todo = []
+            for line in commands(text):
+                why = left_out(line) or (in_a_clone(line) and "python -m tests.newcomer does it, in a clone")
+                why = why or (waits and "the example before it does not run")
+                if why:
+                    passed_over[line] = why
+                elif line not in done:
+                    todo.append(line)
             done.update(todo)
             if todo:
                 with tempfile.TemporaryDirectory() as programs:
                     shown = () if language == "inline" else shown_after(found[i + 1 :])
                     type_in(todo, _with_script(Path(programs)), Path.cwd(), shown)
-    return names
+    return Followed(names, {what: why for what, why in passed_over.items() if what not in done})
 
 
 def _with_script(programs: Path) -> dict[str, str]:
-    """An environment where `blockhess` is this interpreter's, whether or not the package was installed with it."""
-    script = programs / "blockhess"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m blockhess.cli "$@"\n')
-    script.chmod(0o755)
+    """An environment where `python` is this interpreter and `blockhess` its package, installed with it or not."""
+    for name, arguments in (("python", ""), ("python3", ""), ("blockhess", "-m blockhess.cli ")):
+        script = programs / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments}"$@"\n')
+        script.chmod(0o755)
     added = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": ":".join(filter(None, sys.path))}
     return os.environ | added | {"OMP_NUM_THREADS": "1"}
 
@@ -167,7 +198,7 @@ def install(page: Path, clone: Path) -> bool:
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
         lines = [line for line in commands(text) if not left_out(line)] if language in ("sh", "bash") else []
-        if any(re.fullmatch(IN_A_CLONE, line) for line in lines):
+        if any(map(in_a_clone, lines)):
             if not clone.exists():
                 subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
             print(f"{page.name}: {'; '.join(lines)}", flush=True)
@@ -179,7 +210,8 @@ def install(page: Path, clone: Path) -> bool:
 def main(arguments: Sequence[str]) -> None:
     """Follow one page in the working directory, or, without arguments, all of them."""
     if arguments:
-        follow(Path(arguments[0]))
+        for what, why in follow(Path(arguments[0])).passed_over.items():
+            print(f"  passed over: {what!r}: {why}", flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         clones = [Path(folder, page.stem) for page in PAGES if install(page, Path(folder, page.stem))]

@@ -102,6 +102,7 @@ def test_plan_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["plan", f"{tmp_path / 'job.py'}:make", "--json", "--engine", "autograd"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["engine"], told["hvps"], told["exact"]) == ("autograd", 3 + 1, [False, False])
+    assert told["passes"] == [{"first_probe": 0, "num_probes": 1, "blocks": [0, 1]}]
 
 
 def test_show_of_one_block_has_no_js0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

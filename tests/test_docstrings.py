@@ -5,6 +5,7 @@ An example that shows no output may print anything. What needs files or packages
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import pkgutil
@@ -45,8 +46,7 @@ NOT_RUN = {
     f"blockhess.{name}"
     for name in (
         "datasets.idx_images", "image_files.ImageFolder", "image_files.cifar10", "image_files.image_folder",
-        "integrations.frames.block_frame",
-        "integrations.frames.pair_frame", "integrations.tensorboard.log_spectra",
+        "integrations.frames.block_frame", "integrations.frames.pair_frame", "integrations.tensorboard.log_spectra",
         "runs.config.Config.arguments", "text_files.TokenFile",
         "text_files.cornell_dialogs", "training.checkpoints.spectra_of_checkpoints", "paper.table3.js0", "demo.run",
     )
@@ -60,10 +60,14 @@ def names() -> dict[str, Any]:
     model, loss_fn = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
     batch = torch.randn(32, 4), torch.randint(3, (32,))
     spectra = blockhess.spectrum(model, batch, loss_fn, num_probes=3, num_steps=10)
+    later = copy.deepcopy(model)
+    loss_fn(later(batch[0]), batch[1]).backward()
+    torch.optim.SGD(later.parameters(), 0.1).step()
+    trained = blockhess.spectrum(later, batch, loss_fn, num_probes=3, num_steps=10)
     four_blocks = [BlockInfo(name, (1,), 1, (name,)) for name in "abcd"]
-    given = {"model": model, "loss_fn": loss_fn, "batch": batch, "spectra": spectra, "four_blocks": four_blocks}
-    given |= {"before": spectra, "after": spectra}
-    return {"torch": torch, "blockhess": blockhess, "blockhess_ext": blockhess_ext, **given}
+    given = {"model": model, "loss_fn": loss_fn, "batch": batch, "spectra": spectra, "trained": trained}
+    packages = {"torch": torch, "blockhess": blockhess, "blockhess_ext": blockhess_ext}
+    return {**packages, **given, "four_blocks": four_blocks}
 
 
 @pytest.mark.parametrize("name", sorted(TESTS.keys() - NOT_RUN))

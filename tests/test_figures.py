@@ -56,6 +56,24 @@ def test_they_fit_a_journals_columns(n_blocks: int, tmp_path: Path) -> None:
     assert plot_density(spectra, figures.shown(spectra)).get_suptitle()
 
 
+@pytest.mark.parametrize("width", [figures.SINGLE, figures.MIDDLE, figures.DOUBLE])
+@pytest.mark.parametrize("name", ["b{}", "transformer.encoder.layers.{}.attention.self.query.weight"])
+@pytest.mark.parametrize("n_blocks", [3, 30])
+def test_no_text_of_a_heat_map_is_cut_or_covered(n_blocks: int, name: str, width: float) -> None:
+    spectra = random_spectra(n_blocks=n_blocks, n_probes=2, names=[name.format(i) for i in range(n_blocks)])
+    with rc_context(figures.STYLE):
+        figure = plot_heatmap(spectra, width=width)
+        figure.draw_without_rendering()
+    whole, axes = figure.bbox, figure.axes[0]
+    for text in filter(Text.get_text, figure.findobj(Text)):
+        box, margin = text.get_window_extent(), 0.02 * figure.dpi
+        assert box.x0 > -margin and box.y0 > -margin, text
+        assert box.x1 < whole.x1 + margin and box.y1 < whole.y1 + margin, text
+    (bar,) = axes.child_axes
+    assert bar.get_window_extent().y1 < axes.get_window_extent().y1  # below the caption
+    assert axes.get_window_extent().width > 0.3 * whole.width
+
+
 def test_the_blocks_of_one_page() -> None:
     few, many = random_spectra(n_blocks=5), random_spectra(n_blocks=60)
     assert figures.shown(few) == list(few.names)
@@ -70,9 +88,18 @@ def test_js0_over_checkpoints_is_js0() -> None:
     first = axes.lines[0]
     assert list(first.get_xdata()) == [0, 10, 20] and axes.get_xlabel() == "training step"
     assert list(first.get_ydata()) == pytest.approx([spectra.js0().value for spectra in results])
-    assert len(axes.lines) == 3
+    assert len(axes.lines) == 3 and not any(line.get_clip_on() for line in axes.lines)
     axes = figures.plot_js0([random_spectra(), random_spectra(seed=1)], ["a", "b"]).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_the_legend_of_js0_covers_nothing() -> None:
+    with rc_context(figures.STYLE):
+        figure = figures.plot_js0([random_spectra(), random_spectra(seed=1)], ["a", "b"])
+        figure.draw_without_rendering()
+    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0]
+    assert not legend.overlaps(axes.yaxis.label.get_window_extent())
+    assert not legend.overlaps(axes.get_window_extent())
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,8 @@ def test_plan_for_gpus(tmp_path, capsys):
     assert main(["plan", job, "--gpus", "4", "--batch-ranks", "2"]) == 0
     assert "4: 2 share recurrences x 2 share batches" in capsys.readouterr().out
     assert main(["plan", job, "--gpus", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["work"] == 4
+    told = json.loads(capsys.readouterr().out)
+    assert told["work"] == 4 and all(each.keys() >= {"first_probe", "blocks"} for each in told["plan"]["passes"])
     assert main(["plan", job, "--gpus", "3", "--batch-ranks", "2"]) != 0
     assert "must divide" in capsys.readouterr().err
 

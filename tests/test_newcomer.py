@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -59,6 +60,38 @@ def test_a_page_that_is_wrong(text: str, message: str, tmp_path: Path, monkeypat
 def test_commands_after_an_example_that_does_not_run_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     follow(page_of(tmp_path, "```python\n# needs: no_such_module\n```\n```sh\nfalse\n```\n"))
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (
+        "```python\n# not run here: why\n```\n```sh\nfalse\n```\n```python\n# needs: no_such_module\n\nimport b\n```\n"
+    )
+    text += "```python\na = 1\n```\n```sh\nmake demo\ntorchrun x\ntrue\n```\n"
+    followed = follow(page_of(tmp_path, text))
+    assert followed.names["a"] == 1
+    assert list(followed.passed_over.items()) == [
+        ("# not run here: why", "why"),
+        ("false", "the example before it does not run"),
+        ("import b", "needs no_such_module, which is not installed"),
+        ("make demo", "python -m tests.newcomer does it, in a clone"),
+        ("torchrun x", LEFT_OUT["torchrun .*"]),
+    ]
+
+
+def test_python_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tests run in an environment that is not on PATH, another Python is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    follow(page_of(tmp_path, "`python -c 'import blockhess'`"))
+
+
+def test_nothing_that_is_kept_is_measured_anew() -> None:
+    kept = [command for command in SHOWN if command.startswith("python -m bench")]
+    assert len(kept) > 5 and all(map(left_out, kept))
 
 
 def test_what_installs_is_done_in_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

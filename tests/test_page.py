@@ -233,6 +233,17 @@ def test_contents_refuses() -> None:
         page_contents([])
     with pytest.raises(ValueError, match="labels must be as many as results, 1, got 2"):
         page_contents([random_spectra()], ["a", "b"])
+    some, more = random_spectra(n_blocks=3), random_spectra(n_blocks=4)
+    unlike = random_spectra(n_blocks=4, dims=[12, 12, 12, 13])
+    with pytest.raises(
+        ValueError, match=r"report: results must be of the same blocks.*got a with not all.* b: block3;"
+    ):
+        page_contents([some, more], ["a", "b"])
+    with pytest.raises(ValueError, match=r"got b with other blocks than a: block3;"):
+        page_contents([more, unlike], ["a", "b"])
+    with pytest.raises(ValueError, match=r"got 2 with other blocks than 1: x, y, z \.\.\.;"):
+        page_contents([more, random_spectra(names=["x", "y", "z", "w"])])
+    page_contents([random_spectra(n_blocks=3, partial=True), more])  # an unfinished run has not all of them yet
     assert MOST_NODES * 8 * 4 / 3 < 4e6
 
 

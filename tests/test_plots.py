@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import blockhess
 from blockhess.spectra import Spectra
 from tests.spectra_cases import make_spectra, random_spectra
 
@@ -92,6 +94,29 @@ def test_bands_are_drawn_around_the_curve() -> None:
         plot_density(spectra, confidence=2)
 
 
+def test_a_block_written_out_has_no_band() -> None:
+    from matplotlib.collections import PolyCollection
+
+    model, data = torch.nn.Linear(40, 2), (torch.randn(8, 40), torch.randint(2, (8,)))
+    options = {"num_probes": 2, "num_steps": 5, "progress": False}
+    spectra = blockhess.spectrum(model, data, torch.nn.CrossEntropyLoss(), **options)
+    exact = [spectra.quadrature.is_exact(row) for row in range(len(spectra))]
+    assert sorted(exact) == [False, True]
+    areas = [len(panel.findobj(PolyCollection)) for panel in plot_density(spectra).axes]
+    assert areas == [1 if written_out else 3 for written_out in exact]
+
+
+def test_ticks_are_no_finer_than_the_picture() -> None:
+    def ticks(*nodes: float) -> list[str]:
+        spectra = make_spectra([[list(nodes)]], [[[1 / len(nodes)] * len(nodes)]], dims=[100])
+        return [label.get_text() for label in plot_density(spectra).axes[0].get_xticklabels()]
+
+    assert ticks(-0.0684, 1.0, 2.04) == ["-0.07", "2"]
+    assert ticks(-6.6e-10, 0.1, 0.114) == ["0", "0.11"]
+    assert ticks(1.23e-9, 2e-9, 4.56e-9) == ["1.2e-9", "4.6e-9"]
+    assert ticks(7.3e-6, 7.3e-6) == ["7.3e-6"]
+
+
 def test_bands_on_a_normalised_axis() -> None:
     from matplotlib.collections import PolyCollection
 
@@ -129,7 +154,8 @@ def test_chosen_blocks_in_the_given_order() -> None:
 def test_heatmap_shows_the_matrix() -> None:
     spectra = random_spectra(batchnorm="eval", model="Net")
     figure = plot_heatmap(spectra)
-    axes, bar = figure.axes
+    (axes,) = figure.axes
+    (bar,) = axes.child_axes
     (image,) = axes.images
     assert np.array_equal(image.get_array(), spectra.js_matrix().numpy())
     assert image.get_clim() == (0.0, 1.0)
@@ -147,7 +173,7 @@ def test_heatmap_of_other_kinds(kind: str) -> None:
     (image,) = figure.axes[0].images
     assert np.array_equal(image.get_array(), matrix.numpy())
     assert image.get_clim()[1] == pytest.approx(np.log10(2) if kind == "divergence" else float(matrix.max()))
-    assert "base 10" in figure.axes[1].get_ylabel()
+    assert "base 10" in figure.axes[0].child_axes[0].get_ylabel()
 
 
 def test_heatmap_of_equal_spectra_and_a_chosen_range() -> None:

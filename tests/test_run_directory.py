@@ -153,4 +153,5 @@ def test_the_readme_holds_a_configuration_and_the_command_shows_what_differs(tmp
     assert main(["run", str(config), "--out", out]) == 0
     config.write_text(configuration)
     assert main(["run", str(config), "--out", out, "--resume"]) == 2
-    assert re.search(r"^num_steps +50 +3$", capsys.readouterr().err, re.MULTILINE)
+    (shown,) = re.findall(r"num_steps = (\d+)", configuration)
+    assert re.search(rf"^num_steps +{shown} +3$", capsys.readouterr().err, re.MULTILINE)

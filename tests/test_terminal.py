@@ -89,6 +89,14 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def test_json_of_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--version", "--json"], ["--json", "--version"]):
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out) == {"version": blockhess.__version__}
+    assert main(["--json", "show", "x"]) == 2
+    assert capsys.readouterr().err == "blockhess: --json must follow the command, as in: blockhess doctor --json\n"
+
+
 def test_json_of_a_run_and_of_what_is_made_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = as_json(capsys, *run_arguments("good"))
     assert told["written"] == "run/spectra.npz" and [b["block"] for b in told["blocks"]] == ["weight", "bias"]
@@ -151,6 +159,17 @@ def test_bash_takes_the_script() -> None:
 
 
 # ---- exit codes and failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "helps"),
+    [("show --sorrt dim", "show"), ("paper fig1 --foo", "paper fig1"), ("status", "status"), ("paint", "")],
+)
+def test_wrong_options_name_the_help_of_their_command(
+    arguments: str, helps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.split()) == 2
+    assert capsys.readouterr().err.endswith(f"; see: {' '.join(['blockhess', *helps.split()])} --help\n")
 
 
 def test_exit_codes_are_documented() -> None:
@@ -222,6 +241,17 @@ def test_a_run_that_is_being_prepared(here: Path, capsys: pytest.CaptureFixture[
         assert record["prepared"] is False and record["age"] is None and record["seconds_left"] is None
     assert main(["status", "run"]) == 2  # nobody works there any more
     assert main(["status", "nowhere"]) == 2
+
+
+@pytest.mark.parametrize("command", ["show", "report", "status"])
+def test_a_folder_without_a_run(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "folder").mkdir()
+    for _ in range(2):
+        assert main([command, "folder"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"blockhess: {command}: ") and "folder" in told and told.count("\n") == 1
+        assert ("blockhess run CONFIG --out folder" if command == "status" else f"{command} folder/NAME.npz") in told
+        (here / "folder/notes.txt").touch()
 
 
 def test_show_and_report_of_a_run_that_is_not_finished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

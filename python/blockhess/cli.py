@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = app(given or ["--help"], prog_name="blockhess", standalone_mode=False)
             sys.stdout.flush()
         except usage_error as error:
-            return _fail(f"{error.format_message().rstrip('.')}; see: blockhess --help")
+            command = error.ctx.command_path if error.ctx else "blockhess"
+            return _fail(f"{error.format_message().rstrip('.')}; see: {command} --help")
         except typer.Abort:
             raise KeyboardInterrupt from None
         return code if isinstance(code, int) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,21 +40,24 @@ ENGINES = ("auto", "autograd", "traced", "ggn", "exact")
 SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negative")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(context: typer.Context, wanted: bool) -> None:
     if wanted:
         from blockhess import __version__
 
-        print(f"blockhess {__version__}")
+        print(json.dumps({"version": __version__}) if context.params["as_json"] else f"blockhess {__version__}")
         raise typer.Exit()
 
 
 @app.callback()
 def _blockhess(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Show the version and exit.")] = (
+        False
+    ),
+    # Eager, so that it is known when --version is met.
+    as_json: Annotated[bool, typer.Option("--json", is_eager=True, help="With --version: print JSON.")] = False,
 ) -> None:
-    pass
+    if as_json:
+        raise ValueError("--json must follow the command, as in: blockhess doctor --json")
 
 
 @app.command()
@@ -100,8 +104,6 @@ def plan(
 
     Try: blockhess plan blockhess.demo:gpt_job. For the paper's own jobs: blockhess paper plan
     """
-    import dataclasses
-
     import blockhess
     from blockhess.jobs import load
     from blockhess.records import to_json
@@ -117,7 +119,7 @@ def plan(
         if gpus % batch_ranks:
             raise ValueError(f"plan: --batch-ranks must divide --gpus, got {batch_ranks} and {gpus}")
         made = forecast(work=gpus // batch_ranks, data_shares=batch_ranks, **arguments)
-    print(to_json(dataclasses.asdict(made)) if as_json else made)
+    print(to_json(made.as_record()) if as_json else made)
 
 
 @app.command("run")
@@ -165,7 +167,7 @@ def run_status(
     found = status(directory)
     print(to_json(found.as_record()) if as_json else found)
     if plot is not None or save is not None:
-        spectra = partial(directory)
+        spectra = partial(directory, "status")
         if plot is not None:
             spectra.plot(plot)
             print(f"\nSpectra so far drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
@@ -201,7 +203,7 @@ def show(
     from blockhess.records import to_json
     from blockhess.report import as_record, describe
 
-    spectra = _loaded(file)
+    spectra = _loaded("show", file)
     print(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
         spectra.plot(plot)
@@ -225,7 +227,7 @@ def report(
     from blockhess import page
     from blockhess.records import to_json
 
-    results = [_loaded(file) for file in files]
+    results = [_loaded("report", file) for file in files]
     labels = [file.stem for file in files]
     path = page.write(results, out or files[-1].with_suffix(".html"), labels)
     drawn: list[Path] = []
@@ -253,11 +255,19 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _loaded(path: Path) -> Spectra:
+def _loaded(op: str, path: Path) -> Spectra:
     import blockhess
+    from blockhess.runs.directory import holds_run
     from blockhess.runs.status import partial
 
-    return partial(path) if path.is_dir() else blockhess.load(path)
+    if not path.is_dir():
+        return blockhess.load(path)
+    if not holds_run(path):
+        raise ValueError(
+            f"{op}: each path must be a result file or a run's directory, got {path}, a folder that holds no run; "
+            f"name the result files in it: blockhess {op} {path / 'NAME.npz'}"
+        )
+    return partial(path, op)
 
 
 def _told_written(spectra: Spectra, path: Path, as_json: bool) -> None:

@@ -92,7 +92,7 @@ def plot_js0(results: Sequence[Spectra], labels: Sequence[str], width: float = S
         ImportError: matplotlib is missing.
 
     Example:
-        >>> plot_js0([before, after], ["before", "after"]).savefig("js0.pdf")
+        >>> plot_js0([spectra, trained], ["at initialisation", "trained"]).savefig("js0.pdf")
     """
     figure = new_figure(width, 0.7 * width)
     axes = figure.subplots()
@@ -107,11 +107,13 @@ def plot_js0(results: Sequence[Spectra], labels: Sequence[str], width: float = S
             if spectra.num_comparable(normalize) >= 2
         ]
         if found:
-            axes.plot(*zip(*found), marker=marker, color=colour, markersize=3.5, linewidth=1.2, label=title)
+            axes.plot(
+                *zip(*found), marker=marker, color=colour, markersize=3.5, linewidth=1.2, label=title, clip_on=False
+            )
     if not known:
         axes.set_xticks(positions, labels, rotation=20, ha="right")
     axes.set_xlabel("training step" if known else "checkpoint")
-    axes.set_ylabel("JS0, mean Jensen-Shannon distance")
+    axes.set_ylabel("JS0")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")

@@ -60,6 +60,10 @@ class Forecast:
     traffic_seconds: float
     bandwidth: float
 
+    def as_record(self) -> dict[str, Any]:
+        """Return the forecast as a JSON value."""
+        return {**dataclasses.asdict(self), "plan": self.plan.as_record()}
+
     def __str__(self) -> str:
         return "\n".join(
             [

@@ -38,8 +38,12 @@ PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
 # The heat map writes the values into its cells up to the first number of blocks, and every name up to the second.
 MOST_VALUES, MOST_LABELS = 14, 150
 
-# Of a figure whose width is given: panels are so wide at least, and labels stand so far apart, in inches.
-LEAST_PANEL, LABEL_PITCH = 1.7, 0.1
+# Of a figure whose width is given: panels are so wide at least, and labels stand so far apart, in inches; names beside
+# a heat map take this share of the width at most, and its colour bar so many inches.
+LEAST_PANEL, LABEL_PITCH, NAMES_SHARE, BAR = 1.7, 0.1, 0.35, 0.95
+
+# Letters of names in points, at most, and how wide they are on average, as a share of that.
+FONT, LETTER = 8.0, 0.55
 
 # A cell that holds a value is so wide at least, in inches.
 LEAST_CELL = 0.3
@@ -98,7 +102,7 @@ def plot_density(
             DEFAULT_RELATIVE_SIGMA of the range of all of them with share_x.
         share_x: one axis of eigenvalues for all panels; otherwise each spans its own block.
         confidence: of the error bands: dark what the random probes, light what probes and steps leave open, see
-            Spectra.density_band. None means no bands; of a block with one probe there are none.
+            Spectra.density_band. None means no bands; blocks with one probe, and those written out, have none.
         axis, normalize, scale: see Spectra.js_matrix.
         width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
 
@@ -186,9 +190,9 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
 def _draw_bands(
     panel: Axes, spectra: Spectra, row: int, grid: Tensor, sigma: float, confidence: float, axis: Axis
 ) -> None:
-    """Shade the error bands of the density that _draw_density drew."""
+    """Shade the error bands of the density that _draw_density drew; a block written out has none but rounding's."""
     check_confidence("plot_density", confidence)
-    if int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
+    if spectra.quadrature.is_exact(row) or int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
         return
     band = density_band(spectra.quadrature, [row], grid, sigma, confidence, axis)
     x, height = band.x.numpy(), sigma * math.sqrt(2 * math.pi)
@@ -198,13 +202,14 @@ def _draw_bands(
 
 
 def _span(panel: Axes, low: float, high: float, sigma: float) -> None:
-    """Show the eigenvalues from low to high, and label these two."""
+    """Show the eigenvalues from low to high, and label these two, to a hundredth of what is between them."""
     # A block with a single eigenvalue shows as what it is, a narrow peak.
     spread = high - low > 10 * sigma
     reach = 6 * sigma if spread else 50 * sigma
     panel.set_xlim(low - reach, high + reach)
     ticks = [low, high] if spread else [low]
-    panel.set_xticks(ticks, [_brief(tick) for tick in ticks])
+    places = math.ceil(2 - math.log10(high - low)) if spread else 300
+    panel.set_xticks(ticks, [_brief(round(tick, places) + 0.0) for tick in ticks])  # + 0.0: no -0
 
 
 def _brief(value: float) -> str:
@@ -247,17 +252,21 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
 
     longest = min(40, max(map(len, js0.blocks)))
     side, most_labels = min(12.0, max(4.8, 0.2 * n)), MOST_LABELS
+    caption_width = side
     if width is not None:
-        side, longest = 0.6 * width, min(longest, 24)
+        longest = min(longest, 24, int(NAMES_SHARE * width * 72 / (LETTER * FONT)))
+        caption_width = width - LETTER * FONT / 72 * longest
+        side = caption_width - BAR
         most_labels = int(side / LABEL_PITCH)
-    font = min(8.0, 0.78 * 72 * side / min(n, most_labels))
-    margin = 0.55 * font / 72 * longest
+    font = min(FONT, 0.78 * 72 * side / min(n, most_labels))
+    margin = LETTER * font / 72 * longest
+    side = side if width is None else width - margin - BAR
     found = f"pairs from {float(pairs.min()):.2g} to {float(pairs.max()):.2g}"
-    caption = textwrap.wrap(f"{js0}; {found}", int(14 * side))
+    caption = textwrap.wrap(f"{js0}; {found}", int(14 * caption_width))
     model = spectra.provenance.get("model")
     title = textwrap.wrap(f"Block spectra{f' of {model}' if model else ''}, compared", int(8 * side))
     title = title if width is None else []
-    figure = new_figure(width or side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.3)
+    figure = new_figure(width or side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.4)
     axes = figure.subplots()
     image = axes.imshow(matrix.numpy(), cmap="viridis", vmin=0.0, vmax=vmax, interpolation="nearest")
 
@@ -274,8 +283,11 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
                 text = f"{float(matrix[i, j]):.2g}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=font, color="white" if dark else "black")
 
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-    bar.set_label(f"{KINDS[js0.kind].split(',')[0]}, base {js0.base:.3g}")
+    # Placed by the matrix, which an equal aspect makes smaller than its cell of the figure.
+    bar = figure.colorbar(image, cax=axes.inset_axes((1 + 0.08 / side, 0.1, 0.12 / side, 0.8)))
+    kind = textwrap.fill(f"{KINDS[js0.kind].split(',')[0]}, base {js0.base:.3g}", max(16, int(12 * side)))
+    bar.set_label(kind, fontsize="small")
+    bar.ax.tick_params(labelsize="small")
     bar.outline.set_visible(False)
     below = axes.set_title("\n".join(caption), fontsize="small", loc="left")
     axes.annotate(

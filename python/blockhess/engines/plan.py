@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -82,6 +83,11 @@ class Plan:
         """
         options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the plan as a JSON value, with names for what passes hold."""
+        names = ("first_probe", "num_probes", "blocks")
+        return {**dataclasses.asdict(self), "passes": [dict(zip(names, each)) for each in self.passes]}
 
     def _products(self) -> str:
         least = f", at least {self.least_hvps:,}," if self.least_hvps < self.hvps else ""

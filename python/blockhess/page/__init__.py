@@ -36,7 +36,7 @@ def write(results: Sequence[Spectra], path: str | PathLike[str], labels: Sequenc
         path.
 
     Raises:
-        ValueError: no result, labels of another number, or the file cannot be written.
+        ValueError: no result, labels of another number, results of other blocks, or the file cannot be written.
 
     Example:
         >>> write([spectra], "report.html")

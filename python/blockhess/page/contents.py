@@ -55,13 +55,14 @@ def page_contents(results: Sequence[Spectra], labels: Sequence[str] | None = Non
         JSON values, NaN and infinity among them.
 
     Raises:
-        ValueError: no result, or labels of another number.
+        ValueError: no result, labels of another number, or results of other blocks.
     """
     if not results:
         raise ValueError("report: results must hold at least one, got none")
     labels = [str(i) for i in range(1, len(results) + 1)] if labels is None else list(labels)
     if len(labels) != len(results):
         raise ValueError(f"report: labels must be as many as results, {len(results)}, got {len(labels)}")
+    _check_same_blocks(results, labels)
     nodes = sum(int(spectra.quadrature.steps.sum()) for spectra in results)
     most = None if nodes <= MOST_NODES else MOST_NODES // sum(map(len, results))
     return {
@@ -69,6 +70,23 @@ def page_contents(results: Sequence[Spectra], labels: Sequence[str] | None = Non
         "condensed": most,
         "results": [_result(spectra, label, most) for spectra, label in zip(results, labels)],
     }
+
+
+def _check_same_blocks(results: Sequence[Spectra], labels: Sequence[str]) -> None:
+    """Refuse what are no checkpoints of one model; of an unfinished run, blocks may be missing."""
+    sizes = [dict(zip(spectra.names, spectra.dims)) for spectra in results]
+    first = max(range(len(results)), key=lambda i: len(sizes[i]))
+    for i, spectra in enumerate(results):
+        found, wanted = sizes[i], sizes[first]
+        others = [name for name, dim in found.items() if wanted.get(name) != dim]
+        missing = [] if spectra.provenance.get("partial") else [name for name in wanted if name not in found]
+        for what, names in (("other blocks than", others), ("not all blocks of", missing)):
+            if names:
+                raise ValueError(
+                    f"report: results must be of the same blocks, as checkpoints of one model are, got {labels[i]} "
+                    f"with {what} {labels[first]}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}; "
+                    "write a report of each"
+                )
 
 
 def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:

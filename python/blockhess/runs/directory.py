@@ -249,8 +249,13 @@ def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirec
 
 
 def holds_run(path: str | PathLike[str]) -> bool:
-    """Whether a run was begun in the directory."""
-    return Path(path).is_dir() and read_run(Path(path)) is not None
+    """Whether a run was begun in the directory; False for a file, and for a folder of other things."""
+    path = Path(path)
+    return path.is_dir() and _is_begun(path) and read_run(path) is not None
+
+
+def _is_begun(path: Path) -> bool:
+    return any(store.disk.exists(f"{path / RUN}{end}") for end in ("", ".new", ".previous"))
 
 
 def read_run(path: Path) -> dict[str, Any] | None:
@@ -259,7 +264,7 @@ def read_run(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it is damaged, or of another version, or the directory holds other things instead.
     """
-    if not any(store.disk.exists(f"{path / RUN}{end}") for end in ("", ".new", ".previous")):
+    if not _is_begun(path):
         others = sorted(file.name for file in path.iterdir() if not _OURS.fullmatch(file.name))
         if others:
             raise ValueError(f"run_dir: must be empty or hold a run, {path} holds {', '.join(others[:3])}")

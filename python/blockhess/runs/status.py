@@ -95,7 +95,7 @@ def status(path: str | PathLike[str]) -> Status:
     if working is not None and not directory.holds_run(path):
         nothing: dict[str, Any] = {"parts": 0, "unit": None, "step": 0, "hvps": 0, "most": 0, "seconds": 0.0}
         return Status(path, {}, None, **nothing, finished=False, holder=working, age=math.nan)
-    run = _run(path)
+    run = _run(path, "status")
     parts = directory.parts(path, run["id"])
     state = _in_work(path, run, parts)
     files = [path / directory.RUN, path / directory.STATE, *(path / directory.PARTS).iterdir()]
@@ -116,8 +116,12 @@ def status(path: str | PathLike[str]) -> Status:
     )
 
 
-def partial(path: str | PathLike[str]) -> Spectra:
+def partial(path: str | PathLike[str], op: str = "partial") -> Spectra:
     """The spectra of what a run has saved so far: of probes that are done, and of those in work the steps made.
+
+    Args:
+        path: of the run's directory.
+        op: on whose behalf, for the texts of errors.
 
     Returns:
         Spectra, with blocks of which nothing is known left out; the result where the run is finished.
@@ -126,7 +130,7 @@ def partial(path: str | PathLike[str]) -> Spectra:
         ValueError: there is no run, or nothing was saved yet.
     """
     path = Path(path)
-    run = _run(path)
+    run = _run(path, op)
     if (path / directory.RESULT).exists():
         return directory.finished(path)
     lists = ("shape", "parameters")
@@ -143,7 +147,7 @@ def partial(path: str | PathLike[str]) -> Spectra:
             found[l].append(part.of_block(column))
     known = [l for l, parts in enumerate(found) if any(part.num_probes for part in parts)]
     if not known:
-        raise ValueError(f"partial: {path} holds no step of any block yet")
+        raise ValueError(f"{op}: {path} holds no step of any block yet")
     quadrature = Quadrature.joined([Quadrature.joined(found[l], 0) for l in known], 1)
     made = {
         "model": run["identity"]["model"],
@@ -180,10 +184,12 @@ def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state:
     return replace(part, num_steps=identity["num_steps"], block_ids=ids)
 
 
-def _run(path: Path) -> dict[str, Any]:
-    run = directory.read_run(path) if path.is_dir() else None
+def _run(path: Path, op: str) -> dict[str, Any]:
+    run = directory.read_run(path) if directory.holds_run(path) else None
     if run is None:
-        raise ValueError(f"status: {path} must be the directory of a run")
+        raise ValueError(
+            f"{op}: {path} must be the directory of a run; begin one by: blockhess run CONFIG --out {path}"
+        )
     return run
 
 
