@@ -3,7 +3,6 @@
 python -m bench.findings             # all, 3 probes of 20 steps; about two hours on one thread
 python -m bench.findings mini        # those whose name begins so
 python -m bench.findings --probes 4  # adds probes to what is there, and to that alone
-python -m bench.findings --dates     # writes when each file was first committed, by git
 
 The ResNet18 is the paper's (11M, ImageNet stem) on 8 images of Fashion-MNIST enlarged to 56 x 56, with the same
 weights under three BatchNorm policies; the GPT the paper's GPT2-nano (10.7M) on 512 characters of Shakespeare. A seed
@@ -16,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,6 @@ from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, named, next_token_loss
 
 RESULTS = Path(__file__).parent / "results" / "findings"
-DATES = RESULTS / "dates.json"
 IMAGES, IMAGE_SIDE, WINDOWS = 8, 56, 2
 NUM_PROBES, NUM_STEPS, SEEDS = 3, 20, (0, 1)
 
@@ -108,33 +104,11 @@ def jobs() -> dict[str, dict[str, Any]]:
     return {name: job for seed in SEEDS for name, job in full_jobs(seed).items()} | small_jobs()
 
 
-def write_dates() -> None:
-    """Ask git when each result was first committed: the first files do not say when they were made."""
-    found = {}
-    for path in sorted(RESULTS.glob("*.npz")):
-        command = ["git", "log", "--full-history", "--diff-filter=A", "--date=format:%Y-%m-%d %H:%M %z"]
-        command += ["--format=%cd", "--", str(path)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=RESULTS).stdout
-        if output:
-            found[path.stem] = min(output.splitlines())
-    DATES.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def dates() -> dict[str, str]:
-    """Stem of a result file -> when it was first committed."""
-    found: dict[str, str] = json.loads(DATES.read_text())
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--probes", type=int, default=NUM_PROBES, help="of every block")
     parser.add_argument("names", nargs="*", default=[""], help="beginnings of the names of results; default: all")
-    parser.add_argument("--dates", action="store_true", help="write when each file was committed instead")
     arguments = parser.parse_args()
-    if arguments.dates:
-        write_dates()
-        return
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
     todo = {name: job for name, job in jobs().items() if name.startswith(tuple(arguments.names))}

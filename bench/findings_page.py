@@ -1,7 +1,6 @@
 """Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
 
 python -m bench.findings                     # measures spectra
-python -m bench.findings --dates             # when they were committed
 python -m bench.paper table1 fig4 fig3       # measures the networks
 python -m bench.paper --plan                 # counts them at the paper's size
 python -m bench.findings_page                # rewrites the parts between the markers
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import blockhess
-from bench.findings import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_SEEDS, NUM_STEPS, SEEDS, dates, stem
+from bench.findings import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_SEEDS, NUM_STEPS, SEEDS, stem
 from bench.readme import ROOT, replaced
 from bench.theory_page import experiment_part, result
 from blockhess.divergence import JS0
@@ -172,7 +171,8 @@ def limits_part() -> str:
     probes = sorted({_probes(name, seed) for name in NETWORKS for seed in SEEDS})
     found = [js0(stem(name, seed), m) for name in NETWORKS for seed in SEEDS for m in MEASURES]
     outside = sum(not each.interval[0] <= each.value <= each.interval[1] for each in found if each.interval)
-    factors = " and ".join(f"{student_quantile(0.95, count - 1):.1f} ({count})" for count in probes)
+    named = len(probes) > 1
+    factors = " and ".join(f"{student_quantile(0.95, n - 1):.1f}{f' ({n})' if named else ''}" for n in probes)
     return (
         f"Limits: one architecture of each kind at real width; {len(SEEDS)} seeds there, each of weights, data and "
         f"probes at once; {IMAGES} grey images of {IMAGE_SIDE} x {IMAGE_SIDE} and "
@@ -408,19 +408,14 @@ def environment_part() -> str:
             where = ", ".join(f"{key} {value}" for key, value in place.items() if key != "date")
             places[where] = places.get(where, 0) + 1
     unknown = sum(provenance["num_probes"] for provenance in made) - sum(places.values())
-    first = dates()
-    committed = "; ".join(
-        f"seed {seed}, " + ", ".join(f"{name} {first[stem(name, seed)]}" for name in NETWORKS) for seed in SEEDS
-    )
     return (
         f"`python -m bench.findings`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
-        f"torch {versions}. Every file says which engine, options and seeds made it. The files at full width were "
-        f"first committed: {committed}."
+        f"torch {versions}. Every file says which engine, options and seeds made it."
         + "".join(
-            f"\n\n{count} probes, each of all blocks of a file, record where they were made: {place}."
+            f"\n\nOf {count} of the probes, each of all blocks of a file, it is recorded where: {place}."
             for place, count in places.items()
         )
-        + (f" The other {unknown} were made before files recorded it." if unknown else "")
+        + (f"\n\nThe other {unknown} were made before files recorded it." if unknown else "")
     )
 
 
