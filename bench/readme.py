@@ -23,6 +23,7 @@ from bench.rows import target_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+EARLIER = RESULTS / "earlier"  # of another machine
 PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
 
 
@@ -52,16 +53,16 @@ def demo_part() -> str:
     )
 
 
-def runs() -> dict[str, dict[str, Any]]:
+def runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """The committed runs of `python -m bench`, by the names of their files."""
-    return {path.stem: result_file.read(path) for path in sorted(RESULTS.glob("cpu_*.json"))}
+    return {path.stem: result_file.read(path) for path in sorted(folder.glob("cpu_*.json"))}
 
 
-def rows_of(threads: int) -> dict[str, Any]:
+def rows_of(threads: int, folder: Path = RESULTS) -> dict[str, Any]:
     """All rows that were run with so many threads."""
     return {
         name: row
-        for result in runs().values()
+        for result in runs(folder).values()
         if result["environment"]["threads"] == threads
         for name, row in result["rows"].items()
     }
@@ -69,7 +70,12 @@ def rows_of(threads: int) -> dict[str, Any]:
 
 def bench_part() -> str:
     """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
-    table = target_table(targets_of(list(ROWS)), {"1 thread": judge_of(rows_of(1)), "2 threads": judge_of(rows_of(2))})
+    columns = {
+        f"{threads}{when}": judge_of(rows_of(int(threads[0]), folder))
+        for when, folder in (("", RESULTS), (", earlier", EARLIER))
+        for threads in ("1 thread", "2 threads")
+    }
+    table = target_table(targets_of(list(ROWS)), columns)
     return "\n".join(
         [
             "What CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
@@ -77,9 +83,20 @@ def bench_part() -> str:
             "",
             *table,
             "",
-            *(f"- {environment(result)}; {load(result)}" for result in runs().values()),
+            *map(_made, runs().values()),
+            "",
+            "Earlier, on another machine:",
+            "",
+            *map(_made, runs(EARLIER).values()),
         ]
     )
+
+
+def _made(result: dict[str, Any]) -> str:
+    """Where a run was made, and what that machine can do."""
+    triad, product = result["limits"]["triad"] / 1e9, result["limits"]["gemm"] / 1e9
+    limits = f"triad {triad:.1f} GB/s, matrix product {product:.0f} GFLOP/s"
+    return f"- {environment(result)}; {limits}; {load(result)}"
 
 
 def results_page() -> str:
