@@ -67,7 +67,7 @@ def test_what_is_missed_is_said() -> None:
     assert re.findall(r"Missed, as timed, by (\w+) \(", findings_page.times_part()) == slow
     # What takes others' results took next to nothing itself.
     for name in findings_page.REUSED:
-        assert findings_page.result(name)["cpu_seconds"] < 2 < 100 < findings_page.result("table1")["cpu_seconds"]
+        assert 20 * findings_page.result(name)["cpu_seconds"] < findings_page.result("table1")["cpu_seconds"]
 
 
 def test_words_follow_from_the_intervals() -> None:
