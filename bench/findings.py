@@ -36,6 +36,7 @@ POLICIES = ("batch", "eval", "frozen-batch-stats")
 
 # Of the small relatives: images with seed 0, and (images, seed).
 MINI_IMAGES, MINI_SEEDS = (8, 64, 256), (1, 2)
+MINI_RUNS = (*((count, 0) for count in MINI_IMAGES), *((MINI_IMAGES[1], seed) for seed in MINI_SEEDS))
 
 
 def weights(model: nn.Module) -> dict[str, str]:
@@ -51,7 +52,7 @@ def stem(name: str, seed: int) -> str:
 def small_jobs() -> dict[str, dict[str, Any]]:
     """The small ResNet for several numbers of images and seeds, and the small GPT for the same seeds."""
     found: dict[str, dict[str, Any]] = {}
-    for count, seed in [*((n, 0) for n in MINI_IMAGES), *((MINI_IMAGES[1], seed) for seed in MINI_SEEDS)]:
+    for count, seed in MINI_RUNS:
         torch.manual_seed(seed)
         resnet = named("resnet18-mini")
         data = fashion_mnist(count)

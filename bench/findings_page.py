@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 import blockhess
-from bench.findings import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_SEEDS, NUM_STEPS, SEEDS, stem
+from bench.findings import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_RUNS, NUM_STEPS, SEEDS, stem
 from bench.readme import ROOT, replaced
 from bench.theory_page import experiment_part, result
 from blockhess.divergence import JS0
 from blockhess.intervals import student_quantile
 from blockhess.paper.commands import NETWORK_EXPERIMENTS
-from blockhess.paper.plan import ASSUMED_SHARE, H100_PEAK, HOUR, TARGETS, Work, told
+from blockhess.paper.plan import ASSUMED_SHARE, HOUR, Work, told
 from blockhess.paper.table1 import PAPER as TABLE_1
 from blockhess.paper.table3 import ORDERED, PAPER_SIGMA
 from blockhess.paper.table3 import PAPER as TABLE_3
@@ -248,10 +248,6 @@ def _signs(s: Spectra) -> list[str]:
     ]
 
 
-# Of the small relatives: images and seed.
-MINI_RUNS = [*((count, 0) for count in MINI_IMAGES), *((MINI_IMAGES[1], seed) for seed in MINI_SEEDS)]
-
-
 def small_summary() -> dict[str, tuple[float, list[bool], list[float]]]:
     """Measure -> JS0 of the small ResNet in eval mode, with the most images over the fewest; of every run, whether
     batch statistics raise it; and what it is then over that of the small GPT."""
@@ -280,16 +276,17 @@ def small_part() -> str:
     probes = {spectra(path.stem).quadrature.num_probes for path in FOLDER.glob("mini_*.npz")}
     bound = MINI_IMAGES[-1] * (CLASSES - 1)
     dims = spectra(f"mini_resnet_eval_{MINI_IMAGES[-1]}_seed0").dims
+    found = small_summary()
     summary = [
         [measure, f"{factor:.2f}", f"{sum(above)} of {len(above)}", f"{min(ratios):.2g} ... {max(ratios):.2g}"]
-        for measure, (factor, above, ratios) in small_summary().items()
+        for measure, (factor, above, ratios) in found.items()
     ]
-    rising = [float(row[4]) > float(row[2]) for row in rows]
-    above = [float(row[4]) > float(row[5]) for row in rows]
+    rising = sum(sum(above) for _, above, _ in found.values())
+    above_gpt = sum(ratio > 1 for _, _, ratios in found.values() for ratio in ratios)
     return (
         table(["JS0", "data", "ResNet, eval", "frozen statistics", "batch statistics", "GPT"], rows)
-        + f"\n\nJS0 is larger with batch statistics than in eval mode in {sum(rising)} of {len(rows)} rows, and larger "
-        f"than the small GPT's of the same seed in {sum(above)}. {sum(spectra('mini_resnet_eval_8_seed0').dims):,} and "
+        + f"\n\nJS0 is larger with batch statistics than in eval mode in {rising} of {len(rows)} rows, and larger "
+        f"than the small GPT's of the same seed in {above_gpt}. {sum(spectra('mini_resnet_eval_8_seed0').dims):,} and "
         f"{sum(spectra('mini_gpt_seed0').dims):,} parameters; {min(probes)} to {max(probes)} probes: no intervals."
         f" With {MINI_IMAGES[-1]} images the bound on the rank is {bound:,}: below the parameters of "
         f"{sum(dim > bound for dim in dims)} of the {len(dims)} blocks.\n\n"
@@ -358,10 +355,11 @@ def wanted(works: Sequence[Work]) -> str:
     """Which targets on an H100 the jobs meet, were the assumption true."""
     met, missed = [], []
     for work in works:
-        for kind, target in TARGETS[work.name].items():
-            hours = work.flops / (ASSUMED_SHARE * H100_PEAK[kind]) / HOUR
-            words = f"{work.title} in {kind} ({hours:.2g} hours against {target / HOUR:.2g})"
-            (met if hours <= target / HOUR else missed).append(words)
+        record = work.record(None)
+        for kind, target in record["seconds_wanted_on_h100"].items():
+            seconds = record["seconds_extrapolated"][f"H100, {kind}"]
+            words = f"{work.title} in {kind} ({seconds / HOUR:.2g} hours against {target / HOUR:.2g})"
+            (met if seconds <= target else missed).append(words)
     return (
         f"**No step was timed on an H100.** Were {100 * ASSUMED_SHARE:.0f} % of its peak reached, what is wanted would "
         f"be missed by {', '.join(missed) or 'none'} and met by {', '.join(met) or 'none'}."

@@ -71,9 +71,9 @@ def rows_of(threads: int, folder: Path = RESULTS) -> dict[str, Any]:
 def bench_part() -> str:
     """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
     columns = {
-        f"{threads}{when}": judge_of(rows_of(int(threads[0]), folder))
+        f"{words}{when}": judge_of(rows_of(threads, folder))
         for when, folder in (("", RESULTS), (", earlier", EARLIER))
-        for threads in ("1 thread", "2 threads")
+        for threads, words in ((1, "1 thread"), (2, "2 threads"))
     }
     table = target_table(targets_of(list(ROWS)), columns)
     return "\n".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import blockhess
-from blockhess.batches import as_batches, batch_size, check_device, map_tensors, split_batch
+from blockhess.batches import as_batches, batch_size, check_device, check_tokens, map_tensors, split_batch
 from blockhess.models import BERT, GPT, BERTConfig, GPTConfig, MaskedPairs, masked_pair_loss, next_token_loss
 
 X, Y = torch.arange(10.0).view(5, 2), torch.arange(5)
@@ -122,3 +123,10 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
     bert = BERT(BERTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
     with pytest.raises(ValueError, match="below the model's vocab_size = 65, got 70 in batch 0"):
         blockhess.plan(bert, pairs, masked_pair_loss, num_probes=1, num_steps=1)
+
+
+@pytest.mark.parametrize("token, refused", [(64, False), (65, True)])
+def test_the_vocabulary_ends_before_its_size(token: int, refused: bool) -> None:
+    tokens = torch.full((1, 8), token)
+    with pytest.raises(ValueError, match="got 65 in batch 0") if refused else contextlib.nullcontext():
+        check_tokens([(tokens, tokens)], 65)

@@ -484,3 +484,11 @@ def test_exit_codes_of_interrupted_commands(
     monkeypatch.setattr(runner, "run_experiments", interrupted)
     assert main(["paper", "fig1", "--out", str(tmp_path)]) == code
     assert f"what is done is in {tmp_path}, go on with the same command" in capsys.readouterr().err
+
+
+def test_data_are_told_apart_by_their_count_and_by_one_sample() -> None:
+    def found(count: int, value: float) -> sources.Source:
+        return sources.Source("data", lambda *_: torch.full((1, 2), value), nn.MSELoss(), "row", count)
+
+    assert found(10, 0.0).identity == found(10, 0.0).identity
+    assert len({found(count, value).identity for count, value in [(10, 0.0), (11, 0.0), (10, 1.0)]}) == 3

@@ -81,7 +81,7 @@ class ImageFolder:
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(decode, range(len(indices))))
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         labels = torch.tensor([self._found[index][1] for index in indices])
         return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), labels
 

@@ -70,20 +70,18 @@ class Architecture:
 
     def batches(self, num_batches: int, seed: int, *, batch_size: int | None = None) -> list[Any]:
         """Return batches of uniformly drawn samples; for images that is drawing with replacement."""
+        usual = IMAGES_PER_BATCH if self.draw.endswith("images") else WINDOWS_PER_BATCH
+        size = usual if batch_size is None else batch_size
         if self.draw == "windows":
-            size = WINDOWS_PER_BATCH if batch_size is None else batch_size
             return list(_text().batches(num_batches, batch_size=size, context=CONTEXT, seed=seed))
         if self.draw == "pairs":
-            size = WINDOWS_PER_BATCH if batch_size is None else batch_size
             options = {"batch_size": size, "context": CONTEXT, "seed": seed}
             return list(masked_pairs(_pairs(), CHARACTERS + SPECIAL, num_batches, **options))
         images, labels = _images()
         if self.draw == "flat images":
             images = images.flatten(1)
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(
-            len(labels), (num_batches, IMAGES_PER_BATCH if batch_size is None else batch_size), generator=generator
-        )
+        chosen = torch.randint(len(labels), (num_batches, size), generator=generator)
         return [(images[rows], labels[rows]) for rows in chosen]
 
 

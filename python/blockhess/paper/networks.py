@@ -160,9 +160,9 @@ def _mini(name: str, seed: int, size: int | None) -> Network:
     if name.startswith("gpt2"):
         text = shakespeare()
         model = named(f"{name}-mini", vocab_size=len(text.vocabulary))
-        windows = text.batches(batch_size=MINI_WINDOWS if size is None else size, context=64, seed=seed)
+        windows = text.batches(batch_size=size or MINI_WINDOWS, context=64, seed=seed)
         return Network(name, model, windows, next_token_loss, "Shakespeare, by character")
-    images, labels = fashion_mnist(MINI_IMAGES if size is None else size)
+    images, labels = fashion_mnist(size or MINI_IMAGES)
     if ":" in name:
         model = named(name)
         # timm's models say what they take.
@@ -183,9 +183,7 @@ def _pairs(seed: int, size: int | None) -> tuple[list[MaskedPairs], int]:
     ends = (text.tokens == newline).nonzero().flatten()
     pairs = line_pairs([line[line != newline] for line in torch.tensor_split(text.tokens, ends)])
     vocab_size = len(text.vocabulary) + SPECIAL
-    return masked_pairs(
-        pairs, vocab_size, batch_size=MINI_PAIRS if size is None else size, context=32, seed=seed
-    ), vocab_size
+    return masked_pairs(pairs, vocab_size, batch_size=size or MINI_PAIRS, context=32, seed=seed), vocab_size
 
 
 def _of_transformers(name: str, seed: int, size: int | None) -> Network:
@@ -204,7 +202,7 @@ def _of_transformers(name: str, seed: int, size: int | None) -> Network:
         raise ValueError(
             f"network: hf:TYPE must have a causal, masked or next-sentence language model, got {name!r}, a {kind}"
         )
-    [(tokens, _)] = shakespeare().batches(batch_size=MINI_WINDOWS if size is None else size, seed=seed)
+    [(tokens, _)] = shakespeare().batches(batch_size=size or MINI_WINDOWS, seed=seed)
     return Network(name, model, {"input_ids": tokens, "labels": tokens}, None, "Shakespeare, by character")
 
 
@@ -230,6 +228,6 @@ def _at_paper_size(name: str, selection: Selection, seed: int, size: int | None,
         )
     found = source(name, selection.data)
     count, together = samples(name, found)
-    count, together = count if size is None else size, together if at_once is None else at_once
+    count, together = size or count, at_once or together
     parts = split_batch(found.draw(count, seed, 0), -(-count // together))
     return Network(name, model_of(name, found, seed), parts, found.loss_fn, found.words)

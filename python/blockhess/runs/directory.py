@@ -250,8 +250,16 @@ def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirec
 
 def holds_run(path: str | PathLike[str]) -> bool:
     """Whether a run was begun in the directory; False for a file, and for a folder of other things."""
-    path = Path(path)
-    return path.is_dir() and _is_begun(path) and read_run(path) is not None
+    return begun_run(Path(path)) is not None
+
+
+def begun_run(path: Path) -> dict[str, Any] | None:
+    """The content of run.json; None where no run was begun, as of a file or a folder of other things.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    return read_run(path) if path.is_dir() and _is_begun(path) else None
 
 
 def _is_begun(path: Path) -> bool:

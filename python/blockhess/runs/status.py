@@ -185,7 +185,7 @@ def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state:
 
 
 def _run(path: Path, op: str) -> dict[str, Any]:
-    run = directory.read_run(path) if directory.holds_run(path) else None
+    run = directory.begun_run(path)
     if run is None:
         raise ValueError(
             f"{op}: {path} must be the directory of a run; begin one by: blockhess run CONFIG --out {path}"
