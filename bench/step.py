@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.machine import Machine
 from bench.timing import check, difference
-from blockhess_ext import ops, reference
+from blockhess_ext import ops, pages, reference
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import RUNNING, Recurrences
 
@@ -33,7 +33,9 @@ class Step:
     @staticmethod
     def of(machine: Machine, dims: list[int], n_probes: int) -> Step:
         layout, ids = Layout.of(dims, machine.device), torch.arange(len(dims), device=machine.device)
-        vectors = [ops.random_probes(layout, n_probes, seed=seed, block_ids=ids) for seed in range(3)]
+        vectors = [pages.zeros(n_probes, layout.n, dtype=torch.float32, device=machine.device) for _ in range(3)]
+        for seed, x in enumerate(vectors):  # in the memory in which `spectrum` has them
+            x.copy_(ops.random_probes(layout, n_probes, seed=seed, block_ids=ids))
         recurrences = Recurrences.start(n_probes, torch.full((len(dims),), ROWS_OF_STEPS, device=machine.device))
         recurrences.beta[0].uniform_(generator=machine.generator())
         recurrences.steps.fill_(1)
@@ -84,7 +86,8 @@ class Projection:
         step = Step.of(machine, dims, n_probes)
         layout = step.layout.with_basis([True] * len(dims))
         shape = (count, n_probes, layout.n_basis)
-        basis = torch.randn(shape, device=machine.device, generator=machine.generator())
+        basis = pages.zeros(*shape, dtype=torch.float32, device=machine.device)
+        basis.normal_(generator=machine.generator())
         for l in range(layout.n_blocks):  # rows nearly orthonormal
             basis[:, :, layout.basis_columns(l)] /= math.sqrt(layout.dims[l])
         partial = step.partial.new_empty(n_probes, layout.n_tiles, count + 1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blockhess_ext import arguments, finished, ops, replay
+from blockhess_ext import arguments, finished, ops, pages, replay
 from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
@@ -153,16 +153,15 @@ def batched_slq(
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
     with memory_explained(sets, layout.n * row_bytes, basis_bytes):
-        if state is not None:
-            v = torch.empty(num_probes, layout.n, dtype=dtype, device=device)
-        elif probes is None:
+        v = pages.zeros(num_probes, layout.n, dtype=dtype, device=device)
+        if state is None and probes is not None:
+            v.copy_(arguments.unit_probes(probes, layout))
+        elif state is None:
             assert seed is not None
-            v = ops.random_probes(
+            v.copy_(ops.random_probes(
                 layout, num_probes, seed=seed, block_ids=ids, first_probe=first_probe, distribution=distribution,
                 dtype=dtype,
-            )  # fmt: skip
-        else:
-            v = arguments.unit_probes(probes, layout)
+            ))  # fmt: skip
         flight = Flight(v, layout, num_steps, words, tol, sigma, 0 if state is None else state.step)
         if state is not None:
             flight.load(state)

@@ -56,7 +56,7 @@ class Step {
     const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
     for (int64_t t = begin; t < end; ++t) dot_with_v(t);
     write_alpha(s);
-    for (int64_t t = begin; t < end; ++t) subtract(t);
+    for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // begins with what is in the nearest cache
     close(s);
     for (int64_t t = begin; t < end; ++t) normalize(t);
   }

@@ -1,4 +1,4 @@
-// One function, compiled for baseline x86-64, AVX2 and AVX-512, and chosen when the library is loaded.
+// Code that is compiled for baseline x86-64, AVX2 (x86-64-v3) and AVX-512 (x86-64-v4), and chosen by the processor.
 //
 // So one build is right everywhere; other compilers and processors take the plain loop. What the versions share must be
 // inlined into each of them. The compiler fuses multiplications with additions where the version has the instruction,
@@ -9,8 +9,8 @@
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define BLOCKHESS_INLINE inline __attribute__((always_inline))
 #if !defined(BLOCKHESS_ONE_VERSION)
-// One of several bodies of a function, "default" among them; only calls in the same file choose.
-#define BLOCKHESS_VERSION(name) __attribute__((target(name)))
+#define BLOCKHESS_VERSIONS
+// One function in all versions.
 #define BLOCKHESS_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #endif
 #endif

@@ -1,7 +1,7 @@
 // The loops over vector elements that the CPU twins are made of.
 //
-// Each is compiled for baseline x86-64, AVX2 and AVX-512 and chosen when the library is loaded, so one build is right
-// everywhere. Sums run in float64 over a fixed set of lanes: their order does not depend on the instruction set.
+// Each is compiled for baseline x86-64, AVX2 and AVX-512 and chosen by the processor, so one build is right everywhere.
+// Sums run in float64 over a fixed set of lanes: their order does not depend on the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ double dot(const double* x, const double* y, int64_t n);
 double three_term(const float* w, const float* v, float* p, double alpha, double beta, int64_t n);
 double three_term(const double* w, const double* v, double* p, double alpha, double beta, int64_t n);
 
-// x <- scale x
-void scale(float* x, double scale, int64_t n);
-void scale(double* x, double scale, int64_t n);
+// x <- factor x
+void scale(float* x, double factor, int64_t n);
+void scale(double* x, double factor, int64_t n);
 
 // With the basis V_k = basis + k * stride, 0 <= k < count:
 //   x <- x - sum_k c_k V_k    unless c is null,

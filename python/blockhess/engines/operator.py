@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blockhess.problem import Problem
+from blockhess_ext import pages
 
 
 class Engine(Protocol):
@@ -83,7 +84,7 @@ class BlockOperator:
         Returns:
             (n_probes, sum(dims)), zeros where a recurrence is finished or a block's Hessian is zero.
         """
-        result = torch.zeros_like(v)
+        result = pages.zeros_like(v)
         columns = list(zip(torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
         sums, last, before = self.problem.ranks.sums(), len(self.problem.shares) - 1, self.hvps
         for index, share in enumerate(self.problem.shares):

@@ -1,0 +1,34 @@
+"""Memory for vectors that ops pass through again and again: on a CPU in huge pages, where the system has them.
+
+A processor must look up every page that it comes to. Of the usual 4 KiB that takes it about as long as reading them;
+Linux gives pages of 2 MiB to those who ask. Shorter vectors stay in what PyTorch keeps for such.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 2**22
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros, in huge pages if it is large and the system gives them."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and nbytes >= LEAST_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without them, or no memory left, of which PyTorch's own error tells
+            pass
+        else:
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """Zeros of the shape, type and device of x."""
+    return zeros(*x.shape, dtype=x.dtype, device=x.device)
