@@ -13,7 +13,7 @@ STANDARD = re.compile(r"<[a-z_]+>")
 
 MAY_INCLUDE = {
     "ops": [STANDARD, re.compile(r'"[a-z_]+\.h"')],
-    "cpu": [STANDARD, re.compile(r'"(ops/)?[a-z_]+\.h"'), re.compile(r"<immintrin\.h>")],
+    "cpu": [STANDARD, re.compile(r'"(ops/)?[a-z_]+\.h"'), re.compile(r"<immintrin\.h>|BLOCKHESS_LOOPS")],
     "cuda": [STANDARD, re.compile(r'"(ops/)?[a-z_]+\.(h|cuh)"'), re.compile(r"<cuda_runtime\.h>")],
 }
 

@@ -1,43 +1,8 @@
-// The loops of vector_kernels.h for one instruction set. vector_kernels.cpp includes this once for each of them, with
-// BLOCKHESS_SET the name of a namespace and BLOCKHESS_LEVEL the level of x86-64 that it may use, 1 for any processor.
-//
-// Vectors are written out: of plain loops over float32 compilers make conversions to float64 that take twice as long.
+// The loops of vector_kernels.h, for one instruction set: see each_instruction_set.h.
+#include "wide.h"
 
 namespace blockhess {
 namespace BLOCKHESS_SET {
-
-// Wide holds kWide elements in float64. They are stored rounded, and come back as what they are then.
-#if BLOCKHESS_LEVEL == 4
-using Wide = __m512d;
-BLOCKHESS_INLINE Wide load(const double* x) { return _mm512_loadu_pd(x); }
-BLOCKHESS_INLINE Wide load(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
-BLOCKHESS_INLINE Wide store(double* to, const Wide& x) { return _mm512_storeu_pd(to, x), x; }
-BLOCKHESS_INLINE Wide store(float* to, const Wide& x) {
-  const __m256 rounded = _mm512_cvtpd_ps(x);
-  return _mm256_storeu_ps(to, rounded), _mm512_cvtps_pd(rounded);
-}
-#elif BLOCKHESS_LEVEL == 3
-using Wide = __m256d;
-BLOCKHESS_INLINE Wide load(const double* x) { return _mm256_loadu_pd(x); }
-BLOCKHESS_INLINE Wide load(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
-BLOCKHESS_INLINE Wide store(double* to, const Wide& x) { return _mm256_storeu_pd(to, x), x; }
-BLOCKHESS_INLINE Wide store(float* to, const Wide& x) {
-  const __m128 rounded = _mm256_cvtpd_ps(x);
-  return _mm_storeu_ps(to, rounded), _mm256_cvtps_pd(rounded);
-}
-#else
-typedef double Wide __attribute__((vector_size(16)));
-template <class T>
-BLOCKHESS_INLINE Wide load(const T* x) {
-  return Wide{double(x[0]), double(x[1])};
-}
-template <class T>
-BLOCKHESS_INLINE Wide store(T* to, const Wide& x) {
-  to[0] = T(x[0]), to[1] = T(x[1]);
-  return load(to);
-}
-#endif
-constexpr int64_t kWide = sizeof(Wide) / sizeof(double);
 
 // Partial sums: enough to hide the latency of the add at every width.
 constexpr int64_t kLanes = 32;
@@ -188,5 +153,4 @@ double gram_schmidt(T* __restrict x, const T* __restrict basis, int64_t stride, 
 }
 
 }  // namespace BLOCKHESS_SET
-
 }  // namespace blockhess
