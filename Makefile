@@ -1,5 +1,5 @@
 # make demo   the main job, on data that ships with the package
-# make test   the tests
+# make test   the tests, one process for each core, up to 8: each loads torch
 # make check  lint, formatting and types
 # make docs   the documentation site, in site/
 # make notebooks   what the notebooks of docs/notebooks print and draw, made anew
@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-cli
 	$(bin)/blockhess demo
 
 test: $(VENV)/.installed-test
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.installed-lint
 	$(bin)/ruff check .
@@ -48,6 +48,11 @@ $(VENV)/.torch:
 	$(bin)/python -m pip install -q "setuptools>=77" wheel pybind11 ninja
 	@touch $@
 
-$(VENV)/.installed-%: $(VENV)/.torch $(sources)
-	$(bin)/python -m pip install -q --no-build-isolation -e ".[$*]"
+$(VENV)/.installed: $(VENV)/.torch $(sources)
+	$(bin)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+
+# pip keeps what is installed, compiled once for all extras, and adds what the extra asks for.
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(bin)/python -m pip install -q "blockhess[$*]"
 	@touch $@

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+# Where several processes share the tests, each has one thread, and so has what it starts. Said before torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Of processes that tests start in other folders too.
@@ -27,6 +33,18 @@ PASSED_OVER = pytest.StashKey[dict[str, dict[str, str]]]()
 def passed_over(request: pytest.FixtureRequest) -> dict[str, dict[str, str]]:
     """Of every page what was not run, and why; listed at the end of pytest's output."""
     return request.config.stash.setdefault(PASSED_OVER, {})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process that shares the tests hands over what it passed over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["passed over"] = session.config.stash.get(PASSED_OVER, {})
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    found = getattr(node, "workeroutput", {}).get("passed over", {})  # nothing of one that crashed
+    node.config.stash.setdefault(PASSED_OVER, {}).update(found)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -55,7 +55,8 @@ UNNORMALISED_MARGIN = 1.0
 # log q is not smoothed by its own density where p lies between two far nodes of q, so "jeffreys" needs a finer grid.
 JEFFREYS_POINTS_PER_SIGMA = 4 * POINTS_PER_SIGMA
 
-CHUNK_ELEMENTS = 2**21
+# Few enough that what is made of a chunk, one array after the other, stays in a core's cache.
+CHUNK_ELEMENTS = 2**16
 
 
 def check_choice(op: str, argument: str, value: str, choices: Iterable[str]) -> None:
@@ -147,6 +148,10 @@ def _jensen_shannon_sums(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: fl
     With delta = (p - q) / (p + q) the summand is m/2 ((1 + delta) log(1 + delta) + (1 - delta) log(1 - delta)):
     no cancellation for close spectra, exactly 0 for equal ones, (p + q) / 2 log 2 where only one of them lives.
     """
+
+    def log1p(x: Tensor) -> Tensor:
+        return torch.log1p(x).clamp_(min=-100.0)  # finite where x = -1, for 0 log 0 = 0; every other is above -37
+
     p = smooth(nodes, weights, grid, sigma)
     mass = p.sum(1)
     sums = (mass[:, None] + mass[None, :]) * (0.5 * math.log(2.0))
@@ -155,8 +160,9 @@ def _jensen_shannon_sums(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: fl
     p = p[alive]
     for i in range(len(alive) - 1):
         both = p[i] + p[i + 1 :]
-        delta = torch.where(both > 0, (p[i] - p[i + 1 :]) / both, 0.0)
-        phi = torch.special.xlog1py(1 + delta, delta) + torch.special.xlog1py(1 - delta, -delta)
+        delta = ((p[i] - p[i + 1 :]) / both).nan_to_num_(0.0)  # 0 / 0 where neither lives
+        phi = log1p(delta).mul_(1 + delta)
+        phi += log1p(delta.neg_()).mul_(1 + delta)
         sums[alive[i], alive[i + 1 :]] = 0.25 * (both * phi).sum(1)
     return sums
 

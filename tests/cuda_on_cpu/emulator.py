@@ -8,6 +8,7 @@ included; Python must then be started with its library in LD_PRELOAD.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -52,7 +53,14 @@ def build(sanitize: bool) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling them; it ends with the file
+        if not target.exists():
+            _compile(files, flags, folder, target)
+    return target
 
+
+def _compile(files: list[Path], flags: list[str], folder: Path, target: Path) -> None:
     def compiled(source: Path) -> str:
         output = folder / f"{source.name}.o"
         includes = [f"-I{path}" for path in INCLUDES]
@@ -63,7 +71,7 @@ def build(sanitize: bool) -> Path:
         objects = list(pool.map(compiled, [path for path in files if path.suffix in (".cu", ".cpp")]))
     fresh = folder / f"{os.getpid()}.so"
     subprocess.run([COMPILER, *flags, "-shared", *objects, "-o", fresh], check=True)
-    return fresh.rename(target)
+    fresh.rename(target)  # whole, or not there
 
 
 @functools.cache

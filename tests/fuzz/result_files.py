@@ -151,7 +151,8 @@ def archive(rng: random.Random, entries: dict[str, bytes], plain: bool) -> bytes
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w") as result:
         warnings.simplefilter("ignore")
         for name in names:
-            result.writestr(name, entries[name], compression[name])
+            entry = zipfile.ZipInfo(name)  # which has a date of its own: by name it would be that of today
+            result.writestr(entry, entries[name], compression[name])
     return file.getvalue()
 
 
