@@ -16,13 +16,13 @@ LEAST_BYTES = 2**22
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros, in huge pages if it is large and the system gives them."""
+    """A tensor of zeros, in huge pages if it is large and the system gives them; it cannot be resized."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type == "cpu" and nbytes >= LEAST_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them, or no memory left, of which PyTorch's own error tells
+        except (OSError, OverflowError):  # a kernel without them; or too little memory, of which PyTorch tells
             pass
         else:
             return torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -30,5 +30,5 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def zeros_like(x: Tensor) -> Tensor:
-    """Zeros of the shape, type and device of x."""
+    """Zeros of the shape, type and device of x, a plain tensor."""
     return zeros(*x.shape, dtype=x.dtype, device=x.device)

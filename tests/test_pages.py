@@ -60,6 +60,7 @@ def test_without_them_there_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(found.nodes, again.nodes) and torch.equal(found.weights, again.weights)
 
 
-def test_what_no_memory_holds_is_refused_in_pytorchs_words() -> None:
-    with pytest.raises(RuntimeError, match="allocate memory"):
-        pages.zeros(2**50, dtype=torch.float32, device=CPU)
+@pytest.mark.parametrize("n", [2**50, 2**61])
+def test_what_no_memory_holds_is_refused_in_pytorchs_words(n: int) -> None:
+    with pytest.raises(RuntimeError, match=r"allocate memory|overflow"):
+        pages.zeros(n, 4, dtype=torch.float32, device=CPU)

@@ -6,27 +6,27 @@
 // instruction for it, so results agree to rounding, not to the bit.
 //
 // The loops see BLOCKHESS_SET, the namespace, and BLOCKHESS_LEVEL, the level of x86-64 that they may use, 1 for any
-// processor; before GCC 13 the compiler's own macros do not follow its pragmas.
+// processor; before GCC 13 the compiler's own macros do not follow its pragmas. Features are named one by one, since
+// they add to those that the compiler's flags give, where a name of a level takes others away.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
+#define BLOCKHESS_INLINE inline __attribute__((always_inline))
+
 #if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
-
-#if defined(__GNUC__)
-#define BLOCKHESS_INLINE inline __attribute__((always_inline))
-#else
-#define BLOCKHESS_INLINE inline
 #endif
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(BLOCKHESS_ONE_VERSION)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(BLOCKHESS_ONE_VERSION)
 
 #define BLOCKHESS_SET baseline
 #define BLOCKHESS_LEVEL 1
@@ -35,7 +35,7 @@
 #undef BLOCKHESS_LEVEL
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")
 #define BLOCKHESS_SET avx2
 #define BLOCKHESS_LEVEL 3
 #include BLOCKHESS_LOOPS
@@ -44,7 +44,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #define BLOCKHESS_SET avx512
 #define BLOCKHESS_LEVEL 4
 #include BLOCKHESS_LOOPS

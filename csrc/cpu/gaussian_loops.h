@@ -6,6 +6,7 @@
 
 namespace blockhess {
 namespace BLOCKHESS_SET {
+namespace {
 
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kDegree = 12;  // (ln 2 / 2)^13 / 13! = 1.7e-16
@@ -45,5 +46,6 @@ inline void add_gaussian(double* __restrict density, const double* __restrict gr
   }
 }
 
+}  // namespace
 }  // namespace BLOCKHESS_SET
 }  // namespace blockhess

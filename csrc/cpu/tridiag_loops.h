@@ -7,6 +7,7 @@
 
 namespace blockhess {
 namespace BLOCKHESS_SET {
+namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kTiny = 0x1p-480;  // nothing beside entries of size 1, yet its square does not underflow
@@ -139,5 +140,6 @@ inline void implicit_ql(double* d, double* e, double* q, const int64_t* n, bool*
   }
 }
 
+}  // namespace
 }  // namespace BLOCKHESS_SET
 }  // namespace blockhess

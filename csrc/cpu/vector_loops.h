@@ -3,6 +3,7 @@
 
 namespace blockhess {
 namespace BLOCKHESS_SET {
+namespace {
 
 // Partial sums: enough to hide the latency of the add at every width.
 constexpr int64_t kLanes = 32;
@@ -152,5 +153,6 @@ double gram_schmidt(T* __restrict x, const T* __restrict basis, int64_t stride, 
   return square;
 }
 
+}  // namespace
 }  // namespace BLOCKHESS_SET
 }  // namespace blockhess

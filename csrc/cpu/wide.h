@@ -5,6 +5,7 @@
 
 namespace blockhess {
 namespace BLOCKHESS_SET {
+namespace {
 
 // Wide holds kWide elements. They are stored rounded, and come back as what they are then.
 #if BLOCKHESS_LEVEL == 4
@@ -31,10 +32,12 @@ template <class T>
 BLOCKHESS_INLINE Wide load(const T* x) {
   return Wide{double(x[0]), double(x[1])};
 }
-template <class T>
-BLOCKHESS_INLINE Wide store(T* to, const Wide& x) {
-  to[0] = T(x[0]), to[1] = T(x[1]);
-  return load(to);
+BLOCKHESS_INLINE Wide store(double* to, const Wide& x) { return std::memcpy(to, &x, sizeof x), x; }
+BLOCKHESS_INLINE Wide store(float* to, const Wide& x) {
+  typedef float Narrow __attribute__((vector_size(8)));  // element by element, GCC 12 returns x as it was
+  const Narrow rounded = __builtin_convertvector(x, Narrow);
+  std::memcpy(to, &rounded, sizeof rounded);
+  return Wide{double(rounded[0]), double(rounded[1])};
 }
 #endif
 constexpr int64_t kWide = sizeof(Wide) / sizeof(double);
@@ -54,5 +57,6 @@ BLOCKHESS_INLINE Wide root(const Wide& x) {
 #endif
 }
 
+}  // namespace
 }  // namespace BLOCKHESS_SET
 }  // namespace blockhess
