@@ -1,7 +1,7 @@
 """Memory for vectors that ops pass through again and again: on a CPU in huge pages, where the system has them.
 
-A processor must look up every page that it comes to. Of the usual 4 KiB that takes it about as long as reading them;
-Linux gives pages of 2 MiB to those who ask. Shorter vectors stay in what PyTorch keeps for such.
+A processor must look up every page that it comes to, and does so often where they are of the usual 4 KiB; Linux gives
+pages of 2 MiB to those who ask. Shorter vectors stay in what PyTorch keeps for such.
 """
 
 from __future__ import annotations
