@@ -34,7 +34,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=true $(bin)/mkdocs build --strict
 
 notebooks: $(VENV)/.installed-test
-	$(bin)/python -m tests.notebooks
+	$(bin)/python -m tests.helpers.notebooks
 
 clean:
 	rm -rf $(VENV) build site *.egg-info blockhess_ext/*.so

@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-from bench.environment import describe, peers
-from bench.machine import Machine, TooSmall
-from bench.report import ROWS, report
-from bench.result_file import SCHEMA, check_comparable, check_writable, comparison, read, write
-from bench.timing import CLOCKS, CPU, use_clock
+from bench.harness.environment import describe, peers
+from bench.harness.machine import Machine, TooSmall
+from bench.harness.report import ROWS, report
+from bench.harness.result_file import SCHEMA, check_comparable, check_writable, comparison, read, write
+from bench.harness.timing import CLOCKS, CPU, use_clock
 
 
 def run_row(name: str, machine: Machine) -> dict[str, Any]:

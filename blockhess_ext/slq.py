@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blockhess_ext import arguments, finished, ops, pages, replay
+from blockhess_ext import arguments, completion, huge_pages, ops
+from blockhess_ext.cuda_graph import Recorder, Step, recorder_of, replayed
 from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
@@ -130,7 +131,7 @@ def batched_slq(
     if device is None:
         device = probes.device if isinstance(probes, Tensor) else "cpu"
     device = usable(device)
-    recorder = replay.recorder_of(device) if cuda_graph else None
+    recorder = recorder_of(device) if cuda_graph else None
     layout = Layout.of(dims, device)
     ids = arguments.block_id_tensor(block_ids, len(dims)).to(device)
 
@@ -153,7 +154,7 @@ def batched_slq(
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
     with memory_explained(sets, layout.n * row_bytes, basis_bytes):
-        v = pages.zeros(num_probes, layout.n, dtype=dtype, device=device)
+        v = huge_pages.zeros(num_probes, layout.n, dtype=dtype, device=device)
         if state is None and probes is not None:
             v.copy_(arguments.unit_probes(probes, layout))
         elif state is None:
@@ -194,7 +195,7 @@ def _lanczos(
     hvp: Callable[[Tensor], Tensor],
     flight: Flight,
     layout: Layout,
-    recorder: replay.Recorder | None,
+    recorder: Recorder | None,
     on_step: Callable[[int, int], None] | None,
     on_state: Callable[[State], None] | None,
 ) -> None:
@@ -203,7 +204,7 @@ def _lanczos(
     partial = recurrences.norm.new_empty(len(flight.v), layout.n_tiles)
     basis_partial = partial.new_empty(*partial.shape, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
-    watch = finished.watch(recurrences)
+    watch = completion.watch(recurrences)
     n_finished = 0
 
     def product(v: Tensor) -> Tensor:
@@ -230,9 +231,9 @@ def _lanczos(
         n_finished = int(known.sum())
         return known.numel() - n_finished
 
-    step: replay.Step = plain
+    step: Step = plain
     if recorder:
-        step = replay.replayed(recorder, product, advance, flight.v, _capturable(hvp))
+        step = replayed(recorder, product, advance, flight.v, _capturable(hvp))
     left = running()
     while left and flight.step < flight.num_steps:
         step(flight.v, flight.v_prev)

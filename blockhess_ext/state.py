@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from blockhess_ext import pages
-from blockhess_ext.convergence import convergence
+from blockhess_ext import huge_pages
+from blockhess_ext.early_stopping import convergence
 from blockhess_ext.layout import Layout
-from blockhess_ext.orthogonality import due_projections
+from blockhess_ext.partial_reorthogonalization import due_projections
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
 
 
@@ -72,13 +72,13 @@ class Flight:
     ) -> None:
         self._layout, self._words = layout, tuple(words)
         self.step, self.num_steps = step, min(num_steps, max(layout.dims))
-        self.v, self.v_prev = v, pages.zeros_like(v)
+        self.v, self.v_prev = v, huge_pages.zeros_like(v)
         limits = torch.tensor(layout.dims, device=v.device)
         # A row more than steps, since a recurrence that has filled the last one ends and loses its next vector.
         self.recurrences = Recurrences.start(len(v), limits, rows=min(num_steps + 1, max(layout.dims)))
         kept = [dim for dim, word in zip(layout.dims, words) if word != "none"]
         capacity = min(num_steps, max(kept, default=0))
-        self.basis = pages.zeros(capacity, len(v), layout.n_basis, dtype=v.dtype, device=v.device)
+        self.basis = huge_pages.zeros(capacity, len(v), layout.n_basis, dtype=v.dtype, device=v.device)
         self.settled = convergence(self.recurrences, tol, sigma, step)
         self.projections = due_projections(self.recurrences, words, v.dtype)
         self._keep_v()

@@ -38,7 +38,7 @@ planted() { # FILE, WHAT TO PLANT BEHIND THE FIRST LINE THAT MATCHES, LINE, WHAT
     sed -i "0,/$3/s//&$2/" "$1"
     cmp -s "$1" original && { echo "sanitizers: no place for the bug in $1"; exit 1; }
     build
-    checked -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_gaussian_density.py >control.log 2>&1 && missed=1 || missed=0
+    checked -m pytest -q -x --capture=sys -p no:cacheprovider tests/ext/test_gaussian_density.py >control.log 2>&1 && missed=1 || missed=0
     cp original "$1"
     if ((missed)) || ! grep -q "$4" control.log; then
         tail -30 control.log
@@ -62,7 +62,7 @@ if [[ -n ${out:-} ]]; then
 import json, sys
 from xml.etree import ElementTree
 
-from bench.environment import describe
+from bench.harness.environment import describe
 
 suite = ElementTree.parse(sys.argv[1]).getroot().find("testsuite")
 counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}

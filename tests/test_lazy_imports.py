@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.spectra_cases import make_spectra
+from tests import ROOT
+from tests.helpers.spectra_cases import make_spectra
 
 HEAVY = (
     "matplotlib",
@@ -24,8 +25,6 @@ HEAVY = (
     "torch._dynamo",
     "typer",
 )
-
-ROOT = Path(__file__).parents[1]
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -57,16 +56,16 @@ def test_the_science_loads_nothing_heavy(used: str) -> None:
 
 
 def test_integrations_load_no_tool_of_others() -> None:
-    code = "from blockhess.integrations import watch, tensorboard, frames, operators; import blockhess.page"
+    code = "from blockhess.integrations import watch, tensorboard, pandas, scipy; import blockhess.report.html"
     names = ("matplotlib", "transformers", "pandas", "lightning", "pytorch_lightning", "tensorboard")
     assert loaded(code, names) == []
 
 
-COMMAND = "import sys; from blockhess.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from blockhess.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys\nfrom blockhess.cli import main\nmain(['--help'])\nheavy = sys.argv[1].split(',')\n"
+    code = "import sys\nfrom blockhess.cli.main import main\nmain(['--help'])\nheavy = sys.argv[1].split(',')\n"
     done = python(code + "sys.exit(any(name in sys.modules for name in heavy))", "torch,numpy,scipy,matplotlib,rich")
     assert done.returncode == 0, done.stderr.decode()
 

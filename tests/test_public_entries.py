@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import blockhess
-from blockhess.blocks import partition
+from blockhess.problem.blocks import partition
 from blockhess.spectra import Spectra
 from blockhess_ext import NonFiniteError, Quadrature, batched_slq, ops
 from blockhess_ext.layout import Layout
-from tests.spectra_cases import make_spectra, random_spectra
-from tests.tiny_models import labelled, mlp
+from tests.helpers.spectra_cases import make_spectra, random_spectra
+from tests.helpers.tiny_models import labelled, mlp
 
 EXAMPLES = int(os.environ.get("BLOCKHESS_EXAMPLES", "0"))
 

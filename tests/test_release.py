@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from blockhess.cli import main
+from blockhess.cli.main import main
+from tests import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockhess import measures
-from blockhess.blocks import BlockInfo
-from blockhess.divergence import js_matrix
+from blockhess._text import format_table, number
+from blockhess.analysis import distribution
+from blockhess.analysis.jensen_shannon import js_matrix
+from blockhess.problem.blocks import BlockInfo
 from blockhess.spectra import Spectra
-from blockhess.table import format_table, number
 from blockhess_ext import batched_slq
-from tests.spectra_cases import float64, make_spectra, random_spectra
+from tests.helpers.spectra_cases import float64, make_spectra, random_spectra
 
 # Two probes, three blocks: a plain one, a single eigenvalue 4 (of one element), an all-zero one.
 HAND = {
@@ -168,7 +168,7 @@ def test_moments_of_a_known_operator() -> None:
     low, high = spectra.eigenvalue_range()
     assert (low >= torch.stack([part.min() for part in diagonal.split(dims)]) - 1e-12).all()
     assert (high <= torch.stack([part.max() for part in diagonal.split(dims)]) + 1e-12).all()
-    value, stderr = measures.moment(quadrature, 1)
+    value, stderr = distribution.moment(quadrature, 1)
     exact, error = quadrature.integrate(lambda x: x)
     torch.testing.assert_close((value, stderr), (exact, torch.where(torch.tensor(dims) == 1, 0.0, error)))
 

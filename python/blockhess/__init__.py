@@ -7,11 +7,11 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockhess.blocks import BlockInfo, Part, heads
-    from blockhess.divergence import JS0
+    from blockhess.analysis.jensen_shannon import JS0
     from blockhess.estimate import NonFiniteError, extend, plan, spectrum
-    from blockhess.files import load
-    from blockhess.runs.merge import merge
+    from blockhess.problem.blocks import BlockInfo, Part, heads
+    from blockhess.results.files import load
+    from blockhess.run.merge import merge
     from blockhess.spectra import Spectra
 
 try:
@@ -36,18 +36,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BlockInfo": "blocks",
-    "Part": "blocks",
-    "heads": "blocks",
+    "BlockInfo": "problem.blocks",
+    "Part": "problem.blocks",
+    "heads": "problem.blocks",
     "NonFiniteError": "estimate",
-    "Plan": "engines.plan",
+    "Plan": "run.plan",
     "extend": "estimate",
     "plan": "estimate",
     "spectrum": "estimate",
-    "JS0": "divergence",
+    "JS0": "analysis.jensen_shannon",
     "Spectra": "spectra",
-    "load": "files",
-    "merge": "runs.merge",
+    "load": "results.files",
+    "merge": "run.merge",
 }
 
 

@@ -23,22 +23,22 @@ from torch import nn
 
 import blockhess
 import blockhess_ext
-from blockhess import fingerprint
-from blockhess.blocks import BlockSpec, unwrap
-from blockhess.distributed import ALONE, Parallel, Ranks, joined
-from blockhess.engines.plan import Plan
-from blockhess.job import Job
-from blockhess.losses import as_loss
-from blockhess.model_state import batchnorm_policy
-from blockhess.options import Options, choice, count
-from blockhess.posing import LOSS_TOLERANCE, posed, shared_budget
-from blockhess.problem import Problem
-from blockhess.progress import check_progress, progress_bar
-from blockhess.runs import directory
-from blockhess.runs.directory import RunDirectory
-from blockhess.runs.merge import load_run
+from blockhess.problem import fingerprint
+from blockhess.problem.blocks import BlockSpec, unwrap
+from blockhess.problem.losses import as_loss
+from blockhess.problem.model_state import batchnorm_policy
+from blockhess.problem.prepare import LOSS_TOLERANCE, posed, shared_budget
+from blockhess.problem.problem import Problem
+from blockhess.run.distributed import ALONE, Parallel, Ranks, joined
+from blockhess.run.job import Job
+from blockhess.run.merge import load_run
+from blockhess.run.options import Options, choice, count
+from blockhess.run.plan import Plan
+from blockhess.run.progress import check_progress, progress_bar
+from blockhess.run.recorder import Records
+from blockhess.run.storage import directory
+from blockhess.run.storage.directory import RunDirectory
 from blockhess.spectra import Spectra
-from blockhess.work import Records
 
 
 class NonFiniteError(ValueError):

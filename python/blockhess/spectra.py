@@ -22,23 +22,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from blockhess import axes, checks, js_error, measures, ritz, transport
-from blockhess.axes import Axis
-from blockhess.blocks import ZERO_NOTE, BlockInfo
-from blockhess.density import check_grid, check_sigma_in_range, default_sigma, node_grid, smallest_sigma, smooth
-from blockhess.divergence import JS0, UNNORMALISED_POINTS, js_matrix
-from blockhess.intervals import check_confidence, normal_quantile
-from blockhess.sensitivity import Sensitivity, sensitivity
-from blockhess.spectra_bands import SpectraBands
-from blockhess.table import format_table, number, printable
-from blockhess.work import Unit
+from blockhess import _checks
+from blockhess._text import format_table, number, printable
+from blockhess.analysis import axes, distances, distribution, outliers
+from blockhess.analysis.axes import Axis
+from blockhess.analysis.density import (
+    check_grid,
+    check_sigma_in_range,
+    default_sigma,
+    node_grid,
+    smallest_sigma,
+    smooth,
+)
+from blockhess.analysis.errors import jensen_shannon
+from blockhess.analysis.errors.intervals import check_confidence, normal_quantile
+from blockhess.analysis.errors.spectra_bands import SpectraBands
+from blockhess.analysis.jensen_shannon import JS0, UNNORMALISED_POINTS, js_matrix
+from blockhess.analysis.sensitivity import Sensitivity, sensitivity
+from blockhess.problem.blocks import ZERO_NOTE, BlockInfo
+from blockhess.run.recorder import Unit
 from blockhess_ext import Quadrature, State
 from blockhess_ext.arguments import integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from blockhess.advice import Advice
+    from blockhess_paper.training.advice import Advice
 
 # Nodes count as negative below -64 eps(dtype of the vectors) max |node|: Lanczos cannot tell them from 0 otherwise.
 NEGATIVE_TOLERANCE = 64
@@ -171,7 +180,7 @@ class Spectra(SpectraBands):
         Raises:
             ValueError: a name is unknown or repeated.
         """
-        names = self.names if blocks is None else checks.names(blocks)
+        names = self.names if blocks is None else _checks.names(blocks)
         for name, count in Counter(names).items():
             if name not in self._row:
                 raise ValueError(f"blocks: {self._no_block(name)}")
@@ -182,7 +191,7 @@ class Spectra(SpectraBands):
     @cached_property
     def merged(self) -> tuple[Tensor, Tensor]:
         """Nodes and weights (n_blocks, n_probes m), averaged over probes: see measures.merge_probes."""
-        return measures.merge_probes(self.quadrature)
+        return distribution.merge_probes(self.quadrature)
 
     @cached_property
     def _known(self) -> Tensor:
@@ -218,7 +227,7 @@ class Spectra(SpectraBands):
         Example:
             >>> grid, densities = spectra.density(sigma=0.01)
         """
-        names = self.names if blocks is None else checks.names(blocks)
+        names = self.names if blocks is None else _checks.names(blocks)
         nodes, weights = self.measures_of(names, self.axis_of("density", names, axis, normalize, scale))
         if sigma is None:
             chosen = [i for i, name in enumerate(names) if blocks is not None or name in self._sound]
@@ -243,11 +252,11 @@ class Spectra(SpectraBands):
             >>> _, share = spectra.cdf(0.0)
         """
         nodes, weights = self.merged
-        points = torch.unique(nodes[self._known]) if x is None else checks.reals("cdf", "x", x)
+        points = torch.unique(nodes[self._known]) if x is None else _checks.reals("cdf", "x", x)
         if points.ndim > 1 or bool(points.isnan().any()):
             raise ValueError(f"cdf: x must have shape (n_points,) and no NaN, got {points}")
         points = points.reshape(-1)
-        return points, measures.cdf(nodes, weights, points)
+        return points, distribution.cdf(nodes, weights, points)
 
     def quantiles(self, q: Tensor | Sequence[float] | float) -> Tensor:
         """Invert the cdf: the smallest node x of every block with cdf(x) >= q.
@@ -264,10 +273,10 @@ class Spectra(SpectraBands):
         Example:
             >>> median = spectra.quantiles(0.5)
         """
-        shares = checks.reals("quantiles", "q", q).reshape(-1)
+        shares = _checks.reals("quantiles", "q", q).reshape(-1)
         if not bool(((shares >= 0) & (shares <= 1)).all()):
             raise ValueError(f"quantiles: q must be in [0, 1], got {shares.tolist()}")
-        return measures.quantiles(*self.merged, shares)
+        return distribution.quantiles(*self.merged, shares)
 
     def trace(self) -> tuple[Tensor, Tensor]:
         """Estimate tr H_l of every block.
@@ -278,7 +287,7 @@ class Spectra(SpectraBands):
 
         Source: Hutchinson 1989.
         """
-        return measures.moment(self.quadrature, 1)
+        return distribution.moment(self.quadrature, 1)
 
     def frobenius_norm(self) -> tuple[Tensor, Tensor]:
         """Estimate |H_l|_F = sqrt(tr H_l^2) of every block.
@@ -286,7 +295,7 @@ class Spectra(SpectraBands):
         Returns:
             values, stderr: (n_blocks,) each; the error by the delta method, stderr(|H|_F^2) / (2 |H|_F).
         """
-        square, stderr = measures.second_moment(self.quadrature)
+        square, stderr = distribution.second_moment(self.quadrature)
         norm = square.sqrt()
         # All probes see a zero block as zero: no error to scale.
         return norm, torch.where(norm > 0, stderr / (2 * norm), stderr)
@@ -296,7 +305,7 @@ class Spectra(SpectraBands):
 
         They lie inside the true range, within rounding, and reach its ends first.
         """
-        return measures.extremes(self.quadrature)
+        return distribution.extremes(self.quadrature)
 
     def negative_mass(self) -> Tensor:
         """Return the share of eigenvalues of every block (n_blocks,) that are negative.
@@ -318,7 +327,7 @@ class Spectra(SpectraBands):
                 eps(dtype of the vectors) of its largest |node| where that is more. Lanczos finds a mass at zero only
                 where the other eigenvalues stay away from it: otherwise this is too small.
         """
-        if tolerance is not None and not checks.real("zero_mass", "tolerance", tolerance) >= 0:
+        if tolerance is not None and not _checks.real("zero_mass", "tolerance", tolerance) >= 0:
             raise ValueError(f"zero_mass: tolerance must not be negative, got {tolerance}")
         nodes, weights = self.merged
         bound = self._zero_tolerance if tolerance is None else torch.tensor([float(tolerance)], dtype=torch.float64)
@@ -395,7 +404,7 @@ class Spectra(SpectraBands):
         counts.scatter_add_(1, bin_of, weights * inside * torch.tensor(self.dims)[:, None])
         return edges, counts.masked_fill(~self._known[:, None], torch.nan)
 
-    def outliers(self, name: str, tolerance: float = ritz.CONVERGED) -> list[ritz.Eigenvalue]:
+    def outliers(self, name: str, tolerance: float = outliers.CONVERGED) -> list[outliers.Eigenvalue]:
         """Return the eigenvalues of a block that stand apart so far that Lanczos has found them, with residual bounds.
 
         Args:
@@ -413,7 +422,9 @@ class Spectra(SpectraBands):
         Example:
             >>> [(e.value, e.residual) for e in spectra.outliers("0.weight")]
         """
-        return ritz.eigenvalues(self.quadrature, self.rows([name])[0], checks.real("outliers", "tolerance", tolerance))
+        return outliers.eigenvalues(
+            self.quadrature, self.rows([name])[0], _checks.real("outliers", "tolerance", tolerance)
+        )
 
     @cached_property
     def _statistics(self) -> list[list[float]]:
@@ -455,7 +466,7 @@ class Spectra(SpectraBands):
             ValueError: a name is unknown, repeated or of a block of which nothing is known; fewer than two are left.
         """
         left_out = dict(self._left_out(normalize))
-        names = tuple(name for name in self.names if name not in left_out) if blocks is None else checks.names(blocks)
+        names = tuple(name for name in self.names if name not in left_out) if blocks is None else _checks.names(blocks)
         for row in self.rows(names):
             if not self._known[row]:
                 raise ValueError(f"blocks: {self.names[row]!r} has no spectrum: its Hessian was never finite")
@@ -531,7 +542,11 @@ class Spectra(SpectraBands):
     def measures_of(self, names: Sequence[str], axis: Axis, probes: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Nodes on an axis and weights of some blocks, from all probes or some."""
         rows = self.rows(names)
-        merged = self.merged if probes is None else measures.merge_probes(measures.with_probes(self.quadrature, probes))
+        merged = (
+            self.merged
+            if probes is None
+            else distribution.merge_probes(distribution.with_probes(self.quadrature, probes))
+        )
         nodes, weights = (part[rows] for part in merged)
         divisors = axes.divisors(nodes, weights, [self.dims[row] for row in rows], axis.normalize)
         return axis.place(nodes / divisors[:, None]), weights
@@ -553,7 +568,7 @@ class Spectra(SpectraBands):
         if blocks is None:
             left_out = dict(self._left_out(normalize))
             blocks = [name for name in self.names if name not in left_out] or self.names
-        blocks = checks.names(blocks)
+        blocks = _checks.names(blocks)
         return default_sigma(self.measures_of(blocks, self.axis_of("default_sigma", blocks, axis, normalize, scale))[0])
 
     def js_matrix(
@@ -627,7 +642,7 @@ class Spectra(SpectraBands):
         if confidence is None:
             return js0
         error = self._js_error(js0)
-        return js_error.with_interval(js0, error, check_confidence("js0", confidence))
+        return jensen_shannon.with_interval(js0, error, check_confidence("js0", confidence))
 
     def js_matrix_error(self, **comparison: Any) -> tuple[Tensor, Tensor]:
         """Estimate by the jackknife what random probes do to js_matrix.
@@ -647,7 +662,7 @@ class Spectra(SpectraBands):
         error = self._js_error(self.compare(**comparison)[1])
         return error.bias, error.stderr
 
-    def _js_error(self, js0: JS0) -> js_error.JSError:
+    def _js_error(self, js0: JS0) -> jensen_shannon.JSError:
         axis = Axis(js0.axis, js0.normalize, js0.scale)
 
         def matrix(probes: list[int], kind: str) -> Tensor:
@@ -661,7 +676,7 @@ class Spectra(SpectraBands):
             unknown = ~(self.quadrature.steps[probes] > 0).any(0)[self.rows(js0.blocks)]
             return values.masked_fill(unknown[:, None] | unknown, math.nan)
 
-        return js_error.js_error(matrix, js0.kind, self.quadrature.num_probes)
+        return jensen_shannon.js_error(matrix, js0.kind, self.quadrature.num_probes)
 
     def compare(
         self,
@@ -682,10 +697,10 @@ class Spectra(SpectraBands):
         if sigma is None:
             sigma = default_sigma(nodes)
         else:
-            sigma = check_sigma_in_range("js_matrix", checks.real("js_matrix", "sigma", sigma), nodes)
+            sigma = check_sigma_in_range("js_matrix", _checks.real("js_matrix", "sigma", sigma), nodes)
         matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
         return matrix, JS0(
-            value=js_error.mean_of_pairs(matrix),
+            value=jensen_shannon.mean_of_pairs(matrix),
             kind=kind,
             base=float(base),
             axis=axis,
@@ -712,7 +727,7 @@ class Spectra(SpectraBands):
         Example:
             >>> print(spectra.advice())
         """
-        from blockhess.advice import advice
+        from blockhess_paper.training.advice import advice
 
         return advice(self)
 
@@ -722,7 +737,7 @@ class Spectra(SpectraBands):
         Example:
             >>> optimizer = torch.optim.SGD(spectra.param_groups(model, factor=0.1))
         """
-        from blockhess.advice import param_groups
+        from blockhess_paper.training.advice import param_groups
 
         return param_groups(self, model, factor)
 
@@ -754,7 +769,7 @@ class Spectra(SpectraBands):
         axes.check_axis("distance_matrix", axis, normalize, scale)
         names = self.compared(blocks, normalize)
         where = self.axis_of("distance_matrix", names, axis, normalize, scale)
-        return transport.distance_matrix(*self.measures_of(names, where), metric)
+        return distances.distance_matrix(*self.measures_of(names, where), metric)
 
     def table(self, blocks: Sequence[str] | None = None) -> str:
         """Return a plain-text table, one block a line: shape, extreme eigenvalues, trace +- its error, ...
@@ -795,7 +810,7 @@ class Spectra(SpectraBands):
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write everything to one file, from which blockhess.load gives it back bit by bit: see files.save."""
-        from blockhess import files
+        from blockhess.results import files
 
         return files.save(self, path)
 
@@ -814,9 +829,9 @@ class Spectra(SpectraBands):
         Example:
             >>> spectra.report("gpt.html")
         """
-        from blockhess import page
+        from blockhess.report import html
 
-        return page.write([self], path)
+        return html.write([self], path)
 
     def plot(self, path: str | PathLike[str] | None = None, **options: Any) -> Figure:
         """Draw the log-density of every block, as the paper's Figure 3, and save it where a path is given.
@@ -831,7 +846,7 @@ class Spectra(SpectraBands):
         Raises:
             ImportError: matplotlib is missing.
         """
-        from blockhess import plots
+        from blockhess.report import plots
 
         return plots.save_figure(plots.plot_density(self, **options), path)
 
@@ -848,6 +863,6 @@ class Spectra(SpectraBands):
         Raises:
             ImportError: matplotlib is missing.
         """
-        from blockhess import plots
+        from blockhess.report import plots
 
         return plots.save_figure(plots.plot_heatmap(self, **options), path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import describe
+from bench.harness.environment import describe
 from tests.crash.disturb import Trials
 
 parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import blockhess
-from blockhess.runs import store
+from blockhess.run.storage import store
 from tests.crash.scenarios import SCENARIOS, run, same_bits
-from tests.faulty_disk import FaultyDisk, Killed, broken, disk_full, kill_halfway, short
+from tests.helpers.faulty_disk import FaultyDisk, Killed, broken, disk_full, kill_halfway, short
 
 FAULTS = {"short write": short, "disk full": disk_full, "I/O error": broken, "killed within a call": kill_halfway}
 DONE, WRONG, REFUSED, DEAD = 0, 1, 3, 4  # exit codes of children

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import blockhess
-from blockhess.runs import checkpoint
-from tests.tiny_models import labelled, mlp
+from blockhess.run.storage import checkpoint
+from tests.helpers.tiny_models import labelled, mlp
 
 # One probe at a time fits 1,200 bytes of a budget, all blocks of it together.
 SCENARIOS: dict[str, dict[str, Any]] = {

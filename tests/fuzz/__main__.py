@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.environment import describe
+from bench.harness.environment import describe
 from tests.fuzz.config_files import ConfigFiles
 from tests.fuzz.result_files import ResultFiles
 from tests.fuzz.state_crashes import StateCrashes

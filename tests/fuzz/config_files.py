@@ -6,10 +6,10 @@ import random
 import re
 from typing import Any
 
-from blockhess.runs.config import OPTIONS, Config, load_config
+from blockhess.cli.config import OPTIONS, Config, load_config
+from tests.cli.test_config import GPT_RUN, RESNET_RUN
 from tests.fuzz.mutations import damaged
 from tests.fuzz.targets import Reader, require
-from tests.test_config import GPT_RUN, RESNET_RUN
 
 VALUES = (
     "0", "-1", "1", "true", "nan", "-inf", "1e400", "9223372036854775808", "9" * 400, "1979-05-27", "07:32:00", "''",
@@ -34,7 +34,7 @@ KEYS = (
 
 
 class ConfigFiles(Reader):
-    """blockhess.runs.config.load_config."""
+    """blockhess.cli.config.load_config."""
 
     name = "config"
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockhess.files import load, save
-from blockhess.report import describe
+from blockhess.report.text import describe
+from blockhess.results.files import load, save
 from blockhess.spectra import Spectra
 from tests.fuzz.mutations import FLOATS, NUMBERS, changed, damaged, text_of
 from tests.fuzz.targets import Reader, printable, require
-from tests.spectra_cases import make_spectra, random_spectra
-from tests.test_files import same
+from tests.helpers.spectra_cases import make_spectra, random_spectra
+from tests.results.test_files import same
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
@@ -46,7 +46,7 @@ NPY_HEADERS = (
 
 
 class ResultFiles(Reader):
-    """blockhess.files.load."""
+    """blockhess.results.files.load."""
 
     name = "result"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from blockhess.runs import store
-from tests import faulty_disk
-from tests.faulty_disk import FaultyDisk, Killed
+from blockhess.run.storage import store
 from tests.fuzz.targets import Target, require
+from tests.helpers import faulty_disk
+from tests.helpers.faulty_disk import FaultyDisk, Killed
 
 FAULTS = (
     faulty_disk.kill, faulty_disk.kill_halfway, faulty_disk.kill_after, faulty_disk.disk_full, faulty_disk.broken,
@@ -21,7 +21,7 @@ CALLS = 20  # of the disk, more than one write makes
 
 
 class StateCrashes(Target):
-    """blockhess.runs.store.write: an input is "accepted" where every write of a sequence went through."""
+    """blockhess.run.storage.store.write: an input is "accepted" where every write of a sequence went through."""
 
     name = "crashes"
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from blockhess.runs import store, tensor_file
+from blockhess.run.storage import store, tensor_file
 from tests.fuzz.mutations import changed, damaged, nasty, text_of
 from tests.fuzz.targets import Reader, require
 
@@ -20,7 +20,7 @@ START = b'{"__metadata__":{"checksum":"'
 
 
 class StateFiles(Reader):
-    """blockhess.runs.store.read."""
+    """blockhess.run.storage.store.read."""
 
     name = "state"
 
@@ -94,7 +94,7 @@ def forged(rng: random.Random, text: bytes, data: bytes) -> bytes:
 
 
 class StateTexts(Reader):
-    """blockhess.runs.store.read_json."""
+    """blockhess.run.storage.store.read_json."""
 
     name = "text"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from blockhess_ext import ops
 from blockhess_ext.layout import Layout
 from tests.gpu.device import misaligned, on
-from tests.recurrence_cases import STEPS, Case, mid_flight
+from tests.helpers.recurrence_cases import STEPS, Case, mid_flight
 
 # One element, ends at every place of a 16-byte pack, exactly one tile, a tile and a bit, several tiles.
 RAGGED = (1, 2, 7, 1, 1000, 3, 32768, 5, 65_539)

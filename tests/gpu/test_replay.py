@@ -13,7 +13,7 @@ from blockhess_ext import batched_slq
 from tests.gpu import device
 from tests.gpu.device import assert_near, assert_same_bits
 from tests.gpu.test_slq import DIMS, GROWTH, Dense, results
-from tests.replay_cases import STEPS, Operator, run
+from tests.helpers.replay_cases import STEPS, Operator, run
 
 device.require()
 

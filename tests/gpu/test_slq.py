@@ -12,7 +12,7 @@ import blockhess
 from blockhess_ext import NonFiniteError, batched_slq
 from tests.gpu import device
 from tests.gpu.device import DEVICE, assert_near, assert_same_bits
-from tests.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labelled, mlp
 
 device.require(cuda=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from blockhess.records import block_records
+from blockhess.report.rows import block_records
 from blockhess.spectra import Spectra
 
 # Of every block, the records that become a curve.

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 import blockhess
-from blockhess.batches import as_batches, map_tensors
-from blockhess.files import writable_folder
 from blockhess.integrations import tensorboard
-from blockhess.losses import as_loss
+from blockhess.problem.batches import as_batches, map_tensors
+from blockhess.problem.losses import as_loss
+from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
 
 

@@ -1,0 +1,247 @@
+"""Whoever computes H_l v, behind one interface: this package's engines, the paper's procedure, and the peers.
+
+Every rival gets the same model, criterion, batch and block, through its public interface and as its users must: the
+peers know no blocks, so one operator of one parameter is made for each. Peers are imported when they are made; one that
+is not installed raises ImportError there (`pip install .[bench]` has the versions that were tried).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.hvp import paper_procedure
+from blockhess.hvp import AutogradEngine, Engine, TracedEngine
+from blockhess.problem.blocks import partition
+from blockhess.problem.losses import as_loss
+from blockhess.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, whose loss is the criterion of its outputs and targets, and the blocks that are measured.
+
+    Attributes:
+        model: in the state its Hessian is wanted in. batch: inputs and targets.
+        blocks: names of parameters, each a block.
+    """
+
+    name: str
+    model: nn.Module
+    criterion: nn.Module
+    batch: tuple[Tensor, Tensor]
+    blocks: tuple[str, ...]
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The same, as the package's engines take it."""
+        return Problem(self.model, as_loss(self.criterion), [self.batch], partition(self.model).blocks)
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All of the model's, by name."""
+        return dict(self.model.named_parameters())
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """What everybody differentiates."""
+        inputs, targets = batch
+        return self.criterion(model(inputs), targets)  # type: ignore[no-any-return]
+
+    def vector(self, name: str) -> Tensor:
+        """A random unit vector (dim,) of a block."""
+        generator = torch.Generator().manual_seed(list(self.parameters).index(name))
+        v = torch.randn(self.parameters[name].numel(), generator=generator)
+        return v / v.norm()
+
+
+# v (dim,) -> H_l v, any shape.
+Product = Callable[[Tensor], Tensor]
+
+
+class Rival(Protocol):
+    """Computes H_l v of one case."""
+
+    def of_block(self, name: str) -> Product:
+        """What computes H_l v, any shape, again and again; what all steps of a block can share is done here."""
+
+    def step(self) -> None:
+        """What every step does once for all blocks."""
+
+
+class _Ours:
+    def __init__(self, case: Case, engine: Engine) -> None:
+        self._numbers = {info.name: number for number, info in enumerate(case.problem.infos)}
+        self.engine = engine
+        engine.prepare(0)
+
+    def of_block(self, name: str) -> Product:
+        number = self._numbers[name]
+
+        def product(v: Tensor) -> Tensor:
+            result = self.engine.product(number, v[None])
+            return torch.zeros_like(v) if result is None else result
+
+        return product
+
+    def step(self) -> None:
+        pass
+
+
+class Autograd(_Ours):
+    """engine="autograd", its graph retained."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, AutogradEngine(case.problem))
+
+
+class Traced(_Ours):
+    """engine="traced", programs of all blocks made and constants kept."""
+
+    def __init__(self, case: Case, compiled: bool = False) -> None:
+        engine = TracedEngine(case.problem, compiled=compiled)
+        super().__init__(case, engine)
+        self.constant_bytes = engine.constant_bytes
+
+
+class Compiled(Traced):
+    """The same, each program compiled by torch.compile.
+
+    Raises:
+        RuntimeError: torch.compile left a program as it was, which it does silently.
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, compiled=True)
+        self._case = case
+        self._compiled: set[str] = set()
+
+    def of_block(self, name: str) -> Product:
+        eager = super().of_block(name)
+
+        def product(v: Tensor) -> Tensor:
+            with torch.compiler.set_stance("default"):  # `fixed_state` lets no user's compiled module run compiled
+                return eager(v)
+
+        before = _compiled_frames()
+        product(self._case.vector(name))
+        if name not in self._compiled and _compiled_frames() == before:
+            raise RuntimeError("torch.compile compiled nothing")
+        self._compiled.add(name)
+        return product
+
+
+def _compiled_frames() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["frames"]["ok"])
+
+
+class Paper:
+    """The paper's procedure: a first backward pass a step, a second one through the whole graph a block."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self.step()
+
+    def step(self) -> None:
+        self._gradients: dict[str, Tensor] = {}  # one graph at a time
+        case = self._case
+        self._gradients, _ = paper_procedure.first_backward(
+            case.model, case.batch, lambda model, batch: (case.loss(model, batch), 1.0)
+        )
+
+    def of_block(self, name: str) -> Product:
+        model, shape = self._case.model, self._case.parameters[name].shape
+
+        def product(v: Tensor) -> Tensor:
+            vector = v.double().view(shape)
+            column = paper_procedure.second_backward(model, name, self._gradients[name], vector)
+            return torch.zeros_like(vector) if column is None else column
+
+        return product
+
+
+class Eigenthings:
+    """hessian-eigenthings: forward, backward and second backward pass at every product."""
+
+    def __init__(self, case: Case) -> None:
+        import hessian_eigenthings
+
+        self._case, self._library = case, hessian_eigenthings
+
+    def of_block(self, name: str) -> Product:
+        case, library = self._case, self._library
+        only = library.match_names(name)
+        operator = library.HessianOperator(case.model, [case.batch], case.loss, param_filter=only)
+        return lambda v: operator.matvec(v.float())
+
+    def step(self) -> None:
+        pass
+
+
+class Curvlinops:
+    """curvlinops: forward over reverse differentiation at every product."""
+
+    def __init__(self, case: Case) -> None:
+        import curvlinops
+
+        self._case, self._library = case, curvlinops
+
+    def of_block(self, name: str) -> Product:
+        case = self._case
+        operator = self._library.HessianLinearOperator(
+            case.model, case.criterion, [case.parameters[name]], [case.batch], check_deterministic=False
+        )
+        return lambda v: operator @ v.float()
+
+    def step(self) -> None:
+        pass
+
+
+class PyHessian:
+    """PyHessian: the graph of a first backward pass, kept; a block is chosen by freezing all other parameters."""
+
+    def __init__(self, case: Case) -> None:
+        import pyhessian
+
+        self._case, self._library = case, pyhessian
+
+    def of_block(self, name: str) -> Product:
+        case = self._case
+        with _frozen_but(case, name):
+            kept = self._library.hessian(case.model, case.criterion, data=case.batch, cuda=False)
+        case.model.zero_grad()  # it leaves its gradients in .grad
+        shape, product = case.parameters[name].shape, self._library.utils.hessian_vector_product
+        return lambda v: product(kept.gradsH, kept.params, [v.float().view(shape)])[0]
+
+    def step(self) -> None:
+        pass
+
+
+@contextmanager
+def _frozen_but(case: Case, name: str) -> Iterator[None]:
+    others = [p for other, p in case.parameters.items() if other != name]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+RIVALS: dict[str, Callable[[Case], Rival]] = {
+    "traced": Traced,
+    "autograd": Autograd,
+    "the paper's procedure": Paper,
+    "hessian-eigenthings": Eigenthings,
+    "curvlinops": Curvlinops,
+    "PyHessian": PyHessian,
+}
+COMPILED: dict[str, Callable[[Case], Rival]] = {"traced": Traced, "traced, compiled": Compiled}

@@ -1,0 +1,192 @@
+"""The rows of the speed table: the work of each, its check, its rivals and what must be reached.
+
+Every row first checks its results, against the reference in PyTorch or the CPU twin, and raises `WrongResult` before
+anything is timed. Vector elements are counted as the kernels move them through device memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.harness.machine import Machine
+from bench.harness.rows import Row, Target
+from bench.harness.timing import check, difference, measure, replayed
+from bench.ops.gpu_loops import STEP_ELEMENTS, gpt2_step, replayed_loop, small_blocks
+from bench.ops.step import (
+    ROUNDING,
+    Projection,
+    Step,
+    density_error,
+    quadrature_error,
+    random_measures,
+    random_tridiagonals,
+)
+from bench.ops.torch_rivals import density_in_chunks, quadrature_by_eigh, step_by_block, step_by_foreach
+from blockhess_ext import ops
+from blockhess_ext.recurrences import RUNNING
+
+
+def large_step(machine: Machine) -> Row:
+    """lanczos_step where bandwidth is all that counts."""
+    step = Step.of(machine, [machine.pick(25_000_000, 2_500_000, 5000)] * 4, n_probes=10)
+    row = Row(step.checked())
+    times = measure(step.run, machine.device)
+    step.still_running()
+    moved = STEP_ELEMENTS * step.w.nbytes
+    row.times["lanczos_step"] = times.summary()
+    row.measured = {
+        "share of copy bandwidth": machine.share(moved, times.median),
+        "elements moved": STEP_ELEMENTS,
+        "GB/s": moved / times.median / 1e9,
+    }
+    return row
+
+
+def many_small_blocks(machine: Machine) -> Row:
+    """lanczos_step where launches and ragged edges count."""
+    dims = small_blocks(machine)
+    step = Step.of(machine, dims, n_probes=10)
+    arguments = (step.w, step.v, step.v_prev.clone(), step.recurrences.beta[0].clone(), step.layout)
+    row = Row(step.checked())
+    by_block, by_foreach = step_by_block(*arguments), step_by_foreach(*arguments)
+    ours = torch.cat([s for row_ in step.v_prev for s in row_.split(dims)])
+    flat = torch.cat([x[p] for p in range(10) for x in by_block()])
+    check("PyTorch by block", difference(flat[None], ours[None]), 1e-4)
+    check("torch._foreach", difference(torch.cat(by_foreach())[None], ours[None]), 1e-4)
+
+    device, calls = machine.device, machine.pick(20, 20, 1)
+    times = {
+        "lanczos_step": measure(step.run, device, calls=calls),
+        "PyTorch by block": measure(by_block, device),
+        "torch._foreach": measure(by_foreach, device),
+    }
+    graph = replayed(step.run, device, calls)
+    step.still_running()
+    row.measured = {
+        "times faster than PyTorch by block": times["PyTorch by block"].median / times["lanczos_step"].median,
+        "times faster than torch._foreach": times["torch._foreach"].median / times["lanczos_step"].median,
+        "share of copy bandwidth": machine.share(STEP_ELEMENTS * step.w.nbytes, times["lanczos_step"].median),
+    }
+    if graph is not None:
+        times["lanczos_step, replayed from a graph"] = graph
+        row.measured["time over that of a graph's replay"] = times["lanczos_step"].median / graph.median
+    row.times = {name: t.summary() for name, t in times.items()}
+    return row
+
+
+def projection(machine: Machine) -> Row:
+    """reorthogonalize against a long basis."""
+    count = machine.pick(100, 100, 12)
+    case = Projection.of(machine, [machine.pick(250_000, 25_000, 500)] * 4, count, n_probes=10)
+    expected = case.expected()
+    case.run()
+    row = Row(check("reorthogonalize", case.error_from(expected), ROUNDING))
+    del expected
+    times = measure(case.run, machine.device)
+    check("reorthogonalize: number of recurrences that ended", int((case.recurrences.status != RUNNING).sum()), 0)
+    moved = 4 * case.basis.nbytes
+    row.times["reorthogonalize"] = times.summary()
+    row.measured = {
+        "share of copy bandwidth": machine.share(moved, times.median),
+        "reads of the basis": 4,
+        "GB/s": moved / times.median / 1e9,
+    }
+    return row
+
+
+def quadrature(machine: Machine) -> Row:
+    """tridiag_quadrature of many problems, float64; the op itself, which does not wait for the device."""
+    n, m = machine.pick(10_000, 1000, 20), machine.pick(100, 100, 12)
+    alpha, beta, steps = random_tridiagonals(machine, n, m)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, steps)
+
+    nodes, weights = (x.cpu() for x in run())
+    true_nodes, true_weights = ops.tridiag_quadrature(alpha.cpu(), beta.cpu(), steps.cpu())
+    error = quadrature_error((nodes, weights), (true_nodes, true_weights))
+    row = Row(check("tridiag_quadrature", error, 16 * m * torch.finfo(torch.float64).eps))
+    dense_nodes, _ = quadrature_by_eigh(alpha, beta)
+    check("torch.linalg.eigh", difference(dense_nodes.cpu(), true_nodes), 1e-10)
+    del dense_nodes
+    times = {
+        "tridiag_quadrature": measure(run, machine.device),
+        "torch.linalg.eigh": measure(lambda: quadrature_by_eigh(alpha, beta), machine.device, repeats=3),
+    }
+    row.times = {name: t.summary() for name, t in times.items()}
+    row.measured = {
+        "ms": 1e3 * times["tridiag_quadrature"].median,
+        "times faster than torch.linalg.eigh": times["torch.linalg.eigh"].median / times["tridiag_quadrature"].median,
+    }
+    return row
+
+
+def density(machine: Machine) -> Row:
+    """gaussian_density, narrow beside the range of the grid; errors are parts of a row's highest density."""
+    rows, n_nodes, points = machine.pick(300, 20, 3), machine.pick(1000, 1000, 50), machine.pick(50_000, 50_000, 501)
+    arguments = random_measures(machine, rows, n_nodes, points)
+    got, expected = ops.gaussian_density(*arguments), density_in_chunks(*arguments)
+    error = check("gaussian_density", density_error(got, expected), 1e-10)
+    row = Row(error)
+    del got, expected
+    times = {
+        "gaussian_density": measure(lambda: ops.gaussian_density(*arguments), machine.device),
+        "broadcast in chunks": measure(lambda: density_in_chunks(*arguments), machine.device, repeats=3),
+    }
+    row.times = {name: t.summary() for name, t in times.items()}
+    row.measured = {
+        "ms": 1e3 * times["gaussian_density"].median,
+        "times faster than broadcast in chunks": times["broadcast in chunks"].median / times["gaussian_density"].median,
+        "error": error,
+    }
+    return row
+
+
+ROWS: dict[str, tuple[Callable[[Machine], Row], list[Target]]] = {
+    "`lanczos_step`, 1e9 elements in all, float32": (
+        large_step,
+        [
+            Target("at least 90 % of the copy bandwidth", "share of copy bandwidth", 0.90, True),
+            Target("at most 8 elements moved a step", "elements moved", 8, False),
+        ],
+    ),
+    "`lanczos_step`, 300 blocks of 64 ... 65,536 elements x 10 probes": (
+        many_small_blocks,
+        [
+            Target("at least 15 x PyTorch by block", "times faster than PyTorch by block", 15, True),
+            Target("at least 5 x `torch._foreach`", "times faster than torch._foreach", 5, True),
+            Target(
+                "not launch-bound: at most 1.25 x a graph's replay", "time over that of a graph's replay", 1.25, False
+            ),
+        ],
+    ),
+    "`reorthogonalize`, basis of 100, 1e7 elements": (
+        projection,
+        [Target("at least 85 % of the copy bandwidth, 4 reads of the basis", "share of copy bandwidth", 0.85, True)],
+    ),
+    "`tridiag_quadrature`, 10,000 problems, m = 100, float64": (
+        quadrature,
+        [
+            Target("at most 3 ms", "ms", 3, False),
+            Target("at least 100 x `torch.linalg.eigh`", "times faster than torch.linalg.eigh", 100, True),
+        ],
+    ),
+    "`gaussian_density`, 300 blocks x 1,000 nodes x 50,000 points, sigma 1e-3 of the range": (
+        density,
+        [Target("at most 5 ms", "ms", 5, False), Target("error at most 1e-10", "error", 1e-10, False)],
+    ),
+    "GPT-2 124M layout, 25 blocks x 10 probes: one step of `batched_slq` without the product": (
+        gpt2_step,
+        [
+            Target("at most 15 ms", "ms", 15, False),
+            Target("at most three vector sets and 64 MiB", "MiB beyond three vector sets", 64, False),
+        ],
+    ),
+    "`batched_slq`, 300 blocks x 10 probes: a step with a diagonal product, replayed from CUDA graphs": (
+        replayed_loop,
+        [Target("the same bits as the plain loop", "largest difference from the plain loop", 0, False)],
+    ),
+}

@@ -1,0 +1,296 @@
+"""The rows of the CPU's speed table that run one op: its check, its rivals, and what must be reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from bench.harness.machine import Machine
+from bench.harness.memory import peak_vector_sets
+from bench.harness.rows import AT_TRIAD, Row, Target, faster
+from bench.harness.timing import Rival, contest, difference
+from bench.ops.layouts import LAYOUTS, gpt2, log_spaced
+from bench.ops.step import (
+    ROUNDING,
+    Projection,
+    Step,
+    density_error,
+    quadrature_error,
+    random_measures,
+    random_tridiagonals,
+)
+from bench.ops.torch_rivals import STEPS, density_by_point, density_in_chunks, project_by_block, quadrature_by_eigh
+from blockhess_ext import ops
+from blockhess_ext.layout import Layout
+
+RowOf = Callable[[Machine], Row]
+
+# Of the float32 sums of PyTorch, beside the largest entry.
+LARGEST_STEP_ERROR = 1e-4
+# The same of a projection: a hundred coefficients, each off by some eps sqrt(n) = 5e-5 of the largest block.
+LARGEST_PROJECTION_ERROR = 1e-3
+# What all vectors of a row may take, as long as other programs share the machine.
+VECTOR_BYTES = 2 * 2**30
+
+
+def compile_seconds(machine: Machine) -> float:
+    """What the compilation of a rival may take."""
+    return machine.pick(60, 8, 8)
+
+
+def layout_dims(machine: Machine, name: str) -> list[int]:
+    """The layout of that name, or a small one of its kind."""
+    small = log_spaced(20, 16, 512) if "small" in name else gpt2(65, 32, 32, 2, bias=False)
+    return LAYOUTS[name]() if machine.size == "full" else small
+
+
+# Most tiles of a segment that the CPU's lanczos_step leaves to one thread, from csrc/cpu/lanczos_step.cpp.
+TILES_IN_CACHE = 32
+
+
+def moved_elements(layout: Layout) -> float:
+    """Elements of a vector that a step moves between memory and cache, for each of its n: counted from its passes.
+
+    Read w, v; read w, v, v_prev, write r; read r, write v_next: 8. Where a segment stays in cache all but the first
+    reads and the last write do: read w, v, v_prev, write v_next: 4. Of a longer one a larger cache may keep a part.
+    """
+    in_cache = layout.tile_offsets.diff() <= TILES_IN_CACHE
+    return sum(dim * (4 if c else 8) for dim, c in zip(layout.dims, in_cache.tolist())) / layout.n
+
+
+def basis_reads(layout: Layout) -> float:
+    """How often reorthogonalize reads the basis from memory: thrice, once where a segment is one tile."""
+    one_tile = layout.tile_offsets.diff() == 1
+    return sum(dim * (1 if one else 3) for dim, one in zip(layout.dims, one_tile.tolist())) / layout.n
+
+
+def step_rivals(step: Step, expected: Step, names: tuple[str, ...], compile_limit: float | None) -> dict[str, Rival]:
+    """Those of torch_rivals.STEPS, and with a limit in seconds each of them compiled, too."""
+    n_probes, layout = len(step.w), step.layout
+    arguments = (step.w, step.v, step.v_prev.clone(), step.recurrences.beta[0].clone(), layout)
+
+    def error(join: Callable[[list[Tensor], Layout, int], Tensor], result: list[Tensor]) -> float:
+        return difference(join(result, layout, n_probes), expected.v_prev)
+
+    rivals = {}
+    for name in names:
+        make, join = STEPS[name]
+        for suffix, option in (("", False), (", compiled", True)) if compile_limit else (("", False),):
+            rivals[name + suffix] = Rival(
+                partial(make, *arguments, compiled=option),
+                partial(error, join),
+                LARGEST_STEP_ERROR,
+                limit=compile_limit if compile_limit and option else math.inf,
+            )
+    return rivals
+
+
+def step_row(
+    machine: Machine,
+    layout: str,
+    n_probes: int,
+    names: tuple[str, ...],
+    compiled: bool,
+    most_bytes: float = VECTOR_BYTES,
+) -> Row:
+    """lanczos_step with as many probes as memory allows, at most n_probes."""
+    dims = layout_dims(machine, layout)
+    n_probes = min(n_probes, int(most_bytes // (3 * 4 * sum(dims))))
+    machine.require((3 + 2 * len(names) + 2) * 4 * n_probes * sum(dims))
+    step = Step.of(machine, dims, n_probes)
+    expected = step.expected()
+    ours = Rival(lambda: step.run, lambda _: step.error_from(expected), ROUNDING)
+    compile_limit = compile_seconds(machine) if compiled and (machine.size == "full" or "small" in layout) else None
+    entries = contest({"blockhess": ours, **step_rivals(step, expected, names, compile_limit)})
+    step.still_running()
+    row, seconds = Row.of(entries), entries["blockhess"].median
+    moved = moved_elements(step.layout)
+    n_bytes = moved * step.w.nbytes
+    for rival, entry in entries.items():
+        if rival != "blockhess" and not entry.failure:
+            most = entry.median / (n_bytes / machine.limits["triad"])
+            row.measured[f"times faster than {rival}{AT_TRIAD}"] = most
+    row.measured |= {
+        "elements moved": moved,
+        "GB/s": n_bytes / seconds / 1e9,
+        "share of triad bandwidth": machine.share(n_bytes, seconds, "triad"),
+        "ns an element": 1e9 * seconds / step.w.numel(),
+        "probes": n_probes,
+    }
+    return row
+
+
+def projection(machine: Machine) -> Row:
+    """reorthogonalize against a long basis."""
+    dims, count = layout_dims(machine, "GPT2-nano"), machine.pick(100, 20, 12)
+    machine.require(1.3 * 4 * count * sum(dims))
+    case = Projection.of(machine, dims, count, 1)
+    expected, start = case.expected(), case.r.clone()
+    rival = Rival(
+        lambda: project_by_block(start, case.basis, case.layout),
+        lambda x: difference(x, expected.r),
+        LARGEST_PROJECTION_ERROR,
+    )
+
+    def run() -> Tensor:
+        case.r.copy_(start)  # as the rival does
+        return case.run()
+
+    entries = contest(
+        {"blockhess": Rival(lambda: run, lambda _: case.error_from(expected), ROUNDING), "PyTorch by block": rival},
+        rounds=7,
+        seconds=8.0,
+    )
+    row, seconds = Row.of(entries), entries["blockhess"].median
+    reads, nbytes = basis_reads(case.layout), case.basis.nbytes
+    row.measured |= {
+        "share of read bandwidth, 4 reads": machine.share(4 * nbytes, seconds, "read"),
+        "reads of the basis": reads,
+        "share of read bandwidth, by reads made": machine.share(reads * nbytes, seconds, "read"),
+        "GB/s": reads * nbytes / seconds / 1e9,
+    }
+    return row
+
+
+def quadrature(machine: Machine, problems: int, m: int) -> Row:
+    """tridiag_quadrature of many problems; sterf gives eigenvalues only, stemr eigenvectors too."""
+    problems, m = machine.pick(problems, 20, 5), machine.pick(m, 40, 12)
+    alpha, beta, steps = random_tridiagonals(machine, problems, m)
+    pairs = [(a, b[:-1]) for a, b in zip(alpha.numpy(), beta.numpy())]
+    expected = quadrature_by_eigh(alpha, beta)
+
+    def sterf() -> Tensor:
+        return torch.stack([torch.from_numpy(lapack.dsterf(a, b)[0]) for a, b in pairs])
+
+    def stemr() -> tuple[Tensor, Tensor]:
+        found = []
+        for a, b in pairs:
+            _, nodes, vectors, _ = lapack.dstemr(
+                a, torch.nn.functional.pad(torch.from_numpy(b), (0, 1)).numpy(), 0, 0, 0, 0, 0
+            )
+            found.append((torch.from_numpy(nodes), torch.from_numpy(vectors[0] ** 2)))
+        return torch.stack([x for x, _ in found]), torch.stack([w for _, w in found])
+
+    def error(found: tuple[Tensor, Tensor]) -> float:
+        return quadrature_error(found, expected)
+
+    most = 64 * m * torch.finfo(torch.float64).eps
+    entries = contest(
+        {
+            "blockhess": Rival(lambda: partial(ops.tridiag_quadrature, alpha, beta, steps), error, most),
+            "torch.linalg.eigh": Rival(lambda: partial(quadrature_by_eigh, alpha, beta), error, most),
+            "LAPACK sterf": Rival(lambda: sterf, lambda nodes: difference(nodes, expected[0]), most),
+            "LAPACK stemr": Rival(lambda: stemr, error, most),
+        }
+    )
+    row = Row.of(entries)
+    row.measured["microseconds a problem"] = 1e6 * entries["blockhess"].median / problems
+    return row
+
+
+PROBES_OF_NODES = 10  # nodes come from so many probes; the paper's loop takes them apart
+
+
+def density(machine: Machine) -> Row:
+    """gaussian_density; rivals are measured on one of the rows, since all take minutes."""
+    rows, n_nodes, points = machine.pick(38, 3, 2), machine.pick(1000, 100, 50), machine.pick(50_000, 600, 500)
+    arguments = random_measures(machine, rows, n_nodes, points)
+    part = 1
+    slice_of = tuple(x[:part] if i != 2 else x for i, x in enumerate(arguments))
+    expected = density_in_chunks(*slice_of)
+    broadcast = torch.compile(density_in_chunks, fullgraph=True)
+    scale = rows / part
+
+    def error(found: Tensor) -> float:
+        return density_error(found[:part], expected)
+
+    entries = contest(
+        {
+            "blockhess": Rival(lambda: partial(ops.gaussian_density, *arguments), error, 1e-10),
+            "the paper's loop": Rival(
+                lambda: partial(density_by_point, *slice_of, PROBES_OF_NODES), error, 1e-10, scale
+            ),
+            "broadcast PyTorch": Rival(lambda: partial(density_in_chunks, *slice_of), error, 1e-10, scale),
+            "broadcast PyTorch, compiled": Rival(
+                lambda: partial(broadcast, *slice_of), error, 1e-10, scale, limit=compile_seconds(machine)
+            ),
+        },
+        rounds=5,
+        seconds=8.0,
+    )
+    row = Row.of(entries)
+    row.notes.append(f"rivals on {part} of {rows} blocks, times {scale:g}")
+    row.measured |= {
+        "error": row.error,
+        "memory beside the result, in results": (entries["blockhess"].peak_bytes or 0) / (8 * rows * points) - 1,
+    }
+    return row
+
+
+def memory(machine: Machine) -> Row:
+    """Peak memory of batched_slq without reorthogonalisation, its operator's result included."""
+    # Five vectors over blocks from 2^10 elements on; a set is 170 MB, or 42 MB where that will do.
+    dims = [2**k for k in range(10, machine.pick(23, 21, 21))]
+    return Row(0.0, {"vector sets": peak_vector_sets(5, dims, num_steps=5)})
+
+
+_STRENGTHS = ("PyTorch by vector", "PyTorch by block", "torch._foreach", "padded PyTorch")
+
+
+def _by_block(layout: str) -> tuple[str, ...]:
+    """A sum of 1e8 float32 is too far off in float32."""
+    return ("PyTorch by block", *(["PyTorch by block, sums in float64"] if "huge" in layout else []))
+
+
+_SHARE = Target(">= 80 % of triad bandwidth, counting the bytes it moves", "share of triad bandwidth", 0.80, True)
+
+ROWS: dict[str, tuple[RowOf, list[Target]]] = {
+    "`lanczos_step`, GPT2-nano layout, 10 probes, float32": (
+        partial(step_row, layout="GPT2-nano", n_probes=10, names=_STRENGTHS, compiled=True),
+        [
+            faster("PyTorch by block", 3.5),
+            _SHARE,
+            Target("at most 8 elements moved a step", "elements moved", 8, False),
+        ],
+    ),
+    "`lanczos_step`, 150 blocks of 64 ... 65,536 elements, 10 probes": (
+        partial(step_row, layout="150 small blocks", n_probes=10, names=_STRENGTHS, compiled=True),
+        [faster("PyTorch by block", 6), faster("torch._foreach", 3)],
+    ),
+    "`reorthogonalize`, basis of 100, GPT2-nano layout, 1 probe": (
+        projection,
+        [Target(">= 80 % of read bandwidth, 4 reads of the basis", "share of read bandwidth, 4 reads", 0.80, True)],
+    ),
+    **{
+        f"`tridiag_quadrature`, {problems:,} problems, m = {m}": (
+            partial(quadrature, problems=problems, m=m),
+            [faster("torch.linalg.eigh", 10), faster("LAPACK sterf", 5)],
+        )
+        for problems, m in ((260, 100), (1500, 100), (260, 300))
+    },
+    "`gaussian_density`, 38 blocks x 1,000 nodes x 50,000 points, sigma 1e-3 of the range": (
+        density,
+        [
+            faster("the paper's loop", 500),
+            faster("broadcast PyTorch", 30),
+            Target("error <= 1e-10", "error", 1e-10, False),
+            Target("no temporary larger than the result", "memory beside the result, in results", 1.0, False),
+        ],
+    ),
+    "peak memory of `batched_slq` without reorthogonalisation": (
+        memory,
+        [Target("at most 3 vector sets of n_probes x n (within 1 %)", "vector sets", 3.03, False)],
+    ),
+    **{
+        f"`lanczos_step`, {name} layout": (
+            partial(step_row, layout=name, n_probes=10, names=_by_block(name), compiled=False),
+            [],
+        )
+        for name in list(LAYOUTS)[2:]
+    },
+}

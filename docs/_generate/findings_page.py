@@ -1,0 +1,441 @@
+"""Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
+
+python -m blockhess_paper.networks.batchnorm                     # measures spectra
+python -m docs._generate.paper_results table1 fig4 fig3       # measures the networks
+python -m docs._generate.paper_results --plan                 # counts them at the paper's size
+python -m docs._generate.findings_page                # rewrites the parts between the markers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+import blockhess
+from blockhess.analysis.errors.intervals import student_quantile
+from blockhess.analysis.jensen_shannon import JS0
+from blockhess.spectra import Spectra
+from blockhess_paper.commands import NETWORK_EXPERIMENTS
+from blockhess_paper.networks.batchnorm import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_RUNS, NUM_STEPS, SEEDS, stem
+from blockhess_paper.networks.cost import ASSUMED_SHARE, HOUR, Work, told
+from blockhess_paper.networks.table1 import PAPER as TABLE_1
+from blockhess_paper.scaled_mlp.table3 import ORDERED, PAPER_SIGMA
+from blockhess_paper.scaled_mlp.table3 import PAPER as TABLE_3
+from docs._generate.readme import ROOT, replaced
+from docs._generate.theory_page import experiment_part, result
+
+FOLDER = ROOT / "docs" / "results" / "findings"
+PAGE = ROOT / "docs" / "findings.md"
+
+# How JS0 is taken: words, arguments of Spectra.js0.
+MEASURES: Mapping[str, Mapping[str, Any]] = {
+    "sigma 1% of the range of all blocks": {},
+    f"sigma {PAPER_SIGMA:.3g}, as in the paper's code": {"sigma": PAPER_SIGMA},
+    "each block over its spectral radius, 1%": {"normalize": "radius"},
+    "each block over its 10th largest, 1%": {"normalize": 10},
+    "asinh axis, 1%": {"axis": "asinh"},
+}
+
+CLASSES = 10
+
+# What an entry of Table 3's and Table 1's definitions stands for; the first that fits.
+HYPOTHESES = {
+    "H3: eigenvalues divided by a sum that may be near zero": r"normalisation trace",
+    "H1: densities summed without the bin width": r"^unnormalised",
+    "H2: symmetrised KL (Jeffreys)": r"^jeffreys",
+    "a Jensen-Shannon distance or divergence": r"",
+}
+
+
+@cache
+def spectra(stem: str) -> Spectra:
+    """The committed spectra."""
+    return blockhess.load(FOLDER / f"{stem}.npz")
+
+
+@cache
+def js0(stem: str, measure: str) -> JS0:
+    """JS0 with a 95 % interval."""
+    return spectra(stem).js0(confidence=0.95, **MEASURES[measure])
+
+
+def valued(found: JS0) -> str:
+    """Value and interval."""
+    assert found.interval is not None
+    return f"{found.value:.3g} ({found.interval[0]:.2g} ... {found.interval[1]:.2g})"
+
+
+def compared(first: JS0, second: JS0) -> str:
+    """ "more", "less" or "undecided": whether the intervals are apart."""
+    assert first.interval is not None and second.interval is not None
+    if first.interval[0] > second.interval[1]:
+        return "more"
+    return "less" if first.interval[1] < second.interval[0] else "undecided"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# Columns of the table: policies of ResNet18, and the GPT.
+NETWORKS = ("resnet18_eval", "resnet18_frozen-batch-stats", "resnet18_batch", "gpt2_nano")
+
+
+def against_gpt() -> dict[tuple[str, int], list[str]]:
+    """(Network, seed) -> how its JS0 compares with that of GPT2-nano, by measure."""
+    return {
+        (name, seed): [compared(js0(stem(name, seed), m), js0(stem("gpt2_nano", seed), m)) for m in MEASURES]
+        for name in NETWORKS
+        for seed in SEEDS
+    }
+
+
+def batchnorm_part() -> str:
+    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure and seed, and how often which is more."""
+    words = against_gpt()
+    header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
+    tables = [
+        f"Seed {seed}:\n\n"
+        + table(
+            [*header, "ResNet18, batch, against GPT2-nano"],
+            [
+                [m, *(valued(js0(stem(name, seed), m)) for name in NETWORKS), word]
+                for m, word in zip(MEASURES, words["resnet18_batch", seed])
+            ]
+            + [["probes of every block", *(str(_probes(name, seed)) for name in NETWORKS), ""]],
+        )
+        for seed in SEEDS
+    ]
+    sizes = "; ".join(
+        f"{name}: {len(spectra(first))} blocks, {sum(spectra(first).dims):,} parameters"
+        for name, first in (("ResNet18", "resnet18_batch"), ("GPT2-nano", "gpt2_nano"))
+    )
+    steps = {spectra(stem(name, seed)).quadrature.num_steps for name in NETWORKS for seed in SEEDS}
+    engines = {spectra(stem(name, seed)).provenance["engine"] for name in NETWORKS for seed in SEEDS}
+    return (
+        "\n\n".join(tables)
+        + '\n\nIn parentheses: 95 % intervals for the probes; "more" and "less" where they are apart. '
+        + f"{sizes}. {', '.join(map(str, steps))} Lanczos steps by the engine {', '.join(engines)}."
+        + "".join("\n\n" + _counted(seed, words) for seed in SEEDS)
+        + "\n\n"
+        + _in_every_seed(words)
+    )
+
+
+def _probes(name: str, seed: int) -> int:
+    return spectra(stem(name, seed)).quadrature.num_probes
+
+
+def _in_every_seed(words: Mapping[tuple[str, int], list[str]]) -> str:
+    """Which words about ResNet18 against GPT2-nano hold for all seeds."""
+
+    def told(name: str, word: str) -> str:
+        held = [m for m, *found in zip(MEASURES, *(words[name, seed] for seed in SEEDS)) if set(found) == {word}]
+        return f"{word} in {len(held)}" + (f" ({'; '.join(held)})" if held else "")
+
+    return (
+        f"For every seed, of the {len(MEASURES)} measures ResNet18 is, against GPT2-nano: with batch statistics "
+        + ", ".join(told("resnet18_batch", word) for word in ("more", "less", "undecided"))
+        + "; in eval mode "
+        + ", ".join(told("resnet18_eval", word) for word in ("more", "less", "undecided"))
+        + "."
+    )
+
+
+def frozen_part() -> str:
+    """How much of the growth of JS0 comes with statistics that are held fixed."""
+    return table(
+        ["share of the growth of JS0 from eval mode to batch statistics", *(f"seed {seed}" for seed in SEEDS)],
+        [[m, *(f"{100 * frozen_share(m, seed):.0f} %" for seed in SEEDS)] for m in MEASURES],
+    )
+
+
+def frozen_share(measure: str, seed: int) -> float:
+    """(JS0 frozen - JS0 eval) / (JS0 batch - JS0 eval) of ResNet18."""
+    policies = ("eval", "frozen-batch-stats", "batch")
+    in_eval_mode, frozen, batch = (js0(stem(f"resnet18_{policy}", seed), measure).value for policy in policies)
+    return (frozen - in_eval_mode) / (batch - in_eval_mode)
+
+
+def limits_part() -> str:
+    """What the tables at full width rest on, and what their intervals are."""
+    probes = sorted({_probes(name, seed) for name in NETWORKS for seed in SEEDS})
+    found = [js0(stem(name, seed), m) for name in NETWORKS for seed in SEEDS for m in MEASURES]
+    outside = sum(not each.interval[0] <= each.value <= each.interval[1] for each in found if each.interval)
+    named = len(probes) > 1
+    factors = " and ".join(f"{student_quantile(0.95, n - 1):.1f}{f' ({n})' if named else ''}" for n in probes)
+    return (
+        f"Limits: one architecture of each kind at real width; {len(SEEDS)} seeds there, each of weights, data and "
+        f"probes at once; {IMAGES} grey images of {IMAGE_SIDE} x {IMAGE_SIDE} and "
+        f"{spectra('gpt2_nano').provenance['weight']:.0f} characters a seed; {NUM_STEPS} Lanczos steps. A block has "
+        f"{' or '.join(map(str, probes))} probes, so an interval is {factors} standard errors to either side, of a "
+        "standard error that is itself known from so few; each is about the value less the bias that the jackknife "
+        f"finds, which leaves {outside} of the {len(found)} values outside. Each holds with 95 % by itself: of "
+        f"{len(found)} some may miss. None contains what weights, data and steps would change: of that, {len(SEEDS)} "
+        "seeds give an impression, no more."
+    )
+
+
+def _counted(seed: int, words: Mapping[tuple[str, int], list[str]]) -> str:
+    """How often ResNet18 is more heterogeneous than GPT2-nano, in either mode."""
+
+    def counts(name: str) -> str:
+        return "more heterogeneous in {}, less in {}, undecided in {}".format(
+            *(words[name, seed].count(word) for word in ("more", "less", "undecided"))
+        )
+
+    def factors(first: str, second: str) -> str:
+        found = [js0(stem(first, seed), m).value / js0(stem(second, seed), m).value for m in MEASURES]
+        return f"{min(found):.2g} ... {max(found):.2g}"
+
+    return (
+        f"Seed {seed}: of the {len(MEASURES)} measures, ResNet18 with batch statistics is, against GPT2-nano, "
+        f"{counts('resnet18_batch')}; its JS0 is {factors('resnet18_batch', 'gpt2_nano')} times as large. In eval mode "
+        f"it is {counts('resnet18_eval')}. From eval mode to batch statistics JS0 grows by factors of "
+        f"{factors('resnet18_batch', 'resnet18_eval')}, with the same weights and images."
+    )
+
+
+def mechanism_part() -> str:
+    """Sizes and signs of the spectra under every policy."""
+    titles = ("ResNet18, eval", "ResNet18, frozen statistics", "ResNet18, batch statistics", "GPT2-nano")
+    rows = [
+        [f"{title}, seed {seed}", *_signs(spectra(stem(name, seed)))]
+        for seed in SEEDS
+        for title, name in zip(titles, NETWORKS)
+    ]
+    s = spectra("resnet18_eval")
+    smallest = min(s.dims)
+    return (
+        table(
+            [
+                "",
+                "loss",
+                "flattest block",
+                "sharpest block",
+                "negative eigenvalues, mean",
+                "largest negative / largest",
+            ],
+            rows,
+        )
+        + "\n\nFlattest and sharpest: the block's largest |eigenvalue|. Last column: the largest over the blocks of "
+        "|smallest eigenvalue| over the largest. "
+        + f"With {IMAGES} images and {CLASSES} classes the rank of a block is at most {IMAGES * (CLASSES - 1)} in the "
+        f"first two rows of each seed; the smallest block there has {smallest:,} parameters, the largest "
+        f"{max(s.dims):,}."
+    )
+
+
+def _signs(s: Spectra) -> list[str]:
+    low, high = s.eigenvalue_range()
+    radius = torch.maximum(low.abs(), high.abs())
+    share = (-low / high.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0).max()
+    return [
+        f"{s.provenance['loss_value']:.3f}",
+        f"{float(radius.min()):.2g}",
+        f"{float(radius.max()):.2g}",
+        f"{100 * float(s.negative_mass().mean()):.1f} %",
+        f"{float(share):.2g}",
+    ]
+
+
+def small_summary() -> dict[str, tuple[float, list[bool], list[float]]]:
+    """Measure -> JS0 of the small ResNet in eval mode, with the most images over the fewest; of every run, whether
+    batch statistics raise it; and what it is then over that of the small GPT."""
+    found = {}
+    for measure in MEASURES:
+        fewest, most = (js0(f"mini_resnet_eval_{MINI_IMAGES[i]}_seed0", measure).value for i in (0, -1))
+        batch, eval_mode = (
+            [js0(f"mini_resnet_{policy}_{count}_seed{seed}", measure).value for count, seed in MINI_RUNS]
+            for policy in ("batch", "eval")
+        )
+        gpt = [js0(f"mini_gpt_seed{seed}", measure).value for _, seed in MINI_RUNS]
+        above = [b > e for b, e in zip(batch, eval_mode)]
+        found[measure] = most / fewest, above, [b / g for b, g in zip(batch, gpt)]
+    return found
+
+
+def small_part() -> str:
+    """What the number of images and the seed of the weights change, on the small relatives."""
+    policies = ("eval", "frozen-batch-stats", "batch")
+    rows = []
+    for measure in MEASURES:
+        for count, seed in MINI_RUNS:
+            stems = [f"mini_resnet_{policy}_{count}_seed{seed}" for policy in policies]
+            values = [f"{js0(stem, measure).value:.3g}" for stem in (*stems, f"mini_gpt_seed{seed}")]
+            rows.append([measure, f"{count} images, seed {seed}", *values])
+    probes = {spectra(path.stem).quadrature.num_probes for path in FOLDER.glob("mini_*.npz")}
+    bound = MINI_IMAGES[-1] * (CLASSES - 1)
+    dims = spectra(f"mini_resnet_eval_{MINI_IMAGES[-1]}_seed0").dims
+    found = small_summary()
+    summary = [
+        [measure, f"{factor:.2f}", f"{sum(above)} of {len(above)}", f"{min(ratios):.2g} ... {max(ratios):.2g}"]
+        for measure, (factor, above, ratios) in found.items()
+    ]
+    rising = sum(sum(above) for _, above, _ in found.values())
+    above_gpt = sum(ratio > 1 for _, _, ratios in found.values() for ratio in ratios)
+    return (
+        table(["JS0", "data", "ResNet, eval", "frozen statistics", "batch statistics", "GPT"], rows)
+        + f"\n\nJS0 is larger with batch statistics than in eval mode in {rising} of {len(rows)} rows, and larger "
+        f"than the small GPT's of the same seed in {above_gpt}. {sum(spectra('mini_resnet_eval_8_seed0').dims):,} and "
+        f"{sum(spectra('mini_gpt_seed0').dims):,} parameters; {min(probes)} to {max(probes)} probes: no intervals."
+        f" With {MINI_IMAGES[-1]} images the bound on the rank is {bound:,}: below the parameters of "
+        f"{sum(dim > bound for dim in dims)} of the {len(dims)} blocks.\n\n"
+        + table(
+            ["by measure", f"eval mode: {MINI_IMAGES[-1]} images / {MINI_IMAGES[0]}",
+             "batch statistics above eval mode", "batch statistics / GPT"],
+            summary,
+        )
+    )  # fmt: skip
+
+
+def definition_part() -> str:
+    """How near every hypothesis about the paper's definition comes to Table 3 and to Table 1."""
+    rows = []
+    table3, table1 = result("table3")["numbers"]["judged"], result("table1")["numbers"]["judged"]["eval"]
+    rest3, rest1 = dict(table3), dict(table1)
+    for hypothesis, pattern in HYPOTHESES.items():
+        row = [hypothesis]
+        for rest in (rest3, rest1):
+            mine = {key: rest.pop(key) for key in list(rest) if re.search(pattern, key)}
+            closest = min(mine.values(), key=lambda judged: judged[0])
+            alike = min(mine.values(), key=lambda judged: judged[1])
+            row += [f"{closest[0]:.3g}", f"{alike[1]:.3g}", f"{max(judged[2] for judged in mine.values()):.2f}"]
+        rows.append(row)
+    rows.append(["one number for all", *_constant(TABLE_3), *_constant(TABLE_1)])
+    ordered = {
+        policy: [key for key, judged in result("table1")["numbers"]["judged"][policy].items() if judged[2] > ORDERED]
+        for policy in ("eval", "batch")
+    }
+    best3 = min(table3, key=lambda key: table3[key][0])
+    best1 = min(table1, key=lambda key: table1[key][0])
+    return (
+        table(
+            ["", "Table 3: factor", "scaled", "best rank", "Table 1: factor", "scaled", "best rank"],
+            rows,
+        )
+        + "\n\nFactor: root mean square factor between the closest definition's numbers and the paper's; scaled: that "
+        f"of the definition most alike after one common factor. {len(table3)} definitions for Table 3, {len(table1)} "
+        f"for Table 1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
+        + "".join(
+            f"\n\nRank correlation with Table 1 above {ORDERED}, BatchNorm {policy}: {'; '.join(keys) or 'none'}."
+            for policy, keys in ordered.items()
+        )
+    )
+
+
+def _constant(paper: tuple[float, ...]) -> list[str]:
+    factor = math.exp(statistics.pstdev([math.log(value) for value in paper]))
+    return [f"{factor:.3g}", f"{factor:.3g}", "-"]
+
+
+def plan_part() -> str:
+    """What the jobs take at the paper's size."""
+    content = result("plan")
+    names = [field.name for field in dataclasses.fields(Work)]
+    works = [Work(**{name: job[name] for name in names}) for job in content["jobs"]]
+    return (
+        f"```text\n{told(works, 'this CPU', None)}\n```\n\n{wanted(works)}\n\n"
+        f"Made by `python -m docs._generate.paper_results --plan` (`blockhess paper plan` prints it anew); rates by the clock "
+        f"{content['clock']}, as other programs took part of it (load {content['load'][0]:.1f}); "
+        + ", ".join(f"{key} {value}" for key, value in content["environment"].items())
+    )
+
+
+def wanted(works: Sequence[Work]) -> str:
+    """Which targets on an H100 the jobs meet, were the assumption true."""
+    met, missed = [], []
+    for work in works:
+        record = work.record(None)
+        for kind, target in record["seconds_wanted_on_h100"].items():
+            seconds = record["seconds_extrapolated"][f"H100, {kind}"]
+            words = f"{work.title} in {kind} ({seconds / HOUR:.2g} hours against {target / HOUR:.2g})"
+            (met if seconds <= target else missed).append(words)
+    return (
+        f"**No step was timed on an H100.** Were {100 * ASSUMED_SHARE:.0f} % of its peak reached, what is wanted would "
+        f"be missed by {', '.join(missed) or 'none'} and met by {', '.join(met) or 'none'}."
+    )
+
+
+# Wanted of every figure with its default on two cores; and what experiments take from others in the same folder.
+MOST_SECONDS = 600.0
+REUSED = {
+    "fig3": "the spectra of table1",
+    "fig4": "the spectra of table1",
+    "fig10": "the trainings of calibrate",
+    "fig11": "the trainings of calibrate",
+}
+
+
+def times_part() -> str:
+    """How long the CPU-sized figures took, against what is wanted, and what was made before."""
+    rows, missed = [], []
+    for name in ("table1", "fig3", "fig4", "fig1", "fig10", "fig11"):
+        content = result(name)
+        seconds, cpu = content["seconds"], content["cpu_seconds"]
+        threads = content["environment"]["threads"]
+        if seconds > MOST_SECONDS:
+            missed.append(f"{name} ({seconds / 60:.1f} minutes, {cpu / 60:.1f} of them of the processor)")
+        rows.append([f"`{name}`", f"{seconds:.0f}", f"{cpu:.0f}", f"{threads}", REUSED.get(name, "none")])
+    return (
+        table(["", "seconds", "of the processor", "threads", "takes, and does not count"], rows)
+        + f"\n\nWanted are {MOST_SECONDS / 60:.0f} minutes each on two cores. Missed, as timed, by "
+        + f"{', '.join(missed) or 'none'}. Other programs kept the machine busy: the seconds of the processor are what "
+        "the process itself took; no run on an idle machine shows what it would take there, and whether a run went on "
+        "from one that was interrupted is not recorded."
+    )
+
+
+def environment_part() -> str:
+    """Where the spectra were made, as far as the files say it."""
+    made = [spectra(path.stem).provenance for path in sorted(FOLDER.glob("*.npz"))]
+    minutes = sum(provenance["seconds"] for provenance in made) / 60
+    versions = ", ".join(sorted({provenance["torch"] for provenance in made}))
+    places: dict[str, int] = {}
+    for provenance in made:
+        for place in provenance.get("made_at", ()):
+            where = ", ".join(f"{key} {value}" for key, value in place.items() if key != "date")
+            places[where] = places.get(where, 0) + 1
+    unknown = sum(provenance["num_probes"] for provenance in made) - sum(places.values())
+    return (
+        f"`python -m blockhess_paper.networks.batchnorm`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
+        f"torch {versions}. Every file says which engine, options and seeds made it."
+        + "".join(
+            f"\n\nOf {count} of the probes, each of all blocks of a file, it is recorded where: {place}."
+            for place, count in places.items()
+        )
+        + (f"\n\nThe other {unknown} were made before files recorded it." if unknown else "")
+    )
+
+
+def page(text: str) -> str:
+    """The page with every measured part made again."""
+    parts = {
+        "batchnorm": batchnorm_part,
+        "frozen": frozen_part,
+        "mechanism": mechanism_part,
+        "limits": limits_part,
+        "small": small_part,
+        "definition": definition_part,
+        "times": times_part,
+        "plan": plan_part,
+        "environment": environment_part,
+    }
+    for name, part in parts.items():
+        text = replaced(text, name, part())
+    for name in NETWORK_EXPERIMENTS:
+        text = replaced(text, name, experiment_part(name))
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))

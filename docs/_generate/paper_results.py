@@ -1,0 +1,113 @@
+"""Runs the experiments of `blockhess paper` and keeps what docs/theory.md and docs/findings.md show, or their speed.
+
+python -m docs._generate.paper_results                    # all of the theory, at the paper's scale
+python -m docs._generate.paper_results table1 fig4 fig3   # the networks, CPU-sized
+python -m docs._generate.paper_results fig8 table2        # some of them
+python -m docs._generate.paper_results --keep FOLDER      # keeps what `blockhess paper NAME --out FOLDER` wrote at this commit
+python -m docs._generate.paper_results --speed            # Figure 8 at chosen rates, and exact Hessians
+python -m docs._generate.paper_results --plan             # what the networks' jobs would take at the paper's size
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.harness.environment import describe
+from blockhess.models import GPT, GPTConfig, next_token_loss
+from blockhess_paper.commands import EXPERIMENTS, NETWORK_EXPERIMENTS, TRAINING_EXPERIMENTS
+from blockhess_paper.experiments import run_experiments
+from blockhess_paper.networks.cost import as_records, plans, told
+from blockhess_paper.networks.networks import Selection
+from blockhess_paper.structure.hessian import exact_hessian
+from blockhess_paper.theory.descent import search_rate
+from blockhess_paper.theory.figure8 import BETA2, NUM_STEPS, NUM_TRIALS, curves
+from blockhess_paper.theory.quadratics import case
+
+RESULTS = Path(__file__).parents[1] / "results" / "paper"
+KNOWN = EXPERIMENTS | NETWORK_EXPERIMENTS | TRAINING_EXPERIMENTS
+
+
+def keep(folder: Path, names: list[str], made: dict[str, str | int]) -> None:
+    """Copy the JSON of these experiments, with where they were made, and their pictures."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in names:
+        source = folder / f"{name}.json"
+        if not source.exists():
+            continue
+        content = json.loads(source.read_text())
+        if content["quick"]:
+            raise SystemExit(f"paper.py: {source} holds a quick run")
+        (RESULTS / source.name).write_text(json.dumps({**content, "environment": made}, indent=1) + "\n")
+        if (picture := folder / f"{name}.png").exists():
+            shutil.copy(picture, RESULTS)
+
+
+def speed() -> None:
+    """Time Figure 8 at rates that are already chosen, and an exact Hessian of some 2,000 parameters."""
+    made = describe()
+    seconds = {}
+
+    def timed(what: str, work: Callable[[], object]) -> None:
+        start, cpu = time.perf_counter(), time.process_time()
+        work()
+        seconds[what] = [time.perf_counter() - start, time.process_time() - cpu]
+
+    for number, num_trials in NUM_TRIALS.items():
+        problems = case(number, num_trials=num_trials)
+        few = torch.tensor([0.003, 0.03])
+        searches = {name: search_rate(problems, few, 20, beta2=beta2) for name, beta2 in BETA2.items()}
+        what = f"Figure 8, case {number}: 4 optimizers, {num_trials} trials, {NUM_STEPS} iterations"
+        timed(what, partial(curves, problems, searches, NUM_STEPS))
+    model = GPT(GPTConfig(vocab_size=76, context=8, num_layers=3, num_heads=2, width=8, mlp_width=16)).double()
+    tokens = torch.randint(76, (4, 8))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    work = partial(exact_hessian, model, (tokens, tokens), next_token_loss, blocks="full")
+    timed(f"exact Hessian of a GPT of {count} parameters", work)
+    result = {"environment": made, "load": list(os.getloadavg()), "seconds": seconds}
+    (RESULTS / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def plan() -> None:
+    """Count the jobs at the paper's size and measure a few products of each."""
+    made = describe()
+    works = plans(Selection(), measure=True, clock=time.process_time)
+    result = {"environment": made, "clock": "of the processor", "load": list(os.getloadavg()), **as_records(works)}
+    (RESULTS / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(told(works, "cpu", None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*KNOWN, []], help="experiments; default: the theory")
+    parser.add_argument("--keep", type=Path, help="folder with results to keep instead of running")
+    parser.add_argument("--speed", action="store_true", help="measure speed instead")
+    parser.add_argument("--plan", action="store_true", help="count and measure the jobs at the paper's size instead")
+    arguments = parser.parse_args()
+    names = arguments.names or list(EXPERIMENTS)
+    made = describe()  # before anything changes the checkout
+    if arguments.speed:
+        speed()
+    elif arguments.plan:
+        plan()
+    elif arguments.keep:
+        keep(arguments.keep, names, made)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:  # one by one, so that what is done is kept
+                run_experiments({name: KNOWN[name]}, folder)
+                keep(Path(folder), [name], made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The `blockhess` command: runs blockhess.cli.commands and turns failures into exit codes.
+
+The codes are blockhess.cli.commands.EXIT_CODES. What can go wrong without a fault of this package, RuntimeErrors of torch
+and of the user's model among it, is told in one line; other errors keep their traceback, and all do where
+BLOCKHESS_TRACEBACK is set. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from blockhess._text import printable
+
+
+def _fail(message: str) -> int:
+    print(printable(f"blockhess: {' '.join(message.split())}"), file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: what follows the command's name; None means sys.argv[1:].
+
+    Example:
+        >>> main(["show", "missing.npz"])
+        2
+    """
+    try:
+        try:
+            import typer
+        except ImportError:
+            return _fail('the command line needs typer; type: pip install "blockhess[cli]"')
+        from blockhess.cli.commands import app
+
+        for stream in (sys.stdout, sys.stderr):  # which may not be able to show every name
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+
+        # Wrong options are click's UsageError, the parent of BadParameter, wherever this typer keeps its click.
+        usage_error: Any = typer.BadParameter.__bases__[0]
+        try:
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            code = app(given or ["--help"], prog_name="blockhess", standalone_mode=False)
+            sys.stdout.flush()
+        except usage_error as error:
+            command = error.ctx.command_path if error.ctx else "blockhess"
+            return _fail(f"{error.format_message().rstrip('.')}; see: {command} --help")
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        print("blockhess: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout has what it wanted: blockhess show FILE | head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("BLOCKHESS_TRACEBACK"):
+            raise
+        return _fail(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""What computes Hessian-vector products of parameter blocks: one file per engine, one protocol (operator.py)."""
+
+from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.ggn import GaussNewtonEngine
+from blockhess.hvp.operator import BlockOperator, Engine
+from blockhess.hvp.traced.engine import TracedEngine
+from blockhess.hvp.traced.operations import NotTraceable
+
+ENGINES = {"autograd": AutogradEngine, "traced": TracedEngine, "ggn": GaussNewtonEngine}
+
+__all__ = ["AutogradEngine", "BlockOperator", "ENGINES", "Engine", "GaussNewtonEngine", "NotTraceable", "TracedEngine"]

@@ -1,0 +1,101 @@
+"""How exact the Hessian-vector products are: one random vector a block, compared with another precision.
+
+float32 products are compared with a float64 repeat. float64 products are compared with a float32 repeat, and the
+difference scaled by the ratio of the precisions. First batch only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.ggn import GaussNewtonEngine
+from blockhess.hvp.operator import Engine
+from blockhess.hvp.traced.operations import NotTraceable
+from blockhess.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of every block, for a random unit vector v.
+
+    Attributes:
+        norms: |H_l v| in the higher precision. errors: |difference| in the lower one.
+    """
+
+    norms: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    def is_zero(self, number: int) -> bool:
+        """Whether a block cannot be told from zero."""
+        return self.norms[number] <= self.errors[number]
+
+
+class Disagreement(ArithmeticError):
+    """An engine's products are not those of autograd."""
+
+
+def measure(problem: Problem, engine: Engine) -> Accuracy | None:
+    """Compare an engine's products with a repeat in another precision; those of a trace with autograd's too.
+
+    Returns:
+        None where the model cannot be run in that precision.
+
+    Raises:
+        Disagreement: a trace's products are not those of autograd, beyond what rounding explains.
+        NotTraceable: a trace's programs do not run.
+    """
+    try:
+        own = _products(problem, engine)
+    except RuntimeError as error:
+        if engine.name != "traced" or isinstance(error, NotImplementedError):
+            raise
+        raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
+    lower = problem.dtype == torch.float64
+    try:
+        other = problem.in_dtype(torch.float32 if lower else torch.float64)
+        repeat = _products(other, (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other))
+    except (RuntimeError, ValueError, TypeError):  # a model that insists on its own precision
+        repeat = None
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
+    if engine.name == "traced":
+        _check(problem, own, repeat)
+    if repeat is None:
+        return None
+    errors = [scale * _distance(a, b) for a, b in zip(own, repeat)]
+    norms = [float((a if lower else b).norm()) for a, b in zip(own, repeat)]
+    return Accuracy(tuple(norms), tuple(errors)) if all(map(math.isfinite, errors)) else None
+
+
+def _products(problem: Problem, engine: Engine) -> list[Tensor]:
+    """H_l v of every block, for vectors that do not depend on the precision."""
+    engine.prepare(0)
+    found = []
+    for number, dim in enumerate(problem.dims):
+        v = torch.randn(1, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        rows = (v / v.norm()).to(problem.device, problem.dtype)
+        product = engine.product(number, rows) if problem.is_used(number) else None
+        found.append(torch.zeros_like(rows) if product is None else product)
+    return found
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def _check(problem: Problem, traced: list[Tensor], repeat: list[Tensor] | None) -> None:
+    # Some models compute part of their loss in float32 whatever their parameters are.
+    eps = torch.finfo(torch.float32).eps
+    expected = _products(problem, AutogradEngine(problem))
+    largest = max(float(e.norm()) for e in expected)
+    for number, (found, right) in enumerate(zip(traced, expected)):
+        noise = max(eps * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
+        error, size = _distance(found, right), float(right.norm())
+        if error > eps**0.5 * size + 100 * noise:
+            raise Disagreement(
+                f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"
+            )

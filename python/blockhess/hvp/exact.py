@@ -1,0 +1,107 @@
+"""Blocks small enough to be written out: the dense Hessian by products with unit vectors, and its eigenvalues.
+
+The result has the form of a quadrature like all others: that of a start vector with equal weight on every
+eigenvector, which integrates the spectral density itself, so every probe is the same and nothing is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from blockhess.hvp.operator import BlockOperator
+from blockhess_ext import Quadrature, State, batched_slq
+
+
+def is_cheaper_exact(dim: int, num_probes: int, num_steps: int) -> bool:
+    """Whether dim products with unit vectors are fewer than Lanczos needs."""
+    return dim < num_probes * min(num_steps, dim)
+
+
+def exact_quadratures(
+    operator: BlockOperator,
+    block_ids: Sequence[int],
+    num_probes: int,
+    num_steps: int,
+    seed: int,
+    distribution: str,
+    state: State | None = None,
+    on_state: Callable[[State], None] = lambda state: None,
+) -> list[Quadrature]:
+    """The eigenvalues of every block of an operator, each once per probe.
+
+    Args:
+        operator: of the blocks wanted; dims[l] products of each.
+        block_ids, num_probes, num_steps, seed, distribution: what the quadratures are labelled with.
+        state, on_state: as for `batched_slq`; a step is a row of every block and probe, the tensors are the matrices.
+
+    Returns:
+        One Quadrature a block. Its nodes are the eigenvalues (equal ones are one node), its weights their share;
+        a block whose products are not finite has steps = 0 and `nonfinite` set.
+    """
+    problem, dims = operator.problem, operator.dims
+    rows = max(1, min(num_probes, max(dims)))
+    dense = [torch.zeros(dim, dim, dtype=problem.dtype) for dim in dims]
+    if state is not None:
+        dense = [state.tensors[str(l)] for l in range(len(dims))]
+    starts = [sum(dims[:l]) for l in range(len(dims))]
+    for first in range(0 if state is None else state.step, max(dims), rows):
+        v = torch.zeros(rows, sum(dims), dtype=problem.dtype, device=problem.device)
+        finished = torch.ones(rows, len(dims), dtype=torch.bool)
+        for l, dim in enumerate(dims):
+            for row in range(min(rows, dim - first)):
+                v[row, starts[l] + first + row] = 1
+                finished[row, l] = False
+        operator.mark_finished(finished)
+        products = operator(v)
+        for l, dim in enumerate(dims):
+            k = min(rows, dim - first)
+            if k > 0:
+                dense[l][first : first + k] = products[:k, starts[l] : starts[l] + dim].cpu()
+        on_state(State(first + rows, ("exact",) * len(dims), {str(l): matrix for l, matrix in enumerate(dense)}))
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return [
+        replace(
+            _quadrature(_eigenvalues(matrix), num_probes),
+            block_ids=(block_id,),
+            seed=seed,
+            distribution=distribution,
+            reorthogonalize=("exact",),
+            num_steps=num_steps,
+            dtype=dtype,
+        )
+        for matrix, block_id in zip(dense, block_ids)
+    ]
+
+
+def bytes_needed(dims: Sequence[int], itemsize: int, num_probes: int) -> int:
+    """Bytes that writing out blocks of these sizes takes: all of them, three float64 copies of the largest, and the
+    four tables of quadratures, for each probe as wide as the largest, twice while they become part of the result."""
+    largest = max(dims, default=0)
+    return sum(itemsize * dim * dim for dim in dims) + 24 * largest**2 + 2 * 32 * num_probes * len(dims) * largest
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    matrix = matrix.double()
+    if not bool(matrix.isfinite().all()):
+        return matrix.new_full((len(matrix),), torch.nan)
+    matrix = matrix.add(matrix.mT).div_(2)  # from here on the copy above is free again
+    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
+    return eigenvalues
+
+
+def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
+    """Lanczos on diag(eigenvalues) from (1, ..., 1): the Gauss quadrature of the spectral density itself."""
+    dim = len(eigenvalues)
+    one = batched_slq(
+        lambda v: v * eigenvalues,
+        [dim],
+        num_steps=dim,
+        probes=torch.ones(1, dim, dtype=torch.float64),
+        reorthogonalize="full",
+        on_nonfinite="report",
+    )
+    return Quadrature.joined([one] * num_probes, 0)

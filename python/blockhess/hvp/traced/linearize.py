@@ -1,0 +1,290 @@
+"""Hessian-vector products as linear programs: the derivative of a traced gradient, with all that can be known folded.
+
+    P : w -> dL/dw            the gradient of one batch, traced once into a graph of tensor operations
+    v -> dP_l/dw_l v          per block, node by node the tangent of P: a graph that is linear in v
+
+Only nodes between w_l and its gradient take part. What does not depend on v (activations, second derivatives of
+nonlinearities, masks, softmax outputs) goes into one graph of constants that all blocks share, equal expressions
+once; it is evaluated once a batch. A chain of elementwise operations on tangents is linear and diagonal, so it
+collapses into sum_i c_i * t_i with constant c_i: what is left of a block's program are matrix products, a few
+reductions and one multiply-add per operand.
+
+Promises: a program reads its constants and never writes; the same model and batch give the same graphs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import jvp
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from blockhess.hvp.traced.operations import CONSTANT, DYNAMIC, RESHAPED, SAME, NotTraceable, aten, refuse
+from blockhess.hvp.traced.program import Builder, Combination, Lines, Program, is_node, same_call_key
+from blockhess.hvp.traced.trace import make_functional
+
+
+def _softmax_tangent(y: Tensor, t: Tensor, dim: int) -> Tensor:
+    return y * (t - (y * t).sum(dim, keepdim=True))
+
+
+def _rule_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
+    return _softmax_tangent(aten._softmax.default(x, dim, half_to_float), t, dim)
+
+
+def _rule_safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, t: Tensor) -> Tensor:
+    return _softmax_tangent(aten._safe_softmax.default(x, dim, dtype), t, dim)
+
+
+def _rule_log_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
+    y = aten._log_softmax.default(x, dim, half_to_float)
+    tangent: Tensor = t - (aten.exp.default(y) * t).sum(dim, keepdim=True)
+    return tangent
+
+
+# Shorter than what forward differentiation gives: the tangent of op(x, ...) for the tangent t of x.
+_RULES: dict[Any, Callable[..., Tensor]] = {
+    aten._softmax.default: _rule_softmax,
+    aten._safe_softmax.default: _rule_safe_softmax,
+    aten._log_softmax.default: _rule_log_softmax,
+}
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The tangents of one operation: a graph of primals and input tangents, which `linear` marks depend on."""
+
+    graph: fx.Graph
+    attributes: dict[str, Tensor]
+    primals: tuple[fx.Node, ...]
+    tangents: tuple[fx.Node, ...]
+    linear: frozenset[fx.Node]
+    outputs: tuple[fx.Node | None, ...]  # per output of the operation
+
+
+class Linearizer:
+    """Makes the programs of one traced gradient.
+
+    Args:
+        traced: from `trace_gradient`, of a function of (parameters, batch).
+        num_parameters: how many of the placeholders are parameters; the others are the batch's tensors.
+        gradients: the number among the outputs of each parameter's gradient, None where it has none.
+    """
+
+    def __init__(self, traced: fx.GraphModule, num_parameters: int, gradients: Sequence[int | None]) -> None:
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.constants = Builder(self._fakes)
+        self._templates: dict[Any, _Template] = {}
+        self._nodes = [n for n in traced.graph.nodes if n.op != "output"]
+        (outputs,) = next(n.args for n in reversed(traced.graph.nodes) if n.op == "output")
+        flat, _ = tree_flatten(outputs)
+        self._gradient = [None if index is None else flat[index] for index in gradients]
+        self._primal: dict[fx.Node, Any] = {}
+        self._copy(traced)
+        self._parameters = [n for n in self._nodes if n.op == "placeholder"][:num_parameters]
+        self._below = self._reach(self._nodes, {n: 1 << i for i, n in enumerate(self._parameters)}, forward=True)
+        ends: dict[fx.Node, int] = {}
+        for i, node in enumerate(self._gradient):
+            if is_node(node):
+                ends[node] = ends.get(node, 0) | 1 << i
+        self._above = self._reach(self._nodes, ends, forward=False)
+
+    def _copy(self, traced: fx.GraphModule) -> None:
+        """P itself into the graph of constants, so that what tangents need of it is found there."""
+        for node in self._nodes:
+            if node.op == "placeholder":
+                self._primal[node] = self.constants.placeholder(node.name, self._empty(node.meta["val"]))
+            elif node.op == "get_attr":
+                self._primal[node] = self.constants.attribute(getattr(traced, node.target))
+            else:
+                args, kwargs = self._mapped(node, self._primal)
+                like = tree_map(self._empty, node.meta["val"]) if DYNAMIC in getattr(node.target, "tags", ()) else None
+                self._primal[node] = self._constant(node.target, args, kwargs, like)
+
+    def _empty(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        with self._fakes:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+    def _mapped(self, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
+
+    def _constant(self, target: Any, args: Any, kwargs: Any, like: Any = None) -> Any:
+        """A call whose arguments are constants."""
+        if target in SAME:
+            return args[0]
+        target = RESHAPED.get(target, target)
+        refuse(target)
+        return self.constants.call(target, args, kwargs, like)
+
+    @staticmethod
+    def _reach(nodes: list[fx.Node], ends: dict[fx.Node, int], forward: bool) -> dict[fx.Node, int]:
+        """Bit i of a node: it lies below (above) the i-th end."""
+        bits = dict.fromkeys(nodes, 0) | ends
+        for node in nodes if forward else reversed(nodes):
+            for other in node.all_input_nodes:
+                if forward:
+                    bits[node] |= bits[other]
+                elif other in bits:
+                    bits[other] |= bits[node]
+        return bits
+
+    # One block
+
+    def program(self, parameters: Sequence[int]) -> Program:
+        """The products of the Hessian of these parameters (indices), all other parameters held fixed."""
+        mask = sum(1 << i for i in parameters)
+        lines = Lines(self.constants)
+        tangents: dict[fx.Node, Any] = {}
+        for i in parameters:
+            tangents[self._parameters[i]] = lines.input(self._parameters[i].meta["val"])
+        for node in self._nodes:
+            if node in tangents or node.op != "call_function" or not self._below[node] & mask:
+                continue
+            if not (self._above[node] & mask):
+                continue
+            tangents[node] = self._tangent(node, tangents, lines)
+            value = tangents[node]
+            if isinstance(value, Combination) and len(value.terms) > 1:
+                users = [u for u in node.users if self._above.get(u, 0) & mask]
+                if len(users) > 1:
+                    tangents[node] = lines.written(value)
+        ends = [self._gradient[i] for i in parameters]
+        return lines.finish(tuple(parameters), [tangents.get(end) if is_node(end) else None for end in ends])
+
+    def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], lines: Lines) -> Any:
+        given: Any = node.args
+        if node.target is operator.getitem:
+            whole = tangents.get(given[0])
+            return None if whole is None else whole[given[1]]
+        leaves, spec = tree_flatten((given, dict(node.kwargs)))
+        positions = [i for i, leaf in enumerate(leaves) if is_node(leaf) and tangents.get(leaf) is not None]
+        if not positions:
+            return None
+        target = node.target
+        if target is CONSTANT:
+            return None
+        if target in SAME:
+            return tangents[given[0]]
+        if target is aten.copy.default:  # all of the first argument is overwritten
+            like, source = self._primal[node].meta["val"], tangents.get(given[1])
+            return None if source is None else Combination(source.terms, like.shape, like.dtype)
+        primals = [self._primal[leaf] if is_node(leaf) else leaf for leaf in leaves]
+        inputs = [tangents[leaves[i]] for i in positions]
+        template = self._template(target, primals, spec, positions)
+        results = self._inline(template, [p for p in primals if is_node(p)], inputs, lines)
+        return results if isinstance(self._primal[node].meta["val"], (tuple, list)) else results[0]
+
+    def _template(self, target: Any, leaves: list[Any], spec: Any, positions: list[int]) -> _Template:
+        def described(leaf: Any) -> Any:
+            if not is_node(leaf):
+                return same_call_key(leaf)
+            val = leaf.meta["val"]
+            return (tuple(val.shape), val.dtype, str(val.device)) if isinstance(val, Tensor) else None
+
+        key = (target, tuple(map(described, leaves)), str(spec), tuple(positions))
+        if key not in self._templates:
+            self._templates[key] = self._trace_tangent(target, leaves, spec, positions)
+        return self._templates[key]
+
+    def _trace_tangent(self, target: Any, leaves: list[Any], spec: Any, positions: list[int]) -> _Template:
+        target = RESHAPED.get(target, target)
+        where = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+        rule = _RULES.get(target)
+
+        def tangent(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
+            def full(moved: Sequence[Tensor]) -> tuple[Any, Any]:
+                values = list(leaves)
+                for i, primal in zip(where, primals):
+                    values[i] = primal
+                for i, value in zip(positions, moved):
+                    values[i] = value
+                return tree_unflatten(values, spec)  # type: ignore[no-any-return]
+
+            if rule is not None and positions == [0]:
+                args, kwargs = full([])
+                return [rule(*args, **kwargs, t=tangents[0])]
+
+            kinds: list[bool] = []
+
+            def run(*moved: Tensor) -> list[Tensor]:
+                args, kwargs = full(moved)
+                out = target(*args, **kwargs)
+                outs = list(out) if isinstance(out, (tuple, list)) else [out]
+                if any(isinstance(o, Tensor) and o.is_complex() for o in outs):
+                    raise NotTraceable(f"{target} computes with complex numbers")
+                kinds[:] = [isinstance(o, Tensor) and o.is_floating_point() for o in outs]
+                return [o for o, kind in zip(outs, kinds) if kind]
+
+            if not run(*(primals[where.index(i)] for i in positions)):
+                return [None] * len(kinds)
+            moved: Any = jvp(run, tuple(primals[where.index(i)] for i in positions), tuple(tangents))[1]
+            found = iter(moved)
+            return [next(found) if kind else None for kind in kinds]
+
+        primals = [self._empty(leaves[i].meta["val"]) for i in where]
+        tangents = [self.constants.contiguous(leaves[i].meta["val"]) for i in positions]
+        shape: list[bool] = []
+
+        def flat(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+            results = tangent(primals, tangents)
+            shape[:] = [r is not None for r in results]
+            return [r for r in results if r is not None]
+
+        try:
+            with self._fakes:
+                traced = make_fx(flat, decomposition_table={})(primals, tangents)
+            make_functional(traced.graph)
+        except NotTraceable:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            raise NotTraceable(f"{target} has no tangent: {str(error).splitlines()[0]}") from error
+        traced.graph.eliminate_dead_code()
+        nodes = list(traced.graph.nodes)
+        inputs = [n for n in nodes if n.op == "placeholder"]
+        linear = set(inputs[len(where) :])
+        for node in nodes:
+            if node.op == "call_function" and any(n in linear for n in node.all_input_nodes):
+                linear.add(node)
+        (returned,) = nodes[-1].args
+        found = iter(returned)
+        outputs = tuple(next(found) if some else None for some in shape)
+        attributes = {n.target: getattr(traced, n.target) for n in nodes if n.op == "get_attr"}
+        return _Template(
+            traced.graph,
+            attributes,
+            tuple(inputs[: len(where)]),
+            tuple(inputs[len(where) :]),
+            frozenset(linear),
+            outputs,
+        )
+
+    def _inline(
+        self, template: _Template, primals: list[fx.Node], tangents: list[Combination], lines: Lines
+    ) -> list[Combination | None]:
+        values: dict[fx.Node, Any] = dict(zip(template.primals, primals)) | dict(zip(template.tangents, tangents))
+        for node in template.graph.nodes:
+            if node.op == "get_attr":
+                value = template.attributes[node.target]
+                if isinstance(value, FakeTensor):
+                    raise NotTraceable("an operation's tangent holds a tensor of the trace")
+                values[node] = self.constants.attribute(value)
+            elif node.op == "call_function":
+                args, kwargs = self._mapped(node, values)
+                if node in template.linear:
+                    values[node] = lines.call(node.target, args, kwargs, node.meta["val"])
+                else:
+                    values[node] = self._constant(node.target, args, kwargs, node.meta["val"])
+        results: list[Combination | None] = []
+        for out in template.outputs:
+            tangent = values.get(out) if out is not None else None
+            results.append(tangent if isinstance(tangent, Combination) and tangent.terms else None)
+        return results

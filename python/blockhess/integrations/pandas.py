@@ -1,0 +1,51 @@
+"""Results as pandas data frames."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from blockhess.report.rows import block_records, pair_records
+from blockhess.spectra import Spectra
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def block_frame(spectra: Spectra) -> DataFrame:
+    """Return one row a block, indexed by its name, with the columns of records.block_records.
+
+    Args:
+        spectra: a result.
+
+    Raises:
+        ImportError: pandas is missing.
+
+    Example:
+        >>> block_frame(spectra).nlargest(5, "lambda_max")[["dim", "lambda_max", "lambda_max_error"]]
+    """
+    return _frame(block_records(spectra)).set_index("block")
+
+
+def pair_frame(spectra: Spectra, **comparison: Any) -> DataFrame:
+    """Return one row a pair of compared blocks: block_a, block_b, and the value of js_matrix, named as its kind.
+
+    Args:
+        spectra: a result.
+        comparison: arguments of Spectra.js_matrix, by name.
+
+    Raises:
+        ImportError: pandas is missing.
+        ValueError: as js_matrix.
+
+    Example:
+        >>> pair_frame(spectra, axis="asinh").sort_values("distance")
+    """
+    return _frame(pair_records(spectra, **comparison))
+
+
+def _frame(records: list[dict[str, Any]]) -> DataFrame:
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError('data frames need pandas; type: pip install "blockhess[frames]"') from None
+    return pandas.DataFrame.from_records(records)

@@ -1,0 +1,222 @@
+"""Block Hessians as scipy LinearOperators, and the spectra of any symmetric scipy operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor, nn
+
+import blockhess
+from blockhess.analysis.jensen_shannon import check_choice
+from blockhess.hvp import ENGINES, BlockOperator, Engine
+from blockhess.problem.batches import as_batches
+from blockhess.problem.blocks import BlockInfo, BlockSpec, block_id, partition, unwrap
+from blockhess.problem.losses import as_loss
+from blockhess.problem.model_state import fixed_state
+from blockhess.problem.problem import Problem
+from blockhess.spectra import Spectra
+from blockhess_ext import batched_slq
+
+# How far <u, A v> and <v, A u> of random u, v may differ, in units of sqrt(eps) (|u| |A v| + |v| |A u|).
+SYMMETRY_TOLERANCE = 10.0
+
+
+class HessianOperator(LinearOperator):  # type: ignore[misc]
+    """The Hessian of one block, as `block_operators` makes it.
+
+    Attributes:
+        name: of the block.
+    """
+
+    def __init__(self, problem: Problem, engine: Engine, number: int, is_open: Callable[[], bool]) -> None:
+        self.name = problem.infos[number].name
+        dim = problem.dims[number]
+        super().__init__(torch.empty(0, dtype=problem.dtype).numpy().dtype, (dim, dim))
+        self._problem, self._is_open = problem, is_open
+        self._product = BlockOperator(problem, engine, [number])
+
+    def _matmat(self, x: NDArray[Any]) -> NDArray[Any]:
+        if not self._is_open():
+            raise RuntimeError(
+                f"block_operators: {self.name!r} must be used within the with statement, which holds the model's state"
+            )
+        v = torch.from_numpy(np.ascontiguousarray(x.T, self.dtype)).to(self._problem.device)
+        result: NDArray[Any] = self._product(v).T.cpu().numpy()
+        return result
+
+    def _matvec(self, x: NDArray[Any]) -> NDArray[Any]:
+        return self._matmat(x.reshape(-1, 1))
+
+    def _adjoint(self) -> HessianOperator:
+        return self
+
+
+@contextmanager
+def block_operators(
+    model: nn.Module,
+    data: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    blocks: BlockSpec = "parameter",
+    batchnorm: str = "eval",
+    engine: str = "autograd",
+    dtype: torch.dtype | None = None,
+) -> Iterator[dict[str, LinearOperator]]:
+    """Within the context, the Hessian of every block as a symmetric scipy LinearOperator.
+
+    The model is held in the state that `spectrum` puts it into, and put back at the end.
+
+    Args:
+        model, data, loss_fn, blocks, dtype: as for `spectrum`.
+        batchnorm: "eval" or "batch", as for `spectrum`.
+        engine: "autograd", "traced" or "ggn", as for `spectrum`.
+
+    Yields:
+        block name -> operator (dim, dim), in the order of the blocks. They take vectors (dim,) and (dim, k), float32
+        or float64 as the model, and refuse to work once the context is left.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `spectrum`.
+
+    Example:
+        >>> import scipy.sparse.linalg
+        >>> with block_operators(model, batch, torch.nn.CrossEntropyLoss()) as operators:
+        ...     largest = scipy.sparse.linalg.eigsh(operators["0.weight"], k=3, return_eigenvectors=False)
+    """
+    check_choice("block_operators", "engine", engine, ENGINES)
+    check_choice("block_operators", "batchnorm", batchnorm, ("eval", "batch"))
+    model = unwrap(model)
+    cut, loss = partition(model, blocks), as_loss(loss_fn)
+    inside = [True]
+    with fixed_state(model, batchnorm):
+        problem = Problem(model, loss, as_batches(data, pairs=loss.pairs), cut.blocks, dtype)
+        made: Engine = ENGINES[engine](problem)
+        try:
+            yield {
+                info.name: HessianOperator(problem, made, number, lambda: bool(inside))
+                for number, info in enumerate(problem.infos)
+            }
+        finally:
+            inside.clear()
+
+
+def operator_spectra(
+    operators: Any,
+    *,
+    num_probes: int = 10,
+    num_steps: int = 100,
+    seed: int | None = 0,
+    distribution: str = "gaussian",
+    reorthogonalize: str = "auto",
+    on_nonfinite: str = "raise",
+) -> Spectra:
+    """Estimate the eigenvalue densities of symmetric operators, one a block.
+
+    Args:
+        operators: name -> operator, or one operator: a scipy LinearOperator, whatever scipy's aslinearoperator takes
+            (an array, a sparse matrix), or an operator of curvlinops.
+        num_probes, num_steps, seed, distribution, reorthogonalize, on_nonfinite: as for `blockhess_ext.batched_slq`.
+            Random vectors depend on the names, as those of `spectrum`.
+
+    Returns:
+        Spectra; vectors are float64 unless every operator is float32.
+
+    Raises:
+        TypeError: an operator is none.
+        ValueError: one is not square, real and symmetric, or there is none.
+        blockhess_ext.NonFiniteError: a product is not finite.
+
+    Example:
+        >>> import scipy.sparse
+        >>> spectra = operator_spectra({"kernel": scipy.sparse.diags([1.0, 2.0, 5.0])})
+        >>> spectra["kernel"].lambda_max
+    """
+    named = operators if isinstance(operators, Mapping) else {"operator": operators}
+    if not named:
+        raise ValueError("operator_spectra: operators must hold at least one, got none")
+    linear = {str(name): _checked(str(name), operator) for name, operator in named.items()}
+    together = _Together(list(linear.values()))
+    quadrature = batched_slq(
+        together,
+        together.dims,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        seed=seed,
+        distribution=distribution,
+        reorthogonalize=reorthogonalize,
+        block_ids=[block_id(name) for name in linear],
+        dtype=together.dtype,
+        on_nonfinite=on_nonfinite,
+    )
+    blocks = [BlockInfo(name, (dim,), dim, ()) for name, dim in zip(linear, together.dims)]
+    made = {
+        "model": "linear operators",
+        "seed": quadrature.seed,
+        "dtype": quadrature.dtype,
+        "num_probes": num_probes,
+        "num_steps": num_steps,
+        "distribution": distribution,
+        "hvps": together.products,
+        "torch": str(torch.__version__),
+        "blockhess": blockhess.__version__,
+    }
+    return Spectra(blocks, quadrature, made)
+
+
+def _checked(name: str, operator: Any) -> LinearOperator:
+    """The operator as scipy's, once it is square, real and seems symmetric."""
+    try:
+        linear = operator.to_scipy() if hasattr(operator, "to_scipy") else aslinearoperator(operator)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"operator_spectra: {name!r} must be a linear operator, got {error}") from None
+    n = linear.shape[0]
+    if linear.shape != (n, n) or n == 0:
+        raise ValueError(f"operator_spectra: {name!r} must be square, got shape {linear.shape}")
+    dtype = np.dtype(linear.dtype if linear.dtype is not None else np.float64)
+    if dtype.kind == "c":
+        raise ValueError(f"operator_spectra: {name!r} must be real, got {dtype}")
+    u, v = np.random.default_rng(0).standard_normal((2, n))
+    products = [np.ravel(linear.matvec(x.astype(_vector_dtype(dtype)))) for x in (v, u)]
+    difference = abs(float(u @ products[0] - v @ products[1]))
+    size = sum(float(np.linalg.norm(a) * np.linalg.norm(b)) for a, b in zip((u, v), products))
+    if difference > SYMMETRY_TOLERANCE * np.finfo(_vector_dtype(dtype)).eps ** 0.5 * size:
+        raise ValueError(
+            f"operator_spectra: {name!r} must be symmetric, got <u, A v> and <v, A u> that differ by {difference:.3g}"
+        )
+    return linear
+
+
+def _vector_dtype(dtype: Any) -> type[np.floating[Any]]:
+    return np.float32 if dtype == np.float32 else np.float64
+
+
+class _Together:
+    """Several operators as the block-diagonal one that batched_slq takes; finished recurrences cost nothing."""
+
+    def __init__(self, operators: Sequence[LinearOperator]) -> None:
+        self._operators = operators
+        self._running: Tensor | None = None
+        self.dims = [operator.shape[0] for operator in operators]
+        single = all(_vector_dtype(operator.dtype) is np.float32 for operator in operators)
+        self.dtype = torch.float32 if single else torch.float64
+        self.products = 0
+
+    def mark_finished(self, finished: Tensor) -> None:
+        """Skip from now on the recurrences marked in a bool tensor (n_probes, n_blocks)."""
+        self._running = ~finished
+
+    def __call__(self, v: Tensor) -> Tensor:
+        result = torch.zeros_like(v)
+        columns = zip(self._operators, torch.split(v, self.dims, 1), torch.split(result, self.dims, 1))
+        for block, (operator, vectors, products) in enumerate(columns):
+            rows = torch.ones(len(v), dtype=torch.bool) if self._running is None else self._running[:, block]
+            if bool(rows.any()):
+                products[rows] = torch.from_numpy(np.array(operator.matmat(vectors[rows].numpy().T).T)).to(v.dtype)
+                self.products += int(rows.sum())
+        return result

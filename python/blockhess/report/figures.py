@@ -1,0 +1,120 @@
+"""Figures for a paper, of the data that the HTML page shows: spectra, heat map, JS0 over checkpoints.
+
+Widths are those of journals' columns, letters have 6 to 9 points, titles are left to the caption. Fonts are embedded
+by plots.save_figure; PNG has 600 dots an inch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockhess.analysis.jensen_shannon import check_choice
+from blockhess.report.html.contents import COMPARISONS
+from blockhess.report.plots import MISSING, new_figure, plot_density, plot_heatmap, save_figure
+from blockhess.results.files import check_writable
+from blockhess.spectra import Spectra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("pdf", "svg", "png")
+
+# One, one and a half and two columns of a journal, in inches: 89, 120 and 183 mm.
+SINGLE, MIDDLE, DOUBLE = 3.5, 4.7, 7.2
+
+# Panels that fill a page two columns wide.
+MOST_PANELS = 24
+
+# Apart for colour-blind readers: Okabe and Ito 2008.
+COLOURS = ("#0072b2", "#d55e00", "#009e73")
+
+STYLE: dict[Any, float] = {"font.size": 8.5, "savefig.dpi": 600, "axes.linewidth": 0.6}
+
+
+def write(results: Sequence[Spectra], stem: Path, suffix: str, labels: Sequence[str]) -> list[Path]:
+    """Write the figures of a result, or of checkpoints: of the last one, and of JS0 over all.
+
+    Args:
+        results: at least one.
+        stem: path of the figures, without what tells them apart: STEM_spectra.pdf, STEM_heatmap.pdf, STEM_js0.pdf.
+        suffix: one of FORMATS.
+        labels: what each result is called.
+
+    Returns:
+        paths. Without two blocks that can be compared there is no heat map; without two results, no JS0 over them.
+
+    Raises:
+        ValueError: another suffix, or a file cannot be written.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> write([spectra], Path("gpt"), "pdf", ["gpt"])
+        [PosixPath('gpt_spectra.pdf'), PosixPath('gpt_heatmap.pdf')]
+    """
+    check_choice("figures", "format", suffix, FORMATS)
+    check_writable(stem.with_name(f"{stem.name}_spectra.{suffix}"))  # before the work
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise ImportError(MISSING) from None
+    spectra = results[-1]
+    paths = []
+    with rc_context(STYLE):
+        figures = {"spectra": plot_density(spectra, shown(spectra), width=DOUBLE)}
+        if spectra.num_comparable() >= 2:
+            figures["heatmap"] = plot_heatmap(spectra, width=MIDDLE)
+        if len(results) > 1:
+            figures["js0"] = plot_js0(results, labels)
+        for name, figure in figures.items():
+            paths.append(stem.with_name(f"{stem.name}_{name}.{suffix}"))
+            save_figure(figure, paths[-1])
+    return paths
+
+
+def shown(spectra: Spectra) -> list[str]:
+    """Return the blocks of a figure of one page: all, or MOST_PANELS evenly spread over the model."""
+    names = spectra.names
+    count = min(len(names), MOST_PANELS)
+    return [names[i * len(names) // count] for i in range(count)]
+
+
+def plot_js0(results: Sequence[Spectra], labels: Sequence[str], width: float = SINGLE) -> Figure:
+    """Draw JS0 of every result, in the page's comparisons.
+
+    Args:
+        results: of one model, in order.
+        labels: what each is called; where all know their training step, that is the axis.
+        width: of the figure, in inches.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> plot_js0([spectra, trained], ["at initialisation", "trained"]).savefig("js0.pdf")
+    """
+    figure = new_figure(width, 0.7 * width)
+    axes = figure.subplots()
+    steps = [spectra.provenance.get("step") for spectra in results]
+    known = all(isinstance(step, int | float) for step in steps)
+    positions: list[Any] = steps if known else list(range(len(results)))
+    for (title, options), marker, colour in zip(COMPARISONS.items(), "osv", COLOURS):
+        normalize = options.get("normalize", "none")
+        found = [
+            (x, spectra.js0(**options).value)
+            for x, spectra in zip(positions, results)
+            if spectra.num_comparable(normalize) >= 2
+        ]
+        if found:
+            axes.plot(
+                *zip(*found), marker=marker, color=colour, markersize=3.5, linewidth=1.2, label=title, clip_on=False
+            )
+    if not known:
+        axes.set_xticks(positions, labels, rotation=20, ha="right")
+    axes.set_xlabel("training step" if known else "checkpoint")
+    axes.set_ylabel("JS0")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,74 @@
+"""One self-contained HTML page of a result, or of a training's checkpoints: `blockhess report`.
+
+Promises: the page asks for nothing over the network, and its content security policy forbids it to; what stands in
+result files, names of blocks above all, reaches it as JSON that cannot end its script element, and is shown as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from blockhess.report.html.contents import page_contents
+from blockhess.report.rows import finite
+from blockhess.results.files import check_writable, write_text
+from blockhess.spectra import Spectra
+
+# In this order: each uses those before it.
+SCRIPTS = ("density.js", "figure.js", "spectra.js", "heatmap.js", "evolution.js", "table.js", "main.js")
+
+
+def write(results: Sequence[Spectra], path: str | PathLike[str], labels: Sequence[str] | None = None) -> Path:
+    """Write the page of one result, or of several: checkpoints of one model, in order.
+
+    Args:
+        results: what to show.
+        path: of the page, ".html" by custom; an older file of that name is replaced.
+        labels: what each result is called; None numbers them.
+
+    Returns:
+        path.
+
+    Raises:
+        ValueError: no result, labels of another number, results of other blocks, or the file cannot be written.
+
+    Example:
+        >>> write([spectra], "report.html")
+    """
+    check_writable(path)  # before the work
+    return write_text(render(page_contents(results, labels)), path)
+
+
+def render(page: dict[str, Any]) -> str:
+    """Return the HTML of a page's contents.
+
+    Args:
+        page: from contents.page_contents.
+    """
+    style = _asset("page.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
+    data = json.dumps(finite(page), allow_nan=False, separators=(",", ":"))
+    parts = {
+        "STYLE": style,
+        "SCRIPT": script,
+        "STYLE_HASH": _hash(style),
+        "SCRIPT_HASH": _hash(script),
+        # No "<" means no </script>, no <!--, no <script.
+        "DATA": data.replace("<", "\\u003c"),
+    }
+    pieces = _asset("page.html").split("%%")
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _asset(name: str) -> str:
+    return (files(__name__) / "assets" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

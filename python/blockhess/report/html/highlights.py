@@ -1,0 +1,112 @@
+"""What stands out in a result, in sentences that follow from its numbers, and what would make it better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blockhess.report.text import curvature_range, weights_only
+from blockhess.spectra import Spectra
+
+# A share of negative eigenvalues that is worth a word, and as many names as one sentence takes.
+NOTABLE_NEGATIVE = 0.01
+MOST_NAMES = 4
+
+
+def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mapping[str, float]) -> list[str]:
+    """Return one sentence or two a finding.
+
+    Args:
+        spectra: a result.
+        records: records.block_records of it.
+        js0: comparison -> its JS0, the default first.
+    """
+    told = [
+        _advice(spectra),
+        _heterogeneity(js0),
+        _curvature(spectra),
+        _precision(spectra, records),
+        _negative(records),
+        *_troubles(spectra, records),
+        _batchnorm(spectra),
+    ]
+    return [text for text in told if text]
+
+
+def _advice(spectra: Spectra) -> str:
+    if spectra.num_comparable() < 2:
+        return ""
+    advice = spectra.advice()
+    unlike = ", ".join(name for name, _ in advice.drivers[:MOST_NAMES])
+    return f"SGD or Adam? {advice.decision.capitalize()}: {advice.reason}. Most unlike the other blocks: {unlike}."
+
+
+def _heterogeneity(js0: Mapping[str, float]) -> str:
+    if len(js0) < 2:
+        return ""
+    values = ", ".join(f"{value:.3g} ({title})" for title, value in js0.items())
+    return f"How much the blocks differ depends on how they are compared. JS0 is {values}: quote it with its axis."
+
+
+def _curvature(spectra: Spectra) -> str:
+    if len(weights_only(spectra)) < 2:
+        return ""
+    flattest, sharpest = curvature_range(spectra)
+    if not flattest > 0:
+        return f"The sharpest weight block has a largest |eigenvalue| of {sharpest:.3g}, the flattest is zero."
+    return (
+        f"The largest |eigenvalue| of weight blocks goes from {flattest:.3g} to {sharpest:.3g}, "
+        f"a factor of {float(f'{sharpest / flattest:.2g}'):,g}."
+    )
+
+
+def _precision(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> str:
+    if spectra.quadrature.num_probes == 1:
+        return "With one random probe the statistical errors are unknown. Take two or more."
+    known = [r for r in records if math.isfinite(r["w1_probes"]) and math.isfinite(r["w1_steps"])]
+    open_blocks = [r for r in known if r["w1_probes"] > 0 or r["w1_steps"] > 0]
+    if not open_blocks:
+        return "Every block was written out exactly." if known else ""
+    by_steps = sum(r["w1_steps"] > r["w1_probes"] for r in open_blocks)
+    advice = "more steps help most" if 2 * by_steps > len(open_blocks) else "more probes help most"
+    if not by_steps:
+        return f"In every block the random probes leave more open than the finite number of steps: {advice}."
+    blocks = f"{by_steps} of {len(open_blocks)} estimated blocks"
+    return f"The finite number of steps may leave more open than the random probes in {blocks}: {advice}."
+
+
+def _negative(records: Sequence[Mapping[str, Any]]) -> str:
+    notable = [r for r in records if r["negative"] > NOTABLE_NEGATIVE]
+    if not notable:
+        return "No block has more than 1 % negative eigenvalues."
+    most = max(notable, key=lambda r: float(r["negative"]))
+    return (
+        f"{len(notable)} of {len(records)} blocks have more than 1 % negative eigenvalues, the most in "
+        f"{most['block']}: {100 * most['negative']:.0f} %."
+    )
+
+
+def _troubles(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = {r["block"]: str(r["note"]).split("; ") for r in records}
+    groups = {
+        "Blocks whose Hessian-vector products were not finite": [n for n, t in notes.items() if "non-finite" in t],
+        "Blocks that did not reach the tolerance": [n for n, t in notes.items() if "tolerance not reached" in t],
+        "Unused blocks, on which the loss does not depend": [n for n, t in notes.items() if "unused" in t],
+        "Blocks that cannot be told from zero": list(spectra.zero_blocks),
+    }
+    return [
+        f"{what}: {', '.join(names[:MOST_NAMES])}"
+        + (f" and {len(names) - MOST_NAMES} more." if len(names) > MOST_NAMES else ".")
+        for what, names in groups.items()
+        if names
+    ]
+
+
+def _batchnorm(spectra: Spectra) -> str:
+    if spectra.provenance.get("batchnorm") != "eval":
+        return ""
+    return (
+        "BatchNorm used its running statistics. At initialisation they are the identity, so this is a network without "
+        'normalisation; batchnorm="batch" is what training differentiates.'
+    )

@@ -1,0 +1,389 @@
+"""A planned run: units of work computed one after the other, and put together to quadratures of all blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+import blockhess_ext
+from blockhess.hvp import BlockOperator, Engine, NotTraceable
+from blockhess.hvp.accuracy import Disagreement, measure
+from blockhess.hvp.exact import exact_quadratures
+from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
+from blockhess.problem.problem import Problem
+from blockhess.run import adaptive
+from blockhess.run.costs import product_costs, step_cost
+from blockhess.run.distributed import ALONE
+from blockhess.run.options import Options
+from blockhess.run.plan import Plan, budget_bytes, make_plan, size_text, without_tracing
+from blockhess.run.recorder import Done, Records, Unit
+from blockhess.run.split_work import items_of, shared
+from blockhess.spectra import Spectra
+from blockhess_ext import Quadrature, State
+from blockhess_ext.slq import reorthogonalized_blocks
+
+Compute: TypeAlias = Callable[[Unit], Iterator[Done]]
+
+
+class Job:
+    """A planned run: the engine is made, and checked, when it begins.
+
+    Args:
+        problem, options: what to compute.
+        records: what keeps the work, and knows what was done before.
+        plan: of the same job, where it was begun before.
+        first: a finished run of the same, whose choices are replayed and whose probes are kept; where options ask for
+            more steps, they are made from its vectors.
+        more_probes: whether blocks of `first` are brought to options.num_probes.
+
+    Attributes:
+        plan: as carried out. infos: of the blocks, with notes. hvps: products computed, by the first run too.
+        hvp_error: block -> error of H v for a random unit vector v, None where it could not be measured.
+        shrunk: what was cut because memory ran out.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        options: Options,
+        records: Records | None = None,
+        plan: Plan | None = None,
+        first: Spectra | None = None,
+        more_probes: bool = True,
+    ) -> None:
+        self._problem, self._options, self._first, self._more_probes = problem, options, first, more_probes
+        self._records = Records(options.keep_vectors) if records is None else records
+        dims, itemsize = problem.dims, problem.dtype.itemsize
+        exact = None
+        if first is None:
+            self._basis = reorthogonalized_blocks(
+                options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
+            )
+        else:
+            self._basis = list(first.quadrature.reorthogonalize)
+            exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
+        self.plan = plan or make_plan(
+            problem,
+            engine=options.engine,
+            num_probes=options.num_probes,
+            num_steps=options.num_steps,
+            basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
+            budget=budget_bytes(options.memory_budget, problem.device),
+            exact=exact,
+            keep_vectors=options.keep_vectors,
+            least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
+        )
+        self.infos = problem.infos
+        self.hvps = 0 if first is None else first.provenance["hvps"]
+        self.hvp_error: dict[str, float] | None = None
+        self.shrunk: list[str] = []
+        self._too_large, self._exact_rows = math.inf, options.num_probes
+        self._zero_within: list[float | None] = [None] * len(self.infos)
+        self._ids = [block_id(info.name) for info in problem.infos]
+
+    @property
+    def vectors(self) -> list[tuple[Unit, State]]:
+        """The states after the last step, of every unit whose state was kept."""
+        return self._records.vectors
+
+    @property
+    def exact_names(self) -> list[str]:
+        """Names of the blocks that were written out."""
+        return [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
+
+    def provenance(self, result: Quadrature) -> dict[str, Any]:
+        """How the result was made, as far as the job decides it."""
+        options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(Options)}
+        del options["memory_budget"]  # in the plan, as bytes
+        bare = [l for l, word in enumerate(result.reorthogonalize) if word == "none"]
+        ghosts = result.of_blocks(bare).ghosts().sum(0).tolist()
+        return options | {
+            "dtype": result.dtype,
+            "seed": result.seed,
+            "engine": self.plan.engine,
+            "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
+            "shrunk": self.shrunk,
+            "hvp_error": self.hvp_error,
+            "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
+            "hvps": self.hvps,
+            "hvps_saved": self.plan.hvps - self.hvps,
+            "processes": [self._problem.ranks.work_size, self._problem.ranks.data_size],
+        }
+
+    def run(self, seed: int | None, on_hvp: Callable[[], object]) -> Quadrature:
+        """All blocks, in their order."""
+        options, ranks = self._options, self._problem.ranks
+        seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
+        engine = self.make_engine()
+        share = None if ranks is ALONE else self._sharing(engine)
+
+        def compute(unit: Unit, state: State | None = None) -> Iterator[Done]:
+            return self._finish(unit, engine, seed, on_hvp, state)
+
+        def keep(finished: Iterable[Done]) -> None:
+            for done in finished:
+                self.hvps += done.hvps
+                for column, l in enumerate(done.unit.blocks):
+                    found[l].append(done.part.of_block(column))
+
+        found: list[list[Quadrature]] = [[] for _ in self._ids]  # of every block: parts for some probes each, in order
+        if self._first is not None:
+            for unit, state in sorted(self._first.vectors, key=lambda kept: kept[0].first_probe):
+                keep(compute(unit, state))  # where no step is left to make, this only keeps the vectors
+            if options.num_steps == self._first.quadrature.num_steps:
+                found = [[part.to(self._problem.device)] for part in _blocks_of(self._first)]
+            else:
+                self._check_vectors(self._first, found)
+
+        for units in self._rounds(found):
+            if share is not None:
+                keep(share(units, compute))
+            else:
+                for unit in units:
+                    keep(compute(unit))
+        self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
+        whole = Quadrature.joined([_whole(parts) for parts in found], 1)
+        radii = whole.nodes.abs().amax((0, 2)).tolist()
+        self._note(
+            ZERO_NOTE,
+            [noise is not None and radius <= noise for radius, noise in zip(radii, self._zero_within)],
+        )
+        if options.tol is not None:
+            few = adaptive.missed(whole, options.tol, options.sigma)
+            self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
+        return whole
+
+    def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[Done]]:
+        """What has units computed by all ranks, each some of them, and hands all results to all.
+
+        Raises:
+            ValueError: there are more ranks than recurrences.
+        """
+        problem, records, ranks = self._problem, self._records, self._problem.ranks
+        n_exact = sum(self.plan.exact)
+        recurrences = n_exact + (len(problem.dims) - n_exact) * self._options.num_probes
+        if recurrences < ranks.work_size:
+            raise ValueError(
+                "spectrum: parallel must share the work among no more ranks than there are recurrences, "
+                f"{recurrences}, got {ranks.work_size}; let ranks share batches: parallel='data' or (work, data)"
+            )
+        cost = self.cost(ranks.gather(product_costs(problem, engine))[0])
+
+        def share(units: Sequence[Unit], compute: Compute) -> list[Done]:
+            before = [done for done in records.finished() if any(unit.covers(done.unit) for unit in units)]
+            made = {item for done in before for item in items_of(done.unit)}
+            # Units that were broken off go on where their state is.
+            begun: list[list[Unit]] = [[] for _ in range(ranks.work_size)]
+            for rank, unit in enumerate(ranks.gather(records.in_work())[:: ranks.data_size]):
+                if unit and any(u.covers(unit) for u in units) and made.isdisjoint(items_of(unit)):
+                    begun[rank].append(unit)
+                    made.update(items_of(unit))
+            mine = [*begun[ranks.work_rank], *shared(units, cost, ranks.work_size, made)[ranks.work_rank]]
+            own: list[Done] = []
+            for unit in mine:
+                own += [Done(d.unit, d.part.to("cpu"), d.hvps) for d in compute(unit)]
+                ranks.check()
+            for others in ranks.gather(own)[:: ranks.data_size]:
+                before += others
+            before = [Done(d.unit, d.part.to(problem.device), d.hvps) for d in before]
+            return sorted(before, key=lambda done: done.unit.first_probe)
+
+        return share
+
+    def cost(self, products: Sequence[float], steps: Sequence[float] | None = None) -> Callable[[int, int], float]:
+        """What a recurrence of a block takes, or writing it out (probe -1).
+
+        Args:
+            products: of each block, what one product takes for one vector.
+            steps: of each block, what a Lanczos step takes beside it; by default as counted.
+        """
+        problem = self._problem
+
+        def cost(number: int, probe: int) -> float:
+            dim = problem.dims[number]
+            if probe < 0:
+                return dim * products[number]
+            made = min(self._options.num_steps, dim)
+            rows = made / 2 if self._basis[number] != "none" else 0
+            return made * (products[number] + (steps[number] if steps else step_cost(problem, number, rows)))
+
+        return cost
+
+    @property
+    def units(self) -> list[Unit]:
+        """The most that there can be to do."""
+        first, exact = self._options.first_probe, tuple(l for l, e in enumerate(self.plan.exact) if e)
+        estimated = [Unit(first + start, count, blocks) for start, count, blocks in self.plan.passes]
+        return estimated + ([Unit(first, 0, exact)] if exact else [])
+
+    def _rounds(self, found: list[list[Quadrature]]) -> Iterator[list[Unit]]:
+        """What to compute until every estimated block has found as many probes as it needs, and the others are written
+        out; asked for the next units, it looks at what has been found."""
+        options = self._options
+        adapts = options.tol is not None and self._first is None
+        least = min(adaptive.LEAST_PROBES, options.num_probes) if adapts else options.num_probes
+        estimated = [l for l, exact in enumerate(self.plan.exact) if not exact] if self._more_probes else []
+        needs = dict.fromkeys(estimated, least)
+        while True:
+            has = {l: sum(part.num_probes for part in found[l]) for l in needs}
+            behind = [l for l in needs if has[l] < needs[l]]
+            if not behind:
+                break
+            start = min(has[l] for l in behind)
+            together = {l for l in behind if has[l] == start}
+            stop = min(needs[l] for l in together)
+            units = []
+            for first, count, blocks in self.plan.passes:
+                probes = range(max(first, start), min(first + count, stop))
+                chosen = tuple(l for l in blocks if l in together)
+                if probes and chosen:
+                    units.append(Unit(options.first_probe + probes.start, len(probes), chosen))
+            yield units
+            if options.tol is not None and adapts:
+                for l in together:
+                    (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.sigma)
+                    needs[l] = min(needed, options.num_probes)
+        exact = tuple(l for l, e in enumerate(self.plan.exact) if e and not found[l])
+        if exact:
+            self._exact_rows = max((_whole(p).num_probes for p in found if p), default=options.num_probes)
+            yield [Unit(options.first_probe, 0, exact)]
+
+    def _finish(
+        self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None
+    ) -> Iterator[Done]:
+        """The unit, or the pieces into which it was cut because memory did not hold it."""
+        done = self._records.done(unit)
+        if done is not None:
+            for _ in range(done.hvps):
+                on_hvp()
+            yield done
+            return
+        if not (unit.halves() and (self._records.is_cut(unit) or self._size(unit) >= self._too_large)):
+            try:
+                with self._records.working():
+                    done = self._compute(unit, engine, seed, on_hvp, state)
+                    self._records.add(done)
+            except torch.OutOfMemoryError as error:
+                if self._problem.ranks.data_size > 1:  # ranks that sum their products must all cut, or none
+                    raise torch.OutOfMemoryError(
+                        f"spectrum: memory_budget must be below {size_text(self.plan.memory_budget)}, as memory ran "
+                        f"out and ranks that share batches cannot cut their work one by one: {error}"
+                    ) from None
+                if not unit.halves() or state is not None:
+                    raise
+            if done is not None:
+                yield done
+                return
+            # Outside of the handler, whose traceback holds the vectors.
+            if self._problem.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._too_large = min(self._too_large, self._size(unit))
+        self.shrunk.append(f"memory ran out: {max(unit.num_probes, 1)} probes of {len(unit.blocks)} blocks were cut")
+        for piece in unit.halves():
+            yield from self._finish(piece, engine, seed, on_hvp)
+
+    def _compute(
+        self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None
+    ) -> Done:
+        """The quadratures of a unit, from where work on it was broken off."""
+        options, problem, records = self._options, self._problem, self._records
+        last, before = records.state(unit)
+        last = last or state
+        for _ in range(before):
+            on_hvp()
+        operator = BlockOperator(problem, engine, unit.blocks, on_hvp)
+        ids = [self._ids[l] for l in unit.blocks]
+
+        def on_state(state: State) -> None:
+            nonlocal last
+            last = state
+            records.after_step(unit, state, before + operator.hvps)
+
+        if not unit.num_probes:
+            written_out = exact_quadratures(
+                operator, ids, self._exact_rows, options.num_steps, seed, options.distribution, last, on_state
+            )
+            part, last = Quadrature.joined(written_out, 1).to(problem.device), None
+        else:
+            part = blockhess_ext.batched_slq(
+                operator,
+                operator.dims,
+                num_probes=unit.num_probes,
+                first_probe=unit.first_probe,
+                num_steps=options.num_steps,
+                tol=options.tol,
+                sigma=options.sigma,
+                block_ids=ids,
+                distribution=options.distribution,
+                reorthogonalize=[self._basis[l] for l in unit.blocks],
+                seed=seed,
+                dtype=problem.dtype,
+                device=problem.device,
+                on_nonfinite="report",
+                state=last,
+                on_state=on_state,
+            )
+        return Done(unit, part, before + operator.hvps, last if records.keep_vectors else None)
+
+    def _size(self, unit: Unit) -> int:
+        """Elements of a set of its vectors, or of the blocks that it writes out."""
+        dims = [self._problem.dims[l] for l in unit.blocks]
+        return unit.num_probes * sum(dims) if unit.num_probes else sum(dim * dim for dim in dims)
+
+    def _check_vectors(self, first: Spectra, found: list[list[Quadrature]]) -> None:
+        """Every estimated recurrence of the first run must have gone on; blocks written out stay as they are."""
+        for l, part in enumerate(_blocks_of(first)):
+            if self.plan.exact[l]:
+                found[l] = [dataclasses.replace(part, num_steps=self._options.num_steps).to(self._problem.device)]
+            elif sum(p.num_probes for p in found[l]) != part.num_probes:
+                raise ValueError(
+                    "extend: num_steps needs the vectors after the last step, which keep_vectors=True keeps in memory "
+                    f"or in the run directory, got none of block {first.names[l]!r}"
+                )
+
+    def _note(self, text: str, which: Sequence[bool]) -> None:
+        self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
+
+    def make_engine(self) -> Engine:
+        """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
+        ranks, failure = self._problem.ranks, None
+        try:
+            engine = self.plan.make(self._problem)
+            accuracy = measure(self._problem, engine)
+        except (NotTraceable, Disagreement) as error:
+            if self._options.engine == "traced":
+                raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {error}") from error
+            failure = str(error)
+        failure = next(filter(None, ranks.gather(failure)), None)
+        if failure is not None:
+            self.plan = without_tracing(self.plan, f"no trace: {failure}")
+            engine = self.plan.make(self._problem)
+            accuracy = measure(self._problem, engine)
+        accuracy = ranks.gather(accuracy)[0]
+        if accuracy is not None:
+            self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
+            self._zero_within = [
+                self._noise(l, error) if self._problem.is_used(l) and accuracy.is_zero(l) else None
+                for l, error in enumerate(accuracy.errors)
+            ]
+        return engine
+
+    def _noise(self, number: int, error: float) -> float:
+        """The largest eigenvalue of a block that is zero in the first batch, if it is zero in all."""
+        if self._problem.n_batches == 1:
+            return math.inf
+        # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
+        shares = 1 if self._problem.loss.averaged else self._problem.n_batches
+        return float(10 * error * self._problem.dims[number] ** 0.5 * shares)
+
+
+def _whole(parts: Sequence[Quadrature]) -> Quadrature:
+    return Quadrature.joined(parts, 0)
+
+
+def _blocks_of(spectra: Spectra) -> list[Quadrature]:
+    return [spectra.quadrature.of_block(l) for l in range(len(spectra))]

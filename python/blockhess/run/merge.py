@@ -1,0 +1,178 @@
+"""Runs of other probes, or of other blocks, made anywhere, joined to the one that would have made them all.
+
+other probes:  same blocks,  spectrum(..., first_probe=...)
+other blocks:  same probes,  spectrum(..., blocks=...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from blockhess.problem.blocks import BlockInfo, with_note
+from blockhess.problem.prepare import LOSS_TOLERANCE
+from blockhess.results import files
+from blockhess.run.storage.directory import finished
+from blockhess.spectra import Spectra
+from blockhess_ext import Quadrature
+
+# What provenance must say alike: name there -> name for the user.
+SHARED = {
+    "model": "model",
+    "fingerprints": "fingerprints of parameters and data",
+    "loss": "loss",
+    "batchnorm": "batchnorm",
+    "dtype": "dtype",
+    "matmul_precision": "matmul_precision",
+    "seed": "seed",
+    "distribution": "distribution",
+    "num_steps": "num_steps",
+    "tol": "tol",
+    "sigma": "sigma",
+}
+# What each run has of its own, and the result lists.
+_OWN = ("first_probe", "num_probes", "engine", "torch", "blockhess", "hvps", "seconds")
+_NEEDED = (*SHARED, *_OWN, "loss_value", "plan")
+
+
+def load_run(path: str | PathLike[str]) -> Spectra:
+    """The result in a file, or of a finished run's directory, with the vectors that it kept."""
+    return finished(path) if Path(path).is_dir() else files.load(path)
+
+
+def merge(runs: Sequence[Spectra | str | PathLike[str]]) -> Spectra:
+    """Join runs of one problem: of different probes and the same blocks, or of different blocks and the same probes.
+
+    More blocks for a finished run are a run of their own, `spectrum(..., blocks=...)`, joined to it here.
+
+    Args:
+        runs: results, files or directories of finished runs, in any order where they have different probes; blocks are
+            listed in the order of the runs.
+
+    Returns:
+        Spectra of all; recurrences are those that one run would have made. Vectors are not kept: extend before.
+
+    Raises:
+        ValueError: the runs do not belong together, or overlap: says in what.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> given = model, (torch.randn(32, 4), torch.randint(3, (32,))), torch.nn.CrossEntropyLoss()
+        >>> there, here = (blockhess.spectrum(*given, num_probes=5, first_probe=p, engine="autograd") for p in (5, 0))
+        >>> merge([here, there]).quadrature.num_probes
+        10
+    """
+    if isinstance(runs, str | PathLike | Spectra):
+        raise TypeError(f"merge: runs must be a list of runs, got {type(runs).__name__}")
+    found = [run if isinstance(run, Spectra) else load_run(run) for run in runs]
+    labels = [str(run) if isinstance(run, str | PathLike) else f"run {i + 1}" for i, run in enumerate(runs)]
+    if len(found) < 2:
+        raise ValueError(f"merge: runs must be at least two, got {len(found)}")
+    for label, run in zip(labels, found):
+        missing = [name for name in _NEEDED if name not in run.provenance]
+        if missing:
+            raise ValueError(f"merge: {label} must come from spectrum of this version, got none with {missing[0]}")
+    for label, run in zip(labels[1:], found[1:]):
+        _check_alike(labels[0], found[0].provenance, label, run.provenance)
+    if all(set(run.names) == set(found[0].names) for run in found):
+        return _of_probes(labels, found)
+    return _of_blocks(labels, found)
+
+
+def _check_alike(label: str, first: dict[str, Any], other_label: str, other: dict[str, Any]) -> None:
+    differing = [
+        f"{text} ({first[name]!r} and {other[name]!r})" for name, text in SHARED.items() if first[name] != other[name]
+    ]
+    if not math.isclose(first["loss_value"], other["loss_value"], rel_tol=LOSS_TOLERANCE):
+        differing.append(f"value of the loss ({first['loss_value']!r} and {other['loss_value']!r})")
+    if (first["engine"] == "ggn") != (other["engine"] == "ggn"):
+        differing.append(f"matrix ({first['engine']!r} and {other['engine']!r})")
+    if differing:
+        raise ValueError(
+            f"merge: runs must belong together, {label} and {other_label} differ in {'; '.join(differing)}"
+        )
+
+
+def _of_probes(labels: list[str], runs: list[Spectra]) -> Spectra:
+    order = sorted(range(len(runs)), key=lambda i: runs[i].provenance["first_probe"])
+    labels, runs = [labels[i] for i in order], [runs[i] for i in order]
+    first = runs[0]
+    for i, run in enumerate(runs[1:]):
+        before, start = runs[i].provenance, run.provenance["first_probe"]
+        stop = before["first_probe"] + before["num_probes"]
+        if start < stop:
+            raise ValueError(
+                f"merge: runs of the same blocks must have different probes, {labels[i]} has those up to {stop - 1} "
+                f"and {labels[i + 1]} those from {start}; see first_probe of spectrum"
+            )
+        if start > stop:
+            raise ValueError(
+                f"merge: probes must follow each other, {labels[i]} ends at {stop - 1} and {labels[i + 1]} begins at "
+                f"{start}; the runs between are missing"
+            )
+    columns, notes = [], list(first.blocks)
+    for l, name in enumerate(first.names):
+        parts = []
+        for label, run in zip(labels, runs):
+            row = run.rows([name])[0]
+            part = run.quadrature.of_block(row)
+            if part.dims != (first.dims[l],) or part.reorthogonalize != (first.quadrature.reorthogonalize[l],):
+                raise ValueError(
+                    f"merge: runs must treat block {name!r} alike, {labels[0]} has size {first.dims[l]}, "
+                    f"{first.quadrature.reorthogonalize[l]!r}, and {label} {part.dims[0]}, {part.reorthogonalize[0]!r}"
+                )
+            parts.append(part)
+            notes[l] = _noted(notes[l], run.blocks[row])
+        columns.append(Quadrature.joined(parts, 0))
+    return _merged(runs, notes, columns, sum(run.provenance["num_probes"] for run in runs))
+
+
+def _of_blocks(labels: list[str], runs: list[Spectra]) -> Spectra:
+    first = runs[0].provenance
+    seen: dict[str, str] = {}
+    for label, run in zip(labels, runs):
+        for name in ("first_probe", "num_probes"):
+            if run.provenance[name] != first[name]:
+                raise ValueError(
+                    f"merge: runs of different blocks must have the same {name}, {labels[0]} has {first[name]} and "
+                    f"{label} {run.provenance[name]}"
+                )
+        for name in run.names:
+            if name in seen:
+                raise ValueError(
+                    f"merge: runs must have all blocks in common, or none, {seen[name]} and {label} share {name!r}"
+                )
+            seen[name] = label
+    columns = [run.quadrature.of_block(l) for run in runs for l in range(len(run))]
+    return _merged(runs, [block for run in runs for block in run.blocks], columns, first["num_probes"])
+
+
+def _noted(block: BlockInfo, other: BlockInfo) -> BlockInfo:
+    return block if other.note in block.note else with_note(block, other.note)
+
+
+def _merged(runs: list[Spectra], blocks: list[BlockInfo], columns: list[Quadrature], num_probes: int) -> Spectra:
+    made = [run.provenance for run in runs]
+    quadrature = Quadrature.joined(columns, 1)
+    ghosts = quadrature.ghosts().sum(0).tolist()
+    bare = [word == "none" for word in quadrature.reorthogonalize]
+    exact = [name for run in made for name in run["plan"]["exact"]]
+    errors = [run["hvp_error"] for run in made if run.get("hvp_error")]
+    changed = {
+        "first_probe": min(run["first_probe"] for run in made),
+        "num_probes": num_probes,
+        "hvps": sum(run["hvps"] for run in made),
+        "hvps_saved": sum(run["hvps_saved"] for run in made),
+        "seconds": sum(run["seconds"] for run in made),
+        "ghosts": {block.name: count for block, count, b in zip(blocks, ghosts, bare) if b and count},
+        "hvp_error": {name: error for run in reversed(errors) for name, error in run.items()} or None,
+        "plan": made[0]["plan"] | {"exact": list(dict.fromkeys(exact))},
+        "keep_vectors": False,
+        "merged": [
+            {name: run[name] for name in _OWN} | {"blocks": list(spectra.names)} for run, spectra in zip(made, runs)
+        ],
+    }
+    return Spectra(blocks, quadrature, made[0] | changed)

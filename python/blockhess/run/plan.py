@@ -1,0 +1,305 @@
+"""What a run will do: which engine, which blocks exactly, how many vectors and batches together.
+
+Decided from counted products, operations and bytes, never from a stopwatch or from what memory happens to be free, so
+the same job takes the same path on every run; only the memory budget, which is recorded, stands for the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from blockhess.hvp import ENGINES
+from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
+from blockhess.hvp.operator import Engine
+from blockhess.problem.problem import Problem
+
+CHOICES = ("auto", *ENGINES, "exact")
+
+# The part of a device's memory that a run may plan with unless told otherwise.
+DEFAULT_SHARE = 0.5
+
+# What decides whether tracing and compiling pay, from bench/results/hvp_cpu.json: orders of magnitude. A product takes
+# about PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS an operation of the gradient's graph and block, and
+# then saves TRACE_SAVES of the time; compiling takes COMPILE_SECONDS a block, on a CPU, and saves COMPILE_SAVES more.
+FLOPS_PER_SECOND = {"cpu": 3e10, "cuda": 1e13}
+PRODUCT_FORWARDS = 1.3
+TRACE_SECONDS, TRACE_SAVES = 5e-4, 0.2
+COMPILE_SECONDS, COMPILE_SAVES = 20.0, 0.15
+# Bytes of a trace's constants per byte of autograd's graph.
+TRACED_BYTES = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and what it takes.
+
+    Attributes:
+        engine: "autograd", "traced" or "ggn".
+        exact: per block, whether it is written out; the others are estimated.
+        passes: (first probe, number of probes, numbers of the blocks) that are advanced together.
+        rows: vectors of one block that one call of the engine takes.
+        compiled: whether linear programs are compiled, which pays for the longest jobs only.
+        retain: whether graphs or constants of all batches are kept through all steps.
+        batches: after large ones were split.
+        hvps: most products of one block, probe and batch.
+        least_hvps: fewest that a tolerance leaves; the same where none is given.
+        flops: of all of them, about. seconds: that they would take at the speed of one measured forward pass.
+        vector_bytes, engine_bytes: the most that vectors or blocks written out, and graphs or constants, take at a
+            time.
+        kept_bytes: of the vectors after the last step, where they are kept; on the host, beside the others.
+        memory_budget: bytes that the plan had to fit.
+        why: the reason for the engine.
+    """
+
+    engine: str
+    exact: tuple[bool, ...]
+    passes: tuple[tuple[int, int, tuple[int, ...]], ...]
+    rows: int
+    compiled: bool
+    retain: bool
+    batches: int
+    hvps: int
+    least_hvps: int
+    flops: float
+    seconds: float = field(compare=False)
+    vector_bytes: int
+    engine_bytes: int
+    kept_bytes: int
+    memory_budget: int
+    why: str
+
+    def make(self, problem: Problem) -> Engine:
+        """The engine of this plan.
+
+        Raises:
+            NotTraceable: the plan asks for "traced", which cannot be had.
+        """
+        options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
+        return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the plan as a JSON value, with names for what passes hold."""
+        names = ("first_probe", "num_probes", "blocks")
+        return {**dataclasses.asdict(self), "passes": [dict(zip(names, each)) for each in self.passes]}
+
+    def _products(self) -> str:
+        least = f", at least {self.least_hvps:,}," if self.least_hvps < self.hvps else ""
+        return f"{'at most ' if least else ''}{self.hvps:,}{least}"
+
+    def __str__(self) -> str:
+        lines = [
+            f"engine        {self.engine}{', compiled' if self.compiled else ''} ({self.why})",
+            f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
+            f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
+            f"products      {self._products()} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
+            f"{time_text(self.seconds)}",
+            f"together      {max(p[1] for p in self.passes) if self.passes else 0} probes of "
+            f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
+            f"memory        {size_text(self.vector_bytes)} vectors, {size_text(self.engine_bytes)} {self.engine}, "
+            f"of {size_text(self.memory_budget)}",
+        ]
+        if self.kept_bytes:
+            lines.append(
+                f"kept          {size_text(self.kept_bytes)} of vectors after the last step, for more steps later"
+            )
+        return "\n".join(lines)
+
+
+def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
+    """The memory budget in bytes: a number of bytes, a text such as "6 GiB", or None for half of the device's memory.
+
+    Raises:
+        ValueError: no size, or not above 0.
+    """
+    if memory_budget is None:
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(DEFAULT_SHARE * total)
+    text = str(memory_budget).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
+    if isinstance(memory_budget, bool) or not match:
+        raise ValueError(f"spectrum: memory_budget must be bytes or a text such as '6 GiB', got {memory_budget!r}")
+    power = " KMGT".index(match[2].upper()) if match[2] else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise ValueError(f"spectrum: memory_budget must be above 0, got {memory_budget!r}")
+    return size
+
+
+def micro_batches(problem: Problem, budget: int) -> int:
+    """Into how many parts every batch must be cut so that the largest graph takes at most half of the budget."""
+    return max(1, -(-2 * problem.graph_bytes // budget))
+
+
+def make_plan(
+    problem: Problem,
+    *,
+    engine: str = "auto",
+    num_probes: int,
+    num_steps: int,
+    basis_dims: Sequence[int],
+    budget: int,
+    exact: tuple[bool, ...] | None = None,
+    least: tuple[int, int] | None = None,
+    keep_vectors: bool = False,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        engine: one of CHOICES; "auto" also has small blocks written out, "exact" all of them.
+        num_probes, num_steps: as in `spectrum`.
+        basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
+        budget: bytes.
+        exact: which blocks are written out, where an earlier run has decided it.
+        least: fewest probes and steps of an estimated block, where a tolerance decides between these and the most.
+        keep_vectors: whether those after the last step are kept.
+
+    Raises:
+        ValueError: not even one probe of the largest block, or the blocks written out, fit; tells what would be needed.
+    """
+    dims, itemsize = problem.dims, problem.dtype.itemsize
+    used = [problem.is_used(l) for l in range(len(dims))]
+    if exact is None:
+        exact = _written_out(problem, engine, num_probes, num_steps, budget // 2)
+    # A vector set of one probe: v, v_prev, H v, and the basis.
+    sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
+    room = budget // 2
+    largest = max(range(len(dims)), key=lambda l: sizes[l])
+    needed = 2 * max(sizes[largest], problem.graph_bytes)
+    if needed > budget:
+        what = f"block {problem.infos[largest].name!r}" if sizes[largest] > room else "one batch's graph"
+        raise ValueError(
+            f"spectrum: memory_budget must be at least {size_text(needed)} for one probe of {what}, got "
+            f"{size_text(budget)}"
+        )
+    passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
+
+    n_batches = len(problem.batches)  # of this rank, whose graphs it keeps
+    per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
+    hvps = problem.n_batches * sum(count for count, u in zip(per_block, used) if u)
+    fewest_probes, fewest_steps = least or (num_probes, num_steps)
+    fewest = [d if e else min(fewest_probes, num_probes) * min(fewest_steps, num_steps, d) for d, e in zip(dims, exact)]
+    least_hvps = problem.n_batches * sum(count for count, u in zip(fewest, used) if u)
+    chosen, why = _engine(problem, engine, hvps)
+    graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
+    retain = n_batches * graph <= room
+    forwards = hvps * PRODUCT_FORWARDS
+    together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
+    return Plan(
+        engine=chosen,
+        exact=exact,
+        passes=passes,
+        rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
+        compiled=_compiling_pays(problem, chosen, hvps, sum(used)),
+        retain=retain,
+        batches=problem.n_batches,
+        hvps=hvps,
+        least_hvps=least_hvps,
+        flops=forwards * problem.forward_flops,
+        seconds=forwards * problem.forward_seconds,
+        vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
+        engine_bytes=graph * (n_batches if retain else 1),
+        kept_bytes=keep_vectors
+        * num_probes
+        * sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e),
+        memory_budget=budget,
+        why=why,
+    )
+
+
+def without_tracing(plan: Plan, why: str) -> Plan:
+    """The plan with autograd instead of a trace that cannot be had."""
+    return dataclasses.replace(plan, engine="autograd", rows=1, compiled=False, why=why)
+
+
+def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
+    if wish not in ("auto", "exact"):
+        return wish, "as asked"
+    saved = TRACE_SAVES * _product_seconds(problem, hvps)
+    tracing = TRACE_SECONDS * problem.graph_nodes * len(problem.blocks)
+    if saved > tracing:
+        return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
+    return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
+
+
+def _compiling_pays(problem: Problem, engine: str, hvps: int, n_blocks: int) -> bool:
+    if engine != "traced" or problem.device.type != "cpu":  # on a GPU nobody has measured it
+        return False
+    return bool(COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * n_blocks)
+
+
+def _product_seconds(problem: Problem, hvps: int) -> float:
+    """At the nominal rate of the device, so that the same job always gives the same number."""
+    return float(hvps * PRODUCT_FORWARDS * problem.forward_flops / FLOPS_PER_SECOND[problem.device.type])
+
+
+def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
+    """Which blocks are computed exactly: with "auto" those where that needs fewer products, as far as they fit."""
+    exact = [False] * len(problem.dims)
+    if wish not in ("auto", "exact"):
+        return tuple(exact)
+    written: list[int] = []
+    for l in sorted(range(len(exact)), key=lambda l: problem.dims[l]):
+        dim = problem.dims[l]
+        if not problem.is_used(l) or (wish == "auto" and not is_cheaper_exact(dim, num_probes, num_steps)):
+            continue
+        exact[l] = wish == "exact" or bytes_needed([*written, dim], problem.dtype.itemsize, num_probes) <= room
+        if exact[l]:
+            written.append(dim)
+    taken = bytes_needed(written, problem.dtype.itemsize, num_probes)
+    if wish == "exact" and taken > room:
+        raise ValueError(
+            f"spectrum: memory_budget must be at least {size_text(2 * taken)} to write out {sum(exact)} blocks "
+            f"(engine='exact'), got {size_text(2 * room)}"
+        )
+    return tuple(exact)
+
+
+def _passes(
+    blocks: list[int], sizes: Sequence[int], num_probes: int, room: int
+) -> list[tuple[int, int, tuple[int, ...]]]:
+    """All probes of all blocks if they fit; else fewer probes; else, one probe at a time, fewer blocks."""
+    if not blocks:
+        return []
+    together = min(num_probes, room // max(1, sum(sizes[l] for l in blocks)))
+    groups: list[list[int]] = [blocks]
+    if together == 0:
+        together, groups, used = 1, [[]], 0
+        for l in blocks:
+            if used + sizes[l] > room:
+                groups.append([])
+                used = 0
+            groups[-1].append(l)
+            used += sizes[l]
+        groups = [g for g in groups if g]
+    return [
+        (first, min(together, num_probes - first), tuple(group))
+        for group in groups
+        for first in range(0, num_probes, together)
+    ]
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    raise AssertionError

@@ -1,0 +1,205 @@
+"""How far a run has come, read from its directory while it works or after it ended; nothing is computed or changed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockhess.problem.blocks import BlockInfo, block_id
+from blockhess.run.plan import Plan
+from blockhess.run.recorder import Done, Unit
+from blockhess.run.storage import directory
+from blockhess.run.storage.lock import holder
+from blockhess.spectra import Spectra
+from blockhess_ext import Quadrature, State, batched_slq
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run has come.
+
+    Attributes:
+        path: of its directory. run: content of run.json, empty while the job is prepared. plan: its plan, None then.
+        parts: the units that are done. unit: in work, and step: of it, as last saved; None where there is none.
+        hvps: products that were saved, of at most most. seconds: that they took.
+        finished: whether the result is there. holder: process and host that work on it now, or None.
+        age: seconds since something was saved, NaN where nothing was.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    plan: Plan | None
+    parts: int
+    unit: Unit | None
+    step: int
+    hvps: int
+    most: int
+    seconds: float
+    finished: bool
+    holder: str | None
+    age: float
+
+    @property
+    def rate(self) -> float:
+        """Products a second."""
+        return self.hvps / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At that rate, if all products that the plan allows are needed; None where there is no rate yet."""
+        if self.finished:
+            return 0.0
+        return max(self.most - self.hvps, 0) / self.rate if self.rate else None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what is told as a JSON value."""
+        names = ("finished", "holder", "age", "parts", "step", "hvps", "most", "seconds", "rate", "seconds_left")
+        values = {name: getattr(self, name) for name in names}
+        return {"path": str(self.path), "prepared": self.plan is not None, **values}
+
+    def __str__(self) -> str:
+        state = "finished" if self.finished else f"worked on by {self.holder}" if self.holder else "not running"
+        if self.plan is None:
+            return f"run           {self.path}, {state}; model and data are being prepared, no product is made yet"
+        left = self.seconds_left
+        lines = [
+            f"run           {self.path}, {state}; last saved {self.age:.0f} s ago",
+            f"done          {self.hvps:,} of at most {self.most:,} products "
+            f"({100 * self.hvps / max(self.most, 1):.1f} %), {self.parts} unit(s)",
+            f"rate          {self.rate:.3g} products a second, {self.seconds:.3g} s so far",
+        ]
+        if self.unit is not None:
+            which = f"{self.unit.num_probes} probes of {len(self.unit.blocks)} blocks" if self.unit.num_probes else (
+                f"{len(self.unit.blocks)} blocks, written out"
+            )  # fmt: skip
+            lines.append(f"in work       {which}, step {self.step}")
+        if not self.finished:
+            lines.append(f"left          {'unknown' if left is None else f'{left:.3g} s at most'}")
+        return "\n".join(lines)
+
+
+def status(path: str | PathLike[str]) -> Status:
+    """How far the run in a directory has come.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    path = Path(path)
+    working = holder(path)
+    if working is not None and not directory.holds_run(path):
+        nothing: dict[str, Any] = {"parts": 0, "unit": None, "step": 0, "hvps": 0, "most": 0, "seconds": 0.0}
+        return Status(path, {}, None, **nothing, finished=False, holder=working, age=math.nan)
+    run = _run(path, "status")
+    parts = directory.parts(path, run["id"])
+    state = _in_work(path, run, parts)
+    files = [path / directory.RUN, path / directory.STATE, *(path / directory.PARTS).iterdir()]
+    saved = [file.stat().st_mtime for file in files if file.exists()]
+    return Status(
+        path=path,
+        run=run,
+        plan=directory.plan_of(run),
+        parts=len(parts),
+        unit=state[0] if state else None,
+        step=state[1].step if state else 0,
+        hvps=_hvps(parts, state),
+        most=run["hvps"],
+        seconds=max([seconds for *_, seconds in parts] + ([state[3]] if state else []), default=0.0),
+        finished=(path / directory.RESULT).exists(),
+        holder=working,
+        age=max(0.0, time.time() - max(saved)),
+    )
+
+
+def partial(path: str | PathLike[str], op: str = "partial") -> Spectra:
+    """The spectra of what a run has saved so far: of probes that are done, and of those in work the steps made.
+
+    Args:
+        path: of the run's directory.
+        op: on whose behalf, for the texts of errors.
+
+    Returns:
+        Spectra, with blocks of which nothing is known left out; the result where the run is finished.
+
+    Raises:
+        ValueError: there is no run, or nothing was saved yet.
+    """
+    path = Path(path)
+    run = _run(path, op)
+    if (path / directory.RESULT).exists():
+        return directory.finished(path)
+    lists = ("shape", "parameters")
+    blocks = [BlockInfo(**block | {name: tuple(block[name]) for name in lists}) for block in run["blocks"]]
+    found: list[list[Quadrature]] = [[] for _ in blocks]
+    saved = directory.parts(path, run["id"])
+    pieces = [(done.unit, done.part) for _, done, _ in saved]
+    working = _in_work(path, run, saved)
+    if working is not None and working[0].num_probes:
+        unit, state, *_ = working
+        pieces.append((unit, _quadrature(run, [blocks[l] for l in unit.blocks], unit, state)))
+    for unit, part in sorted(pieces, key=lambda piece: piece[0].first_probe):
+        for column, l in enumerate(unit.blocks):
+            found[l].append(part.of_block(column))
+    known = [l for l, parts in enumerate(found) if any(part.num_probes for part in parts)]
+    if not known:
+        raise ValueError(f"{op}: {path} holds no step of any block yet")
+    quadrature = Quadrature.joined([Quadrature.joined(found[l], 0) for l in known], 1)
+    made = {
+        "model": run["identity"]["model"],
+        "loss": run["identity"]["loss"],
+        "partial": True,
+        "hvps": _hvps(saved, working),
+        "hvps_planned": run["hvps"],
+        "blocks_missing": len(blocks) - len(known),
+    }
+    return Spectra([blocks[l] for l in known], quadrature, made)
+
+
+def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state: State) -> Quadrature:
+    """Of the steps that a state has made; labelled as the parts are."""
+    identity = run["identity"]
+
+    def none(v: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("no step is left")
+
+    part = batched_slq(
+        none,
+        [block.dim for block in blocks],
+        num_probes=unit.num_probes,
+        num_steps=state.step,
+        tol=identity["tol"],
+        sigma=identity["sigma"],
+        distribution=identity["distribution"],
+        seed=run["seed"],
+        dtype=getattr(torch, identity["dtype"]),
+        on_nonfinite="report",
+        state=state,
+    )
+    ids = tuple(block_id(block.name) for block in blocks)
+    return replace(part, num_steps=identity["num_steps"], block_ids=ids)
+
+
+def _run(path: Path, op: str) -> dict[str, Any]:
+    run = directory.begun_run(path)
+    if run is None:
+        raise ValueError(
+            f"{op}: {path} must be the directory of a run; begin one by: blockhess run CONFIG --out {path}"
+        )
+    return run
+
+
+def _hvps(parts: list[tuple[int, Done, float]], state: tuple[Unit, State, int, float] | None) -> int:
+    return sum(done.hvps for _, done, _ in parts) + (state[2] if state else 0)
+
+
+def _in_work(
+    path: Path, run: dict[str, Any], parts: list[tuple[int, Done, float]]
+) -> tuple[Unit, State, int, float] | None:
+    """The state of a unit that is not done yet."""
+    state = directory.state_of(path / directory.STATE, run["id"])
+    return None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state

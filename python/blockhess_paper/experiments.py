@@ -1,0 +1,71 @@
+"""Runs experiments one after the other: prints each result and writes its files as soon as it is there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import time
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blockhess
+from blockhess._text import format_table
+from blockhess.results.files import writable_folder
+from blockhess_paper.results import Result
+from blockhess_paper.theory import block_spectra
+
+
+def run_experiments(
+    modules: Mapping[str, str], out: str | PathLike[str], *, seed: int = 0, quick: bool = False, **options: Any
+) -> list[Result]:
+    """Run experiments, print what they say and write what they found.
+
+    Args:
+        modules: name -> module of this package, whose `run` returns a Result.
+        out: folder, made where it is missing.
+        seed, quick: of every experiment.
+        options: handed to the experiments that take them, as the folder is.
+
+    Raises:
+        ValueError: the folder cannot be written.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> results = run_experiments({"prop2": "proposition2"}, "blockhess-paper", quick=True)
+    """
+    folder = writable_folder(out)
+    results = []
+    for position, (name, module) in enumerate(modules.items(), 1):
+        run = importlib.import_module(f"blockhess_paper.{module}").run
+        offered = {**options, "folder": folder}
+        taken = {key: value for key, value in offered.items() if key in inspect.signature(run).parameters}
+        print(f"[{position}/{len(modules)}] {name}", flush=True)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        result: Result = run(seed=seed, quick=quick, **taken)
+        seconds = time.perf_counter() - start
+        written = result.write(
+            folder,
+            seconds=seconds,
+            cpu_seconds=time.process_time() - cpu_start,
+            quick=quick,
+            torch=str(torch.__version__),
+            blockhess=blockhess.__version__,
+        )
+        print(f"{result}\n\n{seconds:.1f} s; written: {', '.join(map(str, written))}\n", flush=True)
+        results.append(result)
+    if len(results) > 1:
+        rows = [[claim.verdict, claim.paper] for result in results for claim in result.claims]
+        print(format_table(["verdict", "claim of the paper"], rows, left=2))
+    return results
+
+
+def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool) -> list[Path]:
+    """Measure the block spectra of cases 1 and 2, print where they went and return it."""
+    written = block_spectra.measure(writable_folder(out), seed=seed, quick=quick)
+    for path in written:
+        print(f"{path}: {blockhess.load(path)!r}")
+    return written

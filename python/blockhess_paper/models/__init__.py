@@ -1,0 +1,21 @@
+"""The paper's networks beside blockhess.models: BERT, VGG and ViT, one file each, and a registry of all six by name."""
+
+from __future__ import annotations
+
+from blockhess_paper.models.bert import BERT, BERTConfig, MaskedPairs, masked_pair_loss
+from blockhess_paper.models.registry import CONFIGS, named
+from blockhess_paper.models.vgg import VGG, VGGConfig
+from blockhess_paper.models.vit import ViT, ViTConfig
+
+__all__ = [
+    "BERT",
+    "BERTConfig",
+    "CONFIGS",
+    "MaskedPairs",
+    "VGG",
+    "VGGConfig",
+    "ViT",
+    "ViTConfig",
+    "masked_pair_loss",
+    "named",
+]

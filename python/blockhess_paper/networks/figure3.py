@@ -1,0 +1,147 @@
+"""Figure 3: spectra of four blocks of every network at initialisation, divided by their 10th largest eigenvalue.
+
+The paper's four: the first four convolutions of a CNN; embedding, a query, a value and an MLP matrix of a Transformer.
+It says that a CNN's look alike and a Transformer's do not. That is measured as the mean JS distance over the six pairs
+of the pictured spectra, normalised as pictured, with one sigma of 1% of the range of all four.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockhess._text import format_table
+from blockhess.analysis.density import default_sigma, node_grid, smooth
+from blockhess.spectra import Spectra
+from blockhess_paper.networks.initial_spectra import Subject, measured, settings
+from blockhess_paper.networks.networks import NETWORKS, Selection
+from blockhess_paper.pictures import new_figure
+from blockhess_paper.results import Claim, Result, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The paper divides by this eigenvalue.
+TENTH = 10
+
+# "Largely different": this many times the JS distance of the most heterogeneous CNN.
+CLEAR = 2.0
+
+# The figure does not show GPT2-nano.
+SHOWN = ("resnet18", "vgg16", "gpt2", "bert", "vit-base")
+
+
+def four_blocks(name: str, names: Sequence[str]) -> list[str]:
+    """Return the paper's four blocks of a network, or their nearest relatives in a shallower one.
+
+    Args:
+        name: of NETWORKS; for others the first four.
+        names: of all its blocks, as in Figure 4.
+
+    Example:
+        >>> four_blocks("vgg16", ["features.0", "features.2", "features.5", "features.7", "features.10"])
+        ['features.0', 'features.2', 'features.5', 'features.7']
+    """
+
+    def layer(part: str, number: int) -> str:
+        owned = [block for block in names if block.endswith(part)]
+        return owned[min(number, len(owned)) - 1]
+
+    if name == "gpt2":
+        # Of layers 1, 4, 8, 12 that Figure 4 has, the second stands for the 3rd.
+        return [names[0], layer(".attn.wq", 2), layer(".attn.wv", 2), layer(".mlp.c_fc", 2)]
+    if name == "gpt2-nano":
+        return [names[0], layer(".attn.c_attn", 3), layer(".attn.c_attn", 6), layer(".mlp.c_proj", 3)]
+    if name == "bert":
+        return [names[0], layer(".query", 2), layer(".value", 2), layer(".fc1", 3)]
+    if name == "vit-base":
+        return [names[0], layer(".attn.qkv", 1), layer(".attn.qkv", 2), layer(".mlp.fc1", 2)]
+    return list(names[:4])
+
+
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
+    """Draw the spectra of four blocks a network and measure how much they differ.
+
+    Args:
+        seed, quick, folder, selection: see table1.run; no model means the five networks of the figure.
+    """
+    selection = selection or Selection()
+    subjects = measured(folder, selection, SHOWN, seed=seed, quick=quick)
+    chosen = {s.title: four_blocks(s.name, s.spectra.names) for s in subjects}
+    distances = {}
+    rows = []
+    for s in subjects:
+        blocks = [b for b in chosen[s.title] if b in s.spectra.compared(normalize=TENTH)]
+        js0 = s.spectra.js0(blocks=blocks, normalize=TENTH) if len(blocks) > 1 else None
+        distances[s.title] = float(js0) if js0 else float("nan")
+        tenth = s.spectra.kth_eigenvalue(TENTH)[0][s.spectra.rows(chosen[s.title])]
+        low, high = (end[s.spectra.rows(chosen[s.title])] / tenth for end in s.spectra.eigenvalue_range())
+        for row, block in enumerate(chosen[s.title]):
+            rows.append([s.title, block, f"{tenth[row]:.3g}", f"{low[row]:.3g}", f"{high[row]:.3g}"])
+        rows[-1].append(f"{distances[s.title]:.3f}")
+    return Result(
+        "fig3",
+        f"Figure 3: spectra of four blocks of every network, scale {selection.scale!r}",
+        settings(subjects, seed, selection),
+        _claims(subjects, distances),
+        "eigenvalues over the block's 10th largest; JS: mean distance between the four, base 2, without blocks whose\n"
+        "10th largest is negative\n"
+        + format_table(
+            ["network", "block", "10th", "smallest / 10th", "largest / 10th", "JS"],
+            [[*row, ""][:6] for row in rows],
+            left=2,
+        ),
+        {"js distance": distances, "blocks": chosen},
+        figure=_draw(subjects, chosen),
+    )
+
+
+def _claims(subjects: Sequence[Subject], distances: Mapping[str, float]) -> tuple[Claim, ...]:
+    if not {s.name for s in subjects} >= set(SHOWN):
+        return ()
+    claims = []
+    for policy in ("eval", "batch"):
+        here = [s for s in subjects if s.policy in (policy, "none")]
+        # NaN, where two blocks at least cannot be normalised, decides nothing.
+        known = [s for s in here if not math.isnan(distances[s.title])]
+        cnn = max(distances[s.title] for s in known if not NETWORKS[s.name][2])
+        transformers = [distances[s.title] for s in known if NETWORKS[s.name][2]]
+        told = ", ".join(f"{distances[s.title]:.3f} ({s.title})" for s in here)
+        claims.append(
+            Claim(
+                f"Figure 3: spectra are similar among a CNN's blocks, different in a Transformer (BatchNorm {policy}).",
+                f"mean JS distance of the four, each over its 10th largest eigenvalue: {told}.",
+                verdict(min(transformers) >= CLEAR * cnn, max(transformers) >= CLEAR * cnn),
+            )
+        )
+    return tuple(claims)
+
+
+def _draw(subjects: Sequence[Subject], chosen: Mapping[str, list[str]]) -> Figure:
+    """A column of four panels a network, as in the paper: eigenvalues over the 10th largest, log-density."""
+    figure = new_figure(3.0 * len(subjects), 7.0, dpi=100)
+    panels = figure.subplots(4, len(subjects), squeeze=False, sharex="col")
+    for column, subject in enumerate(subjects):
+        for line, block in enumerate(chosen[subject.title]):
+            panel = panels[line][column]
+            _spectrum(panel, subject.spectra, block)
+            panel.set_title(block, fontsize="small", loc="left", pad=2)
+        panels[3][column].set_xlabel(subject.title, fontsize="medium")
+    figure.supylabel("density")
+    figure.suptitle("Spectra at initialisation, eigenvalues divided by the block's 10th largest", fontsize="large")
+    return figure
+
+
+def _spectrum(panel: Axes, spectra: Spectra, block: str) -> None:
+    row = spectra.rows([block])[0]
+    tenth = float(spectra.kth_eigenvalue(TENTH)[0][row])
+    nodes, weights = (part[row][None] for part in spectra.merged)
+    if not tenth > 0:
+        tenth = 1.0
+    sigma = default_sigma(nodes / tenth)
+    grid = node_grid(nodes / tenth, sigma)
+    panel.semilogy(grid.numpy(), smooth(nodes / tenth, weights, grid, sigma)[0].clamp(min=1e-11).numpy(), linewidth=0.8)
+    panel.set_ylim(1e-11, 1e2)

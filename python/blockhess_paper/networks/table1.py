@@ -1,0 +1,220 @@
+"""Table 1: JS0 of the six networks at initialisation, in every definition, under both BatchNorm policies.
+
+The paper's JS0 "denotes the average JS distance ... of each pair of parameter blocks", "the averaged value in each
+heatmap of Figure 4"; its numbers reach 286, which no Jensen-Shannon distance does. Tried here are the definitions of
+Table 3 (table3.py: kinds, normalisations and sigmas up to 1), all in nats. An average over the whole heatmap, with its
+zero diagonal, is (n - 1) / n of the one over pairs.
+
+A definition is judged as there: by the root mean square factor to the paper's six numbers, as they are and after one
+common factor, and by the rank correlation; and by the ratio of the least heterogeneous Transformer to the most
+heterogeneous CNN, which the paper puts at 140 or more.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockhess._text import format_table
+from blockhess_paper.networks.initial_spectra import POLICIES, Subject, measured, settings
+from blockhess_paper.networks.networks import NETWORKS, Selection
+from blockhess_paper.pictures import new_figure
+from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.scaled_mlp.table3 import (
+    ALIKE,
+    CLOSE,
+    DEFINITIONS,
+    ORDERED,
+    PAPER_SIGMA,
+    SMALLEST,
+    Definition,
+    distance_to_paper,
+    js0,
+    named_definition,
+    sigma_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = tuple(value for _, value, _ in NETWORKS.values())
+PAPER_RATIO = 140.0
+
+# Definitions in the printed table, these first: the default of `Spectra.js0`, the sigma of the paper's code, and the
+# normalisation of its pictures.
+SHOWN = 12
+ALWAYS: tuple[Definition, ...] = (
+    ("distance", "none", None),
+    ("distance", "none", PAPER_SIGMA),
+    ("distance", "10th largest", None),
+)
+
+# A wider blur than this leaves nothing of the CNNs' spectra, whose eigenvalues are below it.
+WIDEST = 1.0
+TRIED = tuple(key for key in DEFINITIONS if key[2] is None or key[2] <= WIDEST)
+
+
+def ratio(values: Mapping[str, float]) -> float:
+    """Return JS0 of the least heterogeneous Transformer over that of the most heterogeneous CNN.
+
+    Args:
+        values: name of every network -> JS0.
+
+    Example:
+        >>> round(ratio({name: value for name, (_, value, _) in NETWORKS.items()}), 1)
+        149.3
+    """
+    least = min(values[name] for name, (_, _, transformer) in NETWORKS.items() if transformer)
+    most = max(values[name] for name, (_, _, transformer) in NETWORKS.items() if not transformer)
+    return least / max(most, SMALLEST)
+
+
+def by_policy(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
+    """Return the networks under each BatchNorm policy; one without BatchNorm is the same under all."""
+    return {policy: [s for s in subjects if s.policy in (policy, "none")] for policy in POLICIES}
+
+
+def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
+    """Measure the networks, or take their spectra from the folder, and compare with the paper's six numbers.
+
+    Args:
+        seed: of weights, data and probes.
+        quick: few probes, steps, samples and definitions.
+        folder: where the spectra are kept.
+        selection: of the networks, by default the small relatives of the paper's six. Claims are judged of the six
+            together only.
+    """
+    selection = selection or Selection()
+    subjects = measured(folder, selection, seed=seed, quick=quick)
+    definitions = TRIED[1::8] if quick else TRIED
+    values = {key: {s.title: js0(s.spectra, key) for s in subjects} for key in definitions}
+    intervals = {s.title: s.spectra.js0(confidence=0.95) for s in subjects}
+
+    complete = {s.name for s in subjects} == set(NETWORKS)
+    judged: dict[str, dict[Definition, tuple[float, float, float]]] = {}
+    ratios: dict[str, dict[Definition, float]] = {}
+    if complete:
+        for policy, chosen in by_policy(subjects).items():
+            found = {key: {s.name: values[key][s.title] for s in chosen} for key in definitions}
+            judged[policy] = {key: distance_to_paper(list(row.values()), PAPER) for key, row in found.items()}
+            ratios[policy] = {key: ratio(row) for key, row in found.items()}
+    numbers = {
+        "js0": {named_definition(key): row for key, row in values.items()},
+        "with the diagonal": {s.title: (len(s.spectra) - 1) / len(s.spectra) for s in subjects},
+        "default": {title: str(found) for title, found in intervals.items()},
+        "judged": {p: {named_definition(key): v for key, v in row.items()} for p, row in judged.items()},
+        "ratio": {p: {named_definition(key): v for key, v in row.items()} for p, row in ratios.items()},
+    }
+    return Result(
+        "table1",
+        f"Table 1: JS0 of the networks at initialisation, scale {selection.scale!r}",
+        settings(subjects, seed, selection),
+        _claims(judged, ratios) if complete else (),
+        _text(subjects, values, judged, ratios) + "\n" + "\n".join(f"{t}: {j}" for t, j in intervals.items()),
+        numbers,
+        figure=_draw(subjects, values, judged),
+    )
+
+
+def _claims(
+    judged: Mapping[str, Mapping[Definition, tuple[float, float, float]]],
+    ratios: Mapping[str, Mapping[Definition, float]],
+) -> tuple[Claim, ...]:
+    best = {policy: min(row, key=lambda key: row[key][0]) for policy, row in judged.items()}
+    alike = {policy: min(row, key=lambda key: (row[key][2] <= ORDERED, row[key][1])) for policy, row in judged.items()}
+    close = [judged[policy][key] for policy, key in best.items()]
+    similar = [judged[policy][key] for policy, key in alike.items()]
+    values = Claim(
+        "Table 1: JS0 is " + ", ".join(f"{value} ({title})" for title, value, _ in NETWORKS.values()) + ".",
+        "; ".join(
+            f"BatchNorm {policy}: closest of {len(row)} definitions is {named_definition(best[policy])}, within a "
+            f"factor {row[best[policy]][0]:.3g} on root mean square; most alike up to one factor "
+            f"{named_definition(alike[policy])}, {row[alike[policy]][1]:.3g} with rank correlation "
+            f"{row[alike[policy]][2]:.2f}"
+            for policy, row in judged.items()
+        )
+        + ".",
+        verdict(min(c[0] for c in close) < CLOSE, any(s[1] < ALIKE and s[2] > ORDERED for s in similar)),
+    )
+
+    def counted(least: float) -> str:
+        return " and ".join(
+            f"in {sum(r >= least for r in row.values())} of {len(row)} definitions with BatchNorm {policy}"
+            for policy, row in ratios.items()
+        )
+
+    every = [r for row in ratios.values() for r in row.values()]
+    told = ", ".join(
+        f"{min(row.values()):.2g} ... {max(row.values()):.2g}, median {statistics.median(row.values()):.2g} ({policy})"
+        for policy, row in ratios.items()
+    )
+    return (
+        values,
+        Claim(
+            "Table 1: JS0 on CNNs is at least 140 times smaller than on Transformers.",
+            f"the least Transformer over the greatest CNN reaches 140 {counted(PAPER_RATIO)}; it is {told}.",
+            verdict(min(every) >= PAPER_RATIO, max(every) >= PAPER_RATIO),
+        ),
+        Claim(
+            "Section 2.5: JS0 sets CNNs apart from Transformers (every CNN's is below every Transformer's).",
+            f"so {counted(1.0)}.",
+            verdict(min(every) > 1, max(every) > 1),
+        ),
+    )
+
+
+def _text(
+    subjects: Sequence[Subject],
+    values: Mapping[Definition, Mapping[str, float]],
+    judged: Mapping[str, Mapping[Definition, tuple[float, float, float]]],
+    ratios: Mapping[str, Mapping[Definition, float]],
+) -> str:
+    order = list(values)
+    if judged:
+        order.sort(key=lambda key: min(row[key][1] for row in judged.values()))
+    first = [key for key in ALWAYS if key in values]
+    shown = [*first, *(key for key in order if key not in first)][:SHOWN]
+    header = ["kind", "normalised by", "sigma", *(s.title for s in subjects)]
+    header += [f"{what}, {policy}" for policy in judged for what in ("factor", "scaled", "rank", "ratio")]
+    paper = [f"{NETWORKS[s.name][1]:g}" if s.name in NETWORKS else "" for s in subjects]
+    rows = [["Table 1", "", "", *paper, *(["", "", "", f"{PAPER_RATIO:g}"] * len(judged))]]
+    for key in shown:
+        row = [*key[:2], sigma_text(key), *(f"{values[key][s.title]:.2g}" for s in subjects)]
+        for policy in judged:
+            factor, scaled, rank = judged[policy][key]
+            row += [f"{factor:.2g}", f"{scaled:.2g}", f"{rank:.2f}", f"{ratios[policy][key]:.2g}"]
+        rows.append(row)
+    return (
+        f"JS0 in nats, mean over pairs of different blocks; {len(first)} definitions of use, then those most alike\n"
+        "factor: root mean square factor to the paper's; scaled: after one common factor; rank: correlation;\n"
+        "ratio: least Transformer over greatest CNN. A mean with the diagonal is (n - 1) / n of these: "
+        + ", ".join(f"{(len(s.spectra) - 1) / len(s.spectra):.2f} ({s.title})" for s in subjects)
+        + "\n"
+        + format_table(header, rows, left=3)
+        + "\n"
+    )
+
+
+def _draw(
+    subjects: Sequence[Subject],
+    values: Mapping[Definition, Mapping[str, float]],
+    judged: Mapping[str, Mapping[Definition, tuple[float, float, float]]],
+) -> Figure:
+    """The paper's numbers and, of every kind, the definition most alike and the default's sigma."""
+    figure = new_figure(9.0, 5.0)
+    panel = figure.subplots()
+    titles = [s.title for s in subjects]
+    known = [(s.title, NETWORKS[s.name][1]) for s in subjects if s.name in NETWORKS]
+    panel.plot([t for t, _ in known], [value for _, value in known], "k*", markersize=11, label="Table 1")
+    for kind, mark in zip(dict.fromkeys(key[0] for key in values), "os^v"):
+        keys = [key for key in values if key[0] == kind]
+        if judged:
+            keys.sort(key=lambda key: min(row[key][1] for row in judged.values()))
+        found = values[keys[0]]
+        panel.plot(titles, [max(found[t], SMALLEST) for t in titles], mark, label=named_definition(keys[0]))
+    panel.set(yscale="log", ylabel="JS0, nats")
+    panel.tick_params(axis="x", rotation=20)
+    figure.legend(loc="outside lower center", frameon=False, fontsize="small", ncols=2)
+    return figure

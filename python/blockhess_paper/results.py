@@ -1,0 +1,131 @@
+"""What an experiment hands back: claims with verdicts, numbers, arrays, a picture; and how that is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockhess.report.plots import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
+
+TEXT_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of the paper, what was measured here, and what that makes of it.
+
+    Attributes:
+        paper: the statement, with where it stands.
+        measured: the numbers that decide.
+        verdict: REPRODUCED, PARTLY or NOT_REPRODUCED.
+    """
+
+    paper: str
+    measured: str
+    verdict: str
+
+    def __str__(self) -> str:
+        lines = (f"{self.verdict.upper()}: {self.paper}", f"  here: {self.measured}")
+        return "\n".join(textwrap.fill(line, TEXT_WIDTH, subsequent_indent="  ") for line in lines)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An experiment that has run.
+
+    Attributes:
+        name: of the command and of the files.
+        title: one line.
+        settings: what it was run with, JSON values.
+        claims: in the order of the paper.
+        text: tables, as printed before the claims.
+        numbers: what the claims rest on, JSON values.
+        arrays: larger data, for the .npz.
+        figure: the picture, if the experiment has one.
+    """
+
+    name: str
+    title: str
+    settings: Mapping[str, Any]
+    claims: tuple[Claim, ...]
+    text: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    figure: Figure | None = None
+
+    def __str__(self) -> str:
+        return "\n\n".join(filter(None, [self.title, self.text.rstrip(), *map(str, self.claims)]))
+
+    def write(self, folder: Path, **provenance: Any) -> list[Path]:
+        """Write NAME.json, NAME.npz where there are arrays and NAME.png where there is a picture.
+
+        Args:
+            folder: where to; it exists.
+            provenance: further entries of the JSON, such as the seconds it took.
+
+        Returns:
+            The files.
+        """
+        content = {
+            "name": self.name,
+            "title": self.title,
+            "settings": self.settings,
+            "claims": [asdict(claim) for claim in self.claims],
+            "text": self.text,
+            "numbers": self.numbers,
+            **provenance,
+        }
+        path = folder / f"{self.name}.json"
+        path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        written = [path]
+        if self.arrays:
+            written.append(folder / f"{self.name}.npz")
+            arrays: dict[str, Any] = {name: value.numpy() for name, value in self.arrays.items()}
+            np.savez_compressed(written[-1], **arrays)
+        if self.figure is not None:
+            written.append(folder / f"{self.name}.png")
+            save_figure(self.figure, written[-1])
+        return written
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities as words, which JSON can hold, and floats to 6 digits."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def quantiles(values: Tensor, shares: tuple[float, ...] = (0.1, 0.5, 0.9)) -> list[float]:
+    """Return quantiles of all entries; infinite ones count as the largest.
+
+    Example:
+        >>> quantiles(torch.tensor([1.0, 2.0, 3.0]), (0.5,))
+        [2.0]
+    """
+    ordered = values.flatten().double().sort().values
+    index = (torch.tensor(shares, dtype=torch.float64) * (len(ordered) - 1)).round().long()
+    chosen: list[float] = ordered[index].tolist()
+    return chosen
+
+
+def verdict(all_hold: bool, some_hold: bool = False) -> str:
+    """Return the word for a claim that holds in full, in part or not at all."""
+    return REPRODUCED if all_hold else PARTLY if some_hold else NOT_REPRODUCED

@@ -1,0 +1,21 @@
+"""Training as the paper does it: its Algorithms 1-3, learning-rate grids, checkpoints, and the spectra of those."""
+
+from __future__ import annotations
+
+from blockhess.integrations.checkpoints import load_checkpoint, save_checkpoint, spectra_of_checkpoints
+from blockhess_paper.training.loop import Training, learning_rate, train
+from blockhess_paper.training.optimizers import OPTIMIZERS, AdamUncorrected, make_optimizer
+from blockhess_paper.training.saved_state import Kept
+
+__all__ = [
+    "OPTIMIZERS",
+    "AdamUncorrected",
+    "Kept",
+    "Training",
+    "learning_rate",
+    "load_checkpoint",
+    "make_optimizer",
+    "save_checkpoint",
+    "spectra_of_checkpoints",
+    "train",
+]

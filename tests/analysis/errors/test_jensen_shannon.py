@@ -1,0 +1,127 @@
+"""js_error.py and sensitivity.py: the noise of JS0 against many runs, and the table against single calls."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockhess.analysis import distribution
+from blockhess.analysis.errors.intervals import jackknife, leave_one_out
+from blockhess.analysis.jensen_shannon import js_matrix
+from blockhess_ext import batched_slq
+from tests.analysis.errors.test_bands import N_RUNS, as_spectra, runs
+from tests.helpers.dense_measures import spectra
+from tests.helpers.spectra_cases import make_spectra, random_spectra
+
+
+def three_blocks(n_probes: int) -> object:
+    """Blocks of 60 elements: two with the same spectrum, one other."""
+    kinds = spectra(60)
+    diagonal = torch.cat([kinds["uniform"], kinds["uniform"], kinds["arcsine"]])
+    return batched_slq(lambda v: v * diagonal, [60] * 3, num_probes=n_probes, num_steps=30, dtype=torch.float64)
+
+
+def test_bias_and_interval_of_js0() -> None:
+    q = three_blocks(5 * N_RUNS)
+    truth = as_spectra(q).js0(sigma=0.05)
+    estimates = [as_spectra(part).js0(sigma=0.05, confidence=0.95) for part in runs(q)]
+    raw = torch.tensor([js0.value for js0 in estimates]) - truth.value
+    corrected = torch.tensor([js0.value - js0.bias for js0 in estimates]) - truth.value
+    assert raw.mean() > 0.02, "noise must raise it: otherwise nothing is tested"
+    assert abs(corrected.mean()) < 0.4 * raw.mean()
+    inside = [js0.interval[0] <= truth.value <= js0.interval[1] for js0 in estimates]
+    assert sum(inside) >= 0.8 * N_RUNS
+    assert sum(js0.interval[1] - js0.interval[0] < 0.2 for js0 in estimates) > 0.9 * N_RUNS
+
+
+@pytest.mark.parametrize("kind", ["distance", "divergence", "jeffreys", "unnormalised"])
+def test_js_matrix_error(kind: str) -> None:
+    result = as_spectra(three_blocks(6))
+    bias, stderr = result.js_matrix_error(kind=kind, sigma=0.05)
+    assert bias.shape == stderr.shape == (3, 3)
+    assert torch.equal(bias, bias.T) and not bias.diagonal().any()
+    # The pair of equal spectra is at 0: all that is seen there is noise, and much of it is taken for such.
+    value = result.js_matrix(kind, sigma=0.05)
+    assert bias[0, 1] > 0.5 * value[0, 1] > 0 and stderr[0, 2] > 0
+    if kind != "distance":
+        parts = [
+            js_matrix(
+                *distribution.merge_probes(distribution.with_probes(result.quadrature, rest)), sigma=0.05, kind=kind
+            )
+            for rest in ([q for q in range(6) if q != p] for p in range(6))
+        ]
+        torch.testing.assert_close(bias, 5 * (torch.stack(parts).mean(0) - value), rtol=1e-9, atol=1e-12)
+
+
+def test_fewer_probes_of_a_block_are_overestimated_by_what_is_said() -> None:
+    x = torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # what k = 3 of n = 8 gave
+    for power in (1, 2):
+        alone, among = (
+            jackknife(*leave_one_out(lambda probes, power=power: x[[p for p in probes if p < 3]].mean() ** power, n))
+            for n in (3, 8)
+        )
+        factor = 3 * 7 / (8 * 2)
+        torch.testing.assert_close(among[0], factor * alone[0], rtol=1e-9, atol=1e-12)
+        if power == 1:  # of others the spread is about the mean of the parts, which differs
+            torch.testing.assert_close(among[1], factor**0.5 * alone[1], rtol=1e-9, atol=0)
+
+
+def test_the_interval_stays_within_the_bounds_and_is_printed() -> None:
+    js0 = as_spectra(three_blocks(3)).js0(confidence=0.9)
+    lower, upper, confidence = js0.interval
+    assert 0 <= lower <= upper <= 1 and confidence == 0.9
+    assert f"({lower:.3g} ... {upper:.3g} with 90 %" in str(js0)
+    assert str(js0).startswith(f"JS0 = {js0.value:.4g} (")
+    plain = as_spectra(three_blocks(3)).js0()
+    assert plain.value == js0.value and plain.interval is None and "%" not in str(plain)
+
+
+def test_one_probe_gives_the_widest_interval() -> None:
+    js0 = as_spectra(three_blocks(1)).js0("divergence", math.e, confidence=0.95)
+    assert js0.interval == (0.0, pytest.approx(math.log(2)), 0.95) and math.isnan(js0.stderr)
+    one_left = make_spectra(
+        [[[1.0], [2.0]], [[1.0], [0.0]]], [[[1.0], [1.0]], [[1.0], [0.0]]], steps=[[1, 1], [1, 0]], dims=[5, 5]
+    )
+    assert one_left.js_matrix_error(blocks=["block0", "block1"])[1].isnan().any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1000), axis=st.sampled_from(["linear", "asinh"]), normalize=st.sampled_from(["none", "radius"])
+)
+def test_a_metric_on_every_axis(seed: int, axis: str, normalize: str) -> None:
+    result = random_spectra(seed=seed)
+    d = result.js_matrix(axis=axis, normalize=normalize)
+    assert torch.equal(d, d.T) and not d.diagonal().any() and (d >= 0).all() and (d <= 1).all()
+    assert (d[:, None, :] <= d[:, :, None] + d[None, :, :] + 1e-9).all()
+
+
+def test_sensitivity_is_the_table_of_single_calls() -> None:
+    result = random_spectra(batchnorm="eval", dims=[40] * 4)
+    table = result.sensitivity(sigmas=[0.5, 1.0], normalizations=["none", "radius", 3], base=math.e)
+    assert len(table.rows) == 2 * 2 * 3
+    for row in table.rows:
+        options = {"axis": row.axis.name, "normalize": row.axis.normalize}
+        default = result.js0(base=math.e, **options)
+        expected = result.js0(base=math.e, sigma=row.relative_sigma * default.sigma, scale=default.scale, **options)
+        assert row.js0 == expected and row.sigma == row.js0.sigma
+    text = str(table)
+    low, high = table.range()
+    assert f"from {low:.4g} to {high:.4g}" in text and "base 2.71828" in text and "BatchNorm in eval mode" in text
+    assert text.count("asinh") == 6 and "eigenvalue 3" in text and low < high
+
+
+def test_sensitivity_of_blocks_that_cannot_be_normalised() -> None:
+    result = make_spectra([[[-1.0, 1.0], [-3.0, 2.0], [0.0, 4.0]]], [[[0.5, 0.5]] * 3], dims=[2, 2, 2])
+    table = result.sensitivity(sigmas=[1.0], axes=["linear"])
+    by_kind = {row.axis.normalize: row for row in table.rows}
+    assert by_kind["none"].js0 is not None and by_kind["trace"].js0 is None and by_kind[10].js0 is None
+    assert " - " in str(table)
+    with pytest.raises(ValueError, match="cannot be divided by the block's trace"):
+        result.sensitivity(blocks=["block0", "block1"], normalizations=["trace"])
+    with pytest.raises(ValueError, match="axis must be one of"):
+        result.sensitivity(axes=["log"])

@@ -1,0 +1,59 @@
+"""Plain nvcc compiles all of csrc/cuda for every architecture, without a warning and without a spill."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+NVCC = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc")
+ARCHITECTURES = ("sm_80", "sm_90")
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+FLAGS = ["-O3", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-Wall"]
+
+pytestmark = pytest.mark.skipif(
+    not Path(NVCC).exists(), reason="needs nvcc to compile csrc/cuda: set CUDA_HOME or PATH"
+)
+
+
+def compile_report(source: Path, architecture: str, standard: str, output: Path) -> str:
+    """What ptxas says of every kernel of a file."""
+    command = [NVCC, f"-arch={architecture}", f"-std={standard}", *FLAGS, "-c", str(source), "-o", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def spills(report: str) -> list[int]:
+    """Bytes of spill stores and loads, two numbers a kernel."""
+    return [
+        int(number)
+        for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        for number in pair
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_compiles_without_warnings_and_spills(source, architecture, tmp_path):
+    numbers = spills(compile_report(source, architecture, "c++17", tmp_path / "kernel.o"))
+    assert numbers and not any(numbers)
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_compiles_as_cpp20(source, tmp_path):
+    compile_report(source, "sm_90", "c++20", tmp_path / "kernel.o")
+
+
+def test_a_spill_is_seen(tmp_path):
+    source = tmp_path / "spill.cu"
+    body = "".join(f"double x{i} = in[{i} + threadIdx.x];" for i in range(64)) + "__syncthreads();"
+    body += "".join(f"out[{i} + threadIdx.x] = x{i} * x{(i * 7 + 3) % 64};" for i in range(64))
+    source.write_text(f"__global__ void __launch_bounds__(1024, 2) k(const double* in, double* out) {{ {body} }}")
+    assert any(spills(compile_report(source, "sm_90", "c++17", tmp_path / "spill.o")))

@@ -1,0 +1,145 @@
+"""Recurrences end once their quadrature has settled: each on its own, with the error asked for, and not before."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from blockhess_ext import batched_slq, completion
+from blockhess_ext.early_stopping import change, steps_between, wasserstein
+from tests.ext.test_completion import Late
+
+N = 20_000
+
+
+def semicircle(n: int) -> Tensor:
+    x = np.linspace(-1, 1, 100_001)
+    cdf = 0.5 + (x * np.sqrt(1 - x**2) + np.arcsin(x)) / np.pi
+    return torch.from_numpy(np.interp((np.arange(n) + 0.5) / n, cdf, x))
+
+
+def rule(nodes: Tensor) -> tuple[Tensor, Tensor]:
+    return nodes[None], torch.full_like(nodes, 1 / len(nodes))[None]
+
+
+def test_wasserstein_is_scipys(rng):
+    a, b = ((torch.randn(6, m, generator=rng).double(), torch.rand(6, m, generator=rng).double()) for m in (7, 11))
+    a, b = ((x, w / w.sum(-1, keepdim=True)) for x, w in (a, b))
+    expected = [scipy.stats.wasserstein_distance(*(t[i].numpy() for t in (a[0], b[0], a[1], b[1]))) for i in range(6)]
+    torch.testing.assert_close(wasserstein(a, b), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_change_is_a_share_of_the_range(scale):
+    a, b = rule(scale * torch.tensor([0.0, 4.0]).double()), rule(scale * torch.tensor([1.0, 4.0]).double())
+    assert change(a, b).item() == pytest.approx(1 / 8)
+    # Half of the mass moves by a quarter of the range: 10 sigma, so that half is gone and half is new.
+    assert change(a, b, sigma=0.025).item() == pytest.approx(1.0, abs=1e-5)
+    # By sigma: 2 (2 Phi(1/2) - 1), of half of the mass.
+    assert change(a, b, sigma=0.25).item() == pytest.approx(2 * math.erf(0.5 / math.sqrt(2)) / 2, abs=5e-3)
+    same = rule(torch.full((3,), scale).double())
+    assert change(same, same).item() == change(same, same, sigma=0.1).item() == 0
+
+
+@pytest.mark.parametrize(("tol", "sigma"), [(0.02, None), (0.005, None), (0.01, 0.05), (0.05, 0.02)])
+def test_it_stops_with_the_error_asked_for_and_not_much_later(tol, sigma):
+    d = semicircle(N)
+    q = batched_slq(lambda v: v * d, [N], num_probes=1, num_steps=400, dtype=torch.float64, tol=tol, sigma=sigma)
+    m = int(q.steps)
+    # The truth for this probe is its own spectral measure, which 400 steps resolve far beyond tol.
+    fine = batched_slq(lambda v: v * d, [N], num_probes=1, num_steps=400, dtype=torch.float64)
+    error = [
+        float(change((part.nodes[0], part.weights[0]), (fine.nodes[0], fine.weights[0]), sigma))
+        for part in (q, batched_slq(lambda v: v * d, [N], num_probes=1, num_steps=m // 2, dtype=torch.float64))
+    ]
+    assert error[0] <= tol < 1.5 * error[1]  # half of the steps would not do, or barely
+
+
+def test_steps_are_those_of_a_run_of_that_length():
+    d = semicircle(N).float()
+    q = batched_slq(lambda v: v * d, [N], num_probes=2, num_steps=200, tol=0.01)
+    m = int(q.steps[0, 0])
+    plain = batched_slq(lambda v: v * d, [N], num_probes=2, num_steps=m)
+    assert m < 200 and torch.equal(q.alpha[..., :m], plain.alpha) and torch.equal(q.nodes[..., :m], plain.nodes)
+
+
+def test_each_recurrence_stops_for_itself():
+    """A block with spikes only, a hard one, a tiny one, a zero one: as alone, bit by bit, in any company."""
+    spikes = torch.tensor([0.0] * 4990 + [1.0] * 10)
+    parts = [spikes, semicircle(N).float(), torch.linspace(0, 1, 7), torch.zeros(30)]
+    dims = [len(part) for part in parts]
+    d = torch.cat(parts)
+    told = []
+
+    class Operator:
+        def __call__(self, v: Tensor) -> Tensor:
+            return v * d
+
+        def mark_finished(self, mask: Tensor) -> None:
+            told.append(mask[0].tolist())
+
+    q = batched_slq(Operator(), dims, num_probes=2, num_steps=150, tol=0.01, reorthogonalize="none")
+    for l, part in enumerate(parts):
+        alone = batched_slq(
+            lambda v, part=part: v * part, [dims[l]], block_ids=[l], num_probes=2, num_steps=150, tol=0.01,
+            reorthogonalize="none",
+        )  # fmt: skip
+        assert torch.equal(alone.steps[:, 0], q.steps[:, l])
+        m = alone.nodes.shape[-1]
+        assert torch.equal(alone.nodes[:, 0], q.nodes[:, l, :m])
+    assert q.steps[0, 0] < 20 and 40 < q.steps[0, 1] < 100 and q.steps[0, 2] == 7 and q.steps[0, 3] == 1
+    assert told[-1] == [True] * 4 and len(told) > 1
+
+
+def test_two_calm_looks_are_needed():
+    """However large tol is: one look to compare with, and two calm ones."""
+    d = torch.linspace(0, 1, 1000)
+    q = batched_slq(lambda v: v * d, [1000], num_steps=50, tol=1.0)
+    assert (q.steps == 15).all()
+    assert [steps_between(step) for step in (0, 40, 56, 100)] == [5, 5, 7, 13]
+
+
+def test_a_late_host_changes_no_result(monkeypatch):
+    d = semicircle(3000)
+
+    def run() -> list[Tensor]:
+        q = batched_slq(lambda v: v * d, [1000, 2000], num_probes=2, dtype=torch.float64, tol=0.01)
+        return [q.nodes, q.alpha, q.steps]
+
+    at_once = run()
+    monkeypatch.setattr(completion, "watch", Late)
+    for a, b in zip(at_once, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"tol": 0.0}, ValueError, r"tol must be above 0 and at most 1 .*, got 0.0"),
+        ({"tol": -1}, ValueError, r"tol must be above 0 and at most 1 .*, got -1"),
+        (
+            {"tol": math.nan},
+            ValueError,
+            r"tol must be above 0 and at most 1 .*, got nan",
+        ),
+        (
+            {"tol": math.inf},
+            ValueError,
+            r"tol must be above 0 and at most 1 .*, got inf",
+        ),
+        ({"tol": "small"}, TypeError, "tol must be None or a number above 0 and at most 1, got 'small'"),
+        ({"tol": 0.1, "sigma": 0.0}, ValueError, "sigma must be above 0 and at most 1 .*, got 0.0"),
+        ({"tol": 0.1, "sigma": 1.5}, ValueError, r"sigma must be .* \(a share of the spectrum's range\), got 1.5"),
+        ({"tol": 1.5}, ValueError, "tol must be above 0 and at most 1 .*, got 1.5"),
+        ({"tol": 2.5, "sigma": 0.1}, ValueError, r"tol must be above 0 and at most 2 \(an L1 distance of densities\)"),
+        ({"sigma": 0.1}, ValueError, "tol must be given with sigma, got sigma=0.1 alone"),
+    ],
+)
+def test_bad_input(options, error, text):
+    with pytest.raises(error, match=f"batched_slq: {text}"):
+        batched_slq(lambda v: v, [3], **options)

@@ -1,0 +1,163 @@
+"""Recurrences that go on from a state: the same bits as without a stop, with more steps too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockhess_ext import Quadrature, State, batched_slq
+from tests.helpers import replay_cases
+from tests.helpers.call_recorder import CallRecorder
+
+DIMS = (1, 2, 7, 40, 300)
+WORDS = ("none", "full", "partial", "auto")
+
+
+class Operator:
+    """Diagonal, block 2 zero, one lane NaN at its 6th step; counts the products of recurrences not yet finished."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.scales = torch.linspace(-1, 3, sum(DIMS), dtype=dtype) ** 3
+        self.scales[3:10] = 0.0
+        self.step, self.products, self.finished = 0, 0, torch.zeros(2, len(DIMS), dtype=torch.bool)
+
+    def mark_finished(self, finished: Tensor) -> None:
+        self.finished = finished
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.step += 1
+        self.products += int((~self.finished).sum())
+        w = v * self.scales
+        if self.step == 6:
+            w[1, 20] = torch.nan
+        return w
+
+
+def run(operator: Operator, num_steps: int, **options: Any) -> Quadrature:
+    return batched_slq(
+        operator, DIMS, num_probes=2, num_steps=num_steps, on_nonfinite="report", dtype=operator.scales.dtype, **options
+    )
+
+
+def tensors(q: Quadrature) -> list[Tensor]:
+    return [q.nodes, q.weights, q.alpha, q.beta, q.steps, q.nonfinite]
+
+
+def assert_same(a: Quadrature, b: Quadrature) -> None:
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        assert torch.equal(x, y)
+
+
+def states(operator: Operator, num_steps: int, **options: Any) -> list[State]:
+    found: list[State] = []
+    run(operator, num_steps, on_state=lambda state: found.append(state.copy()), **options)
+    return found
+
+
+@pytest.mark.parametrize("tol", [None, 0.02])
+@pytest.mark.parametrize("words", WORDS)
+def test_going_on_from_any_step_gives_the_same_bits(words, tol, dtype):
+    options = {"reorthogonalize": words, "tol": tol}
+    whole = Operator(dtype)
+    expected = run(whole, 30, **options)
+    found = states(Operator(dtype), 30, **options)
+    assert [state.step for state in found] == list(range(1, len(found) + 1))
+    for state in found[::4] + found[-1:]:
+        operator = Operator(dtype)
+        operator.step = state.step
+        assert_same(run(operator, 30, state=state, **options), expected)
+    # No product of a recurrence known to have finished is made again.
+    operator, state = Operator(dtype), found[10]
+    operator.step = state.step
+    first = Operator(dtype)
+    run(first, state.step, **options)
+    run(operator, 30, state=state, **options)
+    assert first.products + operator.products == whole.products
+
+
+@pytest.mark.parametrize("tol", [None, 0.005])
+@pytest.mark.parametrize("words", WORDS)
+def test_more_steps_are_those_of_a_longer_run(words, tol, dtype):
+    """Past the size of the smaller blocks, past the looks of tol, with a basis and estimates that grow."""
+    asked = words
+    if words == "auto":  # depends on num_steps: the first run's are replayed
+        asked = run(Operator(dtype), 12).reorthogonalize
+        assert len(set(asked)) == 2
+    expected = run(Operator(dtype), 50, reorthogonalize=asked, tol=tol)
+    last = states(Operator(dtype), 12, reorthogonalize=words, tol=tol)[-1]
+    assert last.step == 12
+    for middle in (12, 31):
+        operator = Operator(dtype)
+        operator.step = 12
+        found: list[State] = []
+        options = {"reorthogonalize": words, "tol": tol}
+        run(operator, middle, state=last, on_state=lambda s, found=found: found.append(s.copy()), **options)
+        state = found[-1] if found else last
+        assert_same(run(operator, 50, state=state, **options), expected)
+    assert int(expected.steps.max()) > 31
+
+
+def test_the_state_is_not_copied_and_that_of_the_last_step_stays():
+    live: list[State] = []
+    q = batched_slq(lambda v: v * torch.arange(1.0, 9.0), [8], num_steps=4, on_state=live.append)
+    assert [state.step for state in live] == [1, 2, 3, 4]
+    assert len({state.tensors["norm"].data_ptr() for state in live}) == 1
+    assert live[0].tensors["v"].data_ptr() == live[2].tensors["v"].data_ptr()
+    assert not torch.equal(live[0].copy().tensors["v"], live[1].tensors["v"])
+    torch.testing.assert_close(live[-1].tensors["v"].norm(dim=1), torch.ones(10))
+    assert torch.equal(live[-1].tensors["alpha"].permute(1, 2, 0), q.alpha)
+    assert live[-1].nbytes == sum(t.nbytes for t in live[-1].tensors.values())
+
+
+def test_a_state_without_further_steps_is_a_quadrature():
+    def never(v: Tensor) -> Tensor:
+        raise AssertionError("no product is needed")
+
+    state = states(Operator(torch.float32), 7)[-1]
+    q = batched_slq(never, DIMS, num_probes=2, num_steps=7, state=state, on_nonfinite="report")
+    assert_same(q, run(Operator(torch.float32), 7))
+
+
+def test_graphs_can_be_replayed_from_a_state(monkeypatch):
+    recorder = CallRecorder()
+    monkeypatch.setattr("blockhess_ext.cuda_graph.recorder_of", lambda device: recorder)
+    expected = replay_cases.run(replay_cases.Operator())
+    found: list[State] = []
+    operator = replay_cases.Operator()
+    replay_cases.run(operator, on_state=lambda s: found.append(s.copy()), cuda_graph=True)
+    for state in (found[2], found[7]):
+        operator = replay_cases.Operator()
+        operator.count += state.step
+        for a, b in zip(replay_cases.run(operator, state=state, cuda_graph=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_steps": 4}, "num_steps must be an integer at least 5, got 4"),
+        ({"num_probes": 3}, r"shape of v in state must be .*3, 14.*, got .*2, 14"),
+        ({"dims": [5, 8]}, r"shape of v in state must be .*2, 13.*, got .*2, 14"),
+        ({"dtype": torch.float64}, "dtype of v in state must be torch.float64, got torch.float32"),
+        ({"tol": 0.1}, "tensors in state must be .*calm.*, got"),
+        ({"reorthogonalize": "none"}, "reorthogonalize must be that of state, full, full, got 'none'"),
+    ],
+)
+def test_a_state_of_other_recurrences_is_refused(options, text):
+    found: list[State] = []
+    batched_slq(lambda v: v * torch.arange(14.0), [5, 9], num_probes=2, num_steps=5, on_state=found.append)
+    given = {"dims": [5, 9], "num_probes": 2, "num_steps": 6, "state": found[-1], **options}
+    with pytest.raises(ValueError, match=f"batched_slq: {text}"):
+        batched_slq(lambda v: v, **given)
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 6), ("steps", -1), ("steps", 3), ("status", 3), ("status", -1)])
+def test_a_state_that_cannot_be_is_refused(name: str, value: int) -> None:
+    state = states(Operator(torch.float64), 9)[4]
+    run(Operator(torch.float64), 9, state=state)  # control
+    state.tensors[name][1, 4] = value
+    with pytest.raises(ValueError, match="batched_slq: steps and status in state must be those of 5 steps, got others"):
+        run(Operator(torch.float64), 9, state=state)

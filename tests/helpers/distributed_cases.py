@@ -1,0 +1,289 @@
+"""What the processes of the distributed tests compute: every case is run by all ranks of one process group."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # which the first backward pass would load in every process
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blockhess
+import blockhess.estimate
+from blockhess.hvp.autograd import AutogradEngine
+from blockhess.run.storage import directory
+
+TENSORS = ("nodes", "weights", "alpha", "beta", "steps")
+LOSS = nn.CrossEntropyLoss()
+OPTIONS: dict[str, Any] = {"num_probes": 3, "num_steps": 6, "progress": False, "engine": "autograd"}
+DOUBLE: dict[str, Any] = OPTIONS | {"dtype": torch.float64}
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def normalised() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(1)
+    sizes = (8, 7, 6, 5, 4)  # a rank's share of the weight is none of 1 / world
+    return [(torch.randn(n, 5, generator=rng), torch.randint(3, (n,), generator=rng)) for n in sizes]
+
+
+def values(spectra: blockhess.Spectra) -> dict[str, Any]:
+    """What tests compare."""
+    found: dict[str, Any] = {name: getattr(spectra.quadrature, name) for name in TENSORS}
+    made = spectra.provenance
+    return found | {name: made[name] for name in ("hvps", "processes", "loss_value", "weight", "fingerprints")}
+
+
+def work(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS))
+
+
+def adaptive(rank: int) -> Any:
+    options = OPTIONS | {"engine": "auto", "num_probes": 6, "num_steps": 20, "tol": 0.05}
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
+
+
+def fresh_seed(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS | {"seed": None}))
+
+
+def data(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data", **DOUBLE))
+
+
+def own_data(rank: int) -> Any:
+    mine = batches()[:1] if rank == 0 else batches()[1:]
+    return values(blockhess.spectrum(model(), mine, LOSS, parallel="data", **DOUBLE))
+
+
+def summed_loss(rank: int) -> Any:
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return values(blockhess.spectrum(model(), batches(), loss, parallel="data", **DOUBLE))
+
+
+def statistics(rank: int) -> Any:
+    options = DOUBLE | {"batchnorm": "frozen-batch-stats"}
+    return values(blockhess.spectrum(normalised(), batches(), LOSS, parallel="data", **options))
+
+
+def mesh(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel=(2, 2), **DOUBLE))
+
+
+def wrapped(rank: int) -> Any:
+    ddp = nn.parallel.DistributedDataParallel(model())
+    return values(blockhess.spectrum(ddp, batches(), LOSS, parallel="work", **OPTIONS))
+
+
+def other_option(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS | {"num_probes": 3 + rank}))
+
+
+def other_model(rank: int) -> Any:
+    changed = model()
+    with torch.no_grad():
+        changed[0].bias[0] += float(rank)
+    return values(blockhess.spectrum(changed, batches(), LOSS, parallel="work", **OPTIONS))
+
+
+def other_version(rank: int) -> Any:
+    before = blockhess.__version__
+    blockhess.__version__ = f"{before}.{rank}"
+    try:
+        return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS))
+    finally:
+        blockhess.__version__ = before
+
+
+def other_mesh(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data" if rank else "work", **OPTIONS))
+
+
+def wrong_mesh(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel=(3, 1), **OPTIONS))
+
+
+def other_data(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches()[rank:], LOSS, parallel="work", **OPTIONS))
+
+
+def few_batches(rank: int) -> Any:
+    return values(blockhess.spectrum(model(), batches()[:1], LOSS, parallel="data", **OPTIONS))
+
+
+def little_work(rank: int) -> Any:
+    options = OPTIONS | {"num_probes": 1, "blocks": "full"}
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
+
+
+def one_bad_option(rank: int) -> Any:
+    options = OPTIONS | {"num_steps": 0 if rank == 1 else 6}
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
+
+
+def _failing(parallel: Any, failure: type[Exception] = OverflowError) -> Callable[[int], Any]:
+    """Rank 1 fails in the middle of Lanczos."""
+
+    def case(rank: int) -> Any:
+        left, product = 30, AutogradEngine.product  # the check of the products takes 12 of them
+
+        def failing(self: AutogradEngine, number: int, vectors: Tensor) -> Tensor | None:
+            nonlocal left
+            left -= 1
+            if rank == 1 and left == 0:
+                raise failure("on rank 1")
+            return product(self, number, vectors)
+
+        AutogradEngine.product = failing  # type: ignore[method-assign]
+        try:
+            return values(blockhess.spectrum(model(), batches(), LOSS, parallel=parallel, **OPTIONS))
+        finally:
+            AutogradEngine.product = product  # type: ignore[method-assign]
+
+    return case
+
+
+def slow_rank(rank: int) -> Any:
+    """Rank 1 keeps the others waiting for longer than they wait without looking around."""
+    left, product = 30, AutogradEngine.product
+
+    def slow(self: AutogradEngine, number: int, vectors: Tensor) -> Tensor | None:
+        nonlocal left
+        left -= 1
+        if rank == 1 and left == 0:
+            time.sleep(2.5)
+        return product(self, number, vectors)
+
+    AutogradEngine.product = slow  # type: ignore[method-assign]
+    try:
+        return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data", **DOUBLE))
+    finally:
+        AutogradEngine.product = product  # type: ignore[method-assign]
+
+
+def posing_fails(rank: int) -> Any:
+    def loss(module: nn.Module, batch: Any) -> Any:
+        if rank == 1:
+            raise OverflowError("on rank 1")
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    return values(blockhess.spectrum(model(), batches(), loss, parallel="data", **OPTIONS))
+
+
+def sharded(rank: int) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    module = model()
+    fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return values(blockhess.spectrum(module, batches(), LOSS, parallel="work", **OPTIONS))
+
+
+CASES: dict[str, Callable[[int], Any]] = {
+    function.__name__: function
+    for function in (
+        work, adaptive, fresh_seed, data, own_data, summed_loss, statistics, mesh, wrapped, other_option, other_model,
+        other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option, slow_rank, sharded,
+    )
+}  # fmt: skip
+# What comes after a failure is not touched by it.
+CASES = {
+    "work_fails": _failing("work"),
+    "data_fails": _failing("data"),
+    "data_fills_memory": _failing("data", torch.OutOfMemoryError),
+    "posing_fails": posing_fails,
+} | CASES
+
+
+def _run(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = CASES[name](rank)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(world: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What every rank of a world got, by case: values, or the text of an error."""
+    mp.start_processes(_run, (world, folder, names), nprocs=world, start_method=_imported_once())
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def _imported_once() -> str:
+    mp.get_context("forkserver").set_forkserver_preload(["tests.helpers.distributed_cases"])
+    return "forkserver"
+
+
+def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int | None, out: str) -> None:
+    """A run in folder/"run" that dies on rank world - 1 after so many steps, however far it has come then."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / out}.store", rank=rank, world_size=world)
+    made = 0
+    after_step = directory.RunDirectory.after_step
+
+    def counted(self: Any, unit: Any, state: Any, hvps: int) -> None:
+        nonlocal made
+        made += 1
+        after_step(self, unit, state, hvps)
+        if made % 2 and not rank % max(1, world if parallel == "data" else 1):
+            self.checkpoints.save_now(state, hvps)  # as if time had passed
+        if rank == world - 1 and made == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    directory.RunDirectory.after_step = counted  # type: ignore[method-assign]
+    spectra = blockhess.spectrum(model(), batches(), LOSS, parallel=parallel, run_dir=folder / "run", **OPTIONS)
+    torch.save((values(spectra), made), folder / f"{out}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int | None]]) -> tuple[list[Any], int]:
+    """Runs one run directory by worlds of so many ranks one after the other, each but the last killed after some steps.
+
+    Returns:
+        (values, steps made) of every rank of the world that finished, which may be one that was to be killed later;
+        and how many were killed.
+    """
+    for number, (world, die_after) in enumerate(worlds):
+        out = f"attempt{number}"
+        try:
+            mp.start_processes(
+                _recorded, (world, folder, parallel, die_after, out), nprocs=world, start_method=_imported_once()
+            )
+        except mp.ProcessExitedException:
+            continue
+        return [torch.load(folder / f"{out}.{rank}.pt") for rank in range(world)], number
+    raise AssertionError(f"no world finished: {worlds}")
+
+
+def random_worlds(seed: int, kills: int) -> list[tuple[int, int | None]]:
+    """Worlds of 1 to 4 ranks that die after some steps, and one that does not."""
+    rng = random.Random(seed)
+    return [(rng.choice((1, 2, 4)), rng.randint(1, 12)) for _ in range(kills)] + [(rng.choice((1, 2, 4)), None)]
+
+
+def close(a: Tensor, b: Tensor, growth: float = 1e4) -> bool:
+    """Whether nodes are equal within rounding that grew over the steps."""
+    eps = torch.finfo(torch.float64).eps
+    return a.shape == b.shape and math.isfinite(float(a.sum())) and float((a - b).abs().max()) <= growth * eps

@@ -1,0 +1,229 @@
+"""Follows README.md and docs to the letter: types what a page shows, in order, and compares what it says is printed.
+
+    follow(page)                Python examples and commands, in the working directory; test_readme.py, test_docs.py,
+                                which list what was passed over at the end of pytest's output
+    python -m tests.helpers.newcomer    all of it: what installs, in fresh clones, then every page in a fresh folder, with what
+                                the README's installation gave; minutes, and several GB where pip's torch is CUDA's
+
+A page's blocks run in order, Python in one namespace. The first line of a Python block tells of one that does not:
+`# not run here: REASON` never does, `# needs: MODULE` does where that module is installed; the commands that follow
+wait for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown,
+in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of
+commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for
+anything. What is passed over is told with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# Pattern of a command that is not run -> why.
+LEFT_OUT = {
+    r".*\b(COMMAND|CONFIG|DIR|NAME)\b.*": "capitals stand for something of the reader's",
+    r"blockhess (run|status)": "the command's name alone",
+    r"blockhess --install-completion": "it writes into the shell's files; test_terminal.py has bash take the script",
+    r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; test_paper_*.py run each with --quick",
+    r"make test": "this is part of it",
+    r"make \w+ TORCH=.*": "the same as without TORCH, from another index",
+    r"python -m bench(\.\w+)?( --\w+)?": "minutes to hours, for results to be kept; test_bench*.py and test_*_page.py",
+    r"python -m tests\.(fuzz|crash|rank_kills)": "hours; their short versions are tests",
+    r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
+    r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",
+    r"export TORCH_DISABLE.*": "for torchrun",
+    r"#!/bin/bash.*": "a job for Slurm, of which there is none here",
+}
+# What takes a clone of the repository, and minutes: left to `python -m tests.helpers.newcomer`.
+IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
+
+# What the reader is told to have.
+FILES = {
+    "my_job.py": """
+from tests import ROOT
+import torch
+
+def make():
+    data = torch.randn(64, 10), torch.randint(3, (64,))
+    return {"model": torch.nn.Linear(10, 3), "data": data, "loss_fn": torch.nn.CrossEntropyLoss()}
+""",
+}
+
+FENCE = r"^ *```(?P<language>.*?)\n(?P<block>.*?)^ *```$"
+INLINE = r"`(?P<inline>(?:blockhess|python3?|make|pip|torchrun) [^`]+|[\w/]+\.sh)`"
+PART = re.compile(rf"{FENCE}|{INLINE}", flags=re.DOTALL | re.MULTILINE)
+COMMANDS = ("sh", "bash", "inline")
+NOT_RUN, NEEDS = "# not run here: ", "# needs: "
+
+
+def parts(page: Path) -> Iterator[tuple[str, str]]:
+    """Language and text of every block of a page, "inline" for a command within a line, in order."""
+    for match in PART.finditer(page.read_text()):
+        yield ("inline", match["inline"]) if match["inline"] else (match["language"], match["block"])
+
+
+def needed(block: str) -> str | None:
+    """What a Python block needs beyond the package, "" for one that never runs, None for one that always does."""
+    if block.startswith(NOT_RUN):
+        return ""
+    return block.split("\n", 1)[0].removeprefix(NEEDS).strip() if block.startswith(NEEDS) else None
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block, without comments and with continued lines joined; a script is one."""
+    if block.startswith("#!"):
+        return [block]
+    lines = re.sub(r" *\\\n *", " ", block).splitlines()
+    return [line for line in (re.sub(r"(^| +)# .*", "", line).strip() for line in lines) if line]
+
+
+def left_out(command: str) -> str | None:
+    """The reason for which a command is listed as one that is not run, None for one that is run."""
+    return next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, command, flags=re.DOTALL)), None)
+
+
+def in_a_clone(command: str) -> bool:
+    """Whether a command installs, or builds, what takes a clone of the repository."""
+    return re.fullmatch(IN_A_CLONE, command) is not None
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What came of following a page.
+
+    Attributes:
+        names: that its Python examples have made.
+        passed_over: example or command -> why it was not run.
+    """
+
+    names: dict[str, object]
+    passed_over: dict[str, str]
+
+
+def words(text: str) -> str:
+    """Text without what may differ from run to run: numbers and their width, and lines drawn."""
+    text = re.sub(r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|\binf\b)", "0", text)
+    return " ".join(re.sub(r"-{3,}", "-", text).split())
+
+
+def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
+    """The blocks of text that follow commands, up to the next block of code."""
+    shown = []
+    for language, text in found:
+        if language not in ("text", "inline", "toml"):
+            break
+        if language == "text":
+            shown.append(text)
+    return shown
+
+
+def type_in(lines: Sequence[str], environment: dict[str, str], folder: Path, shown: Sequence[str] = ()) -> None:
+    """Run commands in one shell and look for what they should print.
+
+    Raises:
+        AssertionError: one fails, or prints something else.
+    """
+    script = "set -e\n" + "\n".join(lines)
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    told = f"{script}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"exit code {done.returncode}:\n{told}"
+    for text in shown:
+        for piece in re.split(r"^\.\.\.$", text, flags=re.MULTILINE):
+            assert words(piece) in words(done.stdout), f"the page shows\n{piece}\nand this was printed:\n{told}"
+
+
+def follow(page: Path) -> Followed:
+    """Do what a page says, in the working directory, which should be empty.
+
+    Raises:
+        AssertionError: a command fails, or prints something else than is shown; or whatever an example raises.
+    """
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    names: dict[str, object] = {"__name__": "__main__"}
+    done: set[str] = set()
+    passed_over: dict[str, str] = {}
+    waits = False
+    found = list(parts(page))
+    for i, (language, text) in enumerate(found):
+        if language == "python":
+            module = needed(text)
+            waits = not (module is None or (module and importlib.util.find_spec(module)))
+            if waits:
+                first, *code = filter(None, text.splitlines())
+                passed_over[code[0] if code else first] = (
+                    f"needs {module}, which is not installed" if module else first.removeprefix(NOT_RUN)
+                )
+            else:
+                exec(compile(text, f"{page.name}: {text[:40]!r}", "exec"), names)
+        elif language == "toml":
+            Path(text.split("\n", 1)[0].removeprefix("# ")).write_text(text)
+        elif language in COMMANDS:
+            todo = []
+            for line in commands(text):
+                why = left_out(line) or (in_a_clone(line) and "python -m tests.helpers.newcomer does it, in a clone")
+                why = why or (waits and "the example before it does not run")
+                if why:
+                    passed_over[line] = why
+                elif line not in done:
+                    todo.append(line)
+            done.update(todo)
+            if todo:
+                with tempfile.TemporaryDirectory() as programs:
+                    shown = () if language == "inline" else shown_after(found[i + 1 :])
+                    type_in(todo, _with_script(Path(programs)), Path.cwd(), shown)
+    return Followed(names, {what: why for what, why in passed_over.items() if what not in done})
+
+
+def _with_script(programs: Path) -> dict[str, str]:
+    """An environment where `python` is this interpreter and `blockhess` its package, installed with it or not."""
+    for name, arguments in (("python", ""), ("python3", ""), ("blockhess", "-m blockhess.cli.main ")):
+        script = programs / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments}"$@"\n')
+        script.chmod(0o755)
+    added = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    return os.environ | added | {"OMP_NUM_THREADS": "1"}
+
+
+def install(page: Path, clone: Path) -> bool:
+    """Do what a page says of installing, in a fresh clone and a bare environment; False if there is nothing."""
+    found = list(parts(page))
+    for i, (language, text) in enumerate(found):
+        lines = [line for line in commands(text) if not left_out(line)] if language in ("sh", "bash") else []
+        if any(map(in_a_clone, lines)):
+            if not clone.exists():
+                subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+            print(f"{page.name}: {'; '.join(lines)}", flush=True)
+            bare = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME") or "PIP" in name}
+            type_in(lines, bare, clone, shown_after(found[i + 1 :]))
+    return clone.exists()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Follow one page in the working directory, or, without arguments, all of them."""
+    if arguments:
+        for what, why in follow(Path(arguments[0])).passed_over.items():
+            print(f"  passed over: {what!r}: {why}", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        clones = [Path(folder, page.stem) for page in PAGES if install(page, Path(folder, page.stem))]
+        for page in PAGES:
+            print(f"{page.name}: in a fresh folder", flush=True)
+            with tempfile.TemporaryDirectory() as fresh:
+                command = [str(clones[0] / ".venv/bin/python"), "-m", "tests.helpers.newcomer", str(page)]
+                subprocess.run(command, cwd=fresh, env=os.environ | {"PYTHONPATH": str(clones[0])}, check=True)
+    print("Every page is as it says.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""The measured error of Hessian-vector products, and the check of one engine against another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blockhess
+from blockhess.hvp import AutogradEngine, TracedEngine
+from blockhess.hvp.accuracy import Disagreement, measure
+from tests.helpers.dense_hessian import problem
+from tests.helpers.tiny_models import SelfAttention, labelled, mlp
+
+
+@pytest.mark.parametrize("engine", [AutogradEngine, TracedEngine])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_are_of_the_order_of_rounding(engine: type, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mlp().to(dtype), labelled(7)
+    posed = problem(model, (x.to(dtype), y), nn.CrossEntropyLoss())
+    accuracy = measure(posed, engine(posed))
+    assert accuracy is not None
+    eps = torch.finfo(dtype).eps
+    for norm, error in zip(accuracy.norms, accuracy.errors):
+        assert 0 < error < 1e3 * eps * norm
+
+
+def test_a_key_bias_is_zero_within_the_error() -> None:
+    # Softmax does not see a shift of all scores of a query, so the loss does not depend on key biases at all.
+    torch.manual_seed(0)
+    model = SelfAttention().float()
+    data = (torch.randn(2, 3, 4), torch.randint(2, (2,)))
+    blocks = {name: blockhess.Part("qkv.bias", 4 * i, 4 * i + 4) for i, name in enumerate(("query", "key", "value"))}
+    spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), blocks=blocks, num_probes=2, num_steps=3)
+    notes = {block.name: block.note for block in spectra.blocks}
+    assert notes == {"query": "", "key": "zero within HVP error", "value": ""}
+    assert 0 < spectra.provenance["hvp_error"]["key"] < 1e-6
+    assert spectra.zero_blocks == ("key",)
+    assert "key" in spectra.compared() and "key" not in spectra.compared(normalize="radius")
+
+
+class Wrong(AutogradEngine):
+    name = "traced"
+
+    def product(self, number: int, vectors: Tensor) -> Tensor | None:
+        product = super().product(number, vectors)
+        return product if product is None or number != 2 else 1.05 * product
+
+
+def test_wrong_products_are_noticed() -> None:
+    torch.manual_seed(0)
+    posed = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    with pytest.raises(Disagreement, match=r"products of block '2.weight' differ from autograd's"):
+        measure(posed, Wrong(posed))
+
+
+class Doubled(torch.autograd.Function):
+    """Twice x, with a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 3 * gradient
+
+
+def test_what_cannot_be_traced_falls_back_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, data = mlp(), labelled(7)
+
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(Doubled.apply(m(batch[0])), batch[1])
+
+    monkeypatch.setattr("blockhess.run.plan._engine", lambda *_: ("traced", "for the test"))
+    spectra = blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3)
+    assert spectra.provenance["engine"] == "autograd"
+    assert spectra.provenance["plan"]["why"].startswith("no trace: ")
+    with pytest.raises(NotImplementedError, match=r"engine='traced' cannot be had: .*autograd.Function"):
+        blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3, engine="traced")
+
+
+def test_a_model_of_one_precision_only() -> None:
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(m(batch[0].float()), batch[1])
+
+    torch.manual_seed(0)
+    spectra = blockhess.spectrum(mlp(), labelled(7), loss_fn, num_probes=1, num_steps=3)
+    assert spectra.provenance["hvp_error"] is None
+
+
+def test_a_block_that_only_a_later_batch_uses_is_not_zero() -> None:
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        expert = m[0] if batch[0][0, 0] > 0 else m[1]
+        return (torch.tanh(expert(batch[0])) - batch[1]).square().mean() + m[2](batch[0]).mean()
+
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(3, 2) for _ in range(3)).double()  # the loss is linear in the third
+    x, y = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    spectra = blockhess.spectrum(model, [(x, y), (-x, y)], loss_fn, num_probes=1, num_steps=3)
+    assert spectra.zero_blocks == ("2.weight", "2.bias")

@@ -1,0 +1,166 @@
+"""The model is deterministic inside the context and afterwards exactly as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blockhess.problem.model_state import batchnorm_policy, fixed_state
+
+
+class Everything(nn.Module):
+    """Dropout, BatchNorm, an RNN, and a buffer that changes with every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.dropout = nn.Dropout(0.5)
+        self.rnn = nn.LSTM(3, 2, batch_first=True)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.norm(torch.randn(9, 3))  # running statistics of its own
+        self.norm.train()
+        self.rnn.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.scratch = torch.ones(2)
+        return self.dropout(self.norm(x))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "modes": [m.training for m in model.modules()],
+        "buffers": [(name, id(b), b.tolist()) for name, b in model.named_buffers()],
+        "parameters": [(p.tolist(), p.requires_grad, p._version) for p in model.parameters()],
+        "grads": [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()],
+        "rng": torch.get_rng_state().tolist(),
+        "sdpa": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+        ),
+        "cudnn": torch.backends.cudnn.enabled,
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "training": model.training,
+    }
+
+
+@pytest.mark.parametrize("failure", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("batchnorm", ["eval", "batch"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_everything_is_restored(batchnorm: str, failure: type[BaseException] | None, mode: Any) -> None:
+    torch.manual_seed(0)
+    model = Everything()
+    model.norm.weight.grad = torch.ones(3)
+    model.norm.bias.requires_grad_(False)
+    x = torch.randn(5, 3)
+    with mode():
+        before = snapshot(model)
+        try:
+            with fixed_state(model, batchnorm):
+                assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+                inside = snapshot(model)
+                model(x).sum()
+                torch.rand(3)
+                torch.autograd.grad(model(x).sum(), model.norm.weight)
+                if failure:
+                    raise failure
+        except (ValueError, KeyboardInterrupt):
+            pass
+        assert snapshot(model) == before
+    for changed in ("modes", "sdpa", "cudnn"):
+        assert inside[changed] != before[changed]
+
+
+def test_eval_uses_running_statistics_and_no_dropout() -> None:
+    model, x = Everything(), torch.randn(5, 3)
+    with fixed_state(model):
+        first, second = model(x), model(x)
+    assert torch.equal(first, second)
+    model.eval()
+    assert torch.equal(first, model(x))
+
+
+def test_batch_uses_the_batchs_statistics() -> None:
+    model, x = Everything(), torch.randn(50, 3)
+    with fixed_state(model, "batch"):
+        y = model(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    with fixed_state(model, "eval"):
+        assert model(x).mean(0).abs().max() > 1e-3
+
+
+def test_the_policy_is_what_the_layers_do() -> None:
+    kept, none_kept = nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)
+    mixed = nn.Sequential(kept, none_kept)
+    for asked in ("eval", "batch", "frozen-batch-stats"):
+        assert batchnorm_policy(nn.Linear(3, 3), asked) == "none"
+        assert batchnorm_policy(kept, asked) == asked
+    assert [batchnorm_policy(none_kept, asked) for asked in ("eval", "batch")] == ["batch", "batch"]
+    assert batchnorm_policy(mixed, "batch") == "batch"
+    for model, asked in ((none_kept, "frozen-batch-stats"), (mixed, "eval"), (mixed, "frozen-batch-stats")):
+        with pytest.raises(ValueError, match=f"keeps no running statistics, as '1?' .*got '{asked}'"):
+            batchnorm_policy(model, asked)
+    x = torch.randn(50, 3)
+    with fixed_state(none_kept, "eval"):
+        eval_ = none_kept(x)
+    with fixed_state(none_kept, "batch"):
+        assert torch.equal(eval_, none_kept(x))
+
+
+def test_compiled_models_run_eagerly() -> None:
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    model = torch.compile(nn.Linear(2, 2), backend=backend)
+    with fixed_state(model):
+        model(torch.ones(1, 2))
+    assert not calls
+    model(torch.ones(1, 2))
+    assert calls
+
+
+class Config:
+    """As Transformers' configurations: setting the attention of a whole sets that of its part."""
+
+    def __init__(self, name: str, part: Config | None = None) -> None:
+        self.part = part
+        self.name = name
+
+    @property
+    def _attn_implementation(self) -> str:
+        return self.name
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str) -> None:
+        self.name = value
+        if self.part:
+            self.part._attn_implementation = value
+
+
+def test_attention_implementations_are_switched_and_restored() -> None:
+    part = Config("eager")
+    whole = Config("flash_attention_2", part)
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.config, model[0].config = whole, part
+    with fixed_state(model):
+        assert whole.name == "sdpa"
+    assert (whole.name, part.name) == ("flash_attention_2", "eager")
+
+
+def test_bad_policy() -> None:
+    model = Everything()
+    before = snapshot(model)
+    with (
+        pytest.raises(ValueError, match="batchnorm must be one of eval, batch, frozen-batch-stats, got 'train'"),
+        fixed_state(model, "train"),
+    ):
+        pass
+    assert snapshot(model) == before

@@ -1,0 +1,212 @@
+"""What a run will do: chosen from counts, within a memory budget, the same results whatever the budget."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import blockhess
+from blockhess.cli.main import main
+from blockhess.run import plan as planning
+from blockhess.run.plan import Plan, budget_bytes, make_plan
+from tests.helpers.dense_hessian import problem
+from tests.helpers.tiny_models import labelled, mlp
+
+
+def planned(**options: Any) -> Plan:
+    posed = problem(
+        mlp().float(), tuple(t.float() if t.is_floating_point() else t for t in labelled(7)), nn.CrossEntropyLoss()
+    )
+    defaults = {"num_probes": 3, "num_steps": 5, "basis_dims": [0] * 4, "budget": 2**30}
+    return make_plan(posed, **(defaults | options))
+
+
+def test_products_are_counted() -> None:
+    # Blocks of 12, 4, 12, 3 elements; Lanczos makes 3 x min(5, dim) products, writing out dim.
+    assert planned(engine="autograd").hvps == 3 * (5 + 4 + 5 + 3)
+    auto = planned()
+    assert auto.exact == (True, True, True, True) and auto.hvps == 12 + 4 + 12 + 3
+    assert planned(num_probes=1).exact == (False, False, False, False)
+    assert planned(num_probes=2).exact == (False, True, False, True)
+    assert planned(engine="exact", num_probes=1).exact == (True, True, True, True)
+
+
+def test_the_engine_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = planned(num_probes=2)
+    assert short.engine == "autograd" and "tracing would take" in short.why
+    monkeypatch.setattr(planning, "FLOPS_PER_SECOND", {"cpu": 1.0})
+    long = planned()
+    assert long.engine == "traced" and "saves about" in long.why
+    assert long.compiled and not short.compiled and not planned(engine="autograd").compiled
+    assert planned(engine="ggn").engine == "ggn"
+
+
+@pytest.mark.parametrize("budget", [2**30, 2000, 800, 300])
+def test_every_probe_of_every_block_is_in_one_pass(budget: int) -> None:
+    room = 4 * 3 * 12  # float32 elements of one probe of the largest block
+    sizes = [4 * 3 * d for d in (12, 4, 12, 3)]
+    passes = planning._passes([0, 1, 2, 3], sizes, 3, max(budget // 2, room))
+    done = [(first + p, l) for first, count, blocks in passes for p in range(count) for l in blocks]
+    assert sorted(done) == [(p, l) for p in range(3) for l in range(4)]
+    for _, count, blocks in passes:
+        assert count * sum(sizes[l] for l in blocks) <= max(budget // 2, room)
+
+
+@pytest.mark.parametrize("engine", ["autograd", "traced"])
+def test_the_result_does_not_depend_on_the_memory_budget(engine: str) -> None:
+    torch.manual_seed(0)
+    model, data = mlp().double(), labelled(7)
+    data = (data[0].double(), data[1])
+    options = {"num_probes": 4, "num_steps": 4, "engine": engine, "reorthogonalize": "full"}
+    whole = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options)
+    with pytest.raises(ValueError, match=r"memory_budget must be at least .* for one probe of block '0.weight', got"):
+        blockhess.spectrum(model, data, nn.CrossEntropyLoss(), memory_budget=2 * 8 * (3 + 4) * 12 - 1, **options)
+    parts = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), memory_budget=1700, **options)
+    assert parts.provenance["plan"]["batches"] > 1
+    assert len(parts.provenance["plan"]["passes"]) > 1
+    assert parts.names == whole.names
+    for name in whole:
+        m = int(whole[name].steps.max())
+        assert torch.equal(parts[name].steps, whole[name].steps)
+        torch.testing.assert_close(parts[name].nodes[:, :m], whole[name].nodes[:, :m], rtol=1e-9, atol=1e-12)
+    assert whole.quadrature.block_ids == parts.quadrature.block_ids
+
+
+def test_passes_alone_change_no_bit() -> None:
+    torch.manual_seed(0)
+    x, y = labelled(1)  # a batch of one sample cannot be cut
+    options = {"num_probes": 4, "num_steps": 4, "engine": "autograd"}
+    whole = blockhess.spectrum(mlp_of(0), (x, y), nn.CrossEntropyLoss(), **options)
+    parts = blockhess.spectrum(mlp_of(0), (x, y), nn.CrossEntropyLoss(), memory_budget=1500, **options)
+    assert len(parts.provenance["plan"]["passes"]) > len(whole.provenance["plan"]["passes"]) == 1
+    for name in ("nodes", "weights", "alpha", "beta", "steps"):
+        assert torch.equal(getattr(whole.quadrature, name), getattr(parts.quadrature, name))
+
+
+def mlp_of(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return mlp()
+
+
+@pytest.mark.parametrize(("text", "size"), [(5, 5), ("7", 7), ("2 KiB", 2048), ("1.5kB", 1500), ("6 GiB", 6 * 2**30)])
+def test_budget_sizes(text: Any, size: int) -> None:
+    assert budget_bytes(text, torch.device("cpu")) == size
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "0 GiB", "lots", "6 GB GB", True, 1.5j, ""])
+def test_wrong_budgets(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="memory_budget must be"):
+        budget_bytes(wrong, torch.device("cpu"))
+
+
+def test_too_many_blocks_to_write_out() -> None:
+    with pytest.raises(ValueError, match=r"memory_budget must be at least .* to write out 4 blocks \(engine='exact'\)"):
+        planned(engine="exact", budget=1200)
+
+
+def test_plan_runs_nothing_and_says_what_spectrum_then_does() -> None:
+    model, data = mlp(), labelled(7)
+    plan = blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=3)
+    made = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=3).provenance
+    assert made["hvps"] == plan.hvps and made["engine"] == plan.engine
+    for part in ("engine", "blocks", "batches", "products", "together", "memory"):
+        assert part in str(plan)
+    for options, text in (
+        ({"seed": -1}, "seed must be"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),
+        ({"progress": "yes"}, "progress must be True, False or 'auto', got 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            blockhess.plan(model, data, nn.CrossEntropyLoss(), **options)
+    tolerant = blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probes=3, num_steps=3, tol=0.1)
+    assert 0 < tolerant.least_hvps < tolerant.hvps and plan.least_hvps == plan.hvps
+    assert f"at most {tolerant.hvps}, at least {tolerant.least_hvps}, of one block" in str(tolerant)
+    with pytest.raises(TypeError, match="num_probe"):
+        blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probe=2)
+    with pytest.raises(ValueError, match="engine must be one of auto, autograd, traced, ggn, exact, got 'fast'"):
+        blockhess.plan(model, data, nn.CrossEntropyLoss(), engine="fast")
+
+
+JOB = """
+import torch
+def job():
+    return {"model": torch.nn.Linear(3, 2), "data": (torch.ones(4, 3), torch.ones(4, 2)), "loss_fn": torch.nn.MSELoss()}
+def wrong():
+    return {"model": torch.nn.Linear(3, 2)}
+"""
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "job.py"
+    file.write_text(JOB)
+    assert main(["plan", f"{file}:job", "--probes", "2", "--steps", "4", "--engine", "autograd"]) == 0
+    assert f"{2 * (4 + 2)} of one block" in capsys.readouterr().out
+    for job, text in (
+        (f"{file}:wrong", "must return a mapping with 'model', 'data'"),
+        (f"{file}:nothing", "must have a function 'nothing'"),
+        (str(tmp_path / "other.py:job"), "must be there"),
+        ("no_such_module:job", "must be there"),
+        ("job", "must be FILE.py:FUNCTION or MODULE:FUNCTION, got 'job'"),
+    ):
+        assert main(["plan", job]) == 2
+        assert text in capsys.readouterr().err
+    (tmp_path / "needy.py").write_text("import no_such_dependency\n")
+    assert main(["plan", f"{tmp_path / 'needy.py'}:job"]) == 2
+    assert "imports the module 'no_such_dependency', which must be installed" in capsys.readouterr().err
+    assert main(["plan", f"{file}:job", "--tol", "2"]) == 2
+    assert "tol must be above 0 and at most 1" in capsys.readouterr().err
+    assert main(["plan", f"{file}:job", "--memory-budget", "much"]) == 2
+    assert "memory_budget" in capsys.readouterr().err
+
+
+def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None:
+    small, large = labelled(1), labelled(1000)
+    one, two, other = (
+        problem(mlp(), data, nn.CrossEntropyLoss()) for data in ([large], [small, large], [large, small])
+    )
+    assert two.graph_bytes == pytest.approx(one.graph_bytes, rel=0.5) == other.graph_bytes
+    tables = 2 * 4 * 8 * 3 * 4 * 12  # probes, blocks, steps
+    assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2) + 24 * 12**2 + tables
+
+
+PEAK = """
+import sys
+import torch
+import blockhess
+
+class Model(torch.nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.w = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(dim)) for dim in dims])
+
+    def forward(self, scale):
+        return scale * sum(w.sin().sum() ** 2 / len(w) for w in self.w)
+
+def highest():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+def job(dims):
+    options = {"num_probes": 10, "num_steps": 200, "engine": "exact"}
+    return (Model(dims), torch.tensor(1.0), lambda model, batch: (model(batch), 1.0)), options
+
+given, options = job([3, 5])
+blockhess.spectrum(*given, **options)
+given, options = job([8] * 150 + [600])
+before = highest()
+blockhess.spectrum(*given, **options)
+print(highest() - before, blockhess.plan(*given, **options).vector_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
+def test_tables_of_many_blocks_written_out_take_what_is_planned() -> None:
+    told = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+    peak, plan = map(int, told.split())
+    assert peak / 1.25 < plan < 2 * peak
