@@ -74,7 +74,7 @@ def reorthogonalization(wish: str | Sequence[str], n_blocks: int) -> str | Seque
     return each
 
 
-def words_of(made: Sequence[str], wish: str | Sequence[str], n_blocks: int) -> list[str]:
+def resolved_modes(made: Sequence[str], wish: str | Sequence[str], n_blocks: int) -> list[str]:
     """The words of a state, which the wish must allow."""
     if wish != "auto" and list(made) != ([wish] * n_blocks if isinstance(wish, str) else list(wish)):
         raise ValueError(f"batched_slq: reorthogonalize must be that of state, {', '.join(made)}, got {wish!r}")

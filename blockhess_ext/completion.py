@@ -17,7 +17,7 @@ class Event(Protocol):
         """Whether it has been passed."""
 
 
-class Finished:
+class Completion:
     """What has finished, at once: for recurrences on the CPU."""
 
     def __init__(self, recurrences: Recurrences) -> None:
@@ -28,7 +28,7 @@ class Finished:
         return self._status != RUNNING
 
 
-class FinishedOnDevice(Finished):
+class FinishedOnDevice(Completion):
     """What has finished, some steps later: every few steps the status is copied to pinned memory behind the kernels.
 
     A recurrence that has finished is skipped by the kernels from then on, so a late answer costs time, never a result.
@@ -61,6 +61,6 @@ class FinishedOnDevice(Finished):
         return self._known
 
 
-def watch(recurrences: Recurrences) -> Finished:
+def watch(recurrences: Recurrences) -> Completion:
     """The watch that suits the device of the recurrences."""
-    return FinishedOnDevice(recurrences) if recurrences.status.is_cuda else Finished(recurrences)
+    return FinishedOnDevice(recurrences) if recurrences.status.is_cuda else Completion(recurrences)

@@ -83,7 +83,7 @@ def change(a: Rule, b: Rule, sigma: float | None = None) -> Tensor:
     return (densities[0] - densities[1]).abs().sum(-1) * h
 
 
-def _is_calm(a: Rule, b: Rule, tol: float, sigma: float | None) -> Tensor:
+def _has_converged(a: Rule, b: Rule, tol: float, sigma: float | None) -> Tensor:
     return change(a, b, sigma) <= CHANGE_PER_ERROR * tol
 
 
@@ -107,7 +107,7 @@ def settled_at_end(alpha: Tensor, beta: Tensor, tol: float, sigma: float | None)
         return ops.tridiag_quadrature(alpha[:, :k].contiguous(), beta[:, :k].contiguous(), counts)
 
     first, second, third = map(rule, steps)
-    return _is_calm(first, second, tol, sigma) & _is_calm(second, third, tol, sigma)
+    return _has_converged(first, second, tol, sigma) & _has_converged(second, third, tol, sigma)
 
 
 class Convergence(Protocol):
@@ -120,7 +120,7 @@ class Convergence(Protocol):
         """What `look` remembers, by name, not copied."""
 
 
-class Never:
+class NoEarlyStopping:
     """Lets every recurrence make all its steps."""
 
     def look(self) -> None:
@@ -131,7 +131,7 @@ class Never:
         return {}
 
 
-class Settled:
+class EarlyStopping:
     """Ends the recurrences whose quadrature is within tol of its limit, as two changes in a row tell.
 
     Args:
@@ -161,7 +161,7 @@ class Settled:
         # The op itself, not the function, which waits for the device to say what failed; NaN never counts as calm.
         now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, torch.where(running, r.steps, 0).flatten())
         if self._before is not None:
-            calm = _is_calm(self._before, now, self._tol, self._sigma).view_as(running)
+            calm = _has_converged(self._before, now, self._tol, self._sigma).view_as(running)
             r.status.masked_fill_(running & calm & self._calm, FINISHED)
             self._calm = calm
         self._before = now
@@ -174,4 +174,4 @@ class Settled:
 
 def convergence(recurrences: Recurrences, tol: float | None, sigma: float | None, step: int = 0) -> Convergence:
     """What ends these recurrences; without tol nothing but themselves."""
-    return Never() if tol is None else Settled(recurrences, tol, sigma, step)
+    return NoEarlyStopping() if tol is None else EarlyStopping(recurrences, tol, sigma, step)

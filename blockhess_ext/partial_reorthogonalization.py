@@ -23,7 +23,7 @@ from torch import Tensor
 from blockhess_ext.recurrences import Recurrences
 
 
-class Always:
+class FullReorthogonalization:
     """Every step is projected."""
 
     def due(self) -> Tensor | None:
@@ -36,7 +36,7 @@ class Always:
         return {}
 
 
-class WhereLost(Always):
+class PartialReorthogonalization(FullReorthogonalization):
     """Steps are projected where orthogonality is about to be lost, in the blocks that want it so.
 
     Args:
@@ -82,9 +82,9 @@ class WhereLost(Always):
         return {"omega": self._now[:step], "omega_before": self._before[:step], "project_again": self._again}
 
 
-def due_projections(recurrences: Recurrences, words: Sequence[str], dtype: torch.dtype) -> Always:
+def due_projections(recurrences: Recurrences, words: Sequence[str], dtype: torch.dtype) -> FullReorthogonalization:
     """What says which steps are projected, given "none", "full" or "partial" for every block."""
     if "partial" not in words:
-        return Always()
+        return FullReorthogonalization()
     partial = torch.tensor([word == "partial" for word in words], device=recurrences.status.device)
-    return WhereLost(recurrences, partial, torch.finfo(dtype).eps)
+    return PartialReorthogonalization(recurrences, partial, torch.finfo(dtype).eps)

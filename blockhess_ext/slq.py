@@ -18,7 +18,7 @@ from blockhess_ext.device import memory_explained, usable
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
 from blockhess_ext.recurrences import NON_FINITE
-from blockhess_ext.state import Flight, State
+from blockhess_ext.state import LanczosBatch, State
 
 # "auto" keeps the basis of blocks so small that their Krylov space may be exhausted, smallest first, up to this size.
 # Larger blocks do without: the density is sound all the same (Chen, Trogdon, Ubaru 2021).
@@ -148,7 +148,7 @@ def batched_slq(
     if state is None:
         words = reorthogonalized_blocks(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
     else:
-        words = arguments.words_of(state.reorthogonalize, reorthogonalize, len(dims))
+        words = arguments.resolved_modes(state.reorthogonalize, reorthogonalize, len(dims))
         arguments.integer("num_steps", num_steps, state.step)
     layout = layout.with_basis([word != "none" for word in words])
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
@@ -163,7 +163,7 @@ def batched_slq(
                 layout, num_probes, seed=seed, block_ids=ids, first_probe=first_probe, distribution=distribution,
                 dtype=dtype,
             ))  # fmt: skip
-        flight = Flight(v, layout, num_steps, words, tol, sigma, 0 if state is None else state.step)
+        flight = LanczosBatch(v, layout, num_steps, words, tol, sigma, 0 if state is None else state.step)
         if state is not None:
             flight.load(state)
         _lanczos(hvp, flight, layout, recorder, on_step, on_state)
@@ -193,7 +193,7 @@ def batched_slq(
 
 def _lanczos(
     hvp: Callable[[Tensor], Tensor],
-    flight: Flight,
+    flight: LanczosBatch,
     layout: Layout,
     recorder: Recorder | None,
     on_step: Callable[[int, int], None] | None,

@@ -44,7 +44,7 @@ class State:
         return replace(self, tensors={name: t.to(device, copy=True) for name, t in self.tensors.items()})
 
 
-class Flight:
+class LanczosBatch:
     """A batch of recurrences between two steps.
 
     Args:

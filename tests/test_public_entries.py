@@ -332,7 +332,7 @@ def extended(cache: list[Spectra] = []) -> Spectra:  # noqa: B006
 
 
 parts = st.builds(
-    blockhess.Part,
+    blockhess.ParameterSlice,
     st.sampled_from(["0.weight", "0.weight", "2.bias", "x"]),
     st.integers(-1, 4),
     st.integers(-1, 5),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.hvp import paper_procedure
 from blockhess.hvp import AutogradEngine, Engine, TracedEngine
 from blockhess.problem.blocks import partition
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.problem import Problem
 
 
@@ -41,7 +41,7 @@ class Case:
     @cached_property
     def problem(self) -> Problem:
         """The same, as the package's engines take it."""
-        return Problem(self.model, as_loss(self.criterion), [self.batch], partition(self.model).blocks)
+        return Problem(self.model, make_loss(self.criterion), [self.batch], partition(self.model).blocks)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockhess.analysis.jensen_shannon import JS0
     from blockhess.estimate import NonFiniteError, extend, plan, spectrum
-    from blockhess.problem.blocks import BlockInfo, Part, heads
+    from blockhess.problem.blocks import BlockInfo, ParameterSlice, heads
     from blockhess.results.files import load
     from blockhess.run.merge import merge
     from blockhess.spectra import Spectra
@@ -23,7 +23,7 @@ __all__ = [
     "BlockInfo",
     "JS0",
     "NonFiniteError",
-    "Part",
+    "ParameterSlice",
     "Plan",
     "Spectra",
     "__version__",
@@ -37,7 +37,7 @@ __all__ = [
 
 _MODULES = {
     "BlockInfo": "problem.blocks",
-    "Part": "problem.blocks",
+    "ParameterSlice": "problem.blocks",
     "heads": "problem.blocks",
     "NonFiniteError": "estimate",
     "Plan": "run.plan",

@@ -25,17 +25,17 @@ import blockhess
 import blockhess_ext
 from blockhess.problem import fingerprint
 from blockhess.problem.blocks import BlockSpec, unwrap
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import batchnorm_policy
-from blockhess.problem.prepare import LOSS_TOLERANCE, posed, shared_budget
+from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem, shared_budget
 from blockhess.problem.problem import Problem
-from blockhess.run.distributed import ALONE, Parallel, Ranks, joined
+from blockhess.run.distributed import SINGLE_PROCESS, Parallel, ProcessGroup, joined
 from blockhess.run.job import Job
 from blockhess.run.merge import load_run
 from blockhess.run.options import Options, choice, count
 from blockhess.run.plan import Plan
 from blockhess.run.progress import check_progress, progress_bar
-from blockhess.run.recorder import Records
+from blockhess.run.recorder import Recorder
 from blockhess.run.storage import directory
 from blockhess.run.storage.directory import RunDirectory
 from blockhess.spectra import Spectra
@@ -84,9 +84,9 @@ def spectrum(
             model's device. They are drawn once and kept. One batch is fastest; several need memory for one at a time.
         loss_fn: None: `model(**batch).loss` (Transformers). An nn.Module such as nn.CrossEntropyLoss() or a function of
             torch.nn.functional: `loss_fn(model(inputs), targets)`. Any other callable: `loss_fn(model, batch)`,
-            which returns the mean loss, or (mean loss, weight of the batch); see `losses.as_loss`.
+            which returns the mean loss, or (mean loss, weight of the batch); see `losses.make_loss`.
         blocks: "parameter" (one block per parameter tensor), "full", "paper" or "paper-figure" (the paper's own, of
-            `blockhess.models`), a dict from block name to parameter names and `Part`s, or a list of (regex, group)
+            `blockhess.models`), a dict from block name to parameter names and `ParameterSlice`s, or a list of (regex, group)
             pairs; see `blocks.partition`.
         num_probes: random vectors per block.
         num_steps: Lanczos steps per vector; a block makes no more than it has entries.
@@ -161,7 +161,7 @@ def spectrum(
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir, ranks))
         budget = shared_budget(_budget(memory_budget, run), model, ranks)
         posing = (blocks, batchnorm, dtype, budget, matmul_precision)
-        problem, cut, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing, ranks))
+        problem, cut, fingerprints = stack.enter_context(prepared_problem(model, data, loss_fn, *posing, ranks))
         made = {
             "model": type(unwrap(model)).__name__,
             "loss": problem.loss.name,
@@ -180,7 +180,7 @@ def spectrum(
         identity |= {"parallel": parallel if parallel is None else str(parallel)}
         ranks.agree(identity)
         planned = dataclasses.replace(options, memory_budget=budget)
-        spectra = _carried_out(
+        spectra = _run_job(
             lambda records, plan: Job(problem, planned, records, plan),
             seed, made, start, progress, run, identity, ranks,
         )  # fmt: skip
@@ -193,15 +193,15 @@ def _budget(memory_budget: int | str | None, run: RunDirectory | None) -> int | 
     return memory_budget if begun is None or memory_budget is not None else begun.memory_budget
 
 
-def _carried_out(
-    make: Callable[[Records | None, Plan | None], Job],
+def _run_job(
+    make: Callable[[Recorder | None, Plan | None], Job],
     seed: int | None,
     made: dict[str, Any],
     start: float,
     progress: bool | str,
     run: RunDirectory | None,
     identity: dict[str, Any],
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Spectra:
     """The spectra of a job, recorded as it goes where there is a run directory; or what the directory holds.
 
@@ -305,11 +305,11 @@ def extend(
     kept = {name: first[name] for name in _KEPT if name in Options.__dataclass_fields__}
     options = Options(**wanted, memory_budget=memory_budget, **kept)
     batchnorm = "eval" if first["batchnorm"] == "none" else first["batchnorm"]
-    _same("loss", as_loss(loss_fn).name, first["loss"])  # before it meets data that are not for it
+    _same("loss", make_loss(loss_fn).name, first["loss"])  # before it meets data that are not for it
     with ExitStack() as stack:
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
         posing = (blocks, batchnorm, dtype, _budget(memory_budget, run), first["matmul_precision"])
-        problem, _, fingerprints = stack.enter_context(posed(model, data, loss_fn, *posing))
+        problem, _, fingerprints = stack.enter_context(prepared_problem(model, data, loss_fn, *posing))
         _same("names of the blocks", [info.name for info in problem.infos], list(spectra.names))
         _same("sizes of the blocks", problem.dims, list(spectra.dims))
         _same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), made.dtype)
@@ -321,10 +321,10 @@ def extend(
         identity = _identity(problem, options, now, made.seed)
         identity |= {"extends": fingerprint.of_data([(made.alpha, made.beta, made.steps)])}
 
-        def make(records: Records | None, plan: Plan | None) -> Job:
+        def make(records: Recorder | None, plan: Plan | None) -> Job:
             return Job(problem, options, records, plan, spectra, more_probes=num_probes is not None)
 
-        longer = _carried_out(make, made.seed, first, start, progress, run, identity)
+        longer = _run_job(make, made.seed, first, start, progress, run, identity)
     return _finite(longer, on_nonfinite)
 
 
@@ -404,6 +404,6 @@ def plan(model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None,
     check_progress(given.arguments["progress"])
     blockhess_ext.arguments.probe_seed(given.arguments["seed"])
     wishes = Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(Options)})
-    posing = {n: given.arguments[n] for n in inspect.signature(posed).parameters if n in given.arguments}
-    with posed(**posing) as (problem, *_):
+    posing = {n: given.arguments[n] for n in inspect.signature(prepared_problem).parameters if n in given.arguments}
+    with prepared_problem(**posing) as (problem, *_):
         return Job(problem, wishes).plan

@@ -46,7 +46,7 @@ NOT_RUN = {
     f"blockhess.{name}"
     for name in (
         "datasets.idx_images", "image_files.ImageFolder", "image_files.cifar10", "image_files.image_folder",
-        "integrations.frames.block_frame", "integrations.frames.pair_frame", "integrations.tensorboard.log_spectra",
+        "integrations.frames.block_dataframe", "integrations.frames.pair_dataframe", "integrations.tensorboard.log_spectra",
         "runs.config.Config.arguments", "text_files.TokenFile",
         "text_files.cornell_dialogs", "training.checkpoints.spectra_of_checkpoints", "paper.table3.js0", "demo.run",
     )

@@ -27,7 +27,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
     return made
 
 
-class Ignorant(completion.Finished):
+class Ignorant(completion.Completion):
     """A host that never learns of an end, the latest that a GPU's can be."""
 
     def look(self) -> Tensor:
@@ -36,7 +36,7 @@ class Ignorant(completion.Finished):
 
 @pytest.mark.parametrize("reorthogonalize", ["none", "full", "auto"])
 @pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("watch", [completion.Finished, Ignorant])
+@pytest.mark.parametrize("watch", [completion.Completion, Ignorant])
 def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, watch, dtype, recorder, monkeypatch):
     options = {"reorthogonalize": reorthogonalize, "dtype": dtype}
     expected = run(Operator(dtype), **options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import batched_slq, ops
-from blockhess_ext.partial_reorthogonalization import WhereLost
+from blockhess_ext.partial_reorthogonalization import PartialReorthogonalization
 from blockhess_ext.recurrences import RUNNING, Recurrences
 
 N, STEPS, PROBES = 600, 80, 2
@@ -90,7 +90,7 @@ def test_the_estimate_follows_the_loss():
     operator = Spied(d)
     q = batched_slq(operator, [N], num_probes=1, num_steps=40, dtype=torch.float64, reorthogonalize="none")
     recurrences = Recurrences.start(1, torch.tensor([40]))
-    watch = WhereLost(recurrences, torch.tensor([True]), 2.0**-52)
+    watch = PartialReorthogonalization(recurrences, torch.tensor([True]), 2.0**-52)
     basis = torch.stack([v[0] for v in operator.inputs])
     grown = []
     for j in range(39):

@@ -13,7 +13,7 @@ from blockhess.hvp import ENGINES
 from blockhess.hvp.operator import BlockOperator
 from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import BlockSpec, partition
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.problem import Problem
 
 EPS = torch.finfo(torch.float64).eps
@@ -34,7 +34,7 @@ def dense_hessian(model: nn.Module, loss: Callable[[Callable[..., Any]], Tensor]
 
 def problem(model: nn.Module, data: Any, loss_fn: Any, blocks: BlockSpec = "parameter", **options: Any) -> Problem:
     """The problem as `spectrum` poses it, for a model whose state needs no fixing."""
-    loss = as_loss(loss_fn)
+    loss = make_loss(loss_fn)
     return Problem(model, loss, as_batches(data, pairs=loss.pairs), partition(model, blocks).blocks, **options)
 
 
@@ -42,8 +42,8 @@ def operator(
     model: nn.Module, data: Any, loss_fn: Any, blocks: BlockSpec = "parameter", engine: str = "autograd", **options: Any
 ) -> BlockOperator:
     """The operator of all blocks with one engine."""
-    posed = problem(model, data, loss_fn, blocks)
-    return BlockOperator(posed, ENGINES[engine](posed, **options))
+    prepared_problem = problem(model, data, loss_fn, blocks)
+    return BlockOperator(prepared_problem, ENGINES[engine](prepared_problem, **options))
 
 
 def operator_blocks(hessian: BlockOperator) -> dict[str, Tensor]:

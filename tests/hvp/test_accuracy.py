@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import blockhess
 from blockhess.hvp import AutogradEngine, TracedEngine
-from blockhess.hvp.accuracy import Disagreement, measure
+from blockhess.hvp.accuracy import EngineMismatch, measure
 from tests.helpers.dense_hessian import problem
 from tests.helpers.tiny_models import SelfAttention, labelled, mlp
 
@@ -21,8 +21,8 @@ from tests.helpers.tiny_models import SelfAttention, labelled, mlp
 def test_errors_are_of_the_order_of_rounding(engine: type, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, (x, y) = mlp().to(dtype), labelled(7)
-    posed = problem(model, (x.to(dtype), y), nn.CrossEntropyLoss())
-    accuracy = measure(posed, engine(posed))
+    prepared_problem = problem(model, (x.to(dtype), y), nn.CrossEntropyLoss())
+    accuracy = measure(prepared_problem, engine(prepared_problem))
     assert accuracy is not None
     eps = torch.finfo(dtype).eps
     for norm, error in zip(accuracy.norms, accuracy.errors):
@@ -34,7 +34,9 @@ def test_a_key_bias_is_zero_within_the_error() -> None:
     torch.manual_seed(0)
     model = SelfAttention().float()
     data = (torch.randn(2, 3, 4), torch.randint(2, (2,)))
-    blocks = {name: blockhess.Part("qkv.bias", 4 * i, 4 * i + 4) for i, name in enumerate(("query", "key", "value"))}
+    blocks = {
+        name: blockhess.ParameterSlice("qkv.bias", 4 * i, 4 * i + 4) for i, name in enumerate(("query", "key", "value"))
+    }
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), blocks=blocks, num_probes=2, num_steps=3)
     notes = {block.name: block.note for block in spectra.blocks}
     assert notes == {"query": "", "key": "zero within HVP error", "value": ""}
@@ -53,9 +55,9 @@ class Wrong(AutogradEngine):
 
 def test_wrong_products_are_noticed() -> None:
     torch.manual_seed(0)
-    posed = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
-    with pytest.raises(Disagreement, match=r"products of block '2.weight' differ from autograd's"):
-        measure(posed, Wrong(posed))
+    prepared_problem = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    with pytest.raises(EngineMismatch, match=r"products of block '2.weight' differ from autograd's"):
+        measure(prepared_problem, Wrong(prepared_problem))
 
 
 class Doubled(torch.autograd.Function):

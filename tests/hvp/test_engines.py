@@ -17,8 +17,8 @@ from torch.func import functional_call
 import blockhess
 from blockhess.hvp import AutogradEngine, BlockOperator, Engine, GaussNewtonEngine, TracedEngine
 from blockhess.problem.batches import as_batches, map_tensors
-from blockhess.problem.blocks import BlockSpec, Part, partition
-from blockhess.problem.losses import as_loss
+from blockhess.problem.blocks import BlockSpec, ParameterSlice, partition
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import fixed_state, freeze_batch_statistics
 from blockhess.problem.problem import Problem
 from tests.helpers.dense_hessian import dense_hessian
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("float64_models")
 
 
 @contextmanager
-def posed(name: str, blocks: BlockSpec = "parameter") -> Iterator[Problem]:
+def prepared_problem(name: str, blocks: BlockSpec = "parameter") -> Iterator[Problem]:
     """A case of the zoo, parameters and data rounded to float32, so that both precisions have the same Hessian."""
     case = ZOO[name]
     if case.transformers:
         pytest.importorskip("transformers")
     model, data, loss_fn = case.make()
-    loss = as_loss(loss_fn)
+    loss = make_loss(loss_fn)
     model.float().double()
     batches = as_batches(data, pairs=loss.pairs)
     with fixed_state(model, case.batchnorm):
@@ -84,7 +84,7 @@ def errors(problem: Problem, engine: Engine, vectors: Tensor, expected: list[Ten
 
 @pytest.mark.parametrize("name", ZOO)
 def test_products_are_those_of_the_dense_hessian(name: str) -> None:
-    with posed(name) as problem:
+    with prepared_problem(name) as problem:
         traced: Engine | None = None if name == "control flow on activations" else TracedEngine(problem)
         vectors = torch.randn(4, sum(problem.dims))
         found = {"autograd": AutogradEngine(problem)}
@@ -109,13 +109,13 @@ def test_products_are_those_of_the_dense_hessian(name: str) -> None:
 BLOCKS: dict[str, Any] = {
     "full": "full",
     "groups": [(r"^0\.", "first"), (r"^2\.", "second")],
-    "parts": {"rows": Part("0.weight", 1, 3), "column": ["2.bias", Part("0.weight", 2, 3, dim=1)]},
+    "parts": {"rows": ParameterSlice("0.weight", 1, 3), "column": ["2.bias", ParameterSlice("0.weight", 2, 3, dim=1)]},
 }
 
 
 @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
 def test_groups_and_parts(blocks: BlockSpec) -> None:
-    with posed("mlp", blocks) as problem:
+    with prepared_problem("mlp", blocks) as problem:
         vectors = torch.randn(4, sum(problem.dims))
         expected = products(problem, AutogradEngine(problem), vectors)  # against dense Hessians in test_hvp.py
         engine = TracedEngine(problem)
@@ -126,7 +126,7 @@ def test_groups_and_parts(blocks: BlockSpec) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "ReLU and max-pooling", "tied embedding"])
 def test_blocks_are_those_of_torch_func_hessian(name: str) -> None:
-    with posed(name) as problem:
+    with prepared_problem(name) as problem:
         (batch,) = problem.batches
         blocks = torch.func.hessian(
             lambda parameters: problem.loss(lambda x: functional_call(problem.model, parameters, x), batch)[0]
@@ -140,7 +140,7 @@ def test_blocks_are_those_of_torch_func_hessian(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "ConvNeXt-like"])
 def test_traced_products_in_float32_and_their_symmetry(name: str) -> None:
-    with posed(name) as problem:
+    with prepared_problem(name) as problem:
         vectors = torch.randn(2, sum(problem.dims))
         expected = products(problem, AutogradEngine(problem), vectors)
         single = problem.in_dtype(torch.float32)
@@ -153,7 +153,7 @@ def test_traced_products_in_float32_and_their_symmetry(name: str) -> None:
 
 def test_curvlinops_has_the_same_blocks() -> None:
     curvlinops = pytest.importorskip("curvlinops")
-    with posed("attention") as problem:
+    with prepared_problem("attention") as problem:
         loss_fn, data = nn.CrossEntropyLoss(), problem.batches
         for number, name in enumerate(problem.parameters):
             parameters = [dict(problem.model.named_parameters())[name]]
@@ -184,7 +184,7 @@ def dense_gauss_newton(problem: Problem, outputs_and_loss: Any, name: str) -> Te
 
 @pytest.mark.parametrize("name", ["mlp", "squared error", "GPT2LMHeadModel"])
 def test_gauss_newton_products(name: str) -> None:
-    with posed(name) as problem:
+    with prepared_problem(name) as problem:
         (batch,) = problem.batches
 
         def outputs_and_loss(call: Any) -> tuple[Tensor, Any]:
@@ -213,7 +213,10 @@ def test_gauss_newton_products(name: str) -> None:
 
 
 def test_gauss_newton_needs_outputs() -> None:
-    with posed("PINN") as problem, pytest.raises(TypeError, match=r"loss_fn must be a criterion .* got pinn.*loss_fn"):
+    with (
+        prepared_problem("PINN") as problem,
+        pytest.raises(TypeError, match=r"loss_fn must be a criterion .* got pinn.*loss_fn"),
+    ):
         GaussNewtonEngine(problem)
 
 

@@ -70,18 +70,18 @@ def language_model() -> Problem:
     return problem(model, (tokens, tokens), lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten()))
 
 
-def measured(posed: Problem, engine: Engine, number: int) -> int:
+def measured(prepared_problem: Problem, engine: Engine, number: int) -> int:
     engine.prepare(0)
     with FlopCounterMode(display=False) as counter:
-        engine.product(number, torch.randn(1, posed.dims[number]))
+        engine.product(number, torch.randn(1, prepared_problem.dims[number]))
     return counter.get_total_flops()
 
 
-def floors(posed: Problem, number: int) -> tuple[int, int]:
+def floors(prepared_problem: Problem, number: int) -> tuple[int, int]:
     """The floor, and the floor with bilinear products counted three times."""
-    (name,) = posed.blocks[number].parameters
-    with Moving(posed.parameters[name]) as moving:
-        posed.evaluate(posed.batches[0])
+    (name,) = prepared_problem.blocks[number].parameters
+    with Moving(prepared_problem.parameters[name]) as moving:
+        prepared_problem.evaluate(prepared_problem.batches[0])
     return 2 * (moving.one + moving.both), 2 * moving.one + 6 * moving.both
 
 
@@ -97,21 +97,24 @@ def floors(posed: Problem, number: int) -> tuple[int, int]:
 )
 def test_flops_of_a_product(make: Callable[[], Problem], autograd: float) -> None:
     torch.manual_seed(0)
-    posed = make()
-    with fixed_state(posed.model):
-        engines: list[tuple[Engine, float]] = [(AutogradEngine(posed), autograd), (TracedEngine(posed), 1.15)]
-        for number, info in enumerate(posed.infos):
-            literal, floor = floors(posed, number)
+    prepared_problem = make()
+    with fixed_state(prepared_problem.model):
+        engines: list[tuple[Engine, float]] = [
+            (AutogradEngine(prepared_problem), autograd),
+            (TracedEngine(prepared_problem), 1.15),
+        ]
+        for number, info in enumerate(prepared_problem.infos):
+            literal, floor = floors(prepared_problem, number)
             assert literal <= floor <= 1.3 * literal
             assert floor == literal or make is language_model
             for engine, limit in engines:
-                assert measured(posed, engine, number) <= limit * floor, (engine.name, info.name)
+                assert measured(prepared_problem, engine, number) <= limit * floor, (engine.name, info.name)
         # A late layer is cheap, the first is not, and neither is an embedding that is also the head.
-        costs = [measured(posed, engines[1][0], number) for number in range(len(posed.blocks))]
+        costs = [measured(prepared_problem, engines[1][0], number) for number in range(len(prepared_problem.blocks))]
         assert min(costs) < costs[0] / 10 and costs[0] == max(costs)
 
 
 def test_the_floor_by_hand() -> None:
-    posed = perceptron()  # 32 samples, 16 -> 24 -> 24 -> 8
-    assert floors(posed, 0)[0] == 2 * 2 * 32 * (16 * 24 + 24 * 24 + 24 * 8)
-    assert floors(posed, 4)[0] == 2 * 2 * 32 * 24 * 8
+    prepared_problem = perceptron()  # 32 samples, 16 -> 24 -> 24 -> 8
+    assert floors(prepared_problem, 0)[0] == 2 * 2 * 32 * (16 * 24 + 24 * 24 + 24 * 8)
+    assert floors(prepared_problem, 4)[0] == 2 * 2 * 32 * 24 * 8

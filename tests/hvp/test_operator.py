@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import blockhess
-from blockhess.problem.blocks import Part
+from blockhess.problem.blocks import ParameterSlice
 from blockhess.problem.model_state import fixed_state
 from tests.helpers.dense_hessian import assert_close, dense_hessian, operator, operator_blocks
 from tests.helpers.tiny_models import CASES, SelfAttention, convolutional, labelled, mlp
@@ -66,9 +66,14 @@ def test_full_and_groups_and_parts_are_submatrices_of_the_hessian() -> None:
 
     # 0.weight is (4, 3): rows 1:3 are the entries 3..8; column 2 the entries 2, 5, 8, 11. 2.weight is (3, 4).
     parts = {
-        "rows": Part("0.weight", 1, 3),
-        "column": Part("0.weight", 2, 3, dim=1),
-        "mixed": ["2.bias", Part("0.weight", 2, 4), Part("0.weight", 0, 1), Part("2.weight", 1, 2, dim=1)],
+        "rows": ParameterSlice("0.weight", 1, 3),
+        "column": ParameterSlice("0.weight", 2, 3, dim=1),
+        "mixed": [
+            "2.bias",
+            ParameterSlice("0.weight", 2, 4),
+            ParameterSlice("0.weight", 0, 1),
+            ParameterSlice("2.weight", 1, 2, dim=1),
+        ],
     }
     blocks = operator_blocks(operator(model, (x, y), nn.CrossEntropyLoss(), parts))
     rows, column = torch.arange(3, 9), torch.arange(2, 12, 3)
@@ -237,7 +242,7 @@ class BigTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("blocks", ["parameter", {"rows": Part("0.weight", 1, 3), "rest": "2.weight"}])
+@pytest.mark.parametrize("blocks", ["parameter", {"rows": ParameterSlice("0.weight", 1, 3), "rest": "2.weight"}])
 def test_the_result_is_the_only_new_tensor_of_its_size(blocks: Any) -> None:
     x, y = labelled(7)
     hessian = operator(mlp(), [(x[:4], y[:4]), (x[4:], y[4:])], nn.CrossEntropyLoss(), blocks)

@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 import blockhess
 from blockhess.hvp import AutogradEngine, BlockOperator, NotTraceable, TracedEngine
-from blockhess.hvp.accuracy import Disagreement, measure
+from blockhess.hvp.accuracy import EngineMismatch, measure
 from blockhess.hvp.traced import trace
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
@@ -30,10 +30,10 @@ def loss_of(forward: Forward) -> Callable[[nn.Module, Any], Tensor]:
     return lambda model, batch: F.cross_entropy(forward(model, batch[0]), batch[1])  # type: ignore[arg-type]
 
 
-def disagreement(posed: Problem, engine: TracedEngine) -> float:
+def disagreement(prepared_problem: Problem, engine: TracedEngine) -> float:
     """The largest difference from autograd's products, relative to the largest of these."""
-    v = torch.randn(1, sum(posed.dims), dtype=posed.dtype)
-    found, expected = (BlockOperator(posed, e)(v) for e in (engine, AutogradEngine(posed)))
+    v = torch.randn(1, sum(prepared_problem.dims), dtype=prepared_problem.dtype)
+    found, expected = (BlockOperator(prepared_problem, e)(v) for e in (engine, AutogradEngine(prepared_problem)))
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -78,17 +78,17 @@ STOPPED: dict[str, Forward] = {
 
 @pytest.mark.parametrize("forward", STOPPED.values(), ids=STOPPED)
 def test_gradients_stop_where_autograd_stops_them(forward: Forward) -> None:
-    posed = problem(mlp(), labelled(5), loss_of(forward))
-    assert disagreement(posed, TracedEngine(posed)) < 1e-14
+    prepared_problem = problem(mlp(), labelled(5), loss_of(forward))
+    assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-14
 
 
 def test_the_check_catches_a_trace_that_ignores_a_stopped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace._AsAutogradSees, "_seen", lambda self, value: value)
-    posed = problem(mlp(), labelled(5), loss_of(STOPPED["detach()"]))
-    engine = TracedEngine(posed)
-    assert disagreement(posed, engine) > 1e-3
-    with pytest.raises(Disagreement, match=r"block '0.weight' differ from autograd's"):
-        measure(posed, engine)
+    prepared_problem = problem(mlp(), labelled(5), loss_of(STOPPED["detach()"]))
+    engine = TracedEngine(prepared_problem)
+    assert disagreement(prepared_problem, engine) > 1e-3
+    with pytest.raises(EngineMismatch, match=r"block '0.weight' differ from autograd's"):
+        measure(prepared_problem, engine)
 
 
 def test_the_check_works_where_the_model_insists_on_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +99,9 @@ def test_the_check_works_where_the_model_insists_on_its_precision(monkeypatch: p
             raise TypeError("float64 only")
         return loss_of(STOPPED["detach()"])(m, batch)
 
-    posed = problem(mlp(), labelled(5), loss_fn)
-    with pytest.raises(Disagreement):
-        measure(posed, TracedEngine(posed))
+    prepared_problem = problem(mlp(), labelled(5), loss_fn)
+    with pytest.raises(EngineMismatch):
+        measure(prepared_problem, TracedEngine(prepared_problem))
 
 
 def test_the_check_catches_a_hook_that_scales_gradients() -> None:
@@ -112,9 +112,9 @@ def test_the_check_catches_a_hook_that_scales_gradients() -> None:
         h.register_hook(lambda gradient: gradient * h.detach().cos())
         return m[2](m[1](h))
 
-    posed = problem(mlp(), labelled(5), loss_of(hooked))
-    with pytest.raises(Disagreement):
-        measure(posed, TracedEngine(posed))
+    prepared_problem = problem(mlp(), labelled(5), loss_of(hooked))
+    with pytest.raises(EngineMismatch):
+        measure(prepared_problem, TracedEngine(prepared_problem))
 
 
 CLOSURES: dict[str, Callable[[nn.Module, Any], Tensor]] = {
@@ -137,15 +137,15 @@ CLOSURES: dict[str, Callable[[nn.Module, Any], Tensor]] = {
 
 @pytest.mark.parametrize("loss_fn", CLOSURES.values(), ids=CLOSURES)
 def test_closures(loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
-    posed = problem(mlp(), labelled(5), loss_fn)
-    assert disagreement(posed, TracedEngine(posed)) < 1e-13
+    prepared_problem = problem(mlp(), labelled(5), loss_fn)
+    assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-13
 
 
 def test_parameters_of_mixed_dtypes() -> None:
     model = mlp()
     model[2].float()
-    posed = problem(model, labelled(5), loss_of(lambda m, x: m[2](m[1](m[0](x)).float())))
-    assert disagreement(posed, TracedEngine(posed)) < 1e-6
+    prepared_problem = problem(model, labelled(5), loss_of(lambda m, x: m[2](m[1](m[0](x)).float())))
+    assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-6
 
 
 # Refused
@@ -220,8 +220,8 @@ def branches_by_numpy(m: nn.Sequential, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [branches_by_item, branches_by_numpy])
 def test_batches_of_one_shape_that_take_different_branches(forward: Forward) -> None:
     x, y = labelled(5)
-    posed = problem(mlp(), [(x.abs(), y), (-x.abs(), y), (x.abs() / 2, y)], loss_of(forward))
-    assert disagreement(posed, TracedEngine(posed)) < 1e-14
+    prepared_problem = problem(mlp(), [(x.abs(), y), (-x.abs(), y), (x.abs() / 2, y)], loss_of(forward))
+    assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-14
 
 
 class Held:
@@ -245,17 +245,17 @@ class Held:
     ids=["two shapes", "objects", "masks", "texts"],
 )
 def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, traces: int) -> None:
-    posed = problem(mlp(), make_data(), loss_fn)
-    engine = TracedEngine(posed)
-    assert disagreement(posed, engine) < 1e-13
+    prepared_problem = problem(mlp(), make_data(), loss_fn)
+    engine = TracedEngine(prepared_problem)
+    assert disagreement(prepared_problem, engine) < 1e-13
     assert len(engine._traces) == traces
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_compiled_programs(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
     """They run compiled although the model around them must not be, and eagerly where there is no compiler."""
-    posed = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
-    plain = TracedEngine(posed)
+    prepared_problem = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    plain = TracedEngine(prepared_problem)
     plain.prepare(0)
     stances = []
 
@@ -269,7 +269,7 @@ def test_compiled_programs(monkeypatch: pytest.MonkeyPatch, works: bool) -> None
         return run
 
     monkeypatch.setattr(torch, "compile", compiler)
-    engine = TracedEngine(posed, compiled=True)
+    engine = TracedEngine(prepared_problem, compiled=True)
     v = torch.randn(1, 12)
     with fixed_state(mlp()):
         engine.prepare(0)
@@ -285,10 +285,10 @@ def test_compiled_programs(monkeypatch: pytest.MonkeyPatch, works: bool) -> None
 def test_a_program_may_run_single_and_batched() -> None:
     model = SelfAttention()
     with fixed_state(model):
-        posed = problem(model, (torch.randn(2, 3, 4), torch.randint(2, (2,))), nn.CrossEntropyLoss())
-        engine = TracedEngine(posed, rows=3)
+        prepared_problem = problem(model, (torch.randn(2, 3, 4), torch.randint(2, (2,))), nn.CrossEntropyLoss())
+        engine = TracedEngine(prepared_problem, rows=3)
         engine.prepare(0)
-        v = torch.randn(3, posed.dims[0])
+        v = torch.randn(3, prepared_problem.dims[0])
         together = engine.product(0, v)
         engine.rows = 1
         for row in range(3):

@@ -13,7 +13,7 @@ from torch import nn
 
 import blockhess
 from blockhess.integrations.scipy import block_operators, operator_spectra
-from blockhess.problem.blocks import Part
+from blockhess.problem.blocks import ParameterSlice
 from tests.helpers.dense_hessian import dense_hessian
 from tests.helpers.tiny_models import labelled, mlp
 
@@ -51,7 +51,9 @@ def test_block_operators_keep_the_models_state() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = torch.get_rng_state()
     batch = torch.ones(8, 3), torch.zeros(8, dtype=torch.long)
-    with block_operators(model, batch, LOSS, batchnorm="batch", blocks={"head": Part("3.weight", 0, 1)}) as operators:
+    with block_operators(
+        model, batch, LOSS, batchnorm="batch", blocks={"head": ParameterSlice("3.weight", 0, 1)}
+    ) as operators:
         assert operators["head"].shape == (4, 4) and operators["head"].dtype == np.float32
         operators["head"] @ np.ones(4)
         assert not model[2].training

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import blockhess
 from blockhess.integrations import pandas, tensorboard
-from blockhess.integrations.watch import Watch
+from blockhess.integrations.watch import SpectrumMonitor
 from tests.helpers.spectra_cases import make_spectra, random_spectra
 
 LOSS = nn.CrossEntropyLoss()
@@ -32,7 +32,7 @@ def examples(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 4, generator=generator), torch.randint(3, (n,), generator=generator)
 
 
-def trained(watch: Watch | None, disturb: bool = False) -> list[Tensor]:
+def trained(watch: SpectrumMonitor | None, disturb: bool = False) -> list[Tensor]:
     """Parameters, buffers, gradients, momenta and random state after a training whose batches come shuffled."""
     model = noisy_model()
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
@@ -59,7 +59,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("batchnorm", ["eval", "batch"])
 def test_watching_changes_no_bit_of_a_training(batchnorm: str, tmp_path: Path) -> None:
-    watch = Watch(examples(8, seed=1), LOSS, every=2, folder=tmp_path, batchnorm=batchnorm, **OPTIONS)
+    watch = SpectrumMonitor(examples(8, seed=1), LOSS, every=2, folder=tmp_path, batchnorm=batchnorm, **OPTIONS)
     alone = trained(None)
     assert same_bits(alone, trained(watch))
     assert not same_bits(alone, trained(None, disturb=True))  # the comparison would notice
@@ -68,7 +68,7 @@ def test_watching_changes_no_bit_of_a_training(batchnorm: str, tmp_path: Path) -
 
 def test_what_is_watched_is_the_model_at_that_step(tmp_path: Path) -> None:
     batch = examples(8, seed=1)
-    watch, model = Watch(batch, LOSS, every=10, folder=tmp_path, **OPTIONS), noisy_model()
+    watch, model = SpectrumMonitor(batch, LOSS, every=10, folder=tmp_path, **OPTIONS), noisy_model()
     spectra = watch(model, 20)
     assert spectra is not None and spectra.provenance["step"] == 20
     expected = blockhess.spectrum(model, batch, LOSS, **OPTIONS)
@@ -84,7 +84,7 @@ def test_a_shuffling_loader_is_drawn_once() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*examples(8)), batch_size=4, shuffle=True)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    watch = Watch(loader, LOSS, every=1, folder=None, **OPTIONS)
+    watch = SpectrumMonitor(loader, LOSS, every=1, folder=None, **OPTIONS)
     assert torch.equal(torch.get_rng_state(), before)
     model = noisy_model()
     seen = [watch(model, step) for step in range(2)]
@@ -100,14 +100,14 @@ def test_a_training_outlives_what_is_not_finite() -> None:
         model.bias.zero_()
     with pytest.raises(blockhess.NonFiniteError):
         blockhess.spectrum(model, examples(8), loss_fn, **OPTIONS)
-    spectra = Watch(examples(8), loss_fn, every=1, folder=None, **OPTIONS)(model, 0)
+    spectra = SpectrumMonitor(examples(8), loss_fn, every=1, folder=None, **OPTIONS)(model, 0)
     assert spectra is not None and spectra.quadrature.nonfinite.any(0).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every": 0}, "Watch: every must be at least 1, got 0"),
+        ({"every": 0}, "SpectrumMonitor: every must be at least 1, got 0"),
         ({"every": 1, "folder": "{file}/x"}, "output folder: cannot make"),
     ],
 )
@@ -115,7 +115,7 @@ def test_refusals(arguments: dict[str, Any], message: str, tmp_path: Path) -> No
     (tmp_path / "file").touch()
     given = {k: v.format(file=tmp_path / "file") if isinstance(v, str) else v for k, v in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        Watch(examples(8), LOSS, **{"folder": None} | given)
+        SpectrumMonitor(examples(8), LOSS, **{"folder": None} | given)
 
 
 class Writer:
@@ -160,18 +160,18 @@ def test_figures_are_logged() -> None:
 
 def test_a_watch_logs(tmp_path: Path) -> None:
     writer = Writer()
-    Watch(examples(8), LOSS, every=1, folder=None, writer=writer, **OPTIONS)(noisy_model(), 3)
+    SpectrumMonitor(examples(8), LOSS, every=1, folder=None, writer=writer, **OPTIONS)(noisy_model(), 3)
     assert writer.scalars["blockhess/js0"][1] == 3
 
 
 def test_frames() -> None:
     pytest.importorskip("pandas")
     spectra = random_spectra()
-    blocks = pandas.block_frame(spectra)
+    blocks = pandas.block_dataframe(spectra)
     assert list(blocks.index) == list(spectra.names) and list(blocks["dim"]) == list(spectra.dims)
     assert blocks.loc["block2", "lambda_max"] == spectra["block2"].lambda_max
     assert np.array_equal(blocks["trace_error"], spectra.trace()[1])
-    pairs = pandas.pair_frame(spectra, axis="asinh", kind="divergence")
+    pairs = pandas.pair_dataframe(spectra, axis="asinh", kind="divergence")
     assert list(pairs.columns) == ["block_a", "block_b", "divergence"] and len(pairs) == 6
     row = pairs[(pairs.block_a == "block1") & (pairs.block_b == "block3")]
     assert row["divergence"].item() == float(spectra.js_matrix("divergence", axis="asinh")[1, 3])
@@ -194,10 +194,10 @@ def test_a_missing_package_says_what_to_type(
     monkeypatch.delitem(sys.modules, f"blockhess.integrations.{needs}", raising=False)
     with pytest.raises(ImportError, match=advice):
         module = __import__(f"blockhess.integrations.{needs}", fromlist=["x"])
-        module.block_frame(random_spectra())
+        module.block_dataframe(random_spectra())
 
 
-def trainer_states(watch: Watch | None, folder: Path) -> tuple[list[Tensor], list[float]]:
+def trainer_states(watch: SpectrumMonitor | None, folder: Path) -> tuple[list[Tensor], list[float]]:
     """Parameters and random state after a training by Transformers' Trainer, and the losses on the way."""
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -224,7 +224,7 @@ def test_transformers_trainer_is_undisturbed(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     tokens = torch.arange(12).reshape(2, 6) % 11
     batch = {"input_ids": tokens, "labels": tokens}
-    watch = Watch(batch, every=2, folder=tmp_path / "spectra", num_probes=1, num_steps=2)
+    watch = SpectrumMonitor(batch, every=2, folder=tmp_path / "spectra", num_probes=1, num_steps=2)
     states, losses = trainer_states(None, tmp_path / "a")
     watched, watched_losses = trainer_states(watch, tmp_path / "b")
     assert same_bits(states, watched) and losses == watched_losses and len(losses) == 4
@@ -250,7 +250,7 @@ def test_lightning_trainer_is_undisturbed(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), 0.05)
 
-    def states(watch: Watch | None) -> list[Tensor]:
+    def states(watch: SpectrumMonitor | None) -> list[Tensor]:
         module = Module()
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*examples(20)), batch_size=5, shuffle=True)
         trainer = pl.Trainer(
@@ -262,7 +262,9 @@ def test_lightning_trainer_is_undisturbed(tmp_path: Path) -> None:
         trainer.fit(module, loader)
         return [*module.state_dict().values(), torch.get_rng_state()]
 
-    watch = Watch(examples(8, seed=1), lambda m, b: m.loss(b), every=2, folder=tmp_path / "spectra", **OPTIONS)
+    watch = SpectrumMonitor(
+        examples(8, seed=1), lambda m, b: m.loss(b), every=2, folder=tmp_path / "spectra", **OPTIONS
+    )
     assert same_bits(states(None), states(watch))
     files = sorted((tmp_path / "spectra").iterdir())
     assert [blockhess.load(f).provenance["step"] for f in files] == [0, 2, 4]

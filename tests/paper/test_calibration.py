@@ -205,7 +205,9 @@ def test_param_groups_are_blockwise_gradient_descent() -> None:
     alone = blockhess.spectrum(model, x, loss, blocks={"sharp": "sharp"}, num_probes=1, progress=False)
     rest = alone.param_groups(model)[-1]
     assert rest["name"] == "rest" and sum(p.numel() for p in rest["params"]) == 6
-    parts = blockhess.spectrum(model, x, loss, blocks={"x": blockhess.Part("flat", 0, 1)}, num_probes=1, progress=False)
+    parts = blockhess.spectrum(
+        model, x, loss, blocks={"x": blockhess.ParameterSlice("flat", 0, 1)}, num_probes=1, progress=False
+    )
     with pytest.raises(ValueError, match="whole parameters"):
         parts.param_groups(model)
     with pytest.raises(ValueError, match="got none called"):
@@ -258,7 +260,7 @@ def test_every_architecture_can_be_trained() -> None:
         for name, architecture in ARCHITECTURES.items():
             (batch,) = architecture.batches(1, 0, batch_size=4)
             model = architecture.model(0)
-            loss = blockhess.problem.losses.as_loss(architecture.loss_fn)(model, batch)[0]
+            loss = blockhess.problem.losses.make_loss(architecture.loss_fn)(model, batch)[0]
             loss.backward()
             assert all(p.grad is not None for p in model.parameters()), name
             scaled = name in ("mlp-c4", "mlp-c8", "bert-2")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockhess.cli.main import main
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.models import GPTConfig, ResNetConfig
-from blockhess.problem.prepare import posed
+from blockhess.problem.prepare import prepared_problem
 from blockhess_paper.models import CONFIGS, BERTConfig, ViTConfig, named
 from blockhess_paper.networks import cost
 from blockhess_paper.networks.cost import ASSUMED_SHARE, H100_PEAK, HOUR, Cost, Work, counted, measured_rate, work
@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_counts_are_those_of_the_engine(name: str, small: None) -> None:
     found = counted(name, 3)
     batch, loss_fn = cost.sample_batch(name, 3)
-    with posed(named(name), batch, loss_fn, cost.BLOCKS, "eval", None, None, "highest") as (problem, *_):
+    with prepared_problem(named(name), batch, loss_fn, cost.BLOCKS, "eval", None, None, "highest") as (problem, *_):
         engine = AutogradEngine(problem)
         with FlopCounterMode(display=False) as gradient:
             engine.prepare(0)

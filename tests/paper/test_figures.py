@@ -29,7 +29,7 @@ from blockhess_paper.networks import initial_spectra, networks, sources
 from blockhess_paper.networks.initial_spectra import Effort, measure_once
 from blockhess_paper.networks.networks import NETWORKS, Network, Selection
 from blockhess_paper.results import NOT_REPRODUCED, PARTLY, REPRODUCED
-from blockhess_paper.training import Kept, calibrate, figure1, recipes, train
+from blockhess_paper.training import SavedState, calibrate, figure1, recipes, train
 from blockhess_paper.training.recipes import GRID, RECIPES, Recipe, trainees
 from blockhess_paper.training.training_runs import trained
 from tests.paper.test_datasets import corpus, image
@@ -134,15 +134,15 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     drawn: list[int] = []
     draw = recipes.Stream.__getitem__
     monkeypatch.setattr(recipes.Stream, "__getitem__", lambda self, step: drawn.append(step) or draw(self, step))
-    after_step, saves = Kept.after_step, Counter[str]()
+    after_step, saves = SavedState.after_step, Counter[str]()
 
-    def stopped(self: Kept, *state: Any) -> None:
+    def stopped(self: SavedState, *state: Any) -> None:
         after_step(self, *state)
         saves["made"] += 1
         if saves["made"] == 2:
             raise Stop
 
-    monkeypatch.setattr(Kept, "after_step", stopped)
+    monkeypatch.setattr(SavedState, "after_step", stopped)
     with pytest.raises(Stop):
         trained(tmp_path / "halves", name, optimizer, 0.01, 0, made.settings(0), made)
     assert drawn[-2:] == [0, 1]
@@ -170,7 +170,7 @@ def test_a_signal_saves_the_state_and_a_state_of_another_training_is_not_used(
     def run(told: str, hook: Any = None, rate: float = 0.1) -> tuple[Any, list[int]]:
         seen: list[int] = []
         hooks = {step: lambda _, step=step: seen.append(step) or (hook and hook(step)) for step in range(7)}
-        kept = Kept(tmp_path / "state", {"told": told})
+        kept = SavedState(tmp_path / "state", {"told": told})
         return train(
             linear(), regression(), nn.MSELoss(), optimizer="AdamW", rate=rate, num_steps=6, at_steps=hooks, kept=kept
         ), seen
@@ -190,7 +190,7 @@ def test_a_signal_saves_the_state_and_a_state_of_another_training_is_not_used(
 def test_a_damaged_state_is_none(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"noise")
     model = linear()
-    assert Kept(tmp_path / "state", {}).load(model, torch.optim.SGD(model.parameters(), lr=0.1)) is None
+    assert SavedState(tmp_path / "state", {}).load(model, torch.optim.SGD(model.parameters(), lr=0.1)) is None
 
 
 def test_parts_of_a_batch_have_its_gradient() -> None:

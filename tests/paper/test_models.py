@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
-from blockhess.problem.blocks import Part, heads, partition
+from blockhess.problem.blocks import ParameterSlice, heads, partition
 from blockhess_paper.models import (
     BERT,
     CONFIGS,
@@ -328,8 +328,8 @@ def test_gpt_and_transformers_gpt2_have_the_same_hessian_blocks() -> None:
             "fc": "layers.0.mlp.fc.weight", "bias": "layers.1.mlp.proj.bias"}  # fmt: skip
     here = operator_blocks(operator(ours, (tokens, targets), next_token_loss, mine))
     h = "transformer.h"
-    other = {"wte": "transformer.wte.weight", "query": Part(f"{h}.1.attn.c_attn.weight", 0, 8, dim=1),
-             "value": Part(f"{h}.0.attn.c_attn.weight", 16, 24, dim=1), "fc": f"{h}.0.mlp.c_fc.weight",
+    other = {"wte": "transformer.wte.weight", "query": ParameterSlice(f"{h}.1.attn.c_attn.weight", 0, 8, dim=1),
+             "value": ParameterSlice(f"{h}.0.attn.c_attn.weight", 16, 24, dim=1), "fc": f"{h}.0.mlp.c_fc.weight",
              "bias": f"{h}.1.mlp.c_proj.bias"}  # fmt: skip
     there = operator_blocks(operator(theirs, (tokens, targets), loss, other))
     for name, (rows, columns) in {"query": (8, 8), "value": (8, 8), "fc": (32, 8)}.items():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blockhess.models import GPT, GPTConfig, next_token_loss
-from blockhess.problem.blocks import BlockInfo, Part
+from blockhess.problem.blocks import BlockInfo, ParameterSlice
 from blockhess_paper.structure.figure2 import box_of, layer_of, transformer_hessian
 from blockhess_paper.structure.hessian import exact_hessian
 from blockhess_paper.structure.pair_norms import PairNorms, estimate_pair_norms, exact_pair_norms
@@ -47,7 +47,7 @@ def test_exact_hessian_of_a_gpt_and_its_attention():
 
 def test_blocks_of_slices_permute_the_hessian(mlp, batch):
     whole, _ = exact_hessian(mlp, batch, nn.CrossEntropyLoss(), blocks={"first": ["0.weight", "0.bias"]})
-    units = {f"unit {i}": [Part("0.weight", i, i + 1), Part("0.bias", i, i + 1)] for i in range(5)}
+    units = {f"unit {i}": [ParameterSlice("0.weight", i, i + 1), ParameterSlice("0.bias", i, i + 1)] for i in range(5)}
     by_unit, blocks = exact_hessian(mlp, batch, nn.CrossEntropyLoss(), blocks=units)
     order = [index for i in range(5) for index in (3 * i, 3 * i + 1, 3 * i + 2, 15 + i)]
     assert [block.dim for block in blocks] == [4] * 5

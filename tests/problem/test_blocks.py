@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockhess.problem.blocks import Part, heads, partition, unwrap
+from blockhess.problem.blocks import ParameterSlice, heads, partition, unwrap
 
 
 def mlp() -> nn.Sequential:
@@ -46,7 +46,11 @@ def test_regex_groups_take_the_first_match_and_leave_out_the_rest() -> None:
 
 
 def test_dict_of_names_and_parts() -> None:
-    spec = {"a": "2.bias", "b": ["0.bias", Part("0.weight", 1, 3)], "column": Part("0.weight", 0, 1, dim=1)}
+    spec = {
+        "a": "2.bias",
+        "b": ["0.bias", ParameterSlice("0.weight", 1, 3)],
+        "column": ParameterSlice("0.weight", 0, 1, dim=1),
+    }
     infos = [block.info for block in partition(mlp(), spec).blocks]
     assert [(i.name, i.shape, i.dim) for i in infos] == [("a", (2,), 2), ("b", (7,), 7), ("column", (3, 1), 3)]
     assert infos[1].parameters == ("0.bias", "0.weight")
@@ -54,22 +58,27 @@ def test_dict_of_names_and_parts() -> None:
 
 def test_pieces_are_the_views_they_say() -> None:
     weight = torch.arange(6.0).view(3, 2)
-    blocks = partition(mlp(), {"rows": Part("0.weight", 1, 3), "column": Part("0.weight", 1, 2, dim=1)}).blocks
+    blocks = partition(
+        mlp(), {"rows": ParameterSlice("0.weight", 1, 3), "column": ParameterSlice("0.weight", 1, 2, dim=1)}
+    ).blocks
     assert blocks[0].pieces[0].of(weight).tolist() == [[2, 3], [4, 5]]
     assert blocks[1].pieces[0].of(weight).tolist() == [[1], [3], [5]]
 
 
 def test_names_of_parts() -> None:
-    assert str(Part("attn.qkv", 0, 64)) == "attn.qkv[0:64]"
-    assert str(Part("conv", 1, 2, dim=2)) == "conv[:,:,1:2]"
+    assert str(ParameterSlice("attn.qkv", 0, 64)) == "attn.qkv[0:64]"
+    assert str(ParameterSlice("conv", 1, 2, dim=2)) == "conv[:,:,1:2]"
 
 
 def test_heads_cover_the_fused_qkv() -> None:
     model = nn.Sequential(nn.Linear(4, 12, bias=False))
     rows = heads(model, "0.weight", 2, roles=("q", "k", "v"))
-    assert rows["0.weight[k1]"] == Part("0.weight", 6, 8)
+    assert rows["0.weight[k1]"] == ParameterSlice("0.weight", 6, 8)
     columns = heads(model, "0.weight", 2, dim=-1)
-    assert columns == {"0.weight[head0]": Part("0.weight", 0, 2, 1), "0.weight[head1]": Part("0.weight", 2, 4, 1)}
+    assert columns == {
+        "0.weight[head0]": ParameterSlice("0.weight", 0, 2, 1),
+        "0.weight[head1]": ParameterSlice("0.weight", 2, 4, 1),
+    }
     infos = [block.info for block in partition(model, rows | {"all": "0.weight"}).blocks]
     assert [i.dim for i in infos] == [8] * 6 + [48]
 
@@ -139,16 +148,19 @@ def test_compiled_submodules_do_not_show() -> None:
     [
         ({"a": "0.wieght"}, "no parameter '0.wieght'; the nearest are '0.weight'"),
         ({"a": ["0.bias", "xyz"]}, "no parameter 'xyz'$"),
-        ({"a": Part("1.weight", 0, 1)}, "no parameter '1.weight'"),
-        ({"a": Part("0.weight", 0, 4)}, r"stop=4, dim=0\) must lie within shape \(3, 2\)"),
-        ({"a": Part("0.weight", 2, 2)}, "must lie within"),
-        ({"a": Part("0.weight", 0, 1, dim=2)}, "must lie within"),
-        ({"a": []}, r"blocks\['a'\] must be a parameter name, a Part or a non-empty list of those, got \[\]"),
+        ({"a": ParameterSlice("1.weight", 0, 1)}, "no parameter '1.weight'"),
+        ({"a": ParameterSlice("0.weight", 0, 4)}, r"stop=4, dim=0\) must lie within shape \(3, 2\)"),
+        ({"a": ParameterSlice("0.weight", 2, 2)}, "must lie within"),
+        ({"a": ParameterSlice("0.weight", 0, 1, dim=2)}, "must lie within"),
+        ({"a": []}, r"blocks\['a'\] must be a parameter name, a ParameterSlice or a non-empty list of those, got \[\]"),
         ({"a": 3}, r"blocks\['a'\] must be .* got 3"),
         ({"a": ["0.bias", "0.bias"]}, "same entries twice, got 0.bias and 0.bias"),
-        ({"a": ["0.weight", Part("0.weight", 0, 1)]}, r"twice, got 0.weight and 0.weight\[0:1\]"),
-        ({"a": [Part("0.weight", 0, 2), Part("0.weight", 1, 3)]}, r"twice, got 0.weight\[0:2\] and 0.weight\[1:3\]"),
-        ({"a": [Part("0.weight", 0, 1), Part("0.weight", 0, 1, dim=1)]}, "twice"),
+        ({"a": ["0.weight", ParameterSlice("0.weight", 0, 1)]}, r"twice, got 0.weight and 0.weight\[0:1\]"),
+        (
+            {"a": [ParameterSlice("0.weight", 0, 2), ParameterSlice("0.weight", 1, 3)]},
+            r"twice, got 0.weight\[0:2\] and 0.weight\[1:3\]",
+        ),
+        ({"a": [ParameterSlice("0.weight", 0, 1), ParameterSlice("0.weight", 0, 1, dim=1)]}, "twice"),
         ({}, "at least one block, got {}"),
         ([], r"at least one block, got \[\]"),
         ("layers", "must be 'parameter', 'full', .* got 'layers'"),

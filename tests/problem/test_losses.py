@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockhess.problem.losses import TransformersLoss, as_loss, checked_weight
+from blockhess.problem.losses import TransformersLoss, checked_weight, make_loss
 
 C = 4
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -20,7 +20,7 @@ IGNORING = torch.tensor([0, 1, -100, 3, -100, -100])
 
 def of_all(loss_fn: Any, batches: list[Any], model: nn.Module) -> tuple[float, float]:
     """Loss and weight of all data, from those of the batches."""
-    loss = as_loss(loss_fn)
+    loss = make_loss(loss_fn)
     parts = [loss(model, batch) for batch in batches]
     weights = [float(weight) for _, weight in parts]
     return sum(value.item() * w for (value, _), w in zip(parts, weights)) / sum(weights), sum(weights)
@@ -54,7 +54,7 @@ def test_a_criterions_batches_weigh_what_its_mean_divides_by(criterion: Any, tar
 
 
 def test_targets_of_more_dimensions() -> None:
-    loss = as_loss(nn.CrossEntropyLoss())
+    loss = make_loss(nn.CrossEntropyLoss())
     logits = nn.Identity()
     targets = torch.zeros(2, 3, 5, dtype=torch.int64)
     targets[0, 0] = -100
@@ -65,15 +65,15 @@ def test_targets_of_more_dimensions() -> None:
 
 def test_reduction_sum_is_not_averaged() -> None:
     for criterion in (nn.MSELoss(reduction="sum"), functools.partial(F.mse_loss, reduction="sum")):
-        assert not as_loss(criterion).averaged
-    assert as_loss(nn.MSELoss()).averaged
+        assert not make_loss(criterion).averaged
+    assert make_loss(nn.MSELoss()).averaged
 
 
 def test_reduction_none() -> None:
     with pytest.raises(ValueError, match="must return one number, got CrossEntropyLoss with reduction='none'"):
-        as_loss(nn.CrossEntropyLoss(reduction="none"))
+        make_loss(nn.CrossEntropyLoss(reduction="none"))
     with pytest.raises(ValueError, match="got mse_loss with reduction='none'"):
-        as_loss(functools.partial(F.mse_loss, reduction="none"))
+        make_loss(functools.partial(F.mse_loss, reduction="none"))
 
 
 def test_a_function_of_model_and_batch() -> None:
@@ -81,14 +81,14 @@ def test_a_function_of_model_and_batch() -> None:
         return model(batch).square().mean()
 
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
-    value, weight = as_loss(squares)(model, x)
+    value, weight = make_loss(squares)(model, x)
     assert value == squares(model, x) and weight == 5
-    assert as_loss(lambda m, b: (squares(m, b), 17))(model, x)[1] == 17
-    assert as_loss(squares).name.endswith("squares")
+    assert make_loss(lambda m, b: (squares(m, b), 17))(model, x)[1] == 17
+    assert make_loss(squares).name.endswith("squares")
 
 
 def test_a_criterion_needs_pairs() -> None:
-    loss = as_loss(nn.MSELoss())
+    loss = make_loss(nn.MSELoss())
     for batch, got in ((torch.ones(3), "a Tensor"), ((1, 2, 3), "a tuple of length 3"), ({"x": 1}, "a dict")):
         with pytest.raises(ValueError, match=rf"pairs \(inputs, targets\) for MSELoss, got {got}"):
             loss(nn.Identity(), batch)
@@ -96,7 +96,7 @@ def test_a_criterion_needs_pairs() -> None:
 
 def test_not_callable() -> None:
     with pytest.raises(TypeError, match="loss_fn must be callable or None, got str"):
-        as_loss("mse")
+        make_loss("mse")
 
 
 def test_weights() -> None:
@@ -110,7 +110,7 @@ def test_weights() -> None:
 
 
 def test_a_transformers_loss_needs_mappings_and_labels() -> None:
-    loss = as_loss(None)
+    loss = make_loss(None)
     with pytest.raises(
         ValueError, match=r"must hold mappings for loss_fn=None, .* got a tuple of length 2; pass loss_fn="
     ):

@@ -201,15 +201,17 @@ def test_third_derivatives_that_torch_gets_wrong_are_refused() -> None:
         with pytest.raises(NotImplementedError, match=f"differentiates through {type(norm).__name__.rstrip('1d')}"):
             problem(model(norm), x, slope)
     for norm in (nn.GroupNorm(2, 4), nn.BatchNorm1d(4).eval()):
-        posed = problem(model(norm), x, slope)
-        weight, v, step = posed.parameters["0.weight"], torch.randn(1, 12), 1e-5
+        prepared_problem = problem(model(norm), x, slope)
+        weight, v, step = prepared_problem.parameters["0.weight"], torch.randn(1, 12), 1e-5
         gradients = []
         for sign in (1, -1):
             moved = {"0.weight": weight.detach() + sign * step * v.view(4, 3)}
-            moved = {name: moved.get(name, p.detach()).requires_grad_() for name, p in posed.parameters.items()}
-            gradients.append(posed.gradients_at(x, moved)["0.weight"])
+            moved = {
+                name: moved.get(name, p.detach()).requires_grad_() for name, p in prepared_problem.parameters.items()
+            }
+            gradients.append(prepared_problem.gradients_at(x, moved)["0.weight"])
         expected = (gradients[0] - gradients[1]).flatten() / (2 * step)
-        hessian = operator(posed.model, x, slope)
+        hessian = operator(prepared_problem.model, x, slope)
         found = hessian(torch.cat([v, torch.zeros(1, sum(hessian.dims) - 12)], 1))[0, :12]
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 

@@ -13,7 +13,7 @@ import blockhess
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import partition
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import product_costs
 from blockhess.run.recorder import Unit
@@ -192,7 +192,7 @@ def test_shares_hold_every_recurrence_once_and_are_balanced(shapes, size, random
 def test_costs_grow_with_what_a_product_walks_through():
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(4)])
     blocks = partition(model, "parameter").blocks
-    loss = as_loss(torch.nn.MSELoss())
+    loss = make_loss(torch.nn.MSELoss())
     data = as_batches((torch.randn(512, 256), torch.randn(512, 256)), pairs=True)
     problem = Problem(model, loss, data, blocks)
     costs = product_costs(problem, AutogradEngine(problem))

@@ -20,11 +20,11 @@ from tests.helpers.tiny_models import labelled, mlp
 
 
 def planned(**options: Any) -> Plan:
-    posed = problem(
+    prepared_problem = problem(
         mlp().float(), tuple(t.float() if t.is_floating_point() else t for t in labelled(7)), nn.CrossEntropyLoss()
     )
     defaults = {"num_probes": 3, "num_steps": 5, "basis_dims": [0] * 4, "budget": 2**30}
-    return make_plan(posed, **(defaults | options))
+    return make_plan(prepared_problem, **(defaults | options))
 
 
 def test_products_are_counted() -> None:

@@ -120,7 +120,7 @@ def plan(
         if gpus % batch_ranks:
             raise ValueError(f"plan: --batch-ranks must divide --gpus, got {batch_ranks} and {gpus}")
         made = forecast(work=gpus // batch_ranks, data_shares=batch_ranks, **arguments)
-    print(to_json(made.as_record()) if as_json else made)
+    print(to_json(made.to_dict()) if as_json else made)
 
 
 @app.command("run")
@@ -137,7 +137,7 @@ def run_config(
     """
     import blockhess
     from blockhess.cli.config import load_config
-    from blockhess.run.storage.directory import RESULT, OtherRun, holds_run
+    from blockhess.run.storage.directory import RESULT, RunMismatch, holds_run
     from blockhess.run.storage.signals import Interrupted
 
     arguments = load_config(config).arguments(allow or ())
@@ -148,10 +148,10 @@ def run_config(
     except Interrupted as interrupted:
         print(f"blockhess: {interrupted}; what is done is in {out}, go on with --resume", file=sys.stderr)
         raise typer.Exit(128 + interrupted.signal) from None
-    except OtherRun as other:  # a table, so of more than one line
+    except RunMismatch as other:  # a table, so of more than one line
         print(f"blockhess: {other}", file=sys.stderr)
         raise typer.Exit(2) from None
-    _told_written(spectra, out / RESULT, as_json)
+    _print_written(spectra, out / RESULT, as_json)
 
 
 @app.command("status")
@@ -166,7 +166,7 @@ def run_status(
     from blockhess.run.status import partial, status
 
     found = status(directory)
-    print(to_json(found.as_record()) if as_json else found)
+    print(to_json(found.to_dict()) if as_json else found)
     if plot is not None or save is not None:
         spectra = partial(directory, "status")
         if plot is not None:
@@ -190,7 +190,7 @@ def merge_runs(
         raise ValueError(f"merge: the result must be a new file, got {out}, which exists")
     check_writable(out)
     spectra = blockhess.merge(runs)
-    _told_written(spectra, spectra.save(out), as_json)
+    _print_written(spectra, spectra.save(out), as_json)
 
 
 @app.command()
@@ -202,10 +202,10 @@ def show(
 ) -> None:
     """Print what a result file holds: its origin, its table of blocks and its JS0; of an unfinished run, so far."""
     from blockhess.report.rows import to_json
-    from blockhess.report.text import as_record, describe
+    from blockhess.report.text import describe, to_dict
 
     spectra = _loaded("show", file)
-    print(to_json(as_record(spectra, sort)) if as_json else describe(spectra, sort))
+    print(to_json(to_dict(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
         spectra.plot(plot)
         print(f"\nSpectra drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
@@ -271,9 +271,9 @@ def _loaded(op: str, path: Path) -> Spectra:
     return partial(path, op)
 
 
-def _told_written(spectra: Spectra, path: Path, as_json: bool) -> None:
+def _print_written(spectra: Spectra, path: Path, as_json: bool) -> None:
     from blockhess.report.rows import to_json
-    from blockhess.report.text import as_record
+    from blockhess.report.text import to_dict
 
-    record = {"written": str(path), **as_record(spectra)} if as_json else {}
+    record = {"written": str(path), **to_dict(spectra)} if as_json else {}
     print(to_json(record) if as_json else f"{spectra!r}\nwritten to {path}")

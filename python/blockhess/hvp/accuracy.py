@@ -35,7 +35,7 @@ class Accuracy:
         return self.norms[number] <= self.errors[number]
 
 
-class Disagreement(ArithmeticError):
+class EngineMismatch(ArithmeticError):
     """An engine's products are not those of autograd."""
 
 
@@ -96,6 +96,6 @@ def _check(problem: Problem, traced: list[Tensor], repeat: list[Tensor] | None) 
         noise = max(eps * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
         error, size = _distance(found, right), float(right.norm())
         if error > eps**0.5 * size + 100 * noise:
-            raise Disagreement(
+            raise EngineMismatch(
                 f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"
             )

@@ -12,21 +12,21 @@ except ImportError:
     except ImportError:
         raise ImportError("blockhess.integrations.lightning needs lightning; type: pip install lightning") from None
 
-from blockhess.integrations.watch import Watch
+from blockhess.integrations.watch import SpectrumMonitor
 
 
 class SpectrumCallback(Callback):  # type: ignore[misc]
-    """Hands the LightningModule to a Watch at the start and after every optimizer step, in the main process only.
+    """Hands the LightningModule to a SpectrumMonitor at the start and after every optimizer step, in the main process only.
 
     Args:
         watch: what to compute, and when; steps are the Trainer's global steps, and the loss_fn is given the module.
 
     Example:
-        >>> watch = Watch(batch, lambda module, batch: module.loss(batch), every=100, folder="spectra")
+        >>> watch = SpectrumMonitor(batch, lambda module, batch: module.loss(batch), every=100, folder="spectra")
         >>> lightning.pytorch.Trainer(callbacks=[SpectrumCallback(watch)]).fit(module, loader)
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: SpectrumMonitor) -> None:
         self.watch = watch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def block_frame(spectra: Spectra) -> DataFrame:
+def block_dataframe(spectra: Spectra) -> DataFrame:
     """Return one row a block, indexed by its name, with the columns of records.block_records.
 
     Args:
@@ -21,12 +21,12 @@ def block_frame(spectra: Spectra) -> DataFrame:
         ImportError: pandas is missing.
 
     Example:
-        >>> block_frame(spectra).nlargest(5, "lambda_max")[["dim", "lambda_max", "lambda_max_error"]]
+        >>> block_dataframe(spectra).nlargest(5, "lambda_max")[["dim", "lambda_max", "lambda_max_error"]]
     """
     return _frame(block_records(spectra)).set_index("block")
 
 
-def pair_frame(spectra: Spectra, **comparison: Any) -> DataFrame:
+def pair_dataframe(spectra: Spectra, **comparison: Any) -> DataFrame:
     """Return one row a pair of compared blocks: block_a, block_b, and the value of js_matrix, named as its kind.
 
     Args:
@@ -38,7 +38,7 @@ def pair_frame(spectra: Spectra, **comparison: Any) -> DataFrame:
         ValueError: as js_matrix.
 
     Example:
-        >>> pair_frame(spectra, axis="asinh").sort_values("distance")
+        >>> pair_dataframe(spectra, axis="asinh").sort_values("distance")
     """
     return _frame(pair_records(spectra, **comparison))
 

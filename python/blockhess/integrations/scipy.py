@@ -17,7 +17,7 @@ from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.hvp import ENGINES, BlockOperator, Engine
 from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import BlockInfo, BlockSpec, block_id, partition, unwrap
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
 from blockhess.spectra import Spectra
@@ -92,7 +92,7 @@ def block_operators(
     check_choice("block_operators", "engine", engine, ENGINES)
     check_choice("block_operators", "batchnorm", batchnorm, ("eval", "batch"))
     model = unwrap(model)
-    cut, loss = partition(model, blocks), as_loss(loss_fn)
+    cut, loss = partition(model, blocks), make_loss(loss_fn)
     inside = [True]
     with fixed_state(model, batchnorm):
         problem = Problem(model, loss, as_batches(data, pairs=loss.pairs), cut.blocks, dtype)

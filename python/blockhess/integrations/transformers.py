@@ -11,21 +11,21 @@ except ImportError:
         "blockhess.integrations.transformers needs transformers; type: pip install transformers"
     ) from None
 
-from blockhess.integrations.watch import Watch
+from blockhess.integrations.watch import SpectrumMonitor
 
 
 class SpectrumCallback(TrainerCallback):
-    """Hands the model to a Watch at the start and after every optimizer step, in the main process only.
+    """Hands the model to a SpectrumMonitor at the start and after every optimizer step, in the main process only.
 
     Args:
         watch: what to compute, and when; steps are the Trainer's global steps.
 
     Example:
-        >>> watch = Watch(batch, every=100, folder="spectra", num_probes=4)
+        >>> watch = SpectrumMonitor(batch, every=100, folder="spectra", num_probes=4)
         >>> Trainer(model, arguments, train_dataset=dataset, callbacks=[SpectrumCallback(watch)]).train()
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: SpectrumMonitor) -> None:
         self.watch = watch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 """Spectra of a model in training, every so many steps, on data that stay the same.
 
-    watch = Watch(batch, loss_fn, every=100, folder="spectra")
+    watch = SpectrumMonitor(batch, loss_fn, every=100, folder="spectra")
     for step, batch in enumerate(batches):
         watch(model, step)
         ...
@@ -21,12 +21,12 @@ from torch import nn
 import blockhess
 from blockhess.integrations import tensorboard
 from blockhess.problem.batches import as_batches, map_tensors
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
 
 
-class Watch:
+class SpectrumMonitor:
     """Computes spectra at some steps of a training, and saves them as files.
 
     Args:
@@ -43,7 +43,7 @@ class Watch:
         ValueError: every is below 1, the folder cannot be written, or data hold no batch.
 
     Example:
-        >>> watch = Watch(batch, torch.nn.CrossEntropyLoss(), every=100, folder="spectra", num_probes=4)
+        >>> watch = SpectrumMonitor(batch, torch.nn.CrossEntropyLoss(), every=100, folder="spectra", num_probes=4)
         >>> spectra = watch(model, step=0)
     """
 
@@ -58,13 +58,13 @@ class Watch:
         **options: Any,
     ) -> None:
         if every < 1:
-            raise ValueError(f"Watch: every must be at least 1, got {every}")
+            raise ValueError(f"SpectrumMonitor: every must be at least 1, got {every}")
         self.every, self.writer = every, writer
         self.folder: Path | None = None if folder is None else writable_folder(folder)
         self._loss_fn = loss_fn
         self._options: dict[str, Any] = {"on_nonfinite": "report", "progress": False} | options
         with torch.random.fork_rng():  # a DataLoader draws random numbers
-            self._batches = as_batches(data, pairs=as_loss(loss_fn).pairs)
+            self._batches = as_batches(data, pairs=make_loss(loss_fn).pairs)
         self._last: int | None = None
 
     def __call__(self, model: nn.Module, step: int) -> Spectra | None:

@@ -60,13 +60,13 @@ def with_note(info: BlockInfo, note: str) -> BlockInfo:
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterSlice:
     """The slice `start:stop` of a parameter along dimension `dim`: rows by default, columns with dim=1.
 
     `nn.Linear` and `nn.MultiheadAttention` keep a fused qkv along rows, the Conv1D of GPT-2 along columns.
 
     Example:
-        >>> blocks = {"query": Part("attn.in_proj_weight", 0, 64), "key": Part("attn.in_proj_weight", 64, 128)}
+        >>> blocks = {"query": ParameterSlice("attn.in_proj_weight", 0, 64), "key": ParameterSlice("attn.in_proj_weight", 64, 128)}
     """
 
     name: str
@@ -78,7 +78,7 @@ class Part:
         return f"{self.name}[{':,' * self.dim}{self.start}:{self.stop}]"
 
 
-Selection: TypeAlias = "str | Part | Sequence[str | Part]"
+Selection: TypeAlias = "str | ParameterSlice | Sequence[str | ParameterSlice]"
 BlockSpec: TypeAlias = "str | Mapping[str, Selection] | list[tuple[str, str]]"
 
 
@@ -88,7 +88,7 @@ class Piece:
 
     name: str
     tensor: Tensor
-    part: Part | None = None
+    part: ParameterSlice | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def heads(
     model: nn.Module, name: str, num_heads: int, *, dim: int = 0, roles: Sequence[str] = ("head",)
-) -> dict[str, Part]:
+) -> dict[str, ParameterSlice]:
     """One block per attention head of a parameter that stores equal heads one after the other.
 
     Args:
@@ -178,7 +178,7 @@ def heads(
         roles: what is fused, in order: ("q", "k", "v") for a fused qkv.
 
     Returns:
-        block name, e.g. "attn.in_proj_weight[q0]" -> Part; pass it as `blocks`, alone or merged with more blocks.
+        block name, e.g. "attn.in_proj_weight[q0]" -> ParameterSlice; pass it as `blocks`, alone or merged with more blocks.
 
     Raises:
         ValueError: unknown name, or a dimension that does not divide into len(roles) * num_heads.
@@ -205,7 +205,7 @@ def heads(
     dim %= found.tensor.dim()
     labels = [f"{found.name}[{role}{head}]" for role in roles for head in range(num_heads)]
     step = size // count
-    return {label: Part(found.name, i * step, (i + 1) * step, dim) for i, label in enumerate(labels)}
+    return {label: ParameterSlice(found.name, i * step, (i + 1) * step, dim) for i, label in enumerate(labels)}
 
 
 def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
@@ -215,7 +215,7 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
         model: any module; wrappers are looked through.
         blocks: "parameter": one block per parameter tensor; "full": one block of all of them; "paper": those the
             paper's text compares, "paper-figure": those its Figure 4 shows, for models that say which (paper_blocks);
-            a dict from block name to a parameter name, a `Part` or a list of those (blocks may overlap);
+            a dict from block name to a parameter name, a `ParameterSlice` or a list of those (blocks may overlap);
             or a list of (regex, group) pairs: a parameter joins the group of the first regex that `re.search`
             finds in its name, and `group` may use the regex's groups, as in (r"h\\.(\\d+)\\.", r"layer \\1").
             Parameters that are not named, or match no regex, are left out.
@@ -308,19 +308,19 @@ def _lookup(named: Sequence[_Named], name: str) -> _Named:
 
 
 def _select(named: Sequence[_Named], frozen: set[str], block: str, selection: Selection) -> list[Piece]:
-    items = [selection] if isinstance(selection, (str, Part)) else selection
-    if not isinstance(items, Sequence) or not items or not all(isinstance(i, (str, Part)) for i in items):
+    items = [selection] if isinstance(selection, (str, ParameterSlice)) else selection
+    if not isinstance(items, Sequence) or not items or not all(isinstance(i, (str, ParameterSlice)) for i in items):
         raise ValueError(
-            f"spectrum: blocks[{block!r}] must be a parameter name, a Part or a non-empty list of those, got {items!r}"
+            f"spectrum: blocks[{block!r}] must be a parameter name, a ParameterSlice or a non-empty list of those, got {items!r}"
         )
     pieces = []
     for item in items:
-        found = _lookup(named, item.name if isinstance(item, Part) else item)
+        found = _lookup(named, item.name if isinstance(item, ParameterSlice) else item)
         if found.name in frozen:
             raise ValueError(f"spectrum: blocks[{block!r}]: parameter {found.name!r} is frozen (requires_grad=False)")
         part = None
-        if isinstance(item, Part):
-            part = Part(found.name, item.start, item.stop, item.dim)
+        if isinstance(item, ParameterSlice):
+            part = ParameterSlice(found.name, item.start, item.stop, item.dim)
             shape = tuple(found.tensor.shape)
             if not 0 <= part.dim < len(shape) or not 0 <= part.start < part.stop <= shape[part.dim]:
                 raise ValueError(f"spectrum: blocks[{block!r}]: {part!r} must lie within shape {shape}")

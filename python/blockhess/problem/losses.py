@@ -42,7 +42,7 @@ class Loss(Protocol):
         ...
 
 
-def as_loss(loss_fn: Callable[..., Any] | None) -> Loss:
+def make_loss(loss_fn: Callable[..., Any] | None) -> Loss:
     """Make a loss of what the user passes as `loss_fn`.
 
     Args:

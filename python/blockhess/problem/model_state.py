@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blockhess.run.distributed import ALONE, Ranks
+from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup
 
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
@@ -95,7 +95,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
 
 
 def freeze_batch_statistics(
-    model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any], ranks: Ranks = ALONE
+    model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any], ranks: ProcessGroup = SINGLE_PROCESS
 ) -> None:
     """Set BatchNorm's running statistics to the averages of the batches' own, at the present parameters.
 

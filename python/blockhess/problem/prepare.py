@@ -15,10 +15,10 @@ from blockhess.models import next_token_loss
 from blockhess.problem import fingerprint
 from blockhess.problem.batches import as_batches, batch_size, check_tokens, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import batchnorm_policy, fixed_state, freeze_batch_statistics
 from blockhess.problem.problem import Problem
-from blockhess.run.distributed import ALONE, Ranks, refuse_sharded
+from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup, refuse_sharded
 from blockhess.run.options import choice
 from blockhess.run.plan import budget_bytes, micro_batches
 from blockhess_paper.models import masked_pair_loss
@@ -28,7 +28,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 @contextmanager
-def posed(
+def prepared_problem(
     model: nn.Module,
     data: Any,
     loss_fn: Callable[..., Any] | None,
@@ -37,7 +37,7 @@ def posed(
     dtype: torch.dtype | None,
     memory_budget: int | str | None,
     matmul_precision: str,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
     """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints.
 
@@ -51,7 +51,7 @@ def posed(
     model = unwrap(model)
     refuse_sharded(model)
     cut = partition(model, blocks)
-    loss = as_loss(loss_fn)
+    loss = make_loss(loss_fn)
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
         policy = batchnorm_policy(model, batchnorm)
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
@@ -78,10 +78,10 @@ def posed(
         yield problem, cut, fingerprints
 
 
-def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: Ranks) -> int | str | None:
+def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: ProcessGroup) -> int | str | None:
     """The memory budget that all ranks plan with, by default the least that any of their devices grants; processes that
     torchrun started on one host share what is the host's."""
-    if memory_budget is not None or ranks is ALONE or not isinstance(model, nn.Module):
+    if memory_budget is not None or ranks is SINGLE_PROCESS or not isinstance(model, nn.Module):
         return memory_budget
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     own = budget_bytes(None, device)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from blockhess.problem.batches import Batch, check_device, map_tensors, tensors
 from blockhess.problem.blocks import Block, with_note
 from blockhess.problem.losses import Loss, checked, checked_weight
-from blockhess.run.distributed import ALONE, Ranks
+from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class Problem:
@@ -31,7 +31,7 @@ class Problem:
 
     Args:
         model: in a fixed state (`model_state.fixed_state`) for as long as the problem is used.
-        loss: from `losses.as_loss`.
+        loss: from `losses.make_loss`.
         batches: from `batches.as_batches`.
         blocks: from `blocks.partition`.
         dtype: what to compute in: None is the parameters' own, float32 for float16 and bfloat16 ones; otherwise all
@@ -60,9 +60,9 @@ class Problem:
 
     Example:
         >>> from blockhess.problem.blocks import partition
-        >>> from blockhess.problem.losses import as_loss
+        >>> from blockhess.problem.losses import make_loss
         >>> model, data = torch.nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1))
-        >>> problem = Problem(model, as_loss(torch.nn.MSELoss()), [data], partition(model).blocks)
+        >>> problem = Problem(model, make_loss(torch.nn.MSELoss()), [data], partition(model).blocks)
         >>> problem.dims, problem.weight
         ([3, 1], 8.0)
     """
@@ -77,7 +77,7 @@ class Problem:
         several: bool = False,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
-        self.ranks = ALONE
+        self.ranks = SINGLE_PROCESS
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = _Computation(model)
         pieces = {piece.name: piece.tensor for block in blocks for piece in block.pieces}
@@ -206,7 +206,7 @@ class Problem:
             block.info if used & set(block.parameters) else with_note(block.info, "unused") for block in self.blocks
         )
 
-    def join(self, ranks: Ranks) -> None:
+    def join(self, ranks: ProcessGroup) -> None:
         """Make the data of all ranks that share it one: to be called by all of them, once."""
         self.ranks = ranks
         if ranks.data_size == 1:

@@ -70,7 +70,7 @@ def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(zip(ranks, spectra.names), key=lambda pair: pair[0]))
 
 
-def as_record(spectra: Spectra, sort: str = "order") -> dict[str, Any]:
+def to_dict(spectra: Spectra, sort: str = "order") -> dict[str, Any]:
     """Return what `describe` tells as a JSON value, NaN and infinity among its numbers.
 
     Args:

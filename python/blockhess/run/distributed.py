@@ -39,7 +39,7 @@ class RankError(RuntimeError):
     """Another process failed; the message says which one and how. Its own error is raised there."""
 
 
-class Ranks:
+class ProcessGroup:
     """One process that has all the work to itself, as `Processes` are several.
 
     Attributes:
@@ -114,10 +114,10 @@ class Ranks:
         raise NotImplementedError
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Processes(Ranks):
+class Processes(ProcessGroup):
     """This process among those of torch.distributed's default group.
 
     Args:
@@ -252,7 +252,7 @@ class Sums:
 
 
 @contextmanager
-def joined(parallel: Parallel) -> Iterator[Ranks]:
+def joined(parallel: Parallel) -> Iterator[ProcessGroup]:
     """The ranks among which a call is shared; whatever is raised inside ends the call on all of them.
 
     Args:
@@ -264,7 +264,7 @@ def joined(parallel: Parallel) -> Iterator[Ranks]:
         RankError: another rank failed.
     """
     if parallel is None:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import nn
 
 from blockhess.estimate import spectrum
 from blockhess.hvp import Engine
-from blockhess.problem.prepare import posed
+from blockhess.problem.prepare import prepared_problem
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import product_costs
 from blockhess.run.job import Job
@@ -60,9 +60,9 @@ class Forecast:
     traffic_seconds: float
     bandwidth: float
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the forecast as a JSON value."""
-        return {**dataclasses.asdict(self), "plan": self.plan.as_record()}
+        return {**dataclasses.asdict(self), "plan": self.plan.to_dict()}
 
     def __str__(self) -> str:
         return "\n".join(
@@ -107,9 +107,9 @@ def forecast(
     given = inspect.signature(spectrum).bind(model, data, loss_fn, **options)
     given.apply_defaults()
     wishes = Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(Options)})
-    posing = {n: given.arguments[n] for n in inspect.signature(posed).parameters if n in given.arguments}
+    posing = {n: given.arguments[n] for n in inspect.signature(prepared_problem).parameters if n in given.arguments}
     start = clock()
-    with posed(**posing) as (problem, *_):
+    with prepared_problem(**posing) as (problem, *_):
         job = Job(problem, wishes)
         engine = job.make_engine()
         fixed = clock() - start

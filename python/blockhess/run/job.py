@@ -11,22 +11,22 @@ import torch
 
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable
-from blockhess.hvp.accuracy import Disagreement, measure
+from blockhess.hvp.accuracy import EngineMismatch, measure
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
 from blockhess.problem.problem import Problem
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
-from blockhess.run.distributed import ALONE
+from blockhess.run.distributed import SINGLE_PROCESS
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, budget_bytes, make_plan, size_text, without_tracing
-from blockhess.run.recorder import Done, Records, Unit
+from blockhess.run.plan import Plan, budget_bytes, make_plan, size_text, with_autograd
+from blockhess.run.recorder import Recorder, Unit, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature, State
 from blockhess_ext.slq import reorthogonalized_blocks
 
-Compute: TypeAlias = Callable[[Unit], Iterator[Done]]
+Compute: TypeAlias = Callable[[Unit], Iterator[UnitResult]]
 
 
 class Job:
@@ -50,13 +50,13 @@ class Job:
         self,
         problem: Problem,
         options: Options,
-        records: Records | None = None,
+        records: Recorder | None = None,
         plan: Plan | None = None,
         first: Spectra | None = None,
         more_probes: bool = True,
     ) -> None:
         self._problem, self._options, self._first, self._more_probes = problem, options, first, more_probes
-        self._records = Records(options.keep_vectors) if records is None else records
+        self._records = Recorder(options.keep_vectors) if records is None else records
         dims, itemsize = problem.dims, problem.dtype.itemsize
         exact = None
         if first is None:
@@ -119,12 +119,12 @@ class Job:
         options, ranks = self._options, self._problem.ranks
         seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
         engine = self.make_engine()
-        share = None if ranks is ALONE else self._sharing(engine)
+        share = None if ranks is SINGLE_PROCESS else self._sharing(engine)
 
-        def compute(unit: Unit, state: State | None = None) -> Iterator[Done]:
+        def compute(unit: Unit, state: State | None = None) -> Iterator[UnitResult]:
             return self._finish(unit, engine, seed, on_hvp, state)
 
-        def keep(finished: Iterable[Done]) -> None:
+        def keep(finished: Iterable[UnitResult]) -> None:
             for done in finished:
                 self.hvps += done.hvps
                 for column, l in enumerate(done.unit.blocks):
@@ -157,7 +157,7 @@ class Job:
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
         return whole
 
-    def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[Done]]:
+    def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[UnitResult]]:
         """What has units computed by all ranks, each some of them, and hands all results to all.
 
         Raises:
@@ -173,7 +173,7 @@ class Job:
             )
         cost = self.cost(ranks.gather(product_costs(problem, engine))[0])
 
-        def share(units: Sequence[Unit], compute: Compute) -> list[Done]:
+        def share(units: Sequence[Unit], compute: Compute) -> list[UnitResult]:
             before = [done for done in records.finished() if any(unit.covers(done.unit) for unit in units)]
             made = {item for done in before for item in items_of(done.unit)}
             # Units that were broken off go on where their state is.
@@ -183,13 +183,13 @@ class Job:
                     begun[rank].append(unit)
                     made.update(items_of(unit))
             mine = [*begun[ranks.work_rank], *shared(units, cost, ranks.work_size, made)[ranks.work_rank]]
-            own: list[Done] = []
+            own: list[UnitResult] = []
             for unit in mine:
-                own += [Done(d.unit, d.part.to("cpu"), d.hvps) for d in compute(unit)]
+                own += [UnitResult(d.unit, d.part.to("cpu"), d.hvps) for d in compute(unit)]
                 ranks.check()
             for others in ranks.gather(own)[:: ranks.data_size]:
                 before += others
-            before = [Done(d.unit, d.part.to(problem.device), d.hvps) for d in before]
+            before = [UnitResult(d.unit, d.part.to(problem.device), d.hvps) for d in before]
             return sorted(before, key=lambda done: done.unit.first_probe)
 
         return share
@@ -254,7 +254,7 @@ class Job:
 
     def _finish(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None
-    ) -> Iterator[Done]:
+    ) -> Iterator[UnitResult]:
         """The unit, or the pieces into which it was cut because memory did not hold it."""
         done = self._records.done(unit)
         if done is not None:
@@ -288,7 +288,7 @@ class Job:
 
     def _compute(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None
-    ) -> Done:
+    ) -> UnitResult:
         """The quadratures of a unit, from where work on it was broken off."""
         options, problem, records = self._options, self._problem, self._records
         last, before = records.state(unit)
@@ -327,7 +327,7 @@ class Job:
                 state=last,
                 on_state=on_state,
             )
-        return Done(unit, part, before + operator.hvps, last if records.keep_vectors else None)
+        return UnitResult(unit, part, before + operator.hvps, last if records.keep_vectors else None)
 
     def _size(self, unit: Unit) -> int:
         """Elements of a set of its vectors, or of the blocks that it writes out."""
@@ -354,13 +354,13 @@ class Job:
         try:
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine)
-        except (NotTraceable, Disagreement) as error:
+        except (NotTraceable, EngineMismatch) as error:
             if self._options.engine == "traced":
                 raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {error}") from error
             failure = str(error)
         failure = next(filter(None, ranks.gather(failure)), None)
         if failure is not None:
-            self.plan = without_tracing(self.plan, f"no trace: {failure}")
+            self.plan = with_autograd(self.plan, f"no trace: {failure}")
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine)
         accuracy = ranks.gather(accuracy)[0]

@@ -84,7 +84,7 @@ class Plan:
         options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the plan as a JSON value, with names for what passes hold."""
         names = ("first_probe", "num_probes", "blocks")
         return {**dataclasses.asdict(self), "passes": [dict(zip(names, each)) for each in self.passes]}
@@ -216,7 +216,7 @@ def make_plan(
     )
 
 
-def without_tracing(plan: Plan, why: str) -> Plan:
+def with_autograd(plan: Plan, why: str) -> Plan:
     """The plan with autograd instead of a trace that cannot be had."""
     return dataclasses.replace(plan, engine="autograd", rows=1, compiled=False, why=why)
 

@@ -56,7 +56,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Done:
+class UnitResult:
     """A unit that is done: its quadratures, one of each block in the unit's order, the products that they took, and the
     state after the last step where it was to be kept."""
 
@@ -67,7 +67,7 @@ class Done:
 
 
 @dataclass
-class Records:
+class Recorder:
     """What a job keeps while it runs: here in memory, and no more than the result needs.
 
     Attributes:
@@ -78,11 +78,11 @@ class Records:
     keep_vectors: bool = False
     vectors: list[tuple[Unit, State]] = field(default_factory=list)
 
-    def done(self, unit: Unit) -> Done | None:
+    def done(self, unit: Unit) -> UnitResult | None:
         """The unit, if it was done before."""
         return None
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[UnitResult]:
         """All units that were done before, by any process."""
         return []
 
@@ -106,7 +106,7 @@ class Records:
     def after_step(self, unit: Unit, state: State, hvps: int) -> None:
         """Told after every step on a unit; the next step changes the state's tensors."""
 
-    def add(self, done: Done) -> None:
+    def add(self, done: UnitResult) -> None:
         """Told of a unit that is done, with its state where it is to be kept: now, as the next unit may change it."""
         if done.last is not None:
             self.vectors.append((done.unit, done.last.copy()))

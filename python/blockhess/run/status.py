@@ -13,7 +13,7 @@ import torch
 
 from blockhess.problem.blocks import BlockInfo, block_id
 from blockhess.run.plan import Plan
-from blockhess.run.recorder import Done, Unit
+from blockhess.run.recorder import Unit, UnitResult
 from blockhess.run.storage import directory
 from blockhess.run.storage.lock import holder
 from blockhess.spectra import Spectra
@@ -57,7 +57,7 @@ class Status:
             return 0.0
         return max(self.most - self.hvps, 0) / self.rate if self.rate else None
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what is told as a JSON value."""
         names = ("finished", "holder", "age", "parts", "step", "hvps", "most", "seconds", "rate", "seconds_left")
         values = {name: getattr(self, name) for name in names}
@@ -193,12 +193,12 @@ def _run(path: Path, op: str) -> dict[str, Any]:
     return run
 
 
-def _hvps(parts: list[tuple[int, Done, float]], state: tuple[Unit, State, int, float] | None) -> int:
+def _hvps(parts: list[tuple[int, UnitResult, float]], state: tuple[Unit, State, int, float] | None) -> int:
     return sum(done.hvps for _, done, _ in parts) + (state[2] if state else 0)
 
 
 def _in_work(
-    path: Path, run: dict[str, Any], parts: list[tuple[int, Done, float]]
+    path: Path, run: dict[str, Any], parts: list[tuple[int, UnitResult, float]]
 ) -> tuple[Unit, State, int, float] | None:
     """The state of a unit that is not done yet."""
     state = directory.state_of(path / directory.STATE, run["id"])

@@ -34,7 +34,7 @@ from blockhess.models import next_token_loss
 from blockhess.problem.batches import tensors
 from blockhess.problem.blocks import partition
 from blockhess.problem.model_state import has_batchnorm
-from blockhess.problem.prepare import posed
+from blockhess.problem.prepare import prepared_problem
 from blockhess.run.forecast import product_seconds
 from blockhess.run.plan import size_text, time_text
 from blockhess_ext.slq import reorthogonalized_blocks
@@ -253,7 +253,7 @@ def measured_rate(
     model = named(name).to(device)
     with device:
         batch, loss_fn = sample_batch(name, 1, MEASURED_TOKENS)
-    with posed(model, batch, loss_fn, BLOCKS, "eval", None, None, precision) as (problem, *_):
+    with prepared_problem(model, batch, loss_fn, BLOCKS, "eval", None, None, precision) as (problem, *_):
         last = len(problem.dims) - 1
         numbers = sorted({last * i // (MEASURED_BLOCKS - 1) for i in range(MEASURED_BLOCKS)})
         seconds = product_seconds(problem, AutogradEngine(problem, retain=True), clock, numbers)

@@ -18,10 +18,10 @@ from typing import Any
 import blockhess
 from blockhess.problem import fingerprint
 from blockhess.problem.batches import as_batches
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder
-from blockhess.run.storage.directory import OtherRun
+from blockhess.run.storage.directory import RunMismatch
 from blockhess.spectra import Spectra
 from blockhess_paper.networks.networks import NETWORKS, Network, Selection, network
 
@@ -107,7 +107,7 @@ def measure_once(
     Raises:
         ValueError: what was measured in part was begun with other threads, or another torch: says what differs.
     """
-    batches = as_batches(net.data, pairs=as_loss(net.loss_fn).pairs)
+    batches = as_batches(net.data, pairs=make_loss(net.loss_fn).pairs)
     asked: dict[str, Any] = {
         "fingerprints": {"model": fingerprint.of_model(net.model), "data": fingerprint.of_data(batches)},
         "batchnorm": policy,
@@ -134,7 +134,7 @@ def measure_once(
             matmul_precision=precision,
             run_dir=run_dir,
         )
-    except OtherRun as other:
+    except RunMismatch as other:
         raise ValueError(f"{other}\n; go on with what is there as it was begun, or remove {run_dir}") from None
     spectra.save(path)
     shutil.rmtree(run_dir)

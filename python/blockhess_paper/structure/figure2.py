@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from blockhess._text import format_table
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
-from blockhess.problem.blocks import Part
+from blockhess.problem.blocks import ParameterSlice
 from blockhess_paper.pictures import new_figure
 from blockhess_paper.results import Claim, Result, verdict
 from blockhess_paper.structure.hessian import exact_hessian
@@ -93,7 +93,10 @@ def mlp_hessians(seed: int, num_steps: int) -> dict[str, tuple[Tensor, PairNorms
         model = nn.Sequential(*modules).double()
     loss = nn.CrossEntropyLoss()
     units = {
-        f"layer {2 * l}, unit {unit}": [Part(f"{2 * l}.weight", unit, unit + 1), Part(f"{2 * l}.bias", unit, unit + 1)]
+        f"layer {2 * l}, unit {unit}": [
+            ParameterSlice(f"{2 * l}.weight", unit, unit + 1),
+            ParameterSlice(f"{2 * l}.bias", unit, unit + 1),
+        ]
         for l, width in enumerate(MLP_WIDTHS[1:])
         for unit in range(width)
     }

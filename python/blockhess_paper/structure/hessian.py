@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import Block, BlockInfo, BlockSpec, partition
-from blockhess.problem.losses import as_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import fixed_state
 
 # Unit vectors per batched product.
@@ -35,7 +35,7 @@ def gradient_graph(
     Raises:
         ValueError: several batches.
     """
-    loss = as_loss(loss_fn)
+    loss = make_loss(loss_fn)
     batches = as_batches(data, pairs=loss.pairs)
     if len(batches) != 1:
         raise ValueError(f"hessian: data must be one batch, got {len(batches)}")

@@ -32,7 +32,7 @@ from blockhess_paper.networks.initial_spectra import EFFORTS, Effort, measure_on
 from blockhess_paper.networks.networks import NETWORKS, Network, Selection
 from blockhess_paper.pictures import new_figure
 from blockhess_paper.results import Claim, Result, verdict
-from blockhess_paper.training import Kept, load_checkpoint, save_checkpoint, train
+from blockhess_paper.training import SavedState, load_checkpoint, save_checkpoint, train
 from blockhess_paper.training.architectures import ARCHITECTURES
 from blockhess_paper.training.recipes import PaperTrainee, trainees
 from blockhess_paper.training.training_runs import Settings, Trainee
@@ -203,7 +203,7 @@ def checkpoints(folder: Path, name: str, panel: Panel, steps: Sequence[int], see
     ended = kept / f"{stem}.json"
     end = json.loads(ended.read_text()) if ended.exists() else None
     if end is None or not (end["diverged"] or all(path.exists() for path in paths.values())):
-        state = Kept(kept / f"{stem}.state", told)
+        state = SavedState(kept / f"{stem}.state", told)
         training = train(
             panel.trainee.model(seed),
             panel.trainee.batches(settings.num_steps, seed),

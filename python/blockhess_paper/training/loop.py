@@ -22,10 +22,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.problem.batches import batch_size, split_batch
-from blockhess.problem.losses import Loss, as_loss, checked_weight
+from blockhess.problem.losses import Loss, checked_weight, make_loss
 from blockhess.run.storage.signals import Catcher, caught
 from blockhess_paper.training.optimizers import BETA2, make_optimizer
-from blockhess_paper.training.saved_state import Kept
+from blockhess_paper.training.saved_state import SavedState
 
 SCHEDULES = ("constant", "cosine", "thirds")
 
@@ -86,7 +86,7 @@ def train(
     at_once: int | None = None,
     window: int = 10,
     at_steps: Mapping[int, Callable[[nn.Module], object]] | None = None,
-    kept: Kept | None = None,
+    kept: SavedState | None = None,
 ) -> Training:
     """Train a model in place, in train mode.
 
@@ -129,7 +129,7 @@ def train(
         raise ValueError(f"train: clip must be positive, got {clip}")
     if at_once is not None and at_once < 1:
         raise ValueError(f"train: at_once must be at least 1, got {at_once}")
-    loss_of = as_loss(loss_fn)
+    loss_of = make_loss(loss_fn)
     parameters = [p for p in model.parameters() if p.requires_grad]
     update = make_optimizer(optimizer, parameters, rate, weight_decay, beta2)
     drawn = _indexed(batches, num_steps)

@@ -21,7 +21,7 @@ from blockhess.run.storage import store
 from blockhess.run.storage.checkpoint import wait_after
 
 
-class Kept:
+class SavedState:
     """Where a training is kept while it is under way.
 
     Args:

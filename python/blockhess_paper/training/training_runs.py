@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from blockhess_paper.training import Kept, Training, train
+from blockhess_paper.training import SavedState, Training, train
 from blockhess_paper.training.architectures import ARCHITECTURES
 
 # Rates tried first, and how many decades may be added to them.
@@ -139,7 +139,7 @@ def trained(
         if before["settings"] == asked:
             return Training(**{**before["training"], "losses": tuple(before["training"]["losses"])})
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = Kept(path.with_suffix(".state"), asked)
+    kept = SavedState(path.with_suffix(".state"), asked)
     training = train(
         trainee.model(seed),
         trainee.batches(settings.num_steps, seed),

@@ -29,9 +29,9 @@ from blockhess._text import format_table
 from blockhess.problem.blocks import BlockInfo
 from blockhess.problem.prepare import LOSS_TOLERANCE
 from blockhess.results import files
-from blockhess.run.distributed import ALONE, Ranks
+from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup
 from blockhess.run.plan import Plan
-from blockhess.run.recorder import Done, Records, Unit
+from blockhess.run.recorder import Recorder, Unit, UnitResult
 from blockhess.run.storage import store
 from blockhess.run.storage.checkpoint import Checkpoints
 from blockhess.run.storage.lock import locked
@@ -47,11 +47,11 @@ VERSION = 1
 _OURS = re.compile(rf"lock|{PARTS}|{VECTORS}|\.[0-9a-f]{{16}}\.tmp")
 
 
-class OtherRun(ValueError):
+class RunMismatch(ValueError):
     """A directory holds another run; the text has a table of what differs."""
 
 
-class RunDirectory(Records):
+class RunDirectory(Recorder):
     """The records of a run, on disk.
 
     Ranks that share recurrences write their own parts and states, and read those of all; of those that share batches,
@@ -66,12 +66,12 @@ class RunDirectory(Records):
         run: content of run.json, or None where no run was begun.
     """
 
-    def __init__(self, path: Path, signals: Catcher, ranks: Ranks = ALONE) -> None:
+    def __init__(self, path: Path, signals: Catcher, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
         super().__init__()
         self.path, self.run, self._ranks = path, read_run(path), ranks
         self._state_file = path / (f"state-{ranks.work_rank}.safetensors" if ranks.work_rank else STATE)
         self._signals = signals
-        self._done: dict[Unit, Done] = {}
+        self._done: dict[Unit, UnitResult] = {}
         self._state: tuple[Unit, State, int, float] | None = None
         self._unit: Unit | None = None
         self._next_file = ranks.rank
@@ -99,7 +99,7 @@ class RunDirectory(Records):
         differing = differences(self.run["identity"], identity)
         if differing:
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
-            raise OtherRun(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
+            raise RunMismatch(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
 
     def begin(
         self,
@@ -161,14 +161,14 @@ class RunDirectory(Records):
             with contextlib.suppress(OSError):
                 store.disk.unlink(str(file))
 
-    def done(self, unit: Unit) -> Done | None:
+    def done(self, unit: Unit) -> UnitResult | None:
         """As in `Records`."""
         done = self._done.get(unit)
         if done is not None and done.last is not None:
             self.vectors.append((unit, done.last))
         return done
 
-    def finished(self) -> list[Done]:
+    def finished(self) -> list[UnitResult]:
         """As in `Records`."""
         return list(self._done.values())
 
@@ -203,7 +203,7 @@ class RunDirectory(Records):
         if not self._ranks.data_rank:
             self.checkpoints.after_step(state, hvps)
 
-    def add(self, done: Done) -> None:
+    def add(self, done: UnitResult) -> None:
         """As in `Records`."""
         super().add(done)
         self.checkpoints.forget()
@@ -224,7 +224,7 @@ class RunDirectory(Records):
 
 
 @contextmanager
-def opened(path: str | PathLike[str], ranks: Ranks = ALONE) -> Iterator[RunDirectory]:
+def opened(path: str | PathLike[str], ranks: ProcessGroup = SINGLE_PROCESS) -> Iterator[RunDirectory]:
     """The run directory, made if it is missing, for these ranks alone, the first of which locks it.
 
     Raises:
@@ -295,7 +295,7 @@ def plan_of(run: Mapping[str, Any]) -> Plan:
     return Plan(**plan | {"exact": tuple(plan["exact"]), "passes": passes})
 
 
-def parts(path: Path, run: str) -> list[tuple[int, Done, float]]:
+def parts(path: Path, run: str) -> list[tuple[int, UnitResult, float]]:
     """The number of the file, the unit, and the seconds so far, of every unit that is done, in order.
 
     What cannot be read, or is of another run, is no part: its unit is computed again. A kill in the middle of a write

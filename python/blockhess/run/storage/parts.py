@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from blockhess.run.recorder import Done, Unit
+from blockhess.run.recorder import Unit, UnitResult
 from blockhess.run.storage import store
 from blockhess_ext import Quadrature, State
 
 _TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
 
 
-def write_part(path: str | PathLike[str], run: str, done: Done, seconds: float) -> None:
+def write_part(path: str | PathLike[str], run: str, done: UnitResult, seconds: float) -> None:
     """Writes what is done, and the seconds that the run has taken so far."""
     part = done.part
     labels = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in _TENSORS}
@@ -27,7 +27,7 @@ def write_part(path: str | PathLike[str], run: str, done: Done, seconds: float) 
     store.write(path, tensors, header | {"quadrature": labels})
 
 
-def read_part(path: str | PathLike[str], run: str) -> tuple[Done, float]:
+def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
     """What `write_part` was given.
 
     Raises:
@@ -38,7 +38,7 @@ def read_part(path: str | PathLike[str], run: str) -> tuple[Done, float]:
         _check_run(header, run)
         values: dict[str, Any] = {name: _tuples(value) for name, value in header["quadrature"].items()}
         values.update(tensors)
-        done = Done(_unit(header["unit"]), Quadrature(**values), int(header["hvps"]))
+        done = UnitResult(_unit(header["unit"]), Quadrature(**values), int(header["hvps"]))
         return done, float(header["seconds"])
     except (TypeError, LookupError, ValueError) as error:
         raise ValueError(f"read: {path} is not a part of a run: {error}") from None
