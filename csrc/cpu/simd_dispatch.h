@@ -8,8 +8,8 @@
 // Guarantees: one build runs on every x86-64 processor. Versions agree to rounding but not to the bit, since the
 // compiler contracts a * b + c to a fused multiply-add if the instruction set has one.
 //
-// BLOCKHESS_LEVEL is needed because before GCC 13 the macros __AVX2__ and __AVX512F__ do not follow `#pragma GCC
-// target`. The pragmas list features, which add to those of the compiler's flags; arch=x86-64-v3 would replace them.
+// BLOCKHESS_LEVEL is needed because before GCC 13 the macros __AVX2__ and __AVX512F__ do not follow the target
+// pragmas. These list features, which add to those of the compiler's flags; arch=x86-64-v3 would replace them.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,3 +1,4 @@
+// Run-time dispatch of tridiag_lanes.h over the instruction sets.
 #include "tridiag_lanes.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Run-time dispatch of vector_kernels.h over the instruction sets.
 #include "vector_kernels.h"
 
 #include <algorithm>

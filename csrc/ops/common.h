@@ -33,8 +33,7 @@ struct Layout {
   const int64_t* tile_offsets;  // (n_blocks + 1)
 };
 
-// Calls body(begin, end) on disjoint ranges that cover 0 : count; `grain` is the smallest range worth a task of its
-// own.
+// Calls body(begin, end) on disjoint ranges that cover 0 : count; `grain` is the smallest range worth a thread.
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 using ParallelFor = std::function<void(int64_t count, int64_t grain, const RangeBody& body)>;
 
@@ -63,7 +62,7 @@ struct Recurrences {
   int64_t* steps;        // (n_probes, n_blocks) number of valid steps, and so the row of the next step
   int32_t* status;       // (n_probes, n_blocks) Status
 
-  // Whether recurrence s makes another step. False if `steps` is not a row, which would be written out of bounds.
+  // Whether recurrence s makes another step. False if `steps` is not in 0 : rows, so nothing is written out of bounds.
   BLOCKHESS_HD bool running(int64_t s) const { return status[s] == kRunning && steps[s] >= 0 && steps[s] < rows; }
 
   // Index of the next step of a running recurrence in alpha and beta.
@@ -73,7 +72,7 @@ struct Recurrences {
   BLOCKHESS_HD double last_beta(int64_t s) const { return steps[s] > 0 ? beta[next(s) - stride] : 0.0; }
 };
 
-// A nonzero max(|T|, beta) in this range lets no squared residual underflow or overflow.
+// The range of a nonzero max(|T|, beta) in which no squared residual underflows or overflows.
 constexpr double kLeastSize = 1e-120, kMostSize = 1e120;
 
 // Completes step j of recurrence s, whose alpha_j and beta_j are written. If either is not finite or max(|T|, beta_j)

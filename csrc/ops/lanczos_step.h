@@ -5,9 +5,10 @@
 //   beta  = |r|
 //   v_next = r / beta
 //
-// alpha and beta are written to the row of the recurrence's next step; beta_prev is the row before, or 0 in the first
-// step. v_next overwrites v_prev and w is only read, so three vector sets suffice. Memory traffic per element: read w,
-// v; read w, v, v_prev and write r; read r and write v_next. These are 8 elements, or 4 if a segment stays in cache.
+// alpha and beta are written to the row of the recurrence's next step; beta_prev is read from the row before, or is 0
+// in the first step. v_next overwrites v_prev and w is only read, so three vector sets suffice. Memory traffic per
+// element: read w, v; read w, v, v_prev and write r; read r and write v_next. These are 8 elements, or 4 if a segment
+// stays in cache.
 //
 // Guarantees: dots and norms accumulate in float64; r is evaluated in float64 and rounded once. A recurrence that has
 // ended gets a zero vector and is unchanged otherwise. In a block with basis_offsets[l] >= 0, v_prev is overwritten by

@@ -3,8 +3,8 @@
 // The element at `position` inside block `id` of probe `p` is a pure function of (seed, p, id, position):
 //   key  = first two words of Philox(counter = (id, p), key = seed)
 //   word = word (position mod 4) of Philox(counter = (position div 4, 0), key)
-// Rademacher: +-1 / sqrt(dim), the sign being the top bit. Gaussian: Box-Muller on (word 0, word 1) and (word 2, word
-// 3), then division by the norm of the segment.
+// Rademacher: +-1 / sqrt(dim), the sign being the top bit. Gaussian: Box-Muller on words 0 and 1 and on words 2 and 3,
+// then division by the norm of the segment.
 //
 // Guarantees: the words are the same on every machine and device, however the work is divided. So are Rademacher
 // probes; Gaussian probes agree to a few ulp across devices. float32 and float64 probes are the same vectors up to

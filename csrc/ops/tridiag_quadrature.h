@@ -29,8 +29,8 @@ struct TridiagQuadrature {
 // Returns the lowest index of a failed problem, or -1.
 int64_t tridiag_quadrature_cpu(const TridiagQuadrature& op, const ParallelFor& parallel_for);
 
-// Sets all nodes and weights of a failed problem to NaN, also if its `steps` is not in 0 ... m: the host checks them
-// when it reads the result, and no kernel has to be waited for.
+// Sets all nodes and weights of a failed problem to NaN, also if its `steps` is not in 0 ... m, so that the
+// host can check them when it reads the result instead of waiting for the kernel.
 const char* tridiag_quadrature_cuda(const TridiagQuadrature& op, const CudaQueue& queue);
 
 }  // namespace blockhess
