@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The op tests on a build of the extension with the address and undefined-behaviour sanitizers of gcc.
+# The op tests on a build of the extension with the address and undefined-behavior sanitizers of gcc.
 #
-#   tests/sanitizers.sh [PYTEST ARGUMENT ...]     from anywhere; PYTHON names the interpreter (default python3), OUT a
-#                                                 JSON file for what came of it
+#   tests/sanitizers.sh [PYTEST ARGUMENT ...]     from any folder; PYTHON is the interpreter (default python3), OUT a
+#                                                 JSON file for the result
 #
-# torch itself is not instrumented, but what it allocates is watched. Before the tests, two planted bugs must be found: a
-# read past the end of a tensor and a signed overflow. pytest captures sys.stderr alone, so that reports are seen.
+# torch itself is not instrumented, but its allocations are checked. Before the tests, two planted bugs must be found: a
+# read past the end of a tensor and a signed overflow. pytest captures only sys.stderr, so reports reach the terminal.
 set -euo pipefail
 out=${OUT:+$(realpath -m "$OUT")}
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ tree=build/sanitizers
 tests=(tests/test_{lanczos_step,reorthogonalize,tridiag_quadrature,gaussian_density,random_probes,batched_slq,breakdown})
 
 mkdir -p "$tree"
-# cp -u keeps what did not change, so that only the rest is compiled again.
+# cp -u leaves unchanged files alone, so that only changed sources are compiled again.
 cp -ru blockhess_ext csrc python tests setup.py pyproject.toml README.md LICENSE "$tree"
 cd "$tree"
 rm -f blockhess_ext/*.so
@@ -27,13 +27,13 @@ build() {
 }
 
 checked() {
-    # libstdc++ beside libasan, or exceptions thrown before it is loaded are not seen.
+    # libstdc++ too: the sanitizer looks up the functions that throw exceptions when it starts.
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
         ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
         PYTHONPATH=.:python "$python" "$@"
 }
 
-planted() { # FILE, WHAT TO PLANT BEHIND THE FIRST LINE THAT MATCHES, LINE, WHAT THE SANITIZER SAYS
+planted() { # FILE, BUG TO INSERT AFTER THE FIRST MATCH OF, PATTERN, EXPECTED REPORT
     cp "$1" original
     sed -i "0,/$3/s//&$2/" "$1"
     cmp -s "$1" original && { echo "sanitizers: no place for the bug in $1"; exit 1; }

@@ -1,4 +1,5 @@
-// The Python module blockhess_ext._C: what was built, and the plan of tiles. Importing it registers the tensor ops.
+// The Python module blockhess_ext._C: build information and the tiles of a layout. Importing it registers the tensor
+// ops.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Tiles (n_tiles, 3) of block, start, stop, and the range of tiles of every block (n_blocks + 1).
+// Returns tiles, (n_tiles, 3) with rows (block, start, stop), and tile_offsets, (n_blocks + 1); see ops/common.h.
 py::tuple plan_tiles(const std::vector<int64_t>& dims) {
   std::vector<int64_t> tiles, tile_offsets{0};
   int64_t offset = 0;

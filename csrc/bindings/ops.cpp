@@ -1,4 +1,4 @@
-// The tensor ops: their schemas, and the CPU twins on torch's own thread pool.
+// The tensor ops: their schemas, and the CPU implementations on PyTorch's thread pool.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

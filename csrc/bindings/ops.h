@@ -1,18 +1,19 @@
-// The tensor ops on any device: arguments checked and seen as arrays, then handed to a twin.
+// The tensor ops on any device: check the arguments, convert them to plain arrays, call the implementation.
 //
-// Device is constructed from the op's name and first tensor, and its run(op) works or throws.
+// A Device is constructed from the op's name and its first tensor; run(op) calls the implementation and throws if it
+// fails.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
+#include "arguments.h"
 #include "ops/gaussian_density.h"
 #include "ops/lanczos_step.h"
 #include "ops/random_probes.h"
 #include "ops/reorthogonalize.h"
 #include "ops/tridiag_quadrature.h"
-#include "views.h"
 
 namespace blockhess {
 

@@ -1,4 +1,4 @@
-// The CUDA twins of the tensor ops, on the device of their tensors and torch's current stream there.
+// The CUDA implementations of the tensor ops, on the device of the first tensor and PyTorch's current stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,11 +1,12 @@
-// The loop of gaussian_density, for one instruction set: see each_instruction_set.h.
+// The inner loop of gaussian_density, compiled per instruction set (see simd_dispatch.h).
 //
 //   exp(-x^2 / 2) = 2^y = 2^k 2^r,   y = -x^2 / (2 ln 2),   k = round(y),   |r| <= 1/2,   2^r by its Taylor series
 //
-// Rounding of y costs at most 2^-53 of a node's peak, as |y| 2^y < 1; the series is cut where its rest is as small.
+// Relative to the peak, rounding y contributes an error of at most 2^-53, since |y| 2^y < 1, and truncating the series
+// one of the same size.
 
 namespace blockhess {
-namespace BLOCKHESS_SET {
+namespace BLOCKHESS_NAMESPACE {
 namespace {
 
 constexpr double kLn2 = 0.6931471805599453;
@@ -13,7 +14,7 @@ constexpr int kDegree = 12;  // (ln 2 / 2)^13 / 13! = 1.7e-16
 
 constexpr double coefficient(int k) { return k == 0 ? 1.0 : coefficient(k - 1) * kLn2 / k; }
 
-// The terms of the series from k on, over r^k.
+// Horner's scheme for sum_k c_k r^k, c_k = (ln 2)^k / k!, from term k on.
 template <int k = 0>
 BLOCKHESS_INLINE double series(double r) {
   constexpr double c = coefficient(k);
@@ -23,7 +24,8 @@ BLOCKHESS_INLINE double series(double r) {
     return c + r * series<k + 1>(r);
 }
 
-// 2^y for -1000 <= y <= 0. Adding kRound leaves k in the last bits of the sum; from there it is added to the exponent.
+// 2^y for -1000 <= y <= 0. The sum y + kRound holds k = round(y) in its low bits, which are added to the exponent of
+// 2^r.
 BLOCKHESS_INLINE double exp2_negative(double y) {
   constexpr double kRound = 0x1.8p52;
   const double sum = y + kRound;
@@ -47,5 +49,5 @@ inline void add_gaussian(double* __restrict density, const double* __restrict gr
 }
 
 }  // namespace
-}  // namespace BLOCKHESS_SET
+}  // namespace BLOCKHESS_NAMESPACE
 }  // namespace blockhess

@@ -1,8 +1,8 @@
-// lanczos_step on the CPU: tiles are spread over threads.
+// lanczos_step on the CPU.
 //
-// A segment that stays in cache is stepped by one thread from its first pass to its last, so memory moves 4 of the 8
-// elements: w, v, v_prev in, v_next out. One that is longer, or a large part of all the work, is shared by all threads,
-// pass by pass. Both add the same partial sums in the same order.
+// A segment that fits in cache is left to one thread for all passes, so memory moves only 4 of the 8 elements: w, v and
+// v_prev are read and v_next is written. A segment that is longer, or a large part of all the work, is shared: its
+// tiles are distributed over all threads, pass by pass. Both add the same partial sums in the same order.
 #include "ops/lanczos_step.h"
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 namespace blockhess {
 namespace {
 
-// Most tiles of a segment that is left to one thread, and fewest that are worth the waits of sharing: 12 MiB of float32
-// vectors. Tried on 2 cores with 32 MiB of cache: shorter ones are slower when shared, longer ones not.
+// The largest segment for one thread and the smallest amount of shared work per pass, in tiles: 12 MiB of float32 w, v
+// and v_prev. Measured on 2 cores with 32 MiB of cache: sharing slows down smaller segments but not larger ones.
 constexpr int64_t kOwnTiles = 32;
-// A segment left to one thread holds at most this part of all tiles: for no longer have the others to wait.
+// A segment for one thread has at most 1 / kLargePart of all tiles, so the other threads do not wait long for it.
 constexpr int64_t kLargePart = 16;
 
 template <class T>
@@ -31,7 +31,7 @@ class Step {
       const int64_t s = tiles_.segment(t);
       if (t == tiles_.begin(s) && !shared(s)) whole_segment(s);
     });
-    std::vector<int64_t> segments, tiles;  // shared, and few enough to stay in cache where one alone does
+    std::vector<int64_t> segments, tiles;  // a group of shared segments that fits in cache, or a single larger one
     for (int64_t s = 0; s < tiles_.segments(); ++s) {
       if (shared(s)) {
         segments.push_back(s);
@@ -56,7 +56,7 @@ class Step {
     const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
     for (int64_t t = begin; t < end; ++t) dot_with_v(t);
     write_alpha(s);
-    for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // begins with what is in the nearest cache
+    for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // backward: the last tiles are still in cache
     close(s);
     for (int64_t t = begin; t < end; ++t) normalize(t);
   }
@@ -92,7 +92,7 @@ class Step {
                                 tiles_.length(t));
   }
 
-  // Writes beta and closes the step, or leaves the closing to reorthogonalize.
+  // Writes beta and completes the step, unless reorthogonalize is to complete it.
   void close(int64_t s) const {
     const Recurrences& r = op_.recurrences;
     if (!running(s)) return;

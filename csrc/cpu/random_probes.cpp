@@ -1,4 +1,4 @@
-// random_probes on the CPU: tiles are filled in parallel, then each segment is divided by its norm.
+// random_probes on the CPU: tiles are filled in parallel, then Gaussian segments are divided by their norms.
 #include "ops/random_probes.h"
 
 #include <algorithm>

@@ -1,7 +1,9 @@
-// reorthogonalize on the CPU, in three passes over the basis: dots; update and dots of the updated r; update.
+// reorthogonalize on the CPU, in three passes over the basis:
 //
-// A segment of one tile is projected by one thread from its first pass to its last, while its part of the basis is in
-// cache; a longer one is shared by all threads, pass by pass.
+//   c = V^T r;   r <- r - V c,  c = V^T r;   r <- r - V c
+//
+// A segment of one tile is left to one thread for all passes, while its part of the basis is in cache; the tiles of a
+// longer one are distributed over all threads, pass by pass.
 #include "ops/reorthogonalize.h"
 
 #include <algorithm>
@@ -24,7 +26,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const int64_t stride = op.capacity + 1;               // of `partial`, from tile to tile
   std::vector<double> coefficients(tiles.segments() * op.capacity);
 
-  // First element of a tile in a row of the basis.
+  // Column of a tile's first element in a row of the basis.
   const auto column = [&](int64_t t) {
     const int64_t s = tiles.segment(t);
     return s / op.layout.n_blocks * op.n_basis + op.basis_offsets[tiles.block(s)] + tiles.position(t);
@@ -80,7 +82,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
       return;
     }
     scale(next, factor[s], length);
-    const int64_t filled = recurrences.steps[s];  // the step is counted by now
+    const int64_t filled = recurrences.steps[s];  // includes this step
     if (filled < op.capacity) std::copy_n(next, length, op.basis + filled * row + column(t));
   });
 }

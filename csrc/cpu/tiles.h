@@ -1,4 +1,4 @@
-// The tiles of all probes, counted through: t = probe n_tiles + tile, and the segments s = probe n_blocks + block.
+// Indices over all probes: tiles t = probe * n_tiles + tile and segments s = probe * n_blocks + block.
 #pragma once
 
 #include <algorithm>
@@ -14,23 +14,24 @@ class Tiles {
   int64_t count() const { return layout_.n_probes * layout_.n_tiles; }
   int64_t segments() const { return layout_.n_probes * layout_.n_blocks; }
 
-  // Tiles that are worth a thread: those of kTileLength elements, on average.
+  // Tiles per task: as many as hold kTileLength elements on average.
   int64_t grain() const {
     return std::max<int64_t>(1, kTileLength * layout_.n_tiles / std::max<int64_t>(1, layout_.n));
   }
 
-  // Of a tile: its segment, its first element in the (n_probes, n) state and inside its segment, its length.
+  // Of tile t: its segment, the index of its first element in the (n_probes, n) vector set and in its segment, its
+  // length.
   int64_t segment(int64_t t) const { return probe(t) * layout_.n_blocks + tile(t).block; }
   int64_t start(int64_t t) const { return probe(t) * layout_.n + tile(t).start; }
   int64_t position(int64_t t) const { return tile(t).start - layout_.offsets[tile(t).block]; }
   int64_t length(int64_t t) const { return tile(t).stop - tile(t).start; }
 
-  // Of a segment: its block, its tiles begin(s) : end(s).
+  // Of segment s: its block and its tiles begin(s) : end(s).
   int64_t block(int64_t s) const { return s % layout_.n_blocks; }
   int64_t begin(int64_t s) const { return s / layout_.n_blocks * layout_.n_tiles + layout_.tile_offsets[block(s)]; }
   int64_t end(int64_t s) const { return s / layout_.n_blocks * layout_.n_tiles + layout_.tile_offsets[block(s) + 1]; }
 
-  // The sum of partial[t * stride] over the tiles of a segment, in their order.
+  // The sum of partial[t * stride] over the tiles of segment s, in ascending order.
   double sum(const double* partial, int64_t s, int64_t stride = 1) const {
     double sum = 0.0;
     for (int64_t t = begin(s); t < end(s); ++t) sum += partial[t * stride];
@@ -44,7 +45,7 @@ class Tiles {
   const Layout& layout_;
 };
 
-// body(t) for every tile, spread over threads.
+// Calls body(t) for every tile; tiles are distributed over threads.
 template <class Body>
 void for_tiles(const Tiles& tiles, const ParallelFor& parallel_for, const Body& body) {
   parallel_for(tiles.count(), tiles.grain(), [&](int64_t begin, int64_t end) {

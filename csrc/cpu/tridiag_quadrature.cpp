@@ -1,6 +1,7 @@
-// tridiag_quadrature on the CPU: problems side by side in the lanes of the vector unit, groups of them over threads.
+// tridiag_quadrature on the CPU: groups of kLanes problems, one per SIMD lane, are distributed over threads.
 //
-// Every problem is scaled by a power of two to entries below 1, so that squares neither overflow nor underflow.
+// Every problem is scaled by a power of two so that its largest entry is in [0.5, 1), where no square overflows and one
+// that underflows is negligible.
 #include "ops/tridiag_quadrature.h"
 
 #include <algorithm>
@@ -14,8 +15,8 @@
 namespace blockhess {
 namespace {
 
-// The exponent that brings the largest entry to 0.5 ... 1, as far as float64 holds the factor and its inverse; or
-// nothing where an entry is not finite.
+// Finds the exponent that scales the largest entry to [0.5, 1), clamped so that the factor 2^exponent and its inverse
+// are normal numbers. Returns false if an entry is not finite.
 bool scaling_exponent(const double* alpha, const double* beta, int64_t n, int* exponent) {
   double largest = 0.0;
   for (int64_t i = 0; i < n; ++i) {
@@ -33,7 +34,7 @@ int64_t tridiag_quadrature_cpu(const TridiagQuadrature& op, const ParallelFor& p
   std::atomic<int64_t> lowest_failed{op.n_problems};
   const int64_t n_groups = (op.n_problems + kLanes - 1) / kLanes;
   parallel_for(n_groups, 1, [&](int64_t begin, int64_t end) {
-    const int64_t rows = std::max<int64_t>(op.m, 1);  // a lane without steps is a matrix of one zero
+    const int64_t rows = std::max<int64_t>(op.m, 1);  // a problem without steps becomes the 1 x 1 matrix 0
     std::vector<double> d(rows * kLanes), e(rows * kLanes), q(rows * kLanes);
     std::vector<std::pair<double, double>> rule(op.m);
     for (int64_t group = begin; group < end; ++group) {

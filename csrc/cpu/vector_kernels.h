@@ -1,7 +1,8 @@
-// The loops over vector elements that the CPU twins are made of.
+// Loops over vector elements, shared by the CPU implementations of the ops.
 //
-// Each is compiled for baseline x86-64, AVX2 and AVX-512 and chosen by the processor, so one build is right everywhere.
-// Sums run in float64 over a fixed set of lanes: their order does not depend on the instruction set.
+// Each is compiled for baseline x86-64, AVX2 and AVX-512 and selected at run time (see simd_dispatch.h).
+//
+// Guarantees: sums accumulate in float64 over a fixed number of lanes, in an order independent of the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ namespace blockhess {
 double dot(const float* x, const float* y, int64_t n);
 double dot(const double* x, const double* y, int64_t n);
 
-// p <- w - alpha v - beta p, returns |p|^2
+// p <- w - alpha v - beta p; returns |p|^2.
 double three_term(const float* w, const float* v, float* p, double alpha, double beta, int64_t n);
 double three_term(const double* w, const double* v, double* p, double alpha, double beta, int64_t n);
 
@@ -23,7 +24,7 @@ void scale(double* x, double factor, int64_t n);
 // With the basis V_k = basis + k * stride, 0 <= k < count:
 //   x <- x - sum_k c_k V_k    unless c is null,
 //   d_k = <V_k, x>            unless d is null; returns |x|^2.
-// In one call a stretch of the basis is still in cache for the second line.
+// Both run chunk by chunk, so that the dots find the basis in cache.
 double gram_schmidt(float* x, const float* basis, int64_t stride, int64_t count, int64_t n, const double* c, double* d);
 double gram_schmidt(double* x, const double* basis, int64_t stride, int64_t count, int64_t n, const double* c,
                     double* d);

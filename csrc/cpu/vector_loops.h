@@ -1,30 +1,30 @@
-// The loops of vector_kernels.h, for one instruction set: see each_instruction_set.h.
-#include "wide.h"
+// The loops of vector_kernels.h, compiled per instruction set (see simd_dispatch.h).
+#include "simd.h"
 
 namespace blockhess {
-namespace BLOCKHESS_SET {
+namespace BLOCKHESS_NAMESPACE {
 namespace {
 
-// Partial sums: enough to hide the latency of the add at every width.
+// Independent partial sums, enough to hide the latency of additions at every vector width.
 constexpr int64_t kLanes = 32;
-constexpr int64_t kVectors = kLanes / kWide;
-// Elements of x in float64, and their part of 100 rows of the basis: both stay in cache.
+constexpr int64_t kVectors = kLanes / kWidth;
+// Elements per chunk: as float64 they stay in cache together with the same columns of 100 basis rows.
 constexpr int64_t kChunk = 4096;
-// Rows of the basis that share the loads of x.
+// Basis rows per pass over a chunk.
 constexpr int64_t kRows = 4;
-// Elements that a loop asks for ahead of their turn, since a processor's own prefetching ends with each page of 4 KiB.
+// Prefetch distance in elements; hardware prefetching stops at the end of each 4 KiB page.
 constexpr int64_t kAhead = 512;
 
-// Asks for kLanes elements, kAhead after x, to be in the second-level cache; where there is no memory it does nothing.
+// Prefetches the kLanes elements at x + kAhead to the second-level cache; addresses past the array are harmless.
 template <class T>
 inline void prefetch(const T* x) {
   for (int64_t k = 0; k < kLanes; k += 64 / sizeof(T)) __builtin_prefetch(x + kAhead + k, 0, 2);
 }
 
 struct Lanes {
-  Wide sum[kVectors] = {};
+  Simd sum[kVectors] = {};
 
-  // The same order in every instruction set.
+  // The sum of all lanes, in the same order for every instruction set.
   double total() {
     double lane[kLanes];
     std::memcpy(lane, sum, sizeof lane);
@@ -40,8 +40,8 @@ double dot(const T* __restrict x, const T* __restrict y, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
 #pragma GCC unroll 16
-    for (int64_t k = 0; k < kVectors; ++k) lanes.sum[k] += load(x + i + k * kWide) * load(y + i + k * kWide);
-  for (int64_t k = 0; i + k < n; ++k) lanes.sum[k / kWide][k % kWide] += double(x[i + k]) * double(y[i + k]);
+    for (int64_t k = 0; k < kVectors; ++k) lanes.sum[k] += load(x + i + k * kWidth) * load(y + i + k * kWidth);
+  for (int64_t k = 0; i + k < n; ++k) lanes.sum[k / kWidth][k % kWidth] += double(x[i + k]) * double(y[i + k]);
   return lanes.total();
 }
 
@@ -50,18 +50,18 @@ double three_term(const T* __restrict w, const T* __restrict v, T* __restrict p,
   Lanes lanes;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    prefetch(p + i);  // w and v have been read before
+    prefetch(p + i);  // w and v are in cache since the dot
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kVectors; ++k) {
-      const int64_t j = i + k * kWide;
-      const Wide r = store(p + j, load(w + j) - alpha * load(v + j) - beta * load(p + j));
+      const int64_t j = i + k * kWidth;
+      const Simd r = store(p + j, load(w + j) - alpha * load(v + j) - beta * load(p + j));
       lanes.sum[k] += r * r;
     }
   }
   for (int64_t k = 0; i + k < n; ++k) {
     T& r = p[i + k];
     r = T(double(w[i + k]) - alpha * double(v[i + k]) - beta * double(r));
-    lanes.sum[k / kWide][k % kWide] += double(r) * double(r);
+    lanes.sum[k / kWidth][k % kWidth] += double(r) * double(r);
   }
   return lanes.total();
 }
@@ -71,11 +71,11 @@ void scale(T* x, double factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = T(double(x[i]) * factor);
 }
 
-// Fused where the processor can: a library takes long for it.
+// Only if fma is an instruction: the library function is slow.
 #if BLOCKHESS_LEVEL >= 3 || defined(__FP_FAST_FMAF)
-// The same without conversions: high + low is factor to twice the digits of float32, and fused they are rounded once.
-// For finite x alone, inf high + inf low being NaN where low is 0 or of the other sign. Callers pass 1 / |x|_2 where
-// that norm is finite, so that every x_i is, and |x_i factor| <= 1.
+// The same without conversions to float64: factor = high + low to twice the precision of float32, and x_i factor =
+// fma(x_i, high, x_i low). All x_i must be finite, since inf high + inf low is NaN if low is 0 or has the other sign.
+// Callers pass factor = 1 / |x|_2 with a finite norm, so every x_i is finite and |x_i factor| <= 1.
 inline void scale(float* x, double factor, int64_t n) {
   const float high = float(factor), low = float(factor - double(high));
   if (!std::isnormal(high)) return scale<float>(x, factor, n);
@@ -83,7 +83,7 @@ inline void scale(float* x, double factor, int64_t n) {
 }
 #endif
 
-// chunk <- chunk - sum_r c_r row_r over some rows
+// chunk <- chunk - sum_r c_r row_r
 template <int64_t rows, class T>
 void subtract_rows(double* __restrict chunk, const T* __restrict row, int64_t stride, const double* __restrict c,
                    int64_t n) {
@@ -92,8 +92,8 @@ void subtract_rows(double* __restrict chunk, const T* __restrict row, int64_t st
     for (int64_t r = 0; r < rows; ++r) prefetch(row + r * stride + i);
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kVectors; ++k) {
-      const int64_t j = i + k * kWide;
-      Wide sum = c[0] * load(row + j);
+      const int64_t j = i + k * kWidth;
+      Simd sum = c[0] * load(row + j);
 #pragma GCC unroll 4
       for (int64_t r = 1; r < rows; ++r) sum += c[r] * load(row + r * stride + j);
       store(chunk + j, load(chunk + j) - sum);
@@ -117,11 +117,11 @@ void add_dots(double* __restrict d, const T* __restrict row, int64_t stride, con
     for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kVectors; ++k)
-        lanes[r].sum[k] += load(row + r * stride + i + k * kWide) * load(chunk + i + k * kWide);
+        lanes[r].sum[k] += load(row + r * stride + i + k * kWidth) * load(chunk + i + k * kWidth);
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; i + k < n; ++k)
-      lanes[r].sum[k / kWide][k % kWide] += double(row[r * stride + i + k]) * chunk[i + k];
+      lanes[r].sum[k / kWidth][k % kWidth] += double(row[r * stride + i + k]) * chunk[i + k];
     d[r] += lanes[r].total();
   }
 }
@@ -154,5 +154,5 @@ double gram_schmidt(T* __restrict x, const T* __restrict basis, int64_t stride, 
 }
 
 }  // namespace
-}  // namespace BLOCKHESS_SET
+}  // namespace BLOCKHESS_NAMESPACE
 }  // namespace blockhess

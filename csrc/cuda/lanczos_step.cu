@@ -1,4 +1,4 @@
-// lanczos_step on CUDA: one CTA per tile; a segment of one tile is done in one launch, longer ones in five.
+// lanczos_step on CUDA: one CTA per tile. A segment of one tile takes one launch, longer segments take five.
 #include <limits>
 
 #include "launch.cuh"
@@ -18,7 +18,7 @@ struct Triple {
   Pack<T, N> w, v, p;
 };
 
-// This thread's share of <w, v> over a tile.
+// Returns this thread's part of <w, v> over a tile.
 template <bool kAligned, class T>
 __device__ double dot(const LanczosStep<T>& op, const Place& at) {
   double sum = 0.0;
@@ -34,7 +34,7 @@ __device__ double dot(const LanczosStep<T>& op, const Place& at) {
   return sum;
 }
 
-// v_prev <- w - alpha v - beta_prev v_prev over a tile; this thread's share of its squared norm.
+// v_prev <- w - alpha v - beta_prev v_prev over a tile; returns this thread's part of the squared norm.
 template <bool kAligned, class T>
 __device__ double residual(const LanczosStep<T>& op, const Place& at, double alpha) {
   const double beta = op.recurrences.last_beta(at.segment);
@@ -67,7 +67,7 @@ __device__ bool deferred(const LanczosStep<T>& op, int64_t segment) {
   return op.basis_offsets[segment % op.layout.n_blocks] >= 0;
 }
 
-// Writes beta and closes the step, or leaves the closing to reorthogonalize. By one thread.
+// Writes beta and completes the step, unless reorthogonalize is to complete it. Called by one thread.
 template <class T>
 __device__ void close(const LanczosStep<T>& op, int64_t segment, double squared_norm, double eps) {
   const Recurrences& r = op.recurrences;
@@ -77,15 +77,15 @@ __device__ void close(const LanczosStep<T>& op, int64_t segment, double squared_
   close_step(r, segment, op.limits[segment % op.layout.n_blocks], eps);
 }
 
-// v_next = r / beta over a tile, or zero where the recurrence takes no more part.
+// v_next = r / beta over a tile, or zero if the recurrence has ended.
 template <bool kAligned, class T>
 __device__ void normalize(const LanczosStep<T>& op, const Place& at) {
   if (running(op, at.segment) && deferred(op, at.segment)) return;
-  const bool going = running(op, at.segment);
-  const double factor = going ? 1.0 / op.recurrences.last_beta(at.segment) : 0.0;
+  const bool active = running(op, at.segment);
+  const double factor = active ? 1.0 / op.recurrences.last_beta(at.segment) : 0.0;
   for_elements<T, 4>(
       at.begin, at.end,
-      [&](auto width, int64_t i) { return going ? load<kAligned, width>(op.v_prev + i) : Pack<T, width>{}; },
+      [&](auto width, int64_t i) { return active ? load<kAligned, width>(op.v_prev + i) : Pack<T, width>{}; },
       [&](auto width, int64_t i, const auto& r) {
         Pack<T, width> next;
 #pragma unroll

@@ -1,4 +1,4 @@
-// The one way to launch a kernel: one CTA per piece of work, or fewer that stride over it.
+// Kernel launches: one CTA per work item, or fewer CTAs that loop over the work items.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,19 +9,21 @@
 
 #include "ops/common.h"
 
-// The dynamic shared memory of a CTA as an array.
+// Declares the dynamic shared memory of a CTA as an array.
 #ifndef BLOCKHESS_DYNAMIC_SHARED
 #define BLOCKHESS_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 
 namespace blockhess {
 
-// Launches one after the other on a queue. After an error nothing more is launched; error() says what went wrong.
+// Launches kernels in order on one stream. After an error nothing more is launched; error() returns its message, or
+// nullptr.
 class Launcher {
  public:
   explicit Launcher(const CudaQueue& queue) : queue_(queue) {}
 
-  // kernel(args...) on `count` CTAs of `threads` threads with `shared` bytes of dynamic shared memory.
+  // Launches kernel(args...) on `count` CTAs, at most max_grid, of `threads` threads with `shared` bytes of dynamic
+  // shared memory.
   template <class... Parameters, class... Args>
   void operator()(void (*kernel)(Parameters...), int64_t count, int threads, size_t shared, const Args&... args) {
     if (error_ != nullptr || count == 0) return;
@@ -36,7 +38,7 @@ class Launcher {
   void check(cudaError_t status) {
     if (status == cudaSuccess || error_ != nullptr) return;
     error_ = cudaGetErrorString(status);
-    cudaGetLastError();  // so that nobody else reports it again
+    cudaGetLastError();  // resets the error, so that no later call reports it
   }
 
   const char* error() const { return error_; }

@@ -1,5 +1,5 @@
-// random_probes on CUDA: one CTA fills a tile, four elements a thread and counter, then each segment is divided by its
-// norm.
+// random_probes on CUDA: one CTA fills a tile, four elements per thread and Philox counter; then Gaussian segments are
+// divided by their norms.
 #include "launch.cuh"
 #include "ops/random_probes.h"
 #include "tile.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(RandomProbes<T> op) {
   }
 }
 
-// 1 / |segment|, written over the partial sum of the segment's first tile
+// Overwrites the partial sum of each segment's first tile by 1 / |segment|.
 template <class T>
 __global__ void __launch_bounds__(kThreads) factor_kernel(RandomProbes<T> op) {
   const Layout& layout = op.layout;

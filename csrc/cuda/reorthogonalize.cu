@@ -1,8 +1,8 @@
-// reorthogonalize on CUDA: tile-wise GEMV pairs. A CTA reads kRows basis rows of a tile at once for the coefficients,
-// and all rows for the update.
+// reorthogonalize on CUDA: c = V^T r and r <- r - V c as matrix-vector products per tile. One CTA computes kRows of a
+// tile's coefficients, and one CTA updates a tile with all rows.
 //
-// A tile is walked by packs of the basis, which is what memory traffic is made of; r, at another offset, is read by
-// elements. The coefficients of a segment take the place of its first tile's partial sums.
+// The basis dominates the memory traffic and is read in aligned packs; r has another alignment and is read element by
+// element. The coefficients of a segment overwrite the partial sums of its first tile.
 #include <limits>
 
 #include "launch.cuh"
@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kRows = 8;
 
-// A tile in a basis row and in r.
+// The elements of a tile in a basis row and in r.
 template <class T>
 struct Columns {
   int64_t begin, end;  // elements of a basis row
-  T* r;                // r[i] stands beside element i of the row
+  T* r;                // r[i] belongs to element i of the row
 };
 
 template <class T>
@@ -33,12 +33,12 @@ struct Rows {
   Pack<T, N> r, v[kRows];
 };
 
-// How many of the rows first_row ... first_row + kRows - 1 are filled, of `count` in all.
+// Number of filled rows among first_row ... first_row + kRows - 1, where rows 0 ... count - 1 are filled.
 __device__ inline int filled_rows(int64_t first_row, int64_t count) {
   return int(count - first_row < kRows ? count - first_row : kRows);
 }
 
-// Those rows of the basis from element i on, zero where they are not filled.
+// Loads N elements from element i on of `rows` basis rows from first_row on; the other v[k] are zero.
 template <bool kAligned, int N, class T>
 __device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int rows, int64_t i,
                           Pack<T, N> (&v)[kRows]) {
@@ -53,8 +53,8 @@ __host__ __device__ int64_t n_groups(const Reorthogonalize<T>& op) {
   return (op.capacity + kRows - 1) / kRows;
 }
 
-// partial[tile, k] = a tile's share of <v_k, r>. The grid is for a full basis, as the host does not know the step; a
-// CTA whose rows are not filled yet ends after a few loads. Unaligned loads need the registers of a third CTA.
+// partial[tile, k] = the tile's part of <v_k, r>. The grid covers a full basis, since the host does not know the step;
+// CTAs whose rows are not filled yet exit early. Unaligned loads need more registers, so fewer CTAs fit on an SM.
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel
   }
 }
 
-// c_k = sum over the tiles of a segment, written over the partial sums of its first tile
+// c_k = sum over the tiles of a segment, overwriting the partial sums of its first tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) segment_coefficient_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) segment_coefficient_kernel(Reorthogo
   }
 }
 
-// r <- r - V c;  partial[tile, capacity] = a tile's share of |r|^2
+// r <- r - V c;  partial[tile, capacity] = the tile's part of |r|^2
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op)
   }
 }
 
-// beta = |r|; closes the step. Leaves the factor from r to v_next as the first coefficient, -1 for who takes no part.
+// beta = |r|; completes the step. Stores the factor in v_next = factor r in place of the first coefficient: 0 if the
+// recurrence ends here, -1 if the segment does not take part.
 template <class T>
 __global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, double eps) {
   const Layout& layout = op.layout;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, 
   }
 }
 
-// v_next = factor r, also kept as the next row of the basis; zero where the recurrence has ended
+// v_next = factor r, stored as the next row of the basis too; zero if the recurrence ends here.
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
@@ -174,8 +175,8 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> 
     const Place at = place(layout, t);
     const double factor = op.partial[at.first_tile * (op.capacity + 1)];
     if (factor < 0.0) continue;
-    const int64_t filled = op.recurrences.steps[at.segment];  // the step is counted by now
-    const bool kept = factor > 0.0 && filled < op.capacity;
+    const int64_t filled = op.recurrences.steps[at.segment];  // includes this step
+    const bool stored = factor > 0.0 && filled < op.capacity;
     T* row = op.basis + filled * layout.n_probes * op.n_basis;
     const Columns<T> tile = columns(op, at);
     for_elements<T, 4>(
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> 
 #pragma unroll
           for (int e = 0; e < width; ++e) next.x[e] = T(double(r.x[e]) * factor);
           store<false>(tile.r + i, next);
-          if (kept) store<kAligned>(row + i, next);
+          if (stored) store<kAligned>(row + i, next);
         });
   }
 }

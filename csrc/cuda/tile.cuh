@@ -1,8 +1,10 @@
-// How a CTA walks over a tile, and how it adds up: the parts that the kernels over vector elements are made of.
+// Loops over the elements of a tile and sums over a CTA, shared by the CUDA implementations of the ops.
 //
-// Elements are read in packs of 16 bytes that begin at multiples of a pack in the array, whatever the tile's bounds;
-// the ragged ends are walked one by one. Which thread handles which element depends on the bounds alone, not on where
-// the array lies in memory, so neither do the bits of a sum.
+// Elements are read in packs of 16 bytes, aligned relative to the start of the array; elements before the first and
+// after the last full pack of a tile are read one by one.
+//
+// Guarantees: the thread that handles an element depends on the bounds of the tile only, not on the address of the
+// array; so do the bits of a sum.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,7 @@ struct Width {
   __host__ __device__ constexpr operator int() const { return N; }
 };
 
-// N elements at p; kAligned: p is a multiple of N elements.
+// Loads N elements from p; kAligned: p is a multiple of their size.
 template <bool kAligned, int N, class T>
 __device__ Pack<T, N> load(const T* p) {
   if constexpr (kAligned) {
@@ -49,8 +51,8 @@ __device__ void store(T* p, const Pack<T, N>& pack) {
   }
 }
 
-// Calls use(width, i, load(width, i)) for all of begin : end, cut into pieces of `width` elements from i on; kUnroll
-// loads are issued before the first is used.
+// Calls use(width, i, load(width, i)) on pieces i : i + width that cover begin : end, for the pieces of this thread;
+// kUnroll loads are issued before the first is used.
 template <class T, int kUnroll, class Load, class Use>
 __device__ void for_elements(int64_t begin, int64_t end, const Load& load, const Use& use) {
   constexpr int64_t kWidth = kPack<T>, kStride = kWidth * kThreads;
@@ -70,14 +72,14 @@ __device__ void for_elements(int64_t begin, int64_t end, const Load& load, const
   if (last + thread < end) use(Width<1>(), last + thread, load(Width<1>(), last + thread));
 }
 
-// The sum of `value` over the CTA's threads, given to all of them, in a fixed order. Every thread must call it.
+// Returns the sum of `value` over the CTA's threads, in a fixed order, to every thread. All threads must call it.
 template <class Value>
 __device__ Value block_sum(Value value) {
   static_assert(kThreads % 32 == 0, "whole warps");
   __shared__ Value warp_sums[kThreads / 32];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
-  __syncthreads();  // the sums of the call before have been read
+  __syncthreads();  // warp_sums of the previous call have been read
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
   __syncthreads();
   Value sum = 0;
@@ -86,7 +88,7 @@ __device__ Value block_sum(Value value) {
   return sum;
 }
 
-// The sum over a segment's tiles of partial[t * stride], given to all threads. Every thread must call it.
+// Returns the sum of partial[t * stride] over a segment's tiles to every thread. All threads must call it.
 __device__ inline double segment_sum(const Layout& layout, int64_t segment, const double* partial, int64_t stride) {
   const int64_t probe = segment / layout.n_blocks, block = segment % layout.n_blocks;
   const double* mine = partial + probe * layout.n_tiles * stride;
@@ -96,10 +98,10 @@ __device__ inline double segment_sum(const Layout& layout, int64_t segment, cons
   return block_sum(sum);
 }
 
-// Where tile t of n_probes * n_tiles lies.
+// Location of tile t = probe * n_tiles + tile.
 struct Place {
-  int64_t segment, begin, end;  // elements begin : end of the (n_probes, n) state
-  int64_t first_tile;           // of the segment, among n_probes * n_tiles
+  int64_t segment, begin, end;  // elements begin : end of the (n_probes, n) vector set
+  int64_t first_tile;           // of the segment, numbered like t
   int64_t position;             // of `begin` within the segment
   bool several_tiles;
 };
@@ -119,7 +121,7 @@ __device__ inline Place place(const Layout& layout, int64_t t) {
           several_tiles(layout, tile.block)};
 }
 
-// All pointers are multiples of 16 bytes.
+// Whether all pointers are multiples of 16 bytes.
 template <class... Pointers>
 bool aligned(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;

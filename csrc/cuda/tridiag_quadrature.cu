@@ -1,9 +1,8 @@
-// tridiag_quadrature on CUDA: one thread per problem, a few problems a CTA of one warp.
+// tridiag_quadrature on CUDA: one thread per problem, up to kMaxProblems problems per CTA of one warp.
 //
-// The working arrays d, e, q of a CTA's problems lie in shared memory, interleaved by problem, so that threads at
-// different places of their chains meet no bank conflict. Where they do not fit, nodes, weights and the scratch hold
-// them. A problem is first scaled by a power of two to norm 1/2 ... 1: then no square overflows, and one that falls
-// below kTiny is of no account.
+// The arrays d, e, q of a CTA's problems are interleaved by problem in shared memory, so that threads at different rows
+// cause no bank conflicts. If they do not fit, nodes, couplings and weights are used instead. A problem is first scaled
+// by a power of two so that its largest entry is in [0.5, 1): no square overflows, and one below kTiny is negligible.
 #include "launch.cuh"
 #include "ops/tridiag_quadrature.h"
 
@@ -11,7 +10,7 @@ namespace blockhess {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMostProblems = 16;  // of a CTA: enough CTAs then to fill the device with 10,000 problems
+constexpr int kMaxProblems = 16;  // per CTA; 10,000 problems then give enough CTAs to fill the device
 constexpr double kTiny = 1e-290;
 constexpr double kEps = 2.220446049250313e-16;
 
@@ -26,7 +25,7 @@ struct Work {
   Column d, e, q;
 };
 
-// Problem p of the CTA's `problems`, the CTA's first problem being b.
+// The arrays of problem b + p, the p-th of the `problems` of a CTA.
 __device__ Work work_of(const TridiagQuadrature& op, double* shared, int problems, int64_t b, int p) {
   if (shared == nullptr) {
     const int64_t at = (b + p) * op.m;
@@ -36,7 +35,7 @@ __device__ Work work_of(const TridiagQuadrature& op, double* shared, int problem
   return {{shared + p, problems}, {shared + array + p, problems}, {shared + 2 * array + p, problems}};
 }
 
-// Largest |entry| of tridiag(e, d, e), or NaN where one is not finite.
+// Largest |entry| of tridiag(e, d, e), or NaN if an entry is not finite.
 __device__ double largest(const Work& x, int n) {
   double most = 0.0;
   for (int i = 0; i < n; ++i) {
@@ -47,14 +46,15 @@ __device__ double largest(const Work& x, int n) {
   return most;
 }
 
-// Diagonalises tridiag(e, d, e) of size n and norm at most 1; q, the first row of the identity, becomes the first row
-// of the eigenvectors. e[i] couples i and i + 1; e[n - 1] is scratch. False where a node does not converge.
+// Diagonalizes tridiag(e, d, e) of size n, with entries at most 1 in absolute value: d becomes the eigenvalues,
+// unsorted, and q, the first row of the identity, the first row of the matrix of eigenvectors. e[i] couples rows i and
+// i + 1; e[n - 1] is scratch. Returns false if an eigenvalue does not converge.
 __device__ bool implicit_ql(const Work& x, int n) {
   const Column d = x.d, e = x.e, q = x.q;
   e[n - 1] = 0.0;
   for (int l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
-      int m = l;  // the first coupling after l that is negligible beside its neighbours
+      int m = l;  // row of the first coupling from l on that is negligible relative to its diagonal entries
       for (double here = std::fabs(d[l]); m < n - 1; ++m) {
         const double next = std::fabs(d[m + 1]), coupling = std::fabs(e[m]);
         if (coupling <= kEps * (here + next) || coupling * coupling <= kTiny) break;
@@ -69,7 +69,7 @@ __device__ bool implicit_ql(const Work& x, int n) {
       for (; i >= l; --i) {
         const double f = s * e[i], b = c * e[i];
         const double square = f * f + g * g;
-        if (square <= kTiny) break;  // the chain splits here
+        if (square <= kTiny) break;  // the matrix splits here
         const double inverse = rsqrt(square), d_i = d[i], q_i = q[i];
         e[i + 1] = square * inverse;
         s = f * inverse;
@@ -92,7 +92,7 @@ __device__ bool implicit_ql(const Work& x, int n) {
   return true;
 }
 
-// Brings d into ascending order, equal ones in the order they had, and q with it.
+// Sorts d in ascending order, stably, and permutes q with it.
 __device__ void insertion_sort(const Column& d, const Column& q, int n) {
   for (int i = 1; i < n; ++i) {
     const double d_i = d[i], q_i = q[i];
@@ -106,7 +106,7 @@ __device__ void insertion_sort(const Column& d, const Column& q, int n) {
   }
 }
 
-// Leaves nodes in d and weights in q, n of them; false where the problem fails.
+// Overwrites d by the n nodes and q by their weights. Returns false if the problem fails.
 __device__ bool solve(const Work& x, int n) {
   const double most = largest(x, n);
   if (std::isnan(most)) return false;
@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op,
       const bool valid = steps >= 0 && steps <= op.m;
       const int n = valid ? int(steps) : 0;
       const bool solved = valid && (n == 0 || solve(x, n));
-      const double beyond = !solved ? std::nan("") : n == 0 ? 0.0 : x.d[n - 1];
+      const double padding = !solved ? std::nan("") : n == 0 ? 0.0 : x.d[n - 1];
       for (int i = solved ? n : 0; i < op.m; ++i) {
-        x.d[i] = beyond;
-        x.q[i] = solved ? 0.0 : beyond;
+        x.d[i] = padding;
+        x.q[i] = solved ? 0.0 : padding;
       }
     }
     __syncthreads();
@@ -174,10 +174,10 @@ const char* tridiag_quadrature_cuda(const TridiagQuadrature& op, const CudaQueue
   launch.check(cudaGetDevice(&device));
   launch.check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   const int64_t each = 3 * int64_t(sizeof(double)) * op.m;
-  int problems = kMostProblems;
+  int problems = kMaxProblems;
   while (problems > 1 && problems * each > most_shared) problems /= 2;
   const bool in_shared = problems * each <= most_shared;
-  if (!in_shared) problems = kMostProblems;
+  if (!in_shared) problems = kMaxProblems;
   const size_t shared = in_shared ? size_t(problems * each) : 0;
   launch.check(cudaFuncSetAttribute(quadrature_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   launch(quadrature_kernel, (op.n_problems + problems - 1) / problems, kWarp, shared, op, problems, in_shared);

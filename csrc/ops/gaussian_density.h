@@ -1,9 +1,11 @@
-// gaussian_density: weighted nodes blurred by a Gaussian (paper, appendix B.2), one sigma a row.
+// gaussian_density: weighted nodes smoothed by a Gaussian (paper, Appendix B.2), one sigma per row.
 //
 //   density[b, g] = sum_k weights[b, k] exp(-(grid[g] - nodes[b, k])^2 / (2 sigma_b^2)) / (sigma_b sqrt(2 pi))
 //
-// Promises: a node acts within kWindow sigma only, where it falls below 2^-53 of its own peak. Nodes may stand in any
-// order; the grid ascends. No temporary larger than the result; terms are added in the order of the nodes.
+// The grid is ascending; nodes may be in any order.
+//
+// Guarantees: terms are added in the order of the nodes; those with |grid[g] - nodes[b, k]| > kWindow sigma_b, which
+// are below 2^-53 of their peak, are omitted. No temporary is larger than the result.
 #pragma once
 
 #include "common.h"

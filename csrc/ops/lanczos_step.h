@@ -5,14 +5,15 @@
 //   beta  = |r|
 //   v_next = r / beta
 //
-// alpha and beta are written to the row of the recurrence's next step, beta_prev is in the row before, 0 in the first.
-// v_next replaces v_prev, so w is only read and three vector sets suffice. Memory traffic per element: w, v; then w, v,
-// v_prev, r; then r, v_next: 8 elements, 4 where a segment stays in cache.
+// alpha and beta are written to the row of the recurrence's next step; beta_prev is read from the row before, or is 0
+// in the first step. v_next overwrites v_prev and w is only read, so three vector sets suffice. Memory traffic per
+// element: read w, v; read w, v, v_prev and write r; read r and write v_next. These are 8 elements, or 4 if a segment
+// stays in cache.
 //
-// Promises: dots and norms are summed in float64, and r is formed in float64 and rounded once. A finished or frozen
-// recurrence gets a zero vector and is left alone otherwise. Blocks with basis_offsets[l] >= 0 are left with the
-// unnormalised r and |r| in beta, to be closed by reorthogonalize; a recurrence whose alpha or |r| is not finite is
-// frozen here.
+// Guarantees: dots and norms accumulate in float64; r is evaluated in float64 and rounded once. A recurrence that has
+// ended gets a zero vector and is unchanged otherwise. In a block with basis_offsets[l] >= 0, v_prev is overwritten by
+// the unnormalized r and beta by |r|, and reorthogonalize completes the step; only if alpha or |r| is not finite is the
+// recurrence stopped here.
 #pragma once
 
 #include "common.h"
@@ -26,8 +27,8 @@ struct LanczosStep {
   const T* v;  // (n_probes, n)
   T* v_prev;   // (n_probes, n); becomes v_next
   Recurrences recurrences;
-  const int64_t* limits;         // (n_blocks) most steps a block may make
-  const int64_t* basis_offsets;  // (n_blocks) -1, or the block's column in the kept basis
+  const int64_t* limits;         // (n_blocks) maximum number of steps
+  const int64_t* basis_offsets;  // (n_blocks) first column of the block in the stored Krylov basis, -1 if not stored
   double* partial;               // (n_probes, n_tiles) scratch
 };
 

@@ -1,13 +1,14 @@
-// random_probes: unit probe vectors, one a segment, from a counter-based generator (Philox4x32-10, Salmon et al. 2011).
+// random_probes: a random unit vector per segment, by the counter-based generator Philox4x32-10 (Salmon et al. 2011).
 //
 // The element at `position` inside block `id` of probe `p` is a pure function of (seed, p, id, position):
-//   key    = first two words of Philox(counter = (id, p), key = seed)
-//   word i = word (position mod 4) of Philox(counter = (position div 4, 0), key)
-// Rademacher: +-1 / sqrt(dim) by the top bit. Gaussian: Box-Muller on the pairs (word 0, word 1), (word 2, word 3),
-// then divided by the segment's norm.
+//   key  = first two words of Philox(counter = (id, p), key = seed)
+//   word = word (position mod 4) of Philox(counter = (position div 4, 0), key)
+// Rademacher: +-1 / sqrt(dim), the sign being the top bit. Gaussian: Box-Muller on words 0 and 1 and on words 2 and 3,
+// then division by the norm of the segment.
 //
-// Promises: the same integer bits on every device, in any chunk, on any machine; Rademacher values too, Gaussian ones
-// within a few ulp across devices. float32 and float64 probes are one vector, rounded differently.
+// Guarantees: the words are the same on every machine and device, however the work is divided. So are Rademacher
+// probes; Gaussian probes agree to a few ulp across devices. float32 and float64 probes are the same vectors up to
+// rounding.
 #pragma once
 
 #include "common.h"
@@ -41,7 +42,7 @@ inline BLOCKHESS_HD uint64_t probe_key(uint64_t seed, uint64_t block_id, uint64_
   return uint64_t(words.word[0]) | uint64_t(words.word[1]) << 32;
 }
 
-// Two independent standard normals of two words; u in (0, 1), so a segment never has norm zero.
+// Two independent standard normals from two words. (a + 1/2) 2^-32 is in (0, 1), so a segment never has norm zero.
 inline BLOCKHESS_HD void box_muller(uint32_t a, uint32_t b, double* x, double* y) {
   const double radius = std::sqrt(-2.0 * std::log((double(a) + 0.5) * 0x1p-32));
   const double angle = 6.283185307179586 * (double(b) * 0x1p-32);
@@ -51,7 +52,7 @@ inline BLOCKHESS_HD void box_muller(uint32_t a, uint32_t b, double* x, double* y
 
 template <class T>
 struct RandomProbes {
-  Layout layout;  // n_probes probes are made: first_probe, first_probe + 1, ...
+  Layout layout;  // of the probes first_probe, first_probe + 1, ..., n_probes in all
   int64_t seed, first_probe;
   Distribution distribution;
   const int64_t* block_ids;  // (n_blocks)

@@ -1,19 +1,20 @@
-// tridiag_quadrature: Gauss quadrature of each tridiagonal T (Golub and Welsch 1969; paper, Theorem 4).
+// tridiag_quadrature: Gauss quadrature of each tridiagonal matrix T (Golub and Welsch 1969; paper, Theorem 4).
 //
 //   T = tridiag(beta, alpha, beta) = Q Lambda Q^T,   nodes = diag(Lambda),   weights = (first row of Q)^2
 //
-// Implicit QL with Wilkinson's shift that carries only the first row of Q: O(m^2) a problem, float64.
+// Implicit QL with Wilkinson's shift that updates only the first row of Q: O(m^2) per problem, in float64.
 //
-// Promises: nodes ascend and weights sum to 1. Only the leading `steps` entries of a problem are read; entries beyond
-// get the last node and weight 0. No steps: all zero. beta[steps - 1], the residual, is not part of T. A problem with a
-// non-finite entry, or one that does not converge in kMaxSweeps sweeps a node, is reported, never returned half done.
+// Guarantees: nodes are ascending and weights sum to 1. T consists of the first `steps` entries of alpha and the first
+// steps - 1 of beta; beta[steps - 1] is the norm of the residual. Entries from `steps` on get the last node and weight
+// 0; with steps = 0 all are 0. A problem with a non-finite entry, or an eigenvalue that needs more than kMaxSweeps
+// sweeps, is reported as failed.
 #pragma once
 
 #include "common.h"
 
 namespace blockhess {
 
-constexpr int kMaxSweeps = 60;  // per eigenvalue; two are usual
+constexpr int kMaxSweeps = 60;  // per eigenvalue; typically two are needed
 
 struct TridiagQuadrature {
   int64_t n_problems, m;
@@ -22,14 +23,14 @@ struct TridiagQuadrature {
   const int64_t* steps;  // (n_problems)
   double* nodes;         // (n_problems, m)
   double* weights;       // (n_problems, m)
-  double* couplings;     // (n_problems, m) scratch of the CUDA twin
+  double* couplings;     // (n_problems, m) scratch, used on CUDA only
 };
 
-// Returns the lowest index of a problem that failed, or -1.
+// Returns the lowest index of a failed problem, or -1.
 int64_t tridiag_quadrature_cpu(const TridiagQuadrature& op, const ParallelFor& parallel_for);
 
-// Marks a problem that failed, or whose steps are not in 0 ... m, with NaN in all its nodes and weights, so that the
-// host can learn of it when it reads them.
+// Sets all nodes and weights of a failed problem to NaN, also if its `steps` is not in 0 ... m, so that the
+// host can check them when it reads the result instead of waiting for the kernel.
 const char* tridiag_quadrature_cuda(const TridiagQuadrature& op, const CudaQueue& queue);
 
 }  // namespace blockhess

@@ -1,4 +1,4 @@
-// Kernels with one mistake each, to see it caught; which = -1 is right.
+// A kernel with one of several mistakes, each of which the tests must detect; mistake = -1 is the correct kernel.
 #include "launch.cuh"
 
 namespace {

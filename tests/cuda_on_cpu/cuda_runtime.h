@@ -1,9 +1,9 @@
-// Stands in for the CUDA runtime, so that g++ compiles csrc/cuda and the CPU runs it: a CTA's threads are fibres.
+// A stand-in for the CUDA runtime with which g++ compiles csrc/cuda for the CPU: the threads of a CTA are fibers.
 //
-// A fibre runs until it waits: at __syncthreads, or at a warp operation until all lanes of the mask have come. Where
-// nobody can go on, or threads wait at different places, the launch fails with a text that says who waits where. Shared
-// memory is filled with NaN before every CTA. The order in which fibres and CTAs run is an option: a result that
-// depends on it betrays a missing barrier.
+// A fiber runs until it waits, at __syncthreads for the block or at a warp operation for the lanes of its mask. If
+// threads wait at different places, or for one that has returned, the launch fails with a message that names threads
+// and places. Shared memory is filled with NaN before every CTA. The order in which fibers and CTAs run is an option: a
+// result that depends on it reveals a missing barrier.
 #pragma once
 
 #include <cmath>
@@ -41,16 +41,17 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_cpu {
 
-// Forward and reverse run one warp as far as it comes before the next; shuffled gives every thread its turn.
+// kForward and kReverse run a warp until it waits at a block barrier before the next one runs; kShuffled interleaves
+// the threads of all warps in random order.
 enum class Order { kForward, kReverse, kShuffled };
 
 struct Options {
   Order order = Order::kForward;
-  int max_shared = 232448;  // bytes a CTA may ask for, as on an H100
+  int max_shared = 232448;  // bytes of dynamic shared memory that a CTA may request, as on an H100
 };
 extern Options options;
 
-// Where the code waits.
+// A place in the code where threads wait.
 struct Site {
   const char* file;
   int line;
@@ -58,7 +59,7 @@ struct Site {
 
 void* dynamic_shared();
 void wait_for_block(Site site);
-// Waits for the lanes of `mask`; lane l of the result holds what lane l brought.
+// Waits for the lanes of `mask`; element l of the result is the `value` of lane l.
 const uint64_t* exchange(unsigned mask, uint64_t value, Site site);
 void fail(const std::string& text);
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);

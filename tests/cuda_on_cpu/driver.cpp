@@ -1,4 +1,4 @@
-// What Python calls: guarded memory, and every op's CUDA twin by plain pointers.
+// C functions called by emulator.py: guarded memory, and the CUDA implementation of every op on plain pointers.
 #include <cstdlib>
 
 #include "cuda_runtime.h"
@@ -13,7 +13,7 @@ using namespace blockhess;
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kGuard = 0;  // the sanitizer surrounds what malloc gives
+constexpr size_t kGuard = 0;  // the sanitizer guards the ends of malloc's memory
 #else
 constexpr size_t kGuard = 256;
 #endif
@@ -71,9 +71,9 @@ void* guarded_malloc(size_t bytes) {
   return memory + kGuard;
 }
 
-// Frees what guarded_malloc gave; false where something was written beside it.
-bool guarded_free(void* given, size_t bytes) {
-  unsigned char* memory = static_cast<unsigned char*>(given) - kGuard;
+// Frees memory of guarded_malloc. Returns whether the guard zones are intact.
+bool guarded_free(void* pointer, size_t bytes) {
+  unsigned char* memory = static_cast<unsigned char*>(pointer) - kGuard;
   bool intact = true;
   for (size_t i = 0; i < kGuard; ++i) intact &= memory[i] == kFill && memory[kGuard + bytes + i] == kFill;
   std::free(memory);
@@ -82,16 +82,16 @@ bool guarded_free(void* given, size_t bytes) {
 
 void set_options(int order, int max_shared) { cuda_on_cpu::options = {cuda_on_cpu::Order(order), max_shared}; }
 
-const char* run_lanczos_step(int wide, const int64_t* sizes, void** arrays, int64_t max_grid) {
-  return (wide ? lanczos_step<double> : lanczos_step<float>)(sizes, arrays, {nullptr, max_grid});
+const char* run_lanczos_step(int is_double, const int64_t* sizes, void** arrays, int64_t max_grid) {
+  return (is_double ? lanczos_step<double> : lanczos_step<float>)(sizes, arrays, {nullptr, max_grid});
 }
 
-const char* run_reorthogonalize(int wide, const int64_t* sizes, void** arrays, int64_t max_grid) {
-  return (wide ? reorthogonalize<double> : reorthogonalize<float>)(sizes, arrays, {nullptr, max_grid});
+const char* run_reorthogonalize(int is_double, const int64_t* sizes, void** arrays, int64_t max_grid) {
+  return (is_double ? reorthogonalize<double> : reorthogonalize<float>)(sizes, arrays, {nullptr, max_grid});
 }
 
-const char* run_random_probes(int wide, const int64_t* sizes, void** arrays, int64_t max_grid) {
-  return (wide ? random_probes<double> : random_probes<float>)(sizes, arrays, {nullptr, max_grid});
+const char* run_random_probes(int is_double, const int64_t* sizes, void** arrays, int64_t max_grid) {
+  return (is_double ? random_probes<double> : random_probes<float>)(sizes, arrays, {nullptr, max_grid});
 }
 
 const char* run_tridiag_quadrature(int, const int64_t* sizes, void** a, int64_t max_grid) {

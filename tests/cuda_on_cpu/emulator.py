@@ -1,8 +1,8 @@
-"""The CUDA twins on the CPU: csrc/cuda compiled by g++ under the shim beside this file, called like the ops.
+"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ with the cuda_runtime.h of this folder, called like the ops.
 
-Every array is copied into memory of its own with guard zones on both sides, filled with NaN; writing there is an error,
-and what is read there spoils the result. With BLOCKHESS_SANITIZE=1 the address sanitizer guards them to the byte, reads
-included; Python must then be started with its library in LD_PRELOAD.
+Every array is copied into memory of its own with guard zones of NaN on both sides: a write there raises an error, and a
+read there gives NaN. With BLOCKHESS_SANITIZE=1 the address sanitizer detects every read and write out of bounds; Python
+must then be started with its library in LD_PRELOAD.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SANITIZE = os.environ.get("BLOCKHESS_SANITIZE") == "1"
 
 
 def obstacle() -> str | None:
-    """Why the shim cannot be compiled here, or None."""
+    """Return the reason why csrc/cuda cannot be compiled for the CPU here, or None."""
     return (
         None if shutil.which(COMPILER) else f"needs g++ to compile csrc/cuda for the CPU, '{COMPILER}' is not on PATH"
     )
 
 
 def build(sanitize: bool) -> Path:
-    """The shared library, compiled unless these very sources were before."""
+    """Return the shared library, compiled unless it exists for the same sources and flags."""
     flags = FLAGS + (["-fsanitize=address"] if sanitize else [])
     folders = (HERE, ROOT / "csrc/cuda", ROOT / "csrc/ops")
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in SOURCES]
@@ -54,7 +54,7 @@ def build(sanitize: bool) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling them; it ends with the file
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling; closing the file unlocks it
         if not target.exists():
             _compile(files, flags, folder, target)
     return target
@@ -71,12 +71,12 @@ def _compile(files: list[Path], flags: list[str], folder: Path, target: Path) ->
         objects = list(pool.map(compiled, [path for path in files if path.suffix in (".cu", ".cpp")]))
     fresh = folder / f"{os.getpid()}.so"
     subprocess.run([COMPILER, *flags, "-shared", *objects, "-o", fresh], check=True)
-    fresh.rename(target)  # whole, or not there
+    fresh.rename(target)  # atomic: other processes see the whole file or none
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The shared library, loaded."""
+    """Return the shared library, loaded."""
     target = build(SANITIZE)
     loaded = ctypes.CDLL(str(target))
     loaded.guarded_malloc.restype = ctypes.c_void_p
@@ -87,20 +87,20 @@ def library() -> ctypes.CDLL:
 
 
 class Emulator:
-    """The functions of `blockhess_ext.ops`, by the CUDA twins.
+    """The functions of `blockhess_ext.ops`, computed by the CUDA kernels.
 
     Args:
-        max_grid: most CTAs of a launch.
-        order: in which threads and CTAs run, one of ORDERS.
-        shift: elements by which every vector is moved off its 16-byte alignment.
-        max_shared: bytes of shared memory a CTA may have.
+        max_grid: maximum number of CTAs per launch.
+        order: order in which threads and CTAs run, one of ORDERS.
+        shift: offset of every vector from 16-byte alignment, in elements.
+        max_shared: maximum shared memory of a CTA in bytes.
     """
 
     def __init__(self, max_grid: int = 2**31 - 1, order: str = "forward", shift: int = 0, max_shared: int = MAX_SHARED):
         self.max_grid, self.order, self.shift, self.max_shared = max_grid, order, shift, max_shared
 
     def call(self, name: str, sizes: list[int], arrays: list[Tensor], written: list[Tensor]) -> None:
-        """Runs a twin on guarded copies of the arrays and copies back those that it may write."""
+        """Run an op on guarded copies of the arrays and copy back those that it may write."""
         lib = library()
         lib.set_options(ORDERS.index(self.order), self.max_shared)
         guards = []
@@ -113,22 +113,22 @@ class Emulator:
         numbers = (ctypes.c_int64 * len(sizes))(*sizes)
         run = getattr(lib, f"run_{name}")
         run.restype = ctypes.c_char_p
-        wide = any(x.dtype == torch.float64 for x in written[:1])
-        error = run(int(wide), numbers, pointers, ctypes.c_int64(self.max_grid))
-        spoilt = []
+        is_double = any(x.dtype == torch.float64 for x in written[:1])
+        error = run(int(is_double), numbers, pointers, ctypes.c_int64(self.max_grid))
+        violations = []
         for i, (x, (base, offset, bytes_)) in enumerate(zip(arrays, guards)):
             after = torch.empty_like(x)
             ctypes.memmove(after.data_ptr(), base + offset, bytes_)
             if any(x is y for y in written):
                 x.copy_(after)
             elif not torch.equal(after.nan_to_num(7.0), x.nan_to_num(7.0)):
-                spoilt.append(f"array {i} is an input and was written")
+                violations.append(f"array {i} is an input and was written")
             if not lib.guarded_free(base, offset + bytes_):
-                spoilt.append(f"array {i} was written beyond its ends")
+                violations.append(f"array {i} was written beyond its ends")
         if error is not None:
             raise RuntimeError(f"{name}: {error.decode()}")
-        if spoilt:
-            raise RuntimeError(f"{name}: {'; '.join(spoilt)}")
+        if violations:
+            raise RuntimeError(f"{name}: {'; '.join(violations)}")
 
     def lanczos_step(
         self,

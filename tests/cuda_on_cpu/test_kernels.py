@@ -1,4 +1,4 @@
-"""The CUDA twins, run on the CPU: equal to the CPU twins and the reference, with the same bits whatever runs when."""
+"""The CUDA kernels, run on the CPU, equal the CPU kernels and the reference; the order of threads changes no bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cuda_on_cpu.emulator import Emulator
 
 pytestmark = pytest.mark.skipif(emulator.obstacle() is not None, reason=str(emulator.obstacle()))
 
-# One element, ends at every place of a 16-byte pack, exactly one tile, a tile and a bit, several tiles.
+# One element, ends at every position of a 16-byte pack, exactly one tile, several tiles.
 RAGGED = (1, 2, 7, 1, 1000, 3, 32768, 5, 65_539)
 SHORT = (1, 3, 4, 1, 6, 130, 1027)
 N_PROBES = 2
@@ -28,7 +28,7 @@ EMULATORS = [
     Emulator(shift=1),
     Emulator(max_grid=7, order="shuffled", shift=3),
 ]
-if emulator.SANITIZE:  # it looks at addresses, which orders and grids do not change
+if emulator.SANITIZE:  # the sanitizer checks addresses, which do not depend on orders and grids
     EMULATORS = [EMULATORS[0], EMULATORS[-1]]
 
 
@@ -43,7 +43,7 @@ def rng() -> torch.Generator:
 
 
 class Step:
-    """Recurrences in mid-flight: most run; one is finished, one frozen, one at its limit; NaN, an eigenvector."""
+    """Recurrences after some steps: running, finished, non-finite, at the limit, with a NaN, with an eigenvector."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ def test_steps_that_are_no_row_write_nothing(steps, dims, dtype, rng):
 
 
 class Projection:
-    """Residuals as lanczos_step leaves them, and a basis of which most have `count` rows, NaN in what none may read."""
+    """Residuals of lanczos_step, and a basis, mostly with `count` filled rows; the others, not to be read, are NaN."""
 
     def __init__(self, dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...], count: int, capacity: int):
         kept = [l != 1 for l in range(len(dims))]
@@ -188,7 +188,7 @@ def test_reorthogonalize_where_it_is_due(dims, dtype, rng):
 
 
 def problems(m: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Tridiagonals of every kind: random, clustered, decoupled, graded, huge, tiny, zero, short ones and none."""
+    """Return tridiagonal matrices: random, clustered, decoupled, graded, huge, tiny, zero, of few steps and of none."""
     alpha = torch.randn(11, m, generator=rng, dtype=torch.float64)
     beta = torch.rand(11, m, generator=rng, dtype=torch.float64)
     steps = torch.full((11,), m)
@@ -225,7 +225,7 @@ def test_tridiag_quadrature(m, max_shared, rng):
         assert ((nodes - true_nodes).abs() / scale).max() <= 8 * m * eps
         assert (nodes.diff() >= 0).all()
         torch.testing.assert_close(weights.sum(1), (steps > 0).double(), rtol=4 * m * eps, atol=4 * m * eps)
-        for power in (1, 2, 3):  # moments, since single weights of clustered nodes are not determined
+        for power in (1, 2, 3):  # moments, since the single weights of clustered nodes are ill-conditioned
             got, expected = (
                 (w * (n / scale) ** power).sum(1) for n, w in [(nodes, weights), (true_nodes, true_weights)]
             )
@@ -287,7 +287,7 @@ def test_random_probes(distribution, dtype):
     expected = ops.random_probes(layout, N_PROBES, **options)
     if distribution == "rademacher":
         assert torch.equal(results[0][0], expected)
-    rtol = 64 * torch.finfo(dtype).eps  # norms are sums of up to 65,539 terms, each twin's in its own order
+    rtol = 64 * torch.finfo(dtype).eps  # norms are sums of up to 65,539 terms, in an order of each backend's own
     torch.testing.assert_close(results[0][0], expected, rtol=rtol, atol=0)
     torch.testing.assert_close(results[0][0], reference.random_probes(layout, N_PROBES, **options), rtol=rtol, atol=0)
 

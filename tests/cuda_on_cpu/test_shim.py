@@ -1,4 +1,4 @@
-"""The shim catches what it is there to catch: one broken kernel for each kind of mistake."""
+"""The stand-in for the CUDA runtime detects every kind of mistake, each planted in a kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONE, READ_BEYOND, WRITE_BEYOND, EARLY_RETURN, TWO_BARRIERS, MISSING_BARRIER, MI
 
 
 def sums(mistake: int, order: str = "forward") -> torch.Tensor:
-    """What every one of 64 threads finds as the sum of 64 numbers."""
+    """Return the sum of 64 numbers as computed by each of 64 threads."""
     numbers = torch.arange(64, dtype=torch.float64)
     out = torch.zeros_like(numbers)
     Emulator(order=order).call("broken", [64, mistake], [numbers, out], [out])
@@ -66,8 +66,8 @@ def test_shared_memory_that_nobody_set_is_nan():
 
 
 def sanitized(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Python with the address sanitizer, in the project's root."""
-    # The C++ library too: the sanitizer looks for what throws exceptions when it starts.
+    """Run Python with the address sanitizer, in the project's root."""
+    # The C++ library too: the sanitizer looks up the functions that throw exceptions when it starts.
     names = ("libasan.so", "libstdc++.so.6")
     libraries = [
         subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
@@ -94,7 +94,7 @@ def test_the_address_sanitizer_sees_every_byte(mistake):
 
 
 def test_the_kernels_under_the_address_sanitizer():
-    # Of the bases of short blocks those of one row and of nine, which fill their array to its end.
+    # With short blocks only the bases of one row and of nine, which are filled completely.
     run = sanitized(
         [
             "-m",

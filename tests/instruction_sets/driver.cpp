@@ -1,4 +1,4 @@
-// The CPU twins behind plain C functions, on one thread, for a build with the instruction set of the compiler's flags.
+// The CPU kernels as C functions on one thread, built for the instruction set of the compiler's flags.
 #include "cpu/vector_kernels.h"
 #include "ops/gaussian_density.h"
 #include "ops/tridiag_quadrature.h"

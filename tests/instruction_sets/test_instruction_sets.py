@@ -1,6 +1,6 @@
-"""The CPU twins give the same on every instruction set, to rounding: each is compiled on its own and compared.
+"""The CPU kernels give the same results on every instruction set, to rounding.
 
-In the installed library the processor chooses; here the compiler's flags do.
+The installed library selects the instruction set at run time; here each has a build of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(processor not in LEVELS or shutil.which(COMPILER
 
 
 class Build:
-    """The twins of one instruction set, called with tensors."""
+    """The CPU kernels for one instruction set, called with tensors."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -50,7 +50,7 @@ class Build:
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory) -> list[Build]:
-    """One for every instruction set that this processor has, the oldest first."""
+    """Return a build for every instruction set of this processor, the oldest first."""
     folder = tmp_path_factory.mktemp("instruction_sets")
     levels = LEVELS[: LEVELS.index(processor) + 1]
 
@@ -75,7 +75,7 @@ def test_dots_and_three_terms(builds, n, rng):
     def run(build: Build) -> list[Tensor]:
         out = p.clone()
         square = build("three_term", w, v, out, 0.3, 0.7, n)
-        assert abs(square / out.double().square().sum().item() - 1) < 1e-13  # of what is in memory: rounded
+        assert abs(square / out.double().square().sum().item() - 1) < 1e-13  # of the rounded values in memory
         return [torch.tensor(x, dtype=torch.float64) for x in (build("dot", w, v, n), square)] + [out]
 
     first, *others = map(run, builds)
@@ -85,13 +85,15 @@ def test_dots_and_three_terms(builds, n, rng):
             torch.testing.assert_close(x, y, rtol=2 * EPS32, atol=2 * EPS32)
 
 
-def test_scaling_by_what_is_no_float32(builds, rng):
+def test_scaling_by_a_factor_that_is_no_float32(builds, rng):
     x, factor = vectors(rng, 5001).abs(), 1457.0 / 2048.0 + 0.24 * EPS32  # in float32 the last term is lost
     for build in builds:
         out = x.clone()
         build("scale", out, factor, len(out))
         torch.testing.assert_close(out.double(), factor * x.double(), rtol=EPS32, atol=0)
-        assert abs(out.double().sum() / x.double().sum() - factor) < EPS32 / 50  # roundings cancel, a lost term not
+        assert (
+            abs(out.double().sum() / x.double().sum() - factor) < EPS32 / 50
+        )  # rounding errors cancel, a lost term does not
 
 
 def test_gram_schmidt(builds, rng):
@@ -157,5 +159,5 @@ def test_the_library_agrees_with_the_newest(builds, rng):
         return out
 
     torch.testing.assert_close(chosen, density(builds[-1]), rtol=0, atol=8 * EPS * nodes.abs().sum().item() / 0.2)
-    if len(builds) > 1:  # the oldest, which fuses nothing, was not chosen
+    if len(builds) > 1:  # the library did not select the oldest, which has no fused multiply-add
         assert not torch.equal(chosen, density(builds[0]))

@@ -1,4 +1,4 @@
-// The scheduler behind cuda_runtime.h: one CTA after the other, its threads as fibres in one host thread.
+// The scheduler of cuda_runtime.h: runs one CTA after the other, its threads as fibers of one host thread.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -22,11 +22,12 @@ Options options;
 namespace {
 
 constexpr size_t kStack = 128 * 1024;
-constexpr int kDefaultShared = 48 * 1024;  // bytes a CTA gets without asking
+constexpr int kDefaultShared =
+    48 * 1024;  // bytes of dynamic shared memory that a CTA may have without cudaFuncSetAttribute
 
 enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
-struct Fibre {
+struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStack);
   State state = State::kDone;
@@ -35,7 +36,7 @@ struct Fibre {
   uint64_t value = 0;
 };
 
-std::vector<std::unique_ptr<Fibre>> fibres;
+std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<std::array<uint64_t, 32>> exchanged;  // by warp
 std::map<const void*, int> shared_allowed;
 std::vector<char> shared_bytes;
@@ -46,12 +47,12 @@ std::string failure, last_failure;
 
 void enter() {
   (*body)();
-  fibres[current]->state = State::kDone;
-  swapcontext(&fibres[current]->context, &scheduler);
+  fibers[current]->state = State::kDone;
+  swapcontext(&fibers[current]->context, &scheduler);
 }
 
 void wait(State state, Site site) {
-  Fibre& me = *fibres[current];
+  Fiber& me = *fibers[current];
   me.state = state;
   me.site = site;
   swapcontext(&me.context, &scheduler);
@@ -68,7 +69,7 @@ std::vector<size_t> ordered(size_t count, std::mt19937& random) {
 bool same_site(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 std::string described(size_t thread) {
-  const Fibre& f = *fibres[thread];
+  const Fiber& f = *fibers[thread];
   const std::string who = "thread " + std::to_string(thread);
   if (f.state == State::kDone) return who + " has returned";
   const char* name = std::strrchr(f.site.file, '/');
@@ -76,52 +77,54 @@ std::string described(size_t thread) {
          (f.state == State::kAtBlock ? " (block)" : " (warp)");
 }
 
-// The first thread among those asked for that is not where thread `first` waits, or `first` itself.
+// The first thread in begin : end, among those selected by `asked`, that does not wait at the same place as thread
+// `first`; `first` if there is none.
 template <class Asked>
 size_t odd_one(size_t first, size_t begin, size_t end, const Asked& asked) {
   for (size_t t = begin; t < end; ++t)
     if (asked(t - begin) &&
-        (fibres[t]->state != fibres[first]->state || !same_site(fibres[t]->site, fibres[first]->site)))
+        (fibers[t]->state != fibers[first]->state || !same_site(fibers[t]->site, fibers[first]->site)))
       return t;
   return first;
 }
 
-bool ready(size_t thread) { return fibres[thread]->state == State::kReady; }
+bool ready(size_t thread) { return fibers[thread]->state == State::kReady; }
 
-// Releases the lanes of a warp whose whole mask has come to the same place. True if there were any.
+// Releases the lanes of a warp whose whole mask has reached the same place. Returns whether there were any.
 bool release_warp(size_t begin, size_t end) {
   bool released = false;
   for (size_t t = begin; t < end; ++t) {
-    if (fibres[t]->state != State::kAtWarp) continue;
-    const unsigned mask = fibres[t]->mask;
+    if (fibers[t]->state != State::kAtWarp) continue;
+    const unsigned mask = fibers[t]->mask;
     const auto asked = [&](size_t lane) { return mask >> lane & 1u; };
     if (end - begin < 32 && mask >> (end - begin)) fail("a warp mask names lanes that do not exist");
     if (odd_one(t, begin, end, asked) != t) continue;
     for (size_t lane = 0; lane < end - begin; ++lane) {
       if (!asked(lane)) continue;
-      exchanged[begin / 32][lane] = fibres[begin + lane]->value;
-      fibres[begin + lane]->state = State::kReady;
+      exchanged[begin / 32][lane] = fibers[begin + lane]->value;
+      fibers[begin + lane]->state = State::kReady;
     }
     released = true;
   }
   return released;
 }
 
-// Releases a block whose threads have all come to the same barrier. False where all have returned or wait in vain.
+// Releases a block if all its threads wait at the same barrier. Returns false if all have returned, and after a
+// failure.
 bool release_block(size_t threads) {
   size_t first = 0;
-  while (first < threads && fibres[first]->state == State::kDone) ++first;
+  while (first < threads && fibers[first]->state == State::kDone) ++first;
   if (first == threads) return false;
   const size_t odd = odd_one(first, 0, threads, [](size_t) { return true; });
-  if (odd != first || fibres[first]->state != State::kAtBlock) {
+  if (odd != first || fibers[first]->state != State::kAtBlock) {
     fail("divergent barrier: " + described(first) + ", " + described(odd));
     return false;
   }
-  for (size_t t = 0; t < threads; ++t) fibres[t]->state = State::kReady;
+  for (size_t t = 0; t < threads; ++t) fibers[t]->state = State::kReady;
   return true;
 }
 
-// Gives the threads of begin : end that are ready a turn each. True if there were any.
+// Runs every ready thread of begin : end until it waits or returns. Returns whether there were any.
 bool turn(size_t begin, size_t end, std::mt19937& random) {
   bool any = false;
   for (const size_t i : ordered(end - begin, random)) {
@@ -129,7 +132,7 @@ bool turn(size_t begin, size_t end, std::mt19937& random) {
     any = true;
     current = begin + i;
     threadIdx.x = unsigned(current);
-    swapcontext(&scheduler, &fibres[current]->context);
+    swapcontext(&scheduler, &fibers[current]->context);
   }
   return any;
 }
@@ -154,7 +157,7 @@ void run_block(size_t threads, std::mt19937& random) {
   std::fill(__start_cuda_shared, __stop_cuda_shared, char(0xff));
   std::fill(shared_bytes.begin(), shared_bytes.end(), char(0xff));
   for (size_t t = 0; t < threads; ++t) {
-    Fibre& f = *fibres[t];
+    Fiber& f = *fibers[t];
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = kStack;
@@ -173,8 +176,8 @@ void* dynamic_shared() { return shared_bytes.data(); }
 void wait_for_block(Site site) { wait(State::kAtBlock, site); }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, Site site) {
-  fibres[current]->mask = mask;
-  fibres[current]->value = value;
+  fibers[current]->mask = mask;
+  fibers[current]->value = value;
   const size_t warp = current / 32;
   if (!(mask >> current % 32 & 1u)) fail("a lane outside the mask takes part in a warp operation");
   wait(State::kAtWarp, site);
@@ -197,7 +200,7 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const
   const int most = std::max(kDefaultShared, allowed == shared_allowed.end() ? 0 : allowed->second);
   if (threads == 0 || threads > 1024 || blocks == 0 || blocks > 0x7fffffffu || config.dynamicSmemBytes > size_t(most))
     return cudaErrorInvalidValue;
-  while (fibres.size() < threads) fibres.push_back(std::make_unique<Fibre>());
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   exchanged.resize((threads + 31) / 32);
   std::vector<char>(config.dynamicSmemBytes).swap(shared_bytes);
   failure.clear();

@@ -1,5 +1,5 @@
-// Tensors checked and seen as the plain arrays of csrc/ops. The checks guard memory; what a user may get wrong is said
-// in Python, before.
+// Tensor arguments, checked and converted to the plain arrays of csrc/ops. The checks guard memory accesses; the Python
+// functions check the user's arguments before.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -41,7 +41,8 @@ constexpr ScalarType scalar_type_of<int32_t>() {
   return ScalarType::Int;
 }
 
-// The arguments of one call of op: every tensor contiguous, of the expected dtype and shape, on one device.
+// The arguments of one call of op. Every tensor must be contiguous, have the expected dtype and shape, and be on the
+// device of the first one.
 class Arguments {
  public:
   Arguments(const char* op, const Tensor& first) : op_(op), device_(first.device()) {}
@@ -66,7 +67,7 @@ class Arguments {
     return tensor.size(dim);
   }
 
-  // `state` is (n_probes, n); offsets (n_blocks + 1), tiles (n_tiles, 3), tile_offsets (n_blocks + 1).
+  // Shapes: state (n_probes, n), offsets (n_blocks + 1), tiles (n_tiles, 3), tile_offsets (n_blocks + 1).
   Layout layout(const Tensor& state, const Tensor& offsets, const Tensor& tiles, const Tensor& tile_offsets) const {
     const int64_t n_blocks = size("offsets", offsets, 0, 1) - 1, n_tiles = size("tiles", tiles, 0, 2);
     return {size("state", state, 0, 2),
@@ -97,7 +98,7 @@ class Arguments {
   torch::stable::Device device_;
 };
 
-// f(T()) with T the floating type of the vectors.
+// Calls f(T()), where T is the element type of the vectors.
 template <class F>
 void dispatch_vectors(const char* op, const Tensor& vectors, const F& f) {
   if (vectors.scalar_type() == ScalarType::Float)
