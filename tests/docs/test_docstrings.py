@@ -17,6 +17,7 @@ from torch import nn
 
 import blockhess
 import blockhess_ext
+import blockhess_paper
 from blockhess.problem.blocks import BlockInfo
 
 NOT_IMPORTED = ("blockhess_ext._C", "blockhess.integrations.lightning", "blockhess.integrations.transformers")
@@ -30,7 +31,7 @@ class Shown(doctest.OutputChecker):
 
 
 def modules() -> list[str]:
-    packages = ((package, f"{package.__name__}.") for package in (blockhess, blockhess_ext))
+    packages = ((package, f"{package.__name__}.") for package in (blockhess, blockhess_ext, blockhess_paper))
     found = [name for package, prefix in packages for _, name, _ in pkgutil.walk_packages(package.__path__, prefix)]
     return [name for name in found if name not in NOT_IMPORTED]
 
@@ -43,13 +44,12 @@ TESTS = {
 }
 # They need files or packages that are not here, or minutes.
 NOT_RUN = {
-    f"blockhess.{name}"
-    for name in (
-        "datasets.idx_images", "image_files.ImageFolder", "image_files.cifar10", "image_files.image_folder",
-        "integrations.frames.block_dataframe", "integrations.frames.pair_dataframe", "integrations.tensorboard.log_spectra",
-        "runs.config.Config.arguments", "text_files.TokenFile",
-        "text_files.cornell_dialogs", "training.checkpoints.spectra_of_checkpoints", "paper.table3.js0", "demo.run",
-    )
+    "blockhess.cli.config.Config.arguments", "blockhess.cli.demo.run", "blockhess.datasets.idx_images",
+    "blockhess.integrations.checkpoints.spectra_of_checkpoints", "blockhess.integrations.pandas.block_dataframe",
+    "blockhess.integrations.pandas.pair_dataframe", "blockhess.integrations.tensorboard.log_spectra",
+    "blockhess_paper.datasets.image_files.ImageFolder", "blockhess_paper.datasets.image_files.cifar10",
+    "blockhess_paper.datasets.image_files.image_folder", "blockhess_paper.datasets.text_files.TokenFile",
+    "blockhess_paper.datasets.text_files.cornell_dialogs", "blockhess_paper.scaled_mlp.table3.js0",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
     made = CallRecorder()
-    monkeypatch.setattr(cuda_graph, "recorder_of", lambda device: made)
+    monkeypatch.setattr("blockhess_ext.slq.recorder_of", lambda device: made)
     return made
 
 

@@ -123,7 +123,7 @@ def test_a_state_without_further_steps_is_a_quadrature():
 
 def test_graphs_can_be_replayed_from_a_state(monkeypatch):
     recorder = CallRecorder()
-    monkeypatch.setattr("blockhess_ext.cuda_graph.recorder_of", lambda device: recorder)
+    monkeypatch.setattr("blockhess_ext.slq.recorder_of", lambda device: recorder)
     expected = replay_cases.run(replay_cases.Operator())
     found: list[State] = []
     operator = replay_cases.Operator()
