@@ -35,7 +35,7 @@ def run_experiments(
         ImportError: matplotlib is missing.
 
     Example:
-        >>> results = run_experiments({"prop2": "proposition2"}, "blockhess-paper", quick=True)
+        >>> results = run_experiments({"prop2": "theory.proposition2"}, "blockhess-paper", quick=True)
     """
     folder = writable_folder(out)
     results = []
