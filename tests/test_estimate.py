@@ -305,7 +305,7 @@ def test_nonfinite_products_keep_the_other_blocks() -> None:
     assert all(same(partial, good, name) for name in good.names)
     assert partial["bad"].steps.tolist() == [0, 0]
     reported = blockhess.spectrum(model, data, F.cross_entropy, on_nonfinite="report", **options)
-    assert dict(reported.left_out) == {"bad": "non-finite"}
+    assert dict(reported.excluded) == {"bad": "non-finite"}
 
 
 def by_name(layer: nn.Module) -> dict[str, str]:

@@ -259,20 +259,20 @@ def test_one_and_the_same_spike_everywhere() -> None:
             assert not spectra.js_matrix(kind).any()
 
 
-def test_unused_and_non_finite_blocks_are_left_out_and_named() -> None:
+def test_unused_and_non_finite_blocks_are_excluded_and_named() -> None:
     spectra = random_spectra(
         n_probes=2,
         n_blocks=5,
         notes=["", "unused", "tied with head", "tied with x; unused", ""],
         nonfinite=[[False] * 5, [False] * 4 + [True]],
     )
-    assert spectra.compared() == ("block0", "block2")
-    assert spectra.left_out == (("block1", "unused"), ("block3", "unused"), ("block4", "non-finite"))
+    assert spectra.comparable_blocks() == ("block0", "block2")
+    assert spectra.excluded == (("block1", "unused"), ("block3", "unused"), ("block4", "non-finite"))
     js0 = spectra.js0()
-    assert js0.left_out == spectra.left_out and "block4 (non-finite)" in str(js0)
+    assert js0.excluded == spectra.excluded and "block4 (non-finite)" in str(js0)
     assert spectra.js_matrix().shape == (2, 2)
     chosen = spectra.js0(blocks=["block0", "block1", "block4"])
-    assert len(chosen.blocks) == 3 and chosen.left_out == ()
+    assert len(chosen.blocks) == 3 and chosen.excluded == ()
 
 
 def test_refuses_bad_comparisons() -> None:

@@ -64,9 +64,8 @@ def measure_axis_coverage(
         low, high = float(placed.min()), float(placed.max())
         sigma = COVERED_SIGMA * (high - low)
         grid = torch.linspace(low, high, COVERED_POINTS + 2, dtype=torch.float64)[1:-1]
-        options = {"axis": axis, "normalize": normalize, "scale": scale}
         (divisor,) = divisors(*everything.merged, [n], normalize).tolist()
-        density = everything.density(sigma, grid, **options)[1][0], smooth(placed[None], exactly, grid, sigma)[0]
+        density = everything.density(sigma, grid, where)[1][0], smooth(placed[None], exactly, grid, sigma)[0]
         mean_cdf = everything.cdf(where.of_block(divisor).invert(grid))[1][0]
         cdf = mean_cdf, distribution.cdf(placed[None], exactly, grid)[0]
         seen = density[0] > LEAST_DENSITY * density[0].max()
@@ -75,8 +74,8 @@ def measure_axis_coverage(
         for run in range(seeds):
             one = as_spectra(distribution.with_probes(q, slice(run * probes, (run + 1) * probes)))
             for what, band, (mean, true), points, unit in (
-                ("density", one.density_band(sigma, grid, CONFIDENCE, **options), density, seen, high - low),
-                ("cdf", one.cdf_band(grid, CONFIDENCE, **options), cdf, torch.ones_like(seen), 1.0),
+                ("density", one.density_band(sigma, grid, CONFIDENCE, axis=where), density, seen, high - low),
+                ("cdf", one.cdf_band(grid, CONFIDENCE, axis=where), cdf, torch.ones_like(seen), 1.0),
             ):
                 hold(held, widths, what, band, mean, true, points, unit)
         rows.append(

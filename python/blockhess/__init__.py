@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from blockhess._version import __version__
+
 if TYPE_CHECKING:
+    from blockhess.analysis.axes import Axis
     from blockhess.analysis.jensen_shannon import JS0
     from blockhess.estimate import NonFiniteError, extend, plan, spectrum
     from blockhess.problem.blocks import BlockInfo, ParameterSlice, heads
-    from blockhess.results.files import load
     from blockhess.run.merge import merge
-    from blockhess.spectra import Spectra
-
-try:
-    __version__ = importlib.metadata.version("blockhess")
-except importlib.metadata.PackageNotFoundError:  # run from the source folder
-    __version__ = "0+source"
+    from blockhess.spectra import Spectra, load
 
 __all__ = [
+    "Axis",
     "BlockInfo",
     "JS0",
     "NonFiniteError",
@@ -36,6 +33,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Axis": "analysis.axes",
     "BlockInfo": "problem.blocks",
     "ParameterSlice": "problem.blocks",
     "heads": "problem.blocks",
@@ -46,7 +44,7 @@ _MODULES = {
     "spectrum": "estimate",
     "JS0": "analysis.jensen_shannon",
     "Spectra": "spectra",
-    "load": "results.files",
+    "load": "spectra",
     "merge": "run.merge",
 }
 

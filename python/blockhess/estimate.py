@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import blockhess
+from blockhess._version import __version__
 import blockhess_ext
 from blockhess.problem import fingerprint
 from blockhess.problem.blocks import BlockSpec, unwrap
@@ -174,7 +174,7 @@ def spectrum(
             "unused": list(problem.unused),
             "fingerprints": fingerprints,
             "torch": str(torch.__version__),
-            "blockhess": blockhess.__version__,
+            "blockhess": __version__,
         }
         identity = _identity(problem, options, made, seed)
         identity |= {"parallel": parallel if parallel is None else str(parallel)}
@@ -317,7 +317,7 @@ def extend(
             _same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
         if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
             _same("value of the loss", problem.loss_value, first["loss_value"])
-        now = first | {"torch": str(torch.__version__), "blockhess": blockhess.__version__}
+        now = first | {"torch": str(torch.__version__), "blockhess": __version__}
         identity = _identity(problem, options, now, made.seed)
         identity |= {"extends": fingerprint.of_data([(made.alpha, made.beta, made.steps)])}
 

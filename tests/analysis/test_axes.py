@@ -1,4 +1,4 @@
-"""axes.py and its use in comparisons: hand numbers, invariances, and blocks that cannot be normalised."""
+"""axes.py and its use in comparisons: hand numbers, invariances, and blocks that cannot be normalized."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from blockhess.analysis.axes import Axis, check_axis, default_scale, divisors, kth_largest
+from blockhess.analysis.axes import Axis, as_axis, default_scale, divisors, kth_largest
 from blockhess.analysis.jensen_shannon import js_matrix
+from blockhess.analysis.selection import normalizable
 from tests.helpers.spectra_cases import float64, make_spectra, random_spectra
 
 # Ten eigenvalues 1 ... 10, and a block of three.
@@ -72,13 +73,13 @@ def test_an_axis_says_all_it_depends_on() -> None:
 
 @pytest.mark.parametrize("normalize", ["radius", "trace", 3])
 @pytest.mark.parametrize("axis", ["linear", "asinh"])
-def test_blocks_that_differ_in_scale_alone_are_equal_once_normalised(normalize: str | int, axis: str) -> None:
+def test_blocks_that_differ_in_scale_alone_are_equal_once_normalized(normalize: str | int, axis: str) -> None:
     base = torch.rand(2, 1, 9, generator=torch.Generator().manual_seed(1)).double().sort(-1).values + 0.1
     scales = float64([1.0, 1e-6, 1e4])[:, None]
     spectra = make_spectra((base * scales).tolist(), [[[1 / 9] * 9] * 3] * 2, dims=[30] * 3)
-    assert float(spectra.js0(axis=axis, normalize=normalize)) < 1e-6
+    assert float(spectra.js0(axis=Axis(axis, normalize))) < 1e-6
     assert float(spectra.js0(axis=axis)) > 0.3
-    assert spectra.distance_matrix(axis=axis, normalize=normalize).max() < 1e-9
+    assert spectra.distance_matrix(axis=Axis(axis, normalize)).max() < 1e-9
 
 
 def test_comparisons_are_those_of_the_mapped_nodes() -> None:
@@ -86,19 +87,16 @@ def test_comparisons_are_those_of_the_mapped_nodes() -> None:
     nodes, weights = spectra.merged
     size = nodes.abs().amax(1, keepdim=True)
     mapped = (nodes / size / 0.1).asinh()
-    js0 = spectra.js0(axis="asinh", normalize="radius", scale=0.1, sigma=0.2)
-    torch.testing.assert_close(
-        spectra.js_matrix(axis="asinh", normalize="radius", scale=0.1, sigma=0.2), js_matrix(mapped, weights, sigma=0.2)
-    )
+    axis = Axis("asinh", "radius", 0.1)
+    js0 = spectra.js0(axis=axis, sigma=0.2)
+    torch.testing.assert_close(spectra.js_matrix(axis=axis, sigma=0.2), js_matrix(mapped, weights, sigma=0.2))
     assert (
         "sigma 0.2 on the asinh axis (linear below 0.1) of eigenvalues divided by the block's spectral radius"
         in str(js0)
     )
     assert (js0.axis, js0.normalize, js0.scale) == ("asinh", "radius", 0.1)
-    assert spectra.default_sigma(axis="asinh", normalize="radius", scale=0.1) == pytest.approx(
-        0.01 * float(mapped.max() - mapped.min())
-    )
-    grid, density = spectra.density(axis="asinh", normalize="radius", scale=0.1)
+    assert spectra.default_sigma(axis=axis) == pytest.approx(0.01 * float(mapped.max() - mapped.min()))
+    grid, density = spectra.density(axis=axis)
     torch.testing.assert_close(torch.trapezoid(density, grid), torch.ones(4).double(), rtol=0, atol=1e-12)
     assert grid[0] < mapped.min() and mapped.max() < grid[-1] < nodes.max() / 0.1
 
@@ -108,30 +106,30 @@ def with_zero_block(**provenance: object) -> object:
     return make_spectra(nodes, [[[0.5, 0.5]] * 5], dims=[20, 20, 20, 20, 2], names="abcde", **provenance)
 
 
-def test_blocks_that_cannot_be_normalised_are_left_out_and_named() -> None:
+def test_blocks_that_cannot_be_normalized_are_excluded_and_named() -> None:
     spectra = with_zero_block()
     assert spectra.zero_blocks == ("b",)
-    assert spectra.js0().blocks == tuple("abcde") and spectra.js0().left_out == ()
-    assert spectra.js0(normalize="radius").left_out == (("b", "zero"),)
-    assert spectra.js0(normalize="trace").left_out == (("b", "zero"), ("d", "trace zero or negative"))
-    tenth = spectra.js0(normalize=15)
-    assert tenth.left_out == (
+    assert spectra.js0().blocks == tuple("abcde") and spectra.js0().excluded == ()
+    assert spectra.js0(axis=Axis(normalize="radius")).excluded == (("b", "zero"),)
+    assert spectra.js0(axis=Axis(normalize="trace")).excluded == (("b", "zero"), ("d", "trace zero or negative"))
+    tenth = spectra.js0(axis=Axis(normalize=15))
+    assert tenth.excluded == (
         ("b", "zero"), ("d", "eigenvalue number 15 zero or negative"), ("e", "fewer than 15 eigenvalues")
     )  # fmt: skip
-    assert "left out: b (zero)" in str(tenth) and len(tenth.blocks) == 2
+    assert "excluded: b (zero)" in str(tenth) and len(tenth.blocks) == 2
     for call in (spectra.js0, spectra.js_matrix, spectra.density, spectra.distance_matrix):
         with pytest.raises(
             ValueError, match="eigenvalues of 'b' cannot be divided by the block's spectral radius: zero"
         ):
-            call(normalize="radius", blocks=["a", "b"])
+            call(axis=Axis(normalize="radius"), blocks=["a", "b"])
     with pytest.raises(ValueError, match="eigenvalues of 'd' cannot be divided by the block's trace"):
-        spectra.js0(normalize="trace", blocks=["a", "d"])
+        spectra.js0(axis=Axis(normalize="trace"), blocks=["a", "d"])
 
 
 def test_blocks_within_the_error_of_their_products_are_zero() -> None:
     spectra = with_zero_block(hvp_error={"c": 1e-8, "a": 0.1})
     assert spectra.zero_blocks == ("b", "c") and spectra.hvp_error("a") == 0.1 and spectra.hvp_error("d") == 0.0
-    assert dict(spectra.js0(normalize="radius").left_out) == {"b": "zero", "c": "zero"}
+    assert dict(spectra.js0(axis=Axis(normalize="radius")).excluded) == {"b": "zero", "c": "zero"}
     assert spectra.zero_mass().tolist() == pytest.approx([0, 1, 1, 0, 0])
 
     class Measured:
@@ -145,21 +143,28 @@ def test_blocks_within_the_error_of_their_products_are_zero() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"axis": "log"}, "axis must be one of linear, asinh, got 'log'"),
+        ({"name": "log"}, "name must be one of linear, asinh, got 'log'"),
         ({"normalize": "norm"}, "normalize must be one of none, radius, trace or k >= 1 for an eigenvalue, got 'norm'"),
         ({"normalize": 0}, "normalize must be .* got 0"),
         ({"normalize": True}, "normalize must be .* got True"),
         ({"scale": 1.0}, "scale must be positive and goes with the asinh axis, got 1.0 for linear"),
-        ({"axis": "asinh", "scale": 0.0}, "scale must be positive .* got 0.0 for asinh"),
-        ({"axis": "asinh", "scale": math.nan}, "scale must be positive .* got nan"),
+        ({"name": "asinh", "scale": 0.0}, "scale must be positive .* got 0.0 for asinh"),
+        ({"name": "asinh", "scale": math.nan}, "scale must be positive .* got nan"),
     ],
 )
 def test_refusals(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=f"Axis: {text}"):
+        Axis(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("axis", ["log", None, ("asinh", "radius")])
+def test_an_unknown_axis_is_refused(axis: object) -> None:
+    text = "axis must be one of linear, asinh or an Axis, got "
     with pytest.raises(ValueError, match=f"op: {text}"):
-        check_axis("op", **{"axis": "linear", "normalize": "none", "scale": None, **options})  # type: ignore[arg-type]
+        as_axis("op", axis)  # type: ignore[arg-type]
     for call in (random_spectra().js0, random_spectra().density, random_spectra().distance_matrix):
         with pytest.raises(ValueError, match=text):
-            call(**options)  # type: ignore[operator]
+            call(axis=axis)  # type: ignore[operator]
 
 
 def test_sigma_above_the_range_on_the_axis_is_refused() -> None:
@@ -168,7 +173,7 @@ def test_sigma_above_the_range_on_the_axis_is_refused() -> None:
         with pytest.raises(ValueError, match=r"sigma must be at most the range of all nodes, .*, got 50"):
             call(sigma=50.0)  # type: ignore[operator]
         with pytest.raises(ValueError, match=r"sigma must be at most the range of all nodes, .*, got 3"):
-            call(sigma=3.0, normalize="radius")  # type: ignore[operator]
+            call(sigma=3.0, axis=Axis(normalize="radius"))  # type: ignore[operator]
     zero = make_spectra([[[0.0], [0.0]]], [[[1.0], [1.0]]])
     assert float(zero.js0(sigma=3.0)) == 0.0
 
@@ -181,12 +186,13 @@ def test_a_block_axis_is_inverted_and_its_slope_is_the_derivative() -> None:
 
 
 @pytest.mark.parametrize("normalize", ["radius", "trace", 1])
-def test_a_block_of_which_nothing_is_known_is_not_normalised(normalize: str | int) -> None:
+def test_a_block_of_which_nothing_is_known_is_not_normalized(normalize: str | int) -> None:
     spectra = make_spectra(
         [[[1.0, 3.0], [0.0, 0.0]]], [[[0.5, 0.5], [0.0, 0.0]]], steps=[[2, 0]], nonfinite=[[False, True]]
     )
-    assert spectra.normalizable(normalize) == ("block0",) and spectra.normalizable("none") == spectra.names
+    axis = Axis(normalize=normalize)
+    assert normalizable(spectra, axis) == ("block0",) and normalizable(spectra, Axis()) == spectra.names
     for call in (spectra.density, spectra.density_band, spectra.cdf_band, spectra.wasserstein_error):
         with pytest.raises(ValueError, match=r"'block1' cannot be divided by .*: nothing is known of them"):
-            call(normalize=normalize)
-    assert spectra.density_band(blocks=["block0"], normalize=normalize).x.isfinite().all()
+            call(axis=axis)
+    assert spectra.density_band(blocks=["block0"], axis=axis).x.isfinite().all()

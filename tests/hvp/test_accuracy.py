@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockhess
+from blockhess.analysis.axes import Axis
 from blockhess.hvp import AutogradEngine, TracedEngine
 from blockhess.hvp.accuracy import EngineMismatch, measure
 from tests.helpers.dense_hessian import problem
@@ -42,7 +43,7 @@ def test_a_key_bias_is_zero_within_the_error() -> None:
     assert notes == {"query": "", "key": "zero within HVP error", "value": ""}
     assert 0 < spectra.provenance["hvp_error"]["key"] < 1e-6
     assert spectra.zero_blocks == ("key",)
-    assert "key" in spectra.compared() and "key" not in spectra.compared(normalize="radius")
+    assert "key" in spectra.comparable_blocks() and "key" not in spectra.comparable_blocks(Axis(normalize="radius"))
 
 
 class Wrong(AutogradEngine):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from blockhess.analysis.axes import Axis
 from blockhess.report import html
 from tests.helpers.spectra_cases import random_spectra
 from tests.report.test_html import HOSTILE as ALL_HOSTILE
@@ -199,7 +200,7 @@ def test_curves_agree_with_blockhess(browser: Any, pages: Path) -> None:
         count = len(heights[0])
         step = min(max(sigma / 6, (high - low) / 6000), (high - low) / 200)
         grid = low + step * torch.arange(count, dtype=torch.float64)
-        _, density = spectra.density(sigma, grid, axis, scale=scale, blocks=names)
+        _, density = spectra.density(sigma, grid, Axis(axis, scale=scale), names)
         expected = (density * sigma * (2 * torch.pi) ** 0.5).numpy()
         for got, want in zip(heights, expected):
             assert got == pytest.approx(want.tolist(), abs=1e-4)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import blockhess
+from blockhess.analysis.axes import Axis
 from blockhess.spectra import Spectra
 from tests.helpers.spectra_cases import make_spectra, random_spectra
 
@@ -121,13 +122,13 @@ def test_bands_on_a_normalised_axis() -> None:
     from matplotlib.collections import PolyCollection
 
     spectra = random_spectra(n_probes=3, dims=[50] * 4)
-    figure = plot_density(spectra, axis="asinh", normalize="radius", scale=0.1, sigma=0.1)
+    figure = plot_density(spectra, axis=Axis("asinh", "radius", 0.1), sigma=0.1)
     assert "divided by the block's spectral radius" in " ".join(texts(figure).split())
     assert len(figure.axes[0].findobj(PolyCollection)) == 3
-    band = spectra.density_band(0.1, axis="asinh", normalize="radius", scale=0.1, blocks=["block0"])
+    band = spectra.density_band(0.1, axis=Axis("asinh", "radius", 0.1), blocks=["block0"])
     upper = figure.axes[0].findobj(PolyCollection)[2].get_paths()[0].vertices[:, 1].max()
     assert upper == pytest.approx(0.1 * np.sqrt(2 * np.pi) * float(band.upper.max()))
-    assert len(plot_density(spectra, normalize="radius").axes) == 4
+    assert len(plot_density(spectra, axis=Axis(normalize="radius")).axes) == 4
 
 
 def assert_inside(figure: Any) -> None:

@@ -1,4 +1,4 @@
-"""Axes of eigenvalues on which spectra are smoothed and compared: linear or asinh, as they are or normalised.
+"""Axes of eigenvalues on which spectra are smoothed and compared: linear or asinh, with or without normalization.
 
     linear   y = x / c_l
     asinh    y = asinh(x / (c_l s)): linear for |x| below c_l s, +- log(2 |x| / (c_l s)) above; one scale s for all
@@ -20,7 +20,7 @@ from blockhess.analysis import distribution
 
 AXES = ("linear", "asinh")
 
-# normalisation -> what the eigenvalues of every block are divided by, as printed
+# normalization -> what the eigenvalues of every block are divided by, as printed
 NORMALIZATIONS = {"none": "", "radius": "the block's spectral radius", "trace": "the block's trace"}
 
 # exp of it is no infinity; no eigenvalue in float64 lies so far out on an asinh axis unless the scale underflows.
@@ -29,31 +29,74 @@ _FAR = 300.0
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis with all that it depends on; print it whole.
+    """An axis of eigenvalues.
 
-    Attributes:
-        name: one of AXES.
-        normalize: one of NORMALIZATIONS, or k >= 1 for the k-th largest eigenvalue.
-        scale: where the asinh axis turns from linear to logarithmic, in units of the (normalised) eigenvalues; None
-            on the linear axis.
+    Args:
+        name: "linear", or "asinh": logarithmic towards both sides beyond `scale`.
+        normalize: what the eigenvalues of every block are divided by first: "none", "radius" (spectral radius),
+            "trace", or k >= 1 for the k-th largest eigenvalue (10 in the paper's figures).
+        scale: where the asinh axis turns from linear to logarithmic, in units of the (normalized) eigenvalues, one for
+            all blocks; None means the median block's root mean square (default_scale). Linear axes have none.
+
+    Raises:
+        ValueError: name or normalize is unknown, or scale is not positive or given for the linear axis.
+
+    Example:
+        >>> print(Axis("asinh", normalize="radius", scale=0.01))
+        asinh axis (linear below 0.01) of eigenvalues divided by the block's spectral radius
     """
 
     name: str = "linear"
     normalize: str | int = "none"
     scale: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or self.name not in AXES:
+            raise ValueError(f"Axis: name must be one of {', '.join(AXES)}, got {self.name!r}")
+        k = self.normalize
+        whole = isinstance(k, int) and not isinstance(k, bool) and 1 <= k < 2**62
+        if not (whole or (isinstance(k, str) and k in NORMALIZATIONS)):
+            names = ", ".join(NORMALIZATIONS)
+            raise ValueError(f"Axis: normalize must be one of {names} or k >= 1 for an eigenvalue, got {k!r}")
+        if self.scale is not None:
+            if self.name != "asinh" or not 0 < _checks.real("Axis", "scale", self.scale) < math.inf:
+                raise ValueError(
+                    f"Axis: scale must be positive and goes with the asinh axis, got {self.scale} for {self.name}"
+                )
+            object.__setattr__(self, "scale", float(self.scale))
+
     def __str__(self) -> str:
-        divisor = divisor_name(self.normalize)
         scale = "" if self.scale is None else f" (linear below {self.scale:.3g})"
-        return f"{self.name} axis{scale}" + (f" of eigenvalues divided by {divisor}" if divisor else "")
+        return f"{self.name} axis{scale}" + (
+            f" of eigenvalues divided by {self.divisor_name}" if self.divisor_name else ""
+        )
+
+    @property
+    def divisor_name(self) -> str:
+        """What the eigenvalues of a block are divided by; "" for normalize="none"."""
+        k = self.normalize
+        return f"the block's eigenvalue number {k}" if isinstance(k, int) else NORMALIZATIONS[k]
 
     def of_block(self, divisor: float = 1.0) -> BlockAxis:
         """Return the axis as a block sees it whose eigenvalues are divided by this."""
         return BlockAxis(divisor, self.scale)
 
     def place(self, nodes: Tensor) -> Tensor:
-        """Map eigenvalues, normalised already, to the axis."""
+        """Map eigenvalues, normalized already, to the axis."""
         return self.of_block().place(nodes)
+
+
+def as_axis(op: str, axis: str | Axis) -> Axis:
+    """Return the axis of this name, or the axis itself.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if isinstance(axis, Axis):
+        return axis
+    if not isinstance(axis, str) or axis not in AXES:
+        raise ValueError(f"{op}: axis must be one of {', '.join(AXES)} or an Axis, got {axis!r}")
+    return Axis(axis)
 
 
 @dataclass(frozen=True)
@@ -90,27 +133,6 @@ class BlockAxis:
     def finest(self, sigma: float) -> float:
         """Return the least difference of eigenvalues over which a Gaussian of this width on the axis changes."""
         return sigma * self.divisor if self.scale is None else min(sigma, 1.0) * self.scale * self.divisor
-
-
-def divisor_name(normalize: str | int) -> str:
-    """Return what a normalisation divides by, in words; "" for "none"."""
-    return f"the block's eigenvalue number {normalize}" if isinstance(normalize, int) else NORMALIZATIONS[normalize]
-
-
-def check_axis(op: str, axis: str, normalize: str | int, scale: float | None) -> None:
-    """Refuse what describes no axis.
-
-    Raises:
-        ValueError: axis or normalize is unknown, or scale is not positive or given for the linear axis.
-    """
-    if not isinstance(axis, str) or axis not in AXES:
-        raise ValueError(f"{op}: axis must be one of {', '.join(AXES)}, got {axis!r}")
-    whole = isinstance(normalize, int) and not isinstance(normalize, bool) and 1 <= normalize < 2**62
-    if not (whole or (isinstance(normalize, str) and normalize in NORMALIZATIONS)):
-        names = ", ".join(NORMALIZATIONS)
-        raise ValueError(f"{op}: normalize must be one of {names} or k >= 1 for an eigenvalue, got {normalize!r}")
-    if scale is not None and (axis != "asinh" or not 0 < _checks.real(op, "scale", scale) < math.inf):
-        raise ValueError(f"{op}: scale must be positive and goes with the asinh axis, got {scale} for {axis}")
 
 
 def default_scale(nodes: Tensor, weights: Tensor) -> float:

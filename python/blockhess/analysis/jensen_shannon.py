@@ -45,8 +45,8 @@ BATCHNORM_POLICIES = {
     "none": "no BatchNorm",
 }
 
-# JS0 is printed with the names of this many left-out blocks.
-_SHOWN_LEFT_OUT = 6
+# JS0 is printed with the names of this many excluded blocks.
+_MOST_EXCLUDED = 6
 
 # Points of the uniform grid of "unnormalised" and how far it reaches beyond the extreme nodes, as in the paper's code.
 UNNORMALISED_POINTS = 10_000
@@ -126,6 +126,12 @@ def js_matrix(
     return matrix.sqrt() if kind == "distance" else matrix
 
 
+def largest_value(kind: str, base: float) -> float:
+    """Return the value of spectra that do not overlap."""
+    bound = math.log(2.0) / math.log(base)
+    return math.sqrt(bound) if kind == "distance" else bound
+
+
 def _sum_over_grid(
     nodes: Tensor,
     weights: Tensor,
@@ -200,7 +206,7 @@ class JS0:
         kind, base: see js_matrix.
         axis, sigma: where the spectra were smoothed, and how wide, in the unit of the axis.
         blocks: names of the compared blocks.
-        left_out: (name, reason) of blocks that were not compared.
+        excluded: (name, reason) of blocks that were not compared.
         batchnorm: BatchNorm policy of the spectra, "" where none was recorded.
         grid_points: size of the uniform grid of kind "unnormalised", None for the others.
         normalize, scale: of the axis, see axes.Axis.
@@ -217,7 +223,7 @@ class JS0:
     axis: str
     sigma: float
     blocks: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
     batchnorm: str = ""
     grid_points: int | None = None
     normalize: str | int = "none"
@@ -249,8 +255,8 @@ class JS0:
             f"mean over {pairs}",
             BATCHNORM_POLICIES.get(self.batchnorm, "BatchNorm policy not recorded"),
         ]
-        if self.left_out:
-            shown, more = self.left_out[:_SHOWN_LEFT_OUT], len(self.left_out) - _SHOWN_LEFT_OUT
+        if self.excluded:
+            shown, more = self.excluded[:_MOST_EXCLUDED], len(self.excluded) - _MOST_EXCLUDED
             names = ", ".join(f"{name} ({reason})" for name, reason in shown)
-            parts.append(f"left out: {names}" + (f" and {more} more" if more > 0 else ""))
+            parts.append(f"excluded: {names}" + (f" and {more} more" if more > 0 else ""))
         return printable("; ".join(parts))

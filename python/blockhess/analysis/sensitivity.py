@@ -1,17 +1,16 @@
-"""JS0 over sigma, axis and normalisation in one table: a number that depends on them should be shown with them."""
+"""JS0 over sigma, axis and normalization in one table: a number that depends on them should be shown with them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from blockhess._text import format_table
 from blockhess.analysis.axes import Axis
+from blockhess.analysis.comparison import js0
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, JS0, KINDS
-
-if TYPE_CHECKING:
-    from blockhess.spectra import Spectra
+from blockhess.analysis.selection import comparable_blocks
+from blockhess.results.data import SpectraData
 
 SIGMAS = (1 / 3, 1.0, 3.0)
 NORMALIZATIONS: tuple[str | int, ...] = ("none", "radius", 10, "trace")
@@ -22,7 +21,7 @@ class Row:
     """JS0 on one axis under one sigma.
 
     Attributes:
-        axis: with its normalisation and scale.
+        axis: with its normalization and scale.
         sigma: width on that axis.
         relative_sigma: the same in units of the default sigma of that axis.
         js0: the value with all it depends on, or None where fewer than two blocks can be compared.
@@ -50,10 +49,10 @@ class Sensitivity:
         return min(values), max(values)
 
     def __str__(self) -> str:
-        header = ["axis", "divided by", "scale", "sigma", "of default", "JS0", "blocks", "left out"]
+        header = ["axis", "divided by", "scale", "sigma", "of default", "JS0", "blocks", "excluded"]
         lines = []
         for row in self.rows:
-            left_out = len(row.js0.left_out) if row.js0 else 0
+            excluded = len(row.js0.excluded) if row.js0 else 0
             lines.append(
                 [
                     row.axis.name,
@@ -63,7 +62,7 @@ class Sensitivity:
                     f"{row.relative_sigma:.3g}",
                     f"{row.js0.value:.4g}" if row.js0 else "-",
                     str(len(row.js0.blocks)) if row.js0 else "-",
-                    str(left_out) if left_out else "",
+                    str(excluded) if excluded else "",
                 ]
             )
         known = [row.js0 for row in self.rows if row.js0]
@@ -76,7 +75,7 @@ class Sensitivity:
 
 
 def sensitivity(
-    spectra: Spectra,
+    spectra: SpectraData,
     sigmas: Sequence[float] = SIGMAS,
     axes: Sequence[str] = ("linear", "asinh"),
     normalizations: Sequence[str | int] = NORMALIZATIONS,
@@ -84,40 +83,32 @@ def sensitivity(
     base: float = 2.0,
     blocks: Sequence[str] | None = None,
 ) -> Sensitivity:
-    """Compute JS0 for every combination.
+    """Tabulate JS0 over sigma, axis and normalization, as it depends on them.
 
     Args:
         spectra: what to compare.
         sigmas: widths, as multiples of the default sigma of each axis.
         axes, normalizations: see Spectra.js_matrix.
         kind, base: as of Spectra.js_matrix.
-        blocks: names; None means every block that is used and finite, and can be normalised.
+        blocks: names; None means every block that is used and finite, and can be normalized.
 
     Raises:
-        ValueError: an argument breaks its rule, or a named block cannot be normalised.
+        ValueError: an argument breaks its rule, or a named block cannot be normalized.
 
     Example:
-        >>> table = sensitivity(spectra, sigmas=[0.5, 1.0], axes=["linear"], normalizations=["none", "radius"])
+        >>> table = spectra.sensitivity(sigmas=[0.5, 1.0], axes=["linear"], normalizations=["none", "radius"])
         >>> print(table)
     """
     rows = []
     for axis in axes:
         for normalize in normalizations:
-            if blocks is None and spectra.num_comparable(normalize) < 2:
-                rows.append(Row(Axis(axis, normalize), float("nan"), float("nan"), None))
+            where = Axis(axis, normalize)
+            if blocks is None and len(comparable_blocks(spectra, where)) < 2:
+                rows.append(Row(where, float("nan"), float("nan"), None))
                 continue
-            default = spectra.js0(kind, base, axis=axis, blocks=blocks, normalize=normalize)
+            default = js0(spectra, kind, base, axis=where, blocks=blocks)
+            where = Axis(axis, normalize, default.scale)
             for multiple in sigmas:
-                js0 = default
-                if multiple != 1:
-                    js0 = spectra.js0(
-                        kind,
-                        base,
-                        multiple * default.sigma,
-                        axis,
-                        blocks,
-                        normalize=normalize,
-                        scale=default.scale,
-                    )
-                rows.append(Row(Axis(axis, normalize, js0.scale), js0.sigma, float(multiple), js0))
+                value = default if multiple == 1 else js0(spectra, kind, base, multiple * default.sigma, where, blocks)
+                rows.append(Row(where, value.sigma, float(multiple), value))
     return Sensitivity(tuple(rows))

@@ -123,7 +123,7 @@ def compare(gpt: Spectra, resnet: Spectra) -> list[Comparison]:
         for blocks in ("all", "weights only"):
             values = []
             for spectra in (gpt, resnet):
-                names = spectra.compared() if blocks == "all" else weights_only(spectra)
+                names = spectra.comparable_blocks() if blocks == "all" else weights_only(spectra)
                 js0 = spectra.js0(sigma=sigma, blocks=names)
                 values += [js0.value, probe_noise(spectra, js0.sigma, names)]
             comparisons.append(Comparison(rule, blocks, str(resnet.provenance["batchnorm"]), *values))

@@ -29,7 +29,7 @@ def log_spectra(writer: Any, spectra: Spectra, step: int, *, figures: bool = Fal
         >>> from torch.utils.tensorboard import SummaryWriter
         >>> log_spectra(SummaryWriter(), spectra, step=100)
     """
-    is_compared = spectra.num_comparable() >= 2
+    is_compared = len(spectra.comparable_blocks()) >= 2
     if is_compared:
         writer.add_scalar(f"{prefix}/js0", float(spectra.js0()), step)
     for record in block_records(spectra):

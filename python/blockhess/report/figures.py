@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockhess.analysis import comparison
 from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.report.html.contents import COMPARISONS
 from blockhess.report.plots import MISSING, new_figure, plot_density, plot_heatmap, save_figure
+from blockhess.analysis.selection import comparable_blocks
+from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
-from blockhess.spectra import Spectra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,13 +29,13 @@ SINGLE, MIDDLE, DOUBLE = 3.5, 4.7, 7.2
 # Panels that fill a page two columns wide.
 MOST_PANELS = 24
 
-# Apart for colour-blind readers: Okabe and Ito 2008.
-COLOURS = ("#0072b2", "#d55e00", "#009e73")
+# Apart for color-blind readers: Okabe and Ito 2008.
+COLORS = ("#0072b2", "#d55e00", "#009e73")
 
 STYLE: dict[Any, float] = {"font.size": 8.5, "savefig.dpi": 600, "axes.linewidth": 0.6}
 
 
-def write(results: Sequence[Spectra], stem: Path, suffix: str, labels: Sequence[str]) -> list[Path]:
+def write(results: Sequence[SpectraData], stem: Path, suffix: str, labels: Sequence[str]) -> list[Path]:
     """Write the figures of a result, or of checkpoints: of the last one, and of JS0 over all.
 
     Args:
@@ -63,7 +65,7 @@ def write(results: Sequence[Spectra], stem: Path, suffix: str, labels: Sequence[
     paths = []
     with rc_context(STYLE):
         figures = {"spectra": plot_density(spectra, shown(spectra), width=DOUBLE)}
-        if spectra.num_comparable() >= 2:
+        if len(comparable_blocks(spectra)) >= 2:
             figures["heatmap"] = plot_heatmap(spectra, width=MIDDLE)
         if len(results) > 1:
             figures["js0"] = plot_js0(results, labels)
@@ -73,14 +75,14 @@ def write(results: Sequence[Spectra], stem: Path, suffix: str, labels: Sequence[
     return paths
 
 
-def shown(spectra: Spectra) -> list[str]:
+def shown(spectra: SpectraData) -> list[str]:
     """Return the blocks of a figure of one page: all, or MOST_PANELS evenly spread over the model."""
     names = spectra.names
     count = min(len(names), MOST_PANELS)
     return [names[i * len(names) // count] for i in range(count)]
 
 
-def plot_js0(results: Sequence[Spectra], labels: Sequence[str], width: float = SINGLE) -> Figure:
+def plot_js0(results: Sequence[SpectraData], labels: Sequence[str], width: float = SINGLE) -> Figure:
     """Draw JS0 of every result, in the page's comparisons.
 
     Args:
@@ -99,16 +101,15 @@ def plot_js0(results: Sequence[Spectra], labels: Sequence[str], width: float = S
     steps = [spectra.provenance.get("step") for spectra in results]
     known = all(isinstance(step, int | float) for step in steps)
     positions: list[Any] = steps if known else list(range(len(results)))
-    for (title, options), marker, colour in zip(COMPARISONS.items(), "osv", COLOURS):
-        normalize = options.get("normalize", "none")
+    for (title, options), marker, color in zip(COMPARISONS.items(), "osv", COLORS):
         found = [
-            (x, spectra.js0(**options).value)
+            (x, comparison.js0(spectra, **options).value)
             for x, spectra in zip(positions, results)
-            if spectra.num_comparable(normalize) >= 2
+            if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
         ]
         if found:
             axes.plot(
-                *zip(*found), marker=marker, color=colour, markersize=3.5, linewidth=1.2, label=title, clip_on=False
+                *zip(*found), marker=marker, color=color, markersize=3.5, linewidth=1.2, label=title, clip_on=False
             )
     if not known:
         axes.set_xticks(positions, labels, rotation=20, ha="right")

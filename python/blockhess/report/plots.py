@@ -1,7 +1,7 @@
 """Pictures of spectra: log-densities block by block (the paper's Figure 3) and the heat map of js_matrix (Figure 4).
 
 Every function returns a matplotlib Figure of its own, free of pyplot and of any display; matplotlib is imported on
-first use. Colours stay apart for colour-blind readers and in grey print.
+first use. Colors stay distinct for color-blind readers and in gray print.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from blockhess import _checks
-from blockhess.analysis.axes import Axis, check_axis
+from blockhess.analysis.comparison import compare
+from blockhess.analysis.selection import distributions, normalizable, resolved_axis
+from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.density import check_sigma_in_range, default_sigma, node_grid, smooth
+from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.bands import density_band
 from blockhess.analysis.errors.intervals import check_confidence
-from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS
+from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
+from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
-from blockhess.spectra import Spectra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +42,7 @@ PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
 MOST_VALUES, MOST_LABELS = 14, 150
 
 # Of a figure whose width is given: panels are so wide at least, and labels stand so far apart, in inches; names beside
-# a heat map take this share of the width at most, and its colour bar so many inches.
+# a heat map take this share of the width at most, and its color bar so many inches.
 LEAST_PANEL, LABEL_PITCH, NAMES_SHARE, BAR = 1.7, 0.1, 0.35, 0.95
 
 # Letters of names in points, at most, and how wide they are on average, as a share of that.
@@ -80,14 +83,12 @@ def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
 
 
 def plot_density(
-    spectra: Spectra,
+    spectra: SpectraData,
     blocks: Sequence[str] | None = None,
     sigma: float | None = None,
     share_x: bool = False,
     confidence: float | None = 0.95,
-    axis: str = "linear",
-    normalize: str | int = "none",
-    scale: float | None = None,
+    axis: str | Axis = "linear",
     width: float | None = None,
 ) -> Figure:
     """Draw the log-density of every block in a panel of its own.
@@ -97,13 +98,13 @@ def plot_density(
 
     Args:
         spectra: what to draw.
-        blocks: names, in order; None means all that can be normalised.
+        blocks: names, in order; None means all that can be normalized.
         sigma: width of the Gaussian on the axis, one for all blocks; None means what each block's nodes resolve, or
             DEFAULT_RELATIVE_SIGMA of the range of all of them with share_x.
         share_x: one axis of eigenvalues for all panels; otherwise each spans its own block.
         confidence: of the error bands: dark what the random probes, light what probes and steps leave open, see
             Spectra.density_band. None means no bands; blocks with one probe, and those written out, have none.
-        axis, normalize, scale: see Spectra.js_matrix.
+        axis: see Spectra.js_matrix.
         width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
 
     Returns:
@@ -118,11 +119,11 @@ def plot_density(
     Example:
         >>> plot_density(spectra, sigma=0.01).savefig("density.png")
     """
-    check_axis("plot_density", axis, normalize, scale)
-    names = spectra.normalizable(normalize) if blocks is None else _checks.names(blocks)
-    where = spectra.axis_of("plot_density", names, axis, normalize, scale)
+    axis = as_axis("plot_density", axis)
+    names = normalizable(spectra, axis) if blocks is None else _checks.names(blocks)
+    where = resolved_axis("plot_density", spectra, names, axis)
     rows = spectra.rows(names)
-    nodes, weights = spectra.measures_of(names, where)
+    nodes, weights = distributions(spectra, names, where)
     # Heights below a tenth of one eigenvalue's share are no information.
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
 
@@ -141,7 +142,7 @@ def plot_density(
         widths = [default_sigma(nodes)] * len(rows)
         blur = f"sigma {widths[0]:.3g}"
     else:
-        widths = spectra.resolved_sigma(names, axis, normalize, where.scale).tolist()
+        widths = resolved_sigma(spectra, names, where).tolist()
         blur = "about each block's range / steps, for pictures only"
     for panel, row, x, w, one in zip(panels.flatten(), rows, nodes, weights, widths):
         _draw_density(panel, spectra.names[row], x, w, one)
@@ -163,7 +164,7 @@ def plot_density(
     if width is None:
         figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
     what = "eigenvalue" if where == Axis() else textwrap.fill(str(where), int(10 * figure.get_figwidth()))
-    below = f"{what} (grey line: 0)\nblurred by Gaussians of {blur}"
+    below = f"{what} (gray line: 0)\nblurred by Gaussians of {blur}"
     if confidence is not None:
         below += f"\n{100 * confidence:g} % bands: dark from the random probes, light with what the steps leave open"
     figure.supxlabel(below, fontsize="medium")
@@ -188,7 +189,7 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
 
 
 def _draw_bands(
-    panel: Axes, spectra: Spectra, row: int, grid: Tensor, sigma: float, confidence: float, axis: Axis
+    panel: Axes, spectra: SpectraData, row: int, grid: Tensor, sigma: float, confidence: float, axis: Axis
 ) -> None:
     """Shade the error bands of the density that _draw_density drew; a block written out has none but rounding's."""
     check_confidence("plot_density", confidence)
@@ -218,15 +219,17 @@ def _brief(value: float) -> str:
     return f"{value:.2g}" if -3 <= int(exponent) <= 3 or value == 0 else f"{mantissa}e{int(exponent)}"
 
 
-def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | None = None, **comparison: Any) -> Figure:
+def plot_heatmap(
+    spectra: SpectraData, vmax: float | None = None, width: float | None = None, **comparison: Any
+) -> Figure:
     """Draw the matrix of Jensen-Shannon values between all pairs of blocks.
 
     Args:
         spectra: what to compare.
-        vmax: where the colours end; None means the largest possible value of the kind, so that pictures of different
-            models compare at a glance, or the largest value found where there is no such bound.
+        vmax: where the colors end; None means the largest possible value of the kind, so that pictures of different
+            models compare at a glance.
         width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
-        comparison: kind, base, sigma, axis, blocks, grid_points of Spectra.js_matrix.
+        comparison: kind, base, sigma, axis, blocks of Spectra.js_matrix.
 
     Returns:
         Figure.
@@ -242,13 +245,11 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
     """
     if vmax is not None and not vmax > 0:
         raise ValueError(f"plot_heatmap: vmax must be positive, got {vmax}")
-    matrix, js0 = spectra.compare(**comparison)
+    matrix, js0 = compare(spectra, **comparison)
     n = len(js0.blocks)
     pairs = matrix[~torch.eye(n, dtype=torch.bool)]
-    bound = math.log(2) / math.log(js0.base)
-    bounds = {"distance": math.sqrt(bound), "divergence": bound}
     if vmax is None:
-        vmax = bounds.get(js0.kind, float(pairs.max())) or 1.0
+        vmax = largest_value(js0.kind, js0.base)
 
     longest = min(40, max(map(len, js0.blocks)))
     side, most_labels = min(12.0, max(4.8, 0.2 * n)), MOST_LABELS
@@ -285,7 +286,7 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
 
     # Placed by the matrix, which an equal aspect makes smaller than its cell of the figure.
     bar = figure.colorbar(image, cax=axes.inset_axes((1 + 0.08 / side, 0.1, 0.12 / side, 0.8)))
-    kind = textwrap.fill(f"{KINDS[js0.kind].split(',')[0]}, base {js0.base:.3g}", max(16, int(12 * side)))
+    kind = textwrap.fill(f"{KINDS[js0.kind]}, base {js0.base:.3g}", max(16, int(12 * side)))
     bar.set_label(kind, fontsize="small")
     bar.ax.tick_params(labelsize="small")
     bar.outline.set_visible(False)

@@ -7,10 +7,13 @@ import json
 import math
 from typing import Any
 
-from blockhess.spectra import Spectra
+from blockhess.analysis import statistics
+from blockhess.analysis.comparison import compare
+from blockhess.analysis.errors import error_bars
+from blockhess.results.data import SpectraData
 
 
-def block_records(spectra: Spectra) -> list[dict[str, Any]]:
+def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
     """Return one record a block, in order.
 
     Args:
@@ -25,11 +28,11 @@ def block_records(spectra: Spectra) -> list[dict[str, Any]]:
     Example:
         >>> [(r["block"], r["lambda_max"]) for r in block_records(spectra)]
     """
-    low, high = spectra.eigenvalue_range()
-    (_, low_error), (_, high_error) = spectra.range_error()
-    trace, trace_error = spectra.trace()
-    norm, norm_error = spectra.frobenius_norm()
-    from_probes, from_steps = spectra.wasserstein_error()
+    low, high = statistics.eigenvalue_range(spectra)
+    (_, low_error), (_, high_error) = error_bars.range_error(spectra)
+    trace, trace_error = statistics.trace(spectra)
+    norm, norm_error = statistics.frobenius_norm(spectra)
+    from_probes, from_steps = error_bars.wasserstein_error(spectra)
     columns = {
         "lambda_min": low,
         "lambda_min_error": low_error,
@@ -39,8 +42,8 @@ def block_records(spectra: Spectra) -> list[dict[str, Any]]:
         "trace_error": trace_error,
         "frobenius": norm,
         "frobenius_error": norm_error,
-        "negative": spectra.negative_mass(),
-        "zero": spectra.zero_mass(),
+        "negative": statistics.negative_mass(spectra),
+        "zero": statistics.zero_mass(spectra),
         "w1_probes": from_probes,
         "w1_steps": from_steps,
     }
@@ -60,7 +63,7 @@ def block_records(spectra: Spectra) -> list[dict[str, Any]]:
     ]
 
 
-def pair_records(spectra: Spectra, **comparison: Any) -> list[dict[str, Any]]:
+def pair_records(spectra: SpectraData, **comparison: Any) -> list[dict[str, Any]]:
     """Return one record a pair of compared blocks, with the value of js_matrix.
 
     Args:
@@ -76,7 +79,7 @@ def pair_records(spectra: Spectra, **comparison: Any) -> list[dict[str, Any]]:
     Example:
         >>> most_different = max(pair_records(spectra), key=lambda r: r["distance"])
     """
-    matrix, js0 = spectra.compare(**comparison)
+    matrix, js0 = compare(spectra, **comparison)
     rows = matrix.tolist()
     return [
         {"block_a": a, "block_b": b, js0.kind: rows[i][j]}

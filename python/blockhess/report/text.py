@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from blockhess._text import printable
+from blockhess._text import format_table, number, printable
+from blockhess.analysis import comparison, statistics
+from blockhess.analysis.errors import error_bars
 from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.report.rows import block_records
-from blockhess.spectra import Spectra
+from blockhess.analysis.selection import comparable_blocks
+from blockhess.results.data import SpectraData
 
 # sort key -> whether the largest value comes first.
 SORT_KEYS = {
@@ -25,24 +29,24 @@ SORT_KEYS = {
 }
 
 
-def weights_only(spectra: Spectra) -> tuple[str, ...]:
+def weights_only(spectra: SpectraData) -> tuple[str, ...]:
     """Return the blocks that comparisons take, without norm gains and biases: those of two dimensions or more.
 
     The paper leaves norm layers out of its comparisons, and its models have few biases.
     """
     return tuple(
-        block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in dict(spectra.left_out)
+        block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in dict(spectra.excluded)
     )
 
 
-def curvature_range(spectra: Spectra) -> tuple[float, float]:
+def curvature_range(spectra: SpectraData) -> tuple[float, float]:
     """Return the largest |eigenvalue| of the flattest and of the sharpest weight block."""
-    low, high = spectra.eigenvalue_range()
+    low, high = statistics.eigenvalue_range(spectra)
     sizes = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
     return float(sizes.min()), float(sizes.max())
 
 
-def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
+def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
     """Return the names of all blocks by one column of the table; unknown values (NaN) come last.
 
     Args:
@@ -57,20 +61,61 @@ def sorted_names(spectra: Spectra, key: str) -> tuple[str, ...]:
         return spectra.names
     if key == "name":
         return tuple(sorted(spectra.names))
-    low, high = spectra.eigenvalue_range()
+    low, high = statistics.eigenvalue_range(spectra)
     values = {
         "dim": list(map(float, spectra.dims)),
         "lambda_min": low.tolist(),
         "lambda_max": high.tolist(),
-        "trace": spectra.trace()[0].tolist(),
-        "negative": spectra.negative_mass().tolist(),
+        "trace": statistics.trace(spectra)[0].tolist(),
+        "negative": statistics.negative_mass(spectra).tolist(),
     }[key]
     sign = -1.0 if SORT_KEYS[key] else 1.0
     ranks = [math.inf if math.isnan(value) else sign * value for value in values]
     return tuple(name for _, name in sorted(zip(ranks, spectra.names), key=lambda pair: pair[0]))
 
 
-def to_dict(spectra: Spectra, sort: str = "order") -> dict[str, Any]:
+def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
+    """Return a plain-text table, one block a line: shape, extreme eigenvalues, trace +- its error, ...
+
+    "W1 probes" and "W1 steps" are wasserstein_error(): how far the random probes, and at most the steps, may have
+    left the spectrum from the truth. Where the first is larger, more probes help, else more steps.
+
+    Args:
+        blocks: names, in the order wanted; None means all, in the order of the model.
+    """
+    header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,zero,W1 probes,W1 steps,steps,note"
+    zero, (from_probes, from_steps) = statistics.zero_mass(spectra).tolist(), error_bars.wasserstein_error(spectra)
+    low, high = statistics.eigenvalue_range(spectra)
+    columns = (low, high, *statistics.trace(spectra), statistics.frobenius_norm(spectra)[0], statistics.negative_mass(spectra))
+    values = torch.stack(columns, 1).tolist()
+    lines = []
+    for row in spectra.rows(blocks):
+        block, steps = spectra.blocks[row], spectra.quadrature.steps[:, row]
+        low, high, trace, stderr, norm, negative = values[row]
+        least, most = int(steps[steps > 0].min()) if bool(spectra.known[row]) else 0, int(steps.max())
+        broken = "non-finite" if bool(spectra.quadrature.nonfinite[:, row].any()) else ""
+        lines.append(
+            (
+                block.name,
+                "x".join(map(str, block.shape)) or "scalar",
+                str(block.dim),
+                number(low),
+                number(high),
+                number(trace),
+                number(stderr, 2),
+                number(norm),
+                "-" if math.isnan(negative) else f"{negative:.4f}",
+                "-" if math.isnan(zero[row]) else f"{zero[row]:.4f}",
+                number(float(from_probes[row]), 2),
+                number(float(from_steps[row]), 2),
+                str(most) if least == most else f"{least}..{most}",
+                "; ".join(filter(None, (block.note, broken))),
+            )
+        )
+    return format_table(header.split(","), lines)
+
+
+def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
     """Return what `describe` tells as a JSON value, NaN and infinity among its numbers.
 
     Args:
@@ -86,13 +131,13 @@ def to_dict(spectra: Spectra, sort: str = "order") -> dict[str, Any]:
     return {
         "summary": repr(spectra),
         "provenance": spectra.provenance,
-        "js0": asdict(spectra.js0()) if spectra.num_comparable() >= 2 else None,
-        "js0_weights_only": asdict(spectra.js0(blocks=weights)) if len(weights) >= 2 else None,
+        "js0": asdict(comparison.js0(spectra)) if len(comparable_blocks(spectra)) >= 2 else None,
+        "js0_weights_only": asdict(comparison.js0(spectra, blocks=weights)) if len(weights) >= 2 else None,
         "blocks": [by_name[name] for name in names],
     }
 
 
-def describe(spectra: Spectra, sort: str = "order") -> str:
+def describe(spectra: SpectraData, sort: str = "order") -> str:
     """Return the whole report of one result as plain text.
 
     Args:
@@ -119,14 +164,14 @@ def describe(spectra: Spectra, sort: str = "order") -> str:
         lines.append(f"{made['hvps_saved']} products saved by the tolerance {made['tol']:g}")
     if made.get("ghosts"):
         lines.append(
-            f"{sum(made['ghosts'].values())} nodes in {len(made['ghosts'])} blocks are ghosts: no reorthogonalisation "
+            f"{sum(made['ghosts'].values())} nodes in {len(made['ghosts'])} blocks are ghosts: no reorthogonalization "
             "there; densities lose nothing by them"
         )
-    lines = [*map(printable, lines), "", spectra.table(names)]
+    lines = [*map(printable, lines), "", table(spectra, names)]
 
     weights = weights_only(spectra)
-    if len(spectra.names) - len(spectra.left_out) >= 2:
-        lines += ["", f"All blocks: {spectra.js0()}"]
+    if len(comparable_blocks(spectra)) >= 2:
+        lines += ["", f"All blocks: {comparison.js0(spectra)}"]
     if 2 <= len(weights) < len(spectra.names):
-        lines.append(f"Weights only, no norms and biases: {spectra.js0(blocks=weights)}")
+        lines.append(f"Weights only, no norms and biases: {comparison.js0(spectra, blocks=weights)}")
     return "\n".join(lines)

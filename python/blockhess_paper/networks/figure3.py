@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blockhess.analysis.axes import Axis
 from blockhess._text import format_table
 from blockhess.analysis.density import default_sigma, node_grid, smooth
 from blockhess.spectra import Spectra
@@ -74,8 +75,8 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     distances = {}
     rows = []
     for s in subjects:
-        blocks = [b for b in chosen[s.title] if b in s.spectra.compared(normalize=TENTH)]
-        js0 = s.spectra.js0(blocks=blocks, normalize=TENTH) if len(blocks) > 1 else None
+        blocks = [b for b in chosen[s.title] if b in s.spectra.comparable_blocks(Axis(normalize=TENTH))]
+        js0 = s.spectra.js0(blocks=blocks, axis=Axis(normalize=TENTH)) if len(blocks) > 1 else None
         distances[s.title] = float(js0) if js0 else float("nan")
         tenth = s.spectra.kth_eigenvalue(TENTH)[0][s.spectra.rows(chosen[s.title])]
         low, high = (end[s.spectra.rows(chosen[s.title])] / tenth for end in s.spectra.eigenvalue_range())

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockhess.analysis.axes import Axis
+from blockhess.analysis.selection import compared
 from blockhess.spectra import Spectra
 from blockhess_paper.theory.block_spectra import gpt_spectra, resnet_spectra
 
@@ -175,7 +177,7 @@ def quadratic_from_spectra(
         raise ValueError(f"quadratic_from_spectra: kappa must be finite and above 1, got {kappa}")
     if num_trials < 1:
         raise ValueError(f"quadratic_from_spectra: num_trials must be at least 1, got {num_trials}")
-    rows = spectra.rows(spectra.compared(blocks))
+    rows = spectra.rows(compared(spectra, blocks, Axis()))
     nodes, weights = (values[rows] for values in spectra.merged)
     generator = torch.Generator().manual_seed(seed)
     index = torch.multinomial(weights, num_trials * samples, replacement=True, generator=generator)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blockhess.analysis.axes import Axis
 from blockhess._text import format_table
 from blockhess.analysis.jensen_shannon import KINDS
 from blockhess.analysis.sensitivity import NORMALIZATIONS, SIGMAS
@@ -93,16 +94,12 @@ def values_of(spectra: Spectra, policy: str, kinds: Iterable[str] = KINDS) -> di
     """Return JS0 in every definition under one policy; those that cannot be had are left out."""
     found = {}
     for kind, axis, normalize in itertools.product(kinds, AXES, NORMALIZATIONS):
-        if spectra.num_comparable(normalize) < 2:
+        if len(spectra.comparable_blocks(Axis(axis, normalize))) < 2:
             continue
         sigma, scale = None, None
         for multiple in sorted(SIGMAS, key=lambda m: m != 1):
             js0 = spectra.js0(
-                kind,
-                axis=axis,
-                normalize=normalize,
-                scale=scale,
-                sigma=None if sigma is None else multiple * sigma,
+                kind, axis=Axis(axis, normalize, scale), sigma=None if sigma is None else multiple * sigma
             )
             sigma, scale = sigma or js0.sigma, js0.scale
             count = len(js0.blocks)

@@ -255,20 +255,20 @@ def test_bands_on_an_axis_do_not_depend_on_the_unit(axis: str, normalize: str | 
     unit = 1.0 if normalize == "none" else 7.0
     scaled = dataclasses.replace(q, **{name: unit * getattr(q, name) for name in ("nodes", "alpha", "beta")})
     one, other = as_spectra(q), as_spectra(scaled)
-    where = {"axis": axis, "normalize": normalize, "scale": 0.1 if axis == "asinh" else None}
+    where = Axis(axis, normalize, 0.1 if axis == "asinh" else None)
     for call in ("density_band", "cdf_band"):
-        band, same = getattr(one, call)(**where), getattr(other, call)(**where)
+        band, same = getattr(one, call)(axis=where), getattr(other, call)(axis=where)
         for part in ("value", "lower", "upper", "total_lower", "total_upper"):
             if call == "density_band":  # at a step of the cdf, rounding decides
                 torch.testing.assert_close(getattr(band, part), getattr(same, part), rtol=1e-5, atol=1e-5)
         assert (band.total_lower <= band.lower).all() and (band.upper <= band.total_upper).all()
         assert (band.lower <= band.value + 1e-12).all() and (band.value <= band.upper + 1e-12).all()
-    density = one.density(**where)[1]
-    torch.testing.assert_close(one.density_band(**where).value, density)
-    probes, steps = one.wasserstein_error(**where)
+    density = one.density(axis=where)[1]
+    torch.testing.assert_close(one.density_band(axis=where).value, density)
+    probes, steps = one.wasserstein_error(axis=where)
     assert probes > 0 and steps > 0
-    if where != {"axis": "linear", "normalize": "none", "scale": None}:
-        assert str(Axis(axis, normalize, where["scale"])) in one.error_table(**where)
+    if where != Axis():
+        assert str(where) in one.error_table(axis=where)
 
 
 def test_a_random_divisor_widens_the_band_by_how_far_it_moves_the_value() -> None:
@@ -279,7 +279,7 @@ def test_a_random_divisor_widens_the_band_by_how_far_it_moves_the_value() -> Non
     lower, upper = one.trace_interval()
     assert (low, high) == (float(lower), float(upper)) and low < seen.axis.divisor < high
     y = float64([0.5 / seen.axis.divisor])
-    fixed, free = one.cdf_band([0.5]), one.cdf_band(y, normalize="trace")
+    fixed, free = one.cdf_band([0.5]), one.cdf_band(y, axis=Axis(normalize="trace"))
     moved = max(float(one.cdf(0.5 * c / seen.axis.divisor)[1]) - float(fixed.value) for c in (low, high))
     expected = math.hypot(float(fixed.upper - fixed.value), moved)
     assert float(free.upper - free.value) == pytest.approx(expected, rel=0.05)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockhess.analysis import distribution
+from blockhess.analysis.axes import Axis
 from blockhess.analysis.errors.intervals import jackknife, leave_one_out
 from blockhess.analysis.jensen_shannon import js_matrix
 from blockhess_ext import batched_slq
@@ -38,7 +39,7 @@ def test_bias_and_interval_of_js0() -> None:
     assert sum(js0.interval[1] - js0.interval[0] < 0.2 for js0 in estimates) > 0.9 * N_RUNS
 
 
-@pytest.mark.parametrize("kind", ["distance", "divergence", "jeffreys", "unnormalised"])
+@pytest.mark.parametrize("kind", ["distance", "divergence", "jeffreys", "unnormalized"])
 def test_js_matrix_error(kind: str) -> None:
     result = as_spectra(three_blocks(6))
     bias, stderr = result.js_matrix_error(kind=kind, sigma=0.05)
@@ -95,7 +96,7 @@ def test_one_probe_gives_the_widest_interval() -> None:
 )
 def test_a_metric_on_every_axis(seed: int, axis: str, normalize: str) -> None:
     result = random_spectra(seed=seed)
-    d = result.js_matrix(axis=axis, normalize=normalize)
+    d = result.js_matrix(axis=Axis(axis, normalize))
     assert torch.equal(d, d.T) and not d.diagonal().any() and (d >= 0).all() and (d <= 1).all()
     assert (d[:, None, :] <= d[:, :, None] + d[None, :, :] + 1e-9).all()
 
@@ -105,9 +106,9 @@ def test_sensitivity_is_the_table_of_single_calls() -> None:
     table = result.sensitivity(sigmas=[0.5, 1.0], normalizations=["none", "radius", 3], base=math.e)
     assert len(table.rows) == 2 * 2 * 3
     for row in table.rows:
-        options = {"axis": row.axis.name, "normalize": row.axis.normalize}
-        default = result.js0(base=math.e, **options)
-        expected = result.js0(base=math.e, sigma=row.relative_sigma * default.sigma, scale=default.scale, **options)
+        default = result.js0(base=math.e, axis=Axis(row.axis.name, row.axis.normalize))
+        axis = Axis(row.axis.name, row.axis.normalize, default.scale)
+        expected = result.js0(base=math.e, sigma=row.relative_sigma * default.sigma, axis=axis)
         assert row.js0 == expected and row.sigma == row.js0.sigma
     text = str(table)
     low, high = table.range()
@@ -115,7 +116,7 @@ def test_sensitivity_is_the_table_of_single_calls() -> None:
     assert text.count("asinh") == 6 and "eigenvalue 3" in text and low < high
 
 
-def test_sensitivity_of_blocks_that_cannot_be_normalised() -> None:
+def test_sensitivity_of_blocks_that_cannot_be_normalized() -> None:
     result = make_spectra([[[-1.0, 1.0], [-3.0, 2.0], [0.0, 4.0]]], [[[0.5, 0.5]] * 3], dims=[2, 2, 2])
     table = result.sensitivity(sigmas=[1.0], axes=["linear"])
     by_kind = {row.axis.normalize: row for row in table.rows}

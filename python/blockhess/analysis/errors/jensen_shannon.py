@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blockhess.analysis.errors.intervals import jackknife, leave_one_out, student_quantile
-from blockhess.analysis.jensen_shannon import JS0
+from blockhess.analysis.jensen_shannon import JS0, largest_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,7 @@ def with_interval(js0: JS0, error: JSError, confidence: float) -> JS0:
     """Return JS0 with bias, standard error and Student's interval about value - bias, within the bounds of its kind."""
     student = student_quantile(confidence, max(error.num_probes - 1, 1))
     middle, half = js0.value - error.js0_bias, student * error.js0_stderr
-    bound = math.log(2) / math.log(js0.base)
-    largest = {"divergence": bound, "distance": math.sqrt(bound)}.get(js0.kind, math.inf)
+    largest = largest_value(js0.kind, js0.base)
     if math.isnan(half):  # one probe tells nothing
         lower, upper = 0.0, largest
     else:

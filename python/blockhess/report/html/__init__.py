@@ -18,13 +18,13 @@ from typing import Any
 from blockhess.report.html.contents import page_contents
 from blockhess.report.rows import finite
 from blockhess.results.files import check_writable, write_text
-from blockhess.spectra import Spectra
+from blockhess.results.data import SpectraData
 
 # In this order: each uses those before it.
 SCRIPTS = ("density.js", "figure.js", "spectra.js", "heatmap.js", "evolution.js", "table.js", "main.js")
 
 
-def write(results: Sequence[Spectra], path: str | PathLike[str], labels: Sequence[str] | None = None) -> Path:
+def write(results: Sequence[SpectraData], path: str | PathLike[str], labels: Sequence[str] | None = None) -> Path:
     """Write the page of one result, or of several: checkpoints of one model, in order.
 
     Args:

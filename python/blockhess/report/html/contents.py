@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import blockhess
+from blockhess._version import __version__
+from blockhess.analysis.axes import Axis
+from blockhess.analysis.comparison import compare
+from blockhess.analysis.errors.error_bars import resolved_sigma
+from blockhess.analysis.selection import comparable_blocks
 from blockhess.report.html.highlights import findings
 from blockhess.report.rows import block_records
 from blockhess.report.text import weights_only
-from blockhess.spectra import Spectra
+from blockhess.results.data import SpectraData
 from blockhess_ext import Quadrature
 
 # Nodes in a page, at most; about 11 bytes each.
@@ -38,13 +42,13 @@ LONGEST_VALUE = 300
 COMPARISONS: dict[str, dict[str, Any]] = {
     "linear axis": {},
     "signed-log axis": {"axis": "asinh"},
-    "divided by spectral radius": {"normalize": "radius"},
+    "divided by spectral radius": {"axis": Axis(normalize="radius")},
 }
 
 Floats = NDArray[np.float64]
 
 
-def page_contents(results: Sequence[Spectra], labels: Sequence[str] | None = None) -> dict[str, Any]:
+def page_contents(results: Sequence[SpectraData], labels: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the page's data.
 
     Args:
@@ -66,13 +70,13 @@ def page_contents(results: Sequence[Spectra], labels: Sequence[str] | None = Non
     nodes = sum(int(spectra.quadrature.steps.sum()) for spectra in results)
     most = None if nodes <= MOST_NODES else MOST_NODES // sum(map(len, results))
     return {
-        "blockhess": blockhess.__version__,
+        "blockhess": __version__,
         "condensed": most,
         "results": [_result(spectra, label, most) for spectra, label in zip(results, labels)],
     }
 
 
-def _check_same_blocks(results: Sequence[Spectra], labels: Sequence[str]) -> None:
+def _check_same_blocks(results: Sequence[SpectraData], labels: Sequence[str]) -> None:
     """Refuse what are no checkpoints of one model; of an unfinished run, blocks may be missing."""
     sizes = [dict(zip(spectra.names, spectra.dims)) for spectra in results]
     first = max(range(len(results)), key=lambda i: len(sizes[i]))
@@ -89,10 +93,10 @@ def _check_same_blocks(results: Sequence[Spectra], labels: Sequence[str]) -> Non
                 )
 
 
-def _result(spectra: Spectra, label: str, most: int | None) -> dict[str, Any]:
+def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any]:
     comparisons = [comparison for title in COMPARISONS if (comparison := _comparison(spectra, title))]
     records = block_records(spectra)
-    widths, weights = spectra.resolved_sigma().tolist(), set(weights_only(spectra))
+    widths, weights = resolved_sigma(spectra).tolist(), set(weights_only(spectra))
     blocks: list[dict[str, Any]] = []
     nodes, shares = [], []
     for record, x, w, width in zip(records, *(part.numpy() for part in spectra.merged), widths):
@@ -137,7 +141,7 @@ def _known_variance(q: Quadrature, block: int) -> float:
     return 2 / (q.dims[block] + 2) if q.distribution == "gaussian" and not q.is_exact(block) else 0.0
 
 
-def _unfinished(spectra: Spectra) -> str | None:
+def _unfinished(spectra: SpectraData) -> str | None:
     """What is missing in the spectra so far of a run, as runs.status.partial gives them."""
     made = spectra.provenance
     if not made.get("partial"):
@@ -174,11 +178,11 @@ def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:
     return radius * (np.add.reduceat(w * relative, starts) / mass), mass
 
 
-def _comparison(spectra: Spectra, title: str) -> dict[str, Any] | None:
+def _comparison(spectra: SpectraData, title: str) -> dict[str, Any] | None:
     options = COMPARISONS[title]
-    if spectra.num_comparable(options.get("normalize", "none")) < 2:
+    if len(comparable_blocks(spectra, options.get("axis", "linear"))) < 2:
         return None
-    matrix, js0 = spectra.compare(**options)
+    matrix, js0 = compare(spectra, **options)
     upper = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
     return {
         "title": title,
@@ -204,7 +208,7 @@ def _clustered(distances: Floats) -> list[int]:
     return order
 
 
-def _made(spectra: Spectra) -> list[tuple[str, str]]:
+def _made(spectra: SpectraData) -> list[tuple[str, str]]:
     pairs = []
     for key, value in spectra.provenance.items():
         if key in NOT_SHOWN or value in (None, [], {}):

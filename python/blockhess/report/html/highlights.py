@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blockhess.analysis.comparison import compare
+from blockhess.analysis.selection import comparable_blocks
 from blockhess.report.text import curvature_range, weights_only
-from blockhess.spectra import Spectra
+from blockhess.results.data import SpectraData
 
 # A share of negative eigenvalues that is worth a word, and as many names as one sentence takes.
 NOTABLE_NEGATIVE = 0.01
 MOST_NAMES = 4
 
 
-def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mapping[str, float]) -> list[str]:
+def findings(spectra: SpectraData, records: Sequence[Mapping[str, Any]], js0: Mapping[str, float]) -> list[str]:
     """Return one sentence or two a finding.
 
     Args:
@@ -23,8 +25,8 @@ def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mappin
         js0: comparison -> its JS0, the default first.
     """
     told = [
-        _advice(spectra),
         _heterogeneity(js0),
+        _most_unlike(spectra),
         _curvature(spectra),
         _precision(spectra, records),
         _negative(records),
@@ -34,12 +36,12 @@ def findings(spectra: Spectra, records: Sequence[Mapping[str, Any]], js0: Mappin
     return [text for text in told if text]
 
 
-def _advice(spectra: Spectra) -> str:
-    if spectra.num_comparable() < 2:
+def _most_unlike(spectra: SpectraData) -> str:
+    if len(comparable_blocks(spectra)) < 2:
         return ""
-    advice = spectra.advice()
-    unlike = ", ".join(name for name, _ in advice.drivers[:MOST_NAMES])
-    return f"SGD or Adam? {advice.decision.capitalize()}: {advice.reason}. Most unlike the other blocks: {unlike}."
+    matrix, js0 = compare(spectra)
+    order = matrix.sum(1).argsort(descending=True, stable=True).tolist()
+    return f"Most unlike the other blocks: {', '.join(js0.blocks[i] for i in order[:MOST_NAMES])}."
 
 
 def _heterogeneity(js0: Mapping[str, float]) -> str:
@@ -49,7 +51,7 @@ def _heterogeneity(js0: Mapping[str, float]) -> str:
     return f"How much the blocks differ depends on how they are compared. JS0 is {values}: quote it with its axis."
 
 
-def _curvature(spectra: Spectra) -> str:
+def _curvature(spectra: SpectraData) -> str:
     if len(weights_only(spectra)) < 2:
         return ""
     flattest, sharpest = curvature_range(spectra)
@@ -61,7 +63,7 @@ def _curvature(spectra: Spectra) -> str:
     )
 
 
-def _precision(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> str:
+def _precision(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> str:
     if spectra.quadrature.num_probes == 1:
         return "With one random probe the statistical errors are unknown. Take two or more."
     known = [r for r in records if math.isfinite(r["w1_probes"]) and math.isfinite(r["w1_steps"])]
@@ -87,7 +89,7 @@ def _negative(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _troubles(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _troubles(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = {r["block"]: str(r["note"]).split("; ") for r in records}
     groups = {
         "Blocks whose Hessian-vector products were not finite": [n for n, t in notes.items() if "non-finite" in t],
@@ -103,7 +105,7 @@ def _troubles(spectra: Spectra, records: Sequence[Mapping[str, Any]]) -> list[st
     ]
 
 
-def _batchnorm(spectra: Spectra) -> str:
+def _batchnorm(spectra: SpectraData) -> str:
     if spectra.provenance.get("batchnorm") != "eval":
         return ""
     return (

@@ -1,0 +1,128 @@
+"""Which blocks of a result are compared, on which axis, and their spectral distributions there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from blockhess import _checks
+from blockhess.analysis import axes, density
+from blockhess.analysis.axes import Axis, as_axis
+from blockhess.results.data import SpectraData
+
+
+def _not_normalizable(spectra: SpectraData, axis: Axis) -> dict[str, str]:
+    """Return name -> reason of the blocks that the axis cannot normalize."""
+    if axis.normalize == "none":
+        return {}
+    values = axes.divisors(*spectra.merged, spectra.dims, axis.normalize).tolist()
+    zero = spectra.zero_tolerance.tolist()
+    reasons = {}
+    for name, dim, known, value, least in zip(spectra.names, spectra.dims, spectra.known.tolist(), values, zero):
+        if not known:
+            reasons[name] = "nothing is known of them"
+        elif name in spectra.zero_blocks:
+            reasons[name] = "zero"
+        elif isinstance(axis.normalize, int) and dim < axis.normalize:
+            reasons[name] = f"fewer than {axis.normalize} eigenvalues"
+        elif value <= least * (dim if axis.normalize == "trace" else 1):
+            reasons[name] = axis.divisor_name.removeprefix("the block's ") + " zero or negative"
+    return reasons
+
+
+def normalizable(spectra: SpectraData, axis: Axis) -> tuple[str, ...]:
+    """Return the names of the blocks that the axis can normalize."""
+    broken = _not_normalizable(spectra, axis)
+    return tuple(name for name in spectra.names if name not in broken)
+
+
+def excluded(spectra: SpectraData, axis: Axis) -> tuple[tuple[str, str], ...]:
+    """Return (name, reason) of the blocks that comparisons on this axis exclude by default, in order."""
+    reasons = {**_not_normalizable(spectra, axis), **dict(spectra.excluded)}
+    return tuple((name, reasons[name]) for name in spectra.names if name in reasons)
+
+
+def comparable_blocks(spectra: SpectraData, axis: str | Axis = "linear") -> tuple[str, ...]:
+    """Return the names of the blocks that comparisons take by default, the rows of js_matrix.
+
+    These are the blocks that the loss depends on, whose Hessian-vector products were finite, and that the axis can
+    normalize.
+
+    Args:
+        axis: see Axis.
+
+    Raises:
+        ValueError: axis is unknown.
+
+    Example:
+        >>> spectra.comparable_blocks("asinh")
+    """
+    reasons = dict(excluded(spectra, as_axis("comparable_blocks", axis)))
+    return tuple(name for name in spectra.names if name not in reasons)
+
+
+def compared(spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis) -> tuple[str, ...]:
+    """Return the names of the blocks of a comparison: the given ones, or comparable_blocks.
+
+    Raises:
+        ValueError: a name is unknown, repeated or of a block without a spectrum; fewer than two are left.
+    """
+    names = comparable_blocks(spectra, axis) if blocks is None else _checks.names(blocks)
+    for row in spectra.rows(names):
+        if not spectra.known[row]:
+            raise ValueError(f"blocks: {spectra.names[row]!r} has no spectrum: its Hessian was never finite")
+    if len(names) < 2:
+        raise ValueError(f"blocks: at least two are needed for a comparison, got {list(names)}")
+    return names
+
+
+def resolved_axis(op: str, spectra: SpectraData, names: Sequence[str], axis: str | Axis) -> Axis:
+    """Return the axis for these blocks, with the default scale where it needs one and none is given.
+
+    Raises:
+        ValueError: axis is unknown, there are no names, or a block cannot be normalized.
+    """
+    axis = as_axis(op, axis)
+    if not names:
+        which = f" that can be divided by {axis.divisor_name}" if axis.divisor_name else ""
+        raise ValueError(f"{op}: blocks must name at least one{which}, got none")
+    broken = _not_normalizable(spectra, axis)
+    for name in names:
+        if name in broken:
+            raise ValueError(f"{op}: eigenvalues of {name!r} cannot be divided by {axis.divisor_name}: {broken[name]}")
+    if axis.name == "asinh":
+        if axis.scale is None:
+            linear = Axis(normalize=axis.normalize)
+            axis = replace(axis, scale=axes.default_scale(*distributions(spectra, names, linear)))
+        if bool(distributions(spectra, names, axis)[0].isinf().any()):
+            raise ValueError(f"{op}: scale must not be so small that eigenvalues over it overflow, got {axis.scale}")
+    return axis
+
+
+def distributions(
+    spectra: SpectraData, names: Sequence[str], axis: Axis, probes: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return nodes on a resolved axis and weights of some blocks, (len(names), K) each, from all probes or some."""
+    rows = spectra.rows(names)
+    merged = spectra.merged if probes is None else spectra.quadrature.of_probes(probes).merged()
+    nodes, weights = (part[rows] for part in merged)
+    divisors = axes.divisors(nodes, weights, [spectra.dims[row] for row in rows], axis.normalize)
+    return axis.place(nodes / divisors[:, None]), weights
+
+
+def default_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, axis: str | Axis = "linear") -> float:
+    """Return the sigma of comparisons of these blocks where none is given: see density.default_sigma.
+
+    Args:
+        blocks: names; None means comparable_blocks(axis).
+        axis: see Axis.
+
+    Raises:
+        ValueError: an argument breaks its rule, or a block cannot be normalized.
+    """
+    if blocks is None:
+        blocks = comparable_blocks(spectra, as_axis("default_sigma", axis)) or spectra.names
+    names = _checks.names(blocks)
+    return density.default_sigma(distributions(spectra, names, resolved_axis("default_sigma", spectra, names, axis))[0])

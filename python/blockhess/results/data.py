@@ -1,0 +1,173 @@
+"""SpectraData: nodes and weights of every block of a model, as stochastic Lanczos quadrature gave them.
+
+Densities, moments, distances and pictures are computed from them on demand, at any sigma, by `blockhess.analysis`. All
+tensors are float64 on the CPU, with rows in the order of `names`. A block without a single Lanczos step has NaN for
+every statistic; nothing else is ever NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockhess import _checks
+from blockhess._text import printable
+from blockhess.problem.blocks import ZERO_NOTE, BlockInfo
+from blockhess.results.unit import Unit
+from blockhess_ext import Quadrature, State
+
+# Nodes count as negative below -64 eps(dtype of the vectors) max |node|: Lanczos cannot tell them from 0 otherwise.
+NEGATIVE_TOLERANCE = 64
+
+
+class SpectraData:
+    """Nodes and weights of every block of a model, immutable.
+
+    Args:
+        blocks: one BlockInfo per block, with distinct names.
+        quadrature: nodes and weights, whose block l is blocks[l]; moved to the CPU.
+        provenance: how it was computed, JSON values only.
+        vectors: the state after the last step of every unit of work, where it was recorded; files do not hold it.
+
+    Raises:
+        ValueError: blocks do not fit the quadrature, or two share a name.
+        TypeError: provenance holds something JSON cannot.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockInfo],
+        quadrature: Quadrature,
+        provenance: Mapping[str, Any],
+        vectors: Sequence[tuple[Unit, State]] = (),
+    ) -> None:
+        self.blocks, self.vectors = tuple(blocks), tuple(vectors)
+        if self.dims != tuple(quadrature.dims):
+            raise ValueError(f"Spectra: blocks must have dims {tuple(quadrature.dims)}, got {self.dims}")
+        repeated = [name for name, count in Counter(self.names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"Spectra: blocks must have different names, got {', '.join(repeated)} more than once")
+        self.quadrature: Quadrature = dataclasses.replace(
+            quadrature, **{name: getattr(quadrature, name).detach().cpu() for name in Quadrature.TENSORS}
+        )
+        try:
+            # A copy of its own, equal to what a saved file gives back.
+            self.provenance: dict[str, Any] = json.loads(json.dumps(dict(provenance)))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"Spectra: provenance must hold JSON values only: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._row
+
+    def __repr__(self) -> str:
+        q, model = self.quadrature, self.provenance.get("model") or "a model"
+        return printable(
+            f"Spectra of {model}: {len(self)} blocks, {sum(self.dims):,} parameters; "
+            f"{q.nodes.shape[0]} {q.distribution} probes, {q.num_steps} Lanczos steps in {q.dtype}, seed {q.seed}"
+            f"{'; of an unfinished run, what it has so far' if self.provenance.get('partial') else ''}"
+        )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the blocks, in order."""
+        return tuple(block.name for block in self.blocks)
+
+    @cached_property
+    def dims(self) -> tuple[int, ...]:
+        """Sizes of the blocks, in order."""
+        return tuple(block.dim for block in self.blocks)
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.names)}
+
+    def row(self, name: str) -> int:
+        """Return the row of a block in every tensor.
+
+        Raises:
+            KeyError: no block has this name.
+        """
+        if name not in self._row:
+            raise KeyError(f"Spectra: {self._no_block(name)}")
+        return self._row[name]
+
+    def rows(self, blocks: Sequence[str] | None = None) -> list[int]:
+        """Return the rows of these blocks in every tensor; None means all, in order.
+
+        Raises:
+            ValueError: a name is unknown or repeated.
+        """
+        names = self.names if blocks is None else _checks.names(blocks)
+        for name, count in Counter(names).items():
+            if name not in self._row:
+                raise ValueError(f"blocks: {self._no_block(name)}")
+            if count > 1:
+                raise ValueError(f"blocks: names must be different, got {name!r} {count} times")
+        return [self._row[name] for name in names]
+
+    def _no_block(self, name: object) -> str:
+        close = difflib.get_close_matches(str(name), self.names, n=3)
+        return f"no block is called {name!r}" + (f"; close to it: {', '.join(map(printable, close))}" if close else "")
+
+    @cached_property
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Nodes and weights (n_blocks, n_probes m), averaged over probes: see Quadrature.merged."""
+        return self.quadrature.merged()
+
+    @cached_property
+    def known(self) -> Tensor:
+        """Whether any probe of a block made a step, (n_blocks,)."""
+        return (self.quadrature.steps > 0).any(0)
+
+    def hvp_error(self, name: str) -> float:
+        """Return the size of the errors of Hessian-vector products with a block, where it is known, else 0.
+
+        It is an attribute of the block, or `provenance["hvp_error"][name]`, in units of the eigenvalues.
+        """
+        known = getattr(self.blocks[self._row[name]], "hvp_error", None)
+        if known is None:
+            known = (self.provenance.get("hvp_error") or {}).get(name)
+        return float(known or 0.0)
+
+    @cached_property
+    def zero_tolerance(self) -> Tensor:
+        """Largest |eigenvalue| that counts as 0, (n_blocks,): hvp_error, or the rounding of the vectors if larger."""
+        rounding = NEGATIVE_TOLERANCE * torch.finfo(getattr(torch, self.quadrature.dtype)).eps
+        errors = torch.tensor([self.hvp_error(name) for name in self.names], dtype=torch.float64)
+        return torch.maximum(rounding * self.merged[0].abs().amax(1), errors)
+
+    @cached_property
+    def zero_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that their Hessian-vector products cannot tell from zero."""
+        noted = {block.name for block in self.blocks if ZERO_NOTE in block.note.split("; ")}
+        sizes = self.merged[0].abs().amax(1).tolist()
+        return tuple(
+            name
+            for name, size, known in zip(self.names, sizes, self.known.tolist())
+            if known and (name in noted or size <= self.hvp_error(name))
+        )
+
+    @cached_property
+    def excluded(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of the blocks that comparisons exclude by default: unused and non-finite ones.
+
+        Normalized axes may exclude more: see `comparable_blocks`.
+        """
+        broken = self.quadrature.nonfinite.any(0).tolist()
+        unused = ["unused" in block.note.split("; ") for block in self.blocks]
+        reasons = ("non-finite" if bad else "unused" if idle else "" for bad, idle in zip(broken, unused))
+        return tuple((name, reason) for name, reason in zip(self.names, reasons) if reason)
