@@ -26,10 +26,12 @@ import blockhess_ext
 from blockhess.problem import fingerprint
 from blockhess.problem.blocks import BlockSpec, unwrap
 from blockhess.problem.losses import make_loss
+from blockhess.problem.memory import shared_budget
 from blockhess.problem.model_state import batchnorm_policy
-from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem, shared_budget
+from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem
 from blockhess.problem.problem import Problem
-from blockhess.run.distributed import SINGLE_PROCESS, Parallel, ProcessGroup, joined
+from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.run.distributed import Parallel, joined
 from blockhess.run.job import Job
 from blockhess.run.merge import load_run
 from blockhess.run.options import Options, choice, count

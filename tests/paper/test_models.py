@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import blockhess
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
 from blockhess.problem.blocks import ParameterSlice, heads, partition
 from blockhess_paper.models import (
@@ -121,6 +122,15 @@ def test_every_second_parameter_of_nanogpt_is_figure_4c() -> None:
 def test_models_without_a_paper_set_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a method paper_blocks.*got Linear"):
         partition(nn.Linear(2, 2), "paper")
+
+
+def test_bert_tokens_outside_the_vocabulary_are_refused() -> None:
+    few = torch.zeros(1, 8, dtype=torch.int64)
+    model = BERT(BERTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
+    with pytest.raises(ValueError, match="below the model's vocab_size = 65, got 70"):
+        blockhess.plan(
+            model, MaskedPairs(few + 70, few + 1, few, few[:, 0]), masked_pair_loss, num_probes=1, num_steps=1
+        )
 
 
 def test_vgg_initialisation_is_torchvisions() -> None:

@@ -33,10 +33,10 @@ from blockhess.hvp.exact import is_cheaper_exact
 from blockhess.models import next_token_loss
 from blockhess.problem.batches import tensors
 from blockhess.problem.blocks import partition
+from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.problem.prepare import prepared_problem
 from blockhess.run.forecast import product_seconds
-from blockhess.run.plan import size_text, time_text
 from blockhess_ext.slq import reorthogonalized_blocks
 from blockhess_paper.models import CONFIGS, masked_pair_loss, named
 from blockhess_paper.models.bert import MaskedPairs
