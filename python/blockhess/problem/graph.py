@@ -15,7 +15,9 @@ from torch.utils.flop_counter import flop_registry
 class FlopCounter(TorchDispatchMode):
     """Counts the floating-point operations of matrix products and convolutions."""
 
-    total = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

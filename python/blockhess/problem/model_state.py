@@ -21,7 +21,7 @@ from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 
-BATCHNORM = ("eval", "batch", "frozen-batch-stats")
+BATCHNORM = ("eval", "batch", "frozen_batch_stats")
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
     Args:
         model: the model; wrapped or not.
         batchnorm: "eval": BatchNorm uses its running statistics, if it has them; "batch": the statistics of each
-            batch, through which the loss depends on the parameters too; "frozen-batch-stats": as "eval", for running
+            batch, through which the loss depends on the parameters too; "frozen_batch_stats": as "eval", for running
             statistics that `freeze_batch_statistics` sets.
 
     Raises:

@@ -54,7 +54,7 @@ def prepared_problem(
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
-        if policy == "frozen-batch-stats":
+        if policy == "frozen_batch_stats":
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches, ranks)
         try:
             problem = Problem(model, loss, batches, cut.blocks, dtype, several=ranks.data_size > 1)
