@@ -321,7 +321,7 @@ def by_name(layer: nn.Module) -> dict[str, str]:
         ({"distribution": "uniform"}, "distribution must be one of gaussian, rademacher, got 'uniform'"),
         ({"reorthogonalize": True}, "reorthogonalize must be one of none, full, partial, auto, got True"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),
-        ({"batchnorm": "train"}, "batchnorm must be one of eval, batch, frozen-batch-stats, got 'train'"),
+        ({"batchnorm": "train"}, "batchnorm must be one of eval, batch, frozen_batch_stats, got 'train'"),
         ({"progress": "yes"}, "progress must be True, False or 'auto', got 'yes'"),
         ({"blocks": {"a": "0.wieght"}}, "no parameter '0.wieght'; the nearest are '0.weight'"),
         ({"data": []}, "data must hold at least one batch, got an empty list"),

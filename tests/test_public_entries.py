@@ -259,7 +259,7 @@ SPECTRUM: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.sampled_from([0, 2**63 - 1]),
     "distribution": SLQ_OPTIONS["distribution"],
     "reorthogonalize": SLQ_OPTIONS["reorthogonalize"],
-    "batchnorm": st.sampled_from(["eval", "batch", "frozen-batch-stats"]),
+    "batchnorm": st.sampled_from(["eval", "batch", "frozen_batch_stats"]),
     "engine": st.sampled_from(["auto", "autograd", "ggn"]),
     "dtype": st.sampled_from([None, torch.float64]),
     "matmul_precision": st.sampled_from(["highest", "medium"]),

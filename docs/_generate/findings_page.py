@@ -87,7 +87,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 # Columns of the table: policies of ResNet18, and the GPT.
-NETWORKS = ("resnet18_eval", "resnet18_frozen-batch-stats", "resnet18_batch", "gpt2_nano")
+NETWORKS = ("resnet18_eval", "resnet18_frozen_batch_stats", "resnet18_batch", "gpt2_nano")
 
 
 def against_gpt() -> dict[tuple[str, int], list[str]]:
@@ -161,7 +161,7 @@ def frozen_part() -> str:
 
 def frozen_share(measure: str, seed: int) -> float:
     """(JS0 frozen - JS0 eval) / (JS0 batch - JS0 eval) of ResNet18."""
-    policies = ("eval", "frozen-batch-stats", "batch")
+    policies = ("eval", "frozen_batch_stats", "batch")
     in_eval_mode, frozen, batch = (js0(stem(f"resnet18_{policy}", seed), measure).value for policy in policies)
     return (frozen - in_eval_mode) / (batch - in_eval_mode)
 
@@ -266,7 +266,7 @@ def small_summary() -> dict[str, tuple[float, list[bool], list[float]]]:
 
 def small_part() -> str:
     """What the number of images and the seed of the weights change, on the small relatives."""
-    policies = ("eval", "frozen-batch-stats", "batch")
+    policies = ("eval", "frozen_batch_stats", "batch")
     rows = []
     for measure in MEASURES:
         for count, seed in MINI_RUNS:

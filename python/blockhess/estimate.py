@@ -26,10 +26,12 @@ import blockhess_ext
 from blockhess.problem import fingerprint
 from blockhess.problem.blocks import BlockSpec, unwrap
 from blockhess.problem.losses import make_loss
+from blockhess.problem.memory import shared_budget
 from blockhess.problem.model_state import batchnorm_policy
-from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem, shared_budget
+from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem
 from blockhess.problem.problem import Problem
-from blockhess.run.distributed import SINGLE_PROCESS, Parallel, ProcessGroup, joined
+from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.run.distributed import Parallel, joined
 from blockhess.run.job import Job
 from blockhess.run.merge import load_run
 from blockhess.run.options import Options, choice, count
@@ -85,9 +87,8 @@ def spectrum(
         loss_fn: None: `model(**batch).loss` (Transformers). An nn.Module such as nn.CrossEntropyLoss() or a function of
             torch.nn.functional: `loss_fn(model(inputs), targets)`. Any other callable: `loss_fn(model, batch)`,
             which returns the mean loss, or (mean loss, weight of the batch); see `losses.make_loss`.
-        blocks: "parameter" (one block per parameter tensor), "full", "paper" or "paper-figure" (the paper's own, of
-            `blockhess.models`), a dict from block name to parameter names and `ParameterSlice`s, or a list of (regex, group)
-            pairs; see `blocks.partition`.
+        blocks: "parameter" (one block per parameter tensor), "full", a dict from block name to parameter names and
+            `ParameterSlice`s, or a list of (regex, group) pairs; see `blocks.partition`.
         num_probes: random vectors per block.
         num_steps: Lanczos steps per vector; a block makes no more than it has entries.
         tol: spend no more products than it takes to bring the error of every block's distribution function, in
@@ -101,7 +102,7 @@ def spectrum(
         distribution: of the random vectors, "gaussian" or "rademacher".
         reorthogonalize: "none", "full", "partial" or "auto"; see `blockhess_ext.batched_slq`.
         batchnorm: statistics that BatchNorm uses: "eval", the running ones; "batch", those of each batch; or
-            "frozen-batch-stats", the average over the batches of their own, held fixed. Recorded is what was done:
+            "frozen_batch_stats", the average over the batches of their own, held fixed. Recorded is what was done:
             "batch" where no layer keeps running statistics.
         engine: what computes Hessian-vector products: "autograd" walks the graph of the gradient, "traced" turns it
             into linear programs first, "auto" takes the one that counted operations favour, and writes small blocks

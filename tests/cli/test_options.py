@@ -18,8 +18,8 @@ import blockhess
 from blockhess.cli import commands
 from blockhess.cli.job_file import load
 from blockhess.cli.main import main
+from blockhess.hvp import CHOICES
 from blockhess.report import text
-from blockhess.run.plan import CHOICES
 from blockhess.run.storage import directory
 from blockhess_paper import commands as paper
 from blockhess_paper.datasets.image_files import image_folder

@@ -80,7 +80,7 @@ def summed_loss(rank: int) -> Any:
 
 
 def statistics(rank: int) -> Any:
-    options = DOUBLE | {"batchnorm": "frozen-batch-stats"}
+    options = DOUBLE | {"batchnorm": "frozen_batch_stats"}
     return values(blockhess.spectrum(normalised(), batches(), LOSS, parallel="data", **options))
 
 

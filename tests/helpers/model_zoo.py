@@ -210,7 +210,7 @@ ZOO: dict[str, Case] = {
     "BatchNorm residual, eval": _with_cross_entropy(ResidualBlock, images),
     "BatchNorm residual, batch": Case(lambda: (ResidualBlock(), images(), nn.CrossEntropyLoss()), "batch"),
     "BatchNorm residual, frozen": Case(
-        lambda: (ResidualBlock(), [images(), images(2)], nn.CrossEntropyLoss()), "frozen-batch-stats"
+        lambda: (ResidualBlock(), [images(), images(2)], nn.CrossEntropyLoss()), "frozen_batch_stats"
     ),
     "GroupNorm": _with_cross_entropy(group_norm, images),
     "ReLU and max-pooling": _with_cross_entropy(max_pooled, images),

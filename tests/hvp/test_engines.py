@@ -42,7 +42,7 @@ def prepared_problem(name: str, blocks: BlockSpec = "parameter") -> Iterator[Pro
     model.float().double()
     batches = as_batches(data, pairs=loss.pairs)
     with fixed_state(model, case.batchnorm):
-        if case.batchnorm == "frozen-batch-stats":
+        if case.batchnorm == "frozen_batch_stats":
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches)
         yield Problem(model, loss, batches, partition(model, blocks).blocks)
 
@@ -228,9 +228,9 @@ def test_frozen_batch_statistics_are_eval_with_the_datas_averages() -> None:
     model, data, loss_fn = ZOO["BatchNorm residual, frozen"].make()
     options: dict[str, Any] = {"num_probes": 1, "num_steps": 4}
     before = {name: b.clone() for name, b in model.named_buffers()}
-    found = blockhess.spectrum(model, data, loss_fn, batchnorm="frozen-batch-stats", **options)
+    found = blockhess.spectrum(model, data, loss_fn, batchnorm="frozen_batch_stats", **options)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
-    assert found.provenance["batchnorm"] == "frozen-batch-stats"
+    assert found.provenance["batchnorm"] == "frozen_batch_stats"
 
     # The first layer's statistics by hand; those of the others depend on them, and are left to BatchNorm itself.
     conv = [model.conv1(x).transpose(0, 1).flatten(1) for x, _ in data]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import blockhess
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+from blockhess.models.gpt import check_tokens
 
 
 def count(model: nn.Module) -> int:
@@ -153,3 +156,19 @@ def test_resnet_refuses_bad_sizes() -> None:
         ResNetConfig(blocks_per_stage=())
     with pytest.raises(ValueError, match="stem must be"):
         ResNetConfig(stem="tiny")
+
+
+def test_gpt_tokens_outside_the_vocabulary_are_refused() -> None:
+    """Shakespeare has 76 characters; nanoGPT's vocabulary is of 65, and torch's own error names neither."""
+    model = GPT(GPTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
+    few, all_kinds = torch.zeros(1, 8, dtype=torch.int64), torch.arange(72, 80).clamp(max=75)[None]
+    data = [(few, few), (few, all_kinds)]
+    with pytest.raises(ValueError, match="tokens in data must be below the model's vocab_size = 65, got 75"):
+        blockhess.spectrum(model, data, next_token_loss, num_probes=1, num_steps=1)
+
+
+@pytest.mark.parametrize("token, refused", [(64, False), (65, True)])
+def test_the_vocabulary_ends_before_its_size(token: int, refused: bool) -> None:
+    model = GPT(GPTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
+    with pytest.raises(ValueError, match="got 65") if refused else contextlib.nullcontext():
+        check_tokens(model, torch.full((1, 8), token))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import blockhess
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
-from blockhess.problem.blocks import ParameterSlice, heads, partition
+from blockhess.problem.blocks import Block, ParameterSlice, heads, partition
 from blockhess_paper.models import (
     BERT,
     CONFIGS,
@@ -80,15 +81,19 @@ FIGURE_4 = {
 }
 
 
+def paper_blocks(model: Any, figure: bool) -> tuple[Block, ...]:
+    return partition(model, model.paper_blocks(figure)).blocks
+
+
 @pytest.mark.parametrize("name", FIGURE_4)
 def test_blocks_of_figure_4(name: str) -> None:
-    names = [block.info.name for block in partition(on_meta(name), "paper-figure").blocks]
+    names = [block.info.name for block in paper_blocks(on_meta(name), figure=True)]
     assert (len(names), names[0], names[-1]) == FIGURE_4[name]
 
 
 def test_labels_of_figure_4() -> None:
     def labels(name: str) -> dict[str, tuple[str, ...]]:
-        return {b.info.name: b.info.parameters for b in partition(on_meta(name), "paper-figure").blocks}
+        return {b.info.name: b.info.parameters for b in paper_blocks(on_meta(name), figure=True)}
 
     assert labels("resnet18")["layer3.1.conv2"] == ("layers.5.conv2.weight",)
     assert labels("gpt2-nano")["transformer.h.2.ln_2"] == ("layers.2.ln_2.weight",)
@@ -98,7 +103,7 @@ def test_labels_of_figure_4() -> None:
 
 def test_blocks_by_the_papers_text() -> None:
     def infos(name: str) -> dict[str, int]:
-        return {block.info.name: block.info.dim for block in partition(on_meta(name), "paper").blocks}
+        return {block.info.name: block.info.dim for block in paper_blocks(on_meta(name), figure=False)}
 
     # All but the BatchNorms, which have 2 x (64 + 4 x (64 + 128 + 256 + 512) + 128 + 256 + 512) parameters.
     assert sum(infos("resnet18").values()) == 11_689_512 - 9600
@@ -114,13 +119,15 @@ def test_every_second_parameter_of_nanogpt_is_figure_4c() -> None:
     order = ["tok", "pos"]
     for i in range(6):
         order += [f"layers.{i}.{part}" for part in ("ln_1", "attn.qkv", "attn.proj", "ln_2", "mlp.fc", "mlp.proj")]
-    blocks = partition(on_meta("gpt2-nano"), "paper-figure").blocks
+    blocks = paper_blocks(on_meta("gpt2-nano"), figure=True)
     assert [block.info.parameters[0] for block in blocks] == [f"{name}.weight" for name in order[1::2]]
 
 
-def test_models_without_a_paper_set_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"a method paper_blocks.*got Linear"):
-        partition(nn.Linear(2, 2), "paper")
+def test_bert_tokens_outside_the_vocabulary_are_refused() -> None:
+    few = torch.zeros(1, 8, dtype=torch.int64)
+    model = BERT(BERTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
+    with pytest.raises(ValueError, match="below the model's vocab_size = 65, got 70"):
+        blockhess.plan(model, MaskedPairs(few + 70, few + 1, few, few[:, 0]), masked_pair_loss)
 
 
 def test_vgg_initialisation_is_torchvisions() -> None:

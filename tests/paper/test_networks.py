@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def test_claims_of_table_1_follow_from_the_numbers() -> None:
 @pytest.mark.parametrize("name", SHOWN)
 def test_the_four_blocks_of_figure_3(name: str) -> None:
     with torch.device("meta"):
-        blocks = [b.info.name for b in partition(networks.named(name), "paper-figure").blocks]
+        model: Any = networks.named(name)
+        blocks = [b.info.name for b in partition(model, model.paper_blocks(figure=True)).blocks]
     chosen = four_blocks(name, blocks)
     assert len(set(chosen)) == 4 and set(chosen) <= set(blocks)
     if name == "vit-base":
@@ -132,7 +134,13 @@ def test_the_papers_size_is_read_from_the_users_files(
     net = network(name, Selection(scale="paper", data=tmp_path), size=2, at_once=1)
     with one_thread():
         plan = blockhess.plan(
-            net.model, net.data, net.loss_fn, blocks="paper-figure", num_probes=10, num_steps=100, engine="autograd"
+            net.model,
+            net.data,
+            net.loss_fn,
+            blocks=net.model.paper_blocks(figure=True),  # type: ignore[operator]
+            num_probes=10,
+            num_steps=100,
+            engine="autograd",
         )
     assert plan.hvps > 0 and len(plan.exact) >= 5
     first = net.data[0][0]

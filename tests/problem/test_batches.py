@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -11,17 +10,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import blockhess
-from blockhess.models import GPT, GPTConfig, next_token_loss
 from blockhess.problem.batches import (
     as_batches,
     batch_size,
     check_device,
-    check_tokens,
     map_tensors,
     split_batch,
 )
-from blockhess_paper.models import BERT, BERTConfig, MaskedPairs, masked_pair_loss
 
 X, Y = torch.arange(10.0).view(5, 2), torch.arange(5)
 
@@ -118,23 +113,3 @@ def test_map_tensors_keeps_the_structure() -> None:
     mapped = map_tensors(torch.neg, {"p": pair(X, 3), "l": [Y, (X,)]})
     assert isinstance(mapped["p"], pair) and mapped["p"].b == 3
     assert torch.equal(mapped["p"].a, -X) and torch.equal(mapped["l"][1][0], -X)
-
-
-def test_tokens_outside_the_vocabulary_are_refused() -> None:
-    """Shakespeare has 76 characters; nanoGPT's vocabulary is of 65, and torch's own error names neither."""
-    model = GPT(GPTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
-    few, all_kinds = torch.zeros(1, 8, dtype=torch.int64), torch.arange(72, 80).clamp(max=75)[None]
-    data = [(few, few), (few, all_kinds)]
-    with pytest.raises(ValueError, match="tokens in data must be below the model's vocab_size = 65, got 75 in batch 1"):
-        blockhess.spectrum(model, data, next_token_loss, num_probes=1, num_steps=1)
-    pairs = MaskedPairs(few + 70, few + 1, few, few[:, 0])
-    bert = BERT(BERTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
-    with pytest.raises(ValueError, match="below the model's vocab_size = 65, got 70 in batch 0"):
-        blockhess.plan(bert, pairs, masked_pair_loss, num_probes=1, num_steps=1)
-
-
-@pytest.mark.parametrize("token, refused", [(64, False), (65, True)])
-def test_the_vocabulary_ends_before_its_size(token: int, refused: bool) -> None:
-    tokens = torch.full((1, 8), token)
-    with pytest.raises(ValueError, match="got 65 in batch 0") if refused else contextlib.nullcontext():
-        check_tokens([(tokens, tokens)], 65)

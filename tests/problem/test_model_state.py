@@ -97,12 +97,12 @@ def test_batch_uses_the_batchs_statistics() -> None:
 def test_the_policy_is_what_the_layers_do() -> None:
     kept, none_kept = nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)
     mixed = nn.Sequential(kept, none_kept)
-    for asked in ("eval", "batch", "frozen-batch-stats"):
+    for asked in ("eval", "batch", "frozen_batch_stats"):
         assert batchnorm_policy(nn.Linear(3, 3), asked) == "none"
         assert batchnorm_policy(kept, asked) == asked
     assert [batchnorm_policy(none_kept, asked) for asked in ("eval", "batch")] == ["batch", "batch"]
     assert batchnorm_policy(mixed, "batch") == "batch"
-    for model, asked in ((none_kept, "frozen-batch-stats"), (mixed, "eval"), (mixed, "frozen-batch-stats")):
+    for model, asked in ((none_kept, "frozen_batch_stats"), (mixed, "eval"), (mixed, "frozen_batch_stats")):
         with pytest.raises(ValueError, match=f"keeps no running statistics, as '1?' .*got '{asked}'"):
             batchnorm_policy(model, asked)
     x = torch.randn(50, 3)
@@ -159,7 +159,7 @@ def test_bad_policy() -> None:
     model = Everything()
     before = snapshot(model)
     with (
-        pytest.raises(ValueError, match="batchnorm must be one of eval, batch, frozen-batch-stats, got 'train'"),
+        pytest.raises(ValueError, match="batchnorm must be one of eval, batch, frozen_batch_stats, got 'train'"),
         fixed_state(model, "train"),
     ):
         pass

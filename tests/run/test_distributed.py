@@ -98,7 +98,7 @@ def test_losses_that_sum_over_samples_are_summed_over_ranks(two):
 
 
 def test_batch_statistics_are_averaged_over_ranks(two):
-    options = cases.DOUBLE | {"batchnorm": "frozen-batch-stats"}
+    options = cases.DOUBLE | {"batchnorm": "frozen_batch_stats"}
     whole = cases.values(blockhess.spectrum(cases.normalised(), cases.batches(), cases.LOSS, **options))
     assert all(cases.close(found["nodes"], whole["nodes"], growth=1e10) for found in two["statistics"])
 

@@ -13,8 +13,9 @@ from torch import nn
 
 import blockhess
 from blockhess.cli.main import main
+from blockhess.problem.memory import budget_bytes
 from blockhess.run import plan as planning
-from blockhess.run.plan import Plan, budget_bytes, make_plan
+from blockhess.run.plan import Plan, make_plan
 from tests.helpers.dense_hessian import problem
 from tests.helpers.tiny_models import labelled, mlp
 

@@ -7,5 +7,15 @@ from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 
 ENGINES = {"autograd": AutogradEngine, "traced": TracedEngine, "ggn": GaussNewtonEngine}
+CHOICES = ("auto", *ENGINES, "exact")
 
-__all__ = ["AutogradEngine", "BlockOperator", "ENGINES", "Engine", "GaussNewtonEngine", "NotTraceable", "TracedEngine"]
+__all__ = [
+    "AutogradEngine",
+    "BlockOperator",
+    "CHOICES",
+    "ENGINES",
+    "Engine",
+    "GaussNewtonEngine",
+    "NotTraceable",
+    "TracedEngine",
+]

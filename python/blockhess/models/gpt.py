@@ -197,5 +197,22 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Ten
         24.0
     """
     tokens, targets = batch
+    check_tokens(model, tokens, targets)
     logits = model(tokens)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten()), float(targets.numel())
+
+
+def check_tokens(model: nn.Module, *tokens: Tensor) -> None:
+    """Check tokens against `model.config.vocab_size`, since an embedding on a GPU would abort the process.
+
+    Fake and meta tensors, which hold no values, pass.
+
+    Raises:
+        ValueError: a token is not below the vocabulary size.
+    """
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size is None or any(type(t) is not Tensor or t.is_meta for t in tokens):
+        return
+    largest = max(int(t.max()) for t in tokens)
+    if largest >= vocab_size:
+        raise ValueError(f"tokens in data must be below the model's vocab_size = {vocab_size}, got {largest}")

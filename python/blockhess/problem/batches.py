@@ -113,21 +113,6 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def check_tokens(batches: list[Batch], vocab_size: int) -> None:
-    """Refuse tokens that a model has no embedding for; on a GPU torch would end the process.
-
-    Raises:
-        ValueError: names the batch.
-    """
-    for index, batch in enumerate(batches):
-        largest = max(int(tensor.max()) for tensor in tensors(batch))
-        if largest >= vocab_size:
-            raise ValueError(
-                f"spectrum: tokens in data must be below the model's vocab_size = {vocab_size}, got {largest} in batch "
-                f"{index}"
-            )
-
-
 def check_device(batches: list[Batch], device: torch.device) -> None:
     """Refuse batches that lie on another device than the model.
 

@@ -24,9 +24,6 @@ from blockhess_ext.arguments import LIMIT, integer
 # Of blocks that their Hessian-vector products cannot tell from zero.
 ZERO_NOTE = "zero within HVP error"
 
-# The paper's own choice of blocks, by its text and by its Figure 4.
-PAPER_SETS = ("paper", "paper-figure")
-
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -213,8 +210,7 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
 
     Args:
         model: any module; wrappers are looked through.
-        blocks: "parameter": one block per parameter tensor; "full": one block of all of them; "paper": those the
-            paper's text compares, "paper-figure": those its Figure 4 shows, for models that say which (paper_blocks);
+        blocks: "parameter": one block per parameter tensor; "full": one block of all of them;
             a dict from block name to a parameter name, a `ParameterSlice` or a list of those (blocks may overlap);
             or a list of (regex, group) pairs: a parameter joins the group of the first regex that `re.search`
             finds in its name, and `group` may use the regex's groups, as in (r"h\\.(\\d+)\\.", r"layer \\1").
@@ -236,13 +232,11 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
     if not trainable:
         raise ValueError(f"spectrum: model must have a parameter with requires_grad=True, got none of {len(named)}")
 
-    if blocks in PAPER_SETS:
-        blocks = _paper_set(unwrap(model), figure=blocks == "paper-figure")
     if isinstance(blocks, str):
         if blocks not in ("parameter", "full"):
             raise ValueError(
-                f"spectrum: blocks must be 'parameter', 'full', {', '.join(map(repr, PAPER_SETS))}, a dict of block "
-                f"names or a list of (regex, group) pairs, got {blocks!r}"
+                f"spectrum: blocks must be 'parameter', 'full', a dict of block names or a list of (regex, group) "
+                f"pairs, got {blocks!r}"
             )
         pieces = [Piece(n.name, n.tensor) for n in trainable]
         groups = {"full": pieces} if blocks == "full" else {p.name: [p] for p in pieces}
@@ -261,16 +255,6 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
     tied = {n.name: n.aliases for n in named if n.aliases}
     made = tuple(_block(name, tuple(pieces), tied) for name, pieces in groups.items())
     return Partition(made, tuple(n.name for n in named if n.name in frozen), tied)
-
-
-def _paper_set(model: nn.Module, figure: bool) -> Mapping[str, Selection]:
-    if not callable(method := getattr(model, "paper_blocks", None)):
-        raise ValueError(
-            f"spectrum: blocks='paper' must be asked of a model with a method paper_blocks(figure), such as those of "
-            f"blockhess.models, got {type(model).__name__}; name the blocks in a dict"
-        )
-    chosen: Mapping[str, Selection] = method(figure)
-    return chosen
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 
-BATCHNORM = ("eval", "batch", "frozen-batch-stats")
+BATCHNORM = ("eval", "batch", "frozen_batch_stats")
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
     Args:
         model: the model; wrapped or not.
         batchnorm: "eval": BatchNorm uses its running statistics, if it has them; "batch": the statistics of each
-            batch, through which the loss depends on the parameters too; "frozen-batch-stats": as "eval", for running
+            batch, through which the loss depends on the parameters too; "frozen_batch_stats": as "eval", for running
             statistics that `freeze_batch_statistics` sets.
 
     Raises:
@@ -154,3 +154,21 @@ def _kept_buffers(modules: list[nn.Module]) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuses models of which this process holds a part only.
+
+    Raises:
+        NotImplementedError: says what to do.
+    """
+    sharded = next((n for n, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")), None)
+    if sharded is None:
+        sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise NotImplementedError(
+            f"spectrum: model must hold whole parameters, got {sharded!r} as a shard (FSDP or tensor parallelism); "
+            "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)), load them into a plain model on every rank, and pass that with "
+            "parallel='work' or 'data'"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,17 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockhess.models import next_token_loss
 from blockhess.problem import fingerprint
-from blockhess.problem.batches import as_batches, batch_size, check_tokens, split_batch
+from blockhess.problem.batches import as_batches, batch_size, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.problem.losses import make_loss
-from blockhess.problem.model_state import batchnorm_policy, fixed_state, freeze_batch_statistics
+from blockhess.problem.memory import budget_bytes
+from blockhess.problem.model_state import batchnorm_policy, fixed_state, freeze_batch_statistics, refuse_sharded
 from blockhess.problem.problem import Problem
-from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup, refuse_sharded
-from blockhess.run.options import choice
-from blockhess.run.plan import budget_bytes, micro_batches
-from blockhess_paper.models import masked_pair_loss
+from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess_ext.arguments import choice
 
 # A loss is another one where its value on the same data differs by more, relatively.
 LOSS_TOLERANCE = 1e-4
@@ -47,7 +44,7 @@ def prepared_problem(
         raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
-    choice("matmul_precision", matmul_precision, ("highest", "high", "medium"))
+    choice("matmul_precision", matmul_precision, ("highest", "high", "medium"), "spectrum")
     model = unwrap(model)
     refuse_sharded(model)
     cut = partition(model, blocks)
@@ -55,12 +52,9 @@ def prepared_problem(
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
         policy = batchnorm_policy(model, batchnorm)
         batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
-        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-        if loss_fn in (next_token_loss, masked_pair_loss) and vocab_size is not None:
-            check_tokens(batches, vocab_size)
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
-        if policy == "frozen-batch-stats":
+        if policy == "frozen_batch_stats":
             freeze_batch_statistics(model, lambda batch: loss(model, batch), batches, ranks)
         try:
             problem = Problem(model, loss, batches, cut.blocks, dtype, several=ranks.data_size > 1)
@@ -70,23 +64,13 @@ def prepared_problem(
                 f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
-        parts = micro_batches(problem, budget_bytes(memory_budget, problem.device))
+        # So many parts of a batch that the largest graph takes at most half of the budget.
+        parts = -(-2 * problem.graph_bytes // budget_bytes(memory_budget, problem.device))
         # Only where the loss of a batch may be the mean over its samples.
         if parts > 1 and loss.calls_model and policy != "batch":
             problem = _split(problem, parts, cut, dtype)
         problem.join(ranks)
         yield problem, cut, fingerprints
-
-
-def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: ProcessGroup) -> int | str | None:
-    """The memory budget that all ranks plan with, by default the least that any of their devices grants; processes that
-    torchrun started on one host share what is the host's."""
-    if memory_budget is not None or ranks is SINGLE_PROCESS or not isinstance(model, nn.Module):
-        return memory_budget
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    own = budget_bytes(None, device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return int(min(ranks.gather(own // local)))
 
 
 def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:

@@ -18,12 +18,13 @@ from torch import nn
 
 from blockhess.estimate import spectrum
 from blockhess.hvp import Engine
+from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.prepare import prepared_problem
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import product_costs
 from blockhess.run.job import Job
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, size_text, time_text
+from blockhess.run.plan import Plan
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import batched_slq
 

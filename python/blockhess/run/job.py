@@ -14,12 +14,13 @@ from blockhess.hvp import BlockOperator, Engine, NotTraceable
 from blockhess.hvp.accuracy import EngineMismatch, measure
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
+from blockhess.problem.memory import budget_bytes, size_text
 from blockhess.problem.problem import Problem
+from blockhess.problem.ranks import SINGLE_PROCESS
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
-from blockhess.run.distributed import SINGLE_PROCESS
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, budget_bytes, make_plan, size_text, with_autograd
+from blockhess.run.plan import Plan, make_plan, with_autograd
 from blockhess.run.recorder import Recorder, Unit, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess.spectra import Spectra

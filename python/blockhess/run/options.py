@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import blockhess_ext
-from blockhess.run.plan import CHOICES
+from blockhess.hvp import CHOICES
 
 
 @dataclass(frozen=True)

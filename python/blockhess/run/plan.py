@@ -7,23 +7,15 @@ the same job takes the same path on every run; only the memory budget, which is 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from blockhess.hvp import ENGINES
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
+from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
-
-CHOICES = ("auto", *ENGINES, "exact")
-
-# The part of a device's memory that a run may plan with unless told otherwise.
-DEFAULT_SHARE = 0.5
 
 # What decides whether tracing and compiling pay, from bench/results/hvp_cpu.json: orders of magnitude. A product takes
 # about PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS an operation of the gradient's graph and block, and
@@ -112,34 +104,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
-    """The memory budget in bytes: a number of bytes, a text such as "6 GiB", or None for half of the device's memory.
-
-    Raises:
-        ValueError: no size, or not above 0.
-    """
-    if memory_budget is None:
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-        else:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(DEFAULT_SHARE * total)
-    text = str(memory_budget).strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
-    if isinstance(memory_budget, bool) or not match:
-        raise ValueError(f"spectrum: memory_budget must be bytes or a text such as '6 GiB', got {memory_budget!r}")
-    power = " KMGT".index(match[2].upper()) if match[2] else 0
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size < 1:
-        raise ValueError(f"spectrum: memory_budget must be above 0, got {memory_budget!r}")
-    return size
-
-
-def micro_batches(problem: Problem, budget: int) -> int:
-    """Into how many parts every batch must be cut so that the largest graph takes at most half of the budget."""
-    return max(1, -(-2 * problem.graph_bytes // budget))
-
-
 def make_plan(
     problem: Problem,
     *,
@@ -155,7 +119,7 @@ def make_plan(
     """Plan a run.
 
     Args:
-        engine: one of CHOICES; "auto" also has small blocks written out, "exact" all of them.
+        engine: one of `blockhess.hvp.CHOICES`; "auto" also has small blocks written out, "exact" all of them.
         num_probes, num_steps: as in `spectrum`.
         basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
         budget: bytes.
@@ -286,20 +250,3 @@ def _passes(
         for group in groups
         for first in range(0, num_probes, together)
     ]
-
-
-def time_text(seconds: float) -> str:
-    """A duration for people."""
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{seconds:.2g} seconds"
-
-
-def size_text(nbytes: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    raise AssertionError

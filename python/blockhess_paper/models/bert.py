@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockhess.models.gpt import check_tokens
+
 # Label of the positions that the masked-LM loss leaves out.
 IGNORED = -100
 
@@ -185,6 +187,7 @@ def masked_pair_loss(model: nn.Module, batch: MaskedPairs) -> tuple[Tensor, floa
         >>> masked_pair_loss(model, MaskedPairs(tokens, tokens, tokens, tokens[:, 0]))[1]
         3.0
     """
+    check_tokens(model, batch.tokens, batch.segments, batch.labels)
     following, masked = model(batch.tokens, batch.segments)
     loss = F.cross_entropy(following, batch.is_next)
     loss = loss + F.cross_entropy(masked.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)

@@ -33,7 +33,7 @@ IMAGES, IMAGE_SIDE, WINDOWS = 8, 56, 2
 NUM_PROBES, NUM_STEPS, SEEDS = 3, 20, (0, 1)
 
 # Of training, of the paper's code, and the statistics of training held fixed.
-POLICIES = ("batch", "eval", "frozen-batch-stats")
+POLICIES = ("batch", "eval", "frozen_batch_stats")
 
 # Of the small relatives: images with seed 0, and (images, seed).
 MINI_IMAGES, MINI_SEEDS = (8, 64, 256), (1, 2)

@@ -33,17 +33,16 @@ from blockhess.hvp.exact import is_cheaper_exact
 from blockhess.models import next_token_loss
 from blockhess.problem.batches import tensors
 from blockhess.problem.blocks import partition
+from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.problem.prepare import prepared_problem
 from blockhess.run.forecast import product_seconds
-from blockhess.run.plan import size_text, time_text
 from blockhess_ext.slq import reorthogonalized_blocks
 from blockhess_paper.models import CONFIGS, masked_pair_loss, named
 from blockhess_paper.models.bert import MaskedPairs
 from blockhess_paper.networks.initial_spectra import EFFORTS
 from blockhess_paper.networks.networks import IMAGES, IMAGES_AT_ONCE, NETWORKS, TOKENS, TOKENS_AT_ONCE, Selection
 
-BLOCKS = "paper-figure"
 FLOAT32_BYTES = 4
 
 # Peak of an H100 SXM, FLOP/s without sparsity, from NVIDIA's data sheet; and the share of it that is assumed.
@@ -189,9 +188,9 @@ def counted(name: str, samples: int, tokens: int | None = None) -> Cost:
         return tensor
 
     with torch.device("meta"):
-        model = named(name).eval()
+        model: Any = named(name).eval()
         batch, loss_fn = sample_batch(name, samples, tokens)
-        cut = partition(model, BLOCKS)
+        cut = partition(model, model.paper_blocks(figure=True))
         parameters = [piece.tensor for block in cut.blocks for piece in block.pieces]
         with (
             sdpa_kernel(SDPBackend.MATH),
@@ -250,10 +249,11 @@ def measured_rate(
     name: str, device: torch.device, precision: str = "highest", clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Return the FLOP/s of products with the first, a middle and the last block, measured on a small batch."""
-    model = named(name).to(device)
+    model: Any = named(name).to(device)
     with device:
         batch, loss_fn = sample_batch(name, 1, MEASURED_TOKENS)
-    with prepared_problem(model, batch, loss_fn, BLOCKS, "eval", None, None, precision) as (problem, *_):
+    blocks = model.paper_blocks(figure=True)
+    with prepared_problem(model, batch, loss_fn, blocks, "eval", None, None, precision) as (problem, *_):
         last = len(problem.dims) - 1
         numbers = sorted({last * i // (MEASURED_BLOCKS - 1) for i in range(MEASURED_BLOCKS)})
         seconds = product_seconds(problem, AutogradEngine(problem, retain=True), clock, numbers)

@@ -19,6 +19,7 @@ import blockhess
 from blockhess.problem import fingerprint
 from blockhess.problem.batches import as_batches
 from blockhess.problem.losses import make_loss
+from blockhess.problem.blocks import BlockSpec
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder
 from blockhess.run.storage.directory import RunMismatch
@@ -84,7 +85,7 @@ def measured(
     for name in selection.models or shown or NETWORKS:
         net = network(name, selection, seed=seed, size=effort.size)
         # Figure 4 and Table 1 are of the figure's blocks; of a model of another package every tensor is a block.
-        blocks = "paper-figure" if name in NETWORKS else "parameter"
+        blocks = net.model.paper_blocks(figure=True) if name in NETWORKS else "parameter"  # type: ignore[operator]
         for policy in POLICIES if has_batchnorm(net.model) else ("none",):
             path = kept / f"{name.replace(':', '-')}-{policy}.npz"
             spectra = measure_once(path, net, policy, effort, seed, blocks=blocks, precision=selection.precision)
@@ -99,7 +100,7 @@ def measure_once(
     effort: Effort,
     seed: int,
     *,
-    blocks: str = "parameter",
+    blocks: BlockSpec = "parameter",
     precision: str = "highest",
 ) -> Spectra:
     """Return the spectra of one network, from the file where it holds the same, else measured and saved there.

@@ -28,8 +28,8 @@ from typing import Any
 from blockhess._text import format_table
 from blockhess.problem.blocks import BlockInfo
 from blockhess.problem.prepare import LOSS_TOLERANCE
+from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 from blockhess.results import files
-from blockhess.run.distributed import SINGLE_PROCESS, ProcessGroup
 from blockhess.run.plan import Plan
 from blockhess.run.recorder import Recorder, Unit, UnitResult
 from blockhess.run.storage import store

@@ -1,0 +1,132 @@
+"""Checks and measurements of the autograd graph of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class OperationRecorder(TorchDispatchMode):
+    """Notes every operation, and in which module it is called.
+
+    Attributes:
+        places: name of an operation -> where it is called first. random: those that draw random numbers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.places: dict[str, str] = {}
+        self.random: dict[str, None] = {}
+        self._inside: list[str] = []
+        self._model = model
+
+    def __enter__(self) -> Any:
+        self._handles = []
+        for name, module in self._model.named_modules():
+            label = f"{name or 'the model'} ({type(module).__name__})"
+            self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._inside.append(label)))
+            self._handles.append(module.register_forward_hook(lambda *_: self._inside.pop() and None, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, where = func.overloadpacket.__name__, self._inside[-1] if self._inside else "loss_fn"
+        self.places.setdefault(name, where)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random.setdefault(f"{name} in {where}")
+        return func(*args, **(kwargs or {}))
+
+    def randomness(self) -> str:
+        """What a loss that does not repeat itself may be due to."""
+        if self.random:
+            return "random numbers are drawn by " + ", ".join(list(self.random)[:5])
+        return "no random number is drawn by torch, so the model changes its own state, or another generator is used"
+
+
+# What to use instead of an operation without a second derivative, by a part of its name.
+ALTERNATIVES = {
+    "attention": "take away the sdpa_kernel() that asks for it, or use SDPBackend.MATH",
+    "rnn": "set torch.backends.cudnn.enabled = False around it",
+    "cdist": "use (x[:, None] - y).norm(dim=-1)",
+    "embedding_bag": "use nn.Embedding and a sum or mean",
+    "hardsigmoid": "use F.relu6(x + 3) / 6",
+}
+
+# What autograd would silently differentiate wrongly, by the name of its node in the graph.
+_NOT_TWICE_DIFFERENTIABLE = {
+    "torch::autograd::Error": "an operation marked once_differentiable (a torch.autograd.Function), which has no "
+    "second derivative; write that operation in plain PyTorch",
+    "CheckpointFunctionBackward": "reentrant activation checkpointing, which hides parameters from autograd.grad; "
+    "pass use_reentrant=False",
+    "WeightNormInterfaceBackward0": "torch's fused weight norm, whose second derivative is wrong; write g v / |v| in "
+    "plain PyTorch, or remove the parametrization",
+}
+
+# Whose third derivative torch gets wrong: statistics that depend on the input are taken as constants.
+_NOT_THRICE_DIFFERENTIABLE = ("NativeLayerNormBackwardBackward0", "BatchNormBackwardBackward0")
+
+
+def refuse_third_derivatives(nodes: Iterable[Node]) -> None:
+    """A loss that differentiates inside must not do so through some normalisations."""
+    for node in nodes:
+        fixed = not getattr(node, "_saved_train", getattr(node, "_saved_training", True))  # BatchNorm in eval mode
+        if node.name().endswith(_NOT_THRICE_DIFFERENTIABLE) and not fixed:
+            layer = "LayerNorm" if "Layer" in node.name() else "BatchNorm"
+            raise NotImplementedError(
+                f"spectrum: loss_fn differentiates through {layer}, whose third derivative torch gets wrong; write the "
+                "normalisation in plain PyTorch, or use nn.GroupNorm"
+            )
+
+
+def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
+    """All nodes of a graph, none of them an operation whose second derivative autograd leaves out or gets wrong."""
+    waiting = list(roots)
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _NOT_TWICE_DIFFERENTIABLE:
+            raise NotImplementedError(f"spectrum: the model has {_NOT_TWICE_DIFFERENTIABLE[node.name()]}")
+        waiting.extend(edge[0] for edge in node.next_functions)
+    return seen
+
+
+def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
+    """What the tensors that these nodes saved take, other than those that are there anyway."""
+    counted = {t.untyped_storage().data_ptr() for t in others}
+    total = 0
+    for node in nodes:
+        for name in dir(type(node)):
+            saved = getattr(node, name) if name.startswith("_saved_") else None
+            for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in counted:
+                    counted.add(tensor.untyped_storage().data_ptr())
+                    total += tensor.untyped_storage().nbytes()
+    return total

@@ -1,0 +1,65 @@
+"""The memory budget of a run, and sizes and durations as text."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+from torch import nn
+
+from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+
+# The part of a device's memory that a run may plan with unless told otherwise.
+DEFAULT_SHARE = 0.5
+
+
+def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
+    """The memory budget in bytes: a number of bytes, a text such as "6 GiB", or None for half of the device's memory.
+
+    Raises:
+        ValueError: no size, or not above 0.
+    """
+    if memory_budget is None:
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(DEFAULT_SHARE * total)
+    text = str(memory_budget).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
+    if isinstance(memory_budget, bool) or not match:
+        raise ValueError(f"spectrum: memory_budget must be bytes or a text such as '6 GiB', got {memory_budget!r}")
+    power = " KMGT".index(match[2].upper()) if match[2] else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise ValueError(f"spectrum: memory_budget must be above 0, got {memory_budget!r}")
+    return size
+
+
+def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: ProcessGroup) -> int | str | None:
+    """The memory budget that all ranks plan with, by default the least that any of their devices grants; processes that
+    torchrun started on one host share what is the host's."""
+    if memory_budget is not None or ranks is SINGLE_PROCESS or not isinstance(model, nn.Module):
+        return memory_budget
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    own = budget_bytes(None, device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return int(min(ranks.gather(own // local)))
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    raise AssertionError
