@@ -154,12 +154,11 @@ spectra_cases = st.sampled_from(
     ]
 )
 COMPARISON: dict[str, st.SearchStrategy[Any]] = {
-    "kind": st.sampled_from(["distance", "divergence", "jeffreys", "unnormalised"]),
+    "kind": st.sampled_from(["distance", "divergence"]),
     "base": st.sampled_from([2.0, math.e, 10]),
     "sigma": st.sampled_from([None, 0.1, 10.0]),
     "axis": st.sampled_from(["linear", "asinh"]),
     "blocks": st.sampled_from([None, ["block0", "block1"]]),
-    "grid_points": st.sampled_from([2, 100]),
     "normalize": st.sampled_from(["none", "radius", "trace", 1, 2]),
     "scale": st.sampled_from([None, 1.0]),
 }

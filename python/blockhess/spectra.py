@@ -37,7 +37,7 @@ from blockhess.analysis.density import (
 from blockhess.analysis.errors import jensen_shannon
 from blockhess.analysis.errors.intervals import check_confidence, normal_quantile
 from blockhess.analysis.errors.spectra_bands import SpectraBands
-from blockhess.analysis.jensen_shannon import JS0, UNNORMALISED_POINTS, js_matrix
+from blockhess.analysis.jensen_shannon import JS0, js_matrix
 from blockhess.analysis.sensitivity import Sensitivity, sensitivity
 from blockhess.problem.blocks import ZERO_NOTE, BlockInfo
 from blockhess.run.recorder import Unit
@@ -578,21 +578,18 @@ class Spectra(SpectraBands):
         sigma: float | None = None,
         axis: str = "linear",
         blocks: Sequence[str] | None = None,
-        grid_points: int = UNNORMALISED_POINTS,
         normalize: str | int = "none",
         scale: float | None = None,
     ) -> Tensor:
         """Compare the spectra pair by pair.
 
         Args:
-            kind: "distance", "divergence", or a reconstruction of the paper's definition, "jeffreys" or
-                "unnormalised": see divergence.js_matrix.
-            base: of the logarithm, for all kinds; with base 2 the first two are in [0, 1].
+            kind: "distance" or "divergence": see jensen_shannon.js_matrix.
+            base: of the logarithm; with base 2 values are in [0, 1].
             sigma: width of the Gaussian on the axis, one for all, at most the range of all nodes; None means
                 default_sigma(blocks, axis, ...).
             axis: "linear", or "asinh": logarithmic towards both sides beyond `scale`.
             blocks: names; None means every block that is used and finite, and can be normalised.
-            grid_points: for kind "unnormalised" only.
             normalize: what the eigenvalues of every block are divided by first: "none", "radius" (spectral radius),
                 "trace", or k for the k-th largest eigenvalue (10 in the paper's figures): see kth_eigenvalue.
             scale: of the asinh axis, one for all blocks; None means axes.default_scale, the median block's root mean
@@ -606,9 +603,9 @@ class Spectra(SpectraBands):
                 compared.
 
         Example:
-            >>> spectra.js_matrix(kind="jeffreys", blocks=["0.weight", "2.weight"])
+            >>> spectra.js_matrix(kind="divergence", blocks=["0.weight", "2.weight"])
         """
-        return self.compare(kind, base, sigma, axis, blocks, grid_points, normalize, scale)[0]
+        return self.compare(kind, base, sigma, axis, blocks, normalize, scale)[0]
 
     def js0(
         self,
@@ -617,7 +614,6 @@ class Spectra(SpectraBands):
         sigma: float | None = None,
         axis: str = "linear",
         blocks: Sequence[str] | None = None,
-        grid_points: int = UNNORMALISED_POINTS,
         normalize: str | int = "none",
         scale: float | None = None,
         confidence: float | None = None,
@@ -638,7 +634,7 @@ class Spectra(SpectraBands):
         Example:
             >>> print(spectra.js0(confidence=0.95))
         """
-        js0 = self.compare(kind, base, sigma, axis, blocks, grid_points, normalize, scale)[1]
+        js0 = self.compare(kind, base, sigma, axis, blocks, normalize, scale)[1]
         if confidence is None:
             return js0
         error = self._js_error(js0)
@@ -671,7 +667,6 @@ class Spectra(SpectraBands):
                 kind=kind,
                 base=js0.base,
                 sigma=js0.sigma,
-                grid_points=js0.grid_points or UNNORMALISED_POINTS,
             )
             unknown = ~(self.quadrature.steps[probes] > 0).any(0)[self.rows(js0.blocks)]
             return values.masked_fill(unknown[:, None] | unknown, math.nan)
@@ -685,7 +680,6 @@ class Spectra(SpectraBands):
         sigma: float | None = None,
         axis: str = "linear",
         blocks: Sequence[str] | None = None,
-        grid_points: int = UNNORMALISED_POINTS,
         normalize: str | int = "none",
         scale: float | None = None,
     ) -> tuple[Tensor, JS0]:
@@ -698,7 +692,7 @@ class Spectra(SpectraBands):
             sigma = default_sigma(nodes)
         else:
             sigma = check_sigma_in_range("js_matrix", _checks.real("js_matrix", "sigma", sigma), nodes)
-        matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma, grid_points=grid_points)
+        matrix = js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma)
         return matrix, JS0(
             value=jensen_shannon.mean_of_pairs(matrix),
             kind=kind,
@@ -708,7 +702,6 @@ class Spectra(SpectraBands):
             blocks=names,
             left_out=self._left_out(normalize) if blocks is None else (),
             batchnorm=str(self.provenance.get("batchnorm") or ""),
-            grid_points=grid_points if kind == "unnormalised" else None,
             normalize=normalize,
             scale=where.scale,
         )
@@ -732,12 +725,12 @@ class Spectra(SpectraBands):
         return advice(self)
 
     def param_groups(self, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:
-        """Return torch param groups with the rate factor / lambda_max for every block: see advice.param_groups.
+        """Return torch param groups with the rate factor / lambda_max for every block: see learning_rates.param_groups.
 
         Example:
             >>> optimizer = torch.optim.SGD(spectra.param_groups(model, factor=0.1))
         """
-        from blockhess_paper.training.advice import param_groups
+        from blockhess.analysis.learning_rates import param_groups
 
         return param_groups(self, model, factor)
 

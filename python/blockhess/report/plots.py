@@ -226,7 +226,7 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
         vmax: where the colours end; None means the largest possible value of the kind, so that pictures of different
             models compare at a glance, or the largest value found where there is no such bound.
         width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
-        comparison: kind, base, sigma, axis, blocks, grid_points of Spectra.js_matrix.
+        comparison: kind, base, sigma, axis, blocks of Spectra.js_matrix.
 
     Returns:
         Figure.
@@ -246,9 +246,8 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
     n = len(js0.blocks)
     pairs = matrix[~torch.eye(n, dtype=torch.bool)]
     bound = math.log(2) / math.log(js0.base)
-    bounds = {"distance": math.sqrt(bound), "divergence": bound}
     if vmax is None:
-        vmax = bounds.get(js0.kind, float(pairs.max())) or 1.0
+        vmax = math.sqrt(bound) if js0.kind == "distance" else bound
 
     longest = min(40, max(map(len, js0.blocks)))
     side, most_labels = min(12.0, max(4.8, 0.2 * n)), MOST_LABELS
@@ -285,7 +284,7 @@ def plot_heatmap(spectra: Spectra, vmax: float | None = None, width: float | Non
 
     # Placed by the matrix, which an equal aspect makes smaller than its cell of the figure.
     bar = figure.colorbar(image, cax=axes.inset_axes((1 + 0.08 / side, 0.1, 0.12 / side, 0.8)))
-    kind = textwrap.fill(f"{KINDS[js0.kind].split(',')[0]}, base {js0.base:.3g}", max(16, int(12 * side)))
+    kind = textwrap.fill(f"{KINDS[js0.kind]}, base {js0.base:.3g}", max(16, int(12 * side)))
     bar.set_label(kind, fontsize="small")
     bar.ax.tick_params(labelsize="small")
     bar.outline.set_visible(False)

@@ -51,7 +51,7 @@ def js_error(matrix: Callable[[list[int], str], Tensor], kind: str, n_probes: in
 
     Args:
         matrix: maps the indices of the probes to use, and a kind, to a js_matrix.
-        kind: one of divergence.KINDS.
+        kind: one of jensen_shannon.KINDS.
         n_probes: number of probes; with one, all estimates are NaN.
 
     Source: Quenouille 1956; Tukey 1958.
@@ -74,7 +74,7 @@ def with_interval(js0: JS0, error: JSError, confidence: float) -> JS0:
     student = student_quantile(confidence, max(error.num_probes - 1, 1))
     middle, half = js0.value - error.js0_bias, student * error.js0_stderr
     bound = math.log(2) / math.log(js0.base)
-    largest = {"divergence": bound, "distance": math.sqrt(bound)}.get(js0.kind, math.inf)
+    largest = math.sqrt(bound) if js0.kind == "distance" else bound
     if math.isnan(half):  # one probe tells nothing
         lower, upper = 0.0, largest
     else:

@@ -1,0 +1,77 @@
+"""A learning rate for every block: the paper's blockwise gradient descent.
+
+    rate of block l = factor / lambda_max(H_l)
+
+Source: Zhang et al. 2024, the proof of Theorem 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from blockhess.problem.blocks import partition, unwrap
+
+if TYPE_CHECKING:
+    from blockhess.spectra import Spectra
+
+
+def rates(spectra: Spectra, factor: float = 1.0) -> dict[str, float | None]:
+    """Return block -> factor / lambda_max; None where lambda_max is unknown, or not positive beyond rounding.
+
+    Raises:
+        ValueError: factor is not positive.
+
+    Example:
+        >>> rates(spectra)["0.weight"]
+        0.25
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"rates: factor must be positive, got {factor}")
+    zero = set(spectra.zero_blocks)
+    largest = zip(spectra.names, spectra.eigenvalue_range()[1].tolist())
+    return {name: factor / value if value > 0 and name not in zero else None for name, value in largest}
+
+
+def param_groups(spectra: Spectra, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:
+    """Return torch param groups with a learning rate for every block.
+
+    Blocks without positive curvature, and trainable parameters outside all blocks, get the smallest of the other rates.
+    1 / lambda_max holds at the weights and on the batch of the spectra. Take a smaller factor with small batches, with
+    momentum, or at initialization, where curvature still grows.
+
+    Args:
+        spectra: their blocks must be whole parameters.
+        model: the model whose parameters they are.
+        factor: multiplies all rates.
+
+    Returns:
+        One group a block with keys params, lr, name; and a group "rest" where trainable parameters are in no block.
+
+    Raises:
+        ValueError: a block is a slice of a parameter, the model has no such parameter, or no block has a rate.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(spectra.param_groups(model, factor=0.1), momentum=0.9)
+    """
+    found = rates(spectra, factor)
+    known = [rate for rate in found.values() if rate is not None]
+    if not known:
+        raise ValueError("param_groups: one block at least must have a positive eigenvalue, got none")
+    tensors = {block.info.name: block.pieces[0].tensor for block in partition(unwrap(model)).blocks}
+    groups, left = [], dict(tensors)
+    for block in spectra.blocks:
+        unknown = [name for name in block.parameters if name not in tensors]
+        if unknown:
+            raise ValueError(
+                f"param_groups: model must have the parameters of the spectra, got none called {unknown[0]!r}"
+            )
+        if block.dim != sum(tensors[name].numel() for name in block.parameters):
+            raise ValueError(f"param_groups: blocks must be whole parameters, got {block.name!r}")
+        params = [left.pop(name) for name in block.parameters if name in left]
+        groups.append({"params": params, "lr": found[block.name] or min(known), "name": block.name})
+    if left:
+        groups.append({"params": list(left.values()), "lr": min(known), "name": "rest"})
+    return groups
