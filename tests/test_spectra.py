@@ -227,7 +227,7 @@ def test_reads_like_a_mapping() -> None:
 def test_js_matrix_is_that_of_the_merged_measures() -> None:
     spectra = random_spectra()
     nodes, weights = spectra.merged
-    for kind in ("distance", "divergence", "jeffreys", "unnormalised"):
+    for kind in ("distance", "divergence"):
         expected = js_matrix(nodes, weights, sigma=spectra.default_sigma(), kind=kind)
         assert torch.equal(spectra.js_matrix(kind), expected)
     pair = spectra.js_matrix(sigma=0.1, blocks=["block3", "block0"])
@@ -240,7 +240,6 @@ def test_js0_is_the_mean_over_pairs() -> None:
     pairs = [matrix[i, j].item() for i in range(4) for j in range(i)]
     assert float(js0) == pytest.approx(sum(pairs) / 6)
     assert js0.sigma == spectra.default_sigma() and js0.blocks == spectra.names and js0.batchnorm == "eval"
-    assert js0.grid_points is None and spectra.js0("unnormalised", grid_points=100).grid_points == 100
     both = spectra.compare("divergence", math.e, 0.2)
     assert torch.equal(both[0], spectra.js_matrix("divergence", math.e, 0.2))
     assert both[1] == spectra.js0("divergence", math.e, 0.2)
@@ -255,7 +254,7 @@ def test_default_sigma_follows_the_compared_blocks() -> None:
 def test_one_and_the_same_spike_everywhere() -> None:
     for value in (0.0, 3.0, -1e-9):
         spectra = make_spectra([[[value], [value], [value]]], [[[1.0], [1.0], [1.0]]])
-        for kind in ("distance", "divergence", "jeffreys", "unnormalised"):
+        for kind in ("distance", "divergence"):
             assert not spectra.js_matrix(kind).any()
 
 

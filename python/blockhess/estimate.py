@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockhess._version import __version__
 import blockhess_ext
+from blockhess._version import __version__
 from blockhess.problem import fingerprint
 from blockhess.problem.blocks import BlockSpec, unwrap
 from blockhess.problem.losses import make_loss

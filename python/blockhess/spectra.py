@@ -1,14 +1,13 @@
 """Spectra: the eigenvalue densities of every block of a model, their statistics, and how the blocks compare.
 
-    SpectraData (results/data.py)     nodes and weights, names, provenance
-    + analysis/                       statistics, error bars, comparisons
-    + report/                         table, pictures, HTML page
-    = Spectra                         all of it as methods, and files
+SpectraData (results/data.py)     nodes and weights, names, provenance
++ analysis/                       statistics, error bars, comparisons
++ report/                         table, pictures, HTML page
+= Spectra                         all of it as methods, and files
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from blockhess.analysis.statistics import BlockSpectrum
 from blockhess.report import html, plots, text
 from blockhess.results import files
 from blockhess.results.data import SpectraData
-from blockhess.run import merge as runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# command -> module with run(seed=, quick=, ...); in the order of `all-theory`.
+# Command -> MODULE, whose run(seed=, quick=, ...) it calls, or MODULE:FUNCTION; in the order of `all-theory`.
 EXPERIMENTS = {
     "prop1": "theory.proposition1",
     "theorems": "theory.theorems",
@@ -25,7 +25,7 @@ EXPERIMENTS = {
     "prop2": "theory.proposition2",
     "table2": "theory.table2",
     "fig6": "theory.figure6",
-    "fig7": "theory.figure7",
+    "fig7": "theory.figure6:run_figure7",
     "fig8": "theory.figure8",
     "fig2": "structure.figure2",
     "table3": "scaled_mlp.table3",
@@ -39,7 +39,7 @@ NETWORK_EXPERIMENTS = {"fig3": "networks.figure3", "fig4": "networks.figure4", "
 TRAINING_EXPERIMENTS = {
     "fig1": "training.figure1",
     "fig10": "training.figure10",
-    "fig11": "training.figure11",
+    "fig11": "training.figure10:run_figure11",
     "calibrate": "training.calibrate",
 }
 

@@ -25,7 +25,7 @@ def run_experiments(
     """Run experiments, print what they say and write what they found.
 
     Args:
-        modules: name -> module of this package, whose `run` returns a Result.
+        modules: name -> MODULE of this package, whose `run` returns a Result, or MODULE:FUNCTION.
         out: folder, made where it is missing.
         seed, quick: of every experiment.
         options: handed to the experiments that take them, as the folder is.
@@ -39,8 +39,9 @@ def run_experiments(
     """
     folder = writable_folder(out)
     results = []
-    for position, (name, module) in enumerate(modules.items(), 1):
-        run = importlib.import_module(f"blockhess_paper.{module}").run
+    for position, (name, target) in enumerate(modules.items(), 1):
+        module, _, function = target.partition(":")
+        run = getattr(importlib.import_module(f"blockhess_paper.{module}"), function or "run")
         offered = {**options, "folder": folder}
         taken = {key: value for key, value in offered.items() if key in inspect.signature(run).parameters}
         print(f"[{position}/{len(modules)}] {name}", flush=True)

@@ -23,6 +23,9 @@ REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 
 TEXT_WIDTH = 110
 
+# Colors of the optimizers, distinguishable for color-blind readers and in gray print.
+GD_COLOR, ADAM_COLOR, ADAM_ONE_COLOR = "#08519c", "#d95f02", "#1b9e77"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -129,3 +132,16 @@ def quantiles(values: Tensor, shares: tuple[float, ...] = (0.1, 0.5, 0.9)) -> li
 def verdict(all_hold: bool, some_hold: bool = False) -> str:
     """Return the word for a claim that holds in full, in part or not at all."""
     return REPRODUCED if all_hold else PARTLY if some_hold else NOT_REPRODUCED
+
+
+def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
+    """Return an empty figure of width x height inches, without pyplot and without a display.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('paper: pictures need matplotlib; type: pip install "blockhess[cli]"') from None
+    return Figure(figsize=(width, height), layout="constrained", dpi=dpi)

@@ -1,66 +1,29 @@
-"""divergence.py: hand numbers, scipy's quad on analytic mixtures, identities, spectra that do not overlap."""
+"""jensen_shannon.py: hand numbers, scipy's quad on analytic mixtures, identities, spectra that do not overlap."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import quad
 from scipy.special import logsumexp
-from torch import Tensor
 
 from blockhess.analysis import jensen_shannon
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, JS0, KINDS, js_matrix
 from blockhess.problem.model_state import BATCHNORM
+from tests.helpers.mixtures import by_quad, mixtures
 from tests.helpers.spectra_cases import float64
-
-STANDARD = ("distance", "divergence")
-
-
-def log_density(nodes: Tensor, weights: Tensor, sigma: float) -> Callable[[float], float]:
-    x, w = nodes.numpy(), weights.numpy()
-    return lambda t: float(logsumexp(-0.5 * ((t - x) / sigma) ** 2, b=w)) - math.log(sigma * math.sqrt(2 * math.pi))
-
-
-def by_quad(kind: str, nodes: Tensor, weights: Tensor, sigma: float) -> float:
-    """The integral between the first two rows, in nats, panel by panel."""
-    p, q = (log_density(nodes[row], weights[row], sigma) for row in range(2))
-
-    def integrand_of_divergence(t: float) -> float:
-        a, b = p(t), q(t)
-        middle = np.logaddexp(a, b) - math.log(2)
-        return 0.5 * (math.exp(a) * (a - middle) + math.exp(b) * (b - middle))
-
-    def jeffreys(t: float) -> float:
-        a, b = p(t), q(t)
-        return (math.exp(a) - math.exp(b)) * (a - b)
-
-    integrand = {"divergence": integrand_of_divergence, "jeffreys": jeffreys}[kind]
-    low, high = float(nodes.min()) - 12 * sigma, float(nodes.max()) + 12 * sigma
-    edges = np.linspace(low, high, math.ceil((high - low) / sigma) + 1)
-    return sum(quad(integrand, a, b, epsabs=1e-15, epsrel=1e-13, limit=200)[0] for a, b in itertools.pairwise(edges))
-
-
-def mixtures(spread: float, seed: int) -> tuple[Tensor, Tensor]:
-    rng = np.random.default_rng(seed)
-    nodes = rng.uniform(-spread / 2, spread / 2, (2, 5))
-    weights = rng.dirichlet(np.ones(5), 2) ** (1 + 3 * (seed % 2))
-    return float64(nodes), float64(weights / weights.sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize(("spread", "seed"), [(1, 0), (5, 1), (9, 2), (20, 3), (40, 4), (70, 5)])
 def test_integrals_equal_quad(spread: float, seed: int) -> None:
     nodes, weights = mixtures(spread, seed)
-    for kind in ("divergence", "jeffreys"):
-        expected = by_quad(kind, nodes, weights, 1.0)
-        got = js_matrix(nodes, weights, sigma=1.0, kind=kind, base=math.e)[0, 1].item()
-        assert got == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    expected = by_quad("divergence", nodes, weights, 1.0)
+    got = js_matrix(nodes, weights, sigma=1.0, kind="divergence", base=math.e)[0, 1].item()
+    assert got == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,29 +55,8 @@ def test_the_hardest_mixture_for_the_trapezoid_rule(distance: float) -> None:
     assert got == pytest.approx(by_quad("divergence", nodes, weights, 1.0), abs=2e-12)
 
 
-def test_jeffreys_at_its_worst() -> None:
-    # log q has a kink of slope 100 / sigma where p stands: the module promises 1e-6 here, and the control shows that
-    # the grid of the other kinds would not keep it.
-    nodes, weights = float64([[0.003, 0.003], [-50.0, 50.0]]), float64([[1.0, 0.0], [0.5, 0.5]])
-    expected = by_quad("jeffreys", nodes, weights, 1.0)
-    assert expected == pytest.approx(2500, rel=0.05)
-
-    def error() -> float:
-        got = js_matrix(nodes, weights, sigma=1.0, kind="jeffreys", base=math.e)[0, 1].item()
-        return abs(got / expected - 1)
-
-    assert error() < 2e-6
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jensen_shannon, "JEFFREYS_POINTS_PER_SIGMA", 2)
-        assert error() > 1e-5
-
-
 def test_hand_numbers() -> None:
-    # Single peaks d sigma apart: Jeffreys d^2; disjoint halves: the divergence is the share that differs.
-    nodes, weights = float64([[0.0, 0.0], [3.0, 3.0]]), float64([[0.5, 0.5], [0.5, 0.5]])
-    assert js_matrix(nodes, weights, sigma=1.0, kind="jeffreys", base=math.e)[0, 1].item() == pytest.approx(
-        9, rel=1e-12
-    )
+    # Disjoint halves: the divergence is the share that differs.
     nodes, weights = float64([[0.0, 100.0], [0.0, -100.0]]), float64([[0.75, 0.25], [0.75, 0.25]])
     assert js_matrix(nodes, weights, sigma=1.0, kind="divergence")[0, 1].item() == pytest.approx(0.25, abs=1e-13)
     assert js_matrix(nodes, weights, sigma=1.0)[0, 1].item() == pytest.approx(0.5, abs=1e-13)
@@ -122,29 +64,6 @@ def test_hand_numbers() -> None:
     nodes, weights = float64([[0.0, 0.0], [0.0, 50.0]]), float64([[1.0, 0.0], [0.5, 0.5]])
     expected = 0.5 * math.log2(4 / 3) + 0.25 * math.log2(2 / 3) + 0.25
     assert js_matrix(nodes, weights, sigma=1.0, kind="divergence")[0, 1].item() == pytest.approx(expected, abs=1e-13)
-
-
-def test_unnormalised_is_the_bare_sum_over_the_papers_grid() -> None:
-    nodes, weights = float64([[0.0, 1.0], [0.5, 4.0]]), float64([[0.9, 0.1], [0.6, 0.4]])
-    sigma, points = 0.05, 5000
-    t = np.linspace(-1, 5, points)
-    p, q = (np.array([math.exp(log_density(nodes[row], weights[row], sigma)(x)) for x in t]) for row in range(2))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = 0.5 * np.stack([p * np.log(2 * p / (p + q)), q * np.log(2 * q / (p + q))])
-    assert np.isnan(terms).any()  # 0 log 0 where a density underflows: the paper's NaN
-    expected = np.nansum(terms)
-    options = {"sigma": sigma, "base": math.e}
-    got = js_matrix(nodes, weights, kind="unnormalised", grid_points=points, **options)[0, 1].item()
-    assert got == pytest.approx(expected, rel=1e-10)
-    resolved = js_matrix(nodes, weights, kind="divergence", **options)[0, 1].item()
-    assert got * (6 / (points - 1)) == pytest.approx(resolved, rel=1e-6)
-
-
-def test_default_grid_of_unnormalised_has_10000_points() -> None:
-    nodes, weights = mixtures(5, 0)
-    default = js_matrix(nodes, weights, sigma=0.1, kind="unnormalised")
-    assert torch.equal(default, js_matrix(nodes, weights, sigma=0.1, kind="unnormalised", grid_points=10_000))
-    assert not torch.equal(default, js_matrix(nodes, weights, sigma=0.1, kind="unnormalised", grid_points=9_999))
 
 
 @pytest.mark.parametrize("base", [2.0, math.e, 10.0])
@@ -197,7 +116,7 @@ def test_properties(seed: int, n_blocks: int, spread: float) -> None:
     nodes = spread * torch.randn(n_blocks, 6, generator=generator, dtype=torch.float64)
     weights = torch.rand(n_blocks, 6, generator=generator, dtype=torch.float64)
     weights /= weights.sum(1, keepdim=True)
-    distance, d = (js_matrix(nodes, weights, sigma=1.0, kind=kind) for kind in STANDARD)
+    distance, d = (js_matrix(nodes, weights, sigma=1.0, kind=kind) for kind in KINDS)
     assert torch.equal(d, d.T) and not d.diagonal().any()
     assert (d >= 0).all() and (d <= 1).all()
     torch.testing.assert_close(distance**2, d, rtol=1e-12, atol=1e-15)
@@ -211,7 +130,7 @@ def test_properties(seed: int, n_blocks: int, spread: float) -> None:
     torch.testing.assert_close(halves, distance, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["distance", "divergence", "jeffreys"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1e-100, 1e-10, 1e10])
 def test_scale_invariant(kind: str, scale: float) -> None:
     nodes, weights = mixtures(20, 3)
@@ -232,12 +151,11 @@ def test_chunks_of_the_grid_change_nothing(kind: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"kind": "hellinger"}, "kind must be one of distance, divergence, jeffreys, unnormalised, got 'hellinger'"),
+        ({"kind": "hellinger"}, "kind must be one of distance, divergence, got 'hellinger'"),
         ({"base": 1.0}, "base must be finite and above 1, got 1.0"),
         ({"base": math.nan}, "base must be finite and above 1, got nan"),
         ({"sigma": 0.0}, "sigma must be finite and at least .*, got 0.0"),
         ({"sigma": math.nan}, "sigma must be finite and at least .*, got nan"),
-        ({"kind": "unnormalised", "grid_points": 1}, "grid_points must be an integer at least 2, got 1"),
     ],
 )
 def test_refusals(options: dict[str, object], text: str) -> None:
@@ -253,10 +171,9 @@ def test_js0_says_all_it_depends_on() -> None:
         "JS0 = 0.1235: Jensen-Shannon distance, base 2; sigma 0.0125 on the linear axis; "
         "mean over 3 pairs of 3 blocks; BatchNorm in eval mode; left out: dead (unused)"
     )
-    js0 = JS0(5.0, "unnormalised", math.e, "linear", 1.0, ("a", "b"), (("x", "unused"),) * 9, "", 10_000)
+    js0 = JS0(0.5, "divergence", math.e, "linear", 1.0, ("a", "b"), (("x", "unused"),) * 9, "")
     assert str(js0) == (
-        "JS0 = 5: Jensen-Shannon sum without bin width, a reconstruction of the paper's definition "
-        "(10000 grid points), base 2.71828; sigma 1 on the linear axis; "
+        "JS0 = 0.5: Jensen-Shannon divergence, base 2.71828; sigma 1 on the linear axis; "
         "mean over 1 pair of 2 blocks; BatchNorm policy not recorded; "
         "left out: " + ", ".join(["x (unused)"] * 6) + " and 3 more"
     )

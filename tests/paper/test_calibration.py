@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from torch import nn
 
 import blockhess
 from blockhess.cli.demo import one_thread
 from blockhess_paper.training import calibrate, figure1, figure10, training_runs
-from blockhess_paper.training.advice import advice, rates
+from blockhess_paper.training.advice import advice
 from blockhess_paper.training.architectures import ARCHITECTURES
 from blockhess_paper.training.calibration import (
     ADAM_NEEDED,
@@ -29,7 +28,7 @@ from blockhess_paper.training.calibration import (
     rank_correlation,
     shipped_calibration,
 )
-from blockhess_paper.training.training_runs import QUICK, Settings, best, trained
+from blockhess_paper.training.training_runs import QUICK, Settings, find_best, trained
 from tests.helpers.spectra_cases import make_spectra
 
 
@@ -160,58 +159,10 @@ def test_advice_refuses_what_was_not_calibrated() -> None:
 
 def test_shipped_advice_says_what_the_calibration_allows() -> None:
     shipped = shipped_calibration()
-    found = spectra_apart(1.0).advice()
+    found = advice(spectra_apart(1.0))
     assert len(shipped.subjects) >= 12 and len({s.family for s in shipped.subjects}) >= 6
     assert found.calibration is shipped
     assert (found.decision == UNDECIDED) >= bool(shipped.broken)
-
-
-def test_rates_are_one_over_lambda_max() -> None:
-    spectra = make_spectra([[[-2.0, 4.0], [-3.0, -1.0]]], [[[0.5, 0.5]] * 2], names=["up", "down"])
-    assert rates(spectra) == {"up": 0.25, "down": None}
-    assert rates(spectra, 0.5)["up"] == 0.125
-    with pytest.raises(ValueError, match="factor must be positive"):
-        rates(spectra, 0.0)
-
-
-def quadratic() -> tuple[nn.Module, torch.Tensor]:
-    """Loss 1/2 (3 a^2 + 3 b^2) + 1/2 (50 c^2): blocks with lambda_max 3 and 50."""
-
-    class Quadratic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.flat = nn.Parameter(torch.ones(2, dtype=torch.float64))
-            self.sharp = nn.Parameter(torch.ones(1, dtype=torch.float64))
-            self.idle = nn.Parameter(torch.ones(4, dtype=torch.float64))
-
-        def forward(self, x):
-            return x * (1.5 * self.flat.square().sum() + 25 * self.sharp.square().sum() + 0 * self.idle.sum())
-
-    return Quadratic(), torch.ones(1, dtype=torch.float64)
-
-
-def test_param_groups_are_blockwise_gradient_descent() -> None:
-    model, x = quadratic()
-    loss = lambda m, batch: m(batch).sum()  # noqa: E731
-    spectra = blockhess.spectrum(model, x, loss, num_probes=1, progress=False)
-    groups = {group["name"]: group for group in spectra.param_groups(model)}
-    assert groups["flat"]["lr"] == pytest.approx(1 / 3) and groups["sharp"]["lr"] == pytest.approx(1 / 50)
-    assert groups["idle"]["lr"] == pytest.approx(1 / 50) and groups["flat"]["params"][0] is model.flat
-    optimizer = torch.optim.SGD(spectra.param_groups(model))
-    loss(model, x).backward()
-    optimizer.step()
-    assert loss(model, x).item() == pytest.approx(0.0, abs=1e-12)  # one step, as the blocks are isotropic
-
-    alone = blockhess.spectrum(model, x, loss, blocks={"sharp": "sharp"}, num_probes=1, progress=False)
-    rest = alone.param_groups(model)[-1]
-    assert rest["name"] == "rest" and sum(p.numel() for p in rest["params"]) == 6
-    parts = blockhess.spectrum(
-        model, x, loss, blocks={"x": blockhess.ParameterSlice("flat", 0, 1)}, num_probes=1, progress=False
-    )
-    with pytest.raises(ValueError, match="whole parameters"):
-        parts.param_groups(model)
-    with pytest.raises(ValueError, match="got none called"):
-        spectra.param_groups(nn.Linear(2, 2))
 
 
 TINY = Settings(4, 1, seeds=(0, 1), grids={"SGD": (0.1,), "AdamW": (1e-3, 1e-2)}, most_added=2)
@@ -219,7 +170,7 @@ TINY = Settings(4, 1, seeds=(0, 1), grids={"SGD": (0.1,), "AdamW": (1e-3, 1e-2)}
 
 def test_an_interrupted_search_goes_on_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with one_thread():
-        whole = best(tmp_path / "whole", "cnn", "AdamW", TINY)
+        whole = find_best(tmp_path / "whole", "cnn", "AdamW", TINY)
         calls = []
 
         def broken(*arguments, **options):
@@ -231,12 +182,12 @@ def test_an_interrupted_search_goes_on_and_gives_the_same(tmp_path: Path, monkey
         real = training_runs.train
         monkeypatch.setattr(training_runs, "train", broken)
         with pytest.raises(KeyboardInterrupt):
-            best(tmp_path / "cut", "cnn", "AdamW", TINY)
+            find_best(tmp_path / "cut", "cnn", "AdamW", TINY)
         assert len(list((tmp_path / "cut").rglob("*.json"))) == 2
-        resumed = best(tmp_path / "cut", "cnn", "AdamW", TINY)
+        resumed = find_best(tmp_path / "cut", "cnn", "AdamW", TINY)
         done = len(calls)
         assert resumed == whole and done == 3 + len(list((tmp_path / "cut").rglob("*.json"))) - 2
-        assert best(tmp_path / "cut", "cnn", "AdamW", TINY) == whole and len(calls) == done
+        assert find_best(tmp_path / "cut", "cnn", "AdamW", TINY) == whole and len(calls) == done
         other = trained(tmp_path / "cut", "cnn", "AdamW", 1e-2, 0, Settings(3, 1))
         assert other.num_steps == 3 and len(calls) == done + 1  # other settings are no hit
 
@@ -248,10 +199,10 @@ def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(training_runs, "train", planted_train)
     settings = Settings(1, 0, grids={"SGD": (0.1, 0.3)}, most_added=4)
-    found = best(tmp_path, "cnn", "SGD", settings)
+    found = find_best(tmp_path, "cnn", "SGD", settings)
     assert not found.at_edge and found.rate == pytest.approx(3.0)
     assert None in found.tried.values()
-    few = best(tmp_path, "cnn", "SGD", Settings(1, 0, grids={"SGD": (0.01, 0.03)}, most_added=1))
+    few = find_best(tmp_path, "cnn", "SGD", Settings(1, 0, grids={"SGD": (0.01, 0.03)}, most_added=1))
     assert few.at_edge
 
 

@@ -1,17 +1,12 @@
-"""Jensen-Shannon matrices of smoothed spectra: the standard definitions and two labelled reconstructions.
+"""Jensen-Shannon matrices of smoothed spectra.
 
     p_l = density of block l, one sigma for all;  m = (p + q) / 2
     "divergence"    D = 1/2 int p log(p / m) + 1/2 int q log(q / m)
     "distance"      sqrt(D)
-    "jeffreys"      int (p - q) (log p - log q), the symmetrised KL divergence
-    "unnormalised"  D with the integral replaced by a bare sum over a uniform grid
 
-The last two are candidates for the unpublished "JS distance" of Zhang et al. 2024 (arXiv:2402.16788), whose values
-up to 353 fit neither of the first two. All matrices are symmetric, finite, never negative, with an exactly zero
-diagonal, also where spectra do not overlap. Logarithms are of the given base. The integrals are sums over the lattice
-of density.node_grid: errors near 1e-12 for the first two kinds. For "jeffreys" they are relative, near 1e-6 at worst,
-where a block lies between two far nodes of another: log q has a kink there.
-Memory is bounded: the grid is taken in chunks of CHUNK_ELEMENTS / L points.
+All matrices are symmetric, finite and non-negative, with an exactly zero diagonal, also where spectra do not overlap.
+The integrals are sums over the lattice of density.node_grid, with errors near 1e-12. Memory is bounded: the grid is
+processed in chunks of CHUNK_ELEMENTS / L points.
 """
 
 from __future__ import annotations
@@ -26,15 +21,12 @@ from torch import Tensor
 from blockhess import _checks
 from blockhess._text import printable
 from blockhess.analysis.axes import Axis
-from blockhess.analysis.density import POINTS_PER_SIGMA, check_sigma, grid_spacing, node_grid, smooth
-from blockhess_ext.arguments import integer
+from blockhess.analysis.density import check_sigma, grid_spacing, node_grid, smooth
 
 # kind -> what it is, as printed with every value.
 KINDS = {
     "distance": "Jensen-Shannon distance",
     "divergence": "Jensen-Shannon divergence",
-    "jeffreys": "Jeffreys divergence, a reconstruction of the paper's definition",
-    "unnormalised": "Jensen-Shannon sum without bin width, a reconstruction of the paper's definition",
 }
 
 # BatchNorm policy, as spectra record it -> as printed.
@@ -48,13 +40,6 @@ BATCHNORM_POLICIES = {
 
 # JS0 is printed with the names of this many excluded blocks.
 _MOST_EXCLUDED = 6
-
-# Points of the uniform grid of "unnormalised" and how far it reaches beyond the extreme nodes, as in the paper's code.
-UNNORMALISED_POINTS = 10_000
-UNNORMALISED_MARGIN = 1.0
-
-# log q is not smoothed by its own density where p lies between two far nodes of q, so "jeffreys" needs a finer grid.
-JEFFREYS_POINTS_PER_SIGMA = 4 * POINTS_PER_SIGMA
 
 # Few enough that what is made of a chunk, one array after the other, stays in a core's cache.
 CHUNK_ELEMENTS = 2**16
@@ -78,7 +63,6 @@ def js_matrix(
     sigma: float,
     kind: str = "distance",
     base: float = 2.0,
-    grid_points: int = UNNORMALISED_POINTS,
 ) -> Tensor:
     """Compare the smoothed spectra of L blocks pair by pair.
 
@@ -86,17 +70,15 @@ def js_matrix(
         nodes, weights: (L, K) float64, on one axis; the weights of a block are non-negative and sum to 1.
         sigma: width of the Gaussian, the same for all blocks, in the unit of the nodes.
         kind: one of KINDS.
-        base: base of the logarithm, above 1; with base 2 "distance" and "divergence" are in [0, 1].
-        grid_points: points of the uniform grid from the smallest node - 1 to the largest + 1; "unnormalised" only.
-            As in the paper's code, nothing makes it resolve sigma: a narrow peak may fall between two points.
+        base: base of the logarithm, above 1; with base 2 all values are in [0, 1].
 
     Returns:
         (L, L) float64.
 
     Raises:
-        ValueError: kind, base, sigma or grid_points breaks its rule.
+        ValueError: kind, base or sigma is invalid.
 
-    Source: Lin 1991 (divergence); Endres and Schindelin 2003 (its square root is a metric); Jeffreys 1946.
+    Source: Lin 1991 (divergence); Endres and Schindelin 2003 (its square root is a metric).
 
     Example:
         >>> spikes = torch.tensor([[0.0], [0.0], [5.0]], dtype=torch.float64)
@@ -107,23 +89,10 @@ def js_matrix(
     base = _checks.real("js_matrix", "base", base)
     if not 1 < base < math.inf:
         raise ValueError(f"js_matrix: base must be finite and above 1, got {base!r}")
-    grid_points = integer("grid_points", grid_points, 2, op="js_matrix")
     sigma = check_sigma("js_matrix", sigma, nodes)
 
-    if kind == "jeffreys":
-        grid = node_grid(nodes, sigma, JEFFREYS_POINTS_PER_SIGMA)
-        total = _sum_over_grid(nodes, weights, grid, sigma, _jeffreys_sums)
-        total *= grid_spacing(sigma, JEFFREYS_POINTS_PER_SIGMA)
-    elif kind == "unnormalised":
-        low, high = float(nodes.min()) - UNNORMALISED_MARGIN, float(nodes.max()) + UNNORMALISED_MARGIN
-        grid = torch.linspace(low, high, grid_points, dtype=torch.float64)
-        total = _sum_over_grid(nodes, weights, grid, sigma, _jensen_shannon_sums)
-    else:
-        grid = node_grid(nodes, sigma)
-        total = _sum_over_grid(nodes, weights, grid, sigma, _jensen_shannon_sums) * grid_spacing(sigma)
-        total.clamp_(max=math.log(2.0))
-
-    matrix = total / math.log(base)
+    total = sum_over_grid(nodes, weights, node_grid(nodes, sigma), sigma) * grid_spacing(sigma)
+    matrix = total.clamp(max=math.log(2.0)) / math.log(base)
     return matrix.sqrt() if kind == "distance" else matrix
 
 
@@ -133,23 +102,7 @@ def largest_value(kind: str, base: float) -> float:
     return math.sqrt(bound) if kind == "distance" else bound
 
 
-def _sum_over_grid(
-    nodes: Tensor,
-    weights: Tensor,
-    grid: Tensor,
-    sigma: float,
-    pair_sums: Callable[[Tensor, Tensor, Tensor, float], Tensor],
-) -> Tensor:
-    """Return the symmetric (L, L) sums over all grid points of one integrand, chunk by chunk."""
-    n_blocks = nodes.shape[0]
-    total = torch.zeros(n_blocks, n_blocks, dtype=torch.float64)
-    for chunk in torch.split(grid, max(256, CHUNK_ELEMENTS // n_blocks)):
-        total += pair_sums(nodes, weights, chunk, sigma)
-    total = total.triu(1).clamp(min=0.0)
-    return total + total.T
-
-
-def _jensen_shannon_sums(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:
+def jensen_shannon_sums(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:
     """Return the (L, L) upper triangle of sum_g 1/2 p log(p / m) + 1/2 q log(q / m).
 
     With delta = (p - q) / (p + q) the summand is m/2 ((1 + delta) log(1 + delta) + (1 - delta) log(1 - delta)):
@@ -174,28 +127,24 @@ def _jensen_shannon_sums(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: fl
     return sums
 
 
-def _jeffreys_sums(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:
-    """Return the (L, L) upper triangle of sum_g (p - q) (log p - log q), each summand non-negative.
+def sum_over_grid(
+    nodes: Tensor,
+    weights: Tensor,
+    grid: Tensor,
+    sigma: float,
+    pair_sums: Callable[[Tensor, Tensor, Tensor, float], Tensor] = jensen_shannon_sums,
+) -> Tensor:
+    """Return the symmetric (L, L) sums of an integrand over all grid points, chunk by chunk.
 
-    log p = logsumexp_k(log w_k - (t - x_k)^2 / (2 sigma^2)) - log(sigma sqrt(2 pi)) stays finite far from all nodes,
-    where p itself underflows.
+    Args:
+        pair_sums: maps nodes, weights, a chunk of the grid and sigma to the upper triangle of the sums.
     """
-    n_blocks, n_nodes = nodes.shape
-    log_p = torch.empty(n_blocks, len(grid), dtype=torch.float64)
-    columns = max(1, CHUNK_ELEMENTS // n_nodes)
-    for block in range(n_blocks):
-        carried = weights[block] > 0
-        x, log_w = nodes[block, carried, None], weights[block, carried, None].log()
-        for start in range(0, len(grid), columns):
-            t = grid[start : start + columns]
-            log_p[block, start : start + columns] = (log_w - 0.5 * ((t - x) / sigma) ** 2).logsumexp(0)
-    log_p -= math.log(sigma * math.sqrt(2 * math.pi))
-
-    p = log_p.exp()
-    sums = torch.zeros(n_blocks, n_blocks, dtype=torch.float64)
-    for i in range(n_blocks - 1):
-        sums[i, i + 1 :] = ((p[i] - p[i + 1 :]) * (log_p[i] - log_p[i + 1 :])).sum(1)
-    return sums
+    n_blocks = nodes.shape[0]
+    total = torch.zeros(n_blocks, n_blocks, dtype=torch.float64)
+    for chunk in torch.split(grid, max(256, CHUNK_ELEMENTS // n_blocks)):
+        total += pair_sums(nodes, weights, chunk, sigma)
+    total = total.triu(1).clamp(min=0.0)
+    return total + total.T
 
 
 @dataclass(frozen=True)
@@ -209,7 +158,6 @@ class JS0:
         blocks: names of the compared blocks.
         excluded: (name, reason) of blocks that were not compared.
         batchnorm: BatchNorm policy of the spectra, "" where none was recorded.
-        grid_points: size of the uniform grid of kind "unnormalised", None for the others.
         normalize, scale: of the axis, see axes.Axis.
         interval: (lower, upper, confidence) for what many probes would give at the same number of steps, None where it
             was not asked for.
@@ -226,7 +174,6 @@ class JS0:
     blocks: tuple[str, ...]
     excluded: tuple[tuple[str, str], ...] = ()
     batchnorm: str = ""
-    grid_points: int | None = None
     normalize: str | int = "none"
     scale: float | None = None
     interval: tuple[float, float, float] | None = None
@@ -248,10 +195,9 @@ class JS0:
         return f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %, {self.bias:.2g} of it raised by few probes)"
 
     def __str__(self) -> str:
-        grid = "" if self.grid_points is None else f" ({self.grid_points} grid points)"
         pairs = f"{self.num_pairs} pair{'s' if self.num_pairs > 1 else ''} of {len(self.blocks)} blocks"
         parts = [
-            f"JS0 = {self.value:.4g}{self._interval_text()}: {KINDS[self.kind]}{grid}, base {self.base:.6g}",
+            f"JS0 = {self.value:.4g}{self._interval_text()}: {KINDS[self.kind]}, base {self.base:.6g}",
             f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}",
             f"mean over {pairs}",
             BATCHNORM_POLICIES.get(self.batchnorm, "BatchNorm policy not recorded"),

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from blockhess.analysis import comparison
 from blockhess.analysis.jensen_shannon import check_choice
+from blockhess.analysis.selection import comparable_blocks
 from blockhess.report.html.contents import COMPARISONS
 from blockhess.report.plots import MISSING, new_figure, plot_density, plot_heatmap, save_figure
-from blockhess.analysis.selection import comparable_blocks
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
 

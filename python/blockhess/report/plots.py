@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from blockhess import _checks
-from blockhess.analysis.comparison import compare
-from blockhess.analysis.selection import distributions, normalizable, resolved_axis
 from blockhess.analysis.axes import Axis, as_axis
+from blockhess.analysis.comparison import compare
 from blockhess.analysis.density import check_sigma_in_range, default_sigma, node_grid, smooth
-from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.bands import density_band
+from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
+from blockhess.analysis.selection import distributions, normalizable, resolved_axis
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
 

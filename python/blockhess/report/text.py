@@ -13,8 +13,8 @@ from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
 from blockhess.analysis.errors import error_bars
 from blockhess.analysis.jensen_shannon import check_choice
-from blockhess.report.rows import block_records
 from blockhess.analysis.selection import comparable_blocks
+from blockhess.report.rows import block_records
 from blockhess.results.data import SpectraData
 
 # sort key -> whether the largest value comes first.
@@ -86,7 +86,13 @@ def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
     header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,zero,W1 probes,W1 steps,steps,note"
     zero, (from_probes, from_steps) = statistics.zero_mass(spectra).tolist(), error_bars.wasserstein_error(spectra)
     low, high = statistics.eigenvalue_range(spectra)
-    columns = (low, high, *statistics.trace(spectra), statistics.frobenius_norm(spectra)[0], statistics.negative_mass(spectra))
+    columns = (
+        low,
+        high,
+        *statistics.trace(spectra),
+        statistics.frobenius_norm(spectra)[0],
+        statistics.negative_mass(spectra),
+    )
     values = torch.stack(columns, 1).tolist()
     lines = []
     for row in spectra.rows(blocks):

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockhess.analysis.axes import Axis
 from blockhess._text import format_table
+from blockhess.analysis.axes import Axis
 from blockhess.analysis.density import default_sigma, node_grid, smooth
 from blockhess.spectra import Spectra
 from blockhess_paper.networks.initial_spectra import Subject, measured, settings
 from blockhess_paper.networks.networks import NETWORKS, Selection
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import Claim, Result, new_figure, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,7 @@ from torch import Tensor
 from blockhess._text import format_table
 from blockhess_paper.networks.initial_spectra import Subject, measured, settings
 from blockhess_paper.networks.networks import NETWORKS, Selection
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, quantiles, verdict
+from blockhess_paper.results import Claim, Result, new_figure, quantiles, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,8 +18,8 @@ from typing import Any
 import blockhess
 from blockhess.problem import fingerprint
 from blockhess.problem.batches import as_batches
-from blockhess.problem.losses import make_loss
 from blockhess.problem.blocks import BlockSpec
+from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder
 from blockhess.run.storage.directory import RunMismatch

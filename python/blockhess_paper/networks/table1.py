@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 from blockhess._text import format_table
 from blockhess_paper.networks.initial_spectra import POLICIES, Subject, measured, settings
 from blockhess_paper.networks.networks import NETWORKS, Selection
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import Claim, Result, new_figure, verdict
 from blockhess_paper.scaled_mlp.table3 import (
     ALIKE,
     CLOSE,

@@ -18,8 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from blockhess._text import format_table
-from blockhess_paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
 from blockhess_paper.scaled_mlp.mlp import SCALES, Training, load_images, train
 
 if TYPE_CHECKING:

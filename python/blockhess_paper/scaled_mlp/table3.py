@@ -1,15 +1,17 @@
-"""Table 3: JS0 between the layers of the scaled MLP at initialisation, c = 1 ... 15, in every definition.
+"""Table 3: JS0 between the layers of the scaled MLP at initialization, c = 1 ... 15, in every definition.
 
-The paper's numbers reach 353, so they are no Jensen-Shannon distance; nor does it say on what grid, with which sigma,
-or after which normalisation they were taken, and for c >= 9 they are NaN "due to the division of near-zero values".
-Tried here: every kind of divergence.KINDS; spectra as they are or divided by a number of their own (their 10th largest
-eigenvalue, as the paper's pictures are; their largest; their trace, which may be near zero), with its code's
-sigma^2 = 1e-5 or 1% of the range of all; and, since its sigma "is tuned based on visual effects", spectra as they are
-with one sigma of every power of ten from 0.01 to 10,000.
+The paper's numbers reach 353, so they are not Jensen-Shannon distances. It does not say which grid, sigma or
+normalization was used; for c >= 9 its numbers are NaN "due to the division of near-zero values". Tried here:
 
-A definition is judged by the logarithms of its eight numbers for c = 1 ... 8: the root mean square of their distance to
-the paper's, as it is and after one factor common to all eight (units, base of the logarithm), and the rank correlation.
-For comparison, so is the best that says nothing: one number for all c, the mean of the paper's logarithms.
+    kind            every one of reconstructed_js.KINDS
+    normalization   none, or every block divided by its 10th largest eigenvalue (as in the paper's figures), by its
+                    largest, or by its trace, which may be near zero
+    sigma           that of the paper's code (sigma^2 = 1e-5) or 1% of the range of all blocks; without normalization also
+                    every power of ten from 0.01 to 10,000, as the paper's is "tuned based on visual effects"
+
+A definition is judged by the logarithms of its eight numbers for c = 1 ... 8: their root mean square difference from the
+paper's, before and after multiplication by one common factor (units, base of the logarithm), and the rank correlation.
+The baseline is a constant: one number for all c, the geometric mean of the paper's.
 """
 
 from __future__ import annotations
@@ -28,10 +30,9 @@ import blockhess
 from blockhess._text import format_table
 from blockhess.analysis.density import DEFAULT_RELATIVE_SIGMA, smallest_sigma
 from blockhess.analysis.distribution import quantiles
-from blockhess.analysis.jensen_shannon import KINDS, js_matrix
 from blockhess.spectra import Spectra
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.networks.reconstructed_js import KINDS, js_matrix
+from blockhess_paper.results import Claim, Result, new_figure, verdict
 from blockhess_paper.scaled_mlp.mlp import BATCH_SIZE, SCALES, WIDTHS, load_images, scaled_mlp
 
 if TYPE_CHECKING:

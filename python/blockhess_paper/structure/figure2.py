@@ -25,8 +25,7 @@ from blockhess._text import format_table
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
 from blockhess.problem.blocks import ParameterSlice
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import Claim, Result, new_figure, verdict
 from blockhess_paper.structure.hessian import exact_hessian
 from blockhess_paper.structure.pair_norms import PairNorms, estimate_pair_norms, exact_pair_norms
 

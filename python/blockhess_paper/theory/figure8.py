@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from blockhess._text import format_table
-from blockhess_paper.pictures import ADAM_COLOR, ADAM_ONE_COLOR, GD_COLOR, new_figure
-from blockhess_paper.results import Claim, Result, quantiles, verdict
+from blockhess_paper.results import ADAM_COLOR, ADAM_ONE_COLOR, GD_COLOR, Claim, Result, new_figure, quantiles, verdict
 from blockhess_paper.theory.descent import RateSearch, blockwise_rate, iterates, optimal_rate, search_rate
 from blockhess_paper.theory.quadratics import TITLES, Quadratics, case
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from blockhess._text import format_table
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, quantiles, verdict
+from blockhess_paper.results import Claim, Result, new_figure, quantiles, verdict
 from blockhess_paper.theory.descent import iterates
 from blockhess_paper.theory.quadratics import Quadratics
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from blockhess._text import format_table
-from blockhess_paper.pictures import ADAM_ONE_COLOR, GD_COLOR, new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import ADAM_ONE_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
 from blockhess_paper.theory.descent import blockwise_rate, optimal_rate
 from blockhess_paper.theory.proposition2 import amplitude, one_dimensional
 from blockhess_paper.theory.quadratics import Quadratics, make_quadratics

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blockhess.analysis.axes import Axis
 from blockhess._text import format_table
-from blockhess.analysis.jensen_shannon import KINDS
+from blockhess.analysis.axes import Axis
 from blockhess.analysis.sensitivity import NORMALIZATIONS, SIGMAS
+from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
-from blockhess_paper.networks.networks import Selection
-from blockhess_paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.networks.initial_spectra import POLICIES, Effort, measure_once
+from blockhess_paper.networks.networks import Network, Selection
+from blockhess_paper.networks.reconstructed_js import KINDS, js0
+from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
 from blockhess_paper.training.architectures import ARCHITECTURES
 from blockhess_paper.training.calibration import (
     CONFIDENCE,
@@ -42,11 +43,16 @@ from blockhess_paper.training.calibration import (
     gap,
     rank_correlation,
 )
-from blockhess_paper.training.calibration_data import EFFORT, QUICK_EFFORT, Measured, measure
-from blockhess_paper.training.training_runs import QUICK, Best, Settings, cpu_seconds
+from blockhess_paper.training.training_runs import QUICK, Best, Settings, cpu_seconds, find_best
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+EFFORT = Effort(3, 40)
+QUICK_EFFORT = Effort(1, 4, 4)
+
+# Samples whose mean loss has the measured Hessian: images, windows or pairs.
+IMAGES, WINDOWS = 64, 16
 
 QUICK_KINDS = ("distance",)
 QUICK_NAMES = ("cnn", "gpt-1", "lstm")
@@ -60,6 +66,45 @@ RESAMPLES = 200
 
 # Definitions printed.
 SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An architecture of the calibration.
+
+    Attributes:
+        name: of ARCHITECTURES.
+        spectra: BatchNorm policy -> spectra at the initialisation of the first seed; without BatchNorm both are one.
+        sgd, adamw: both optimizers at their best rate.
+    """
+
+    name: str
+    spectra: dict[str, Spectra]
+    sgd: Best
+    adamw: Best
+
+
+def initial_spectra(folder: Path, name: str, seed: int, effort: Effort) -> dict[str, Spectra]:
+    """Return spectra of every parameter tensor by BatchNorm policy, measured or as they are kept."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.model(seed)
+    images = architecture.draw.endswith("images")
+    usual = IMAGES if images else WINDOWS
+    batch = architecture.batches(1, seed, batch_size=usual if effort.size is None else effort.size)
+    source = "Fashion-MNIST" if images else "Shakespeare"
+    network = Network(name, model, batch, architecture.loss_fn, source)
+    kept = writable_folder(folder / "spectra")
+    if not has_batchnorm(model):
+        return dict.fromkeys(POLICIES, measure_once(kept / f"{name}-none.npz", network, "none", effort, seed))
+    return {policy: measure_once(kept / f"{name}-{policy}.npz", network, policy, effort, seed) for policy in POLICIES}
+
+
+def measure(folder: Path, names: Sequence[str], settings: Settings, effort: Effort) -> Iterator[Measured]:
+    """Yield the architectures one after the other, each as soon as it is measured."""
+    for name in names:
+        spectra = initial_spectra(folder, name, settings.seeds[0], effort)
+        sgd, adamw = (find_best(folder, name, optimizer, settings) for optimizer in ("SGD", "AdamW"))
+        yield Measured(name, spectra, sgd, adamw)
 
 
 @dataclass(frozen=True)
@@ -93,18 +138,17 @@ DEFAULT = Definition()
 def values_of(spectra: Spectra, policy: str, kinds: Iterable[str] = KINDS) -> dict[Definition, float]:
     """Return JS0 in every definition under one policy; those that cannot be had are left out."""
     found = {}
-    for kind, axis, normalize in itertools.product(kinds, AXES, NORMALIZATIONS):
+    for axis, normalize in itertools.product(AXES, NORMALIZATIONS):
         if len(spectra.comparable_blocks(Axis(axis, normalize))) < 2:
             continue
-        sigma, scale = None, None
-        for multiple in sorted(SIGMAS, key=lambda m: m != 1):
-            js0 = spectra.js0(
-                kind, axis=Axis(axis, normalize, scale), sigma=None if sigma is None else multiple * sigma
-            )
-            sigma, scale = sigma or js0.sigma, js0.scale
-            count = len(js0.blocks)
-            for mean, share in zip(MEANS, (1.0, (count - 1) / count)):
-                found[Definition(kind, axis, normalize, multiple, mean, policy)] = share * js0.value
+        default = spectra.js0(axis=Axis(axis, normalize))
+        where, count = Axis(axis, normalize, default.scale), len(default.blocks)
+        for multiple in SIGMAS:
+            compared = spectra.js0(axis=where, sigma=multiple * default.sigma)
+            for kind in kinds:
+                value = js0(spectra, kind, compared)
+                for mean, share in zip(MEANS, (1.0, (count - 1) / count)):
+                    found[Definition(kind, axis, normalize, multiple, mean, policy)] = share * value
     return found
 
 

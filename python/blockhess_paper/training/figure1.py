@@ -30,8 +30,7 @@ from blockhess.results.files import writable_folder, write_text
 from blockhess.spectra import Spectra
 from blockhess_paper.networks.initial_spectra import EFFORTS, Effort, measure_once
 from blockhess_paper.networks.networks import NETWORKS, Network, Selection
-from blockhess_paper.pictures import new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import Claim, Result, new_figure, verdict
 from blockhess_paper.training import SavedState, load_checkpoint, save_checkpoint, train
 from blockhess_paper.training.architectures import ARCHITECTURES
 from blockhess_paper.training.recipes import PaperTrainee, trainees

@@ -1,9 +1,9 @@
-"""Figure 10: AdamW and SGD on CNNs, each at its best learning rate; figure11.py does Transformers alike.
+"""Figures 10 and 11: AdamW and SGD on CNNs and on Transformers, each at its best learning rate.
 
-The paper's training accuracies over 90 epochs of ImageNet become training losses here: over some hundred steps of the
-architectures of architectures.py or, at the paper's size, as recipes.py says. "Similar" is a gap of at most NEEDED_GAP,
-the share of AdamW's gain that SGD does not make, averaged over the seeds. A rate that diverged is told as such and
-never chosen; where AdamW gains nothing there is no gap, and no claim holds.
+The paper shows training accuracies over 90 epochs of ImageNet. Here training losses are compared: over some hundred
+steps of the networks of architectures.py or, at the paper's size, as recipes.py says. "Similar" means that the gap, the
+share of AdamW's decrease of the loss that SGD does not reach, is at most NEEDED_GAP on average over the seeds. Rates
+that diverged are listed and never chosen. Where AdamW does not lower the loss the gap is undefined and no claim holds.
 """
 
 from __future__ import annotations
@@ -17,33 +17,40 @@ import torch
 
 from blockhess._text import format_table
 from blockhess_paper.networks.networks import NETWORKS, Selection
-from blockhess_paper.pictures import ADAM_COLOR, GD_COLOR, new_figure
-from blockhess_paper.results import Claim, Result, verdict
+from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
 from blockhess_paper.training.calibration import NEEDED_GAP, gap
 from blockhess_paper.training.recipes import trainees
-from blockhess_paper.training.training_runs import QUICK, Best, Settings, Trainee, best, cpu_seconds
+from blockhess_paper.training.training_runs import QUICK, Best, Settings, Trainee, cpu_seconds, find_best
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # The paper's panels, and what stands for them.
 CNNS = {"resnet": "ResNet18", "vgg": "VGG16", "vgg-bn": "VGG16 with BatchNorm (not in the paper)"}
+TRANSFORMERS = {"vit-2": "ViT", "bert-2": "BERT", "gpt-1": "GPT2-nano", "gpt-2": "GPT2"}
 
 # Losses are drawn as running means over so many steps.
 SMOOTHED = 15
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
-    """Train the CNNs.
+    """Figure 10: train the CNNs.
 
     Args:
-        seed, quick: see runner.run_experiments.
-        folder: keeps every training, so that an interrupted run goes on; those of `calibrate` serve here too.
+        seed, quick: see experiments.run_experiments.
+        folder: every training is saved here, so that an interrupted run resumes; trainings of `calibrate` are reused.
         selection: of the networks; at scale "mini" of CNNS.
     """
     subjects = dict(list(CNNS.items())[:1]) if quick else CNNS
-    return compared("fig10", "Figure 10: SGD and AdamW perform similarly on CNNs.", subjects, False, seed, quick,
-                    folder, selection or Selection())  # fmt: skip
+    claim = "Figure 10: SGD and AdamW perform similarly on CNNs."
+    return compared("fig10", claim, subjects, False, seed, quick, folder, selection or Selection())
+
+
+def run_figure11(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
+    """Figure 11: train the Transformers. Args: see run."""
+    subjects = {"gpt-1": "GPT2-nano"} if quick else TRANSFORMERS
+    claim = "Figure 11: SGD performs significantly worse than AdamW on Transformers."
+    return compared("fig11", claim, subjects, True, seed, quick, folder, selection or Selection())
 
 
 def compared(
@@ -95,7 +102,7 @@ def compare(
         made: key -> what is trained; by default that of ARCHITECTURES.
     """
     found = {
-        key: {o: best(folder, key, o, settings[key], (made or {}).get(key)) for o in ("SGD", "AdamW")}
+        key: {o: find_best(folder, key, o, settings[key], (made or {}).get(key)) for o in ("SGD", "AdamW")}
         for key in subjects
     }
     every = {key: _gaps(both["SGD"], both["AdamW"]) for key, both in found.items()}

@@ -171,7 +171,7 @@ def cpu_seconds(folder: Path, name: str, optimizer: str, found: Best, settings: 
     return float(sum(json.loads(path.read_text())["cpu_seconds"] for path in paths))
 
 
-def best(folder: Path, name: str, optimizer: str, settings: Settings, trainee: Trainee | None = None) -> Best:
+def find_best(folder: Path, name: str, optimizer: str, settings: Settings, trainee: Trainee | None = None) -> Best:
     """Search the rate at the first seed and train at the best one with all seeds.
 
     Where every rate diverged it is the smallest, and its trainings gain nothing.

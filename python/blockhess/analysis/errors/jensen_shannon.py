@@ -51,7 +51,7 @@ def js_error(matrix: Callable[[list[int], str], Tensor], kind: str, n_probes: in
 
     Args:
         matrix: maps the indices of the probes to use, and a kind, to a js_matrix.
-        kind: one of divergence.KINDS.
+        kind: one of jensen_shannon.KINDS.
         n_probes: number of probes; with one, all estimates are NaN.
 
     Source: Quenouille 1956; Tukey 1958.

@@ -17,8 +17,8 @@ from typing import Any
 
 from blockhess.report.html.contents import page_contents
 from blockhess.report.rows import finite
-from blockhess.results.files import check_writable, write_text
 from blockhess.results.data import SpectraData
+from blockhess.results.files import check_writable, write_text
 
 # In this order: each uses those before it.
 SCRIPTS = ("density.js", "figure.js", "spectra.js", "heatmap.js", "evolution.js", "table.js", "main.js")
