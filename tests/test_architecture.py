@@ -40,13 +40,39 @@ def test_bindings_use_the_stable_abi_alone():
             )
 
 
+PYTHON = ROOT / "python"
+
+# The rooms of python/blockhess, floor by floor: a room imports from the floors below its own, and from itself.
+FLOORS = (
+    {"_text", "_checks", "_version", "models", "datasets"},
+    {"problem"},
+    {"hvp", "results"},
+    {"analysis"},
+    {"run", "report"},
+    {"spectra"},
+    {"estimate"},
+    {"integrations"},
+    {"cli"},
+)
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(PYTHON).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in PYTHON.rglob("*.py")}
+
+
 def imports(path: Path) -> set[str]:
+    """The modules that a file imports anywhere, within functions and for type checking too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in inside}
     return names
 
 
@@ -55,6 +81,38 @@ def test_the_extension_knows_nothing_of_models_and_autograd():
         for name in imports(path):
             assert name.split(".")[0] != "blockhess", f"{path.name} imports {name}"
             assert not name.startswith(("torch.nn", "torch.autograd", "torch.func")), f"{path.name} imports {name}"
+
+
+def floor_of(module: str) -> int:
+    room = module.split(".")[1]
+    return next(floor for floor, rooms in enumerate(FLOORS) if room in rooms)
+
+
+# blockhess/__init__.py hands names on when they are first used.
+LIBRARY = sorted(name for name in MODULES if name.startswith("blockhess."))
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_rooms_import_from_the_floors_below(module: str) -> None:
+    for name in imports(MODULES[module]):
+        top, _, room = name.partition(".")
+        assert top not in ("blockhess_paper", "bench", "docs", "tests"), f"{module} imports {name}"
+        if top == "blockhess" and room and room.split(".")[0] != module.split(".")[1]:
+            assert floor_of(name) < floor_of(module), f"{module} imports {name}"
+
+
+def test_python_imports_neither_benchmarks_nor_documentation() -> None:
+    for module, path in MODULES.items():
+        for name in imports(path):
+            assert name.split(".")[0] not in ("bench", "docs", "tests"), f"{module} imports {name}"
+
+
+def test_no_import_circle() -> None:
+    below = {name: imports(path) & MODULES.keys() - {name, "blockhess"} for name, path in MODULES.items()}
+    while below:
+        ground = {name for name, needed in below.items() if not needed & below.keys()}
+        assert ground, f"these import one another in a circle, or what does: {sorted(below)}"
+        below = {name: needed for name, needed in below.items() if name not in ground}
 
 
 @pytest.mark.parametrize("op", [path.stem for path in sources("ops") if path.stem != "common"])

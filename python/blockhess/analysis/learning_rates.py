@@ -8,17 +8,16 @@ Source: Zhang et al. 2024, the proof of Theorem 1.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from blockhess.analysis.statistics import eigenvalue_range
 from blockhess.problem.blocks import partition, unwrap
-
-if TYPE_CHECKING:
-    from blockhess.spectra import Spectra
+from blockhess.results.data import SpectraData
 
 
-def rates(spectra: Spectra, factor: float = 1.0) -> dict[str, float | None]:
+def rates(spectra: SpectraData, factor: float = 1.0) -> dict[str, float | None]:
     """Return block -> factor / lambda_max; None where lambda_max is unknown, or not positive beyond rounding.
 
     Raises:
@@ -31,11 +30,11 @@ def rates(spectra: Spectra, factor: float = 1.0) -> dict[str, float | None]:
     if not 0 < factor < math.inf:
         raise ValueError(f"rates: factor must be positive, got {factor}")
     zero = set(spectra.zero_blocks)
-    largest = zip(spectra.names, spectra.eigenvalue_range()[1].tolist())
+    largest = zip(spectra.names, eigenvalue_range(spectra)[1].tolist())
     return {name: factor / value if value > 0 and name not in zero else None for name, value in largest}
 
 
-def param_groups(spectra: Spectra, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:
+def param_groups(spectra: SpectraData, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:
     """Return torch param groups with a learning rate for every block.
 
     Blocks without positive curvature, and trainable parameters outside all blocks, get the smallest of the other rates.
