@@ -1,8 +1,8 @@
-"""Batched stochastic Lanczos quadrature: arrays in, arrays out. It knows torch, but neither models nor autograd."""
+"""Batched stochastic Lanczos quadrature on torch tensors, independent of models and autograd."""
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (the extension links against the libraries that this loads)
+import torch  # noqa: F401  (loads the libraries that the extension links against)
 
 try:
     import blockhess_ext._C as _C
@@ -20,8 +20,8 @@ from blockhess_ext.state import State
 
 
 def build_info() -> dict[str, str | int | None]:
-    """What was built: torch and compiler versions, CUDA version and architectures ("sm_80,sm_90,compute_90"; both None
-    without CUDA), instruction set in use, tile length."""
+    """Return how the extension was built: versions of torch and compiler, CUDA version and architectures, such as
+    "sm_80,sm_90,compute_90" (both None without CUDA), the instruction set in use and the tile length."""
     return dict(_C.build_info())
 
 

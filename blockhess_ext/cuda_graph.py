@@ -1,8 +1,8 @@
-"""The steps of the loop as CUDA graphs: captured once, then replayed by one launch a step.
+"""Lanczos steps as CUDA graphs: captured once, then replayed with a single launch per step.
 
-A step is the same work on the same addresses each time, but for the exchange of v and v_prev: so there are two graphs,
-for even and for odd steps. The first step of each kind runs as it is, which loads its kernels; the second is captured.
-Graphs are replayed on the stream that is current, among what the host gives it between two steps.
+Every step does the same work on the same addresses, except that v and v_prev are swapped. So there are two graphs, for
+even and for odd steps. The first step of each parity runs eagerly, which loads the kernels; the second is captured.
+Graphs are replayed on the current stream, in order with other work that the caller queues there.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 class Recorder(Protocol):
-    """What records the work that a device is given."""
+    """Records device work for replay."""
 
     def warm_up(self, work: Work) -> None:
-        """Does the work where it would be recorded."""
+        """Run the work eagerly on the stream on which it would be recorded."""
 
     def record(self, work: Work) -> Work:
-        """Records the work without doing it; each call of the result does it."""
+        """Record the work without running it, and return a function that replays it."""
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures, as libraries keep scratch memory for every stream that they have seen."""
+    """Return the one stream used for all captures: libraries allocate workspace for every stream they see."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return stream
 
 
-_SIDE_STREAMS = threading.RLock()  # held while one is used; torch too allows one capture at a time
+_SIDE_STREAMS = threading.RLock()  # held while a side stream is in use; torch allows one capture at a time
 
 
 class CudaRecorder:
-    """Captures CUDA graphs, on a stream beside the current one.
+    """Captures CUDA graphs on a side stream.
 
-    What is allocated during a capture is the graphs' own. They share it, so they must be replayed in turn, in the order
-    of their captures. What they read or write besides must live as long as they do.
+    Memory allocated during a capture belongs to a pool that all graphs of this recorder share, so they must be replayed
+    in the order of their captures. All other memory that they read or write must outlive them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Work) -> None:
-        """As in `Recorder`. The streams wait for each other, the host for neither."""
+        """See `Recorder`. The streams wait for each other; the host does not wait."""
         current = torch.cuda.current_stream(self._stream.device)
         with _SIDE_STREAMS:
             self._stream.wait_stream(current)
@@ -60,13 +60,13 @@ class CudaRecorder:
             current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        """As in `Recorder`. Waits for the device.
+        """See `Recorder`. Synchronizes with the device.
 
         Raises:
             RuntimeError: the work cannot be captured.
         """
         graph = torch.cuda.CUDAGraph()
-        # The outer context chooses the device that torch waits for, and restores the stream where a capture fails.
+        # The outer context selects the device that torch synchronizes, and restores the stream if the capture fails.
         with _SIDE_STREAMS, torch.cuda.stream(self._stream):
             try:
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -75,26 +75,25 @@ class CudaRecorder:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(
-                    "batched_slq: hvp must be fit for capture in a CUDA graph where hvp.capturable is True, "
-                    f"got: {error}"
+                    f"batched_slq: hvp must support capture in a CUDA graph if hvp.capturable is True, got: {error}"
                 ) from error
         replay: Work = graph.replay
         return replay
 
 
 def recorder_of(device: torch.device) -> Recorder:
-    """The recorder of the device.
+    """Return the recorder for a device.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it is not a CUDA device.
     """
     if device.type != "cuda":
-        raise ValueError(f"batched_slq: cuda_graph must be False where vectors are not on a CUDA device, got {device}")
+        raise ValueError(f"batched_slq: cuda_graph must be False unless device is a CUDA device, got device {device}")
     return CudaRecorder(device)
 
 
-class Replayed:
-    """A step whose two arguments are exchanged from call to call, replayed from the third call on."""
+class GraphedStep:
+    """A step whose two arguments are swapped from call to call; replayed from a graph from the third call on."""
 
     def __init__(self, step: Step, recorder: Recorder) -> None:
         self._step, self._recorder = step, recorder
@@ -102,7 +101,7 @@ class Replayed:
         self._calls = 0
 
     def __call__(self, v: Tensor, v_prev: Tensor) -> None:
-        """Makes the step."""
+        """Make one step."""
 
         def work() -> None:
             self._step(v, v_prev)
@@ -116,27 +115,27 @@ class Replayed:
         self._calls += 1
 
 
-def replayed(
+def graphed_step(
     recorder: Recorder,
     product: Callable[[Tensor], Tensor],
     advance: Callable[[Tensor, Tensor, Tensor], None],
     like: Tensor,
     with_product: bool,
 ) -> Step:
-    """The step advance(product(v), v, v_prev), replayed.
+    """Return the step advance(product(v), v, v_prev), replayed from CUDA graphs.
 
     Args:
-        recorder: of the device.
-        product: w = H v.
+        recorder: recorder for the device.
+        product: computes w = H v.
         advance: the rest of the step, given w, v and v_prev.
-        like: a set of vectors.
-        with_product: replay the product too. Otherwise it runs as it is, and its result is copied to where the graphs
-            read it: one more set of vectors, and two more elements moved per element.
+        like: a tensor of the vectors' shape.
+        with_product: whether the graphs include the product. Otherwise it runs eagerly and its result is copied to a
+            buffer that the graphs read: one more set of vectors, and one more read and write per element.
     """
     if with_product:
-        return Replayed(lambda v, v_prev: advance(product(v), v, v_prev), recorder)
+        return GraphedStep(lambda v, v_prev: advance(product(v), v, v_prev), recorder)
     w = torch.empty_like(like)
-    rest = Replayed(lambda v, v_prev: advance(w, v, v_prev), recorder)
+    rest = GraphedStep(lambda v, v_prev: advance(w, v, v_prev), recorder)
 
     def step(v: Tensor, v_prev: Tensor) -> None:
         w.copy_(product(v))

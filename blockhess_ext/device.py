@@ -1,4 +1,4 @@
-"""Where vectors may live: what this build and this machine can work on, and what to say when memory runs out."""
+"""Checks that the compiled kernels run on a device, and the message for running out of its memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import blockhess_ext._C as _C
 
 
-def rebuild(architecture: str = "") -> str:
-    """What to type for a build with CUDA, for the GPU architecture, such as "9.0", or the usual ones."""
+def build_command(architecture: str = "") -> str:
+    """Return the command that builds with CUDA, for a GPU architecture such as "9.0" or the default ones."""
     setting = f"TORCH_CUDA_ARCH_LIST={architecture} " if architecture else ""
     return (
         f"in blockhess' source folder, with a CUDA build of torch, run: {setting}BLOCKHESS_CUDA=1 "
@@ -22,15 +22,15 @@ def rebuild(architecture: str = "") -> str:
 
 
 def has_cuda() -> bool:
-    """Whether the extension was compiled with its CUDA kernels."""
+    """Return whether the extension was compiled with CUDA."""
     return _C.build_info()["cuda"] is not None
 
 
 def _runs_on(capability: tuple[int, int], name: str) -> bool:
-    """Whether what nvcc compiled for the architecture of this name runs on a device.
+    """Return whether code compiled for the named architecture runs on a device of this compute capability.
 
-    Machine code (sm_80) runs within its major version, from its minor version on; PTX (compute_90) on everything
-    newer too; either with an "a" (sm_90a) on that architecture alone.
+    Machine code (sm_80) runs on the same major version with an equal or higher minor version, PTX (compute_90) on any
+    newer architecture as well, and either with the suffix "a" (sm_90a) on that architecture only.
     """
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)", name)
     assert match
@@ -41,11 +41,11 @@ def _runs_on(capability: tuple[int, int], name: str) -> bool:
     return capability >= compiled and (kind == "compute" or capability[0] == compiled[0])
 
 
-def usable(device: torch.device | str) -> torch.device:
-    """The device, with its index, if the kernels can run there.
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device with its index, checked to be one on which the kernels run.
 
     Raises:
-        ValueError: this build has no kernels for it, or it is not there.
+        ValueError: this build has no kernels for the device, or the device does not exist.
     """
     try:
         device = torch.device(device)
@@ -56,7 +56,7 @@ def usable(device: torch.device | str) -> torch.device:
     if device.type != "cuda":
         raise ValueError(f"batched_slq: device must be cpu or cuda, got {device}")
     if not has_cuda():
-        raise ValueError(f"batched_slq: device must be cpu in a build without CUDA, got {device}; {rebuild()}")
+        raise ValueError(f"batched_slq: device must be cpu in a build without CUDA, got {device}; {build_command()}")
     found = torch.cuda.device_count()
     if not found or (device.index or 0) >= found:
         raise ValueError(f"batched_slq: device must be one of the {found} CUDA devices that torch sees, got {device}")
@@ -66,15 +66,15 @@ def usable(device: torch.device | str) -> torch.device:
     if not any(_runs_on(capability, name) for name in compiled):
         here = ".".join(map(str, capability))
         raise ValueError(
-            f"batched_slq: device must have an architecture that was compiled in, {', '.join(compiled)}, got {device} "
-            f"of compute capability {here}; {rebuild(here)}"
+            f"batched_slq: device must have an architecture of this build, {', '.join(compiled)}, got {device} "
+            f"of compute capability {here}; {build_command(here)}"
         )
     return device
 
 
 @contextmanager
-def memory_explained(sets: int, set_bytes: int, basis_bytes: int) -> Iterator[None]:
-    """Where a device runs out of memory, frees what was taken, and says what was needed and what lowers it."""
+def explain_out_of_memory(sets: int, set_bytes: int, basis_bytes: int) -> Iterator[None]:
+    """Release memory after an OutOfMemoryError, and raise one that states what was needed and how to need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -82,6 +82,6 @@ def memory_explained(sets: int, set_bytes: int, basis_bytes: int) -> Iterator[No
         torch.cuda.empty_cache()
         raise torch.OutOfMemoryError(
             f"batched_slq: device memory must hold {sets} sets of vectors, {sets * set_bytes / 2**20:.0f} MiB, the "
-            f"kept basis, {basis_bytes / 2**20:.0f} MiB, and what hvp needs; lower num_probes, or num_steps or "
-            "reorthogonalize='none' for the basis" + ("; cuda_graph=False takes one set less" if sets > 3 else "")
+            f"Krylov basis, {basis_bytes / 2**20:.0f} MiB, and what hvp needs; lower num_probes, or num_steps or "
+            "reorthogonalize='none' for the basis" + ("; cuda_graph=False needs one set less" if sets > 3 else "")
         ) from None

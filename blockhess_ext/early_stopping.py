@@ -1,14 +1,14 @@
-"""When a recurrence has made steps enough: its quadrature hardly changes any more.
+"""Early stopping of recurrences whose quadrature has converged.
 
-    change = distance(T_m, T_m') / range of the nodes,   ended where change <= 4/3 tol at two looks in a row
+    change(m, m') = distance(T_m, T_m') / range of the nodes,    stop when change <= 4/3 tol at two checkpoints in a row
 
-The distance is Wasserstein-1, or that of the densities blurred by sigma, in L1. Where the spectrum is smooth, Gauss
-rules of m and m' nodes are staircases that differ by range / 3m, and the truth lies range / 4m from the finer one: 3/4
-of the change is an estimate of the error. Where eigenvalues are few, both vanish together.
+The distance is Wasserstein-1, or the L1 distance of the densities smoothed with width sigma. For a smooth spectrum the
+Gauss rules of m and m' nodes are staircases that differ by range / 3m, and the exact measure is range / 4m from
+the finer one: the error is about 3/4 of the change. For a few isolated eigenvalues both vanish together.
 
-Promises: no host waits for a device; a recurrence is ended on its own evidence alone, so its result does not depend on
-what else is in the batch. An odd number of steps between two looks: symmetric spectra have a node at their centre in
-every other rule only, and looks of one parity would not see it move.
+Guarantees: the host never waits for the device; the decision about a recurrence depends on that recurrence alone, not
+on the rest of the batch. The interval between two checkpoints is odd: the Gauss rules of a symmetric spectrum have a
+node at its center for odd m only, and checkpoints of one parity would miss that difference.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ Rule = tuple[Tensor, Tensor]  # nodes and weights, (n, m) float64 as of ops.trid
 CHANGE_PER_ERROR = 4 / 3
 
 GRID_POINTS_PER_SIGMA = 4
-GRID_MARGIN = 5  # sigma beyond the nodes
+GRID_MARGIN = 5  # in units of sigma, beyond the outer nodes
 
 
-def steps_between(step: int) -> int:
-    """How many steps after this one the next look is: 5, later an eighth of all, so that looking stays cheap."""
+def checkpoint_interval(step: int) -> int:
+    """Return the number of steps from one checkpoint to the next: 5, later about an eighth of the steps made."""
     return max(5, step // 8 | 1)
 
 
-def looks(step: int) -> list[int]:
-    """The steps up to this one after which one looks.
+def checkpoints(step: int) -> list[int]:
+    """Return the steps up to this one at which convergence is tested.
 
     Example:
-        >>> looks(60)
+        >>> checkpoints(60)
         [5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 57]
     """
-    found = [steps_between(0)]
+    found = [checkpoint_interval(0)]
     while found[-1] <= step:
-        found.append(found[-1] + steps_between(found[-1]))
+        found.append(found[-1] + checkpoint_interval(found[-1]))
     return found[:-1]
 
 
 def wasserstein(a: Rule, b: Rule) -> Tensor:
-    """Wasserstein-1 distance of two quadratures, row by row: the area between their distribution functions.
+    """Return the Wasserstein-1 distance of two quadratures, row by row: the area between their distribution functions.
 
     Example:
         >>> at = lambda x: (torch.tensor([[x]]), torch.ones(1, 1))
@@ -61,12 +61,12 @@ def wasserstein(a: Rule, b: Rule) -> Tensor:
 
 
 def change(a: Rule, b: Rule, sigma: float | None = None) -> Tensor:
-    """Distance of two quadratures, row by row, free of scale; 0 where all nodes are one.
+    """Return the scale-free distance of two quadratures, row by row; 0 where all nodes coincide.
 
     Args:
-        a, b: nodes and weights, (n, m) each, m as it may be.
-        sigma: None for the Wasserstein-1 distance as a share of the range; else the L1 distance of the densities
-            blurred by a Gaussian of this share of the range.
+        a, b: nodes and weights, (n, m) each; m may differ.
+        sigma: None for the Wasserstein-1 distance as a fraction of the range; else the width of the Gaussian, as a
+            fraction of the range, that smooths the densities before their L1 distance is taken.
 
     Returns:
         (n,) float64.
@@ -87,18 +87,18 @@ def _has_converged(a: Rule, b: Rule, tol: float, sigma: float | None) -> Tensor:
     return change(a, b, sigma) <= CHANGE_PER_ERROR * tol
 
 
-def settled_at_end(alpha: Tensor, beta: Tensor, tol: float, sigma: float | None) -> Tensor:
-    """Whether `Settled` would have ended recurrences after their last step, were they not at their limit.
+def converged_at_end(alpha: Tensor, beta: Tensor, tol: float, sigma: float | None) -> Tensor:
+    """Return whether `EarlyStopping` would have stopped recurrences after their last step.
 
     Args:
         alpha, beta: (n, m) float64, of recurrences that made all m steps.
-        tol, sigma: as of `Settled`.
+        tol, sigma: see `EarlyStopping`.
 
     Returns:
-        (n,) bool; never true where there is no look after step m.
+        (n,) bool; False where step m is not a checkpoint.
     """
     n, m = alpha.shape
-    steps = looks(m)[-3:]
+    steps = checkpoints(m)[-3:]
     if len(steps) < 3 or steps[-1] != m:
         return torch.zeros(n, dtype=torch.bool, device=alpha.device)
 
@@ -110,68 +110,68 @@ def settled_at_end(alpha: Tensor, beta: Tensor, tol: float, sigma: float | None)
     return _has_converged(first, second, tol, sigma) & _has_converged(second, third, tol, sigma)
 
 
-class Convergence(Protocol):
-    """What ends recurrences before their limit."""
+class StoppingRule(Protocol):
+    """A rule that ends recurrences before their step limit."""
 
-    def look(self) -> None:
-        """To be called after every step."""
+    def update(self) -> None:
+        """Apply the rule; call it once after every step."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `look` remembers, by name, not copied."""
+        """Return the state of the rule by name, without copying."""
 
 
 class NoEarlyStopping:
-    """Lets every recurrence make all its steps."""
+    """Let every recurrence make all its steps."""
 
-    def look(self) -> None:
-        """As in `Convergence`."""
+    def update(self) -> None:
+        """See `StoppingRule`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """As in `Convergence`."""
+        """See `StoppingRule`."""
         return {}
 
 
 class EarlyStopping:
-    """Ends the recurrences whose quadrature is within tol of its limit, as two changes in a row tell.
+    """End the recurrences whose quadrature is within tol of its limit, by two small changes in a row.
 
     Args:
-        recurrences: whose status it sets.
-        tol: the largest error.
+        recurrences: the recurrences, whose status is updated.
+        tol: largest estimated error.
         sigma: see `change`.
-        step: steps made; what looks at them left is to be filled into `tensors`.
+        step: steps made so far; the caller then restores `tensors`.
     """
 
     def __init__(self, recurrences: Recurrences, tol: float, sigma: float | None, step: int = 0) -> None:
         self._recurrences, self._tol, self._sigma = recurrences, tol, sigma
-        self._calm = torch.zeros_like(recurrences.status, dtype=torch.bool)
-        last = (looks(step) or [0])[-1]
-        self._step, self._next = step, last + steps_between(last)
+        self._converged = torch.zeros_like(recurrences.status, dtype=torch.bool)
+        last = (checkpoints(step) or [0])[-1]
+        self._step, self._next = step, last + checkpoint_interval(last)
         empty = (recurrences.norm.new_zeros(recurrences.norm.numel(), last) for _ in range(2))
         self._before: Rule | None = (next(empty), next(empty)) if last else None
 
-    def look(self) -> None:
-        """As in `Convergence`."""
+    def update(self) -> None:
+        """See `StoppingRule`."""
         self._step += 1
         if self._step < self._next:
             return
-        self._next += steps_between(self._step)
+        self._next += checkpoint_interval(self._step)
         r = self._recurrences
         running = r.status == RUNNING
         alpha, beta = (table[: self._step].permute(1, 2, 0).flatten(0, 1).contiguous() for table in (r.alpha, r.beta))
-        # The op itself, not the function, which waits for the device to say what failed; NaN never counts as calm.
+        # The op itself: the function in `ops` waits for the device to check for failures. NaN never passes the test.
         now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, torch.where(running, r.steps, 0).flatten())
         if self._before is not None:
-            calm = _has_converged(self._before, now, self._tol, self._sigma).view_as(running)
-            r.status.masked_fill_(running & calm & self._calm, FINISHED)
-            self._calm = calm
+            converged = _has_converged(self._before, now, self._tol, self._sigma).view_as(running)
+            r.status.masked_fill_(running & converged & self._converged, FINISHED)
+            self._converged = converged
         self._before = now
 
     def tensors(self) -> dict[str, Tensor]:
-        """As in `Convergence`."""
+        """See `StoppingRule`."""
         rule = {} if self._before is None else {"nodes_before": self._before[0], "weights_before": self._before[1]}
-        return {"calm": self._calm, **rule}
+        return {"converged": self._converged, **rule}
 
 
-def convergence(recurrences: Recurrences, tol: float | None, sigma: float | None, step: int = 0) -> Convergence:
-    """What ends these recurrences; without tol nothing but themselves."""
+def stopping_rule(recurrences: Recurrences, tol: float | None, sigma: float | None, step: int = 0) -> StoppingRule:
+    """Return the stopping rule for tol; None means no early stopping."""
     return NoEarlyStopping() if tol is None else EarlyStopping(recurrences, tol, sigma, step)

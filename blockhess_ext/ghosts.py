@@ -1,10 +1,10 @@
-"""Eigenvalues of a tridiagonal matrix that stand for none of the operator's own: ghosts of a lost orthogonality.
+"""Ghosts: eigenvalues of T that loss of orthogonality adds to those of the operator.
 
     copy      mu_i - mu_{i-1} <= 64 eps |T|, eps of the vectors     (T itself has no multiple eigenvalue)
-    spurious  mu simple, and an eigenvalue of T without its first row and column too, to rounding
+    spurious  mu simple, and, to rounding, also an eigenvalue of T without its first row and column
 
-Copies share the weight of their eigenvalue and spurious nodes have none, so a density loses nothing by ghosts; counts
-of nodes, gaps between them, and the steps that they took do.
+Copies share the weight of one eigenvalue and spurious nodes have weight zero, so densities are not affected by ghosts;
+numbers of nodes, gaps between them, and the number of steps needed are.
 
 Source: Cullum and Willoughby 1985, Lanczos algorithms for large symmetric eigenvalue computations, section 4.5.
 """
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from blockhess_ext import ops
 
-COPY_TOLERANCE, SPURIOUS_TOLERANCE = 64, 64  # eps |T|, of the vectors' and of T's own precision
+COPY_TOLERANCE, SPURIOUS_TOLERANCE = 64, 64  # in units of eps |T|: eps of the vectors, and of T's float64
 
 
 def count_ghosts(alpha: Tensor, beta: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many eigenvalues of each tridiagonal matrix are copies or spurious.
+    """Return how many eigenvalues of each tridiagonal matrix are copies or spurious.
 
     Args:
-        alpha, beta, steps: (n_problems, m), (n_problems, m) float64 and (n_problems,) int64, as of
+        alpha, beta, steps: (n_problems, m), (n_problems, m) float64 and (n_problems,) int64, as for
             `ops.tridiag_quadrature`.
-        dtype: of the vectors that they come from.
+        dtype: data type of the Lanczos vectors.
 
     Returns:
         (n_problems,) int64.
@@ -52,7 +52,7 @@ def count_ghosts(alpha: Tensor, beta: Tensor, steps: Tensor, dtype: torch.dtype)
     inner, _ = ops.tridiag_quadrature(alpha[:, 1:].contiguous(), beta[:, 1:].contiguous(), (steps - 1).clamp(min=0))
     inner = torch.where(position[:-1] < steps[:, None] - 1, inner, math.inf)
     after = torch.searchsorted(inner, nodes).clamp(max=inner.shape[1] - 1)
-    neighbours = torch.stack([inner.gather(1, after), inner.gather(1, (after - 1).clamp(min=0))])
-    distance = (neighbours - nodes).abs().amin(0)
+    neighbors = torch.stack([inner.gather(1, after), inner.gather(1, (after - 1).clamp(min=0))])
+    distance = (neighbors - nodes).abs().amin(0)
     spurious = simple & (distance <= SPURIOUS_TOLERANCE * torch.finfo(torch.float64).eps * norm)
     return (copy | spurious).sum(1)

@@ -1,4 +1,4 @@
-"""The ragged batch: where every block lies in a vector, and the tiles that schedule work on it."""
+"""Layout of a ragged batch: the columns of every block, and the tiles into which work on them is divided."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import blockhess_ext._C as _C
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks side by side in vectors of n = sum(dims) elements.
+    """Blocks stored contiguously in vectors of n = sum(dims) elements.
 
     Attributes:
-        dims: elements of each block.
-        offsets: (n_blocks + 1,) int64, block l is the columns offsets[l] : offsets[l + 1].
-        tiles: (n_tiles, 3) int64, block, start and stop column of each tile, block by block.
-        tile_offsets: (n_blocks + 1,) int64, the tiles of block l are tile_offsets[l] : tile_offsets[l + 1].
-        basis_offsets: (n_blocks,) int64, first column of the block in a kept basis, or -1 where none is kept.
-        n_basis: columns of a kept basis.
+        dims: number of elements of each block.
+        offsets: (n_blocks + 1,) int64, block l has the columns offsets[l] : offsets[l + 1].
+        tiles: (n_tiles, 3) int64, block, start and stop column of each tile, ordered by block.
+        tile_offsets: (n_blocks + 1,) int64, block l has the tiles tile_offsets[l] : tile_offsets[l + 1].
+        basis_offsets: (n_blocks,) int64, first column of the block in the Krylov basis, or -1 if it is not stored.
+        n_basis: number of columns of the Krylov basis.
     """
 
     dims: tuple[int, ...]
@@ -35,7 +35,7 @@ class Layout:
 
     @staticmethod
     def of(dims: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-        """Plans the layout of blocks of these sizes, without a kept basis."""
+        """Return the layout of blocks of these sizes, without a Krylov basis."""
         tiles, tile_offsets = (torch.from_numpy(table) for table in _C.plan_tiles(dims))
         offsets = torch.tensor([0, *dims]).cumsum(0)
         no_basis = torch.full((len(dims),), -1)
@@ -43,13 +43,13 @@ class Layout:
         offsets, tiles, tile_offsets, no_basis = (part.to(device) for part in parts)
         return Layout(tuple(dims), offsets, tiles, tile_offsets, no_basis)
 
-    def with_basis(self, kept: Sequence[bool]) -> Layout:
-        """The same layout where a basis is kept for the blocks with kept[l]."""
+    def with_basis(self, stored: Sequence[bool]) -> Layout:
+        """Return the layout with a Krylov basis for the blocks with stored[l]."""
         columns, n_basis = [], 0
-        for dim, keep in zip(self.dims, kept):
-            columns.append(n_basis if keep else -1)
-            n_basis += dim if keep else 0
-        n_basis += -n_basis % 4  # rows of whole 16-byte packs, which a GPU reads at once
+        for dim, store in zip(self.dims, stored):
+            columns.append(n_basis if store else -1)
+            n_basis += dim if store else 0
+        n_basis += -n_basis % 4  # align rows to 16 bytes, for vectorized loads on a GPU
         return replace(self, basis_offsets=torch.tensor(columns).to(self.offsets), n_basis=n_basis)
 
     @cached_property
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def n(self) -> int:
-        """Elements of a vector."""
+        """Number of elements of a vector."""
         return self._starts[-1]
 
     @property
@@ -72,10 +72,10 @@ class Layout:
         return self.tiles.shape[0]
 
     def columns(self, block: int) -> slice:
-        """The columns of a block."""
+        """Return the columns of a block."""
         return slice(self._starts[block], self._starts[block + 1])
 
     def basis_columns(self, block: int) -> slice | None:
-        """The columns of a block in a kept basis, or None."""
+        """Return the columns of a block in the Krylov basis, or None if it is not stored."""
         start = int(self.basis_offsets[block])
         return None if start < 0 else slice(start, start + self.dims[block])

@@ -1,6 +1,6 @@
-"""The compiled ops, one Python function each; `blockhess_ext.reference` has the same functions in plain PyTorch.
+"""Python functions of the compiled ops; `blockhess_ext.reference` implements the same functions in plain PyTorch.
 
-All take contiguous tensors on one device. Vectors are float32 or float64; alpha, beta, nodes and weights float64.
+All take contiguous tensors on one device. Vectors are float32 or float64; alpha, beta, nodes and weights are float64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import blockhess_ext._C  # noqa: F401  (registers the ops)
 from blockhess_ext.arguments import VECTOR_DTYPES, choice, integer
-from blockhess_ext.device import has_cuda, rebuild
+from blockhess_ext.device import build_command, has_cuda
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import Recurrences
 
@@ -29,20 +29,20 @@ def lanczos_step(
     layout: Layout,
     partial: Tensor,
 ) -> None:
-    """Makes one step of every Lanczos recurrence, given w = H v.
+    """Make one step of every Lanczos recurrence, given w = H v.
 
-    alpha = <w, v>;  r = w - alpha v - beta_prev v_prev;  beta = |r|;  v_next = r / beta, written over v_prev.
+        alpha = <w, v>;  r = w - alpha v - beta_prev v_prev;  beta = |r|;  v_next = r / beta, written to v_prev
 
-    Recurrence (p, l) writes row steps[p, l] of alpha and beta; beta_prev is in the row before, 0 in the first. It ends
-    where beta <= 64 eps |T|, its limit is reached or no row is left, and is frozen, with alpha = beta = 0, where either
-    is not finite; from then on its segment of v_next is zero and nothing else of it changes. In blocks with a kept
-    basis r is left as it is, to be closed by `reorthogonalize`.
+    Recurrence (p, l) writes row steps[p, l] of alpha and beta; beta_prev is in the row before, or 0 in the first step.
+    The recurrence finishes when beta <= 64 eps |T|, when it reaches its limit, or when no row is left. It stops with
+    alpha = beta = 0 if either is not finite. From then on its segment of v_next is zero and nothing else of it changes.
+    In blocks with a stored basis, v_prev receives the unnormalized r, and `reorthogonalize` completes the step.
 
     Args:
-        w: (n_probes, n) the products H v; only read.
-        v: (n_probes, n) current unit vectors, by segment; only read.
-        v_prev: (n_probes, n) previous ones; overwritten with v_next.
-        recurrences: state, updated.
+        w: (n_probes, n) products H v; only read.
+        v: (n_probes, n) current vectors, every segment of norm 1; only read.
+        v_prev: (n_probes, n) previous vectors; overwritten with v_next.
+        recurrences: coefficients and status, updated in place.
         layout: the blocks.
         partial: (n_probes, n_tiles) float64 scratch.
 
@@ -63,17 +63,17 @@ def reorthogonalize(
     partial: Tensor,
     project: Tensor | None = None,
 ) -> None:
-    """Closes a step in the blocks that keep a basis: orthogonalises r against it, twice, then normalises.
+    """Complete a step in the blocks with a stored basis: orthogonalize r against it twice, then normalize.
 
-    twice: r <- r - V (V^T r);  beta = |r|;  v_next = r / beta, written over r and, if there is one, the next basis row.
+        twice:  r <- r - V (V^T r);    beta = |r|;    v_next = r / beta, written to r and to the next basis row, if any
 
     Args:
-        r: (n_probes, n) residuals as `lanczos_step` left them; becomes v_next in those blocks.
-        basis: (capacity, n_probes, n_basis), of which recurrence (p, l) has filled the rows 0 ... steps[p, l].
-        recurrences: state, updated.
+        r: (n_probes, n) residuals of `lanczos_step`; overwritten with v_next in these blocks.
+        basis: (capacity, n_probes, n_basis); rows 0 ... steps[p, l] of recurrence (p, l) are filled.
+        recurrences: coefficients and status, updated in place.
         layout: the blocks; those with basis_offsets >= 0 take part.
         partial: (n_probes, n_tiles, capacity + 1) float64 scratch.
-        project: (n_probes, n_blocks) int32, 0 where r is only normalised; None projects all.
+        project: (n_probes, n_blocks) int32, 0 to skip the projections of a recurrence; None projects all.
 
     Source: Giraud, Langou, Rozloznik 2005.
     """
@@ -86,19 +86,22 @@ def reorthogonalize(
 
 
 def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss quadrature of tridiagonal matrices: eigenvalues, and squared first components of the eigenvectors.
+    """Return the Gauss quadratures of tridiagonal matrices T.
+
+    Nodes are the eigenvalues of T, weights the squared first components of its eigenvectors.
 
     Args:
         alpha: (n_problems, m) float64 diagonals.
-        beta: (n_problems, m) float64 couplings; beta[:, j] couples j and j + 1, the last valid one is not used.
-        steps: (n_problems,) int64 valid leading entries, 0 ... m.
+        beta: (n_problems, m) float64 off-diagonals; beta[:, j] couples j and j + 1, the last valid entry is not used.
+        steps: (n_problems,) int64, size of each matrix, 0 ... m.
 
     Returns:
-        nodes, weights: (n_problems, m) float64; nodes ascend, weights sum to 1; beyond `steps` the last node, weight 0.
+        nodes, weights: (n_problems, m) float64; nodes ascend and weights sum to 1. Beyond `steps` the last node is
+        repeated with weight 0.
 
     Raises:
-        RuntimeError: a problem has a non-finite entry or does not converge. On a GPU this waits for the result;
-            `torch.ops.blockhess_ext.tridiag_quadrature` does not, and leaves NaN in all nodes of such a problem.
+        RuntimeError: a problem has a non-finite entry or does not converge. On a GPU this check synchronizes;
+            `torch.ops.blockhess_ext.tridiag_quadrature` does not, and sets all nodes of such a problem to NaN.
 
     Source: Golub and Welsch 1969; the paper's Theorem 4.
 
@@ -117,9 +120,9 @@ def tridiag_quadrature(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tens
 
 
 def gaussian_density(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
-    """Density of weighted nodes blurred by a Gaussian, one sigma a row.
+    """Return the density of weighted nodes smoothed by a Gaussian, with one sigma per row.
 
-    density[b, g] = sum_k weights[b, k] exp(-(grid[g] - nodes[b, k])^2 / (2 sigma_b^2)) / (sigma_b sqrt(2 pi))
+        density[b, g] = sum_k weights[b, k] exp(-(grid[g] - nodes[b, k])^2 / (2 sigma_b^2)) / (sigma_b sqrt(2 pi))
 
     Args:
         nodes, weights: (n_rows, n_nodes) float64.
@@ -127,7 +130,7 @@ def gaussian_density(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor
         sigma: (n_rows,) float64, positive.
 
     Returns:
-        (n_rows, n_grid) float64; a node is cut off where it falls below 1e-16 of its peak.
+        (n_rows, n_grid) float64; each Gaussian is truncated where it falls below 1e-16 of its peak.
 
     Source: the paper's appendix B.2.
     """
@@ -145,15 +148,15 @@ def random_probes(
     distribution: str = "gaussian",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Unit probe vectors, each segment a pure function of (seed, probe index, block id).
+    """Return random probe vectors; each segment is a pure function of (seed, probe index, block id).
 
     Args:
-        layout: the blocks; its device is where the probes are made.
-        num_probes: how many.
+        layout: the blocks; the probes are generated on its device.
+        num_probes: number of probes.
         seed: 0 ... 2^63 - 1.
-        block_ids: (n_blocks,) int64.
-        first_probe: index of the first one.
-        distribution: "gaussian" or "rademacher"; either way every segment has norm 1.
+        block_ids: (n_blocks,) int64, key of each block.
+        first_probe: index of the first probe.
+        distribution: "gaussian" or "rademacher"; every segment is normalized to norm 1.
         dtype: float32 or float64.
 
     Returns:
@@ -176,7 +179,7 @@ def random_probes(
 
 
 def _nothing(*args: object) -> None:
-    """The result of an op that only writes into its arguments."""
+    """Do nothing: the op only writes to its arguments."""
 
 
 def _quadrature_shapes(alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +190,7 @@ def _density_shape(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) 
     return nodes.new_empty(nodes.shape[0], grid.shape[0])
 
 
-# Shapes without values, for torch.compile and torch.export.
+# Fake implementations, for torch.compile and torch.export.
 _FAKES: dict[str, Callable[..., object]] = {
     "lanczos_step": _nothing,
     "reorthogonalize": _nothing,
@@ -200,7 +203,7 @@ for _name, _fake in _FAKES.items():
 
 
 def _refuse_cuda(*args: object) -> None:
-    raise ValueError(f"blockhess_ext.ops: tensors must be on the CPU in a build without CUDA; {rebuild()}")
+    raise ValueError(f"blockhess_ext.ops: tensors must be on the CPU in a build without CUDA; {build_command()}")
 
 
 if not has_cuda():

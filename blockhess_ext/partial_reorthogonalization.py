@@ -1,13 +1,13 @@
-"""When a step must be made orthogonal to the kept basis: always, or where Simon's recurrence says that it is due.
+"""Partial reorthogonalization: Simon's recurrence decides which steps are orthogonalized against the Krylov basis.
 
     omega_{j+1,k} = (beta_k omega_{j,k+1} + (alpha_k - alpha_j) omega_{j,k} + beta_{k-1} omega_{j,k-1}
                      - beta_{j-1} omega_{j-1,k} +- 2 eps |T|) / beta_j,        omega_{j+1,j} = eps |T| / beta_j
 
-estimates <v_{j+1}, v_k> from alpha and beta alone. Where it passes sqrt(eps), this step and the next are projected, and
-the estimate starts again from eps: the next one too, as two vectors carry the loss on. The basis stays orthogonal to
-about sqrt(eps), and that is enough for T to be the projection of H to eps.
+estimates <v_{j+1}, v_k> from alpha and beta alone. Where |omega| exceeds sqrt(eps), this step and the next are
+orthogonalized, since the three-term recurrence propagates the loss through two vectors, and the estimate restarts from
+eps. This keeps the basis semiorthogonal, <v_i, v_k> = O(sqrt(eps)), so T is the projection of H up to O(eps).
 
-Promises: works on the device of the recurrences, in place, with no wait for the host, so a CUDA graph can replay it.
+Guarantees: all work is in place on the device of the recurrences; the host never waits, so a CUDA graph can replay it.
 
 Source: Simon 1984, The Lanczos algorithm with partial reorthogonalization.
 """
@@ -24,24 +24,26 @@ from blockhess_ext.recurrences import Recurrences
 
 
 class FullReorthogonalization:
-    """Every step is projected."""
+    """Orthogonalize every step."""
 
-    def due(self) -> Tensor | None:
-        """Which recurrences to project, (n_probes, n_blocks) int32, or None for all. To be called after lanczos_step,
-        before `reorthogonalize` has counted the step."""
+    def select(self) -> Tensor | None:
+        """Return which recurrences to orthogonalize in this step, (n_probes, n_blocks) int32, or None for all.
+
+        Call it between `lanczos_step` and `reorthogonalize`.
+        """
         return None
 
     def tensors(self, step: int) -> dict[str, Tensor]:
-        """What `due` remembers after this many steps, by name, not copied."""
+        """Return the state after this many steps by name, without copying."""
         return {}
 
 
 class PartialReorthogonalization(FullReorthogonalization):
-    """Steps are projected where orthogonality is about to be lost, in the blocks that want it so.
+    """Orthogonalize the steps in which orthogonality is about to be lost.
 
     Args:
-        recurrences: whose alpha and beta are read.
-        partial: (n_blocks,) bool, the blocks that want it so; the others are always projected.
+        recurrences: the recurrences; alpha and beta are read.
+        partial: (n_blocks,) bool, the blocks with partial reorthogonalization; all others are fully orthogonalized.
         eps: unit roundoff of the vectors.
     """
 
@@ -50,11 +52,11 @@ class PartialReorthogonalization(FullReorthogonalization):
         rows = len(recurrences.alpha)
         self._rows = torch.arange(rows, device=partial.device)[:, None, None]
         self._now, self._before = (torch.zeros_like(recurrences.alpha) for _ in range(2))  # omega_j, omega_{j-1}
-        self._always = (~partial).expand_as(recurrences.status)
-        self._again = torch.zeros_like(self._always)
+        self._full = (~partial).expand_as(recurrences.status)
+        self._again = torch.zeros_like(self._full)
 
-    def due(self) -> Tensor:
-        """As in `Always`."""
+    def select(self) -> Tensor:
+        """See `FullReorthogonalization`."""
         r, k, eps = self._recurrences, self._rows, self._eps
         j = r.steps[None].clamp(max=len(k) - 1)
         now = torch.where(k == j, 1.0, self._now)
@@ -69,22 +71,22 @@ class PartialReorthogonalization(FullReorthogonalization):
         next_ = torch.where(k == j, eps * norm / beta_j, next_)
         next_ = torch.where(k <= j, next_, 0.0)
 
-        # A NaN or inf of a residual that is 0 counts as lost.
-        lost = ~(next_.abs().amax(0) <= math.sqrt(eps)) & ~self._always
-        project = lost | self._again | self._always
+        # A zero residual gives NaN or inf, which counts as lost.
+        lost = ~(next_.abs().amax(0) <= math.sqrt(eps)) & ~self._full
+        project = lost | self._again | self._full
         self._before.copy_(now)
         self._now.copy_(torch.where(project & (k <= j), eps, next_))
         self._again.copy_(lost)
         return project.int()
 
     def tensors(self, step: int) -> dict[str, Tensor]:
-        """As in `Always`."""
+        """See `FullReorthogonalization`."""
         return {"omega": self._now[:step], "omega_before": self._before[:step], "project_again": self._again}
 
 
-def due_projections(recurrences: Recurrences, words: Sequence[str], dtype: torch.dtype) -> FullReorthogonalization:
-    """What says which steps are projected, given "none", "full" or "partial" for every block."""
-    if "partial" not in words:
+def reorthogonalization(recurrences: Recurrences, modes: Sequence[str], dtype: torch.dtype) -> FullReorthogonalization:
+    """Return what selects the steps to orthogonalize; modes are "none", "full" or "partial", one per block."""
+    if "partial" not in modes:
         return FullReorthogonalization()
-    partial = torch.tensor([word == "partial" for word in words], device=recurrences.status.device)
+    partial = torch.tensor([mode == "partial" for mode in modes], device=recurrences.status.device)
     return PartialReorthogonalization(recurrences, partial, torch.finfo(dtype).eps)

@@ -1,25 +1,29 @@
-"""The result of stochastic Lanczos quadrature: nodes and weights of every probe and block, and integrals of them."""
+"""The result of stochastic Lanczos quadrature: one Gauss quadrature per probe and block.
+
+    v^T f(H_l) v  ~  sum_i weights[p, l, i] f(nodes[p, l, i])        for probe v = v_p in block l
+    mu_l           =  mean over probes of sum_i weights[p, l, i] delta(t - nodes[p, l, i])
+    tr f(H_l)      ~  dims_l  int f dmu_l
+
+Guarantees: instances are immutable; methods return new tensors. Only recurrences that made a step enter an average;
+where a block has none, its values are NaN.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from blockhess_ext.ghosts import count_ghosts
 
-_TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
-
 
 @dataclass(frozen=True)
 class Quadrature:
     """Gauss quadratures of n_probes x n_blocks spectral measures.
-
-    For probe p, block l and a function f:  v^T f(H_l) v  is about  sum_i weights[p, l, i] f(nodes[p, l, i]).
 
     Attributes:
         nodes: (n_probes, n_blocks, m) float64, ascending; beyond `steps` the last node is repeated.
@@ -28,17 +32,20 @@ class Quadrature:
         beta: (n_probes, n_blocks, m) float64; beta[..., j] couples steps j and j + 1, the last valid one
             is the residual.
         steps: (n_probes, n_blocks) int64, valid Lanczos steps.
-        nonfinite: (n_probes, n_blocks) bool, recurrences frozen because the operator returned NaN, inf or what
-            is out of range; their quadrature is that of the steps before.
+        nonfinite: (n_probes, n_blocks) bool, recurrences stopped because the operator returned NaN, inf or a value
+            out of range; their quadrature is that of the steps before.
         dims: size of each block.
-        block_ids: what keys the probes of each block.
-        num_steps: steps asked for.
-        seed: of the probes; None where they were given.
+        block_ids: integer key of the random probes of each block.
+        num_steps: requested number of steps.
+        seed: seed of the probes; None if the caller supplied them.
         distribution: "gaussian", "rademacher" or "given".
-        reorthogonalize: "none", "full" or "partial", what was done in each block; "exact" where no probe was needed, as
-            the quadrature is that of the spectral density itself.
-        dtype: of the vectors.
+        reorthogonalize: the mode of each block, "none", "full" or "partial"; "exact" for a block whose eigenvalues
+            were computed from its matrix, without probes.
+        dtype: data type of the vectors.
+        TENSORS: names of the tensors among these attributes.
     """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
 
     nodes: Tensor
     weights: Tensor
@@ -55,13 +62,13 @@ class Quadrature:
     dtype: str
 
     @staticmethod
-    def joined(parts: Sequence[Quadrature], dim: int) -> Quadrature:
-        """One result of several, each for other probes (dim 0) or other blocks (dim 1) of the same run.
+    def concatenate(parts: Sequence[Quadrature], dim: int) -> Quadrature:
+        """Concatenate quadratures of the same run along its probes (dim 0) or its blocks (dim 1).
 
-        Blocks of fewer probes than others get recurrences of no step.
+        Along dim 1, parts with fewer probes are padded with recurrences of zero steps.
 
         Raises:
-            ValueError: they disagree in what they should share.
+            ValueError: the parts differ in an attribute that they must share.
         """
         first = parts[0]
         per_block = ("dims", "block_ids", "reorthogonalize")
@@ -70,48 +77,59 @@ class Quadrature:
             for part in parts[1:]:
                 if getattr(part, name) != getattr(first, name):
                     raise ValueError(
-                        f"joined: parts must have the same {name}, got {getattr(first, name)!r} and "
+                        f"concatenate: parts must have the same {name}, got {getattr(first, name)!r} and "
                         f"{getattr(part, name)!r}"
                     )
         m = max(part.nodes.shape[-1] for part in parts)
         rows = max(part.num_probes for part in parts) if dim == 1 else 0
 
-        def filled(part: Quadrature, name: str) -> Tensor:
+        def padded(part: Quadrature, name: str) -> Tensor:
             values: Tensor = getattr(part, name)
             if values.dim() == 3:
-                values = _padded(values, m, repeat=name == "nodes")
+                values = _pad(values, m, repeat=name == "nodes")
             missing = max(rows - len(values), 0)
             return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
 
-        tensors: dict[str, Any] = {name: torch.cat([filled(part, name) for part in parts], dim) for name in _TENSORS}
+        tensors: dict[str, Any] = {n: torch.cat([padded(part, n) for part in parts], dim) for n in first.TENSORS}
         lists = {name: sum((getattr(part, name) for part in parts), ()) for name in per_block} if dim == 1 else {}
         changed: dict[str, Any] = tensors | lists
         return replace(first, **changed)
 
     def to(self, device: torch.device | str) -> Quadrature:
-        """The same with its tensors on another device."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, **moved)
+        """Return the quadrature with its tensors on another device."""
+        return self._map(lambda tensor: tensor.to(device))
 
-    def of_blocks(self, blocks: Sequence[int]) -> Quadrature:
-        """The part that belongs to these blocks, in this order."""
-        chosen: dict[str, Any] = {name: getattr(self, name)[:, list(blocks)] for name in _TENSORS}
+    def of_probes(self, probes: slice | list[int] | Tensor) -> Quadrature:
+        """Return the quadrature of some of the probes: a slice, indices, or a mask (n_probes,)."""
+        return self._map(lambda tensor: tensor[probes])
+
+    def select_blocks(self, blocks: Sequence[int]) -> Quadrature:
+        """Return the quadrature of these blocks, in this order."""
+        chosen: dict[str, Any] = {name: getattr(self, name)[:, list(blocks)] for name in self.TENSORS}
         for name in ("dims", "block_ids", "reorthogonalize"):
             chosen[name] = tuple(getattr(self, name)[l] for l in blocks)
         return replace(self, **chosen)
 
-    def is_exact(self, block: int) -> bool:
-        """Whether every probe of a block gives the spectral density itself: it was written out, or has one element."""
-        return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
+    def select_block(self, block: int) -> Quadrature:
+        """Return the quadrature of one block, without its padding.
 
-    def of_block(self, block: int) -> Quadrature:
-        """The part that belongs to one block: of the probes that it was given, as many steps as it has elements."""
-        part = self.of_blocks([block])
-        given = ((part.steps > 0) | part.nonfinite)[:, 0]
-        chosen: dict[str, Any] = {name: getattr(part, name)[given] for name in _TENSORS}
-        for name in ("nodes", "weights", "alpha", "beta"):
-            chosen[name] = chosen[name][..., : self.dims[block]].clone()  # a view would hold the whole
-        return replace(part, **chosen)
+        Probes without a recurrence in this block are dropped, and the last axis is cut to at most dims[block] steps.
+        """
+        part = self.select_blocks([block])
+        part = part.of_probes(((part.steps > 0) | part.nonfinite)[:, 0])
+        trimmed: dict[str, Any] = {
+            name: getattr(part, name)[..., : self.dims[block]].clone()  # a view would keep the padding in memory
+            for name in ("nodes", "weights", "alpha", "beta")
+        }
+        return replace(part, **trimmed)
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Quadrature:
+        changed: dict[str, Any] = {name: f(getattr(self, name)) for name in self.TENSORS}
+        return replace(self, **changed)
+
+    def is_exact(self, block: int) -> bool:
+        """Return whether every probe of a block gives its spectral density exactly: "exact", or a single element."""
+        return self.dims[block] == 1 or self.reorthogonalize[block] == "exact"
 
     @property
     def num_probes(self) -> int:
@@ -120,33 +138,32 @@ class Quadrature:
 
     @property
     def valid(self) -> Tensor:
-        """Which nodes are results of Lanczos steps and not padding, (n_probes, n_blocks, m) bool."""
+        """Mask of the nodes that are not padding, (n_probes, n_blocks, m) bool."""
         return torch.arange(self.nodes.shape[-1], device=self.nodes.device) < self.steps[..., None]
 
     def ghosts(self) -> Tensor:
-        """How many nodes of each recurrence stand for no eigenvalue of their own, (n_probes, n_blocks) int64.
+        """Return the number of ghost nodes of every recurrence, (n_probes, n_blocks) int64.
 
-        They come with a lost orthogonality, so without reorthogonalisation. Densities and integrals lose nothing by
-        them; see `ghosts.count_ghosts`.
+        Ghosts are copies of an eigenvalue caused by loss of orthogonality. They do not bias densities or integrals;
+        see `ghosts.count_ghosts`.
         """
         alpha, beta = self.alpha.flatten(0, 1), self.beta.flatten(0, 1)
         return count_ghosts(alpha, beta, self.steps.flatten(), getattr(torch, self.dtype)).view_as(self.steps)
 
     def integrate(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Trace of f(H_l) of every block, with its standard error over the probes.
+        """Return tr f(H_l) of every block and its standard error over the probes.
 
-        tr f(H_l)  is about  dims_l * mean over probes of sum_i weights_i f(nodes_i)
+            tr f(H_l)  ~  dims_l * mean over probes of sum_i weights_i f(nodes_i)
 
         Args:
             f: maps a float64 tensor of nodes to values of the same shape.
 
         Returns:
-            values, stderr: (n_blocks,) float64. With one probe the error is infinite, as nothing is known of it;
-            an exact block has error 0. Recurrences frozen before
-            their first step are left out; where a block has no other, its value is NaN and its error infinite.
+            values, stderr: (n_blocks,) float64. The error is infinite for a single probe, and 0 for an exact block.
+            A block without any step has value NaN and infinite error.
 
         Raises:
-            ValueError: f is not finite at a node that carries weight, or returns another shape.
+            ValueError: f is not finite at a node of positive weight, or returns another shape.
 
         Source: Ubaru, Chen, Saad 2017; the paper's appendix B.2.
 
@@ -178,9 +195,44 @@ class Quadrature:
         exact = torch.tensor([self.is_exact(l) for l in range(len(self.dims))], device=terms.device)
         return dims * mean, torch.where(exact & (count > 0), 0.0, dims * stderr)
 
+    def moment(self, power: int) -> tuple[Tensor, Tensor]:
+        """Return tr H_l^power and its standard error over the probes, (n_blocks,) each; see `integrate`."""
+        return self.integrate(lambda nodes: nodes**power)
 
-def _padded(values: Tensor, m: int, repeat: bool) -> Tensor:
-    """(..., k) -> (..., m), filled up with the last entry or with zeros."""
+    def second_moment(self) -> tuple[Tensor, Tensor]:
+        """Return tr H_l^2 and its standard error over the probes, (n_blocks,) each; exact for the probes from step 1.
+
+        After one step the quadrature is exact to degree 1 only, and the residual completes it:
+        |H v|^2 = alpha_0^2 + beta_0^2.
+        """
+        length = torch.hypot(self.nodes[..., :1], self.beta[..., :1])
+        return replace(self, nodes=torch.where(self.steps[..., None] == 1, length, self.nodes)).moment(2)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Return nodes and weights (n_blocks, n_probes m) of the measures mu_l, averaged over the probes.
+
+        The weights of a block sum to 1. Padding repeats the block's largest node with weight 0; a block without any
+        step has zeros only.
+        """
+        valid = self.valid
+        probes = valid.any(-1).sum(0).clamp(min=1)[None, :, None]
+        weights = torch.where(valid, self.weights / probes, 0.0)
+        largest = torch.where(valid, self.nodes, -math.inf).amax((0, 2))
+        padding = torch.where(largest > -math.inf, largest, 0.0)[None, :, None]
+        nodes = torch.where(valid, self.nodes, padding)
+        return nodes.transpose(0, 1).flatten(1).contiguous(), weights.transpose(0, 1).flatten(1).contiguous()
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest node of every block over all probes, (n_blocks,) each."""
+        valid = self.valid
+        unknown = ~valid.any(-1).any(0)
+        smallest = torch.where(valid, self.nodes, math.inf).amin((0, 2))
+        largest = torch.where(valid, self.nodes, -math.inf).amax((0, 2))
+        return smallest.masked_fill(unknown, math.nan), largest.masked_fill(unknown, math.nan)
+
+
+def _pad(values: Tensor, m: int, repeat: bool) -> Tensor:
+    """Pad (..., k) to (..., m) with the last entry or with zeros."""
     missing = m - values.shape[-1]
     if not missing:
         return values

@@ -1,4 +1,7 @@
-"""What the Lanczos recurrences of a batch know of themselves between two steps."""
+"""Coefficients and status of a batch of Lanczos recurrences.
+
+beta_j v_{j+1} = H v_j - alpha_j v_j - beta_{j-1} v_{j-1}
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,26 @@ from torch import Tensor
 
 RUNNING, FINISHED, NON_FINITE = 0, 1, 2
 
-# Sizes of T, other than 0, in which no square of a residual underflows or overflows.
+# A residual beta <= EXHAUSTED_EPS eps |T| means that the Krylov space is exhausted.
+EXHAUSTED_EPS = 64
+
+# Range of |T|, besides 0, in which no square of a residual underflows or overflows.
 LEAST_SIZE, MOST_SIZE = 1e-120, 1e120
 
 
 @dataclass(frozen=True)
 class Recurrences:
-    """The state of n_probes x n_blocks recurrences; ops write into its tensors.
+    """Coefficients of n_probes x n_blocks recurrences; the ops update the tensors in place.
 
-    Which step comes next each recurrence knows itself: it is steps[p, l].
+    Recurrence (p, l) has made steps[p, l] steps, so its next step writes row steps[p, l] of alpha and beta.
 
     Attributes:
-        alpha: (m, n_probes, n_blocks) float64, diagonal entry of every step made, 0 in the others.
+        alpha: (m, n_probes, n_blocks) float64, diagonal entries of T; 0 beyond `steps`.
         beta: (m, n_probes, n_blocks) float64; beta[j] couples steps j and j + 1, the last valid one is the residual.
-        norm: (n_probes, n_blocks) float64, the largest |alpha| or beta so far: the running |T|.
-        steps: (n_probes, n_blocks) int64, valid steps made.
+        norm: (n_probes, n_blocks) float64, running estimate of |T|: the largest |alpha| or beta so far.
+        steps: (n_probes, n_blocks) int64, number of valid steps.
         status: (n_probes, n_blocks) int32, RUNNING, FINISHED or NON_FINITE.
-        limits: (n_blocks,) int64, the most steps a block may make.
+        limits: (n_blocks,) int64, maximum number of steps of each block.
     """
 
     alpha: Tensor
@@ -37,7 +43,13 @@ class Recurrences:
 
     @staticmethod
     def start(n_probes: int, limits: Tensor, rows: int | None = None) -> Recurrences:
-        """Recurrences before their first step; limits (n_blocks,) int64, m = rows, by default the largest of them."""
+        """Return recurrences before their first step.
+
+        Args:
+            n_probes: number of probes.
+            limits: (n_blocks,) int64.
+            rows: m, by default max(limits).
+        """
         shape = (n_probes, limits.shape[0])
         table = (int(limits.max()) if rows is None else rows, *shape)
 

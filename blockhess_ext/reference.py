@@ -1,4 +1,4 @@
-"""The ops of `blockhess_ext.ops` in plain PyTorch: what they mean, and what every backend is tested against."""
+"""Reference implementations of `blockhess_ext.ops` in plain PyTorch, against which every backend is tested."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from blockhess_ext.layout import Layout
-from blockhess_ext.recurrences import FINISHED, LEAST_SIZE, MOST_SIZE, NON_FINITE, RUNNING, Recurrences
+from blockhess_ext.recurrences import EXHAUSTED_EPS, FINISHED, LEAST_SIZE, MOST_SIZE, NON_FINITE, RUNNING, Recurrences
 
 
 def _close_step(p: int, l: int, recurrences: Recurrences, eps: float) -> float:
-    """Counts the step of recurrence (p, l) or ends it; what its residual is multiplied with."""
+    """Count the step of recurrence (p, l) or end it; return 1 / beta, or 0 if it ended."""
     alpha, beta, j = recurrences.alpha, recurrences.beta, int(recurrences.steps[p, l])
     a, b = alpha[j, p, l].item(), beta[j, p, l].item()
     norm = max(recurrences.norm[p, l].item(), abs(a))
@@ -23,7 +23,7 @@ def _close_step(p: int, l: int, recurrences: Recurrences, eps: float) -> float:
         return 0.0
     recurrences.norm[p, l] = size
     recurrences.steps[p, l] += 1
-    if b <= 64 * eps * norm or j + 1 >= min(int(recurrences.limits[l]), len(alpha)):
+    if b <= EXHAUSTED_EPS * eps * norm or j + 1 >= min(int(recurrences.limits[l]), len(alpha)):
         recurrences.status[p, l] = FINISHED
         return 0.0
     return 1.0 / b
@@ -108,13 +108,13 @@ def gaussian_density(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor
 
 
 def _philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10 on counters (..., 4) and keys (..., 2), words held in int64."""
+    """Return Philox4x32-10 of counters (..., 4) and keys (..., 2), 32-bit words stored as int64."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
 
     def multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of constant * x, by halves: int64 cannot hold the product."""
+        """Return the high and low word of constant * x, from 16-bit halves: int64 cannot hold the product."""
         upper, lower = constant * (x >> 16), constant * (x & 0xFFFF)
         product_low = ((upper & 0xFFFF) << 16) + (lower & low)
         return (upper >> 16) + (lower >> 32) + (product_low >> 32), product_low & low
@@ -128,7 +128,7 @@ def _philox(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def _words(value: Tensor) -> Tensor:
-    """The two 32-bit words of int64 values, low first: (...,) -> (..., 2)."""
+    """Split int64 values into 32-bit words, low word first: (...,) -> (..., 2)."""
     return torch.stack([value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF], dim=-1)
 
 

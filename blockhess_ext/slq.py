@@ -1,8 +1,12 @@
 """Stochastic Lanczos quadrature of many blocks and probes at once (the paper's Algorithm 5).
 
-Every (probe, block) pair is a Lanczos recurrence of its own; all advance together, one call of the operator and one
-pass of the kernels a step. A recurrence ends by itself when its Krylov space is exhausted, when it has made as many
-steps as its block has elements, when its quadrature has settled, or when the operator fails it; the others go on.
+    probe v  ->  Lanczos coefficients alpha, beta of (H_l, v)  ->  T = tridiag(alpha, beta)  ->  nodes and weights of T
+
+All (probe, block) recurrences advance together, with one operator call and one pass of the kernels per step.
+
+Guarantees: a recurrence ends on its own when its Krylov space is exhausted, when it has made as many steps as its block
+has elements, when its quadrature has converged (`tol`), or when the operator returns a non-finite value; the others
+continue. The host never waits for the device inside the loop.
 """
 
 from __future__ import annotations
@@ -13,21 +17,22 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import arguments, completion, huge_pages, ops
-from blockhess_ext.cuda_graph import Recorder, Step, recorder_of, replayed
-from blockhess_ext.device import memory_explained, usable
+from blockhess_ext.cuda_graph import Recorder, Step, graphed_step, recorder_of
+from blockhess_ext.device import check_device, explain_out_of_memory
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
 from blockhess_ext.recurrences import NON_FINITE
 from blockhess_ext.state import LanczosBatch, State
 
-# "auto" keeps the basis of blocks so small that their Krylov space may be exhausted, smallest first, up to this size.
-# Larger blocks do without: the density is sound all the same (Chen, Trogdon, Ubaru 2021).
+# "auto" reorthogonalizes blocks so small that their Krylov space may be exhausted, smallest first, while their basis
+# fits in this many bytes. The density of larger blocks is accurate without (Chen, Trogdon, Ubaru 2021).
 AUTO_BASIS_BYTES = 2**28
 AUTO_DIMS_PER_STEP = 8
 
 
 class NonFiniteError(ValueError):
-    """The operator returned NaN, inf or what is out of range. `partial` holds all else; its `nonfinite` marks these."""
+    """The operator returned NaN, inf or a value out of range; `partial` holds the result, with these marked in
+    `nonfinite`."""
 
     def __init__(self, message: str, partial: Quadrature) -> None:
         super().__init__(message)
@@ -56,55 +61,57 @@ def batched_slq(
     state: State | None = None,
     on_state: Callable[[State], None] | None = None,
 ) -> Quadrature:
-    """Gauss quadratures of the spectral measures of a block-diagonal symmetric operator.
+    """Return Gauss quadratures of the spectral measures of a block-diagonal symmetric operator.
 
     Args:
-        hvp: maps v (n_probes, n) to H v, same shape, dtype and device, with n = sum(dims). Block l of the result may
-            depend on block l of v only. Its result is read, never modified. Segments of v have norm 1, or are zero
-            where the recurrence is finished. If it has a method `mark_finished(finished)`, that is told (n_probes,
-            n_blocks) bool on the CPU whenever more recurrences are known to have finished; their part of the result is
+        hvp: maps v (n_probes, n) to H v, of the same shape, dtype and device, with n = sum(dims). Block l of the result
+            must depend on block l of v only. The result is not modified. Segments of v have norm 1, or are zero where
+            the recurrence has ended. If hvp has a method `mark_finished(finished)`, it is called with a mask (n_probes,
+            n_blocks) bool on the CPU whenever more recurrences are known to have ended; their part of the result is
             ignored from then on.
-        dims: elements of each block.
-        num_probes: random vectors a block.
-        first_probe: index of the first of them; probe p of a seed is the same vector in every call.
-        num_steps: most Lanczos steps; a block makes no more than it has elements.
-        tol: end a recurrence once its quadrature is within this share of the range of its nodes from its limit, in
-            Wasserstein-1 distance, as the change between two looks tells, twice in a row. Looks are 5 steps apart,
-            later an eighth of all steps.
-        sigma: with tol: measure by the L1 distance, in 0 ... 2, of densities blurred by a Gaussian of this share of the
-            range.
-        probes: (n_probes, n) vectors to use instead of random ones; each segment is normalised.
-        block_ids: non-negative integers that key the random vectors of each block; by default the block's index.
+        dims: number of elements of each block.
+        num_probes: number of random probes per block.
+        first_probe: index of the first probe. Probe p of a seed is the same vector in every call.
+        num_steps: maximum number of Lanczos steps; a block makes at most as many as it has elements.
+        tol: stop a recurrence once the estimated error of its quadrature is at most tol, in Wasserstein-1 distance as a
+            fraction of the range of its nodes. The estimate is the change between two checkpoints, which must be small
+            twice in a row. Checkpoints are 5 steps apart, later an eighth of the steps made.
+        sigma: with tol, measure the error as L1 distance, in 0 ... 2, of the densities smoothed by a Gaussian whose
+            width is this fraction of the range.
+        probes: (n_probes, n) vectors to use instead of random ones; each segment is normalized.
+        block_ids: non-negative integers that key the random probes of each block; by default the block's index.
         distribution: "gaussian" or "rademacher".
-        reorthogonalize: "none", "full" (classical Gram-Schmidt twice, keeps num_steps vectors a probe), "partial"
-            (keeps as many, projects only where orthogonality is about to be lost: see `orthogonality`), or "auto": full
-            for blocks of at most 8 num_steps elements, as far as 256 MiB hold their basis, none for the others. Or
-            "none", "full" or "partial" for each block.
-        seed: of the random vectors; None takes a fresh one, recorded in the result.
-        dtype: of the vectors, float32 (default) or float64.
-        device: of the vectors; by default that of `probes`, or the CPU.
-        on_nonfinite: "raise" or "report": what to do when in some recurrence hvp returned NaN, inf or, in float64, a
-            size beyond 1e120, or below 1e-120 and not 0, once all others are done.
-        cuda_graph: replay every step from a CUDA graph, for batches so small that launching kernels takes longer than
-            running them; the results keep their bits. hvp stays outside, and its result is copied into one more set of
-            vectors, unless it has an attribute `capturable` that is True. With that it promises that every call gives
-            the current stream the same work on the same addresses, whatever `mark_finished` told it, that no call
-            waits for the device, and that it keeps no tensor made in a call. Two captures wait for the device.
-        on_step: called after every step with the number of steps made and of recurrences still running, as far as the
-            host knows: on a GPU it learns a few steps late that one has finished.
-        state: go on from here instead of from the first step, to the same bits as without the stop. All other arguments
-            are those of the run that it came from, but for num_steps, which may be larger, and reorthogonalize="auto",
-            which then takes that run's words. num_steps = state.step makes the quadrature of what the state holds.
-        on_state: called after every step with the state, whose tensors the next step changes: what is to be kept must
-            be copied (`State.copy`). That of the last step stays as it is.
+        reorthogonalize: "none"; "full": classical Gram-Schmidt twice, which stores num_steps vectors per probe;
+            "partial": stores as many, but orthogonalizes only where orthogonality is about to be lost, see
+            `partial_reorthogonalization`; or "auto": full for blocks of at most 8 num_steps elements while their basis
+            fits in 256 MiB, none for the others. A sequence gives "none", "full" or "partial" for each block.
+        seed: seed of the random probes; None draws one, which the result records.
+        dtype: data type of the vectors, float32 (default) or float64.
+        device: device of the vectors; by default that of `probes`, or the CPU.
+        on_nonfinite: what to do, once all other recurrences have ended, if hvp returned NaN, inf or, in float64, a
+            magnitude above 1e120 or below 1e-120 but not 0: "raise" NonFiniteError, or "mark" the affected recurrences
+            in `Quadrature.nonfinite`.
+        cuda_graph: replay the steps from CUDA graphs, which pays off for batches so small that launching kernels takes
+            longer than running them; results are bitwise the same. hvp itself runs eagerly and its result is copied to
+            one more set of vectors, unless it has an attribute `capturable` equal to True. Such an hvp must do the same
+            work on the same addresses of the current stream in every call, regardless of `mark_finished`, must not
+            synchronize, and must not store tensors created in a call. The two captures synchronize with the device.
+        on_step: called after every step with the number of steps made and the number of recurrences still running, as
+            far as the host knows; on a GPU this may be a few steps old.
+        state: resume from this state instead of starting at step 0, with bitwise the same result as an uninterrupted
+            run. All other arguments must be those of the run that produced it, except num_steps, which may be larger,
+            and reorthogonalize="auto", which then takes the modes of that run. num_steps = state.step returns the
+            quadrature of the state.
+        on_state: called after every step with the state. The next step changes its tensors: use `State.copy` to store
+            it. The state of the last step is not changed.
 
     Returns:
         Quadrature with nodes and weights (n_probes, n_blocks, min(num_steps, max(dims))) float64.
 
     Raises:
-        ValueError, TypeError: an argument, or what hvp returns, is not as described.
-        RuntimeError: hvp says that it is capturable and is not.
-        NonFiniteError: see on_nonfinite; `.partial` is the result of everything else.
+        ValueError, TypeError: an argument, or a result of hvp, is not as described.
+        RuntimeError: hvp.capturable is True but its work cannot be captured.
+        NonFiniteError: see on_nonfinite; its attribute `partial` is the result.
 
     Source: the paper's Algorithms 4 and 5; Ubaru, Chen, Saad 2017.
 
@@ -126,11 +133,11 @@ def batched_slq(
     tol, sigma = arguments.tolerance(tol, sigma)
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)
     reorthogonalize = arguments.reorthogonalization(reorthogonalize, len(dims))
-    arguments.choice("on_nonfinite", on_nonfinite, ("raise", "report"))
+    arguments.choice("on_nonfinite", on_nonfinite, ("raise", "mark"))
     arguments.choice("cuda_graph", cuda_graph, (True, False))
     if device is None:
         device = probes.device if isinstance(probes, Tensor) else "cpu"
-    device = usable(device)
+    device = check_device(device)
     recorder = recorder_of(device) if cuda_graph else None
     layout = Layout.of(dims, device)
     ids = arguments.block_id_tensor(block_ids, len(dims)).to(device)
@@ -142,18 +149,18 @@ def batched_slq(
         first_probe = arguments.integer("first_probe", first_probe, 0)
     else:
         seed, distribution = None, "given"
-        num_probes, dtype = arguments.given_probes(probes, layout, dtype)
+        num_probes, dtype = arguments.check_probes(probes, layout, dtype)
 
     row_bytes = num_probes * dtype.itemsize
     if state is None:
-        words = reorthogonalized_blocks(reorthogonalize, dims, num_steps, bytes_each=row_bytes)
+        modes = reorthogonalization_modes(reorthogonalize, dims, num_steps, bytes_per_element=row_bytes)
     else:
-        words = arguments.resolved_modes(state.reorthogonalize, reorthogonalize, len(dims))
+        modes = arguments.state_modes(state.reorthogonalize, reorthogonalize, len(dims))
         arguments.integer("num_steps", num_steps, state.step)
-    layout = layout.with_basis([word != "none" for word in words])
+    layout = layout.with_basis([mode != "none" for mode in modes])
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
-    with memory_explained(sets, layout.n * row_bytes, basis_bytes):
+    with explain_out_of_memory(sets, layout.n * row_bytes, basis_bytes):
         v = huge_pages.zeros(num_probes, layout.n, dtype=dtype, device=device)
         if state is None and probes is not None:
             v.copy_(arguments.unit_probes(probes, layout))
@@ -163,12 +170,12 @@ def batched_slq(
                 layout, num_probes, seed=seed, block_ids=ids, first_probe=first_probe, distribution=distribution,
                 dtype=dtype,
             ))  # fmt: skip
-        flight = LanczosBatch(v, layout, num_steps, words, tol, sigma, 0 if state is None else state.step)
+        batch = LanczosBatch(v, layout, num_steps, modes, tol, sigma, 0 if state is None else state.step)
         if state is not None:
-            flight.load(state)
-        _lanczos(hvp, flight, layout, recorder, on_step, on_state)
+            batch.load(state)
+        _lanczos(hvp, batch, layout, recorder, on_step, on_state)
 
-    recurrences, m = flight.recurrences, flight.num_steps
+    recurrences, m = batch.recurrences, batch.num_steps
     alpha, beta = (table[:m].permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
     nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
     result = Quadrature(
@@ -183,7 +190,7 @@ def batched_slq(
         num_steps=num_steps,
         seed=seed,
         distribution=distribution,
-        reorthogonalize=tuple(words),
+        reorthogonalize=tuple(modes),
         dtype=str(dtype).removeprefix("torch."),
     )
     if on_nonfinite == "raise" and result.nonfinite.any():
@@ -193,18 +200,18 @@ def batched_slq(
 
 def _lanczos(
     hvp: Callable[[Tensor], Tensor],
-    flight: LanczosBatch,
+    batch: LanczosBatch,
     layout: Layout,
     recorder: Recorder | None,
     on_step: Callable[[int, int], None] | None,
     on_state: Callable[[State], None] | None,
 ) -> None:
-    """Runs all recurrences to their end, or to the most steps; replays the steps where there is a recorder."""
-    recurrences, basis, projections = flight.recurrences, flight.basis, flight.projections
-    partial = recurrences.norm.new_empty(len(flight.v), layout.n_tiles)
+    """Advance all recurrences to their end or to num_steps; with a recorder, replay the steps from CUDA graphs."""
+    recurrences, basis, projections = batch.recurrences, batch.basis, batch.projections
+    partial = recurrences.norm.new_empty(len(batch.v), layout.n_tiles)
     basis_partial = partial.new_empty(*partial.shape, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
-    watch = completion.watch(recurrences)
+    tracker = completion.track(recurrences)
     n_finished = 0
 
     def product(v: Tensor) -> Tensor:
@@ -217,54 +224,54 @@ def _lanczos(
     def advance(w: Tensor, v: Tensor, v_prev: Tensor) -> None:
         ops.lanczos_step(w, v, v_prev, recurrences, layout, partial)
         if len(basis):
-            ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial, projections.due())
+            ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial, projections.select())
 
-    def plain(v: Tensor, v_prev: Tensor) -> None:
-        advance(product(v), v, v_prev)  # w is not kept: no more than three sets of vectors are ever held
+    def eager(v: Tensor, v_prev: Tensor) -> None:
+        advance(product(v), v, v_prev)  # w is released: at most three sets of vectors exist at a time
 
-    def running() -> int:
-        """How many recurrences are, as far as the host knows; the operator is told what is not."""
+    def count_running() -> int:
+        """Return how many recurrences are running, as far as the host knows; report finished ones to the operator."""
         nonlocal n_finished
-        known = watch.look()
-        if mark_finished is not None and int(known.sum()) > n_finished:
-            mark_finished(known)
-        n_finished = int(known.sum())
-        return known.numel() - n_finished
+        finished = tracker.poll()
+        if mark_finished is not None and int(finished.sum()) > n_finished:
+            mark_finished(finished)
+        n_finished = int(finished.sum())
+        return finished.numel() - n_finished
 
-    step: Step = plain
+    step: Step = eager
     if recorder:
-        step = replayed(recorder, product, advance, flight.v, _capturable(hvp))
-    left = running()
-    while left and flight.step < flight.num_steps:
-        step(flight.v, flight.v_prev)
-        flight.turn()
-        flight.settled.look()
-        left = running()
+        step = graphed_step(recorder, product, advance, batch.v, _capturable(hvp))
+    n_running = count_running()
+    while n_running and batch.step < batch.num_steps:
+        step(batch.v, batch.v_prev)
+        batch.finish_step()
+        batch.stopping.update()
+        n_running = count_running()
         if on_step is not None:
-            on_step(flight.step, left)
+            on_step(batch.step, n_running)
         if on_state is not None:
-            on_state(flight.state())
+            on_state(batch.state())
 
 
 def _capturable(hvp: Callable[[Tensor], Tensor]) -> bool:
     return getattr(hvp, "capturable", False) is True
 
 
-def reorthogonalized_blocks(
-    wish: str | Sequence[str], dims: Sequence[int], num_steps: int, bytes_each: int
+def reorthogonalization_modes(
+    mode: str | Sequence[str], dims: Sequence[int], num_steps: int, bytes_per_element: int
 ) -> list[str]:
-    """The word of every block; decided from the problem alone, never from free memory."""
-    if not isinstance(wish, str):
-        return list(wish)
-    if wish != "auto":
-        return [wish] * len(dims)
-    words = ["none"] * len(dims)
+    """Return the mode of every block. "auto" is resolved from these arguments alone, never from free memory."""
+    if not isinstance(mode, str):
+        return list(mode)
+    if mode != "auto":
+        return [mode] * len(dims)
+    modes = ["none"] * len(dims)
     room = AUTO_BASIS_BYTES
     for l in sorted(range(len(dims)), key=lambda l: dims[l]):
-        room -= dims[l] * num_steps * bytes_each
+        room -= dims[l] * num_steps * bytes_per_element
         if room >= 0 and dims[l] <= AUTO_DIMS_PER_STEP * num_steps:
-            words[l] = "full"
-    return words
+            modes[l] = "full"
+    return modes
 
 
 def _nonfinite_text(result: Quadrature) -> str:
@@ -272,6 +279,6 @@ def _nonfinite_text(result: Quadrature) -> str:
     p, l = failed[0]
     more = f", and in {len(failed) - 1} more recurrences" if len(failed) > 1 else ""
     return (
-        f"batched_slq: hvp must return finite values, got NaN, inf or sizes out of range (1e-120 ... 1e120) in "
-        f"block {l} at step {result.steps[p, l].item() + 1} of probe {p}{more}; the error's .partial holds the others"
+        f"batched_slq: hvp must return finite values, got NaN, inf or magnitudes outside 1e-120 ... 1e120 in "
+        f"block {l} at step {result.steps[p, l].item() + 1} of probe {p}{more}; the error's .partial holds the result"
     )

@@ -1,7 +1,7 @@
-"""Recurrences in mid-flight, and their state as a value with which they go on elsewhere or later.
+"""A batch of Lanczos recurrences between two steps, and the saved state from which it resumes.
 
-Promises: a batch that goes on from a state computes the same bits as one that never stopped, with more steps asked for
-too; handing out a state copies nothing.
+Guarantees: a batch resumed from a state computes bitwise the same results as one that never stopped, also with a larger
+num_steps; exporting a state copies nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import huge_pages
-from blockhess_ext.early_stopping import convergence
+from blockhess_ext.early_stopping import stopping_rule
 from blockhess_ext.layout import Layout
-from blockhess_ext.partial_reorthogonalization import due_projections
+from blockhess_ext.partial_reorthogonalization import reorthogonalization
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a batch of recurrences needs to make its next step.
+    """Everything a batch of recurrences needs to make its next step.
 
     Attributes:
-        step: steps made.
-        reorthogonalize: "none", "full" or "partial", of each block.
-        tensors: by name: v and v_prev (n_probes, n), the kept basis without v (step, n_probes, n_basis), alpha, beta,
-            norm, steps and status of `Recurrences`, and what ends steps early or projects them needs to remember.
+        step: number of steps made.
+        reorthogonalize: mode of each block, "none", "full" or "partial".
+        tensors: by name: v and v_prev (n_probes, n), the Krylov basis without v (step, n_probes, n_basis), alpha, beta,
+            norm, steps and status of `Recurrences`, and the state of early stopping and partial reorthogonalization.
     """
 
     step: int
@@ -36,11 +36,11 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
 
     def copy(self, device: torch.device | str = "cpu") -> State:
-        """The state with tensors of its own, which later steps leave alone."""
+        """Return a copy whose tensors later steps do not change."""
         return replace(self, tensors={name: t.to(device, copy=True) for name, t in self.tensors.items()})
 
 
@@ -48,16 +48,20 @@ class LanczosBatch:
     """A batch of recurrences between two steps.
 
     Args:
-        v: (n_probes, n) unit vectors; becomes part of it.
-        layout: the blocks, with the basis that the words ask for.
-        num_steps: most steps.
-        words: "none", "full" or "partial", of each block.
-        tol, sigma: as in `batched_slq`.
-        step: steps made; what they left is to be filled in by `load`.
+        v: (n_probes, n) unit vectors; owned by the batch from here on.
+        layout: the blocks, with a basis for those that are reorthogonalized.
+        num_steps: maximum number of steps.
+        modes: "none", "full" or "partial", one per block.
+        tol, sigma: see `batched_slq`.
+        step: number of steps made so far; `load` then restores their results.
 
     Attributes:
-        v, v_prev: current and previous vectors. basis: (capacity, n_probes, n_basis). recurrences: coefficients.
-        projections: which steps to project. settled: what ends recurrences early. num_steps: most steps that any makes.
+        v, v_prev: current and previous vectors, (n_probes, n).
+        basis: Krylov basis, (capacity, n_probes, n_basis).
+        recurrences: coefficients and status.
+        projections: selects the steps to orthogonalize.
+        stopping: ends recurrences early.
+        step, num_steps: number of steps made, and the maximum over all blocks.
     """
 
     def __init__(
@@ -65,31 +69,31 @@ class LanczosBatch:
         v: Tensor,
         layout: Layout,
         num_steps: int,
-        words: Sequence[str],
+        modes: Sequence[str],
         tol: float | None,
         sigma: float | None,
         step: int = 0,
     ) -> None:
-        self._layout, self._words = layout, tuple(words)
+        self._layout, self._modes = layout, tuple(modes)
         self.step, self.num_steps = step, min(num_steps, max(layout.dims))
         self.v, self.v_prev = v, huge_pages.zeros_like(v)
         limits = torch.tensor(layout.dims, device=v.device)
-        # A row more than steps, since a recurrence that has filled the last one ends and loses its next vector.
+        # One row more than steps: a recurrence that fills the last row ends without computing its next vector, which a
+        # continuation with more steps would need.
         self.recurrences = Recurrences.start(len(v), limits, rows=min(num_steps + 1, max(layout.dims)))
-        kept = [dim for dim, word in zip(layout.dims, words) if word != "none"]
-        capacity = min(num_steps, max(kept, default=0))
+        capacity = min(num_steps, max((dim for dim, mode in zip(layout.dims, modes) if mode != "none"), default=0))
         self.basis = huge_pages.zeros(capacity, len(v), layout.n_basis, dtype=v.dtype, device=v.device)
-        self.settled = convergence(self.recurrences, tol, sigma, step)
-        self.projections = due_projections(self.recurrences, words, v.dtype)
-        self._keep_v()
+        self.stopping = stopping_rule(self.recurrences, tol, sigma, step)
+        self.projections = reorthogonalization(self.recurrences, modes, v.dtype)
+        self._store_v()
 
-    def turn(self) -> None:
-        """After a step, which wrote the next vectors over the previous ones."""
+    def finish_step(self) -> None:
+        """Count a step and swap v and v_prev: the step wrote the next vectors to v_prev."""
         self.v, self.v_prev = self.v_prev, self.v
         self.step += 1
 
     def state(self) -> State:
-        """The state, whose tensors are those that the next step changes."""
+        """Return the state. Its tensors are not copied, so the next step changes them."""
         r, s = self.recurrences, self.step
         tensors = {
             "v": self.v,
@@ -101,13 +105,13 @@ class LanczosBatch:
             "steps": r.steps,
             "status": r.status,
         }
-        return State(s, self._words, tensors | self.projections.tensors(s) | self.settled.tensors())
+        return State(s, self._modes, tensors | self.projections.tensors(s) | self.stopping.tensors())
 
     def load(self, state: State) -> None:
-        """Takes over a state of the same recurrences.
+        """Load a state of the same recurrences.
 
         Raises:
-            ValueError: it is that of others.
+            ValueError: the state does not fit these recurrences.
         """
         own = self.state().tensors
         _require("tensors", sorted(own), sorted(state.tensors))
@@ -117,13 +121,13 @@ class LanczosBatch:
                 _require(f"{what} of {name}", getattr(tensor, what), getattr(saved, what))
             tensor.copy_(saved)
         steps, status = self.recurrences.steps, self.recurrences.status
-        sound = (status == FINISHED) | (status == NON_FINITE) | ((status == RUNNING) & (steps == self.step))
-        if not bool((sound & (steps >= 0) & (steps <= self.step)).all()):
-            raise ValueError(f"batched_slq: steps and status in state must be those of {self.step} steps, got others")
-        self._keep_v()
+        valid = (status == FINISHED) | (status == NON_FINITE) | ((status == RUNNING) & (steps == self.step))
+        if not bool((valid & (steps >= 0) & (steps <= self.step)).all()):
+            raise ValueError(f"batched_slq: steps and status in state must be consistent with {self.step} steps")
+        self._store_v()
 
-    def _keep_v(self) -> None:
-        """Makes v the next row of the basis, if there is one."""
+    def _store_v(self) -> None:
+        """Copy v to the next row of the basis unless the basis is full."""
         if self.step >= len(self.basis):
             return
         for l, start in enumerate(self._layout.basis_offsets.tolist()):
@@ -132,6 +136,6 @@ class LanczosBatch:
                 self.basis[self.step, :, columns] = self.v[:, self._layout.columns(l)]
 
 
-def _require(what: str, wanted: object, got: object) -> None:
-    if wanted != got:
-        raise ValueError(f"batched_slq: {what} in state must be {wanted}, got {got}")
+def _require(what: str, expected: object, got: object) -> None:
+    if expected != got:
+        raise ValueError(f"batched_slq: {what} in state must be {expected}, got {got}")

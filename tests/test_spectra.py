@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockhess._text import format_table, number
-from blockhess.analysis import distribution
 from blockhess.analysis.jensen_shannon import js_matrix
 from blockhess.problem.blocks import BlockInfo
 from blockhess.spectra import Spectra
@@ -168,7 +167,7 @@ def test_moments_of_a_known_operator() -> None:
     low, high = spectra.eigenvalue_range()
     assert (low >= torch.stack([part.min() for part in diagonal.split(dims)]) - 1e-12).all()
     assert (high <= torch.stack([part.max() for part in diagonal.split(dims)]) + 1e-12).all()
-    value, stderr = distribution.moment(quadrature, 1)
+    value, stderr = quadrature.moment(1)
     exact, error = quadrature.integrate(lambda x: x)
     torch.testing.assert_close((value, stderr), (exact, torch.where(torch.tensor(dims) == 1, 0.0, error)))
 

@@ -149,7 +149,7 @@ def measure_coverage(name: str, hvp: Operator, eigenvalues: Tensor, m: int, seed
     widths: dict[str, list[float]] = {}
     tops: list[tuple[float, float]] = []
     for run in range(seeds):
-        one = as_spectra(distribution.with_probes(q, slice(run * probes, (run + 1) * probes)))
+        one = as_spectra(q.of_probes(slice(run * probes, (run + 1) * probes)))
         for what, band, (mean, true), where, unit in (
             ("density", one.density_band(sigma, grid, CONFIDENCE), density, seen, high - low),
             ("cdf", one.cdf_band(grid, CONFIDENCE), cdf, torch.ones_like(seen), 1.0),
@@ -180,9 +180,7 @@ def measure_js0(n: int, m: int, seeds: int, probes: int) -> dict[str, Any]:
     q = batched_slq(hvp, [n] * len(kinds), num_probes=seeds * probes, num_steps=m, reorthogonalize="none")
     truth = as_spectra(q).js0(sigma=0.02).value
     found = [
-        as_spectra(distribution.with_probes(q, slice(run * probes, (run + 1) * probes))).js0(
-            sigma=0.02, confidence=CONFIDENCE
-        )
+        as_spectra(q.of_probes(slice(run * probes, (run + 1) * probes))).js0(sigma=0.02, confidence=CONFIDENCE)
         for run in range(seeds)
     ]
     inside = [js0.interval[0] <= truth <= js0.interval[1] for js0 in found if js0.interval]

@@ -72,7 +72,7 @@ def measure_axis_coverage(
         held: dict[str, list[Tensor]] = {}
         widths: dict[str, list[float]] = {}
         for run in range(seeds):
-            one = as_spectra(distribution.with_probes(q, slice(run * probes, (run + 1) * probes)))
+            one = as_spectra(q.of_probes(slice(run * probes, (run + 1) * probes)))
             for what, band, (mean, true), points, unit in (
                 ("density", one.density_band(sigma, grid, CONFIDENCE, axis=where), density, seen, high - low),
                 ("cdf", one.cdf_band(grid, CONFIDENCE, axis=where), cdf, torch.ones_like(seen), 1.0),

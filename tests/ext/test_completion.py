@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blockhess_ext import batched_slq, completion
-from blockhess_ext.completion import FinishedOnDevice
+from blockhess_ext.completion import DeviceCompletion
 from blockhess_ext.device import has_cuda
 from blockhess_ext.recurrences import FINISHED, Recurrences
 
@@ -23,15 +23,15 @@ class Event:
         return self.done
 
 
-class Late(FinishedOnDevice):
+class Late(DeviceCompletion):
     """The watch of a device, whose copies arrive when the test says so."""
 
-    def _pinned(self) -> torch.Tensor:
+    def _allocate(self) -> torch.Tensor:
         return torch.zeros_like(self._status)
 
     def _copy(self) -> Event:
         self.copies = getattr(self, "copies", 0) + 1
-        self._landing.copy_(self._status)
+        self._pinned_status.copy_(self._status)
         self.event = Event()
         return self.event
 
@@ -41,23 +41,23 @@ def test_a_copy_is_read_only_once_its_event_is_done():
     watch = Late(recurrences)
     recurrences.status[0, 1] = FINISHED
     for _ in range(3 * Late.EVERY):
-        assert not watch.look().any()
+        assert not watch.poll().any()
     assert watch.copies == 1  # none is started while one is under way
     watch.event.done = True
-    assert watch.look().tolist() == [[False, True]]
+    assert watch.poll().tolist() == [[False, True]]
 
 
 def test_a_mask_that_was_given_out_does_not_change():
     recurrences = Recurrences.start(1, torch.tensor([9, 9]))
     watch = Late(recurrences)
     for _ in range(Late.EVERY):
-        before = watch.look()
+        before = watch.poll()
     watch.event.done = True
     recurrences.status.fill_(FINISHED)
-    known = watch.look()
+    known = watch.poll()
     for _ in range(2 * Late.EVERY):
         watch.event.done = True
-        last = watch.look()
+        last = watch.poll()
     assert not before.any() and not known.any() and last.all()
 
 
@@ -69,7 +69,7 @@ def test_results_do_not_depend_on_when_the_host_knows(monkeypatch):
         return [q.nodes, q.weights, q.alpha, q.beta, q.steps]
 
     at_once = run()
-    monkeypatch.setattr(completion, "watch", Late)
+    monkeypatch.setattr(completion, "track", Late)
     for a, b in zip(at_once, run(), strict=True):
         assert torch.equal(a, b)
 
@@ -111,5 +111,5 @@ def test_memory_that_lacks_for_the_first_vectors_is_explained_too(given, monkeyp
     monkeypatch.setattr("blockhess_ext.ops.random_probes", full)
     monkeypatch.setattr("blockhess_ext.arguments.unit_probes", full)
     probes = torch.ones(2, 2**18) if given else None
-    with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, 6 MiB, the kept basis, 0 MiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, 6 MiB, the Krylov basis, 0 MiB"):
         batched_slq(lambda v: v, [2**18], num_probes=2, probes=probes, reorthogonalize="none")

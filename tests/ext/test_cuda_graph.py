@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import batched_slq, completion, cuda_graph
-from blockhess_ext.device import memory_explained
+from blockhess_ext.device import explain_out_of_memory
 from tests.helpers.call_recorder import CallRecorder
 from tests.helpers.replay_cases import FAILS_AT, STEPS, Operator, run
 
@@ -30,7 +30,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
 class Ignorant(completion.Completion):
     """A host that never learns of an end, the latest that a GPU's can be."""
 
-    def look(self) -> Tensor:
+    def poll(self) -> Tensor:
         return torch.zeros(self._status.shape, dtype=torch.bool)
 
 
@@ -40,7 +40,7 @@ class Ignorant(completion.Completion):
 def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, watch, dtype, recorder, monkeypatch):
     options = {"reorthogonalize": reorthogonalize, "dtype": dtype}
     expected = run(Operator(dtype), **options)
-    monkeypatch.setattr(completion, "watch", watch)
+    monkeypatch.setattr(completion, "track", watch)
     operator = Operator(dtype, capturable)
     assert same_bits(run(operator, cuda_graph=True, **options), expected)
     assert (recorder.warm_ups, recorder.records, recorder.replays) == (2, 2, STEPS - 2)
@@ -106,8 +106,8 @@ def test_one_more_set_of_vectors(recorder):
     batched_slq(hvp, [n], num_probes=2, num_steps=6, reorthogonalize="none", cuda_graph=True)
     assert max(live) == 3  # v, v_prev and where the graphs read w; the result is the fourth
     with (
-        pytest.raises(torch.OutOfMemoryError, match=r"hold 4 sets of vectors, 8 MiB.*cuda_graph=False takes one set"),
-        memory_explained(4, 2**21, 0),
+        pytest.raises(torch.OutOfMemoryError, match=r"hold 4 sets of vectors, 8 MiB.*cuda_graph=False needs one set"),
+        explain_out_of_memory(4, 2**21, 0),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -160,7 +160,7 @@ class Cuda:
 def test_streams_wait_for_each_other(monkeypatch):
     cuda = Cuda(monkeypatch)
     recorder = cuda_graph.recorder_of(torch.device("cuda", 0))
-    step = cuda_graph.Replayed(lambda v, v_prev: cuda.log.append(f"{v} on {cuda.current.name}"), recorder)
+    step = cuda_graph.GraphedStep(lambda v, v_prev: cuda.log.append(f"{v} on {cuda.current.name}"), recorder)
     for v in ("even", "odd", "even", "odd", "even"):
         step(v, None)
     assert cuda.log == [
@@ -178,7 +178,7 @@ def test_streams_wait_for_each_other(monkeypatch):
         (
             RuntimeError("operation not permitted"),
             RuntimeError,
-            "hvp must be fit for capture .* got: operation not",
+            "hvp must support capture .* got: operation not",
         ),
         (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "full"),
         (ValueError("its own"), ValueError, "its own"),

@@ -38,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 )
 def test_an_architecture_that_runs(capability, compiled, gpu):
     gpu(capability, compiled)
-    assert device.usable("cuda") == torch.device("cuda", 1)
+    assert device.check_device("cuda") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_architecture_that_the_build_lacks(capability, compiled, gpu):
     gpu(capability, compiled)
     here = ".".join(map(str, capability))
     text = (
-        f"batched_slq: device must have an architecture that was compiled in, {compiled.replace(',', ', ')}, "
+        f"batched_slq: device must have an architecture of this build, {compiled.replace(',', ', ')}, "
         f"got cuda:0 of compute capability {here}; in blockhess' source folder, with a CUDA build of torch, run: "
         f"TORCH_CUDA_ARCH_LIST={here} BLOCKHESS_CUDA=1 pip install --no-build-isolation ."
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import batched_slq, completion
-from blockhess_ext.early_stopping import change, steps_between, wasserstein
+from blockhess_ext.early_stopping import change, checkpoint_interval, wasserstein
 from tests.ext.test_completion import Late
 
 N = 20_000
@@ -96,12 +96,12 @@ def test_each_recurrence_stops_for_itself():
     assert told[-1] == [True] * 4 and len(told) > 1
 
 
-def test_two_calm_looks_are_needed():
-    """However large tol is: one look to compare with, and two calm ones."""
+def test_two_small_changes_are_needed():
+    """However large tol is: three checkpoints give two changes."""
     d = torch.linspace(0, 1, 1000)
     q = batched_slq(lambda v: v * d, [1000], num_steps=50, tol=1.0)
     assert (q.steps == 15).all()
-    assert [steps_between(step) for step in (0, 40, 56, 100)] == [5, 5, 7, 13]
+    assert [checkpoint_interval(step) for step in (0, 40, 56, 100)] == [5, 5, 7, 13]
 
 
 def test_a_late_host_changes_no_result(monkeypatch):
@@ -112,7 +112,7 @@ def test_a_late_host_changes_no_result(monkeypatch):
         return [q.nodes, q.alpha, q.steps]
 
     at_once = run()
-    monkeypatch.setattr(completion, "watch", Late)
+    monkeypatch.setattr(completion, "track", Late)
     for a, b in zip(at_once, run(), strict=True):
         assert torch.equal(a, b)
 
@@ -134,7 +134,7 @@ def test_a_late_host_changes_no_result(monkeypatch):
         ),
         ({"tol": "small"}, TypeError, "tol must be None or a number above 0 and at most 1, got 'small'"),
         ({"tol": 0.1, "sigma": 0.0}, ValueError, "sigma must be above 0 and at most 1 .*, got 0.0"),
-        ({"tol": 0.1, "sigma": 1.5}, ValueError, r"sigma must be .* \(a share of the spectrum's range\), got 1.5"),
+        ({"tol": 0.1, "sigma": 1.5}, ValueError, r"sigma must be .* \(a fraction of the spectral range\), got 1.5"),
         ({"tol": 1.5}, ValueError, "tol must be above 0 and at most 1 .*, got 1.5"),
         ({"tol": 2.5, "sigma": 0.1}, ValueError, r"tol must be above 0 and at most 2 \(an L1 distance of densities\)"),
         ({"sigma": 0.1}, ValueError, "tol must be given with sigma, got sigma=0.1 alone"),

@@ -38,7 +38,7 @@ class Operator:
 
 def run(operator: Operator, num_steps: int, **options: Any) -> Quadrature:
     return batched_slq(
-        operator, DIMS, num_probes=2, num_steps=num_steps, on_nonfinite="report", dtype=operator.scales.dtype, **options
+        operator, DIMS, num_probes=2, num_steps=num_steps, on_nonfinite="mark", dtype=operator.scales.dtype, **options
     )
 
 
@@ -81,7 +81,7 @@ def test_going_on_from_any_step_gives_the_same_bits(words, tol, dtype):
 @pytest.mark.parametrize("tol", [None, 0.005])
 @pytest.mark.parametrize("words", WORDS)
 def test_more_steps_are_those_of_a_longer_run(words, tol, dtype):
-    """Past the size of the smaller blocks, past the looks of tol, with a basis and estimates that grow."""
+    """Past the size of the smaller blocks, past the checkpoints of tol, with a basis and estimates that grow."""
     asked = words
     if words == "auto":  # depends on num_steps: the first run's are replayed
         asked = run(Operator(dtype), 12).reorthogonalize
@@ -117,7 +117,7 @@ def test_a_state_without_further_steps_is_a_quadrature():
         raise AssertionError("no product is needed")
 
     state = states(Operator(torch.float32), 7)[-1]
-    q = batched_slq(never, DIMS, num_probes=2, num_steps=7, state=state, on_nonfinite="report")
+    q = batched_slq(never, DIMS, num_probes=2, num_steps=7, state=state, on_nonfinite="mark")
     assert_same(q, run(Operator(torch.float32), 7))
 
 
@@ -142,8 +142,8 @@ def test_graphs_can_be_replayed_from_a_state(monkeypatch):
         ({"num_probes": 3}, r"shape of v in state must be .*3, 14.*, got .*2, 14"),
         ({"dims": [5, 8]}, r"shape of v in state must be .*2, 13.*, got .*2, 14"),
         ({"dtype": torch.float64}, "dtype of v in state must be torch.float64, got torch.float32"),
-        ({"tol": 0.1}, "tensors in state must be .*calm.*, got"),
-        ({"reorthogonalize": "none"}, "reorthogonalize must be that of state, full, full, got 'none'"),
+        ({"tol": 0.1}, "tensors in state must be .*converged.*, got"),
+        ({"reorthogonalize": "none"}, "reorthogonalize must equal that of state, full, full, got 'none'"),
     ],
 )
 def test_a_state_of_other_recurrences_is_refused(options, text):
@@ -159,5 +159,5 @@ def test_a_state_that_cannot_be_is_refused(name: str, value: int) -> None:
     state = states(Operator(torch.float64), 9)[4]
     run(Operator(torch.float64), 9, state=state)  # control
     state.tensors[name][1, 4] = value
-    with pytest.raises(ValueError, match="batched_slq: steps and status in state must be those of 5 steps, got others"):
+    with pytest.raises(ValueError, match="batched_slq: steps and status in state must be consistent with 5 steps"):
         run(Operator(torch.float64), 9, state=state)

@@ -36,5 +36,5 @@ class Operator:
 
 def run(hvp: Callable[[Tensor], Tensor], **options: object) -> list[Tensor]:
     """All results of a short batched_slq."""
-    q = batched_slq(hvp, DIMS, **{"num_probes": 2, "num_steps": STEPS, "on_nonfinite": "report", **options})
+    q = batched_slq(hvp, DIMS, **{"num_probes": 2, "num_steps": STEPS, "on_nonfinite": "mark", **options})
     return [q.nodes, q.weights, q.alpha, q.beta, q.steps, q.nonfinite]

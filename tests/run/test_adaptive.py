@@ -65,7 +65,7 @@ def test_large_blocks_need_few_probes():
     small, middle, large = probes_needed(q, tol=0.02, sigma=None)
     assert 15 < small < 50 and middle == large == 2
     assert probes_needed(q, tol=0.01, sigma=None)[0] == pytest.approx(4 * small, abs=4)
-    nothing = batched_slq(lambda v: v * math.nan, [5], num_probes=2, on_nonfinite="report")
+    nothing = batched_slq(lambda v: v * math.nan, [5], num_probes=2, on_nonfinite="mark")
     assert probes_needed(nothing, 0.01, None) == [2] and statistical_error(nothing).item() == math.inf
 
 
@@ -154,7 +154,7 @@ def test_steps_that_settle_at_the_last_one_were_enough(sigma):
         assert int(q.steps.max()) == min(num_steps, settled) and missed(q, tol, sigma) == [few]
     # Beside a longer block the tables are padded, and the answer is the same.
     long = batched_slq(lambda v: v * eigenvalues[:200], [200], num_probes=2, num_steps=200, reorthogonalize="full")
-    beside = Quadrature.joined([run(settled), dataclasses.replace(long, num_steps=settled)], 1)
+    beside = Quadrature.concatenate([run(settled), dataclasses.replace(long, num_steps=settled)], 1)
     assert beside.alpha.shape[-1] == 200 and missed(beside, tol, sigma)[0] is False
 
 

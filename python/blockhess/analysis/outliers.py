@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockhess.analysis.errors.steps import EXHAUSTED_EPS
 from blockhess_ext import Quadrature
+from blockhess_ext.recurrences import EXHAUSTED_EPS
 
 # A node is listed if its residual is at most this share of the block's largest |node|.
 CONVERGED = 1e-3

@@ -22,7 +22,6 @@ from torch import nn
 
 import blockhess
 from blockhess._text import format_table, number
-from blockhess.analysis import distribution
 from blockhess.analysis.jensen_shannon import js_matrix
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
@@ -110,7 +109,7 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
         return math.nan
     rows = spectra.rows(blocks)
     halves = (slice(0, half), slice(half, 2 * half))
-    parts = [distribution.merge_probes(distribution.with_probes(spectra.quadrature, probes)) for probes in halves]
+    parts = [spectra.quadrature.of_probes(probes).merged() for probes in halves]
     nodes = torch.cat([nodes[rows] for nodes, _ in parts])
     weights = torch.cat([weights[rows] for _, weights in parts])
     return float(js_matrix(nodes, weights, sigma=sigma)[: len(rows), len(rows) :].diagonal().mean())

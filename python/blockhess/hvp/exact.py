@@ -102,6 +102,6 @@ def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
         num_steps=dim,
         probes=torch.ones(1, dim, dtype=torch.float64),
         reorthogonalize="full",
-        on_nonfinite="report",
+        on_nonfinite="mark",
     )
-    return Quadrature.joined([one] * num_probes, 0)
+    return Quadrature.concatenate([one] * num_probes, 0)

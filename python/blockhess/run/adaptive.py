@@ -16,11 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from blockhess.analysis import distribution
 from blockhess.analysis.density import smooth
 from blockhess.analysis.errors import steps
 from blockhess_ext import Quadrature
-from blockhess_ext.early_stopping import GRID_MARGIN, GRID_POINTS_PER_SIGMA, settled_at_end
+from blockhess_ext.early_stopping import GRID_MARGIN, GRID_POINTS_PER_SIGMA, converged_at_end
 
 # What of the tolerance is the probes' part. A settled quadrature is off by 0.8 of it in Wasserstein distance, which
 # falls as 1 / m, but by less than half in L1, which falls faster than any power of m; the two parts add in squares. One
@@ -48,7 +47,7 @@ def statistical_error(quadrature: Quadrature, sigma: float | None = None) -> Ten
         >>> f"{statistical_error(q).item():.1e}"
         '1.4e-03'
     """
-    nodes, weights = distribution.merge_probes(quadrature)
+    nodes, weights = quadrature.merged()
     nodes, order = nodes.sort(dim=1)
     weights = weights.gather(1, order)
     spread = nodes[:, -1] - nodes[:, 0]
@@ -87,5 +86,5 @@ def missed(quadrature: Quadrature, tol: float, sigma: float | None) -> list[bool
     open_ = ~steps.exact(quadrature.to("cpu")).to(few.device)
     cut_off = (quadrature.steps == quadrature.num_steps) & (dims > quadrature.num_steps) & open_
     alpha, beta = (table[cut_off][:, : quadrature.num_steps] for table in (quadrature.alpha, quadrature.beta))
-    cut_off[cut_off.clone()] = ~settled_at_end(alpha, beta, tol, sigma)
+    cut_off[cut_off.clone()] = ~converged_at_end(alpha, beta, tol, sigma)
     return (few | cut_off.any(0)).tolist()

@@ -25,7 +25,7 @@ from blockhess.run.recorder import Recorder, Unit, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature, State
-from blockhess_ext.slq import reorthogonalized_blocks
+from blockhess_ext.slq import reorthogonalization_modes
 
 Compute: TypeAlias = Callable[[Unit], Iterator[UnitResult]]
 
@@ -61,8 +61,8 @@ class Job:
         dims, itemsize = problem.dims, problem.dtype.itemsize
         exact = None
         if first is None:
-            self._basis = reorthogonalized_blocks(
-                options.reorthogonalize, dims, options.num_steps, bytes_each=options.num_probes * itemsize
+            self._basis = reorthogonalization_modes(
+                options.reorthogonalize, dims, options.num_steps, bytes_per_element=options.num_probes * itemsize
             )
         else:
             self._basis = list(first.quadrature.reorthogonalize)
@@ -101,7 +101,7 @@ class Job:
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(Options)}
         del options["memory_budget"]  # in the plan, as bytes
         bare = [l for l, word in enumerate(result.reorthogonalize) if word == "none"]
-        ghosts = result.of_blocks(bare).ghosts().sum(0).tolist()
+        ghosts = result.select_blocks(bare).ghosts().sum(0).tolist()
         return options | {
             "dtype": result.dtype,
             "seed": result.seed,
@@ -129,7 +129,7 @@ class Job:
             for done in finished:
                 self.hvps += done.hvps
                 for column, l in enumerate(done.unit.blocks):
-                    found[l].append(done.part.of_block(column))
+                    found[l].append(done.part.select_block(column))
 
         found: list[list[Quadrature]] = [[] for _ in self._ids]  # of every block: parts for some probes each, in order
         if self._first is not None:
@@ -147,7 +147,7 @@ class Job:
                 for unit in units:
                     keep(compute(unit))
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
-        whole = Quadrature.joined([_whole(parts) for parts in found], 1)
+        whole = Quadrature.concatenate([_whole(parts) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
         self._note(
             ZERO_NOTE,
@@ -308,7 +308,7 @@ class Job:
             written_out = exact_quadratures(
                 operator, ids, self._exact_rows, options.num_steps, seed, options.distribution, last, on_state
             )
-            part, last = Quadrature.joined(written_out, 1).to(problem.device), None
+            part, last = Quadrature.concatenate(written_out, 1).to(problem.device), None
         else:
             part = blockhess_ext.batched_slq(
                 operator,
@@ -324,7 +324,7 @@ class Job:
                 seed=seed,
                 dtype=problem.dtype,
                 device=problem.device,
-                on_nonfinite="report",
+                on_nonfinite="mark",
                 state=last,
                 on_state=on_state,
             )
@@ -383,8 +383,8 @@ class Job:
 
 
 def _whole(parts: Sequence[Quadrature]) -> Quadrature:
-    return Quadrature.joined(parts, 0)
+    return Quadrature.concatenate(parts, 0)
 
 
 def _blocks_of(spectra: Spectra) -> list[Quadrature]:
-    return [spectra.quadrature.of_block(l) for l in range(len(spectra))]
+    return [spectra.quadrature.select_block(l) for l in range(len(spectra))]

@@ -118,7 +118,7 @@ def _of_probes(labels: list[str], runs: list[Spectra]) -> Spectra:
         parts = []
         for label, run in zip(labels, runs):
             row = run.rows([name])[0]
-            part = run.quadrature.of_block(row)
+            part = run.quadrature.select_block(row)
             if part.dims != (first.dims[l],) or part.reorthogonalize != (first.quadrature.reorthogonalize[l],):
                 raise ValueError(
                     f"merge: runs must treat block {name!r} alike, {labels[0]} has size {first.dims[l]}, "
@@ -126,7 +126,7 @@ def _of_probes(labels: list[str], runs: list[Spectra]) -> Spectra:
                 )
             parts.append(part)
             notes[l] = _noted(notes[l], run.blocks[row])
-        columns.append(Quadrature.joined(parts, 0))
+        columns.append(Quadrature.concatenate(parts, 0))
     return _merged(runs, notes, columns, sum(run.provenance["num_probes"] for run in runs))
 
 
@@ -146,7 +146,7 @@ def _of_blocks(labels: list[str], runs: list[Spectra]) -> Spectra:
                     f"merge: runs must have all blocks in common, or none, {seen[name]} and {label} share {name!r}"
                 )
             seen[name] = label
-    columns = [run.quadrature.of_block(l) for run in runs for l in range(len(run))]
+    columns = [run.quadrature.select_block(l) for run in runs for l in range(len(run))]
     return _merged(runs, [block for run in runs for block in run.blocks], columns, first["num_probes"])
 
 
@@ -156,7 +156,7 @@ def _noted(block: BlockInfo, other: BlockInfo) -> BlockInfo:
 
 def _merged(runs: list[Spectra], blocks: list[BlockInfo], columns: list[Quadrature], num_probes: int) -> Spectra:
     made = [run.provenance for run in runs]
-    quadrature = Quadrature.joined(columns, 1)
+    quadrature = Quadrature.concatenate(columns, 1)
     ghosts = quadrature.ghosts().sum(0).tolist()
     bare = [word == "none" for word in quadrature.reorthogonalize]
     exact = [name for run in made for name in run["plan"]["exact"]]

@@ -144,11 +144,11 @@ def partial(path: str | PathLike[str], op: str = "partial") -> Spectra:
         pieces.append((unit, _quadrature(run, [blocks[l] for l in unit.blocks], unit, state)))
     for unit, part in sorted(pieces, key=lambda piece: piece[0].first_probe):
         for column, l in enumerate(unit.blocks):
-            found[l].append(part.of_block(column))
+            found[l].append(part.select_block(column))
     known = [l for l, parts in enumerate(found) if any(part.num_probes for part in parts)]
     if not known:
         raise ValueError(f"{op}: {path} holds no step of any block yet")
-    quadrature = Quadrature.joined([Quadrature.joined(found[l], 0) for l in known], 1)
+    quadrature = Quadrature.concatenate([Quadrature.concatenate(found[l], 0) for l in known], 1)
     made = {
         "model": run["identity"]["model"],
         "loss": run["identity"]["loss"],
@@ -177,7 +177,7 @@ def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state:
         distribution=identity["distribution"],
         seed=run["seed"],
         dtype=getattr(torch, identity["dtype"]),
-        on_nonfinite="report",
+        on_nonfinite="mark",
         state=state,
     )
     ids = tuple(block_id(block.name) for block in blocks)

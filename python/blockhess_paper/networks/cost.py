@@ -37,7 +37,7 @@ from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.problem.prepare import prepared_problem
 from blockhess.run.forecast import product_seconds
-from blockhess_ext.slq import reorthogonalized_blocks
+from blockhess_ext.slq import reorthogonalization_modes
 from blockhess_paper.models import CONFIGS, masked_pair_loss, named
 from blockhess_paper.models.bert import MaskedPairs
 from blockhess_paper.networks.initial_spectra import EFFORTS
@@ -228,7 +228,7 @@ def work(name: str) -> Work:
     ]  # fmt: skip
     whole = sum(n * flops for n, flops in zip(counts, cost.products)) + effort.num_steps * cost.gradient
     vectors = effort.num_probes * FLOAT32_BYTES
-    words = reorthogonalized_blocks("auto", list(cost.dims), effort.num_steps, bytes_each=vectors)
+    words = reorthogonalization_modes("auto", list(cost.dims), effort.num_steps, bytes_per_element=vectors)
     kept = [effort.num_steps * dim for dim, word in zip(cost.dims, words) if word not in ("none", "exact")]
     return Work(
         name=name,

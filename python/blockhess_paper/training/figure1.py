@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockhess._text import format_table
-from blockhess.analysis.distribution import merge_probes
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder, write_text
 from blockhess.spectra import Spectra
@@ -72,7 +71,7 @@ class Stage:
     @property
     def nodes_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the full Hessian, (n,) each, by ascending node."""
-        nodes, weights = (part[0] for part in merge_probes(self.full.quadrature))
+        nodes, weights = (part[0] for part in self.full.quadrature.merged())
         order = nodes.argsort()
         return nodes[order], weights[order]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockhess.analysis import distribution
 from blockhess.analysis.axes import Axis
 from blockhess.analysis.errors import bands
 from blockhess.analysis.errors.normalized_block import BlockOnAxis
@@ -37,7 +36,7 @@ def rotated(eigenvalues: Tensor, **options: object) -> Quadrature:
 
 
 def runs(q: Quadrature) -> list[Quadrature]:
-    return [distribution.with_probes(q, slice(i * N_PROBES, (i + 1) * N_PROBES)) for i in range(N_RUNS)]
+    return [q.of_probes(slice(i * N_PROBES, (i + 1) * N_PROBES)) for i in range(N_RUNS)]
 
 
 def coverage(inside: list[Tensor]) -> float:
@@ -81,10 +80,7 @@ def worst_point_of_cdf_band() -> float:
     q = lanczos(eigenvalues, num_probes=N_PROBES * n_runs, num_steps=20, reorthogonalize="none").quadrature
     x = q.nodes[:, 0].median(0).values  # where half of the probes have a node on either side
     mean = as_spectra(q).cdf(x)[1][0]
-    found = [
-        bands.cdf_band(distribution.with_probes(q, slice(i * N_PROBES, (i + 1) * N_PROBES)), [0], x, 0.95)
-        for i in range(n_runs)
-    ]
+    found = [bands.cdf_band(q.of_probes(slice(i * N_PROBES, (i + 1) * N_PROBES)), [0], x, 0.95) for i in range(n_runs)]
     return float(torch.stack([(b.lower[0] <= mean) & (mean <= b.upper[0]) for b in found]).double().mean(0).min())
 
 
@@ -126,7 +122,7 @@ def test_more_confidence_and_fewer_probes_are_wider() -> None:
     grid = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
 
     def width(probes: int, confidence: float) -> float:
-        band = as_spectra(distribution.with_probes(q, slice(0, probes))).density_band(0.05, grid, confidence)
+        band = as_spectra(q.of_probes(slice(0, probes))).density_band(0.05, grid, confidence)
         return float((band.upper - band.lower).mean())
 
     assert width(10, 0.5) < width(10, 0.95) < width(10, 0.999)
@@ -186,19 +182,19 @@ def test_trace_interval_is_skewed_towards_the_side_of_the_outlier() -> None:
 
 def test_range_error() -> None:
     q = rotated(SPECTRA["uniform"], num_steps=6)
-    few = as_spectra(distribution.with_probes(q, slice(0, 10)))
+    few = as_spectra(q.of_probes(slice(0, 10)))
     (low_bias, _), (high_bias, high_stderr) = few.range_error()
     high = few.eigenvalue_range()[1]
     assert low_bias[0] >= 0 >= high_bias[0] and high_stderr[0] > 0
     assert abs(high - high_bias - 1.0)[0] < abs(high - 1.0)[0]  # nearer to the truth
-    one = as_spectra(distribution.with_probes(q, slice(0, 1)))
+    one = as_spectra(q.of_probes(slice(0, 1)))
     assert one.range_error()[0][0].isnan().all()
 
 
 def test_errors_of_a_block_are_those_of_its_own_probes() -> None:
     q = rotated(SPECTRA["uniform"], num_steps=6)
-    few = distribution.with_probes(q, slice(0, 3))
-    beside = as_spectra(Quadrature.joined([few, distribution.with_probes(q, slice(3, 15))], 1))
+    few = q.of_probes(slice(0, 3))
+    beside = as_spectra(Quadrature.concatenate([few, q.of_probes(slice(3, 15))], 1))
     for name, options in (("range_error", ()), ("kth_eigenvalue", (5,)), ("trace_interval", ())):
         alone, both = (getattr(result, name)(*options) for result in (as_spectra(few), beside))
         if name == "range_error":

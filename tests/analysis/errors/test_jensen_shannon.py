@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockhess.analysis import distribution
 from blockhess.analysis.axes import Axis
 from blockhess.analysis.errors.intervals import jackknife, leave_one_out
 from blockhess.analysis.jensen_shannon import js_matrix
@@ -50,9 +49,7 @@ def test_js_matrix_error(kind: str) -> None:
     assert bias[0, 1] > 0.5 * value[0, 1] > 0 and stderr[0, 2] > 0
     if kind != "distance":
         parts = [
-            js_matrix(
-                *distribution.merge_probes(distribution.with_probes(result.quadrature, rest)), sigma=0.05, kind=kind
-            )
+            js_matrix(*result.quadrature.of_probes(rest).merged(), sigma=0.05, kind=kind)
             for rest in ([q for q in range(6) if q != p] for p in range(6))
         ]
         torch.testing.assert_close(bias, 5 * (torch.stack(parts).mean(0) - value), rtol=1e-9, atol=1e-12)

@@ -27,9 +27,7 @@ from torch import Tensor
 from blockhess.analysis.axes import BlockAxis
 from blockhess.analysis.density import WINDOW
 from blockhess_ext import Quadrature, ops
-
-# As in lanczos_step: a residual up to this many eps of |T| means that the Krylov space is exhausted.
-EXHAUSTED_EPS = 64
+from blockhess_ext.recurrences import EXHAUSTED_EPS
 
 # The node of a Gauss-Radau rule that leaves for infinity is held at this many times |T|; its weight is below 1e-30.
 _FAR = 1e15

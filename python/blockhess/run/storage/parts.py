@@ -15,14 +15,12 @@ from blockhess.run.recorder import Unit, UnitResult
 from blockhess.run.storage import store
 from blockhess_ext import Quadrature, State
 
-_TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
-
 
 def write_part(path: str | PathLike[str], run: str, done: UnitResult, seconds: float) -> None:
     """Writes what is done, and the seconds that the run has taken so far."""
     part = done.part
-    labels = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in _TENSORS}
-    tensors: dict[str, Tensor] = {name: getattr(part, name) for name in _TENSORS}
+    labels = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in Quadrature.TENSORS}
+    tensors: dict[str, Tensor] = {name: getattr(part, name) for name in Quadrature.TENSORS}
     header = {"run": run, "unit": dataclasses.asdict(done.unit), "hvps": done.hvps, "seconds": seconds}
     store.write(path, tensors, header | {"quadrature": labels})
 
