@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from blockhess.analysis.jensen_shannon import JS0
     from blockhess.estimate import NonFiniteError, extend, plan, spectrum
     from blockhess.problem.blocks import BlockInfo, ParameterSlice, heads
-    from blockhess.run.merge import merge
-    from blockhess.spectra import Spectra, load
+    from blockhess.spectra import Spectra, load, merge
 
 __all__ = [
     "Axis",
@@ -45,7 +44,7 @@ _MODULES = {
     "JS0": "analysis.jensen_shannon",
     "Spectra": "spectra",
     "load": "spectra",
-    "merge": "run.merge",
+    "merge": "spectra",
 }
 
 

@@ -18,6 +18,7 @@ from blockhess.analysis.statistics import BlockSpectrum
 from blockhess.report import html, plots, text
 from blockhess.results import files
 from blockhess.results.data import SpectraData
+from blockhess.run import merge as run_merge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,9 +125,46 @@ class Spectra(SpectraData):
 
 
 def load(path: str | PathLike[str]) -> Spectra:
-    """Read a result file of Spectra.save: see files.read.
+    """Read a result file of Spectra.save.
+
+    Returns:
+        Spectra, equal bit for bit to those saved.
+
+    Raises:
+        ValueError: the file does not exist, or is not a complete and valid result file of this or an older version.
 
     Example:
         >>> spectra = blockhess.load("gpt.npz")
     """
     return Spectra(*files.read(path))
+
+
+def merge(runs: Sequence[SpectraData | str | PathLike[str]]) -> Spectra:
+    """Merge runs of one problem with different probes and the same blocks, or different blocks and the same probes.
+
+    To add blocks to a finished run, run `spectrum(..., blocks=...)` on them and merge the results.
+
+    Args:
+        runs: results, or paths of result files or of directories of finished runs. Runs with different probes may be in
+            any order; different blocks are listed in the order of the runs.
+
+    Returns:
+        Spectra with the recurrences of a single run; without vectors: extend the runs before merging.
+
+    Raises:
+        ValueError: the runs differ in more than their probes or blocks, or overlap.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> given = model, (torch.randn(32, 4), torch.randint(3, (32,))), torch.nn.CrossEntropyLoss()
+        >>> options = {"num_probes": 5, "engine": "autograd"}
+        >>> first, second = (blockhess.spectrum(*given, first_probe=p, **options) for p in (0, 5))
+        >>> merge([first, second]).quadrature.num_probes
+        10
+    """
+    return as_spectra(run_merge.merge(runs))
+
+
+def as_spectra(data: SpectraData) -> Spectra:
+    """Return data as Spectra."""
+    return data if isinstance(data, Spectra) else Spectra(data.blocks, data.quadrature, data.provenance, data.vectors)

@@ -1,24 +1,26 @@
-"""Result files: one .npz of plain arrays, the first of which, "header", is UTF-8 JSON that describes all others.
+"""Result files: one .npz of plain arrays, the first of which, "header", is UTF-8 JSON that describes the others.
 
-    header  format, version, blocks, provenance, and what the quadrature has beside arrays
+    header  format, version, blocks, provenance, and the fields of the quadrature that are no tensors
     nodes, weights, alpha, beta  (n_probes, n_blocks, m) float64;  steps int64 and nonfinite bool (n_probes, n_blocks)
 
-Promises: a round trip keeps every bit; nothing is ever unpickled; a file is either complete or not there (written
-beside its place, synced, moved into it). Whatever a file holds, `load` returns sound Spectra or raises one ValueError
-that names the file; entries are stored uncompressed, so none can be larger than the file itself.
+A round trip preserves every bit. Nothing is unpickled. A file is written under a temporary name, synced and renamed, so
+it is complete or absent. `read` returns a valid result or raises one ValueError that names the file, whatever the file
+contains; entries are stored uncompressed, so none takes more memory than the file has bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
-import re
 import reprlib
 import secrets
+import tokenize
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -28,27 +30,19 @@ import torch
 
 from blockhess._text import printable
 from blockhess.problem.blocks import BlockInfo
-from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature
 
 FORMAT = "blockhess-spectra"
 VERSION = 1
 
-# How far the weights of a recurrence may sum from 1.
+# Largest deviation from 1 of the sum of a recurrence's weights.
 WEIGHT_TOLERANCE = 1e-6
 
-# Nodes up to this size have moments that float64 holds: 2^62 squares of them are finite.
+# Largest absolute value of a node: sums of 2^62 squares of such nodes are finite in float64.
 LARGEST_NODE = 1e140
-
-# The only header that numpy writes for these arrays; nothing else is parsed.
-_NPY_HEADER = re.compile(
-    r"\{'descr': '([^'\\]{1,9})', 'fortran_order': (False|True), 'shape': \(([0-9, ]{0,99})\), \} *\n"
-)
-_MAGIC = b"\x93NUMPY\x01\x00"
 
 # array -> (dtype, number of dimensions)
 _ARRAYS = {
-    "header": ("|u1", 1),
     "nodes": ("<f8", 3),
     "weights": ("<f8", 3),
     "alpha": ("<f8", 3),
@@ -59,13 +53,13 @@ _ARRAYS = {
 
 
 def check_writable(path: str | PathLike[str]) -> Path:
-    """Return path where a file can be written there; call it before long work.
+    """Return path if a file can be written there; to be called before a long computation.
 
     Args:
-        path: of a file that may exist already; its folder must.
+        path: of a file that may exist; its folder must exist.
 
     Raises:
-        ValueError: path is a folder, or its folder is missing or refuses new files.
+        ValueError: path is a folder, or its folder is missing or not writable.
     """
     path = Path(path)
     _write(path, None)
@@ -73,10 +67,10 @@ def check_writable(path: str | PathLike[str]) -> Path:
 
 
 def writable_folder(path: str | PathLike[str]) -> Path:
-    """Make the folder with all its parents where it is missing, and return it if files can be written there.
+    """Create the folder and its parents if they are missing, and return it if files can be written there.
 
     Raises:
-        ValueError: it cannot be made, is no folder, or refuses new files.
+        ValueError: it cannot be created, is not a folder, or is not writable.
     """
     path = Path(path)
     try:
@@ -87,85 +81,61 @@ def writable_folder(path: str | PathLike[str]) -> Path:
     return path
 
 
-def save(spectra: Spectra, path: str | PathLike[str]) -> Path:
-    """Write spectra to a file, all or nothing; an older file of that name is replaced.
-
-    Args:
-        spectra: what to keep.
-        path: the file, taken as it is (".npz" by custom).
-
-    Returns:
-        path.
-
-    Raises:
-        ValueError: the file cannot be written there.
-
-    Example:
-        >>> blockhess.load(save(spectra, "gpt.npz")).names == spectra.names
-        True
-    """
-    path = Path(path)
-    q = spectra.quadrature
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "blocks": [
-            {
-                "name": block.name,
-                "shape": list(block.shape),
-                "dim": block.dim,
-                "parameters": list(block.parameters),
-                "note": block.note,
-            }
-            for block in spectra.blocks
-        ],
-        "quadrature": {
-            "dims": list(q.dims),
-            "block_ids": list(q.block_ids),
-            "num_steps": q.num_steps,
-            "seed": q.seed,
-            "distribution": q.distribution,
-            "reorthogonalize": list(q.reorthogonalize),
-            "dtype": q.dtype,
-        },
-        "provenance": spectra.provenance,
-    }
-    text = json.dumps(header, indent=1).encode()
-    arrays = {"header": np.frombuffer(text, np.uint8)}
-    for name in list(_ARRAYS)[1:]:
-        arrays[name] = getattr(q, name).numpy().astype(_ARRAYS[name][0])
-    _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-    return path
-
-
 def write_text(text: str, path: str | PathLike[str]) -> Path:
-    """Write text as UTF-8, all or nothing; an older file of that name is replaced.
-
-    Returns:
-        path.
+    """Write text as UTF-8, atomically, and return path. An existing file is replaced.
 
     Raises:
-        ValueError: the file cannot be written there.
+        ValueError: the file cannot be written.
     """
     path = Path(path)
     _write(path, lambda file: file.write(text.encode()))
     return path
 
 
-def load(path: str | PathLike[str]) -> Spectra:
-    """Read spectra from a file of `save`.
+def write(
+    path: str | PathLike[str], blocks: Sequence[BlockInfo], quadrature: Quadrature, provenance: Mapping[str, Any]
+) -> Path:
+    """Write a result file, atomically, and return path. An existing file is replaced.
 
     Args:
-        path: the file.
-
-    Returns:
-        Spectra, equal bit by bit to what was saved.
+        path: of the file, used unchanged (".npz" by convention).
+        blocks: information on every block.
+        quadrature: on the CPU.
+        provenance: JSON values.
 
     Raises:
-        ValueError: there is no such file, or it is not a complete, sound result file of this or an older version.
+        ValueError: the file cannot be written.
 
     Example:
-        >>> spectra = load("gpt.npz")
+        >>> write("gpt.npz", spectra.blocks, spectra.quadrature, spectra.provenance)
+    """
+    path = Path(path)
+    labels = {f.name: getattr(quadrature, f.name) for f in dataclasses.fields(quadrature) if f.name not in _ARRAYS}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "blocks": [dataclasses.asdict(block) for block in blocks],
+        "quadrature": labels,
+        "provenance": provenance,
+    }
+    arrays = {"header": np.frombuffer(json.dumps(header, indent=1).encode(), np.uint8)}
+    for name, (dtype, _) in _ARRAYS.items():
+        arrays[name] = getattr(quadrature, name).numpy().astype(dtype)
+    _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    return path
+
+
+def read(path: str | PathLike[str]) -> tuple[list[BlockInfo], Quadrature, dict[str, Any]]:
+    """Read a file of `write`.
+
+    Returns:
+        blocks, quadrature and provenance, equal bit for bit to those written.
+
+    Raises:
+        ValueError: the file does not exist, or is not a complete and valid result file of this or an older version.
+
+    Example:
+        >>> blocks, quadrature, provenance = read("gpt.npz")
     """
     path = Path(path)
     try:
@@ -177,9 +147,7 @@ def load(path: str | PathLike[str]) -> Spectra:
     with file:
         try:
             with zipfile.ZipFile(file) as archive:
-                header = _header(archive)
-                arrays = {name: _array(archive, name) for name in list(_ARRAYS)[1:]}
-                return _spectra(header, arrays)
+                return _result(_header(archive), {name: _array(archive, name, *_ARRAYS[name]) for name in _ARRAYS})
         except _Refused as error:
             raise ValueError(f"load: {path}: {_short(error)}") from None
         except zipfile.BadZipFile as error:
@@ -189,26 +157,29 @@ def load(path: str | PathLike[str]) -> Spectra:
 
 
 def _short(error: Exception) -> str:
-    """The text of an error, which may quote the file: one line that is safe to print."""
+    """Return an error's text, which may quote the file, as one printable line."""
     text = printable(str(error))
     return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 class _Refused(Exception):
-    """What is wrong with a file, to follow its name."""
+    """The file is invalid; the text says why and follows the file's name."""
 
 
-# What zipfile and numpy raise on damaged bytes beside BadZipFile.
-_DAMAGE = (ValueError, RuntimeError, OSError, EOFError, LookupError, OverflowError, MemoryError)
+# Errors of zipfile and numpy for damaged bytes, besides BadZipFile.
+_DAMAGE = (
+    ValueError, RuntimeError, OSError, EOFError, LookupError, OverflowError, MemoryError, TypeError, SyntaxError,
+    tokenize.TokenError,
+)  # fmt: skip
 
 
 def _header(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """Return the header, once format, version and the names of all entries are what a result file has."""
+    """Return the header after checking format, version and the names of all entries."""
     entries = [entry.filename for entry in archive.infolist()]
     if "header.npy" not in entries:
         raise _Refused(f"it is not a {FORMAT} file: it has no header")
     try:
-        header = json.loads(_array(archive, "header").tobytes().decode())
+        header = json.loads(_array(archive, "header", "|u1", 1).tobytes().decode())
     except (ValueError, RecursionError) as error:
         raise _Refused(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -217,74 +188,80 @@ def _header(archive: zipfile.ZipFile) -> dict[str, Any]:
     if version != VERSION:
         advice = "; a newer blockhess wrote it: upgrade" if version > VERSION else ""
         raise _Refused(f"version must be {VERSION}, got {reprlib.repr(version)}{advice}")
-    if sorted(entries) != sorted(f"{name}.npy" for name in _ARRAYS):
-        raise _Refused(f"it must hold the arrays {', '.join(_ARRAYS)}, got {reprlib.repr(entries)}")
+    names = ("header", *_ARRAYS)
+    if sorted(entries) != sorted(f"{name}.npy" for name in names):
+        raise _Refused(f"it must hold the arrays {', '.join(names)}, got {reprlib.repr(entries)}")
     return header
 
 
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
-    """Read one array; its header must describe exactly the bytes that follow before any of them is read."""
-    dtype, ndim = _ARRAYS[name]
+def _array(archive: zipfile.ZipFile, name: str, dtype: str, ndim: int) -> np.ndarray[Any, Any]:
+    """Return one array; its dtype, shape and size are checked before memory is allocated."""
     entry = archive.getinfo(f"{name}.npy")
     stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
     if not stored or entry.file_size > os.fstat(archive.fp.fileno()).st_size:  # type: ignore[union-attr]
         raise _Refused(f"array {name} must be stored uncompressed within the file")
     with archive.open(entry) as file:
-        start = file.read(len(_MAGIC) + 2)
-        text = file.read(int.from_bytes(start[len(_MAGIC) :], "little")).decode("latin1")
-        found = _NPY_HEADER.fullmatch(text)
-        if not start.startswith(_MAGIC) or found is None:
-            raise _Refused(f"array {name} must be in npy format 1.0")
-        got, order = found[1], found[2]
-        shape = tuple(int(n) for n in found[3].split(",") if n.strip())
-        if got != dtype or len(shape) != ndim or order != "False":
-            raise _Refused(f"array {name} must be {dtype} with {ndim} dimensions, got {got} {shape}")
-        size = entry.file_size - file.tell()
-        if math.prod(shape) * np.dtype(dtype).itemsize != size:
-            raise _Refused(f"array {name} of shape {shape} does not fit its {size} bytes")
-        # Reading to the end also compares the checksum.
-        return np.frombuffer(file.read(), dtype).reshape(shape)
+        np.lib.format.read_magic(file)
+        shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
+        if found.str != dtype or len(shape) != ndim or fortran_order:
+            raise _Refused(f"array {name} must be {dtype} with {ndim} dimensions, got {found.str} {shape}")
+        data = file.read()  # to the end, which verifies the checksum
+    if math.prod(shape) * found.itemsize != len(data):
+        raise _Refused(f"array {name} of shape {shape} does not fit its {len(data)} bytes")
+    return np.frombuffer(bytearray(data), found).reshape(shape)
 
 
-def _spectra(header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) -> Spectra:
-    """Return the spectra of a file, after every promise about its parts was checked."""
+def _result(
+    header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]
+) -> tuple[list[BlockInfo], Quadrature, dict[str, Any]]:
+    """Return the parts of a result after checking every value."""
     blocks = [_block(entry) for entry in _list(header, "blocks", dict)]
     made = _get(header, "quadrature", dict)
     dims, block_ids = (tuple(_list(made, key, int)) for key in ("dims", "block_ids"))
     reorthogonalize = tuple(_list(made, "reorthogonalize", str))
-    dtype, seed = _get(made, "dtype", str), made.get("seed")
+    dtype = _get(made, "dtype", str)
     _require(dtype in ("float32", "float64"), f"dtype must be float32 or float64, got {reprlib.repr(dtype)}")
     _require(
         dims == tuple(block.dim for block in blocks) and len(dims) == len(block_ids) == len(reorthogonalize),
         "blocks, dims, block_ids and reorthogonalize must agree",
     )
+    repeated = [name for name, count in Counter(block.name for block in blocks).items() if count > 1]
+    _require(not repeated, f"blocks must have different names, got {', '.join(repeated)} more than once")
     _check_arrays(arrays, dims)
-    provenance = _get(header, "provenance", dict)
-    _check_provenance(provenance)
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    num_steps = _get(made, "num_steps", int)
+    _require(1 <= num_steps < 2**62, "num_steps must be in 1 ... 2^62")
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     quadrature = Quadrature(
-        nodes=tensors["nodes"],
-        weights=tensors["weights"],
-        alpha=tensors["alpha"],
-        beta=tensors["beta"],
-        steps=tensors["steps"],
-        nonfinite=tensors["nonfinite"],
+        **tensors,
         dims=dims,
         block_ids=block_ids,
-        num_steps=_positive(made, "num_steps"),
-        seed=None if seed is None else _get(made, "seed", int),
+        num_steps=num_steps,
+        seed=None if made.get("seed") is None else _get(made, "seed", int),
         distribution=_get(made, "distribution", str),
         reorthogonalize=reorthogonalize,
         dtype=dtype,
     )
-    try:
-        return Spectra(blocks, quadrature, provenance)
-    except (ValueError, TypeError) as error:
-        raise _Refused(str(error)) from None
+    provenance = with_current_names(_get(header, "provenance", dict))
+    _check_provenance(provenance)
+    return blocks, quadrature, provenance
+
+
+def with_current_names(made: dict[str, Any]) -> dict[str, Any]:
+    """Return provenance, or the identity of a run, with names that earlier files use replaced by the present ones."""
+    made = dict(made)
+    if made.keys() >= {"tol", "sigma"}:
+        made["tol_sigma"] = made.pop("sigma")
+    for name, before, now in (
+        ("batchnorm", "frozen-batch-stats", "frozen_batch_stats"),
+        ("parallel", "work", "recurrences"),
+    ):
+        if made.get(name) == before:
+            made[name] = now
+    return made
 
 
 def _check_provenance(provenance: dict[str, Any]) -> None:
-    """Refuse entries that results compute with and that are no numbers; all others are only shown."""
+    """Check that entries used in computations are numbers; all others are only shown."""
     tol = provenance.get("tol")
     numbers = [] if tol is None else [tol]
     for name in ("hvp_error", "ghosts"):
@@ -294,12 +271,6 @@ def _check_provenance(provenance: dict[str, Any]) -> None:
     for number in numbers:
         sound = type(number) in (int, float) and 0 <= number < math.inf
         _require(sound, f"provenance: tol, hvp_error and ghosts must be numbers, got {reprlib.repr(number)}")
-
-
-def _positive(entry: dict[str, Any], key: str) -> int:
-    value: int = _get(entry, key, int)
-    _require(1 <= value < 2**62, f"{key} must be in 1 ... 2^62")
-    return value
 
 
 def _block(entry: dict[str, Any]) -> BlockInfo:
@@ -318,7 +289,7 @@ def _block(entry: dict[str, Any]) -> BlockInfo:
 
 
 def _check_arrays(arrays: dict[str, np.ndarray[Any, Any]], dims: tuple[int, ...]) -> None:
-    """Refuse arrays that are not nodes, weights, alpha, beta, steps and nonfinite of one quadrature."""
+    """Check that the arrays are those of one quadrature."""
     n_probes, _, m = arrays["nodes"].shape
     _require(min(n_probes, len(dims), m) >= 1, "it must hold at least one probe, block and step")
     for name, array in arrays.items():
@@ -326,7 +297,7 @@ def _check_arrays(arrays: dict[str, np.ndarray[Any, Any]], dims: tuple[int, ...]
         _require(array.shape == shape, f"array {name} must have shape {shape}, got {array.shape}")
 
     steps = arrays["steps"]
-    # No step: frozen at once, or a probe that its block did without.
+    # No step: not finite at the first step, or a probe that was not used for the block.
     least = np.where(arrays["nonfinite"] | (arrays["weights"] == 0).all(-1), 0, 1)
     most = np.array([min(dim, m) for dim in dims])
     _require(bool(((steps >= least) & (steps <= most)).all()), f"steps must be in 1 ... min(dim, {m})")
@@ -347,7 +318,7 @@ T = TypeVar("T")
 
 
 def _get(entry: dict[str, Any], key: str, kind: type[T]) -> T:
-    """Return entry[key], which must be of that kind; true and false are no integers."""
+    """Return entry[key], which must be of that type; true and false are not integers."""
     value = entry.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise _Refused(f"{key} must be {_KINDS[kind]}, got {reprlib.repr(value)}")
@@ -367,13 +338,13 @@ def _require(rule: bool, text: str) -> None:
 
 
 def _write(path: Path, content: Callable[[IO[bytes]], object] | None) -> None:
-    """Write a file beside path and move it there; without content, only try whether that would work."""
+    """Write a temporary file next to path and rename it; without content, only check that this is possible."""
     if os.path.isdir(path):  # Path.is_dir would raise on names that are too long
         raise ValueError(f"save: path must be a file, got the folder {path}")
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with contextlib.suppress(FileNotFoundError):
-            path.stat()  # refuses a bad name now, not when the file is moved there
+            path.stat()  # fails for an invalid name before anything is computed
         with temporary.open("xb") as file:
             if content is not None:
                 content(file)

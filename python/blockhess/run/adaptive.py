@@ -1,12 +1,13 @@
-"""How many probes a block needs: the statistical error of its spectrum, known before any spread is seen.
+"""Number of probes that a block needs, from the statistical error of its spectrum, which one probe already gives.
 
-The weights that a Gaussian probe gives the eigenvalues follow a Dirichlet distribution, whatever the eigenvectors are:
+The weights of the eigenvalues for a Gaussian probe have a Dirichlet distribution, independent of the eigenvectors:
 
     var(v^T f(H) v) = 2 (mean f^2 - (mean f)^2) / (dim + 2),   the mean over the eigenvalues,
 
-for every function f; Rademacher probes have at most (dim + 2) / dim times that. With f = 1 up to x, 0 beyond, this is
-2 F (1 - F) / (dim + 2), the variance of the distribution function; with f = Gauss(x - t; sigma), that of the density.
-A mean of P probes is off by sqrt(2 / pi) int sqrt(var / P) dx on average, in Wasserstein-1 distance or in L1.
+for every function f; for Rademacher probes it is at most (dim + 2) / dim times that. With f = 1 up to x and 0 beyond,
+this is 2 F (1 - F) / (dim + 2), the variance of the distribution function; with f = Gauss(x - t; sigma), that of the
+density. The expected error of the mean over P probes is sqrt(2 / pi) int sqrt(var / P) dx, in Wasserstein-1 distance or
+in L1.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ from blockhess.analysis.errors import steps
 from blockhess_ext import Quadrature
 from blockhess_ext.early_stopping import GRID_MARGIN, GRID_POINTS_PER_SIGMA, converged_at_end
 
-# What of the tolerance is the probes' part. A settled quadrature is off by 0.8 of it in Wasserstein distance, which
-# falls as 1 / m, but by less than half in L1, which falls faster than any power of m; the two parts add in squares. One
-# draw of the Wasserstein part is up to twice its mean; the L1 part is a sum over many resolved points and varies less.
+# Share of the tolerance for the error of the probes. The error of a converged quadrature is 0.8 of the tolerance in
+# Wasserstein distance, which decays as 1 / m, but less than half of it in L1, which decays faster than any power of m;
+# squares of the two errors add. A sample of the Wasserstein error is up to twice its mean; the L1 error is a sum over
+# many resolved points and varies less.
 WASSERSTEIN_SHARE, L1_SHARE = 0.5, 0.8
-# One probe gives no spread, and so no error bar to anything else that is computed from the spectrum.
+# One probe has no sample variance, so statistics of the spectrum would have no error bars.
 LEAST_PROBES = 2
 
 
 def statistical_error(quadrature: Quadrature, sigma: float | None = None) -> Tensor:
-    """Expected distance of every block's spectrum from the mean over infinitely many probes.
+    """Return the expected distance of every block's spectrum from the mean over infinitely many probes.
 
     Args:
-        quadrature: one or more probes, which need not have made a step in every block.
-        sigma: None for the Wasserstein-1 distance as a share of the range of the nodes; else the L1 distance of the
-            densities blurred by a Gaussian of this share of the range.
+        quadrature: of one or more probes; some may have no step in some blocks.
+        sigma: None for the Wasserstein-1 distance relative to the range of the nodes; otherwise for the L1 distance of
+            the densities smoothed by a Gaussian of standard deviation sigma times the range.
 
     Returns:
-        (n_blocks,) float64; 0 where all nodes are one, infinite where nothing is known.
+        (n_blocks,) float64; 0 if all nodes are equal, infinite for blocks without a step.
 
     Source: moments of the Dirichlet distribution; for Rademacher probes Hutchinson 1989.
 
@@ -72,15 +74,15 @@ def _share(tol: float, sigma: float | None) -> float:
 
 
 def probes_needed(quadrature: Quadrature, tol: float, sigma: float | None) -> list[int]:
-    """How many probes of every block bring its statistical error within its share of tol; LEAST_PROBES at least."""
+    """Return the number of probes, at least LEAST_PROBES, that every block needs for the probes' share of tol."""
     known = (quadrature.steps > 0).sum(0).clamp(min=1)
-    error = statistical_error(quadrature, sigma).nan_to_num(posinf=0.0)  # more probes of what fails would fail too
+    error = statistical_error(quadrature, sigma).nan_to_num(posinf=0.0)  # more probes of a failing block would fail too
     needed = known * (error / _share(tol, sigma)) ** 2
     return needed.clamp(max=2.0**62).ceil().long().clamp(min=LEAST_PROBES).tolist()
 
 
 def missed(quadrature: Quadrature, tol: float, sigma: float | None) -> list[bool]:
-    """Of which blocks num_steps or the number of probes were too few for the tolerance."""
+    """Return whether num_steps or the number of probes of each block is too small for the tolerance."""
     few = statistical_error(quadrature, sigma) > _share(tol, sigma)
     dims = torch.tensor(quadrature.dims, device=few.device)
     open_ = ~steps.exact(quadrature.to("cpu")).to(few.device)

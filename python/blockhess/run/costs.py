@@ -1,4 +1,4 @@
-"""What a product with each block takes, counted and not timed, so that the same job is always cut the same way.
+"""Cost of a product with each block, counted instead of timed, so that the same job is always partitioned alike.
 
     seconds = FLOPs / rate + bytes / bandwidth + operations * overhead,   at nominal rates of the device
 
@@ -23,7 +23,7 @@ SECONDS_PER_OPERATION = {"cpu": 5e-6, "cuda": 1e-5}
 
 
 class _Counted(TorchDispatchMode):
-    """Adds up what operations take."""
+    """Sums the cost of all operations."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Counted(TorchDispatchMode):
 
 
 def product_costs(problem: Problem, engine: Engine) -> list[float]:
-    """Counted seconds of one product with each block, for the first batch; those of blocks that are not used are 0."""
+    """Return the counted seconds of one product with each block for the first batch; 0 for unused blocks."""
     engine.prepare(0)
     costs = []
     for number, dim in enumerate(problem.dims):
@@ -57,7 +57,6 @@ def product_costs(problem: Problem, engine: Engine) -> list[float]:
 
 
 def step_cost(problem: Problem, number: int, basis_rows: float) -> float:
-    """Counted seconds of a Lanczos step of one recurrence beside its product: 8 vectors moved, and the kept basis four
-    times."""
+    """Return the counted seconds of a Lanczos step without its product: traffic of 8 vectors and 4 times the basis."""
     moved = problem.dims[number] * problem.dtype.itemsize * (8 + 4 * basis_rows)
     return moved / BYTES_PER_SECOND[problem.device.type] + 1e-7

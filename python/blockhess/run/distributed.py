@@ -1,12 +1,12 @@
-"""The processes that share one call of `spectrum`: who does what, what they tell each other, and how they end together.
+"""The processes of torch.distributed among which one call of `spectrum` is divided.
 
-    rank = work_rank * data_size + data_rank          world = work_size x data_size, a mesh
+    rank = work_rank * data_size + data_rank          world size = work_size * data_size, a mesh
 
-Ranks of one row (the same work_rank) hold different batches and make the same recurrences, whose products they sum;
-ranks of one column hold the same batches and make different recurrences.
+Ranks of one row (equal work_rank) have different batches and compute the same recurrences; their products are summed.
+Ranks of one column have the same batches and compute different recurrences.
 
-Promises: whoever waits for another rank looks whether some rank has failed, and then raises too, so an error ends all;
-waiting has no time limit, since units of work take as long as they take.
+An error on one rank ends the call on all ranks: a rank that waits for others checks whether one has failed. There is no
+time limit for waiting, because units of work may take arbitrarily long.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ POLL_SECONDS = 0.005
 
 
 class RankError(RuntimeError):
-    """Another process failed; the message says which one and how. Its own error is raised there."""
+    """Another rank failed; the message contains its error."""
 
 
 class Processes(ProcessGroup):
-    """This process among those of torch.distributed's default group.
+    """Several processes, those of torch.distributed's default group.
+
+    Every call has groups and store keys of its own, so that a failed call does not affect the next.
 
     Args:
-        work_size, data_size: the mesh; their product is the world size.
-        root: the store of the default group.
-
-    The groups and the part of the store are the call's own, so that a failed call leaves nothing behind for the next.
+        work_size, data_size: shape of the mesh; their product is the world size.
+        root: store of the default group.
     """
 
     def __init__(self, work_size: int, data_size: int, root: Any) -> None:
@@ -55,7 +55,7 @@ class Processes(ProcessGroup):
         self._data: dist.ProcessGroup | None = None
 
     def connect(self) -> None:
-        """Makes the groups of those that share batches, once all ranks are known to want the same mesh."""
+        """Create the groups of ranks that share batches, after all ranks have agreed on the mesh."""
         if self.data_size == 1:
             return
         for first in range(0, self.size, self.data_size):
@@ -64,38 +64,35 @@ class Processes(ProcessGroup):
                 self._data = group
 
     def gather(self, value: Any) -> list[Any]:
-        """As in `ProcessGroup`."""
         self._meet(f"meeting {next(self._meetings)}")
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._control)
         return found
 
     def sums(self) -> Sums:
-        """As in `ProcessGroup`."""
         return Sums(self._data, self._wait)
 
     def check(self) -> None:
-        """As in `ProcessGroup`."""
         if self._store.check(["failed"]):
             raise RankError(f"spectrum: {self._store.get('failed').decode()}; see that rank's own error")
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others."""
+        """Report an error to the other ranks."""
         if not isinstance(error, RankError):
             self._store.set("failed", f"rank {self.rank} failed with {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Gives up the groups."""
+        """Destroy the groups."""
         for group in (self._data, self._control):
             if group is not None:
                 dist.destroy_process_group(group)
 
     def leave(self) -> None:
-        """Waits until nobody needs this rank any more."""
+        """Wait until all ranks have finished."""
         self._meet("end")
 
     def _meet(self, name: str) -> None:
-        """Waits until all ranks are here, however long that takes."""
+        """Wait until all ranks have called this."""
         present = self._store.add(name, 1)
         while present < self.size:
             self.check()
@@ -103,9 +100,9 @@ class Processes(ProcessGroup):
             present = self._store.add(name, 0)
 
     def _wait(self, work: Any) -> None:
-        """For a collective operation, as long as no rank has failed."""
+        """Wait for a collective operation while no rank has failed."""
         if dist.get_backend(self._data) != "gloo":
-            work.wait()  # for the stream, not for the host; NCCL's watchdog ends what never comes
+            work.wait()  # blocks the stream, not the host; NCCL's watchdog ends operations that never complete
             return
         while True:
             try:
@@ -118,15 +115,14 @@ class Processes(ProcessGroup):
 
 
 @contextmanager
-def joined(parallel: Parallel) -> Iterator[ProcessGroup]:
-    """The ranks among which a call is shared; whatever is raised inside ends the call on all of them.
+def process_group(parallel: Parallel) -> Iterator[ProcessGroup]:
+    """Yield the processes among which a call is divided; an error raised inside ends the call on all of them.
 
     Args:
-        parallel: None: this process alone, whatever process groups there are. "work": all processes of the default
-            group share recurrences. "data": they share batches. (work, data): both.
+        parallel: as for `spectrum`; None is this process alone, even if torch.distributed is initialized.
 
     Raises:
-        ValueError: torch.distributed is not initialised, or the world is not work x data.
+        ValueError: torch.distributed is not initialized, or its world size is not that of the mesh.
         RankError: another rank failed.
     """
     if parallel is None:
@@ -154,14 +150,14 @@ def joined(parallel: Parallel) -> Iterator[ProcessGroup]:
 
 
 def _mesh(parallel: str | tuple[int, int], world: int) -> tuple[int, int]:
-    if parallel == "work":
+    if parallel == "recurrences":
         return world, 1
     if parallel == "data":
         return 1, world
     valid = isinstance(parallel, Sequence) and len(parallel) == 2 and all(type(n) is int and n > 0 for n in parallel)
     if not valid or isinstance(parallel, str) or parallel[0] * parallel[1] != world:
         raise ValueError(
-            f"spectrum: parallel must be None, 'work', 'data' or (work, data) whose product is the world size {world}, "
-            f"got {parallel!r}"
+            f"spectrum: parallel must be None, 'recurrences', 'data' or (recurrences, data) whose product is the world "
+            f"size {world}, got {parallel!r}"
         )
     return parallel

@@ -1,4 +1,4 @@
-"""What a job would take on several processes, from rates that this one measures.
+"""Predicted time of a job on several processes, from rates measured in this one.
 
 seconds = fixed + max over ranks of (its products and Lanczos steps) * rate,   at least the traffic / bandwidth
 """
@@ -6,20 +6,17 @@ seconds = fixed + max over ranks of (its products and Lanczos steps) * rate,   a
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from blockhess.estimate import spectrum
 from blockhess.hvp import Engine
 from blockhess.problem.memory import size_text, time_text
-from blockhess.problem.prepare import prepared_problem
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import product_costs
 from blockhess.run.job import Job
@@ -28,25 +25,26 @@ from blockhess.run.plan import Plan
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import batched_slq
 
-# Of the link between processes, unless the user knows better: about 100 Gbit/s.
+# Assumed bytes per second between processes: about 100 Gbit/s.
 BANDWIDTH = 1e10
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a job would take, at most: with `tol` it ends earlier.
+    """Predicted time and memory of a job on several processes; with `tol`, upper limits.
 
     Attributes:
         plan: of the job in one process.
-        work, data: processes that share recurrences, and batches.
-        fixed_seconds: before the first product, in every process: surveying the data, checking the products, tracing.
-        seconds: in all.
-        alone_seconds: in one process.
-        balance: mean load of the ranks / largest.
-        memory_bytes: vectors and graphs of one process.
-        traffic_bytes: that each process sends. traffic_seconds: which takes so long at the bandwidth assumed.
-        bandwidth: bytes per second between processes.
+        work, data: number of processes that share recurrences, and that share batches.
+        fixed_seconds: before the first product, in every process: preparation, checks of products, tracing.
+        seconds: total time.
+        alone_seconds: total time in one process.
+        balance: mean load of the ranks / largest load.
+        memory_bytes: of the vectors and graphs of one process.
+        traffic_bytes: sent by each process.
+        traffic_seconds: duration of this traffic.
+        bandwidth: assumed bytes per second between processes.
     """
 
     plan: Plan
@@ -81,69 +79,58 @@ class Forecast:
 
 
 def forecast(
-    model: nn.Module,
-    data: Any,
-    loss_fn: Callable[..., Any] | None = None,
-    *,
+    prepared: AbstractContextManager[tuple[Problem, Any, Any]],
+    options: Options,
     work: int = 1,
-    data_shares: int = 1,
+    data: int = 1,
+    *,
     bandwidth: float = BANDWIDTH,
     clock: Callable[[], float] = time.perf_counter,
-    **options: Any,
 ) -> Forecast:
-    """Predict what a job would take on work x data_shares processes, from a few products measured in this one.
+    """Predict the time of a job on a mesh of work x data processes; measures a few products in this process.
 
     Args:
-        model, data, loss_fn, options: as for `spectrum`.
-        work, data_shares: as in spectrum's parallel=(work, data).
-        bandwidth: bytes per second between processes; used for data_shares > 1.
-        clock: in seconds; time.process_time where others use the machine.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> batch = torch.randn(32, 4), torch.randint(3, (32,))
-        >>> forecast(model, batch, torch.nn.CrossEntropyLoss(), work=2).work
-        2
+        prepared: the problem, from `prepared_problem`.
+        options: of the job.
+        work, data: number of processes that share recurrences, and that share batches.
+        bandwidth: bytes per second between processes.
+        clock: returns seconds; time.process_time if the machine has other load.
     """
-    given = inspect.signature(spectrum).bind(model, data, loss_fn, **options)
-    given.apply_defaults()
-    wishes = Options(**{f.name: given.arguments[f.name] for f in dataclasses.fields(Options)})
-    posing = {n: given.arguments[n] for n in inspect.signature(prepared_problem).parameters if n in given.arguments}
     start = clock()
-    with prepared_problem(**posing) as (problem, *_):
-        job = Job(problem, wishes)
+    with prepared as (problem, *_):
+        job = Job(problem, options)
         engine = job.make_engine()
         fixed = clock() - start
         counted = product_costs(problem, engine)
         products = product_seconds(problem, engine, clock)
         steps = _step_seconds(problem, clock)
-        share = -(-problem.n_batches // data_shares)
+        share = -(-problem.n_batches // data)
 
         def loads(ranks: int, batches: int) -> list[float]:
             measured = job.cost([batches * seconds for seconds in products], steps)
-            cuts = shared(job.units, job.cost(counted), ranks)
-            return [sum(measured(*item) for unit in units for item in items_of(unit)) for units in cuts]
+            pieces = shared(job.units, job.cost(counted), ranks)
+            return [sum(measured(*item) for unit in units for item in items_of(unit)) for units in pieces]
 
         ranks = loads(work, share)
         plan, dims, itemsize = job.plan, problem.dims, problem.dtype.itemsize
         sent = sum(
-            itemsize * dims[l] * (dims[l] if p < 0 else min(wishes.num_steps, dims[l]))
+            itemsize * dims[l] * (dims[l] if p < 0 else min(options.num_steps, dims[l]))
             for unit in shared(job.units, job.cost(counted), work)[0]
             for l, p in items_of(unit)
         )
-        traffic = 2 * (data_shares - 1) / data_shares * sent
-        results = 4 * 8 * wishes.num_probes * len(dims) * min(wishes.num_steps, max(dims)) if work > 1 else 0
-        kept = share if plan.retain else 1
+        traffic = 2 * (data - 1) / data * sent
+        results = 4 * 8 * options.num_probes * len(dims) * min(options.num_steps, max(dims)) if work > 1 else 0
+        retained = share if plan.retain else 1
         return Forecast(
             plan=plan,
             work=work,
-            data=data_shares,
+            data=data,
             fixed_seconds=fixed,
             seconds=fixed + max(max(ranks), traffic / bandwidth),
             alone_seconds=fixed + sum(loads(1, problem.n_batches)),
             balance=sum(ranks) / len(ranks) / max(ranks) if max(ranks) else 1.0,
             memory_bytes=plan.vector_bytes // work
-            + plan.engine_bytes * kept // max(1, problem.n_batches * plan.retain),
+            + plan.engine_bytes * retained // max(1, problem.n_batches * plan.retain),
             traffic_bytes=traffic + results,
             traffic_seconds=(traffic + results) / bandwidth,
             bandwidth=bandwidth,
@@ -153,7 +140,7 @@ def forecast(
 def product_seconds(
     problem: Problem, engine: Engine, clock: Callable[[], float], numbers: Sequence[int] | None = None
 ) -> list[float]:
-    """Of one product of each block, or of those numbered, vector and batch, as measured for the first batch."""
+    """Return the measured seconds of one product with each block, or with those numbered, for the first batch."""
     engine.prepare(0)
     found = []
     for number in range(len(problem.dims)) if numbers is None else numbers:
@@ -168,11 +155,11 @@ def product_seconds(
 
 
 def _step_seconds(problem: Problem, clock: Callable[[], float]) -> list[float]:
-    """Of a Lanczos step of one recurrence of each block, beside the product: in proportion to its size."""
+    """Return the seconds of a Lanczos step of each block without its product, measured together."""
     steps = min(4, max(problem.dims))
 
     def recurrences() -> None:
-        # A diagonal operator that no Krylov space of so few steps exhausts.
+        # A diagonal operator whose Krylov spaces are larger than the number of steps.
         batched_slq(lambda v: v * scales, problem.dims, num_probes=1, num_steps=steps, reorthogonalize="none",
                     dtype=problem.dtype, device=problem.device)  # fmt: skip
 
@@ -183,7 +170,7 @@ def _step_seconds(problem: Problem, clock: Callable[[], float]) -> list[float]:
 
 def _median(call: Callable[[], None], clock: Callable[[], float], problem: Problem) -> float:
     times = []
-    for _ in range(1 + REPEATS):  # the first one warms up
+    for _ in range(1 + REPEATS):  # the first one is a warm-up
         start = clock()
         call()
         if problem.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A planned run: units of work computed one after the other, and put together to quadratures of all blocks."""
+"""A planned run: computes units of work one after another and combines them into the quadratures of all blocks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
 from blockhess.problem.memory import budget_bytes, size_text
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS
+from blockhess.results.data import SpectraData
+from blockhess.results.unit import Unit
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
 from blockhess.run.options import Options
 from blockhess.run.plan import Plan, make_plan, with_autograd
-from blockhess.run.recorder import Recorder, Unit, UnitResult
+from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
-from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature, State
 from blockhess_ext.slq import reorthogonalization_modes
 
@@ -31,20 +32,22 @@ Compute: TypeAlias = Callable[[Unit], Iterator[UnitResult]]
 
 
 class Job:
-    """A planned run: the engine is made, and checked, when it begins.
+    """A planned run. The engine is created and checked by `run`.
 
     Args:
         problem, options: what to compute.
-        records: what keeps the work, and knows what was done before.
-        plan: of the same job, where it was begun before.
-        first: a finished run of the same, whose choices are replayed and whose probes are kept; where options ask for
-            more steps, they are made from its vectors.
-        more_probes: whether blocks of `first` are brought to options.num_probes.
+        records: recorder of the work, which also knows the results of an interrupted run.
+        plan: of the interrupted run.
+        first: a finished run to extend, with the same choices. Its probes are reused; more steps start from its
+            vectors.
+        more_probes: whether to extend the blocks of `first` to options.num_probes.
 
     Attributes:
-        plan: as carried out. infos: of the blocks, with notes. hvps: products computed, by the first run too.
-        hvp_error: block -> error of H v for a random unit vector v, None where it could not be measured.
-        shrunk: what was cut because memory ran out.
+        plan: the plan, updated if tracing fails.
+        infos: information on the blocks, with notes.
+        hvps: number of products computed, including those of `first`.
+        hvp_error: block -> error of H v for a random unit vector v; None if it could not be measured.
+        shrunk: messages about units that were split because memory ran out.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Job:
         options: Options,
         records: Recorder | None = None,
         plan: Plan | None = None,
-        first: Spectra | None = None,
+        first: SpectraData | None = None,
         more_probes: bool = True,
     ) -> None:
         self._problem, self._options, self._first, self._more_probes = problem, options, first, more_probes
@@ -88,19 +91,19 @@ class Job:
 
     @property
     def vectors(self) -> list[tuple[Unit, State]]:
-        """The states after the last step, of every unit whose state was kept."""
+        """States after the last step, of every unit whose state was kept."""
         return self._records.vectors
 
     @property
     def exact_names(self) -> list[str]:
-        """Names of the blocks that were written out."""
+        """Names of the blocks that are computed exactly."""
         return [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
 
     def provenance(self, result: Quadrature) -> dict[str, Any]:
-        """How the result was made, as far as the job decides it."""
+        """Return the entries of the result's provenance that the job determines."""
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(Options)}
         del options["memory_budget"]  # in the plan, as bytes
-        bare = [l for l, word in enumerate(result.reorthogonalize) if word == "none"]
+        bare = [l for l, mode in enumerate(result.reorthogonalize) if mode == "none"]
         ghosts = result.select_blocks(bare).ghosts().sum(0).tolist()
         return options | {
             "dtype": result.dtype,
@@ -116,7 +119,7 @@ class Job:
         }
 
     def run(self, seed: int | None, on_hvp: Callable[[], object]) -> Quadrature:
-        """All blocks, in their order."""
+        """Return the quadrature of all blocks."""
         options, ranks = self._options, self._problem.ranks
         seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
         engine = self.make_engine()
@@ -131,10 +134,10 @@ class Job:
                 for column, l in enumerate(done.unit.blocks):
                     found[l].append(done.part.select_block(column))
 
-        found: list[list[Quadrature]] = [[] for _ in self._ids]  # of every block: parts for some probes each, in order
+        found: list[list[Quadrature]] = [[] for _ in self._ids]  # for every block, parts with some of its probes
         if self._first is not None:
-            for unit, state in sorted(self._first.vectors, key=lambda kept: kept[0].first_probe):
-                keep(compute(unit, state))  # where no step is left to make, this only keeps the vectors
+            for unit, state in sorted(self._first.vectors, key=lambda vectors: vectors[0].first_probe):
+                keep(compute(unit, state))  # without further steps, this only keeps the vectors
             if options.num_steps == self._first.quadrature.num_steps:
                 found = [[part.to(self._problem.device)] for part in _blocks_of(self._first)]
             else:
@@ -154,12 +157,12 @@ class Job:
             [noise is not None and radius <= noise for radius, noise in zip(radii, self._zero_within)],
         )
         if options.tol is not None:
-            few = adaptive.missed(whole, options.tol, options.sigma)
+            few = adaptive.missed(whole, options.tol, options.tol_sigma)
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
         return whole
 
     def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[UnitResult]]:
-        """What has units computed by all ranks, each some of them, and hands all results to all.
+        """Return a function that divides units among the ranks and returns all results on all of them.
 
         Raises:
             ValueError: there are more ranks than recurrences.
@@ -170,14 +173,14 @@ class Job:
         if recurrences < ranks.work_size:
             raise ValueError(
                 "spectrum: parallel must share the work among no more ranks than there are recurrences, "
-                f"{recurrences}, got {ranks.work_size}; let ranks share batches: parallel='data' or (work, data)"
+                f"{recurrences}, got {ranks.work_size}; let ranks share batches: parallel='data' or (recurrences, data)"
             )
         cost = self.cost(ranks.gather(product_costs(problem, engine))[0])
 
         def share(units: Sequence[Unit], compute: Compute) -> list[UnitResult]:
             before = [done for done in records.finished() if any(unit.covers(done.unit) for unit in units)]
             made = {item for done in before for item in items_of(done.unit)}
-            # Units that were broken off go on where their state is.
+            # An interrupted unit is resumed by the rank that has its state.
             begun: list[list[Unit]] = [[] for _ in range(ranks.work_size)]
             for rank, unit in enumerate(ranks.gather(records.in_work())[:: ranks.data_size]):
                 if unit and any(u.covers(unit) for u in units) and made.isdisjoint(items_of(unit)):
@@ -196,11 +199,11 @@ class Job:
         return share
 
     def cost(self, products: Sequence[float], steps: Sequence[float] | None = None) -> Callable[[int, int], float]:
-        """What a recurrence of a block takes, or writing it out (probe -1).
+        """Return a function of block and probe: the cost of a recurrence, or of an exact computation (probe -1).
 
         Args:
-            products: of each block, what one product takes for one vector.
-            steps: of each block, what a Lanczos step takes beside it; by default as counted.
+            products: cost of one product with each block.
+            steps: cost of a Lanczos step of each block without its product; by default counted.
         """
         problem = self._problem
 
@@ -216,14 +219,16 @@ class Job:
 
     @property
     def units(self) -> list[Unit]:
-        """The most that there can be to do."""
+        """All units that the plan allows."""
         first, exact = self._options.first_probe, tuple(l for l, e in enumerate(self.plan.exact) if e)
         estimated = [Unit(first + start, count, blocks) for start, count, blocks in self.plan.passes]
         return estimated + ([Unit(first, 0, exact)] if exact else [])
 
     def _rounds(self, found: list[list[Quadrature]]) -> Iterator[list[Unit]]:
-        """What to compute until every estimated block has found as many probes as it needs, and the others are written
-        out; asked for the next units, it looks at what has been found."""
+        """Yield units until every estimated block has as many probes as it needs, then those of exact blocks.
+
+        The results of the units are added to `found` before the next ones are requested.
+        """
         options = self._options
         adapts = options.tol is not None and self._first is None
         least = min(adaptive.LEAST_PROBES, options.num_probes) if adapts else options.num_probes
@@ -246,7 +251,7 @@ class Job:
             yield units
             if options.tol is not None and adapts:
                 for l in together:
-                    (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.sigma)
+                    (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.tol_sigma)
                     needs[l] = min(needed, options.num_probes)
         exact = tuple(l for l, e in enumerate(self.plan.exact) if e and not found[l])
         if exact:
@@ -256,7 +261,7 @@ class Job:
     def _finish(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None
     ) -> Iterator[UnitResult]:
-        """The unit, or the pieces into which it was cut because memory did not hold it."""
+        """Yield the result of the unit, or those of its parts if memory was too small for it."""
         done = self._records.done(unit)
         if done is not None:
             for _ in range(done.hvps):
@@ -269,7 +274,7 @@ class Job:
                     done = self._compute(unit, engine, seed, on_hvp, state)
                     self._records.add(done)
             except torch.OutOfMemoryError as error:
-                if self._problem.ranks.data_size > 1:  # ranks that sum their products must all cut, or none
+                if self._problem.ranks.data_size > 1:  # all ranks that sum their products would have to split
                     raise torch.OutOfMemoryError(
                         f"spectrum: memory_budget must be below {size_text(self.plan.memory_budget)}, as memory ran "
                         f"out and ranks that share batches cannot cut their work one by one: {error}"
@@ -279,7 +284,7 @@ class Job:
             if done is not None:
                 yield done
                 return
-            # Outside of the handler, whose traceback holds the vectors.
+            # Outside of the exception handler, whose traceback references the vectors.
             if self._problem.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._too_large = min(self._too_large, self._size(unit))
@@ -290,7 +295,7 @@ class Job:
     def _compute(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None
     ) -> UnitResult:
-        """The quadratures of a unit, from where work on it was broken off."""
+        """Compute a unit, starting from its recorded state if there is one."""
         options, problem, records = self._options, self._problem, self._records
         last, before = records.state(unit)
         last = last or state
@@ -305,10 +310,10 @@ class Job:
             records.after_step(unit, state, before + operator.hvps)
 
         if not unit.num_probes:
-            written_out = exact_quadratures(
+            exact = exact_quadratures(
                 operator, ids, self._exact_rows, options.num_steps, seed, options.distribution, last, on_state
             )
-            part, last = Quadrature.concatenate(written_out, 1).to(problem.device), None
+            part, last = Quadrature.concatenate(exact, 1).to(problem.device), None
         else:
             part = blockhess_ext.batched_slq(
                 operator,
@@ -317,7 +322,7 @@ class Job:
                 first_probe=unit.first_probe,
                 num_steps=options.num_steps,
                 tol=options.tol,
-                sigma=options.sigma,
+                sigma=options.tol_sigma,
                 block_ids=ids,
                 distribution=options.distribution,
                 reorthogonalize=[self._basis[l] for l in unit.blocks],
@@ -331,12 +336,12 @@ class Job:
         return UnitResult(unit, part, before + operator.hvps, last if records.keep_vectors else None)
 
     def _size(self, unit: Unit) -> int:
-        """Elements of a set of its vectors, or of the blocks that it writes out."""
+        """Return the number of elements of its vectors, or of the matrices of its exact blocks."""
         dims = [self._problem.dims[l] for l in unit.blocks]
         return unit.num_probes * sum(dims) if unit.num_probes else sum(dim * dim for dim in dims)
 
-    def _check_vectors(self, first: Spectra, found: list[list[Quadrature]]) -> None:
-        """Every estimated recurrence of the first run must have gone on; blocks written out stay as they are."""
+    def _check_vectors(self, first: SpectraData, found: list[list[Quadrature]]) -> None:
+        """Check that every estimated recurrence of the first run was continued, and copy its exact blocks."""
         for l, part in enumerate(_blocks_of(first)):
             if self.plan.exact[l]:
                 found[l] = [dataclasses.replace(part, num_steps=self._options.num_steps).to(self._problem.device)]
@@ -350,7 +355,7 @@ class Job:
         self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
 
     def make_engine(self) -> Engine:
-        """The planned engine, its products checked; autograd where a trace planned by "auto" cannot be had."""
+        """Return the planned engine after checking its products, or autograd if "auto" chose a trace that fails."""
         ranks, failure = self._problem.ranks, None
         try:
             engine = self.plan.make(self._problem)
@@ -374,10 +379,10 @@ class Job:
         return engine
 
     def _noise(self, number: int, error: float) -> float:
-        """The largest eigenvalue of a block that is zero in the first batch, if it is zero in all."""
+        """Return the largest eigenvalue that rounding gives a block that is zero in all batches, as in the first."""
         if self._problem.n_batches == 1:
             return math.inf
-        # A random unit vector shows |E|_F / sqrt(dim) of an error E, give or take a factor.
+        # A random unit vector v has |E v| of about |E|_F / sqrt(dim).
         shares = 1 if self._problem.loss.averaged else self._problem.n_batches
         return float(10 * error * self._problem.dims[number] ** 0.5 * shares)
 
@@ -386,5 +391,5 @@ def _whole(parts: Sequence[Quadrature]) -> Quadrature:
     return Quadrature.concatenate(parts, 0)
 
 
-def _blocks_of(spectra: Spectra) -> list[Quadrature]:
-    return [spectra.quadrature.select_block(l) for l in range(len(spectra))]
+def _blocks_of(data: SpectraData) -> list[Quadrature]:
+    return [data.quadrature.select_block(l) for l in range(len(data))]

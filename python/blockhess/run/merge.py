@@ -1,7 +1,7 @@
-"""Runs of other probes, or of other blocks, made anywhere, joined to the one that would have made them all.
+"""Merging of runs with different probes, or with different blocks, into the result of one run with all of them.
 
-other probes:  same blocks,  spectrum(..., first_probe=...)
-other blocks:  same probes,  spectrum(..., blocks=...)
+different probes:  same blocks,  spectrum(..., first_probe=...)
+different blocks:  same probes,  spectrum(..., blocks=...)
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from blockhess.problem.blocks import BlockInfo, with_note
 from blockhess.problem.prepare import LOSS_TOLERANCE
 from blockhess.results import files
+from blockhess.results.data import SpectraData
 from blockhess.run.storage.directory import finished
-from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature
 
-# What provenance must say alike: name there -> name for the user.
+# Entries of provenance that must be equal -> their names in messages.
 SHARED = {
     "model": "model",
     "fingerprints": "fingerprints of parameters and data",
@@ -31,43 +31,23 @@ SHARED = {
     "distribution": "distribution",
     "num_steps": "num_steps",
     "tol": "tol",
-    "sigma": "sigma",
+    "tol_sigma": "tol_sigma",
 }
-# What each run has of its own, and the result lists.
+# Entries that may differ; the result lists those of every run.
 _OWN = ("first_probe", "num_probes", "engine", "torch", "blockhess", "hvps", "seconds")
 _NEEDED = (*SHARED, *_OWN, "loss_value", "plan")
 
 
-def load_run(path: str | PathLike[str]) -> Spectra:
-    """The result in a file, or of a finished run's directory, with the vectors that it kept."""
-    return finished(path) if Path(path).is_dir() else files.load(path)
+def load_run(path: str | PathLike[str]) -> SpectraData:
+    """Return the result in a file, or that of a finished run's directory with its vectors."""
+    return finished(path) if Path(path).is_dir() else SpectraData(*files.read(path))
 
 
-def merge(runs: Sequence[Spectra | str | PathLike[str]]) -> Spectra:
-    """Join runs of one problem: of different probes and the same blocks, or of different blocks and the same probes.
-
-    More blocks for a finished run are a run of their own, `spectrum(..., blocks=...)`, joined to it here.
-
-    Args:
-        runs: results, files or directories of finished runs, in any order where they have different probes; blocks are
-            listed in the order of the runs.
-
-    Returns:
-        Spectra of all; recurrences are those that one run would have made. Vectors are not kept: extend before.
-
-    Raises:
-        ValueError: the runs do not belong together, or overlap: says in what.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> given = model, (torch.randn(32, 4), torch.randint(3, (32,))), torch.nn.CrossEntropyLoss()
-        >>> there, here = (blockhess.spectrum(*given, num_probes=5, first_probe=p, engine="autograd") for p in (5, 0))
-        >>> merge([here, there]).quadrature.num_probes
-        10
-    """
-    if isinstance(runs, str | PathLike | Spectra):
+def merge(runs: Sequence[SpectraData | str | PathLike[str]]) -> SpectraData:
+    """Merge runs; see `blockhess.merge`."""
+    if isinstance(runs, str | PathLike | SpectraData):
         raise TypeError(f"merge: runs must be a list of runs, got {type(runs).__name__}")
-    found = [run if isinstance(run, Spectra) else load_run(run) for run in runs]
+    found = [run if isinstance(run, SpectraData) else load_run(run) for run in runs]
     labels = [str(run) if isinstance(run, str | PathLike) else f"run {i + 1}" for i, run in enumerate(runs)]
     if len(found) < 2:
         raise ValueError(f"merge: runs must be at least two, got {len(found)}")
@@ -96,7 +76,7 @@ def _check_alike(label: str, first: dict[str, Any], other_label: str, other: dic
         )
 
 
-def _of_probes(labels: list[str], runs: list[Spectra]) -> Spectra:
+def _of_probes(labels: list[str], runs: list[SpectraData]) -> SpectraData:
     order = sorted(range(len(runs)), key=lambda i: runs[i].provenance["first_probe"])
     labels, runs = [labels[i] for i in order], [runs[i] for i in order]
     first = runs[0]
@@ -125,12 +105,13 @@ def _of_probes(labels: list[str], runs: list[Spectra]) -> Spectra:
                     f"{first.quadrature.reorthogonalize[l]!r}, and {label} {part.dims[0]}, {part.reorthogonalize[0]!r}"
                 )
             parts.append(part)
-            notes[l] = _noted(notes[l], run.blocks[row])
+            note = run.blocks[row].note
+            notes[l] = notes[l] if note in notes[l].note else with_note(notes[l], note)
         columns.append(Quadrature.concatenate(parts, 0))
     return _merged(runs, notes, columns, sum(run.provenance["num_probes"] for run in runs))
 
 
-def _of_blocks(labels: list[str], runs: list[Spectra]) -> Spectra:
+def _of_blocks(labels: list[str], runs: list[SpectraData]) -> SpectraData:
     first = runs[0].provenance
     seen: dict[str, str] = {}
     for label, run in zip(labels, runs):
@@ -150,15 +131,13 @@ def _of_blocks(labels: list[str], runs: list[Spectra]) -> Spectra:
     return _merged(runs, [block for run in runs for block in run.blocks], columns, first["num_probes"])
 
 
-def _noted(block: BlockInfo, other: BlockInfo) -> BlockInfo:
-    return block if other.note in block.note else with_note(block, other.note)
-
-
-def _merged(runs: list[Spectra], blocks: list[BlockInfo], columns: list[Quadrature], num_probes: int) -> Spectra:
+def _merged(
+    runs: list[SpectraData], blocks: list[BlockInfo], columns: list[Quadrature], num_probes: int
+) -> SpectraData:
     made = [run.provenance for run in runs]
     quadrature = Quadrature.concatenate(columns, 1)
     ghosts = quadrature.ghosts().sum(0).tolist()
-    bare = [word == "none" for word in quadrature.reorthogonalize]
+    bare = [mode == "none" for mode in quadrature.reorthogonalize]
     exact = [name for run in made for name in run["plan"]["exact"]]
     errors = [run["hvp_error"] for run in made if run.get("hvp_error")]
     changed = {
@@ -171,8 +150,6 @@ def _merged(runs: list[Spectra], blocks: list[BlockInfo], columns: list[Quadratu
         "hvp_error": {name: error for run in reversed(errors) for name, error in run.items()} or None,
         "plan": made[0]["plan"] | {"exact": list(dict.fromkeys(exact))},
         "keep_vectors": False,
-        "merged": [
-            {name: run[name] for name in _OWN} | {"blocks": list(spectra.names)} for run, spectra in zip(made, runs)
-        ],
+        "merged": [{name: run[name] for name in _OWN} | {"blocks": list(data.names)} for run, data in zip(made, runs)],
     }
-    return Spectra(blocks, quadrature, made[0] | changed)
+    return SpectraData(blocks, quadrature, made[0] | changed)

@@ -1,7 +1,7 @@
-"""What a run will do: which engine, which blocks exactly, how many vectors and batches together.
+"""The plan of a run: engine, blocks to compute exactly, and numbers of vectors and batches processed together.
 
-Decided from counted products, operations and bytes, never from a stopwatch or from what memory happens to be free, so
-the same job takes the same path on every run; only the memory budget, which is recorded, stands for the machine.
+It follows from counted products, operations and bytes, not from timings or the memory that is currently free, so the
+same job is always computed in the same way; of the machine it depends on the memory budget only, which is recorded.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
 
-# What decides whether tracing and compiling pay, from bench/results/hvp_cpu.json: orders of magnitude. A product takes
-# about PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS an operation of the gradient's graph and block, and
-# then saves TRACE_SAVES of the time; compiling takes COMPILE_SECONDS a block, on a CPU, and saves COMPILE_SAVES more.
+# Orders of magnitude from bench/results/hvp_cpu.json, which decide about tracing and compiling. A product takes about
+# PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS per block and operation of the gradient's graph and saves
+# the fraction TRACE_SAVES of the time; compiling takes COMPILE_SECONDS per block on a CPU and saves COMPILE_SAVES.
 FLOPS_PER_SECOND = {"cpu": 3e10, "cuda": 1e13}
 PRODUCT_FORWARDS = 1.3
 TRACE_SECONDS, TRACE_SAVES = 5e-4, 0.2
@@ -30,24 +30,25 @@ TRACED_BYTES = 2.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, and what it takes.
+    """What a run computes, and its cost.
 
     Attributes:
         engine: "autograd", "traced" or "ggn".
-        exact: per block, whether it is written out; the others are estimated.
-        passes: (first probe, number of probes, numbers of the blocks) that are advanced together.
-        rows: vectors of one block that one call of the engine takes.
+        exact: for every block, whether it is computed exactly; the others are estimated.
+        passes: (first probe, number of probes, indices of the blocks) of the recurrences that run together.
+        rows: number of vectors per call of the engine.
         compiled: whether linear programs are compiled, which pays for the longest jobs only.
-        retain: whether graphs or constants of all batches are kept through all steps.
-        batches: after large ones were split.
-        hvps: most products of one block, probe and batch.
-        least_hvps: fewest that a tolerance leaves; the same where none is given.
-        flops: of all of them, about. seconds: that they would take at the speed of one measured forward pass.
-        vector_bytes, engine_bytes: the most that vectors or blocks written out, and graphs or constants, take at a
-            time.
-        kept_bytes: of the vectors after the last step, where they are kept; on the host, beside the others.
-        memory_budget: bytes that the plan had to fit.
-        why: the reason for the engine.
+        retain: whether graphs or constants of all batches are retained between steps.
+        batches: number of batches, after splitting large ones.
+        hvps: upper limit of the number of products, of one block, vector and batch each.
+        least_hvps: lower limit with a tolerance; otherwise equal to hvps.
+        flops: of all products, approximately.
+        seconds: of all products, estimated from one measured forward pass.
+        vector_bytes: largest memory of vectors or exactly computed blocks at a time.
+        engine_bytes: largest memory of graphs or constants at a time.
+        kept_bytes: size of the vectors kept after the last step, on the host.
+        memory_budget: in bytes.
+        why: reason for the choice of the engine.
     """
 
     engine: str
@@ -68,16 +69,16 @@ class Plan:
     why: str
 
     def make(self, problem: Problem) -> Engine:
-        """The engine of this plan.
+        """Return the engine of this plan.
 
         Raises:
-            NotTraceable: the plan asks for "traced", which cannot be had.
+            NotTraceable: the engine is "traced" and the problem cannot be traced.
         """
         options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a JSON value, with names for what passes hold."""
+        """Return the plan as a JSON value."""
         names = ("first_probe", "num_probes", "blocks")
         return {**dataclasses.asdict(self), "passes": [dict(zip(names, each)) for each in self.passes]}
 
@@ -119,22 +120,22 @@ def make_plan(
     """Plan a run.
 
     Args:
-        engine: one of `blockhess.hvp.CHOICES`; "auto" also has small blocks written out, "exact" all of them.
-        num_probes, num_steps: as in `spectrum`.
-        basis_dims: per block, the elements of which num_steps basis vectors are kept: its dim, or 0.
-        budget: bytes.
-        exact: which blocks are written out, where an earlier run has decided it.
-        least: fewest probes and steps of an estimated block, where a tolerance decides between these and the most.
-        keep_vectors: whether those after the last step are kept.
+        engine: one of `blockhess.hvp.CHOICES`; "auto" computes small blocks exactly, "exact" all of them.
+        num_probes, num_steps: as for `spectrum`.
+        basis_dims: for every block, the size of the basis vectors that are stored: its dim, or 0.
+        budget: memory budget in bytes.
+        exact: the blocks computed exactly by an earlier run.
+        least: with a tolerance, smallest number of probes and steps of an estimated block.
+        keep_vectors: whether the vectors after the last step are kept.
 
     Raises:
-        ValueError: not even one probe of the largest block, or the blocks written out, fit; tells what would be needed.
+        ValueError: one probe of the largest block, or the blocks to compute exactly, exceed the budget.
     """
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
     if exact is None:
-        exact = _written_out(problem, engine, num_probes, num_steps, budget // 2)
-    # A vector set of one probe: v, v_prev, H v, and the basis.
+        exact = _exact_blocks(problem, engine, num_probes, num_steps, budget // 2)
+    # The vectors of one probe: v, v_prev, H v, and the basis.
     sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
     room = budget // 2
     largest = max(range(len(dims)), key=lambda l: sizes[l])
@@ -147,7 +148,7 @@ def make_plan(
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
-    n_batches = len(problem.batches)  # of this rank, whose graphs it keeps
+    n_batches = len(problem.batches)  # of this rank
     per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
     hvps = problem.n_batches * sum(count for count, u in zip(per_block, used) if u)
     fewest_probes, fewest_steps = least or (num_probes, num_steps)
@@ -181,13 +182,13 @@ def make_plan(
 
 
 def with_autograd(plan: Plan, why: str) -> Plan:
-    """The plan with autograd instead of a trace that cannot be had."""
+    """Return the plan with the engine "autograd" instead of "traced"."""
     return dataclasses.replace(plan, engine="autograd", rows=1, compiled=False, why=why)
 
 
-def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
-    if wish not in ("auto", "exact"):
-        return wish, "as asked"
+def _engine(problem: Problem, engine: str, hvps: int) -> tuple[str, str]:
+    if engine not in ("auto", "exact"):
+        return engine, "as asked"
     saved = TRACE_SAVES * _product_seconds(problem, hvps)
     tracing = TRACE_SECONDS * problem.graph_nodes * len(problem.blocks)
     if saved > tracing:
@@ -196,31 +197,31 @@ def _engine(problem: Problem, wish: str, hvps: int) -> tuple[str, str]:
 
 
 def _compiling_pays(problem: Problem, engine: str, hvps: int, n_blocks: int) -> bool:
-    if engine != "traced" or problem.device.type != "cpu":  # on a GPU nobody has measured it
+    if engine != "traced" or problem.device.type != "cpu":  # not measured on a GPU
         return False
     return bool(COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * n_blocks)
 
 
 def _product_seconds(problem: Problem, hvps: int) -> float:
-    """At the nominal rate of the device, so that the same job always gives the same number."""
+    """Return the seconds of all products at the nominal rate of the device, which are reproducible."""
     return float(hvps * PRODUCT_FORWARDS * problem.forward_flops / FLOPS_PER_SECOND[problem.device.type])
 
 
-def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
-    """Which blocks are computed exactly: with "auto" those where that needs fewer products, as far as they fit."""
+def _exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
+    """Return which blocks to compute exactly: with "auto", smallest first, those that need fewer products and fit."""
     exact = [False] * len(problem.dims)
-    if wish not in ("auto", "exact"):
+    if engine not in ("auto", "exact"):
         return tuple(exact)
-    written: list[int] = []
+    chosen: list[int] = []
     for l in sorted(range(len(exact)), key=lambda l: problem.dims[l]):
         dim = problem.dims[l]
-        if not problem.is_used(l) or (wish == "auto" and not is_cheaper_exact(dim, num_probes, num_steps)):
+        if not problem.is_used(l) or (engine == "auto" and not is_cheaper_exact(dim, num_probes, num_steps)):
             continue
-        exact[l] = wish == "exact" or bytes_needed([*written, dim], problem.dtype.itemsize, num_probes) <= room
+        exact[l] = engine == "exact" or bytes_needed([*chosen, dim], problem.dtype.itemsize, num_probes) <= room
         if exact[l]:
-            written.append(dim)
-    taken = bytes_needed(written, problem.dtype.itemsize, num_probes)
-    if wish == "exact" and taken > room:
+            chosen.append(dim)
+    taken = bytes_needed(chosen, problem.dtype.itemsize, num_probes)
+    if engine == "exact" and taken > room:
         raise ValueError(
             f"spectrum: memory_budget must be at least {size_text(2 * taken)} to write out {sum(exact)} blocks "
             f"(engine='exact'), got {size_text(2 * room)}"
@@ -231,7 +232,7 @@ def _written_out(problem: Problem, wish: str, num_probes: int, num_steps: int, r
 def _passes(
     blocks: list[int], sizes: Sequence[int], num_probes: int, room: int
 ) -> list[tuple[int, int, tuple[int, ...]]]:
-    """All probes of all blocks if they fit; else fewer probes; else, one probe at a time, fewer blocks."""
+    """Return passes of all probes and blocks if they fit, else of fewer probes, else of one probe and fewer blocks."""
     if not blocks:
         return []
     together = min(num_probes, room // max(1, sum(sizes[l] for l in blocks)))

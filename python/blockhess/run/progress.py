@@ -1,7 +1,7 @@
-"""A progress bar with an estimate of the time left, silent for jobs of a few seconds.
+"""A progress bar with an estimate of the time left, hidden during the first seconds.
 
-a terminal, a notebook     one line that is written over
-a log file, a pipe         a new line now and then
+terminal, notebook     one line, updated in place
+log file, pipe         a new line every few seconds
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 
 def check_progress(enabled: bool | str) -> None:
-    """Refuse what is neither True, False nor "auto".
+    """Check a `progress` argument.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not True, False or "auto".
     """
     if enabled not in (True, False, "auto"):
         raise ValueError(f"spectrum: progress must be True, False or 'auto', got {enabled!r}")
@@ -23,19 +23,19 @@ def check_progress(enabled: bool | str) -> None:
 
 @contextmanager
 def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterator[Callable[[], object]]:
-    """Show on stderr how many of `total` units are done.
+    """Show the number of finished items on stderr.
 
     Args:
-        total: the most units there can be; fewer may be needed.
-        unit: what is counted.
-        enabled: True, False, or "auto": where tqdm is installed.
+        total: upper limit of the number of items.
+        unit: name of an item.
+        enabled: True, False, or "auto" for True if tqdm is installed.
 
     Yields:
-        A function to call after every unit.
+        A function to call after every item.
 
     Raises:
         ImportError: `enabled` is True and tqdm is missing.
-        ValueError: another `enabled`.
+        ValueError: `enabled` is none of these.
     """
     check_progress(enabled)
     try:
@@ -47,7 +47,7 @@ def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterato
     if not enabled:
         yield lambda: None
         return
-    # Of a notebook's kernel, no terminal, whose output is shown as on one.
+    # Output of a notebook kernel, which is not a terminal, is displayed as on one.
     moving = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
     where = {"file": sys.stderr, "mininterval": 0.5} if moving else {"file": _LogLines(), "mininterval": 10.0}
     with tqdm(total=total, unit=unit, delay=3, dynamic_ncols=True, **where) as bar:
@@ -56,7 +56,7 @@ def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterato
 
 
 class _LogLines:
-    """stderr, where each state of the bar takes a line of its own."""
+    """Writes every state of the bar to a line of its own on stderr."""
 
     def write(self, text: str) -> None:
         if line := text.strip():

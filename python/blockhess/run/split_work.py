@@ -1,36 +1,37 @@
-"""Units of work cut among ranks, so that all have about as much to do.
+"""Partition of units of work among ranks, with about equal cost.
 
-All recurrences of the units stand in one line, block after block; it is cut into pieces of equal cost. A rank gets a
-few probes of its first block, all of those in between, a few of its last: three units at most of each that was cut.
+The recurrences of all units form one list, block after block, which is cut into contiguous pieces of equal cost. A rank
+gets some probes of its first block, all probes of the blocks in between, and some of its last: at most three units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import groupby
 
-from blockhess.run.recorder import Unit
+from blockhess.results.unit import Unit
 
-Item = tuple[int, int]  # block and probe; probe -1 stands for a block written out
+Item = tuple[int, int]  # block and probe; probe -1 stands for the exact computation of the block
 
 
 def items_of(unit: Unit) -> list[Item]:
-    """The recurrences of a unit, block after block."""
+    """Return the recurrences of a unit, block after block."""
     return [(l, p) for l in unit.blocks for p in unit.probes or (-1,)]
 
 
 def shared(
     units: Sequence[Unit], cost: Callable[[int, int], float], size: int, done: Collection[Item] = ()
 ) -> list[list[Unit]]:
-    """What each of `size` ranks has to do.
+    """Return the units of each of `size` ranks.
 
     Args:
-        units: no two hold the same recurrence.
-        cost: of a block's recurrence, or of writing it out; given the block and the probe, -1 where it is written out.
-        size: ranks.
-        done: recurrences that need not be made.
+        units: without common recurrences.
+        cost: of a recurrence, given block and probe; probe -1 stands for the exact computation of the block.
+        size: number of ranks.
+        done: recurrences to omit.
 
     Returns:
-        One list a rank, whose units together are those given, less what is done.
+        One list per rank; together they hold all recurrences but those in done.
 
     Example:
         >>> shared([Unit(0, 3, (0, 1))], lambda block, probe: 1.0, 2)
@@ -48,26 +49,11 @@ def shared(
 
 
 def _rectangles(unit: Unit, items: Sequence[Item]) -> list[Unit]:
-    """Few units that together hold these recurrences of one unit."""
-    probes: dict[int, list[int]] = {}
-    for l, p in items:
-        probes.setdefault(l, []).append(p)
-    blocks: dict[tuple[int, int], list[int]] = {}
-    for l, ps in probes.items():
-        for first, count in _runs(ps):
-            blocks.setdefault((first, count), []).append(l)
-    return [
-        Unit(first, count, tuple(numbers)) if unit.num_probes else Unit(unit.first_probe, 0, tuple(numbers))
-        for (first, count), numbers in blocks.items()
-    ]
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending integers as (first, how many) of those that follow each other."""
-    runs: list[tuple[int, int]] = []
-    for n in numbers:
-        if runs and n == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((n, 1))
-    return runs
+    """Return few units that together hold these recurrences of one unit."""
+    blocks: dict[tuple[int, int], list[int]] = {}  # (first probe, number of probes) -> blocks
+    # Consecutive probes of one block have the same difference from their position.
+    for (l, _), run in groupby(enumerate(items), lambda entry: (entry[1][0], entry[1][1] - entry[0])):
+        probes = [p for _, (_, p) in run]
+        span = (probes[0], len(probes)) if unit.num_probes else (unit.first_probe, 0)
+        blocks.setdefault(span, []).append(l)
+    return [Unit(first, count, tuple(numbers)) for (first, count), numbers in blocks.items()]

@@ -1,4 +1,4 @@
-"""How far a run has come, read from its directory while it works or after it ended; nothing is computed or changed."""
+"""Progress of a run, read from its directory while it runs or afterwards. Nothing is computed or changed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ from typing import Any
 import torch
 
 from blockhess.problem.blocks import BlockInfo, block_id
+from blockhess.results.data import SpectraData
+from blockhess.results.unit import Unit
 from blockhess.run.plan import Plan
-from blockhess.run.recorder import Unit, UnitResult
+from blockhess.run.recorder import UnitResult
 from blockhess.run.storage import directory
 from blockhess.run.storage.lock import holder
-from blockhess.spectra import Spectra
 from blockhess_ext import Quadrature, State, batched_slq
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        path: of its directory. run: content of run.json, empty while the job is prepared. plan: its plan, None then.
-        parts: the units that are done. unit: in work, and step: of it, as last saved; None where there is none.
-        hvps: products that were saved, of at most most. seconds: that they took.
-        finished: whether the result is there. holder: process and host that work on it now, or None.
-        age: seconds since something was saved, NaN where nothing was.
+        path: of the run's directory.
+        run: content of run.json; empty while the job is being prepared.
+        plan: the run's plan; None while the job is being prepared.
+        parts: number of units computed.
+        unit, step: unit being computed, and its step last saved; None and 0 if there is none.
+        hvps: number of products saved.
+        most: largest number of products that the plan allows.
+        seconds: that the saved products took.
+        finished: whether the run is finished.
+        holder: process and host of the run, or None if it is not running.
+        age: seconds since the last save; NaN if nothing has been saved.
     """
 
     path: Path
@@ -47,18 +54,18 @@ class Status:
 
     @property
     def rate(self) -> float:
-        """Products a second."""
+        """Products per second."""
         return self.hvps / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """At that rate, if all products that the plan allows are needed; None where there is no rate yet."""
+        """Seconds left at this rate if all products that the plan allows are needed; None if no product is saved."""
         if self.finished:
             return 0.0
         return max(self.most - self.hvps, 0) / self.rate if self.rate else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is told as a JSON value."""
+        """Return the progress as a JSON value."""
         names = ("finished", "holder", "age", "parts", "step", "hvps", "most", "seconds", "rate", "seconds_left")
         values = {name: getattr(self, name) for name in names}
         return {"path": str(self.path), "prepared": self.plan is not None, **values}
@@ -85,10 +92,10 @@ class Status:
 
 
 def status(path: str | PathLike[str]) -> Status:
-    """How far the run in a directory has come.
+    """Return the progress of the run in a directory.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: path is not the directory of a run.
     """
     path = Path(path)
     working = holder(path)
@@ -116,18 +123,18 @@ def status(path: str | PathLike[str]) -> Status:
     )
 
 
-def partial(path: str | PathLike[str], op: str = "partial") -> Spectra:
-    """The spectra of what a run has saved so far: of probes that are done, and of those in work the steps made.
+def partial(path: str | PathLike[str], op: str = "partial") -> SpectraData:
+    """Return what a run has saved so far: the computed units, and the steps of the unit being computed.
 
     Args:
         path: of the run's directory.
-        op: on whose behalf, for the texts of errors.
+        op: prefix of error messages.
 
     Returns:
-        Spectra, with blocks of which nothing is known left out; the result where the run is finished.
+        The blocks with at least one step; the result of a finished run.
 
     Raises:
-        ValueError: there is no run, or nothing was saved yet.
+        ValueError: path is not the directory of a run, or nothing has been saved.
     """
     path = Path(path)
     run = _run(path, op)
@@ -157,11 +164,11 @@ def partial(path: str | PathLike[str], op: str = "partial") -> Spectra:
         "hvps_planned": run["hvps"],
         "blocks_missing": len(blocks) - len(known),
     }
-    return Spectra([blocks[l] for l in known], quadrature, made)
+    return SpectraData([blocks[l] for l in known], quadrature, made)
 
 
 def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state: State) -> Quadrature:
-    """Of the steps that a state has made; labelled as the parts are."""
+    """Return the quadrature of the steps made by a state, with the labels of the finished unit."""
     identity = run["identity"]
 
     def none(v: torch.Tensor) -> torch.Tensor:
@@ -173,7 +180,7 @@ def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state:
         num_probes=unit.num_probes,
         num_steps=state.step,
         tol=identity["tol"],
-        sigma=identity["sigma"],
+        sigma=identity["tol_sigma"],
         distribution=identity["distribution"],
         seed=run["seed"],
         dtype=getattr(torch, identity["dtype"]),
@@ -200,6 +207,6 @@ def _hvps(parts: list[tuple[int, UnitResult, float]], state: tuple[Unit, State, 
 def _in_work(
     path: Path, run: dict[str, Any], parts: list[tuple[int, UnitResult, float]]
 ) -> tuple[Unit, State, int, float] | None:
-    """The state of a unit that is not done yet."""
+    """Return the saved state, unless its unit is already computed."""
     state = directory.state_of(path / directory.STATE, run["id"])
     return None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state

@@ -1,1 +1,1 @@
-"""Long jobs that cannot be lost: state on disk, locks, configuration."""
+"""Run directories: crash-safe files, locks, signals, checkpoints."""

@@ -1,9 +1,9 @@
-"""When the state of a run is saved: so often that it takes no more than SHARE of the time.
+"""When to save the state of a unit: so often that saving takes no more than SHARE of the time.
 
-    wait after a save = max(LEAST_SECONDS, what it took / SHARE)
+    wait after a save = max(LEAST_SECONDS, seconds of the save / SHARE)
 
-From a CUDA device the state is copied to pinned memory behind the kernels, and written once it has arrived; meanwhile
-the device goes on.
+The state on a CUDA device is copied to pinned memory asynchronously and written once the copy is complete; the device
+continues meanwhile.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from blockhess_ext.completion import Event
 
 SHARE = 0.02
 LEAST_SECONDS = 1.0
-# Until a save was measured: what a slow disk takes.
+# Assumed time of the first save: that of a slow disk.
 FIRST_SECONDS, FIRST_BYTES_PER_SECOND = 0.02, 1e8
 
 
 def copied(state: State) -> tuple[State, Event | None]:
-    """The state on the host, and what says that it is all there: itself, and nothing, if it is there already."""
+    """Return the state on the host, and the CUDA event that completes the copy; None if it is on the host already."""
     device = state.tensors["v"].device if "v" in state.tensors else torch.device("cpu")
     if device.type != "cuda":
         return state, None
@@ -36,13 +36,14 @@ def copied(state: State) -> tuple[State, Event | None]:
 
 
 class Checkpoints:
-    """Saves states at times.
+    """Saves states periodically.
 
     Args:
-        save: writes one; given the state and what belongs to it.
+        save: writes a state, given with the number of products computed.
 
     Attributes:
-        seconds: that saving took. count: of saves.
+        seconds: spent saving.
+        count: number of saves.
     """
 
     def __init__(self, save: Callable[[State, int], None]) -> None:
@@ -52,7 +53,7 @@ class Checkpoints:
         self.seconds, self.count = 0.0, 0
 
     def after_step(self, state: State, hvps: int) -> None:
-        """To be called after every step; saves where it is time."""
+        """Save the state if a save is due; to be called after every step."""
         start = time.perf_counter()
         if self._due is None:
             self._due = start + wait_after(FIRST_SECONDS + state.nbytes / FIRST_BYTES_PER_SECOND)
@@ -63,12 +64,12 @@ class Checkpoints:
             self._write(start)
 
     def save_now(self, state: State, hvps: int) -> None:
-        """Saves, and returns when that is done."""
+        """Save the state before returning."""
         self._copy = state.copy(), hvps, None
         self._write(time.perf_counter())
 
     def forget(self) -> None:
-        """The unit is done: a copy under way is of no use."""
+        """Discard a pending copy, because its unit is complete."""
         self._copy = None
 
     def _write(self, start: float) -> None:
@@ -82,5 +83,5 @@ class Checkpoints:
 
 
 def wait_after(cost: float) -> float:
-    """Seconds until the next save, after one that took so many."""
+    """Return the seconds to wait after a save that took `cost` seconds."""
     return max(LEAST_SECONDS, cost / SHARE)

@@ -1,10 +1,6 @@
-"""One process at a time in a run directory: a file "lock" that names its holder.
+"""Exclusive use of a run directory: a kernel lock on its file "lock", which names the holder.
 
-    holder = pid, host, start of the process
-
-A holder counts as long as its process lives: on this host that is looked up, and a pid that now belongs to another
-process is told by its start; one on another host counts until its file is removed. The file itself stays, empty when
-nobody holds it; the kernel's lock on it is held only while it is read and written.
+The kernel releases the lock when its holder ends, however it ends. The file remains, empty when it is not locked.
 """
 
 from __future__ import annotations
@@ -12,112 +8,75 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
+import time
+import warnings
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
+
+from blockhess._text import printable
 
 _NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def locked(directory: str | PathLike[str]) -> Iterator[None]:
-    """Hold the directory for this process.
-
-    Args:
-        directory: exists.
+    """Lock an existing directory for this process.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
         OSError: no file can be written there.
 
     Example:
         >>> with locked(folder):
-        ...     written = (folder / "state").write_text("nobody else writes here")
+        ...     written = (folder / "state").write_text("no other process writes here")
     """
     path = Path(directory) / "lock"
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid())}
-    with _exclusive(path) as file:
-        holder = _holder(file)
-        if holder is not None and _lives(holder):
-            raise ValueError(
-                f"locked: directory must not be in use, got {directory}, held by process {holder['pid']!r} on "
-                f"{holder['host']!r}; if that one is gone, remove {path}"
-            )
-        _set_content(file, json.dumps(mine).encode())
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield
+        if not _acquire(file, fcntl.LOCK_EX, path):
+            raise ValueError(f"locked: directory must not be in use, got {directory}, locked by {_read(file)} ({path})")
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()!r}".encode(), 0)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, 0)
+                fcntl.flock(file, fcntl.LOCK_UN)  # also for forked processes, which share the lock
     finally:
-        with contextlib.suppress(OSError), _exclusive(path) as file:
-            if _holder(file) == mine:
-                _set_content(file, b"")
+        os.close(file)
 
 
 def holder(directory: str | PathLike[str]) -> str | None:
-    """Who holds the directory now, for a person to read; None where nobody does. Nothing is changed."""
+    """Return process and host that have locked the directory, or None if it is not locked."""
+    path = Path(directory) / "lock"
     try:
-        file = os.open(Path(directory) / "lock", os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        found = _holder(file)
+        return None if _acquire(file, fcntl.LOCK_SH, path) else _read(file)
     finally:
         os.close(file)
-    return f"process {found['pid']} on {found['host']}" if found and _lives(found) else None
 
 
-def process_start(pid: int) -> str | None:
-    """What tells this process from every other one of that pid; None where it is gone, or the system does not say.
-
-    On Linux: the boot, and the clock ticks from there to the start.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # The name, in parentheses, may hold anything; field 22 is the 20th after it.
-        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
-    except (OSError, UnicodeDecodeError, LookupError):
-        return None
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+def _acquire(file: int, kind: int, path: Path) -> bool:
+    for _ in range(5):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)  # `holder` locks for an instant
         except OSError as error:
             if error.errno not in _NO_KERNEL_LOCKS:
                 raise
-        yield file
-    finally:
-        os.close(file)
+            warnings.warn(f"run_dir: the file system cannot lock {path}: use it in one process only", stacklevel=4)
+            return True
+    return False
 
 
-def _holder(file: int) -> dict[str, Any] | None:
-    """Who holds it; None where nobody does, or a crash left something else than what `locked` writes."""
-    try:
-        holder = json.loads(os.pread(file, 4096, 0))
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(holder, dict) and holder.keys() == {"pid", "host", "start"}
-    return holder if whole and type(holder["pid"]) is int and 0 < holder["pid"] < 2**31 else None
-
-
-def _set_content(file: int, content: bytes) -> None:
-    os.ftruncate(file, 0)
-    os.pwrite(file, content, 0)
-
-
-def _lives(holder: dict[str, Any]) -> bool:
-    if holder["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and is another user's
-        pass
-    return bool(holder["start"] == process_start(holder["pid"]))
+def _read(file: int) -> str:
+    return printable(os.pread(file, 256, 0).decode(errors="replace")) or "another process"

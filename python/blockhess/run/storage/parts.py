@@ -1,49 +1,45 @@
-"""Units of work as files: the quadratures of one that is done, and the state of one in work.
+"""Units of work as files: the result of a computed unit, and the state of one that is being computed.
 
-Each names its run, so that a file of another one is not taken for work of this.
+Each file contains the id of its run, so that files of other runs are rejected.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-from torch import Tensor
-
-from blockhess.run.recorder import Unit, UnitResult
+from blockhess.results.unit import Unit
+from blockhess.run.recorder import UnitResult
 from blockhess.run.storage import store
 from blockhess_ext import Quadrature, State
 
 
 def write_part(path: str | PathLike[str], run: str, done: UnitResult, seconds: float) -> None:
-    """Writes what is done, and the seconds that the run has taken so far."""
-    part = done.part
-    labels = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in Quadrature.TENSORS}
-    tensors: dict[str, Tensor] = {name: getattr(part, name) for name in Quadrature.TENSORS}
+    """Write the result of a unit and the seconds that the run has taken so far."""
+    values = {f.name: getattr(done.part, f.name) for f in dataclasses.fields(done.part)}
+    tensors = {name: values.pop(name) for name in Quadrature.TENSORS}
     header = {"run": run, "unit": dataclasses.asdict(done.unit), "hvps": done.hvps, "seconds": seconds}
-    store.write(path, tensors, header | {"quadrature": labels})
+    store.write(path, tensors, header | {"quadrature": values})
 
 
 def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
-    """What `write_part` was given.
+    """Read a file of `write_part`.
 
     Raises:
-        ValueError: the file is damaged, or of another run, or holds something else.
+        ValueError: the file is damaged, of another run, or not the result of a unit.
     """
     tensors, header = store.read(path)
-    try:
-        _check_run(header, run)
-        values: dict[str, Any] = {name: _tuples(value) for name, value in header["quadrature"].items()}
-        values.update(tensors)
-        done = UnitResult(_unit(header["unit"]), Quadrature(**values), int(header["hvps"]))
+    with _check(path, header, run, "a part"):
+        labels = {n: tuple(value) if isinstance(value, list) else value for n, value in header["quadrature"].items()}
+        done = UnitResult(_unit(header), Quadrature(**labels, **tensors), int(header["hvps"]))
         return done, float(header["seconds"])
-    except (TypeError, LookupError, ValueError) as error:
-        raise ValueError(f"read: {path} is not a part of a run: {error}") from None
 
 
 def write_state(path: str | PathLike[str], run: str, unit: Unit, state: State, hvps: int, seconds: float) -> None:
-    """Writes the state of a unit in work, the products that it took, and the seconds that the run has taken so far."""
+    """Write the state of a unit, the number of products computed for it, and the seconds that the run has taken."""
     header = {
         "run": run,
         "unit": dataclasses.asdict(unit),
@@ -56,28 +52,27 @@ def write_state(path: str | PathLike[str], run: str, unit: Unit, state: State, h
 
 
 def read_state(path: str | PathLike[str], run: str) -> tuple[Unit, State, int, float]:
-    """What `write_state` was given.
+    """Read a file of `write_state`.
 
     Raises:
-        ValueError: there is none, it is damaged, or of another run, or it holds something else.
+        ValueError: the file is missing, damaged, of another run, or not the state of a unit.
     """
     tensors, header = store.read(path)
-    try:
-        _check_run(header, run)
+    with _check(path, header, run, "the state"):
         state = State(int(header["step"]), tuple(header["reorthogonalize"]), tensors)
-        return _unit(header["unit"]), state, int(header["hvps"]), float(header["seconds"])
+        return _unit(header), state, int(header["hvps"]), float(header["seconds"])
+
+
+@contextmanager
+def _check(path: str | PathLike[str], header: dict[str, Any], run: str, what: str) -> Iterator[None]:
+    try:
+        if header["run"] != run:
+            raise ValueError("it belongs to another run")
+        yield
     except (TypeError, LookupError, ValueError) as error:
-        raise ValueError(f"read: {path} is not the state of a run: {error}") from None
+        raise ValueError(f"read: {path} is not {what} of a run: {error}") from None
 
 
-def _check_run(header: dict[str, Any], run: str) -> None:
-    if header["run"] != run:
-        raise ValueError("it belongs to another run")
-
-
-def _unit(entry: dict[str, Any]) -> Unit:
-    return Unit(int(entry["first_probe"]), int(entry["num_probes"]), tuple(map(int, entry["blocks"])))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _unit(header: dict[str, Any]) -> Unit:
+    unit = header["unit"]
+    return Unit(int(unit["first_probe"]), int(unit["num_probes"]), tuple(map(int, unit["blocks"])))

@@ -1,7 +1,6 @@
-"""Signals that ask a process to end: kept until its state is saved.
+"""SIGINT and SIGTERM raise `Interrupted`: immediately, or, during the computation of a unit, between two steps.
 
-SIGINT and SIGTERM raise `Interrupted`: at once, or while work is under way when that asks, between two steps. The
-second one does not wait.
+A second signal does not wait.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end.
+    """A signal asked the process to end.
 
     Attributes:
-        signal: which signal asked. Shells expect the exit code 128 + signal.
+        signal: number of the signal. Shells expect the exit code 128 + signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -28,10 +27,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Catcher:
-    """Keeps what signals ask for, while `caught` lasts.
+    """Signal handler.
 
     Attributes:
-        pending: the signal that waits, or None.
+        pending: number of the signal that waits for the end of a step, or None.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class Catcher:
         self._working = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Takes a signal."""
+        """Handle a signal."""
         if self._working and self.pending is None:
             self.pending = number
         else:
@@ -47,7 +46,7 @@ class Catcher:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Signals wait until `check`, or until the end of the work."""
+        """Delay signals until `check` or the end of the block."""
         self._working = True
         try:
             yield
@@ -56,14 +55,14 @@ class Catcher:
         self.check()
 
     def check(self) -> None:
-        """Raises Interrupted if a signal waits."""
+        """Raise Interrupted if a signal is pending."""
         if self.pending is not None:
             raise Interrupted(self.pending)
 
 
 @contextmanager
 def caught() -> Iterator[Catcher]:
-    """SIGINT and SIGTERM go to the Catcher, in the main thread; in others they stay what they are."""
+    """Handle SIGINT and SIGTERM by a Catcher in the main thread; other threads leave the handlers unchanged."""
     catcher = Catcher()
     if threading.current_thread() is not threading.main_thread():
         yield catcher

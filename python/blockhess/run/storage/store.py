@@ -1,11 +1,11 @@
-"""State on disk that a kill, a full disk or a power cut cannot lose: the only place that touches it.
+"""Atomic writes of state files, which a kill, a full disk or a power failure cannot lose.
 
     write:  path.new written and synced  ->  path becomes path.previous  ->  path.new becomes path  ->  folder synced
 
-At every instant path is complete, or path.new is (path is missing only between the two renames), and beside them
-path.previous once there was one. One process writes at a time: see lock.py. Nothing is unpickled; whatever a file
-holds, reading returns what was written or raises one ValueError that names the file, and takes no more memory than the
-file has bytes, its header apart. All calls of the system go through `disk`.
+At any time path is complete, or path.new is while path is missing between the two renames; path.previous holds the
+state before. Only one process may write: see lock.py. Nothing is unpickled. Whatever a file contains, reading returns
+what was written or raises one ValueError that names the file, and takes no more memory than the size of the file and
+its parsed header. All system calls go through `disk`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Disk:
-    """The calls of the system that state goes through, one by one, so that each can be made to fail."""
+    """System calls for state files, replaceable in tests."""
 
     open = staticmethod(os.open)
     write = staticmethod(os.write)
@@ -47,15 +47,15 @@ disk = Disk()
 
 
 def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Make tensors and header the state at path; the one before stays beside it as path.previous.
+    """Write tensors and header to path; the previous state is kept as path.previous.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: of the file, in an existing folder.
         tensors: dense, of any shape, on any device; float, integer or bool.
         header: JSON values.
 
     Raises:
-        OSError: the disk refused; what was there before is untouched, or the new state is complete.
+        OSError: a system call failed; either the previous or the new state is complete.
         TypeError, ValueError: see tensor_file.pack.
 
     Example:
@@ -66,25 +66,25 @@ def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapp
 
 
 def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The newest complete state at path: what the last write that came to its end, or near it, was given.
+    """Read the newest complete state at path.
 
     Returns:
-        tensors on the CPU, equal bit by bit to those written; header. A warning tells where path itself is damaged and
-        the generation before it was taken.
+        tensors on the CPU, equal bit for bit to those written; header. A warning is issued if path is damaged and an
+        older state is returned.
 
     Raises:
-        ValueError: there is none, with what is wrong with the newest.
+        ValueError: there is no complete state; describes the newest.
     """
     return _read(path, _tensors)
 
 
 def write_json(path: str | PathLike[str], content: Any) -> None:
-    """Make content, JSON values, the text at path, as `write` does; it is readable as any JSON file is.
+    """Write JSON values to path as `write` does; any JSON reader can read the file.
 
     Raises:
         OSError: see write.
         TypeError: content holds something JSON cannot.
-        ValueError: the text is larger than MAX_HEADER.
+        ValueError: the text exceeds MAX_HEADER.
     """
     text = json.dumps(content, indent=1).encode()
     if len(text) > MAX_HEADER:
@@ -94,7 +94,7 @@ def write_json(path: str | PathLike[str], content: Any) -> None:
 
 
 def read_json(path: str | PathLike[str]) -> Any:
-    """The newest complete content of `write_json`; raises as `read` does."""
+    """Read the newest complete content of `write_json`; raises as `read`."""
     return _read(path, _json)
 
 
@@ -102,7 +102,7 @@ def _write(path: str | PathLike[str], parts: Iterable[bytes | memoryview]) -> No
     path = os.fspath(path)
     new = f"{path}.new"
     if not disk.exists(path):
-        # Killed between the two renames: what is in path.new counts.
+        # Killed between the two renames: path.new is the newest state.
         with contextlib.suppress(FileNotFoundError):
             disk.replace(new, path)
     try:
@@ -121,7 +121,7 @@ def _write(path: str | PathLike[str], parts: Iterable[bytes | memoryview]) -> No
         try:
             disk.fsync(folder)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # file systems that sync no folders
+            if error.errno != errno.EINVAL:  # the file system cannot sync folders
                 raise
 
 
@@ -147,7 +147,7 @@ def _read(path: str | PathLike[str], decode: Callable[[int], T]) -> T:
     problem = None
     for generation in (path, f"{path}.new", f"{path}.previous"):
         try:
-            with _opened(generation, os.O_RDONLY | os.O_NONBLOCK) as file:  # no waiting for a pipe
+            with _opened(generation, os.O_RDONLY | os.O_NONBLOCK) as file:  # do not wait for a pipe
                 content = decode(file)
         except FileNotFoundError:
             continue

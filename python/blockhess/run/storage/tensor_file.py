@@ -1,10 +1,11 @@
-"""The bytes of a state file: safetensors, whose metadata hold a JSON header and a checksum of the whole file.
+"""Format of state files: safetensors, whose metadata contain a JSON header and a checksum of the whole file.
 
     u64 n | n bytes JSON {"__metadata__": {"checksum": 64 digits, "header": JSON text}, name: {...}, ...} | tensors
 
-The checksum is SHA-256 of every byte but its own digits, which stand first, so their place is known before anything is
-parsed. Any reader of safetensors reads these files; `parse` accepts only what `pack` can have written: it checks names,
-dtypes, shapes and offsets by itself (safetensors copies every tensor, and takes unaligned ones and repeated keys).
+The checksum is SHA-256 of all bytes except its own digits, which come first, so that it is verified before anything
+else is trusted. The files can be read by any safetensors reader. `parse` accepts only files that `pack` can have
+written and checks names, dtypes, shapes and offsets itself, because the safetensors package copies every tensor and
+accepts unaligned tensors and repeated keys.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER = 2**24  # bytes; a parsed header takes some 20 times as much
+MAX_HEADER = 2**24  # bytes; a parsed header takes about 20 times as much memory
 MAX_DIMS = 16
 DIGITS = 64
 
@@ -43,12 +44,12 @@ _DIGITS_AT = 8 + len(_PREFIX)
 
 
 class Damaged(Exception):
-    """What is wrong with a file, to follow its name."""
+    """The file is damaged; the text says how and follows the file's name."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies among the bytes that follow the header."""
+    """Position of a tensor in the bytes after the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -57,7 +58,7 @@ class Entry:
 
 
 def checksum(parts: Iterable[bytes | memoryview]) -> bytes:
-    """The digits for these bytes, in any cut.
+    """Return the hexadecimal digest of the concatenated parts.
 
     Example:
         >>> checksum([b"ab", b"c"]) == checksum([b"abc"])
@@ -70,11 +71,11 @@ def checksum(parts: Iterable[bytes | memoryview]) -> bytes:
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> list[bytes | memoryview]:
-    """The bytes of a file, in parts; those of contiguous CPU tensors are views.
+    """Return the bytes of a file in parts; those of contiguous CPU tensors are views.
 
     Raises:
-        TypeError: the header holds something JSON cannot, or a value is no dense tensor.
-        ValueError: a dtype that files do not know, or a header larger than MAX_HEADER.
+        TypeError: the header is not JSON serializable, or a value is not a tensor.
+        ValueError: a tensor is not dense or has an unsupported dtype, or the header exceeds MAX_HEADER.
     """
     entries: dict[str, Any] = {}
     views: list[bytes | memoryview] = []
@@ -100,10 +101,10 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> list[bytes
 
 
 def header_length(start: bytes, file_size: int) -> int:
-    """The size of the JSON text, from the first 8 bytes of a file.
+    """Return the size of the JSON text from the first 8 bytes of a file.
 
     Raises:
-        Damaged: there are none, or it cannot be.
+        Damaged: the file is shorter, or the size is invalid.
     """
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > file_size - 8:
@@ -114,10 +115,10 @@ def header_length(start: bytes, file_size: int) -> int:
 
 
 def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The entries and the header of a file whose tensors take data_size bytes.
+    """Return the entries and the header of a file whose tensors take data_size bytes.
 
     Raises:
-        Damaged: the text, an entry or the sum of all breaks a rule.
+        Damaged: the text or an entry is invalid, or the entries do not cover data_size bytes.
     """
     if not text.startswith(_PREFIX):
         raise Damaged("it is no state file")
@@ -140,7 +141,7 @@ def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]
 
 
 def _is_unicode(name: str) -> bool:
-    """Whether other readers take the name: JSON lets half a surrogate pair through."""
+    """Return whether the name is valid Unicode: JSON allows unpaired surrogates, other readers do not."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
@@ -152,7 +153,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any, start: int) -> Entry:
-    """The entry, which must begin where the one before ended and be as long as its shape says."""
+    """Return the entry, which must begin at `start` and have the size of its shape."""
     if not _is_unicode(name):
         raise Damaged(f"tensor {brief(name)} must have a name in Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -163,7 +164,7 @@ def _entry(name: str, entry: Any, start: int) -> Entry:
     numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not numbers or not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, *offsets)):
         raise Damaged(f"tensor {brief(name)} must have a shape and two offsets, got {brief((shape, offsets))}")
-    # Strides of empty tensors are products of the other extents.
+    # The strides of an empty tensor are products of its other extents.
     if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) >= 2**62:
         raise Damaged(f"tensor {brief(name)} has an impossible shape {brief(shape)}")
     dtype = DTYPES[code]
@@ -173,10 +174,10 @@ def _entry(name: str, entry: Any, start: int) -> Entry:
 
 
 def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """The tensors, views of data, once the checksum over start, text and data was found right.
+    """Return the tensors, which are views of data, after verifying the checksum of start, text and data.
 
     Raises:
-        Damaged: it is not, or a truth value is neither 0 nor 1.
+        Damaged: the checksum is wrong, or a bool is neither 0 nor 1.
     """
     at = len(_PREFIX)
     if checksum([start, text[:at], text[at + DIGITS :], memoryview(data)]) != text[at : at + DIGITS]:
