@@ -304,7 +304,7 @@ def test_nonfinite_products_keep_the_other_blocks() -> None:
     good = blockhess.spectrum(model, data, F.cross_entropy, blocks=by_name(model.layer), **options)
     assert all(same(partial, good, name) for name in good.names)
     assert partial["bad"].steps.tolist() == [0, 0]
-    reported = blockhess.spectrum(model, data, F.cross_entropy, on_nonfinite="report", **options)
+    reported = blockhess.spectrum(model, data, F.cross_entropy, on_nonfinite="mark", **options)
     assert dict(reported.excluded) == {"bad": "non-finite"}
 
 
@@ -320,7 +320,7 @@ def by_name(layer: nn.Module) -> dict[str, str]:
         ({"num_steps": 2.5}, "num_steps must be an integer at least 1, got 2.5"),
         ({"distribution": "uniform"}, "distribution must be one of gaussian, rademacher, got 'uniform'"),
         ({"reorthogonalize": True}, "reorthogonalize must be one of none, full, partial, auto, got True"),
-        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, mark, got 'ignore'"),
         ({"batchnorm": "train"}, "batchnorm must be one of eval, batch, frozen_batch_stats, got 'train'"),
         ({"progress": "yes"}, "progress must be True, False or 'auto', got 'yes'"),
         ({"blocks": {"a": "0.wieght"}}, "no parameter '0.wieght'; the nearest are '0.weight'"),

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from blockhess.report.text import describe
-from blockhess.results.files import load, save
-from blockhess.spectra import Spectra
+from blockhess.spectra import Spectra, load
 from tests.fuzz.mutations import FLOATS, NUMBERS, changed, damaged, text_of
 from tests.fuzz.targets import Reader, printable, require
 from tests.helpers.spectra_cases import make_spectra, random_spectra
@@ -46,7 +45,7 @@ NPY_HEADERS = (
 
 
 class ResultFiles(Reader):
-    """blockhess.results.files.load."""
+    """blockhess.load."""
 
     name = "result"
 
@@ -63,7 +62,7 @@ class ResultFiles(Reader):
                 steps=[[2, 0]], nonfinite=[[False, True]], names=["a.b[0:3]", "ü "], notes=["unused", "zero"],
             ),
         )  # fmt: skip
-        self.data = [save(case, self.path).read_bytes() for case in self.cases]
+        self.data = [case.save(self.path).read_bytes() for case in self.cases]
         self.arrays = [dict(np.load(io.BytesIO(data))) for data in self.data]
 
     def make(self, rng: random.Random) -> tuple[bytes, Any]:
@@ -91,7 +90,7 @@ class ResultFiles(Reader):
         if expected is not None:
             require(same(content, expected), "damaged bytes were taken for a result")
         check_sound(content)
-        require(same(load(save(content, self.folder / "again")), content), "what was loaded does not survive a save")
+        require(same(load(content.save(self.folder / "again")), content), "what was loaded does not survive a save")
 
 
 def change_array(rng: random.Random, arrays: Arrays) -> None:

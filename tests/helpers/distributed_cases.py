@@ -53,16 +53,16 @@ def values(spectra: blockhess.Spectra) -> dict[str, Any]:
 
 
 def work(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS))
 
 
 def adaptive(rank: int) -> Any:
     options = OPTIONS | {"engine": "auto", "num_probes": 6, "num_steps": 20, "tol": 0.05}
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **options))
 
 
 def fresh_seed(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS | {"seed": None}))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS | {"seed": None}))
 
 
 def data(rank: int) -> Any:
@@ -90,31 +90,31 @@ def mesh(rank: int) -> Any:
 
 def wrapped(rank: int) -> Any:
     ddp = nn.parallel.DistributedDataParallel(model())
-    return values(blockhess.spectrum(ddp, batches(), LOSS, parallel="work", **OPTIONS))
+    return values(blockhess.spectrum(ddp, batches(), LOSS, parallel="recurrences", **OPTIONS))
 
 
 def other_option(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS | {"num_probes": 3 + rank}))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS | {"num_probes": 3 + rank}))
 
 
 def other_model(rank: int) -> Any:
     changed = model()
     with torch.no_grad():
         changed[0].bias[0] += float(rank)
-    return values(blockhess.spectrum(changed, batches(), LOSS, parallel="work", **OPTIONS))
+    return values(blockhess.spectrum(changed, batches(), LOSS, parallel="recurrences", **OPTIONS))
 
 
 def other_version(rank: int) -> Any:
     before = blockhess.__version__
     blockhess.__version__ = f"{before}.{rank}"
     try:
-        return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **OPTIONS))
+        return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS))
     finally:
         blockhess.__version__ = before
 
 
 def other_mesh(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data" if rank else "work", **OPTIONS))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data" if rank else "recurrences", **OPTIONS))
 
 
 def wrong_mesh(rank: int) -> Any:
@@ -122,7 +122,7 @@ def wrong_mesh(rank: int) -> Any:
 
 
 def other_data(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches()[rank:], LOSS, parallel="work", **OPTIONS))
+    return values(blockhess.spectrum(model(), batches()[rank:], LOSS, parallel="recurrences", **OPTIONS))
 
 
 def few_batches(rank: int) -> Any:
@@ -131,12 +131,12 @@ def few_batches(rank: int) -> Any:
 
 def little_work(rank: int) -> Any:
     options = OPTIONS | {"num_probes": 1, "blocks": "full"}
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **options))
 
 
 def one_bad_option(rank: int) -> Any:
     options = OPTIONS | {"num_steps": 0 if rank == 1 else 6}
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="work", **options))
+    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **options))
 
 
 def _failing(parallel: Any, failure: type[Exception] = OverflowError) -> Callable[[int], Any]:
@@ -193,7 +193,7 @@ def sharded(rank: int) -> Any:
 
     module = model()
     fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
-    return values(blockhess.spectrum(module, batches(), LOSS, parallel="work", **OPTIONS))
+    return values(blockhess.spectrum(module, batches(), LOSS, parallel="recurrences", **OPTIONS))
 
 
 CASES: dict[str, Callable[[int], Any]] = {
@@ -205,7 +205,7 @@ CASES: dict[str, Callable[[int], Any]] = {
 }  # fmt: skip
 # What comes after a failure is not touched by it.
 CASES = {
-    "work_fails": _failing("work"),
+    "work_fails": _failing("recurrences"),
     "data_fails": _failing("data"),
     "data_fills_memory": _failing("data", torch.OutOfMemoryError),
     "posing_fails": posing_fails,

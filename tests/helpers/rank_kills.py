@@ -36,7 +36,7 @@ def main() -> None:
     for seed in range(options.seed, options.seed + options.runs):
         worlds = cases.random_worlds(seed, options.kills)
         with tempfile.TemporaryDirectory() as folder:
-            found, killed = cases.killed_and_resumed(Path(folder), "work", worlds)
+            found, killed = cases.killed_and_resumed(Path(folder), "recurrences", worlds)
             kills += killed
             run = Path(folder) / "run"
             done = directory.parts(run, directory.read_run(run)["id"])

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import blockhess
 from blockhess.report.text import describe
-from blockhess.results.files import check_writable, load, save, writable_folder
-from blockhess.spectra import Spectra
+from blockhess.results.files import check_writable, writable_folder
+from blockhess.spectra import Spectra, load
 from tests.helpers.spectra_cases import make_spectra, random_spectra
 
 TENSORS = ("nodes", "weights", "alpha", "beta", "steps", "nonfinite")
@@ -53,9 +53,7 @@ def refused(path: Path) -> str:
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    return save(
-        random_spectra(batchnorm="eval", frozen=["é"], loss_value=0.1, tied={"a": ["b"]}), tmp_path / "good.npz"
-    )
+    return random_spectra(batchnorm="eval", frozen=["é"], loss_value=0.1, tied={"a": ["b"]}).save(tmp_path / "good.npz")
 
 
 def change_header(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -355,6 +353,13 @@ def edit(key: str, value: Any, *path: Any) -> Callable[[dict[str, Any]], None]:
 def test_headers_are_validated(good: Path, change: Callable[[dict[str, Any]], None], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         load(change_header(good, change))
+
+
+def test_earlier_files_are_read_under_the_present_names(good: Path) -> None:
+    earlier = {"tol": 0.1, "sigma": 0.05, "batchnorm": "frozen-batch-stats"}
+    change_header(good, lambda header: header["provenance"].update(earlier))
+    made = load(good).provenance
+    assert made["tol_sigma"] == 0.05 and "sigma" not in made and made["batchnorm"] == "frozen_batch_stats"
 
 
 def test_change_header_alone_is_harmless(good: Path) -> None:

@@ -108,14 +108,14 @@ def probes_of(spectra: blockhess.Spectra) -> list[int]:
 
 @pytest.mark.parametrize(("tol", "sigma"), [(0.02, None), (0.1, 0.05)])
 def test_the_error_asked_for_at_less_work(tol, sigma, tmp_path: Path):
-    spectra = adaptive(tol=tol, sigma=sigma)
+    spectra = adaptive(tol=tol, tol_sigma=sigma)
     assert max(errors(spectra, sigma)) < tol
     large, small = probes_of(spectra)
     assert large == 2 < small < 40 == spectra.provenance["num_probes"]
     steps = [int(spectra[name].steps.max()) for name in spectra.names]
     assert max(steps) < 60
     made = spectra.provenance
-    assert made["tol"] == tol and made["sigma"] == sigma
+    assert made["tol"] == tol and made["tol_sigma"] == sigma
     assert made["hvps"] == int(spectra.quadrature.steps.sum())
     assert made["hvps"] + made["hvps_saved"] == 40 * 100 * 2
     # Everything else takes what is there, and so does a file.
@@ -271,10 +271,10 @@ def test_fingerprints_tell_every_bit():
 
 
 @pytest.mark.parametrize(
-    "options", [{"tol": 0.0}, {"tol": 0.1, "sigma": 0.0}, {"tol": 0.1, "sigma": 1.01}, {"sigma": 1}]
+    "options", [{"tol": 0.0}, {"tol": 0.1, "tol_sigma": 0.0}, {"tol": 0.1, "tol_sigma": 1.01}, {"tol_sigma": 1}]
 )
 def test_bad_input(options):
-    with pytest.raises(ValueError, match=r"spectrum: (tol|sigma) must be "):
+    with pytest.raises(ValueError, match=r"spectrum: (tol|tol_sigma) must be "):
         adaptive(**options)
 
 

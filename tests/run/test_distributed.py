@@ -16,7 +16,7 @@ from blockhess.problem.blocks import partition
 from blockhess.problem.losses import make_loss
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import product_costs
-from blockhess.run.recorder import Unit
+from blockhess.results.unit import Unit
 from blockhess.run.split_work import items_of, shared
 from blockhess.run.storage import directory
 from tests.helpers import distributed_cases as cases
@@ -113,7 +113,7 @@ def test_ddp_models_are_taken(two):
         ("other_option", ("num_probes", "rank 0", "rank 1")),
         ("other_model", ("parameters",)),
         ("other_version", ("blockhess",)),
-        ("other_mesh", ("parallel", "work", "data")),
+        ("other_mesh", ("parallel", "recurrences", "data")),
         ("wrong_mesh", ("product is the world size 2, got (3, 1)",)),
         ("other_data", ("must be the same on all ranks",)),
         ("few_batches", ("a batch for each of the 2 ranks", "got 1")),
@@ -143,18 +143,18 @@ def test_shards_of_parameters_are_refused(two):
 
 
 def test_parallel_needs_a_process_group():
-    with pytest.raises(ValueError, match=r"parallel='work' needs torch.distributed.init_process_group\(\)"):
-        blockhess.spectrum(cases.model(), cases.batches(), cases.LOSS, parallel="work", **cases.OPTIONS)
+    with pytest.raises(ValueError, match=r"parallel='recurrences' needs torch.distributed.init_process_group\(\)"):
+        blockhess.spectrum(cases.model(), cases.batches(), cases.LOSS, parallel="recurrences", **cases.OPTIONS)
 
 
-@pytest.mark.parametrize(("parallel", "places"), [("work", [(2, 3), (4, 2), (1, None)]), ("data", [(2, 4), (2, None)])])
+@pytest.mark.parametrize(("parallel", "places"), [("recurrences", [(2, 3), (4, 2), (1, None)]), ("data", [(2, 4), (2, None)])])
 def test_a_killed_rank_costs_nothing_that_was_finished(tmp_path, parallel, places):
     found, killed = cases.killed_and_resumed(tmp_path, parallel, places)
     assert killed == len(places) - 1
     expected = alone(**cases.OPTIONS)
     for spectra, _ in found:
         assert spectra["hvps"] == expected["hvps"]
-        if parallel == "work":
+        if parallel == "recurrences":
             assert same_bits(spectra, expected)
         else:
             assert (spectra["nodes"] - expected["nodes"]).abs().max() < 1e-5

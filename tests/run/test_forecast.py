@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from blockhess.cli.main import main
+from blockhess.estimate import job_arguments
+from blockhess.problem.prepare import prepared_problem
 from blockhess.run.forecast import forecast
 from tests.helpers import distributed_cases as cases
 
@@ -27,7 +29,8 @@ def ticks():
 
 
 def told(**shape):
-    return forecast(cases.model(), cases.batches(), cases.LOSS, clock=ticks(), **cases.OPTIONS, **shape)
+    arguments, options = job_arguments(cases.model(), cases.batches(), cases.LOSS, **cases.OPTIONS)
+    return forecast(prepared_problem(**arguments), options, clock=ticks(), **shape)
 
 
 def test_loads_add_up_and_shrink():
@@ -44,12 +47,12 @@ def test_loads_add_up_and_shrink():
 
 
 def test_traffic_is_that_of_a_ring():
-    one, two, four = told(), told(data_shares=2), told(data_shares=4)
+    one, two, four = told(), told(data=2), told(data=4)
     vectors = 3 * 4 * sum(min(6, dim) * dim for dim in (60, 12, 96, 8, 24, 3))
     assert (one.traffic_bytes, two.traffic_bytes, four.traffic_bytes) == (0, vectors, 1.5 * vectors)
     # 5 batches: 3 and 2, or 2 and three times 1.
     assert (two.seconds - two.fixed_seconds) / (four.seconds - four.fixed_seconds) == pytest.approx(3 / 2, rel=0.01)
-    slow = told(data_shares=2, bandwidth=1e-3)
+    slow = told(data=2, bandwidth=1e-3)
     assert slow.seconds == slow.fixed_seconds + vectors / 1e-3
 
 

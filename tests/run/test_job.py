@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import blockhess
 from blockhess.cli.main import main
-from blockhess.run.recorder import Unit
+from blockhess.results.unit import Unit
 from blockhess.run.status import partial, status
 from blockhess.run.storage import checkpoint, directory, signals, store
 from blockhess.run.storage.checkpoint import Checkpoints
@@ -210,10 +210,10 @@ def test_a_full_disk_keeps_the_last_good_state(given, tmp_path):
 
 def test_lanes_that_are_not_finite_stay_so(given, tmp_path):
     given = SecondDerivativeIsInfinite(), *given[1:]
-    expected = blockhess.spectrum(*given, on_nonfinite="report", **OPTIONS)
+    expected = blockhess.spectrum(*given, on_nonfinite="mark", **OPTIONS)
     assert expected.quadrature.nonfinite.any()
-    options = OPTIONS | {"on_nonfinite": "report"}
-    stopped(given, tmp_path, 1, on_nonfinite="report")
+    options = OPTIONS | {"on_nonfinite": "mark"}
+    stopped(given, tmp_path, 1, on_nonfinite="mark")
     again = blockhess.spectrum(*given, run_dir=tmp_path, **options)
     assert torch.equal(again.quadrature.nonfinite, expected.quadrature.nonfinite)
     with pytest.raises(blockhess.NonFiniteError):

@@ -120,7 +120,7 @@ def test_plan_runs_nothing_and_says_what_spectrum_then_does() -> None:
         assert part in str(plan)
     for options, text in (
         ({"seed": -1}, "seed must be"),
-        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, report, got 'ignore'"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, mark, got 'ignore'"),
         ({"progress": "yes"}, "progress must be True, False or 'auto', got 'yes'"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -103,7 +103,7 @@ def test_a_result_that_the_disk_refuses_is_written_by_the_next_call(given, tmp_p
 
     expected = blockhess.spectrum(*given, **OPTIONS)
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"all is computed and kept, but .*No space left"):
-        patch.setattr(files, "save", full)
+        patch.setattr(files, "write", full)
         blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS)
     assert not status(tmp_path).finished
     with monkeypatch.context() as patch:
