@@ -8,6 +8,7 @@ SpectraData (results/data.py)     nodes and weights, names, provenance
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
