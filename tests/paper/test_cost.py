@@ -39,7 +39,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_counts_are_those_of_the_engine(name: str, small: None) -> None:
     found = counted(name, 3)
     batch, loss_fn = cost.sample_batch(name, 3)
-    with prepared_problem(named(name), batch, loss_fn, cost.BLOCKS, "eval", None, None, "highest") as (problem, *_):
+    model: Any = named(name)
+    blocks = model.paper_blocks(figure=True)
+    with prepared_problem(model, batch, loss_fn, blocks, "eval", None, None, "highest") as (problem, *_):
         engine = AutogradEngine(problem)
         with FlopCounterMode(display=False) as gradient:
             engine.prepare(0)

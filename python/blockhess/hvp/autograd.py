@@ -78,7 +78,7 @@ def second_derivative(
         text = str(error).splitlines()[0]
         if "not implemented" in text or "double backward" in text:
             found = re.search(r"(?:aten::|')(\w+)", text)
-            where, advice = problem.without_second_derivative(found[1] if found else "")
+            where, advice = problem.locate(found[1] if found else "")
             raise NotImplementedError(
                 f"spectrum: block {problem.infos[number].name!r} needs a second derivative that an operation "
                 f"{where}lacks ({text}); {advice}"

@@ -1,7 +1,7 @@
-"""What a user passes as data -> a list of batches.
+"""Conversion of user data to a list of batches, and operations on batches.
 
-Promises: batches are drawn once and kept, so that a shuffling or augmenting DataLoader gives every Hessian-vector
-product the same data; nothing is moved between devices.
+Batches are drawn once, so every Hessian-vector product sees the same data even from a DataLoader that shuffles or
+augments. Tensors stay on their device.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-Batch: TypeAlias = Any  # whatever the loss takes: (inputs, targets), a mapping, a tensor, an object of the user's
+Batch: TypeAlias = Any  # anything the loss accepts: (inputs, targets), a mapping, a tensor, an object
 
 
 def as_batches(data: Any, *, pairs: bool) -> list[Batch]:
-    """List the batches in `data`.
+    """Return the batches in `data`.
 
-    A tensor, a tuple or a mapping is one batch; a list, a DataLoader or any other iterable holds batches. A list of
-    exactly two tensors is one (inputs, targets) batch where the loss takes such pairs.
+    A tensor, a tuple or a mapping is one batch; a list, a DataLoader or any other iterable holds batches. If the loss
+    takes pairs, a list of exactly two tensors is one (inputs, targets) batch.
 
     Args:
         data: one batch or a collection of batches.
@@ -33,8 +33,8 @@ def as_batches(data: Any, *, pairs: bool) -> list[Batch]:
         The batches, at least one.
 
     Raises:
-        ValueError: no batch, a batch of no samples, an iterator (which may never end), a map-style Dataset (which
-            holds samples, not batches), or an array or string, which are neither.
+        ValueError: no batch, an empty batch, an iterator (which may be infinite), a map-style Dataset (which holds
+            samples, not batches), an array or a string.
 
     Example:
         >>> as_batches([torch.ones(4, 2), torch.zeros(4)], pairs=True)[0][0].shape
@@ -70,7 +70,7 @@ def _list(data: Any, pairs: bool) -> list[Batch]:
 
 
 def tensors(batch: Batch) -> Iterator[Tensor]:
-    """The tensors in a batch, depth first."""
+    """Yield the tensors in a batch, depth first."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -82,7 +82,7 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The batch with `function` applied to every tensor; mappings become dicts."""
+    """Apply `function` to every tensor in a batch. Mappings become dicts."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -94,14 +94,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def batch_size(batch: Batch) -> int | None:
-    """Length of the first dimension of the first tensor that has one; None if the batch has no such tensor."""
+    """Return the first dimension of the first tensor that has one, or None."""
     return next((tensor.shape[0] for tensor in tensors(batch) if tensor.dim()), None)
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch along the first dimension of its tensors into parts of nearly equal size, in order.
+    """Split a batch along the first dimension into parts of nearly equal size, in order.
 
-    Tensors of another length, and what is no tensor, go into every part.
+    Tensors of another length and objects that are not tensors go into every part.
     """
     size = batch_size(batch)
     if size is None or parts <= 1:
@@ -114,11 +114,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def check_device(batches: list[Batch], device: torch.device) -> None:
-    """Refuse batches that lie on another device than the model.
-
-    Raises:
-        ValueError: names both devices and the batch.
-    """
+    """Raise a ValueError if a tensor in the batches is not on `device`."""
     for index, batch in enumerate(batches):
         for tensor in tensors(batch):
             if tensor.device != device:

@@ -1,9 +1,7 @@
-"""Partition of a model's parameters into the blocks whose Hessians are studied.
+"""Partition of the parameters of a model into blocks w_1, ..., w_L (paper, section 2.1).
 
-{w_l}, l = 1..L: by default one block per parameter tensor (paper, section 2.1); groups and slices on request.
-
-Promises: a parameter that is used under several names (tied) appears once, under its first name; frozen parameters
-are left out; wrapper prefixes ("module.", "_orig_mod.") never show; a name that does not exist is an error.
+A tied parameter belongs to one block, under its first name. Frozen parameters are excluded. Names never contain the
+prefixes of wrappers ("module.", "_orig_mod.").
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from blockhess_ext.arguments import LIMIT, integer
 
-# Of blocks that their Hessian-vector products cannot tell from zero.
+# Note of blocks whose Hessian is zero within the error of its products.
 ZERO_NOTE = "zero within HVP error"
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -29,14 +27,14 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What a result keeps of a block.
+    """Description of a block in a result.
 
     Args:
-        name: parameter name, "attn.qkv[0:64]" for a slice, the group's name for a group.
-        shape: of the parameter or slice; (dim,) for a group of several.
+        name: name of the parameter, the slice ("attn.qkv[0:64]") or the group.
+        shape: of the parameter or slice; (dim,) for several.
         dim: number of scalar parameters.
-        parameters: names of the parameters it covers.
-        note: "" or remarks joined by "; ": "unused" (no gradient reached it in any batch), ZERO_NOTE, "tied with NAME".
+        parameters: names of the parameters in the block.
+        note: remarks joined by "; ": "unused" (the loss does not depend on it), ZERO_NOTE, "tied with NAME".
     """
 
     name: str
@@ -47,12 +45,12 @@ class BlockInfo:
 
 
 def block_id(name: str) -> int:
-    """What keys a block's probes: its name, so that they are the same in any partition."""
+    """Return the random-number key of a block, a hash of its name, so that its probes are the same in any partition."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def with_note(info: BlockInfo, note: str) -> BlockInfo:
-    """The same block with a remark put before the others."""
+    """Return the info with `note` before its other notes."""
     return replace(info, note="; ".join(filter(None, (note, info.note))))
 
 
@@ -60,10 +58,11 @@ def with_note(info: BlockInfo, note: str) -> BlockInfo:
 class ParameterSlice:
     """The slice `start:stop` of a parameter along dimension `dim`: rows by default, columns with dim=1.
 
-    `nn.Linear` and `nn.MultiheadAttention` keep a fused qkv along rows, the Conv1D of GPT-2 along columns.
+    `nn.Linear` and `nn.MultiheadAttention` store a fused qkv along rows, the Conv1D of GPT-2 along columns.
 
     Example:
-        >>> blocks = {"query": ParameterSlice("attn.in_proj_weight", 0, 64), "key": ParameterSlice("attn.in_proj_weight", 64, 128)}
+        >>> weight = "attn.in_proj_weight"
+        >>> blocks = {"query": ParameterSlice(weight, 0, 64), "key": ParameterSlice(weight, 64, 128)}
     """
 
     name: str
@@ -92,7 +91,7 @@ class Piece:
         return tuple(self.of(self.tensor).shape)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The view of `tensor`, (..., shape of the whole parameter), that this piece covers."""
+        """Return the view of this piece in a tensor (..., *shape of the whole parameter)."""
         if self.part is None:
             return tensor
         leading = tensor.dim() - self.tensor.dim()
@@ -101,18 +100,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """A block: what it is called and the pieces of parameters it is made of, in order."""
+    """A block: its description and its pieces of parameters, in order."""
 
     info: BlockInfo
     pieces: tuple[Piece, ...]
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that it has a piece of."""
+        """Names of the parameters in the block."""
         return self.info.parameters
 
     def spread(self, vectors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Vectors (..., dim) as parameters (..., *shape) by name, zero outside the block; views where it is whole."""
+        """Reshape vectors (..., dim) to parameters (..., *shape) by name, zero outside the block.
+
+        The results are views where the block contains the whole parameter.
+        """
         spread: dict[str, Tensor] = {}
         lead = vectors.shape[:-1]
         for piece, part in zip(self.pieces, torch.split(vectors, [prod(p.shape) for p in self.pieces], dim=-1)):
@@ -126,24 +128,25 @@ class Block:
             piece.of(spread[piece.name]).copy_(values)
         return spread
 
-    def gather(self, tensors: Mapping[str, Tensor], into: Tensor) -> None:
-        """The reverse: parameters (..., *shape) by name into vectors (..., dim); a name left out counts as zero."""
+    def gather(self, tensors: Mapping[str, Tensor | None], into: Tensor) -> None:
+        """Copy parameters (..., *shape) by name into vectors (..., dim), zero for missing ones: inverse of `spread`."""
         lead = into.shape[:-1]
         for piece, part in zip(self.pieces, torch.split(into, [prod(p.shape) for p in self.pieces], dim=-1)):
-            if piece.name in tensors:
-                part.view(*lead, *piece.shape).copy_(piece.of(tensors[piece.name]))
-            else:
+            tensor = tensors.get(piece.name)
+            if tensor is None:
                 part.zero_()
+            else:
+                part.view(*lead, *piece.shape).copy_(piece.of(tensor))
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The blocks of a model and what was left out of them.
+    """The blocks of a model.
 
     Args:
         blocks: the blocks, in the order of their columns in a vector set.
-        frozen: names of parameters with requires_grad=False.
-        tied: first name of every parameter with several names -> its other names.
+        frozen: names of parameters with requires_grad=False, which are in no block.
+        tied: first name of every tied parameter -> its other names.
     """
 
     blocks: tuple[Block, ...]
@@ -152,7 +155,7 @@ class Partition:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
+    """Return the module inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -165,21 +168,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 def heads(
     model: nn.Module, name: str, num_heads: int, *, dim: int = 0, roles: Sequence[str] = ("head",)
 ) -> dict[str, ParameterSlice]:
-    """One block per attention head of a parameter that stores equal heads one after the other.
+    """Return one block per attention head of a parameter that stores heads of equal size one after the other.
 
     Args:
         model: the model that owns the parameter.
-        name: the parameter's name.
-        num_heads: heads of each role.
-        dim: the dimension along which the heads lie: 0 for nn.Linear, 1 for the Conv1D of GPT-2.
-        roles: what is fused, in order: ("q", "k", "v") for a fused qkv.
+        name: name of the parameter.
+        num_heads: number of heads per role.
+        dim: dimension of the heads: 0 for nn.Linear, 1 for the Conv1D of GPT-2.
+        roles: names of the fused matrices in order, such as ("q", "k", "v").
 
     Returns:
-        block name, e.g. "attn.in_proj_weight[q0]" -> ParameterSlice; pass it as `blocks`, alone or merged with more blocks.
+        Block name, such as "attn.in_proj_weight[q0]" -> ParameterSlice: a value, or part of one, for `blocks`.
 
     Raises:
-        ValueError: unknown name, or a dimension that does not divide into len(roles) * num_heads.
-        TypeError: an argument is of another type, or a role is repeated.
+        ValueError: unknown name, or a dimension not divisible by len(roles) * num_heads.
+        TypeError: an argument of the wrong type, or a repeated role.
 
     Example:
         >>> attention = torch.nn.MultiheadAttention(8, 2)
@@ -188,9 +191,9 @@ def heads(
     """
     for argument, value, least in (("num_heads", num_heads, 1), ("dim", dim, -LIMIT)):
         integer(argument, value, least, LIMIT, "heads")
-    words = isinstance(roles, Sequence) and not isinstance(roles, str) and all(isinstance(r, str) for r in roles)
-    if not isinstance(name, str) or not words or len(set(roles)) != len(roles):
-        raise TypeError(f"heads: name must be text and roles different texts, got {name!r} and {roles!r}")
+    strings = isinstance(roles, Sequence) and not isinstance(roles, str) and all(isinstance(r, str) for r in roles)
+    if not isinstance(name, str) or not strings or len(set(roles)) != len(roles):
+        raise TypeError(f"heads: name must be a string and roles distinct strings, got {name!r} and {roles!r}")
     found = _lookup(_names(unwrap(model)), name)
     count = len(roles) * num_heads
     size = found.tensor.shape[dim] if -found.tensor.dim() <= dim < found.tensor.dim() else 0
@@ -206,25 +209,22 @@ def heads(
 
 
 def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
-    """Cut the trainable parameters of a model into blocks.
+    """Partition the trainable parameters of a model.
 
     Args:
-        model: any module; wrappers are looked through.
-        blocks: "parameter": one block per parameter tensor; "full": one block of all of them;
-            a dict from block name to a parameter name, a `ParameterSlice` or a list of those (blocks may overlap);
-            or a list of (regex, group) pairs: a parameter joins the group of the first regex that `re.search`
-            finds in its name, and `group` may use the regex's groups, as in (r"h\\.(\\d+)\\.", r"layer \\1").
-            Parameters that are not named, or match no regex, are left out.
-
-    Returns:
-        Partition: the blocks, the frozen and the tied parameters.
+        model: any module, wrapped or not.
+        blocks: "parameter": one block per parameter tensor. "full": one block of all parameters. A dict from block
+            name to a parameter name, a `ParameterSlice` or a list of those; blocks may overlap. A list of
+            (regex, group) pairs: a parameter joins the group of the first regex that `re.search` finds in its name;
+            `group` may refer to groups of the regex, as in (r"h\\.(\\d+)\\.", r"layer \\1"). Parameters that are not
+            named, or match no regex, are in no block.
 
     Raises:
-        ValueError: an unknown name, a regex that matches nothing, a frozen parameter asked for by name, the same
-            entries twice in one block, no trainable parameter, or a parameter that is not real floating-point.
+        ValueError: an unknown name, a regex without a match, a frozen parameter, the same entries twice in one block,
+            no trainable parameter, or a parameter that is not real floating-point.
     """
     named = _names(unwrap(model))
-    # An integer parameter cannot be trained, so "frozen" would be no explanation: it is left to the dtype check.
+    # Integer parameters, which never require gradients, are left to the dtype check, whose message is clearer.
     frozen = {
         n.name for n in named if not n.tensor.requires_grad and (n.tensor.is_floating_point() or n.tensor.is_complex())
     }
@@ -276,7 +276,7 @@ def _names(model: nn.Module) -> list[_Named]:
 
 
 def _canonical(name: str) -> str:
-    """Without the path component that torch.compile adds around a submodule."""
+    """Remove the path components that torch.compile adds around submodules."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -295,7 +295,8 @@ def _select(named: Sequence[_Named], frozen: set[str], block: str, selection: Se
     items = [selection] if isinstance(selection, (str, ParameterSlice)) else selection
     if not isinstance(items, Sequence) or not items or not all(isinstance(i, (str, ParameterSlice)) for i in items):
         raise ValueError(
-            f"spectrum: blocks[{block!r}] must be a parameter name, a ParameterSlice or a non-empty list of those, got {items!r}"
+            f"spectrum: blocks[{block!r}] must be a parameter name, a ParameterSlice or a non-empty list of those, "
+            f"got {items!r}"
         )
     pieces = []
     for item in items:
@@ -318,7 +319,7 @@ def _refuse_overlap(block: str, pieces: Sequence[Piece]) -> None:
         for b in pieces[:i]:
             if a.tensor is not b.tensor:
                 continue
-            # Slices along different dimensions always cross.
+            # Slices along different dimensions always overlap.
             apart = a.part and b.part and a.part.dim == b.part.dim
             if not apart or (a.part.start < b.part.stop and b.part.start < a.part.stop):  # type: ignore[union-attr]
                 raise ValueError(

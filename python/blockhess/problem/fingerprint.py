@@ -1,4 +1,4 @@
-"""Short texts that tell two models, or two sets of batches, apart by every bit of their tensors."""
+"""Hashes of models and data that differ whenever a bit of a tensor differs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blockhess.problem.batches import Batch, tensors
 
 
 def of_model(model: nn.Module) -> str:
-    """Of all parameters and buffers, with their names."""
+    """Hash the names and values of all parameters and buffers."""
     return _digest([*model.named_parameters(), *model.named_buffers()])
 
 
 def of_data(batches: Iterable[Batch]) -> str:
-    """Of all tensors in the batches, in order."""
+    """Hash all tensors in the batches, in order."""
     return _digest((str(index), tensor) for index, batch in enumerate(batches) for tensor in tensors(batch))
 
 
@@ -27,7 +27,7 @@ def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
         flat = dense.cpu().contiguous().flatten()
-        # The one element of a slice may have any stride, which a view as bytes does not take.
+        # A one-element slice may have any stride, but a view as bytes needs stride 1.
         flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

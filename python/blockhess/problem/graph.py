@@ -1,4 +1,4 @@
-"""Checks and measurements of the autograd graph of a loss."""
+"""Properties of the autograd graph of a loss: its operations, whether they are twice differentiable, its size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions."""
+    """Counts the floating-point operations of matrix products and convolutions, in `total`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,10 +28,11 @@ class FlopCounter(TorchDispatchMode):
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Notes every operation, and in which module it is called.
+    """Records every operation and the module that calls it.
 
     Attributes:
-        places: name of an operation -> where it is called first. random: those that draw random numbers.
+        places: name of an operation -> the module that calls it first.
+        random: "operation in module" of those that draw random numbers; a dict, to keep the order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,14 +63,14 @@ class OperationRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def randomness(self) -> str:
-        """What a loss that does not repeat itself may be due to."""
+        """Return the likely reason why two evaluations differ."""
         if self.random:
             return "random numbers are drawn by " + ", ".join(list(self.random)[:5])
         return "no random number is drawn by torch, so the model changes its own state, or another generator is used"
 
 
-# What to use instead of an operation without a second derivative, by a part of its name.
-ALTERNATIVES = {
+# Part of an operation's name -> what to use in place of it, for operations without a second derivative.
+_ALTERNATIVES = {
     "attention": "take away the sdpa_kernel() that asks for it, or use SDPBackend.MATH",
     "rnn": "set torch.backends.cudnn.enabled = False around it",
     "cdist": "use (x[:, None] - y).norm(dim=-1)",
@@ -77,7 +78,13 @@ ALTERNATIVES = {
     "hardsigmoid": "use F.relu6(x + 3) / 6",
 }
 
-# What autograd would silently differentiate wrongly, by the name of its node in the graph.
+
+def alternative(operation: str) -> str:
+    """Return what to use in place of an operation without a second derivative."""
+    return next((text for part, text in _ALTERNATIVES.items() if part in operation), "write it in plain PyTorch")
+
+
+# Graph nodes whose second derivative is missing or wrong, without an error from autograd.
 _NOT_TWICE_DIFFERENTIABLE = {
     "torch::autograd::Error": "an operation marked once_differentiable (a torch.autograd.Function), which has no "
     "second derivative; write that operation in plain PyTorch",
@@ -87,24 +94,32 @@ _NOT_TWICE_DIFFERENTIABLE = {
     "plain PyTorch, or remove the parametrization",
 }
 
-# Whose third derivative torch gets wrong: statistics that depend on the input are taken as constants.
+# Graph nodes whose third derivative is wrong: torch treats statistics that depend on the input as constants.
 _NOT_THRICE_DIFFERENTIABLE = ("NativeLayerNormBackwardBackward0", "BatchNormBackwardBackward0")
 
 
 def refuse_third_derivatives(nodes: Iterable[Node]) -> None:
-    """A loss that differentiates inside must not do so through some normalisations."""
+    """Check the graph of a loss that itself contains derivatives.
+
+    Raises:
+        NotImplementedError: it differentiates through a normalization whose third derivative torch gets wrong.
+    """
     for node in nodes:
         fixed = not getattr(node, "_saved_train", getattr(node, "_saved_training", True))  # BatchNorm in eval mode
         if node.name().endswith(_NOT_THRICE_DIFFERENTIABLE) and not fixed:
             layer = "LayerNorm" if "Layer" in node.name() else "BatchNorm"
             raise NotImplementedError(
                 f"spectrum: loss_fn differentiates through {layer}, whose third derivative torch gets wrong; write the "
-                "normalisation in plain PyTorch, or use nn.GroupNorm"
+                "normalization in plain PyTorch, or use nn.GroupNorm"
             )
 
 
 def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
-    """All nodes of a graph, none of them an operation whose second derivative autograd leaves out or gets wrong."""
+    """Return all nodes of a graph.
+
+    Raises:
+        NotImplementedError: one of them has no second derivative, or a wrong one.
+    """
     waiting = list(roots)
     seen: set[Node] = set()
     while waiting:
@@ -119,7 +134,7 @@ def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
 
 
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
-    """What the tensors that these nodes saved take, other than those that are there anyway."""
+    """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
     counted = {t.untyped_storage().data_ptr() for t in others}
     total = 0
     for node in nodes:

@@ -1,9 +1,8 @@
-"""The loss of a batch and its weight in the loss of all data.
+"""The loss of a batch and the weight of the batch in the total loss.
 
-    L(w) = sum_b weight_b L_b(w) / sum_b weight_b,   or  sum_b L_b(w)  where the loss sums over samples.
+    L(w) = sum_b weight_b L_b(w) / sum_b weight_b,   or  sum_b L_b(w)  where the loss sums over samples
 
-Promises: with the default weights a short last batch, and labels that are ignored, count as they would in one
-large batch; a loss that is no real scalar, no number or constant is refused with the batch's index.
+With the default weights, splitting the data into batches of any size does not change L.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ Weight = Tensor | float | int | None
 
 
 class Loss(Protocol):
-    """A loss ready to be evaluated on batches."""
+    """Interface of the losses that `make_loss` returns."""
 
     name: str
     pairs: bool  # batches are (inputs, targets)
-    averaged: bool  # False: the loss of all data is the plain sum over batches
-    calls_model: bool  # the batch goes to the model as it is, so it must be on the model's device
+    averaged: bool  # the total loss is the weighted mean over batches, otherwise the sum
+    calls_model: bool  # the batch is passed to the model unchanged, so it must be on the model's device
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
-        """Loss of the batch, and its weight or None if nothing tells it."""
+        """Return the loss of the batch, and its weight or None if that is unknown."""
         ...
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The model's outputs, and the loss that was computed from them.
+        """Return the outputs of the model, and the loss computed from them.
 
         Raises:
-            TypeError: the loss does not tell them apart.
+            TypeError: the outputs are not accessible.
         """
         ...
 
 
 def make_loss(loss_fn: Callable[..., Any] | None) -> Loss:
-    """Make a loss of what the user passes as `loss_fn`.
+    """Wrap the `loss_fn` of a user.
 
     Args:
         loss_fn: None: `model(**batch).loss` (Transformers); an nn.Module such as nn.CrossEntropyLoss() or a function
@@ -51,10 +50,9 @@ def make_loss(loss_fn: Callable[..., Any] | None) -> Loss:
             callable: `loss_fn(model, batch)`, which returns the mean loss or (mean loss, weight).
 
     Returns:
-        The loss, with the weights of its batches: what the callable says; for cross-entropy and negative
-        log-likelihood the number of targets that are not ignored (or the sum of their class weights); for
-        Transformers the number of labels the loss looks at; else the batch size, which is the length of the first
-        tensor's first dimension. With reduction="sum" batches are added up without weights.
+        The loss. The weight of a batch is the one that the callable returns; for cross-entropy and negative
+        log-likelihood the number of targets that are not ignored, or the sum of their class weights; for Transformers
+        the number of labels in the loss; otherwise the batch size. With reduction="sum" the total loss is the sum.
 
     Raises:
         TypeError: `loss_fn` is not callable.
@@ -93,7 +91,7 @@ class ClosureLoss:
         return result, batch_size(batch)
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Refused: nobody can look into a closure."""
+        """Raise a TypeError: a closure does not expose the outputs."""
         raise TypeError(
             f"spectrum: loss_fn must be a criterion such as nn.CrossEntropyLoss(), or None for a Transformers model, "
             f"where the model's outputs matter (engine='ggn'), got {self.name}"
@@ -101,9 +99,12 @@ class ClosureLoss:
 
 
 class CriterionLoss:
-    """`criterion(model(inputs), targets)`, with the options that the criterion was given.
+    """`criterion(model(inputs), targets)`.
 
-    `counts_targets`: its mean is over the targets that are not ignored, as that of cross-entropy.
+    Args:
+        criterion, name: the criterion and its name in messages.
+        options: its arguments, such as reduction and ignore_index.
+        counts_targets: the mean is over the targets that are not ignored, as in cross-entropy.
     """
 
     pairs = True
@@ -144,8 +145,8 @@ class CriterionLoss:
         return inputs, targets
 
     def _count(self, targets: Tensor) -> Weight:
-        """The denominator of the mean that cross-entropy takes."""
-        if targets.is_floating_point():  # class probabilities (N, C, ...): every one of the N ... counts
+        """Return the denominator of the mean in cross-entropy."""
+        if targets.is_floating_point():  # class probabilities of shape (N, C, ...)
             return targets.numel() // targets.shape[1 if targets.dim() > 1 else 0]
         kept = targets[targets != self._options.get("ignore_index", -100)]
         class_weights: Tensor | None = self._options.get("weight")
@@ -161,14 +162,14 @@ class TransformersLoss:
     calls_model = True
 
     def __init__(self) -> None:
-        self._shifted: bool | None = None  # whether the model compares position t with label t + 1
+        self._shifted: bool | None = None  # position t is compared with label t + 1
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
         output, loss = self._run(model, batch)
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             return loss, batch_size(batch)
-        if self._shifted is None and bool(labels.ne(-100).any()):  # labels that all are ignored cannot tell
+        if self._shifted is None and bool(labels.ne(-100).any()):  # undecidable if all labels are ignored
             self._shifted = labels.dim() == 2 and _labels_are_shifted(output, labels)
         return loss, (labels[:, 1:] if self._shifted else labels).ne(-100).sum()
 
@@ -197,9 +198,10 @@ class TransformersLoss:
 
 
 def _labels_are_shifted(output: Any, labels: Tensor) -> bool:
-    """Whether the loss ignores the logits at the last label of every run, as causal language models do.
+    """Return whether the model compares the logits at position t with label t + 1, as causal language models do.
 
-    Asked of the gradient, since neither class names nor configurations tell it of every model.
+    Then the gradient with respect to the logits is zero at the last position of every run of labels. Neither class
+    names nor configurations identify all such models.
     """
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape or not logits.requires_grad:
@@ -211,11 +213,11 @@ def _labels_are_shifted(output: Any, labels: Tensor) -> bool:
 
 
 def checked(loss: Any, batch: int) -> Tensor:
-    """`loss`, if it is something that a Hessian can be taken of.
+    """Return `loss` after checking that it has a Hessian.
 
     Raises:
         TypeError: not a tensor.
-        ValueError: not 0-dimensional, complex, or without a graph.
+        ValueError: not a real scalar, or without a graph.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"spectrum: loss_fn must return a tensor, got {type(loss).__name__} for batch {batch}")
@@ -235,9 +237,10 @@ def checked(loss: Any, batch: int) -> Tensor:
 
 
 def checked_weight(weight: Weight, batch: int, batches: int) -> float:
-    """`weight` as a number; 1 where nothing tells it and there is only one batch.
+    """Return `weight` as a float; an unknown weight is 1 if there is a single batch.
 
     Raises:
+        TypeError: not a number.
         ValueError: negative, not finite, or unknown with several batches.
     """
     if weight is None:

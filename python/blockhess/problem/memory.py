@@ -1,4 +1,4 @@
-"""The memory budget of a run, and sizes and durations as text."""
+"""The memory budget of a run, and text for sizes and durations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import nn
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
-# The part of a device's memory that a run may plan with unless told otherwise.
+# Default memory budget as a share of the device's memory.
 DEFAULT_SHARE = 0.5
 
 
 def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
-    """The memory budget in bytes: a number of bytes, a text such as "6 GiB", or None for half of the device's memory.
+    """Return the memory budget in bytes.
+
+    Args:
+        memory_budget: a number of bytes, a string such as "6 GiB", or None for half of the device's memory.
 
     Raises:
-        ValueError: no size, or not above 0.
+        ValueError: not a size, or not positive.
     """
     if memory_budget is None:
         if device.type == "cuda":
@@ -38,18 +41,19 @@ def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
 
 
 def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: ProcessGroup) -> int | str | None:
-    """The memory budget that all ranks plan with, by default the least that any of their devices grants; processes that
-    torchrun started on one host share what is the host's."""
+    """Return the memory budget of every rank: by default the smallest default of any rank.
+
+    CPU processes that torchrun started on one host divide its memory among them.
+    """
     if memory_budget is not None or ranks is SINGLE_PROCESS or not isinstance(model, nn.Module):
         return memory_budget
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    own = budget_bytes(None, device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return int(min(ranks.gather(own // local)))
+    return int(min(ranks.gather(budget_bytes(None, device) // local)))
 
 
 def time_text(seconds: float) -> str:
-    """A duration for people."""
+    """Format a duration, as "3.2 hours"."""
     for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.2g} {unit}"
@@ -57,9 +61,9 @@ def time_text(seconds: float) -> str:
 
 
 def size_text(nbytes: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
+    """Format a number of bytes, as "1.5 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
         nbytes /= 1024
-    raise AssertionError
+    return f"{nbytes:.3g} GiB"

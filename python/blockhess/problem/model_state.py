@@ -1,8 +1,7 @@
-"""A model made deterministic and twice differentiable for a while, then put back as it was.
+"""A context in which a model is deterministic and twice differentiable.
 
-Promises: whatever happens inside, an exception or Ctrl-C included, afterwards every module's mode, every buffer, the
-random number generators, the attention backends and every other switch are as before; parameters, their .grad and
-requires_grad are never touched.
+On exit, also after an exception or Ctrl-C, the mode of every module, all buffers, the random number generators and the
+global switches of torch are restored. Parameters, their .grad and requires_grad are not changed.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
+# Attention implementations of Transformers that have a second derivative.
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
-
 
 BATCHNORM = ("eval", "batch", "frozen_batch_stats")
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether the model has a BatchNorm layer, and so depends on the policy."""
+    """Return whether the model has a BatchNorm layer."""
     return any(map(_is_batchnorm, model.modules()))
 
 
 def batchnorm_policy(model: nn.Module, asked: str) -> str:
-    """What the BatchNorm layers do where `asked` is asked for, one of BATCHNORM, or "none" where there is no layer.
+    """Return the effective BatchNorm policy, one of BATCHNORM, or "none" for a model without BatchNorm.
 
-    Layers without running statistics take the batch's in any mode, so of them "eval" makes "batch".
+    Layers without running statistics use those of the batch in any mode, so "eval" becomes "batch" for them.
 
     Raises:
-        ValueError: running statistics are asked for and only some layers keep them, or would have to be frozen.
+        ValueError: `asked` needs running statistics that some layers, or all, do not have.
     """
     keeps = {name: m.running_mean is not None for name, m in model.named_modules() if _is_batchnorm(m)}
     if not keeps:
@@ -56,38 +55,38 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 @contextmanager
 def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
-    """Within the context, the model draws no random numbers and has second derivatives.
+    """Make a model deterministic and twice differentiable within the context.
 
-    Every module is in eval mode (no dropout), attention runs on the math backend (fused ones have no second
-    derivative) and compiled modules run eagerly (for the same reason), as do RNNs without cuDNN.
+    Every module is in eval mode, so dropout is off. Attention uses the math backend, compiled modules run eagerly and
+    RNNs without cuDNN, because the fused implementations have no second derivative.
 
     Args:
-        model: the model; wrapped or not.
-        batchnorm: "eval": BatchNorm uses its running statistics, if it has them; "batch": the statistics of each
-            batch, through which the loss depends on the parameters too; "frozen_batch_stats": as "eval", for running
-            statistics that `freeze_batch_statistics` sets.
+        model: the model, wrapped or not.
+        batchnorm: "eval": BatchNorm uses its running statistics, where it has them. "batch": it uses the statistics
+            of each batch, through which gradients flow. "frozen_batch_stats": as "eval", with running statistics from
+            `freeze_batch_statistics`.
 
     Raises:
-        ValueError: another `batchnorm`.
+        ValueError: `batchnorm` is none of these.
     """
     if batchnorm not in BATCHNORM:
         raise ValueError(f"spectrum: batchnorm must be one of {', '.join(BATCHNORM)}, got {batchnorm!r}")
     modules = list(model.modules())
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # and gradients on
+        stack.enter_context(torch.inference_mode(False))  # this also enables gradients
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device_type in ("cpu", *(["cuda"] if devices else [])):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        if "torch._dynamo" in sys.modules:  # whoever compiled a module has loaded it; loading it takes a second
+        if "torch._dynamo" in sys.modules:  # loaded if a module is compiled; importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_kept_buffers(modules))
+        stack.enter_context(_restored_buffers(modules))
         for module in modules:
-            # Not by train() and eval(): some models override them with side effects (merging LoRA weights).
+            # Not by train() and eval(), which some models override with side effects, such as merging LoRA weights.
             _set(stack, module, "training", False)
             if batchnorm == "batch" and _is_batchnorm(module):
-                _set(stack, module, "training", True)  # its running statistics are buffers, restored at the end
+                _set(stack, module, "training", True)  # updates running statistics, restored on exit
             if isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
         _switch_attention(stack, modules)
@@ -97,29 +96,30 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
 def freeze_batch_statistics(
     model: nn.Module, evaluate: Callable[[Any], object], batches: Sequence[Any], ranks: ProcessGroup = SINGLE_PROCESS
 ) -> None:
-    """Set BatchNorm's running statistics to the averages of the batches' own, at the present parameters.
+    """Set the running statistics of BatchNorm to the mean of the batch statistics at the current parameters.
 
-    To be called in a `fixed_state`, which puts the old ones back, where `batchnorm_policy` allows it.
+    Call it within `fixed_state`, which restores the previous statistics.
 
     Args:
         model: the model.
         evaluate: runs the model on a batch.
         batches: all data, or this rank's part.
-        ranks: whose batches count, each as much as any other.
+        ranks: the processes whose batches enter the mean, with equal weights.
     """
     layers: list[Any] = [m for m in model.modules() if _is_batchnorm(m)]
     with ExitStack() as stack, torch.no_grad():
         for layer in layers:
             _set(stack, layer, "training", True)
-            _set(stack, layer, "momentum", None)  # the plain average over batches
+            _set(stack, layer, "momentum", None)  # cumulative mean over batches
             layer.reset_running_stats()
         for batch in batches:
             evaluate(batch)
         averages = [b for layer in layers for b in (layer.running_mean, layer.running_var)]
-        found = ranks.row((len(batches), [average.cpu() for average in averages])) if ranks.data_size > 1 else []
-        total = sum(count for count, _ in found)
-        for number, average in enumerate(averages if found else ()):
-            average.copy_(sum(count / total * parts[number].to(average) for count, parts in found))
+        if ranks.data_size > 1:
+            found = ranks.gather_data_ranks((len(batches), [average.cpu() for average in averages]))
+            total = sum(count for count, _ in found)
+            for number, average in enumerate(averages):
+                average.copy_(sum(count / total * parts[number].to(average) for count, parts in found))
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -128,12 +128,12 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
-    """Make Transformers models use PyTorch's attention; they read the name of their own at every call."""
+    """Select PyTorch's attention in Transformers models, which look up the implementation at every call."""
     owners: dict[int, Any] = {id(owner): owner for m in modules for owner in (getattr(m, "config", None), m)}
     named = [(owner, name) for owner in owners.values() if (name := getattr(owner, "_attn_implementation", None))]
 
     def restore() -> None:
-        # In this order: a configuration hands the name down to its parts, which then get back their own.
+        # In this order, since setting the name in a configuration also sets it in its parts.
         for owner, name in named:
             owner._attn_implementation = name
 
@@ -144,24 +144,20 @@ def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
 
 
 @contextmanager
-def _kept_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    kept = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+def _restored_buffers(modules: list[nn.Module]) -> Iterator[None]:
+    saved = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in kept:
+            for module, name, buffer, value in saved:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuses models of which this process holds a part only.
-
-    Raises:
-        NotImplementedError: says what to do.
-    """
+    """Raise a NotImplementedError if this process holds only shards of the model's parameters."""
     sharded = next((n for n, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")), None)
     if sharded is None:
         sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)

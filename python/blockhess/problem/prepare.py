@@ -1,4 +1,4 @@
-"""From what a user hands over to a problem: the model in a fixed state, its blocks, batches that fit, fingerprints."""
+"""Build a `Problem` from the arguments of `spectrum`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 from blockhess_ext.arguments import choice
 
-# A loss is another one where its value on the same data differs by more, relatively.
+# Relative difference up to which two values of the loss are taken as equal.
 LOSS_TOLERANCE = 1e-4
 
 
@@ -36,9 +36,10 @@ def prepared_problem(
     matmul_precision: str,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
-    """The problem, its model in a fixed state, its batches cut so that one graph fits the budget; and fingerprints.
+    """Yield the problem, its blocks and the fingerprints of model and data, with the model in a fixed state.
 
-    Of several ranks that share batches, each has its own, and the fingerprint is that of all.
+    Batches are split until the graph of one fits the memory budget. Each of several ranks that share the data holds
+    its own batches; the fingerprint is that of all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"spectrum: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -51,7 +52,8 @@ def prepared_problem(
     loss = make_loss(loss_fn)
     with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
         policy = batchnorm_policy(model, batchnorm)
-        batches = as_batches(data, pairs=loss.pairs)  # in here, since a DataLoader draws random numbers
+        # Inside fixed_state, which restores the random number generator that a shuffling DataLoader advances.
+        batches = as_batches(data, pairs=loss.pairs)
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
         if policy == "frozen_batch_stats":
@@ -64,9 +66,9 @@ def prepared_problem(
                 f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
-        # So many parts of a batch that the largest graph takes at most half of the budget.
+        # The largest graph may take half of the budget.
         parts = -(-2 * problem.graph_bytes // budget_bytes(memory_budget, problem.device))
-        # Only where the loss of a batch may be the mean over its samples.
+        # Closures may do anything with a batch, and batch statistics depend on all of its samples.
         if parts > 1 and loss.calls_model and policy != "batch":
             problem = _split(problem, parts, cut, dtype)
         problem.join(ranks)
@@ -74,11 +76,11 @@ def prepared_problem(
 
 
 def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:
-    """The problem with smaller batches, or as it is where its loss is no mean over samples (a contrastive one)."""
+    """Split the batches of a problem, unless the loss is not a mean over samples, such as a contrastive loss."""
     batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
     try:
         smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
-    except (RuntimeError, ValueError):  # targets that cannot be cut like the inputs
+    except (RuntimeError, ValueError):  # targets that cannot be split like the inputs
         return problem
     same = math.isclose(smaller.loss_value, problem.loss_value, rel_tol=LOSS_TOLERANCE)
     return smaller if same else problem

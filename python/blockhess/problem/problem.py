@@ -1,9 +1,9 @@
-"""What a Hessian is taken of: a model, a loss, batches and blocks, looked through once before any product.
+"""The total loss as a function of the parameters in blocks.
 
     L(w) = sum_b share_b L_b(w),   share_b = weight_b / sum_b weight_b,  or 1 where the loss sums over samples
 
-Promises: what cannot be differentiated twice, does not repeat itself or is not finite is refused here, before any
-work is spent; the model's own parameters are only read.
+The constructor evaluates every batch once. It raises an error for a loss that is not finite, not reproducible or not
+twice differentiable. The parameters of the model are only read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from torch.func import functional_call
 from blockhess.problem.batches import Batch, check_device, map_tensors, tensors
 from blockhess.problem.blocks import Block, with_note
 from blockhess.problem.graph import (
-    ALTERNATIVES,
     FlopCounter,
     OperationRecorder,
+    alternative,
     differentiable_nodes,
     refuse_third_derivatives,
     saved_bytes,
@@ -30,38 +30,39 @@ from blockhess.problem.graph import (
 from blockhess.problem.losses import Loss, checked, checked_weight
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
+T = TypeVar("T")
+
 
 class Problem:
-    """A model, a loss and data, as the engines take them.
+    """A model, a loss, batches and blocks.
 
     Args:
-        model: in a fixed state (`model_state.fixed_state`) for as long as the problem is used.
+        model: in a fixed state (`model_state.fixed_state`) while the problem is in use.
         loss: from `losses.make_loss`.
         batches: from `batches.as_batches`.
         blocks: from `blocks.partition`.
-        dtype: what to compute in: None is the parameters' own, float32 for float16 and bfloat16 ones; otherwise all
-            parameters, buffers and floating-point data are converted. float16 or bfloat16 itself is taken only if
-            the parameters have it.
-        several: whether other ranks have more batches, with which `join` will put these together.
+        dtype: dtype of the computation; parameters, buffers and floating-point data are converted to it. None: that of
+            the parameters, or float32 for float16 and bfloat16 ones. float16 and bfloat16 are accepted only if all
+            parameters have that dtype.
+        several: whether other ranks hold further batches, which `join` will combine with these.
 
     Attributes:
-        blocks: as given. infos: their BlockInfo, with "unused" noted.
+        blocks, infos: the blocks and their BlockInfo, with the note "unused" where it applies.
         dims: their dimensions; block l is columns sum(dims[:l]) : sum(dims[:l + 1]) of a vector set.
-        parameters: name -> what is differentiated, of every parameter in a block.
-        dtype, device: of the vector sets: the widest dtype among the parameters, at least float32.
-        batches: those of weight above 0. shares: of each in the whole.
-        loss_value: the loss of all data. weight: the sum of the batches' weights. n_batches: how many there are; after
-            `join` these three, and what is used, are of all ranks.
-        ranks: which hold the other batches.
-        used: names of parameters that a gradient reaches in some batch. unused: the others.
-        graph_nodes: operations in the first batch's gradient. graph_bytes: what its graph holds, scaled to the largest
-            batch.
-        forward_flops: of the loss of the first batch, in matrix products and convolutions. forward_seconds: what it
-            took, for estimates that a person reads.
+        parameters: name -> tensor to differentiate with respect to, for every parameter in a block.
+        dtype, device: of vector sets; dtype is the widest of the parameters, at least float32.
+        batches, shares: the batches of positive weight, and the share of each in L.
+        loss_value, weight, n_batches: L, the sum of the weights and the number of batches, of all ranks after `join`.
+        ranks: the processes that share the batches.
+        used, unused: names of parameters with and without a gradient in some batch.
+        graph_nodes: operations in the gradient of the first batch.
+        graph_bytes: size of its graph, scaled to the largest batch.
+        forward_flops: FLOPs of matrix products and convolutions in the loss of the first batch.
+        forward_seconds: measured time of that loss, used only in displayed estimates.
 
     Raises:
-        ValueError, TypeError: a loss, weight or device that does not fit, or a loss that depends on no block.
-        NotImplementedError: an operation that autograd would silently differentiate wrongly.
+        ValueError, TypeError: an invalid loss, weight or device, or a loss that depends on no block.
+        NotImplementedError: an operation whose second derivative is missing or wrong.
 
     Example:
         >>> from blockhess.problem.blocks import partition
@@ -100,46 +101,44 @@ class Problem:
         self._survey(batches, several)
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss of a batch, at other parameters if some are given by name."""
-        loss: Tensor = self._call(lambda model, batch: self.loss(model, batch)[0], batch, parameters)
+        """Return the loss of a batch, with some parameters replaced by name."""
+        loss: Tensor = self._call(self.loss, batch, parameters)[0]
         return loss
 
     def outputs(self, index: int) -> tuple[Tensor, Tensor]:
-        """The model's outputs for batch `index`, and the loss computed from them; see `Loss.with_outputs`."""
-        result: tuple[Tensor, Tensor] = self._call(self.loss.with_outputs, self.batches[index], None)
-        return result
+        """Return the model outputs of batch `index`, and the loss computed from them; see `Loss.with_outputs`."""
+        return self._call(self.loss.with_outputs, self.batches[index])
 
     def gradients(self, index: int, create_graph: bool) -> dict[str, Tensor]:
-        """Name -> gradient of the loss of batch `index`, of every parameter that it depends on."""
+        """Return the gradient of the loss of batch `index` by name, for the parameters that it depends on."""
         return self._differentiate(self.evaluate(self.batches[index]), create_graph)
 
     def gradients_at(self, batch: Batch, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> gradient of the loss of a batch at other parameters, with a graph of its own."""
+        """Return the gradient of the loss of a batch at other parameters, with its graph."""
 
         def differentiated(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             loss = self.loss(model, batch)[0]
             found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
             return {name: g for name, g in zip(parameters, found) if g is not None}
 
-        # While the parameters are in place: activation checkpointing runs the model again in the backward pass.
-        gradients: dict[str, Tensor] = self._call(differentiated, batch, parameters)
-        return gradients
+        # The backward pass, in which activation checkpointing runs the model again, needs these parameters too.
+        return self._call(differentiated, batch, parameters)
 
     def differentiate(self, outputs: Any, inputs: Any, directions: Any = None, **options: bool) -> tuple[Any, ...]:
-        """As torch.autograd.grad, None for what is unused; activation checkpointing meets the converted parameters."""
+        """Call torch.autograd.grad with allow_unused, and with the converted parameters in the model.
 
-        found: tuple[Any, ...] = self._call(
-            lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), (), None
-        )
-        return found
+        Activation checkpointing runs the model again in the backward pass.
+        """
+        return self._call(lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), ())
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
-        """The same problem, first batch only, computed in another dtype."""
+        """Return the problem of the first batch in another dtype."""
         return Problem(self.model, self.loss, self.batches[:1], self.blocks, dtype)
 
     def _call(
-        self, compute: Callable[[nn.Module, Batch], Any], batch: Batch, parameters: Mapping[str, Tensor] | None
-    ) -> Any:
+        self, compute: Callable[[nn.Module, Batch], T], batch: Batch, parameters: Mapping[str, Tensor] | None = None
+    ) -> T:
+        """Return compute(model, batch), with converted or replaced parameters in the model."""
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
             swapped |= dict.fromkeys(self._places[name], tensor)
@@ -148,12 +147,13 @@ class Problem:
         with _default_dtype(self._data_dtype):
             if not swapped:
                 return compute(self.model, batch)
-            renamed = {f"model.{name}": tensor for name, tensor in swapped.items()}
-            # Tied parameters are named one by one: a module that is registered twice must be changed once.
-            return functional_call(self._wrapped, renamed, (compute, batch), tie_weights=False)
+            named = {f"model.{name}": tensor for name, tensor in swapped.items()}
+            # `_places` has the names of tied parameters, one per module, also where a module is registered twice.
+            found: T = functional_call(self._wrapped, named, (compute, batch), tie_weights=False)
+            return found
 
     def _survey(self, batches: Sequence[Batch], several: bool) -> None:
-        """One pass over the data: checks, weights, the loss, and which parameters it depends on."""
+        """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
         weights: list[float] = []
         values: list[float] = []
         used: set[str] = set()
@@ -162,10 +162,10 @@ class Problem:
             with contextlib.ExitStack() as stack:
                 if not self.batches:
                     flops = stack.enter_context(FlopCounter())
-                loss, raw_weight = self._call(self.loss, batch, None)
+                loss, raw_weight = self._call(self.loss, batch)
             loss = checked(loss, index)
             weight = checked_weight(raw_weight, index, len(batches) + several) if self.loss.averaged else 1.0
-            if weight == 0:  # all labels ignored: the mean over them is 0 / 0
+            if weight == 0:  # all labels are ignored, so their mean is 0 / 0
                 continue
             if not torch.isfinite(loss):
                 raise ValueError(f"spectrum: loss_fn must return a finite loss, got {loss.item()} for batch {index}")
@@ -178,11 +178,11 @@ class Problem:
                 nodes = differentiable_nodes(g.grad_fn for g in gradients.values())
                 self.graph_nodes = len(nodes)
                 others = (*self.parameters.values(), *tensors(batch))
-                self.graph_bytes: int = self._call(lambda *_: saved_bytes(nodes, others), (), None)  # noqa: B023
+                self.graph_bytes = self._call(lambda *_: saved_bytes(nodes, others), ())  # noqa: B023
                 del nodes
                 self.forward_flops = flops.total
                 gradients = {name: g.detach() for name, g in gradients.items()}
-                del loss  # so that there is one graph at a time
+                del loss  # frees its graph before the next one is built
                 self._check_repeatable(batch, index, value, gradients)
             used.update(gradients)
             del gradients
@@ -212,12 +212,12 @@ class Problem:
         )
 
     def join(self, ranks: ProcessGroup) -> None:
-        """Make the data of all ranks that share it one: to be called by all of them, once."""
+        """Combine the batches of all ranks that share the data. All of them must call it, once."""
         self.ranks = ranks
         if ranks.data_size == 1:
             return
         counted = (self.graph_nodes, self.graph_bytes, self.forward_flops)
-        found = ranks.row((self.weight, self.loss_value, self.n_batches, self.used, counted))
+        found = ranks.gather_data_ranks((self.weight, self.loss_value, self.n_batches, self.used, counted))
         weights, values, numbers, used, counts = zip(*found)
         total = sum(weights)
         if self.loss.averaged:
@@ -230,17 +230,16 @@ class Problem:
         self.graph_nodes, self.graph_bytes, self.forward_flops = map(max, zip(*counts))
 
     def is_used(self, number: int) -> bool:
-        """Whether the loss depends on some parameter of block `number`."""
+        """Return whether the loss depends on a parameter of block `number`."""
         return not self.used.isdisjoint(self.infos[number].parameters)
 
-    def without_second_derivative(self, backward: str) -> tuple[str, str]:
-        """Where the operation with this backward pass is called, as "in ... ", and what to use instead."""
+    def locate(self, backward: str) -> tuple[str, str]:
+        """Return where the operation with this backward function is called, as "in ... ", and what to use instead."""
         stem = backward.removesuffix("_backward")
         with OperationRecorder(self.model) as operations, torch.no_grad():
             self.evaluate(self.batches[0])
         place = next((where for name, where in operations.places.items() if name.removesuffix("_forward") == stem), "")
-        advice = next((advice for part, advice in ALTERNATIVES.items() if part in stem), "write it in plain PyTorch")
-        return f"in {place} " if place else "of the model ", advice
+        return f"in {place} " if place else "of the model ", alternative(stem)
 
     def _differentiate(self, loss: Tensor, create_graph: bool) -> dict[str, Tensor]:
         gradients = self.differentiate(loss, list(self.parameters.values()), create_graph=create_graph)
@@ -250,7 +249,7 @@ class Problem:
         with OperationRecorder(self.model) as operations:
             start = time.perf_counter()
             again = checked(self.evaluate(batch), index)
-            _ = again.item()  # which waits for a GPU
+            _ = again.item()  # synchronizes with a GPU
             self.forward_seconds = time.perf_counter() - start
             others = self._differentiate(again, create_graph=False)
         if abs(again.item() - value) > 1e-5 * abs(value):
@@ -269,7 +268,7 @@ class Problem:
 
 
 class _Computation(nn.Module):
-    """What is computed with a model, as a module whose parameters can be exchanged."""
+    """A computation with a model, as a module for `functional_call`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -292,7 +291,7 @@ def _one_device(parameters: Mapping[str, Tensor]) -> torch.device:
 
 
 def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Name in the model -> the parameter or buffer in the dtype to compute in; empty where nothing needs converting."""
+    """Return parameters and buffers in the dtype of the computation, by name; none if no conversion is needed."""
     own = {p.dtype for p in pieces.values()}
     if dtype is None:
         if all(d.itemsize >= 4 for d in own):
@@ -312,7 +311,7 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
 
 
 def _owned(model: nn.Module) -> dict[int, list[str]]:
-    """id of every parameter and buffer -> its names, one for each module that holds it."""
+    """Return the names of every parameter and buffer by id, one for each module that holds it."""
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -323,7 +322,7 @@ def _owned(model: nn.Module) -> dict[int, list[str]]:
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """So that what a model makes by itself (torch.zeros) fits the converted parameters."""
+    """Set the default dtype, so that tensors that a model creates match the converted parameters."""
     if dtype is None:
         yield
         return

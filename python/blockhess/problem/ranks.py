@@ -1,6 +1,9 @@
-"""The processes that share one problem: what one process does alone, and the interface of several.
+"""Communication between the processes that share one problem; a single process needs none.
 
-rank = work_rank * data_size + data_rank          world = work_size x data_size, a mesh
+    rank = work_rank * data_size + data_rank          world size = work_size * data_size
+
+Ranks of equal work_rank hold different batches and run the same recurrences; ranks of equal data_rank hold the same
+batches and run different recurrences.
 """
 
 from __future__ import annotations
@@ -16,35 +19,36 @@ from torch import Tensor
 from blockhess._text import format_table
 from blockhess.problem.batches import Batch
 
-# Blocks are summed together until they have so many bytes, so that small ones do not cost a round each.
+# Products are reduced in buckets of at least this many bytes, so that small blocks do not cost a collective each.
 BUCKET_BYTES = 2**22
 
 
 class ProcessGroup:
-    """One process that has all the work to itself, as `Processes` are several.
+    """A group of one process; `run.distributed.Processes` is a group of several.
 
     Attributes:
-        rank, size: of all. work_rank, work_size: among those that share recurrences. data_rank, data_size: among those
-            that share batches.
+        rank, size: of all processes.
+        work_rank, work_size: among the processes that share recurrences.
+        data_rank, data_size: among the processes that share batches.
     """
 
     rank = work_rank = data_rank = 0
     size = work_size = data_size = 1
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order, on every rank."""
+        """Return the values of all ranks in rank order, on every rank."""
         return [value]
 
-    def row(self, value: Any) -> list[Any]:
-        """The values of the ranks that share this one's recurrences. To be called by all ranks."""
+    def gather_data_ranks(self, value: Any) -> list[Any]:
+        """Return the values of the ranks with this work_rank. All ranks must call it."""
         first = self.work_rank * self.data_size
         return self.gather(value)[first : first + self.data_size]
 
     def agree(self, values: Mapping[str, Any]) -> None:
-        """Refuses ranks that differ, with the same error on all of them.
+        """Check that all ranks have the same values.
 
         Raises:
-            ValueError: with a table of what differs.
+            ValueError: with a table of the differences, on every rank.
         """
         found = self.gather(dict(values))
         rows = [
@@ -57,11 +61,13 @@ class ProcessGroup:
             raise ValueError(f"spectrum: all ranks must be given the same job and run the same versions, got\n{table}")
 
     def share_batches(self, batches: list[Batch], digest: str) -> tuple[list[Batch], str]:
-        """This rank's batches and the fingerprint of all: every data_size-th one where all ranks were given the same,
-        else the rank's own.
+        """Return the batches of this rank and a fingerprint of the batches of all ranks.
+
+        Where all ranks have the same batches, each takes every data_size-th; otherwise each keeps its own.
 
         Raises:
-            ValueError: fewer batches than ranks to share them, or ranks with neither the same batches nor their own.
+            ValueError: fewer batches than ranks, or batches that are neither the same everywhere nor one set per
+                data_rank.
         """
         digests = self.gather(digest)
         if len(set(digests)) == 1:
@@ -81,15 +87,11 @@ class ProcessGroup:
         return batches, hashlib.blake2b("".join(own).encode(), digest_size=16).hexdigest()
 
     def sums(self) -> Sums:
-        """What adds up products over the ranks that share batches."""
+        """Return a reduction over the ranks that share batches."""
         return Sums(None, self._wait)
 
     def check(self) -> None:
-        """Raises if another rank has failed.
-
-        Raises:
-            RankError: says which and how.
-        """
+        """Raise a RankError if another rank has failed."""
 
     def _wait(self, work: Any) -> None:
         raise NotImplementedError
@@ -99,53 +101,53 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 class Sums:
-    """Adds up tensors over ranks while the caller goes on computing.
+    """Asynchronous all-reduce of tensors over ranks.
 
     Args:
-        group: of the ranks, or None where there is one only.
-        wait: waits for an operation.
+        group: the ranks; None for a single one.
+        wait: waits for a collective operation.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, wait: Callable[[Any], None]) -> None:
         self._group, self._wait = group, wait
         self._bucket: list[Tensor] = []
         self._last: Tensor | None = None
-        self._flying: list[tuple[Any, Tensor, list[Tensor]]] = []
+        self._pending: list[tuple[Any, Tensor, list[Tensor]]] = []
 
     def add(self, part: Tensor) -> None:
-        """Takes this rank's part of a sum, which the sum will replace by the time of `finish`."""
+        """Start the sum of a tensor over the ranks. `finish` guarantees that the tensor holds the sum."""
         if self._group is None:
             return
         self._bucket.append(part)
         self._last = part
         if sum(t.numel() * t.itemsize for t in self._bucket) >= BUCKET_BYTES:
-            self._send()
+            self._reduce_bucket()
 
     def finish(self, count: int) -> int:
-        """Waits for all sums, and for that of the ranks' counts, which it returns."""
+        """Wait for all sums and return the sum of `count` over the ranks."""
         if self._last is None:
             return count
         counts = self._last.new_full((1,), count)
         self._bucket.append(counts)
-        self._send()
-        while self._flying:
-            self._land()
+        self._reduce_bucket()
+        while self._pending:
+            self._complete()
         return int(counts)
 
-    def _send(self) -> None:
-        if len(self._flying) > 1:  # two buffers, not all
-            self._land()
+    def _reduce_bucket(self) -> None:
+        if len(self._pending) > 1:  # at most two buffers exist at a time
+            self._complete()
         parts, self._bucket = self._bucket, []
         flat = torch.cat([part.reshape(-1) for part in parts])
-        self._flying.append((dist.all_reduce(flat, group=self._group, async_op=True), flat, parts))
+        self._pending.append((dist.all_reduce(flat, group=self._group, async_op=True), flat, parts))
 
-    def _land(self) -> None:
-        work, flat, parts = self._flying.pop(0)
+    def _complete(self) -> None:
+        work, flat, parts = self._pending.pop(0)
         self._wait(work)
         for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts])):
             part.copy_(total.view_as(part))
         if flat.is_cuda:
-            # Ranks must learn at the same step that a recurrence has finished, or some would wait for sums of others.
+            # All ranks must see a recurrence finish at the same step; otherwise some wait for sums that never come.
             torch.cuda.current_stream().synchronize()
 
 
