@@ -1,4 +1,4 @@
-"""What an image classifier may be given, said once."""
+"""The check of the inputs of image classifiers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from torch import Tensor
 
 
 def check_images(op: str, images: Tensor, channels: int) -> None:
-    """Refuse what are no images of so many channels.
-
-    Raises:
-        ValueError: names op.
-    """
+    """Raise ValueError, naming `op`, unless images are (batch, channels, height, width)."""
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"{op}: images must be (batch, {channels}, height, width), got {tuple(images.shape)}")
