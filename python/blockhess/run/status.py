@@ -188,7 +188,7 @@ def _run(path: Path, op: str) -> dict[str, Any]:
     run = directory.begun_run(path)
     if run is None:
         raise ValueError(
-            f"{op}: {path} must be the directory of a run; begin one by: blockhess run CONFIG --out {path}"
+            f"{op}: {path} must be the directory of a run; start one with: blockhess run JOB --out {path}"
         )
     return run
 
