@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from blockhess.cli.config import load_config
 from tests.helpers.newcomer import COMMANDS, follow, needed, parts
 
 DOCS = Path(__file__).parents[2] / "docs"
-LANGUAGES = {"python", "text", *COMMANDS}
+LANGUAGES = {"python", "toml", "text", *COMMANDS}
 
 
 def blocks(page: Path) -> list[str]:
@@ -35,4 +37,10 @@ def test_every_block_is_counted():
         "always" if (what := needed(block)) is None else what or "never" for page in PAGES.values() for block in page
     )
     optional = {"accelerate": 1, "lightning": 1, "pyhessian": 1, "hessian_eigenthings": 1, "curvlinops": 2}
-    assert counts == {"always": 47, "never": 2} | optional
+    assert counts == {"always": 46, "never": 2} | optional
+
+
+def test_the_configuration_is_accepted(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", (DOCS / "howto/resume.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "job.toml").write_text(text)
+    assert load_config(tmp_path / "job.toml").arguments(())["num_steps"] == 20

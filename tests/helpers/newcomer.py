@@ -7,10 +7,10 @@
 
 A page's blocks run in order, Python in one namespace. The first line of a Python block tells of one that does not:
 `# not run here: REASON` never does, `# needs: MODULE` does where that module is installed; the commands that follow
-wait for the next block that runs. A Python block that begins with `# NAME.py` becomes that file. Every command that is
-shown, in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a
-block of commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ...
-stands for anything. What is passed over is told with its reason.
+wait for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown,
+in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of
+commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for
+anything. What is passed over is told with its reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Pattern of a command that is not run -> why.
 LEFT_OUT = {
-    r".*\b(COMMAND|JOB|DIR|NAME)\b.*": "capitals stand for something of the reader's",
+    r".*\b(COMMAND|CONFIG|DIR|NAME)\b.*": "capitals stand for something of the reader's",
     r"blockhess (run|status)": "the command's name alone",
     r"blockhess --install-completion": "it writes into the shell's files; test_terminal.py has bash take the script",
     r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; test_paper_*.py run each with --quick",
@@ -50,6 +50,7 @@ IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
 # What the reader is told to have.
 FILES = {
     "my_job.py": """
+from tests import ROOT
 import torch
 
 def make():
@@ -119,7 +120,7 @@ def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
     """The blocks of text that follow commands, up to the next block of code."""
     shown = []
     for language, text in found:
-        if language not in ("text", "inline"):
+        if language not in ("text", "inline", "toml"):
             break
         if language == "text":
             shown.append(text)
@@ -155,9 +156,7 @@ def follow(page: Path) -> Followed:
     waits = False
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
-        if language == "python" and (file := re.match(r"# (\w+\.py)\n", text)):
-            Path(file[1]).write_text(text)
-        elif language == "python":
+        if language == "python":
             module = needed(text)
             waits = not (module is None or (module and importlib.util.find_spec(module)))
             if waits:
@@ -167,6 +166,8 @@ def follow(page: Path) -> Followed:
                 )
             else:
                 exec(compile(text, f"{page.name}: {text[:40]!r}", "exec"), names)
+        elif language == "toml":
+            Path(text.split("\n", 1)[0].removeprefix("# ")).write_text(text)
         elif language in COMMANDS:
             todo = []
             for line in commands(text):

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {
     0: "success",
-    1: "a check of doctor failed, or an internal error, with its traceback",
-    2: "a wrong option, bad input, a missing package or a failing model, with one line on stderr",
+    1: "a check of doctor failed, or an internal error, with a traceback",
+    2: "a wrong option, bad input, a missing extra or a failing model, in one line on stderr",
     130: "interrupted",
-    143: "terminated by SIGTERM",
+    143: "ended by SIGTERM",
 }
 
 app = typer.Typer(

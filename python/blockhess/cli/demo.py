@@ -208,7 +208,7 @@ def curvature_verdict(gpt: tuple[float, float], resnets: Sequence[tuple[float, f
         meaning = "by this measure one learning rate for all blocks suits the ResNet worse, against the paper's reading"
     else:
         meaning = "that is too close to tell the models apart"
-    return textwrap.fill(f"Sharpest and flattest weights differ by a factor of {numbers}: {meaning}.", TEXT_WIDTH)
+    return f"Sharpest and flattest weights differ by a factor of {numbers}: {meaning}."
 
 
 def js0_verdict(comparisons: Sequence[Comparison]) -> str:
@@ -345,8 +345,9 @@ def run(
     comparisons = [comparison for resnet in resnets for comparison in compare(gpt, resnet)]
     ranges = {stem: curvature_range(spectra) for stem, spectra in results.items()}
     of_gpt, *of_resnets = ranges.values()
+    verdict = textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH)
     tables = [JS0_TITLE, comparison_table(comparisons), CURVATURE_TITLE, curvature_table(ranges)]
-    verdicts = [PAPERS_READING, js0_verdict(comparisons), curvature_verdict(of_gpt, of_resnets), CAVEATS]
+    verdicts = [PAPERS_READING, js0_verdict(comparisons), verdict, CAVEATS]
     summary = "\n\n".join(tables + verdicts)
     (folder / "comparison.txt").write_text(f"{summary}\n")
     found = {"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges}
