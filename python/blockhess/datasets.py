@@ -1,4 +1,4 @@
-"""The two data sets shipped with the package, characters of Shakespeare and images of Fashion-MNIST; idx files.
+"""The two data sets shipped with the package, characters of Shakespeare and images of Fashion-MNIST.
 
 Batches depend on the arguments only: the same seed gives the same batch on every machine, and torch's global generator
 is neither used nor changed. Sources and licenses: data/README.md.
@@ -6,12 +6,8 @@ is neither used nor changed. Sources and licenses: data/README.md.
 
 from __future__ import annotations
 
-import gzip
-import struct
 from collections.abc import Iterable
 from importlib.resources import files
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,7 +133,8 @@ def fashion_mnist(num_images: int | None = None, *, split: str = "train") -> tup
         >>> images.shape, labels.shape
         (torch.Size([32, 1, 28, 28]), torch.Size([32]))
     """
-    _check_split("fashion_mnist", split)
+    if split not in ("train", "test"):
+        raise ValueError(f'fashion_mnist: split must be "train" or "test", got {split!r}')
     source = files("blockhess") / "data" / "fashion_mnist_5k.npz"
     with source.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         pixels, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
@@ -147,54 +144,3 @@ def fashion_mnist(num_images: int | None = None, *, split: str = "train") -> tup
     images = torch.from_numpy(pixels[:count]).to(torch.float32).div_(255)
     images = images.sub_(_FASHION_MNIST_MEAN).div_(_FASHION_MNIST_STD).unsqueeze(1)
     return images, torch.from_numpy(labels[:count].astype(np.int64))
-
-
-def idx_images(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Read the images and labels of MNIST, Fashion-MNIST or another data set in their file format.
-
-    Args:
-        folder: contains train-images-idx3-ubyte and train-labels-idx1-ubyte (t10k-... for "test"), plain or as .gz.
-        split: "train" or "test".
-
-    Returns:
-        Images (n, 1, height, width) float32, standardized to mean 0 and standard deviation 1 over the split, and labels
-        (n,) int64.
-
-    Raises:
-        ValueError: split has another value, a file is missing or broken, or the files differ in length.
-
-    Source: the idx format, http://yann.lecun.com/exdb/mnist.
-
-    Example:
-        >>> images, labels = idx_images("MNIST/raw")
-    """
-    _check_split("idx_images", split)
-    stem = "train" if split == "train" else "t10k"
-    pixels = _idx(Path(folder) / f"{stem}-images-idx3-ubyte", 3)
-    labels = _idx(Path(folder) / f"{stem}-labels-idx1-ubyte", 1)
-    if len(pixels) != len(labels) or len(pixels) == 0:
-        raise ValueError(
-            f"idx_images: {folder} must hold as many labels as images, got {len(labels)} and {len(pixels)}"
-        )
-    images = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(1)
-    return (images - images.mean()) / images.std(), torch.from_numpy(labels.astype(np.int64))
-
-
-def _check_split(op: str, split: str) -> None:
-    if split not in ("train", "test"):
-        raise ValueError(f'{op}: split must be "train" or "test", got {split!r}')
-
-
-def _idx(path: Path, ndim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Read an idx file of bytes: magic number 0x0000 08 ndim, sizes as big-endian int32, then the entries."""
-    packed = path.with_name(f"{path.name}.gz")
-    try:
-        content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"idx_images: cannot read {path} or {packed.name}: {error}") from None
-    header = 4 * (1 + ndim)
-    known = len(content) >= header and content[:4] == bytes([0, 0, 8, ndim])
-    shape = struct.unpack(f">{ndim}i", content[4:header]) if known else ()
-    if not known or np.prod(shape) != len(content) - header:
-        raise ValueError(f"idx_images: {path} must be an idx file of bytes with {ndim} dimensions")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

@@ -110,8 +110,8 @@ def _compiler() -> Outcome:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return True, f"none: {compiler!r} is not on PATH", "only building needs one (Debian: apt install g++)"
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20)
-    return True, done.stdout.splitlines()[0] if done.stdout else compiler, ""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
+    return True, version.splitlines()[0] if version else compiler, ""
 
 
 def _extension() -> Outcome:
@@ -179,19 +179,14 @@ def _known_network() -> Outcome:
     x = torch.linspace(-2, 2, 32, dtype=torch.float64).cos().view(8, 4)
     batch, loss = (x, x.sum(1, keepdim=True)), nn.MSELoss()
     spectra = blockhess.spectrum(model, batch, loss, num_probes=2, engine="autograd", progress=False)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    hessian = torch.func.hessian(lambda p: loss(functional_call(model, p, (x,)), batch[1]))(parameters)
     error, largest = 0.0, 0.0
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-
-        def block_loss(flat: torch.Tensor, name: str = name, shape: torch.Size = parameter.shape) -> torch.Tensor:
-            value: torch.Tensor = loss(functional_call(model, {name: flat.view(shape)}, (x,)), batch[1])
-            return value
-
-        flat = parameter.detach().flatten()
-        hessian = torch.autograd.functional.hessian(block_loss, flat)  # type: ignore[no-untyped-call]
-        eigenvalues = torch.linalg.eigvalsh(hessian)
+    for number, (name, dim) in enumerate(zip(spectra.names, spectra.dims)):
+        eigenvalues = torch.linalg.eigvalsh(hessian[name][name].reshape(dim, dim))
         scale = float(eigenvalues.abs().max())
         block = spectra[name]
-        found = torch.tensor([block.lambda_min, block.lambda_max, block.trace / block.dim], dtype=torch.float64)
+        found = torch.tensor([block.lambda_min, block.lambda_max, block.trace / dim], dtype=torch.float64)
         expected = torch.stack([eigenvalues[0], eigenvalues[-1], eigenvalues.mean()])
         count = 3 if spectra.quadrature.is_exact(number) else 2  # the trace of an estimated block is random
         error = max(error, float((found - expected)[:count].abs().max()) / scale)

@@ -1,8 +1,8 @@
 """The `blockhess` command: runs one command line and turns errors into exit codes, see cli.commands.EXIT_CODES.
 
-Errors that need no change of this package (wrong input, missing packages, RuntimeErrors of torch or of the user's model)
-are reported in one line; all others keep their traceback, and so does every error if BLOCKHESS_TRACEBACK is set. Only
-commands that compute import torch, so `blockhess --help` is fast.
+Wrong input, missing packages, and RuntimeErrors of torch or of the user's model are reported in one line. All other
+errors keep their traceback, and so does every error if BLOCKHESS_TRACEBACK is set. Only commands that compute import
+torch, so `blockhess --help` is fast.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockhess.models.images import check_images
-
 
 @dataclass(frozen=True)
 class ResNetConfig:
@@ -44,6 +42,12 @@ class ResNetConfig:
             raise ValueError(f'ResNetConfig: stem must be "imagenet" or "small", got {self.stem!r}')
 
 
+def check_images(op: str, images: Tensor, channels: int) -> None:
+    """Raise ValueError, naming `op`, unless images are (batch, channels, height, width)."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"{op}: images must be (batch, {channels}, height, width), got {tuple(images.shape)}")
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm, and a shortcut around them."""
 
@@ -67,8 +71,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual image classifier.
 
-    Initialized from torch's global generator: convolutions Kaiming normal with fan_out, BatchNorm weights 1 and biases 0,
-    the output layer as by nn.Linear.
+    Initialized from torch's global generator: convolutions Kaiming normal with fan_out, BatchNorm weights 1 and biases
+    0, the output layer as by nn.Linear.
 
     Args:
         config: sizes; the default is ResNet18 for ImageNet.
