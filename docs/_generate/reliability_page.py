@@ -22,7 +22,6 @@ TARGETS = {
     "result": "result files, `blockhess.load`",
     "state": "state files, `runs.store.read`",
     "text": "texts of a run, `runs.store.read_json`",
-    "config": "configurations, `runs.config.load_config`",
     "crashes": "writes of states under random faults of the disk, `runs.store.write`",
 }
 
@@ -41,7 +40,7 @@ def fuzz_part(content: dict[str, Any]) -> str:
         if (c := content.get(name))
     ]
     missing = [what for name, what in TARGETS.items() if name not in content]
-    made = sorted({f"seed {c['seed']}; {machine(c)}" for c in content.values()})
+    made = sorted({f"seed {c['seed']}; {machine(c)}" for name, c in content.items() if name in TARGETS})
     return "\n".join(
         [
             "| what | inputs | accepted | refused | findings | slowest, s | memory, MiB |",

@@ -1,4 +1,4 @@
-"""A plain-text table with aligned columns, as `spectra.table()` and the command line print it."""
+"""Text for terminals: aligned tables, numbers, escaped names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """The text with every character that a terminal would act on, or not show, written as its escape.
-
-    Names in files come from whoever made them.
+    """Return the text with every control or unprintable character escaped; names in files may hold any.
 
     Example:
         >>> print(printable("w\\x1b[2J"))
@@ -18,12 +16,12 @@ def printable(text: str) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return header, a rule and rows as aligned lines; columns that are empty in every row are left out.
+    """Return the header, a rule and the rows as aligned lines, without the columns that are empty in every row.
 
     Args:
         header: column titles.
         rows: cells, one per column.
-        left: how many leading columns stand flush left; the others are numbers, flush right.
+        left: number of leading columns to left-align; the others are right-aligned.
 
     Example:
         >>> print(format_table(["block", "dim"], [["w", "12"], ["bias", "4"]]))
@@ -43,7 +41,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Return value with so many significant digits in exponent form, "0" for zero, "-" for NaN.
+    """Return the value in exponent form with this many significant digits; "0" for zero, "-" for NaN.
 
     Example:
         >>> number(0.012345), number(0.0), number(float("nan"))

@@ -1,17 +1,13 @@
-"""The two real data sets shipped with the package: characters of Shakespeare, images of Fashion-MNIST; idx files too.
+"""The two data sets shipped with the package, characters of Shakespeare and images of Fashion-MNIST.
 
-A batch is a pure function of its arguments: the same seed gives the same batch on every machine, and torch's
-global generator is neither read nor moved. Sources and licences: data/README.md.
+Batches depend on the arguments only: the same seed gives the same batch on every machine, and torch's global generator
+is neither used nor changed. Sources and licenses: data/README.md.
 """
 
 from __future__ import annotations
 
-import gzip
-import struct
 from collections.abc import Iterable
 from importlib.resources import files
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +20,10 @@ _FASHION_MNIST_STD = 0.3530
 
 
 class CharText:
-    """A text as integer characters, and windows of it as language-model batches.
+    """A text, encoded by character, and batches of it for language models.
 
     Args:
-        text: the characters; the vocabulary is the sorted set of them.
+        text: characters; the vocabulary is the sorted set of them.
 
     Raises:
         ValueError: text is empty.
@@ -48,7 +44,7 @@ class CharText:
         self.tokens = self.encode(text)
 
     def encode(self, text: str) -> Tensor:
-        """Return the vocabulary indices (len(text),) int64 of text.
+        """Return the vocabulary indices of text, (len(text),) int64.
 
         Raises:
             ValueError: a character is not in the vocabulary.
@@ -65,10 +61,10 @@ class CharText:
     def batches(
         self, num_batches: int = 1, *, batch_size: int = 8, context: int = 64, seed: int = 0
     ) -> list[tuple[Tensor, Tensor]]:
-        """Windows at random offsets, with the character that follows each position as its target.
+        """Draw windows at random offsets; the target of each character is the one that follows it.
 
         Args:
-            num_batches: how many batches.
+            num_batches: number of batches.
             batch_size: windows per batch.
             context: characters per window.
             seed: of the offsets.
@@ -77,25 +73,24 @@ class CharText:
             num_batches pairs (x, y), each (batch_size, context) int64; y[:, t] follows x[:, t] in the text.
 
         Raises:
-            ValueError: a size is below 1, or the text is shorter than a window and its last target.
+            ValueError: a size is below 1, or the text has no more than `context` characters.
 
         Example:
             >>> [(x, y)] = shakespeare().batches(batch_size=2, context=16)
             >>> x.shape, bool((x[:, 1:] == y[:, :-1]).all())
             (torch.Size([2, 16]), True)
         """
-        return windows(
-            self.tokens, num_batches, batch_size=batch_size, context=context, seed=seed, op="CharText.batches"
-        )
+        sizes = {"batch_size": batch_size, "context": context}
+        return windows(self.tokens, num_batches, **sizes, seed=seed, op="CharText.batches")
 
 
 def windows(
     tokens: Tensor | np.ndarray[Any, Any], num_batches: int, *, batch_size: int, context: int, seed: int, op: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Language-model batches of any tokens (n,), also of a file mapped into memory: see CharText.batches.
+    """Draw batches for language models from tokens (n,), which may be a memory-mapped array; see CharText.batches.
 
     Raises:
-        ValueError: a size is below 1, or there are too few tokens for a window and its last target; names op.
+        ValueError: a size is below 1, or there are no more than `context` tokens; the message names `op`.
     """
     for name, value in (("num_batches", num_batches), ("batch_size", batch_size), ("context", context)):
         if value < 1:
@@ -110,7 +105,7 @@ def windows(
 
 
 def shakespeare() -> CharText:
-    """Eight plays of Shakespeare, 1,036,489 characters over a vocabulary of 76.
+    """Return eight plays of Shakespeare: 1,036,489 characters, with a vocabulary of 76.
 
     Source: Project Gutenberg (public domain).
     """
@@ -118,27 +113,28 @@ def shakespeare() -> CharText:
 
 
 def fashion_mnist(num_images: int | None = None, *, split: str = "train") -> tuple[Tensor, Tensor]:
-    """The first images of the shipped part of Fashion-MNIST, which is itself a random draw.
+    """Return the first images of the shipped part of Fashion-MNIST, a random sample of it.
 
     Args:
-        num_images: how many; None means all of the split: 4,096 of "train" or 1,024 of "test".
+        num_images: number of images; None means all of the split: 4,096 of "train" or 1,024 of "test".
         split: "train" or "test".
 
     Returns:
-        Images (num_images, 1, 28, 28) float32 with mean near 0 and standard deviation near 1, and labels
+        Images (num_images, 1, 28, 28) float32 with mean about 0 and standard deviation about 1, and labels
         (num_images,) int64 in 0..9.
 
     Raises:
-        ValueError: split has another name, or num_images is below 1 or above what there is.
+        ValueError: split has another value, or num_images is out of range.
 
-    Source: Xiao, Rasul, Vollgraf 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence).
+    Source: Xiao, Rasul, Vollgraf 2017, https://github.com/zalandoresearch/fashion-mnist (MIT license).
 
     Example:
         >>> images, labels = fashion_mnist(32)
         >>> images.shape, labels.shape
         (torch.Size([32, 1, 28, 28]), torch.Size([32]))
     """
-    _check_split("fashion_mnist", split)
+    if split not in ("train", "test"):
+        raise ValueError(f'fashion_mnist: split must be "train" or "test", got {split!r}')
     source = files("blockhess") / "data" / "fashion_mnist_5k.npz"
     with source.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         pixels, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
@@ -148,52 +144,3 @@ def fashion_mnist(num_images: int | None = None, *, split: str = "train") -> tup
     images = torch.from_numpy(pixels[:count]).to(torch.float32).div_(255)
     images = images.sub_(_FASHION_MNIST_MEAN).div_(_FASHION_MNIST_STD).unsqueeze(1)
     return images, torch.from_numpy(labels[:count].astype(np.int64))
-
-
-def idx_images(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Read the images and labels of MNIST, Fashion-MNIST or another set in their file format.
-
-    Args:
-        folder: holds train-images-idx3-ubyte and train-labels-idx1-ubyte (t10k-... for "test"), plain or with .gz.
-        split: "train" or "test".
-
-    Returns:
-        Images (n, 1, height, width) float32, shifted and scaled to mean 0 and standard deviation 1 over the split, and
-        labels (n,) int64.
-
-    Raises:
-        ValueError: split has another name, a file is missing or broken, or the two do not belong together.
-
-    Source: the idx format, http://yann.lecun.com/exdb/mnist.
-
-    Example:
-        >>> images, labels = idx_images("MNIST/raw")
-    """
-    _check_split("idx_images", split)
-    stem = "train" if split == "train" else "t10k"
-    pixels = _idx(Path(folder) / f"{stem}-images-idx3-ubyte", 3)
-    labels = _idx(Path(folder) / f"{stem}-labels-idx1-ubyte", 1)
-    if len(pixels) != len(labels) or len(pixels) == 0:
-        raise ValueError(f"idx_images: {folder} must hold a label an image, got {len(pixels)} and {len(labels)}")
-    images = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(1)
-    return (images - images.mean()) / images.std(), torch.from_numpy(labels.astype(np.int64))
-
-
-def _check_split(op: str, split: str) -> None:
-    if split not in ("train", "test"):
-        raise ValueError(f'{op}: split must be "train" or "test", got {split!r}')
-
-
-def _idx(path: Path, ndim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """An idx file of bytes: magic number 0x0000 08 ndim, sizes as big-endian int32, then the entries."""
-    packed = path.with_name(f"{path.name}.gz")
-    try:
-        content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"idx_images: cannot read {path} or {packed.name}: {error}") from None
-    header = 4 * (1 + ndim)
-    known = len(content) >= header and content[:4] == bytes([0, 0, 8, ndim])
-    shape = struct.unpack(f">{ndim}i", content[4:header]) if known else ()
-    if not known or np.prod(shape) != len(content) - header:
-        raise ValueError(f"idx_images: {path} must be an idx file of bytes with {ndim} dimensions")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

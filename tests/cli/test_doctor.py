@@ -18,7 +18,7 @@ from blockhess.cli.main import main
 def test_all_is_well_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert text.endswith("All is well.\n") and "FAIL" not in text
+    assert text.endswith("All checks passed.\n") and "FAIL" not in text
     assert torch.__version__ in text and "instruction_set" in text and "(42.3356164608)" in text
 
 

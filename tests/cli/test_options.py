@@ -59,19 +59,13 @@ def unknown():
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with jobs, a configuration of each, and a result whose blocks have names beyond ASCII."""
+    """A working directory with jobs, and a result whose blocks have names beyond ASCII."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.py").write_text(JOB)
-    for name in ("good", "other_sizes", "unknown"):
-        (tmp_path / f"{name}.toml").write_text(f'job = "job.py:{name}"')
     names = ["первый.weight", "second.weight"]
     nodes, weights = [[[1.0, 5.0], [-2.0, 3.0]]], [[[0.5, 0.5], [0.2, 0.8]]]
     make_spectra(nodes, weights, dims=[2, 2], names=names).save("result.npz")
     return tmp_path
-
-
-def run_arguments(name: str) -> list[str]:
-    return ["run", f"{name}.toml", "--allow", f"job.py:{name}"]
 
 
 # ---- JSON
@@ -98,12 +92,12 @@ def test_json_of_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_of_a_run_and_of_what_is_made_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = as_json(capsys, *run_arguments("good"))
+    told = as_json(capsys, "run", "job.py:good")
     assert told["written"] == "run/spectra.npz" and [b["block"] for b in told["blocks"]] == ["weight", "bias"]
     told = as_json(capsys, "status", "run", "--save", "so_far.npz")
     assert told["finished"] and told["prepared"] and told["hvps"] == told["most"] > 0 and told["seconds_left"] == 0
     blockhess.spectrum(**load("job.py:good") | {"first_probe": 1}).save("later.npz")
-    told = as_json(capsys, "merge", "joined.npz", "run", "later.npz")
+    told = as_json(capsys, "merge", "run", "later.npz", "--out", "joined.npz")
     assert told["written"] == "joined.npz" and "2 gaussian probes" in told["summary"]
     told = as_json(capsys, "report", "run", "joined.npz", "--out", "page.html")
     assert told["written"] == "page.html" and len(told["results"]) == 2 and (here / "page.html").exists()
@@ -181,17 +175,17 @@ def test_exit_codes_are_documented() -> None:
 def test_a_model_that_fails_is_told_in_one_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in (run_arguments("other_sizes"), ["plan", "job.py:other_sizes"]):
+    for arguments in (["run", "job.py:other_sizes"], ["plan", "job.py:other_sizes"]):
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert told == "blockhess: mat1 and mat2 shapes cannot be multiplied (4x5 and 3x1)\n"
     monkeypatch.setenv("BLOCKHESS_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        main(run_arguments("other_sizes"))
+        main(["run", "job.py:other_sizes"])
 
 
 def test_other_errors_keep_their_traceback(here: Path) -> None:
-    command = [sys.executable, "-m", "blockhess.cli.main", *run_arguments("unknown")]
+    command = [sys.executable, "-m", "blockhess.cli.main", "run", "job.py:unknown"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and 'return {}["model"]' in done.stderr
 
@@ -250,12 +244,12 @@ def test_a_folder_without_a_run(command: str, here: Path, capsys: pytest.Capture
         assert main([command, "folder"]) == 2
         told = capsys.readouterr().err
         assert told.startswith(f"blockhess: {command}: ") and "folder" in told and told.count("\n") == 1
-        assert ("blockhess run CONFIG --out folder" if command == "status" else f"{command} folder/NAME.npz") in told
+        assert ("blockhess run JOB --out folder" if command == "status" else f"{command} folder/NAME.npz") in told
         (here / "folder/notes.txt").touch()
 
 
 def test_show_and_report_of_a_run_that_is_not_finished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(run_arguments("good")) == 0
+    assert main(["run", "job.py:good"]) == 0
     whole = blockhess.load("run/spectra.npz")
     os.remove("run/spectra.npz")  # as if it had been killed before the last file
     capsys.readouterr()

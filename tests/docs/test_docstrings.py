@@ -44,7 +44,7 @@ TESTS = {
 }
 # They need files or packages that are not here, or minutes.
 NOT_RUN = {
-    "blockhess.cli.config.Config.arguments", "blockhess.cli.demo.run", "blockhess.datasets.idx_images",
+    "blockhess.cli.demo.run", "blockhess_paper.datasets.image_files.idx_images",
     "blockhess.integrations.checkpoints.spectra_of_checkpoints", "blockhess.integrations.pandas.block_dataframe",
     "blockhess.integrations.pandas.pair_dataframe", "blockhess.integrations.tensorboard.log_spectra",
     "blockhess_paper.datasets.image_files.ImageFolder", "blockhess_paper.datasets.image_files.cifar10",

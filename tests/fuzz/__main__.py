@@ -21,15 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.environment import describe
-from tests.fuzz.config_files import ConfigFiles
 from tests.fuzz.result_files import ResultFiles
 from tests.fuzz.state_crashes import StateCrashes
 from tests.fuzz.state_files import StateFiles, StateTexts
 from tests.fuzz.targets import Target
 
-TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (ResultFiles, StateFiles, StateTexts, ConfigFiles, StateCrashes)
-}
+TARGETS: dict[str, type[Target]] = {t.name: t for t in (ResultFiles, StateFiles, StateTexts, StateCrashes)}
 CHUNK = 10_000  # inputs between two writes of --out
 RAM_DISK = "/dev/shm"  # syncs cost nothing there
 LIMIT_SECONDS = 10

@@ -94,7 +94,9 @@ def wrapped(rank: int) -> Any:
 
 
 def other_option(rank: int) -> Any:
-    return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS | {"num_probes": 3 + rank}))
+    return values(
+        blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS | {"num_probes": 3 + rank})
+    )
 
 
 def other_model(rank: int) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockhess.datasets import idx_images
+from blockhess_paper.datasets.image_files import idx_images
 from blockhess_paper.scaled_mlp.mlp import (
     BATCH_SIZE,
     Images,

@@ -15,8 +15,8 @@ from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import partition
 from blockhess.problem.losses import make_loss
 from blockhess.problem.problem import Problem
-from blockhess.run.costs import product_costs
 from blockhess.results.unit import Unit
+from blockhess.run.costs import product_costs
 from blockhess.run.split_work import items_of, shared
 from blockhess.run.storage import directory
 from tests.helpers import distributed_cases as cases
@@ -147,7 +147,9 @@ def test_parallel_needs_a_process_group():
         blockhess.spectrum(cases.model(), cases.batches(), cases.LOSS, parallel="recurrences", **cases.OPTIONS)
 
 
-@pytest.mark.parametrize(("parallel", "places"), [("recurrences", [(2, 3), (4, 2), (1, None)]), ("data", [(2, 4), (2, None)])])
+@pytest.mark.parametrize(
+    ("parallel", "places"), [("recurrences", [(2, 3), (4, 2), (1, None)]), ("data", [(2, 4), (2, None)])]
+)
 def test_a_killed_rank_costs_nothing_that_was_finished(tmp_path, parallel, places):
     found, killed = cases.killed_and_resumed(tmp_path, parallel, places)
     assert killed == len(places) - 1

@@ -59,12 +59,12 @@ def test_traffic_is_that_of_a_ring():
 def test_plan_for_gpus(tmp_path, capsys):
     (tmp_path / "job.py").write_text(JOB)
     job = f"{tmp_path / 'job.py'}:make"
-    assert main(["plan", job, "--gpus", "4", "--batch-ranks", "2"]) == 0
+    assert main(["plan", job, "--gpus", "4", "--data-parallel", "2"]) == 0
     assert "4: 2 share recurrences x 2 share batches" in capsys.readouterr().out
     assert main(["plan", job, "--gpus", "4", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["work"] == 4 and all(each.keys() >= {"first_probe", "blocks"} for each in told["plan"]["passes"])
-    assert main(["plan", job, "--gpus", "3", "--batch-ranks", "2"]) != 0
+    assert main(["plan", job, "--gpus", "3", "--data-parallel", "2"]) != 0
     assert "must divide" in capsys.readouterr().err
 
 

@@ -424,8 +424,8 @@ def test_runs_of_other_probes_are_one_run(given, tmp_path):
         assert torch.equal(getattr(merged.quadrature, name), getattr(whole.quadrature, name))
     assert merged.provenance["hvps"] == whole.provenance["hvps"] and len(merged.provenance["merged"]) == 3
     files = [part.save(tmp_path / f"{i}.npz") for i, part in enumerate(parts)]
-    assert main(["merge", str(tmp_path / "all.npz"), *map(str, files)]) == 0
-    assert main(["merge", *map(str, files)]) == 2  # no result named: the first run is not written over
+    assert main(["merge", *map(str, files), "--out", str(tmp_path / "all.npz")]) == 0
+    assert main(["merge", *map(str, files)]) == main(["merge", *map(str, files), "--out", str(files[0])]) == 2
     assert same_bits(blockhess.load(files[0]), parts[0])
     assert same_bits(blockhess.load(tmp_path / "all.npz"), merged)
     longer = blockhess.extend(merged, *given, num_probes=8)

@@ -138,8 +138,6 @@ JOB = """
 import torch
 def job():
     return {"model": torch.nn.Linear(3, 2), "data": (torch.ones(4, 3), torch.ones(4, 2)), "loss_fn": torch.nn.MSELoss()}
-def wrong():
-    return {"model": torch.nn.Linear(3, 2)}
 """
 
 
@@ -148,18 +146,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     file.write_text(JOB)
     assert main(["plan", f"{file}:job", "--probes", "2", "--steps", "4", "--engine", "autograd"]) == 0
     assert f"{2 * (4 + 2)} of one block" in capsys.readouterr().out
-    for job, text in (
-        (f"{file}:wrong", "must return a mapping with 'model', 'data'"),
-        (f"{file}:nothing", "must have a function 'nothing'"),
-        (str(tmp_path / "other.py:job"), "must be there"),
-        ("no_such_module:job", "must be there"),
-        ("job", "must be FILE.py:FUNCTION or MODULE:FUNCTION, got 'job'"),
-    ):
-        assert main(["plan", job]) == 2
-        assert text in capsys.readouterr().err
-    (tmp_path / "needy.py").write_text("import no_such_dependency\n")
-    assert main(["plan", f"{tmp_path / 'needy.py'}:job"]) == 2
-    assert "imports the module 'no_such_dependency', which must be installed" in capsys.readouterr().err
     assert main(["plan", f"{file}:job", "--tol", "2"]) == 2
     assert "tol must be above 0 and at most 1" in capsys.readouterr().err
     assert main(["plan", f"{file}:job", "--memory-budget", "much"]) == 2

@@ -1,0 +1,1 @@
+"""The `blockhess` command: its commands, options, demo, self-tests and job files."""

@@ -1,8 +1,8 @@
-"""The main job: is a Transformer's Hessian more heterogeneous, block by block, than a CNN's? On real data, in minutes.
+"""`blockhess demo`: does the Hessian of a Transformer differ more from block to block than that of a CNN?
 
-A small GPT on Shakespeare and a small ResNet on Fashion-MNIST, both at initialisation, every parameter tensor a block,
-the ResNet under both BatchNorm policies. The verdict is derived from the measured numbers and says so where they do
-not support the paper (Zhang et al. 2024). Every result is written as soon as it is there.
+A small GPT on Shakespeare and a small ResNet on Fashion-MNIST, both at initialization, with one block per parameter
+tensor, and the ResNet with both BatchNorm statistics. The conclusions follow from the measured numbers, whether or not
+they agree with the paper (Zhang et al. 2024).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from blockhess.report.text import curvature_range, describe, weights_only
 from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
 
-# The paper's code smooths with sigma^2 = 1e-5 whatever the scale of the loss.
-PAPER_SIGMA = 1e-5**0.5
+PAPER_SIGMA = 1e-5**0.5  # of the paper's code, whatever the scale of the loss
 
-# Factors between blocks tell two models apart if one is this many times the other.
+# The ratio above which the curvature factors of two models are called different.
 CLEAR_FACTOR = 10
 
 TEXT_WIDTH = 110
@@ -43,36 +42,80 @@ BATCHNORM_MEANINGS = {
     "batch": "statistics of the batch, as in training",
 }
 
+JS0_TITLE = """\
+How much do the spectra of a model's blocks differ? JS0, the mean Jensen-Shannon distance over all pairs of blocks,
+base 2, linear axis: 0 if all are equal, 1 if no two overlap. "noise": an upper estimate of what the random probes add
+to it."""
+
+CURVATURE_TITLE = """\
+How much do they differ in size? The largest |eigenvalue| of a weight block is what limits its learning rate."""
+
+PAPERS_READING = """\
+The paper's reading: where all blocks have similar Hessian spectra (small JS0, CNNs), one learning rate suits them
+all and SGD does as well as Adam; where spectra differ from block to block (large JS0, Transformers), SGD's one rate
+is wrong for most of them, and Adam's rates per coordinate are needed."""
+
+CAVEATS = """\
+Before you quote any of this:
+- JS0 depends on the BatchNorm statistics. Running statistics are the identity at initialization, so 'eval' is a
+  network without normalization; 'batch' is what training differentiates.
+- JS0 depends on sigma. 1% of a model's own range is independent of the scale of the loss, but then all blocks far
+  flatter than the sharpest look like one spike at 0. A fixed sigma resolves smaller eigenvalues, but depends on the
+  scale, and far below range / steps it resolves single Lanczos nodes instead of a density.
+- The noise is the distance of a block to itself, from two halves of the probes; more --probes make it smaller. It
+  does not contain the error of too few --steps.
+- These are tiny models at initialization, one seed, few samples. The paper's JS0 (0.10 for ResNet18, 14.93 for a
+  GPT of 10.7M) has no published definition and is not on this scale, which ends at 1.
+- Spectra describe the loss surface. Which optimizer is better is decided by training with both."""
+
+# Winners of the clear rows -> conclusion.
+CONCLUSIONS = {
+    (): "No row is clear: the noise of the probes hides any difference between the two models, so these numbers say "
+    "nothing about the paper's reading. Take more probes.",
+    ("GPT",): "Wherever the answer is clear ({clear}), the GPT's blocks differ more from each other than the "
+    "ResNet's. That agrees with the paper's reading: one learning rate (SGD) should suit the ResNet better than the "
+    "GPT, which should gain more from Adam.",
+    ("ResNet",): "Wherever the answer is clear ({clear}), the ResNet's blocks differ more from each other than the "
+    "GPT's. That is the opposite of what the paper's reading expects, and no reason to think that the GPT needs Adam "
+    "more.",
+    ("GPT", "ResNet"): "The rows disagree: the paper's reading holds for some choices of sigma, blocks and BatchNorm "
+    "statistics and not for others, so JS0 alone does not say that the GPT needs Adam and the ResNet does not.",
+}
+
 
 @dataclass(frozen=True)
 class Size:
-    """How large the models, the data and the estimate are."""
+    """Sizes of the models, of the data and of the estimate."""
 
-    layers: int
-    width: int
-    heads: int
-    context: int
+    gpt: GPTConfig
+    resnet: ResNetConfig
     windows: int
-    resnet_width: int
-    resnet_stages: int
     images: int
     num_probes: int
     num_steps: int
 
 
-FULL = Size(2, 64, 4, 64, 8, resnet_width=8, resnet_stages=3, images=32, num_probes=6, num_steps=40)
-QUICK = Size(1, 16, 2, 16, 4, resnet_width=4, resnet_stages=1, images=8, num_probes=2, num_steps=8)
+FULL = Size(
+    GPTConfig(vocab_size=76, context=64, num_layers=2, num_heads=4, width=64),
+    ResNetConfig(width=8, blocks_per_stage=(1, 1, 1), num_classes=10, in_channels=1, stem="small"),
+    windows=8, images=32, num_probes=6, num_steps=40,
+)  # fmt: skip
+QUICK = Size(
+    GPTConfig(vocab_size=76, context=16, num_layers=1, num_heads=2, width=16),
+    ResNetConfig(width=4, blocks_per_stage=(1,), num_classes=10, in_channels=1, stem="small"),
+    windows=4, images=8, num_probes=2, num_steps=8,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """JS0 of the GPT and the ResNet under one sigma rule, block set and BatchNorm policy.
+    """JS0 of the GPT and of the ResNet for one sigma, one set of blocks and one choice of BatchNorm statistics.
 
     Attributes:
-        sigma, blocks: the rule and the block set, in words.
-        batchnorm: policy of the ResNet.
+        sigma, blocks: descriptions of the sigma and of the set of blocks.
+        batchnorm: BatchNorm statistics of the ResNet.
         gpt, resnet: JS0.
-        gpt_noise, resnet_noise: by how much the random probes may have raised each of them; NaN where unknown.
+        gpt_noise, resnet_noise: upper estimates of what the random probes add to JS0; NaN if unknown.
     """
 
     sigma: str
@@ -85,23 +128,21 @@ class Comparison:
 
     @property
     def winner(self) -> str:
-        """The more heterogeneous model: "GPT", "ResNet", or "unclear" where noise may explain the difference."""
+        """The more heterogeneous model: "GPT", "ResNet", or "unclear" if noise may explain the difference."""
         if self.gpt - self.gpt_noise > self.resnet:
             return "GPT"
-        if self.resnet - self.resnet_noise > self.gpt:
-            return "ResNet"
-        return "unclear"
+        return "ResNet" if self.resnet - self.resnet_noise > self.gpt else "unclear"
 
 
 def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
     """Return the mean Jensen-Shannon distance between two estimates of the same block, each from half of the probes.
 
-    Random probes raise a distance on average (the divergence is convex), by about this much at most (triangle
-    inequality). NaN with a single probe.
+    The divergence is convex, so random probes increase a distance on average; by the triangle inequality, by at most
+    about this much. NaN with a single probe.
 
     Args:
-        spectra: a result with at least two probes.
-        sigma: width of the Gaussian.
+        spectra: result with at least two probes.
+        sigma: standard deviation of the Gaussian.
         blocks: names.
     """
     half = spectra.quadrature.num_probes // 2
@@ -110,13 +151,12 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
     rows = spectra.rows(blocks)
     halves = (slice(0, half), slice(half, 2 * half))
     parts = [spectra.quadrature.of_probes(probes).merged() for probes in halves]
-    nodes = torch.cat([nodes[rows] for nodes, _ in parts])
-    weights = torch.cat([weights[rows] for _, weights in parts])
+    nodes, weights = (torch.cat([values[rows] for values in half_values]) for half_values in zip(*parts))
     return float(js_matrix(nodes, weights, sigma=sigma)[: len(rows), len(rows) :].diagonal().mean())
 
 
 def compare(gpt: Spectra, resnet: Spectra) -> list[Comparison]:
-    """Return JS0 of both models under two sigma rules and for two block sets."""
+    """Return JS0 of both models for two sigmas and two sets of blocks."""
     comparisons = []
     for rule, sigma in (("1% of own range", None), (f"{PAPER_SIGMA:.3g} (paper)", PAPER_SIGMA)):
         for blocks in ("all", "weights only"):
@@ -130,21 +170,20 @@ def compare(gpt: Spectra, resnet: Spectra) -> list[Comparison]:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return the comparisons as aligned text, one a line."""
+    """Return the comparisons as a table, one per row."""
     header = ["sigma", "blocks", "BatchNorm", "GPT", "noise", "ResNet", "noise", "more heterogeneous"]
-    rows = []
-    for c in comparisons:
-        values = (c.gpt, c.gpt_noise, c.resnet, c.resnet_noise)
-        rows.append([c.sigma, c.blocks, c.batchnorm, *(f"{value:.3f}" for value in values), c.winner])
+    rows = [
+        [c.sigma, c.blocks, c.batchnorm]
+        + [f"{value:.3f}" for value in (c.gpt, c.gpt_noise, c.resnet, c.resnet_noise)]
+        + [c.winner]
+        for c in comparisons
+    ]
     return format_table(header, rows, left=3)
 
 
 def curvature_table(ranges: Mapping[str, tuple[float, float]]) -> str:
-    """Return the curvature_range of every result as aligned text, one a line."""
-    rows = [
-        [name, number(flattest), number(sharpest), _brief(_factor((flattest, sharpest)))]
-        for name, (flattest, sharpest) in ranges.items()
-    ]
+    """Return the curvature_range of every result as a table, one per row."""
+    rows = [[name, *map(number, curvatures), _brief(_factor(curvatures))] for name, curvatures in ranges.items()]
     return format_table(["largest |eigenvalue|", "flattest block", "sharpest block", "factor"], rows)
 
 
@@ -172,73 +211,24 @@ def curvature_verdict(gpt: tuple[float, float], resnets: Sequence[tuple[float, f
 
 
 def js0_verdict(comparisons: Sequence[Comparison]) -> str:
-    """Return what the comparisons say about the paper's reading, in words that follow from the numbers."""
+    """Return what the comparisons say about the paper's reading."""
     lines = []
-    for policy, meaning in BATCHNORM_MEANINGS.items():
-        winners = [c.winner for c in comparisons if c.batchnorm == policy]
+    for batchnorm, meaning in BATCHNORM_MEANINGS.items():
+        winners = [c.winner for c in comparisons if c.batchnorm == batchnorm]
         counts = ", ".join(f"{name} in {winners.count(name)}" for name in ("GPT", "ResNet", "unclear"))
-        lines.append(f"BatchNorm {policy!r} ({meaning}), {len(winners)} rows: {counts}.")
-
+        lines.append(f"BatchNorm {batchnorm!r} ({meaning}), {len(winners)} rows: {counts}.")
     winners = [c.winner for c in comparisons if c.winner != "unclear"]
-    clear = f"{len(winners)} of {len(comparisons)} rows"
-    if not winners:
-        conclusion = (
-            "No row is clear: the noise of the probes hides any difference between the two models, so these "
-            "numbers say nothing about the paper's reading. Take more probes."
-        )
-    elif set(winners) == {"GPT"}:
-        conclusion = (
-            f"Wherever the answer is clear ({clear}), the GPT's blocks differ more from each other than the "
-            "ResNet's. That agrees with the paper's reading: one learning rate (SGD) should suit the ResNet better "
-            "than the GPT, which should gain more from Adam."
-        )
-    elif set(winners) == {"ResNet"}:
-        conclusion = (
-            f"Wherever the answer is clear ({clear}), the ResNet's blocks differ more from each other than the "
-            "GPT's. That is the opposite of what the paper's reading expects, and no reason to think that the GPT "
-            "needs Adam more."
-        )
-    else:
-        conclusion = (
-            "The rows disagree: the paper's reading holds for some choices of sigma, blocks and BatchNorm policy "
-            "and not for others, so JS0 alone does not say that the GPT needs Adam and the ResNet does not."
-        )
-    return "\n".join([*lines, textwrap.fill(conclusion, TEXT_WIDTH)])
-
-
-JS0_TITLE = """\
-How much do the spectra of a model's blocks differ? JS0, the mean Jensen-Shannon distance over all pairs of blocks,
-base 2, linear axis: 0 where all are alike, 1 where they have nothing in common. "noise": what the random probes may
-have added to it."""
-
-CURVATURE_TITLE = """\
-How much do they differ in size? The largest |eigenvalue| of a weight block is what limits its learning rate."""
-
-PAPERS_READING = """\
-The paper's reading: where all blocks have similar Hessian spectra (small JS0, CNNs), one learning rate suits them
-all and SGD does as well as Adam; where spectra differ from block to block (large JS0, Transformers), SGD's one rate
-is wrong for most of them, and Adam's rates per coordinate are needed."""
-
-CAVEATS = """\
-Before you quote any of this:
-- JS0 depends on the BatchNorm policy. Running statistics are the identity at initialisation, so 'eval' looks at a
-  network without normalisation; 'batch' is what training differentiates.
-- JS0 depends on sigma. 1% of a model's own range does not care how the loss is scaled, but then blocks far flatter
-  than the sharpest are all one spike at 0, and alike. A fixed sigma sees smaller eigenvalues, but depends on scale,
-  and far below range / steps it resolves single Lanczos nodes instead of a density.
-- The noise is the distance of a block to itself, from two halves of the probes; more --probes make it smaller. It
-  does not contain what too few --steps do.
-- These are tiny models at initialisation, one seed, few samples. The paper's JS0 (0.10 for ResNet18, 14.93 for a
-  GPT of 10.7M) has no published definition and is not on this scale, which ends at 1.
-- Spectra describe the loss surface. Which optimizer wins is decided by training with both."""
+    conclusion = CONCLUSIONS[tuple(sorted(set(winners)))]
+    filled = textwrap.fill(conclusion.format(clear=f"{len(winners)} of {len(comparisons)} rows"), TEXT_WIDTH)
+    return "\n".join([*lines, filled])
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread: these tensors are too small for two to be much faster.
+    """Run PyTorch on one thread.
 
-    And where other programs keep the cores busy, threads that wait for each other in every operation are several times
-    slower than one.
+    These tensors are too small to gain from more, and on a busy machine threads that wait for each other in every
+    operation are several times slower than one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -250,7 +240,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model on its data, as spectrum takes them, and the stem of its files."""
+    """One model with its data, as arguments of `spectrum`, and the stem of its files."""
 
     stem: str
     title: str
@@ -259,63 +249,38 @@ class Subject:
     loss_fn: Callable[..., Any]
     batchnorm: str = "eval"
 
+    def arguments(self, num_probes: int, num_steps: int) -> dict[str, Any]:
+        """Return the arguments of `spectrum`."""
+        names = ("model", "data", "loss_fn", "batchnorm")
+        return {name: getattr(self, name) for name in names} | {"num_probes": num_probes, "num_steps": num_steps}
+
 
 def subjects(size: Size, seed: int) -> list[Subject]:
-    """Return the GPT and, with the same weights under both BatchNorm policies, the ResNet; all at initialisation."""
-    text = shakespeare()
-    windows = text.batches(batch_size=size.windows, context=size.context, seed=seed)
-    images = fashion_mnist(size.images)
+    """Return the GPT, and the ResNet twice: the same weights with either choice of BatchNorm statistics."""
+    windows = shakespeare().batches(batch_size=size.windows, context=size.gpt.context, seed=seed)
+    images, loss = fashion_mnist(size.images), nn.CrossEntropyLoss()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gpt = GPT(
-            GPTConfig(
-                vocab_size=len(text.vocabulary),
-                context=size.context,
-                num_layers=size.layers,
-                num_heads=size.heads,
-                width=size.width,
-            )
-        )
-        resnet = ResNet(
-            ResNetConfig(
-                width=size.resnet_width,
-                blocks_per_stage=(1,) * size.resnet_stages,
-                num_classes=10,
-                in_channels=1,
-                stem="small",
-            )
-        )
-    tokens = size.windows * size.context
-    on_images = f"ResNet on {size.images} images of Fashion-MNIST"
-    loss = nn.CrossEntropyLoss()
+        gpt, resnet = GPT(size.gpt), ResNet(size.resnet)
+    on_text = f"GPT on {size.windows * size.gpt.context} characters of Shakespeare"
+    on_images = f"ResNet on {size.images} images of Fashion-MNIST, BatchNorm"
     return [
-        Subject("gpt", f"GPT on {tokens} characters of Shakespeare", gpt, windows, next_token_loss),
+        Subject("gpt", on_text, gpt, windows, next_token_loss),
         *(
-            Subject(f"resnet_{policy}", f"{on_images}, BatchNorm {policy!r}: {meaning}", resnet, images, loss, policy)
-            for policy, meaning in BATCHNORM_MEANINGS.items()
+            Subject(f"resnet_{batchnorm}", f"{on_images} {batchnorm!r}: {meaning}", resnet, images, loss, batchnorm)
+            for batchnorm, meaning in BATCHNORM_MEANINGS.items()
         ),
     ]
 
 
 def gpt_job() -> dict[str, Any]:
-    """The demo's GPT as arguments of `spectrum`: a job that `blockhess plan` takes."""
-    return _job(subjects(FULL, seed=0)[0])
+    """Return the demo's GPT as arguments of `spectrum`: a job of `blockhess plan` and `blockhess run`."""
+    return subjects(FULL, seed=0)[0].arguments(FULL.num_probes, FULL.num_steps)
 
 
 def resnet_job() -> dict[str, Any]:
-    """The demo's ResNet, BatchNorm "eval", likewise."""
-    return _job(subjects(FULL, seed=0)[1])
-
-
-def _job(subject: Subject) -> dict[str, Any]:
-    return {
-        "model": subject.model,
-        "data": subject.data,
-        "loss_fn": subject.loss_fn,
-        "batchnorm": subject.batchnorm,
-        "num_probes": FULL.num_probes,
-        "num_steps": FULL.num_steps,
-    }
+    """Return the demo's ResNet, with BatchNorm "eval", likewise."""
+    return subjects(FULL, seed=0)[1].arguments(FULL.num_probes, FULL.num_steps)
 
 
 @one_thread()
@@ -329,20 +294,22 @@ def run(
     tol: float | None = None,
     sigma: float | None = None,
 ) -> dict[str, Any]:
-    """Run the demo: print tables, JS0 and what they suggest; write results and pictures into a folder.
+    """Run the demo: print tables, JS0 and conclusions, and write results and pictures into a folder.
+
+    Every result is written as soon as it is computed.
 
     Args:
-        out: folder, made where it is missing; files of an earlier run are replaced.
-        num_probes, num_steps: of every spectrum; None means the size's own.
-        seed: of the weights, the windows of text and the probes.
-        quick: take the tiny size, for a smoke test.
-        tol, sigma: as for `spectrum`; num_probes and num_steps are then the most. JS0 has sigmas of its own.
+        out: folder, made if it is missing; files of an earlier demo are replaced.
+        num_probes, num_steps: of every spectrum; None means those of the size.
+        seed: of the weights, the text windows and the probes.
+        quick: use the tiny size, for a smoke test.
+        tol, sigma: as for `spectrum`; num_probes and num_steps then are upper limits. JS0 has sigmas of its own.
 
     Returns:
-        what comparison.json holds.
+        The contents of comparison.json.
 
     Raises:
-        ValueError: the folder cannot be written, or a number breaks its rule.
+        ValueError: the folder cannot be written, or a number is out of range.
         ImportError: matplotlib is missing.
 
     Example:
@@ -361,51 +328,31 @@ def run(
         raise ImportError('demo: pictures need matplotlib; type: pip install "blockhess[cli]"')
 
     start = time.perf_counter()
-    results = []
-    todo = subjects(size, seed)
-    for position, subject in enumerate(todo, 1):
-        print(f"[{position}/{len(todo)}] {subject.title}", flush=True)
-        spectra = blockhess.spectrum(
-            subject.model,
-            subject.data,
-            subject.loss_fn,
-            num_probes=num_probes,
-            num_steps=num_steps,
-            tol=tol,
-            sigma=sigma,
-            seed=seed,
-            batchnorm=subject.batchnorm,
-        )
+    results: dict[str, Spectra] = {}
+    for subject in (todo := subjects(size, seed)):
+        print(f"[{len(results) + 1}/{len(todo)}] {subject.title}", flush=True)
+        spectra = blockhess.spectrum(**subject.arguments(num_probes, num_steps), tol=tol, sigma=sigma, seed=seed)
         spectra.save(folder / f"{subject.stem}.npz")
         text = describe(spectra)
         print(f"{text}\n", flush=True)
         (folder / f"{subject.stem}.txt").write_text(f"{subject.title}\n{text}\n")
         spectra.plot(folder / f"{subject.stem}_spectra.png")
         spectra.heatmap(folder / f"{subject.stem}_heatmap.png")
-        results.append(spectra)
+        results[subject.stem] = spectra
 
-    gpt, *resnets = results
+    gpt, *resnets = results.values()
     comparisons = [comparison for resnet in resnets for comparison in compare(gpt, resnet)]
-    ranges = {subject.stem: curvature_range(spectra) for subject, spectra in zip(todo, results)}
+    ranges = {stem: curvature_range(spectra) for stem, spectra in results.items()}
     of_gpt, *of_resnets = ranges.values()
-    summary = "\n\n".join(
-        [
-            JS0_TITLE,
-            comparison_table(comparisons),
-            CURVATURE_TITLE,
-            curvature_table(ranges),
-            PAPERS_READING,
-            js0_verdict(comparisons),
-            textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH),
-            CAVEATS,
-        ]
-    )
+    verdict = textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH)
+    tables = [JS0_TITLE, comparison_table(comparisons), CURVATURE_TITLE, curvature_table(ranges)]
+    verdicts = [PAPERS_READING, js0_verdict(comparisons), verdict, CAVEATS]
+    summary = "\n\n".join(tables + verdicts)
     (folder / "comparison.txt").write_text(f"{summary}\n")
     found = {"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges}
     (folder / "comparison.json").write_text(to_json(found))
-    print(summary)
     print(
-        f"\nDone in {time.perf_counter() - start:.0f} s. Written to {folder}/:\n"
+        f"{summary}\n\nDone in {time.perf_counter() - start:.0f} s. Written to {folder}/:\n"
         f"  {', '.join(ranges)}: each .npz (blockhess show reads it), .txt, _spectra.png, _heatmap.png\n"
         "  comparison.txt, comparison.json"
     )

@@ -1,7 +1,7 @@
-"""`blockhess doctor`: what is installed, whether the extension computes what is known by heart, and what to do if not.
+"""`blockhess doctor`: what is installed, whether the extension computes known eigenvalues, and what to do if not.
 
 diag(1 ... 20), all Krylov steps     nodes 1 ... 20, trace 210, log-determinant log 20! = 42.3356164607535
-a network of 63 parameters           the nodes of every block are the eigenvalues of its dense Hessian
+a network of 63 parameters           extreme nodes of every block equal the extreme eigenvalues of its dense Hessian
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# extra -> package that it brings; all of them optional.
+# Optional package -> the extra that installs it.
 OPTIONAL = {"typer": "cli", "tqdm": "cli", "matplotlib": "plot", "pandas": "frames"}
 
 LOG_FACTORIAL_20 = 42.3356164607535
 
-# Of the self-tests, relative to the largest number in each: some hundred roundings of float64.
+# Largest relative error of a self-test: some hundred roundings in float64.
 TOLERANCE = 1e-11
+
+Outcome = tuple[bool, str, str]  # ok, found, advice: see Check
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at.
+    """One check of the installation.
 
     Attributes:
-        name: what.
-        ok: whether it is as it should be.
+        name: what is checked.
+        ok: whether it passed.
         found: what was found.
-        advice: what to do, "" where nothing.
+        advice: what to do, or "".
     """
 
     name: str
@@ -45,12 +47,12 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at everything, the self-tests last. Nothing is raised: what fails is a check that is not ok."""
-    return [_guarded(name, look) for name, look in CHECKS.items()]
+    """Run all checks, the self-tests last. Exceptions become failed checks."""
+    return [_guarded(name, check) for name, check in CHECKS.items()]
 
 
-def told(checks: list[Check]) -> str:
-    """Return the checks as text, one a line, with the advice below those that have any."""
+def format_checks(checks: list[Check]) -> str:
+    """Return the checks as text, one per line, each followed by its advice."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -58,72 +60,68 @@ def told(checks: list[Check]) -> str:
         if check.advice:
             lines.append(f"      {' ' * width}  -> {check.advice}")
     failed = sum(not check.ok for check in checks)
-    lines.append("\nAll is well." if not failed else f"\n{failed} of {len(checks)} checks failed.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{failed} of {len(checks)} checks failed." if failed else "All checks passed."])
 
 
-def as_records(checks: list[Check]) -> dict[str, Any]:
+def to_dict(checks: list[Check]) -> dict[str, Any]:
     """Return the checks as a JSON value."""
     return {"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]}
 
 
-def _guarded(name: str, look: Callable[[], tuple[bool, str, str]]) -> Check:
+def _guarded(name: str, check: Callable[[], Outcome]) -> Check:
     try:
-        return Check(name, *look())
+        return Check(name, *check())
     except Exception as error:
-        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}", _advice(error))
+        advice = "report it with this whole output"
+        if isinstance(error, ImportError):
+            advice = "in blockhess' source folder: pip install --no-build-isolation ."
+        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())}", advice)
 
 
-def _advice(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return "in blockhess' source folder: pip install --no-build-isolation ."
-    return "report it with this whole output"
-
-
-def _python() -> tuple[bool, str, str]:
-    version = platform.python_version()
+def _python() -> Outcome:
     ok = sys.version_info >= (3, 10)
-    return ok, f"{version} on {platform.platform()}", "" if ok else "Python 3.10 or newer is needed"
+    found = f"{platform.python_version()} on {platform.platform()}"
+    return ok, found, "" if ok else "Python 3.10 or newer is needed"
 
 
-def _packages() -> tuple[bool, str, str]:
+def _packages() -> Outcome:
     import blockhess
 
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "scipy")]
-    torch_version = tuple(int(part) for part in importlib.metadata.version("torch").split("+")[0].split(".")[:2])
-    ok = torch_version >= (2, 10)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
+    ok = tuple(int(part) for part in versions["torch"].split("+")[0].split(".")[:2]) >= (2, 10)
     advice = "" if ok else "torch 2.10 or newer is needed: pip install 'torch>=2.10', then build blockhess again"
-    return ok, ", ".join([f"blockhess {blockhess.__version__}", *versions]), advice
+    versions = {"blockhess": blockhess.__version__, **versions}
+    return ok, ", ".join(f"{name} {version}" for name, version in versions.items()), advice
 
 
-def _optional() -> tuple[bool, str, str]:
-    found, missing = [], []
+def _optional() -> Outcome:
+    found, missing = [], {}
     for name, extra in OPTIONAL.items():
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            missing.append((name, extra))
-    extras = sorted({extra for _, extra in missing})
-    advice = f'for {", ".join(n for n, _ in missing)}: pip install "blockhess[{",".join(extras)}]"' if missing else ""
+            missing[name] = extra
+    extras = ",".join(sorted(set(missing.values())))
+    advice = f'for {", ".join(missing)}: pip install "blockhess[{extras}]"' if missing else ""
     return True, ", ".join(found) or "none", advice
 
 
-def _compiler() -> tuple[bool, str, str]:
+def _compiler() -> Outcome:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        return True, f"none: {compiler!r} is not on PATH", "only building takes one (Debian: apt install g++)"
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20)
-    return True, done.stdout.splitlines()[0] if done.stdout else compiler, ""
+        return True, f"none: {compiler!r} is not on PATH", "only building needs one (Debian: apt install g++)"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
+    return True, version.splitlines()[0] if version else compiler, ""
 
 
-def _extension() -> tuple[bool, str, str]:
+def _extension() -> Outcome:
     import blockhess_ext
 
     info = blockhess_ext.build_info()
     return True, ", ".join(f"{key} {value}" for key, value in info.items() if value not in (None, "")), ""
 
 
-def _cuda() -> tuple[bool, str, str]:
+def _cuda() -> Outcome:
     import torch
 
     import blockhess_ext
@@ -138,13 +136,13 @@ def _cuda() -> tuple[bool, str, str]:
     return False, f"{device} is visible, but the extension was built without CUDA", advice
 
 
-def _terminal() -> tuple[bool, str, str]:
+def _terminal() -> Outcome:
     encoding = getattr(sys.stdout, "encoding", None) or "unknown"
     is_utf8 = encoding.lower().replace("-", "") == "utf8"
-    return True, encoding, "" if is_utf8 else "other characters are shown as \\x..: export PYTHONUTF8=1"
+    return True, encoding, "" if is_utf8 else "characters it lacks are printed as \\x..: export PYTHONUTF8=1"
 
 
-def _known_operator(device: str) -> tuple[bool, str, str]:
+def _known_operator(device: str) -> Outcome:
     import torch
 
     from blockhess_ext import batched_slq
@@ -156,7 +154,17 @@ def _known_operator(device: str) -> tuple[bool, str, str]:
     return _compared(f"largest eigenvalue {largest:.12g} (20), log-determinant {logarithm:.12g} (42.3356164608)", error)
 
 
-def _known_network() -> tuple[bool, str, str]:
+def _known_operator_on_gpu() -> Outcome:
+    import torch
+
+    import blockhess_ext
+
+    if not (torch.cuda.is_available() and blockhess_ext.build_info()["cuda"]):
+        return True, "not run: no GPU, or no kernels for it", ""
+    return _known_operator("cuda")
+
+
+def _known_network() -> Outcome:
     import torch
     from torch import nn
     from torch.func import functional_call
@@ -171,45 +179,28 @@ def _known_network() -> tuple[bool, str, str]:
     x = torch.linspace(-2, 2, 32, dtype=torch.float64).cos().view(8, 4)
     batch, loss = (x, x.sum(1, keepdim=True)), nn.MSELoss()
     spectra = blockhess.spectrum(model, batch, loss, num_probes=2, engine="autograd", progress=False)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    hessian = torch.func.hessian(lambda p: loss(functional_call(model, p, (x,)), batch[1]))(parameters)
     error, largest = 0.0, 0.0
-    for name, parameter in model.named_parameters():
-
-        def of_block(flat: torch.Tensor, name: str = name, shape: torch.Size = parameter.shape) -> torch.Tensor:
-            value: torch.Tensor = loss(functional_call(model, {name: flat.view(shape)}, (x,)), batch[1])
-            return value
-
-        flat = parameter.detach().flatten()
-        hessian = torch.autograd.functional.hessian(of_block, flat)  # type: ignore[no-untyped-call]
-        eigenvalues = torch.linalg.eigvalsh(hessian)
+    for number, (name, dim) in enumerate(zip(spectra.names, spectra.dims)):
+        eigenvalues = torch.linalg.eigvalsh(hessian[name][name].reshape(dim, dim))
         scale = float(eigenvalues.abs().max())
         block = spectra[name]
-        ends = torch.tensor([block.lambda_min, block.lambda_max, block.trace / block.dim], dtype=torch.float64)
+        found = torch.tensor([block.lambda_min, block.lambda_max, block.trace / dim], dtype=torch.float64)
         expected = torch.stack([eigenvalues[0], eigenvalues[-1], eigenvalues.mean()])
-        # Of blocks that probes estimate, the trace is random.
-        exact = spectra.quadrature.is_exact(spectra.names.index(name))
-        count = 3 if exact else 2
-        error = max(error, float((ends - expected)[:count].abs().max()) / scale)
+        count = 3 if spectra.quadrature.is_exact(number) else 2  # the trace of an estimated block is random
+        error = max(error, float((found - expected)[:count].abs().max()) / scale)
         largest = max(largest, scale)
     return _compared(f"{len(spectra)} blocks against dense Hessians, largest |eigenvalue| {largest:.9g}", error)
 
 
-def _compared(text: str, error: float) -> tuple[bool, str, str]:
+def _compared(text: str, error: float) -> Outcome:
     ok = math.isfinite(error) and error <= TOLERANCE
-    advice = "" if ok else "the kernels compute something else: build again, or report it with this whole output"
+    advice = "" if ok else "the kernels return wrong numbers: build again, or report it with this whole output"
     return ok, f"{text}, relative error {error:.1e}", advice
 
 
-def _known_operator_on_gpu() -> tuple[bool, str, str]:
-    import torch
-
-    import blockhess_ext
-
-    if not (torch.cuda.is_available() and blockhess_ext.build_info()["cuda"]):
-        return True, "not run: no GPU, or no kernels for it", ""
-    return _known_operator("cuda")
-
-
-CHECKS: dict[str, Callable[[], tuple[bool, str, str]]] = {
+CHECKS: dict[str, Callable[[], Outcome]] = {
     "python": _python,
     "packages": _packages,
     "optional": _optional,

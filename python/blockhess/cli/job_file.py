@@ -1,8 +1,8 @@
-"""Jobs that the command line is given by name: a function that returns the arguments of `spectrum`.
+"""Jobs given on the command line: a function without arguments that returns the arguments of `spectrum`.
 
-    job.py:make      a file                package.module:make      an importable module
+    job.py:make      function of a file                package.module:make      function of an importable module
 
-Code is imported because the user named it on the command line, and for no other reason.
+Code is imported only because the user named it on the command line.
 """
 
 from __future__ import annotations
@@ -18,33 +18,43 @@ from typing import Any
 from blockhess.estimate import spectrum
 
 
-def load(path: str) -> dict[str, Any]:
-    """The arguments of `spectrum` that the job at `path` returns.
+def load(job: str) -> dict[str, Any]:
+    """Call the function that a job names and return the arguments of `spectrum`.
+
+    Args:
+        job: FILE.py:FUNCTION or MODULE:FUNCTION.
 
     Raises:
-        ValueError: no such file, module or function, or what it returns is not a mapping of arguments of `spectrum`.
+        ValueError: there is no such file, module or function, or it does not return arguments of `spectrum`.
 
     Example:
         >>> sorted(load("blockhess.cli.demo:gpt_job"))
         ['batchnorm', 'data', 'loss_fn', 'model', 'num_probes', 'num_steps']
     """
-    place, _, name = path.rpartition(":")
+    if job.endswith(".toml"):
+        raise ValueError(
+            f"job: TOML files are not supported, got {job!r}; write FILE.py with a function that returns a dict of "
+            "the arguments of spectrum, and pass FILE.py:FUNCTION"
+        )
+    place, _, name = job.rpartition(":")
     if not place or not name:
-        raise ValueError(f"job: must be FILE.py:FUNCTION or MODULE:FUNCTION, got {path!r}")
+        raise ValueError(f"job: must be FILE.py:FUNCTION or MODULE:FUNCTION, got {job!r}")
     function = getattr(_module(place), name, None)
     if not callable(function):
-        raise ValueError(f"job: {place!r} must have a function {name!r}, got {function!r}")
+        raise ValueError(f"job: {place!r} must define a function {name!r}, got {function!r}")
     arguments = function()
     known = inspect.signature(spectrum).parameters
     if not isinstance(arguments, Mapping) or not {"model", "data"} <= arguments.keys() <= known.keys():
-        got = sorted(arguments) if isinstance(arguments, Mapping) else type(arguments).__name__
+        got = sorted(map(str, arguments)) if isinstance(arguments, Mapping) else type(arguments).__name__
         raise ValueError(
-            f"job: {path!r} must return a mapping with 'model', 'data' and other arguments of spectrum, got {got}"
+            f"job: {job!r} must return a mapping with 'model', 'data' and other arguments of spectrum, got {got}"
         )
     return dict(arguments)
 
 
 def _module(place: str) -> ModuleType:
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"job: no such file: {place}")
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
@@ -54,8 +64,6 @@ def _module(place: str) -> ModuleType:
         spec.loader.exec_module(module)
         return module
     except ModuleNotFoundError as error:
-        if error.name and place != error.name and not place.startswith(f"{error.name}."):
-            raise ValueError(f"job: {place!r} imports the module {error.name!r}, which must be installed") from None
-        raise ValueError(f"job: {place!r} must be there, got {error}") from None
-    except FileNotFoundError as error:
-        raise ValueError(f"job: {place!r} must be there, got {error}") from None
+        if error.name is None or f"{place}.".startswith(f"{error.name}."):
+            raise ValueError(f"job: cannot import {place!r}: {error}") from None
+        raise ValueError(f"job: {place!r} imports the module {error.name!r}, which must be installed") from None

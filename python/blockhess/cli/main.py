@@ -1,8 +1,8 @@
-"""The `blockhess` command: runs blockhess.cli.commands and turns failures into exit codes.
+"""The `blockhess` command: runs one command line and turns errors into exit codes, see cli.commands.EXIT_CODES.
 
-The codes are blockhess.cli.commands.EXIT_CODES. What can go wrong without a fault of this package, RuntimeErrors of torch
-and of the user's model among it, is told in one line; other errors keep their traceback, and all do where
-BLOCKHESS_TRACEBACK is set. torch is imported only by the commands that compute, so `blockhess --help` answers at once.
+Wrong input, missing packages, and RuntimeErrors of torch or of the user's model are reported in one line. All other
+errors keep their traceback, and so does every error if BLOCKHESS_TRACEBACK is set. Only commands that compute import
+torch, so `blockhess --help` is fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
     Args:
-        arguments: what follows the command's name; None means sys.argv[1:].
+        arguments: words after the program's name; None means sys.argv[1:].
 
     Example:
         >>> main(["show", "missing.npz"])
@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail('the command line needs typer; type: pip install "blockhess[cli]"')
         from blockhess.cli.commands import app
 
-        for stream in (sys.stdout, sys.stderr):  # which may not be able to show every name
+        for stream in (sys.stdout, sys.stderr):  # their encoding may lack characters of block names
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
 
-        # Wrong options are click's UsageError, the parent of BadParameter, wherever this typer keeps its click.
+        # Click's UsageError, the parent of BadParameter, which typer imports or vendors depending on its version.
         usage_error: Any = typer.BadParameter.__bases__[0]
         try:
             given = list(sys.argv[1:] if arguments is None else arguments)
@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("blockhess: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout has what it wanted: blockhess show FILE | head.
+    except BrokenPipeError:  # the reader of stdout has exited, as in: blockhess show FILE | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

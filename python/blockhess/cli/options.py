@@ -1,4 +1,4 @@
-"""What the options of all commands share: JSON in place of text, and values that the shell completes."""
+"""What the options of several commands share: `--json`, and values that the shell completes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 
 def text_on_stderr(as_json: bool) -> AbstractContextManager[Any]:
-    """Where JSON is asked for, what is printed meanwhile goes to stderr, so that stdout holds JSON alone."""
+    """Return a context that, with JSON, redirects printed text to stderr, so that stdout holds only JSON."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def completed(values: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return what offers these values to the shell, as typer.Option's `autocompletion`.
+    """Return a function that completes these values, for the `autocompletion` of typer.Option.
 
     Example:
         >>> completed(("auto", "exact", "ggn"))("e")

@@ -1,1 +1,1 @@
-"""blockhess in the tools that people already use; each module imports its tool, and nothing here imports them."""
+"""Interfaces to other packages; each module imports its package, so none is needed until its module is imported."""

@@ -1,4 +1,4 @@
-"""Checkpoints: the tensors of a model in one file, never unpickled; and the block spectra of a row of them."""
+"""Checkpoints: the tensors of a model in one file, never unpickled; and the block spectra of a series of them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from blockhess.spectra import Spectra
 
 
 def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> Path:
-    """Write the model's parameters and buffers to a file that is complete or not there.
+    """Write the model's parameters and buffers to a file, which is replaced atomically.
 
     Example:
         >>> save_checkpoint(torch.nn.Linear(2, 2), "step-100.pt")
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(model.state_dict(), beside)
-    os.replace(beside, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    torch.save(model.state_dict(), temporary)
+    os.replace(temporary, path)
     return path
 
 
 def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Put the tensors of a file into a model: its state_dict, by torch.save or, as *.safetensors, by safetensors.
+    """Load a state_dict into a model, from a file of torch.save or, named *.safetensors, of safetensors.
 
     Raises:
-        ValueError: the file is no state_dict of tensors, or not of this model.
+        ValueError: the file does not hold a state_dict of this model.
         ImportError: safetensors is missing.
     """
     path = Path(path)
@@ -59,19 +59,19 @@ def spectra_of_checkpoints(
     loss_fn: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Iterator[tuple[Path, Spectra]]:
-    """Estimate the spectra of checkpoints that are there already; nothing is trained.
+    """Estimate the spectra of existing checkpoints; nothing is trained.
 
     Args:
-        model: of the checkpoints' architecture; when all is done, or the iteration is closed, it is as it was.
+        model: of the checkpoints' architecture; its own state is restored at the end of the iteration.
         checkpoints: files, see load_checkpoint.
-        data, loss_fn, options: as of `blockhess.spectrum`. The same probes are used for all checkpoints, so that what
-            changes between two spectra is the model.
+        data, loss_fn, options: as for `spectrum`. All checkpoints use the same probes, so two spectra differ only by
+            the change of the model.
 
     Yields:
         (checkpoint, spectra), in order.
 
     Raises:
-        ValueError: see load_checkpoint and `blockhess.spectrum`.
+        ValueError: see load_checkpoint and `spectrum`.
 
     Example:
         >>> for path, spectra in spectra_of_checkpoints(model, ["0.pt", "1000.pt"], batch, nn.CrossEntropyLoss()):

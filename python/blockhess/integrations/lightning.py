@@ -1,4 +1,4 @@
-"""Spectra during a training by Lightning's Trainer."""
+"""Spectra during a training with Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from blockhess.integrations.watch import SpectrumMonitor
 
 
 class SpectrumCallback(Callback):  # type: ignore[misc]
-    """Hands the LightningModule to a SpectrumMonitor at the start and after every optimizer step, in the main process only.
+    """Call a SpectrumMonitor before the first step and after every optimizer step, in the main process only.
 
     Args:
-        watch: what to compute, and when; steps are the Trainer's global steps, and the loss_fn is given the module.
+        watch: monitor; its steps are the Trainer's global steps, and its loss_fn is called with the LightningModule.
 
     Example:
         >>> watch = SpectrumMonitor(batch, lambda module, batch: module.loss(batch), every=100, folder="spectra")
@@ -30,13 +30,13 @@ class SpectrumCallback(Callback):  # type: ignore[misc]
         self.watch = watch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the module before the first step."""
-        self._look(trainer, pl_module)
+        """Call the monitor before the first step."""
+        self._call(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the module after a batch, which may have ended an optimizer step."""
-        self._look(trainer, pl_module)
+        """Call the monitor after a batch; with accumulated gradients, some batches end without a new step."""
+        self._call(trainer, pl_module)
 
-    def _look(self, trainer: Any, module: Any) -> None:
+    def _call(self, trainer: Any, module: Any) -> None:
         if trainer.is_global_zero:
             self.watch(module, trainer.global_step)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def block_dataframe(spectra: Spectra) -> DataFrame:
-    """Return one row a block, indexed by its name, with the columns of records.block_records.
+    """Return one row per block, indexed by its name, with the columns of report.rows.block_records.
 
     Args:
-        spectra: a result.
+        spectra: result.
 
     Raises:
         ImportError: pandas is missing.
@@ -27,15 +27,15 @@ def block_dataframe(spectra: Spectra) -> DataFrame:
 
 
 def pair_dataframe(spectra: Spectra, **comparison: Any) -> DataFrame:
-    """Return one row a pair of compared blocks: block_a, block_b, and the value of js_matrix, named as its kind.
+    """Return one row per pair of blocks: block_a, block_b, and their entry of js_matrix in a column named by its kind.
 
     Args:
-        spectra: a result.
+        spectra: result.
         comparison: arguments of Spectra.js_matrix, by name.
 
     Raises:
         ImportError: pandas is missing.
-        ValueError: as js_matrix.
+        ValueError: see Spectra.js_matrix.
 
     Example:
         >>> pair_dataframe(spectra, axis="asinh").sort_values("distance")

@@ -1,4 +1,4 @@
-"""Block Hessians as scipy LinearOperators, and the spectra of any symmetric scipy operators."""
+"""Block Hessians as scipy LinearOperators, and the spectra of any symmetric linear operators."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from blockhess.problem.problem import Problem
 from blockhess.spectra import Spectra
 from blockhess_ext import batched_slq
 
-# How far <u, A v> and <v, A u> of random u, v may differ, in units of sqrt(eps) (|u| |A v| + |v| |A u|).
+# Largest |<u, A v> - <v, A u>| of random u, v, in units of sqrt(eps) (|u| |A v| + |v| |A u|).
 SYMMETRY_TOLERANCE = 10.0
 
 
 class HessianOperator(LinearOperator):  # type: ignore[misc]
-    """The Hessian of one block, as `block_operators` makes it.
+    """The Hessian of one block; made by `block_operators`.
 
     Attributes:
-        name: of the block.
+        name: name of the block.
     """
 
     def __init__(self, problem: Problem, engine: Engine, number: int, is_open: Callable[[], bool]) -> None:
@@ -44,7 +44,7 @@ class HessianOperator(LinearOperator):  # type: ignore[misc]
     def _matmat(self, x: NDArray[Any]) -> NDArray[Any]:
         if not self._is_open():
             raise RuntimeError(
-                f"block_operators: {self.name!r} must be used within the with statement, which holds the model's state"
+                f"block_operators: {self.name!r} must be used within the with statement, which fixes the model's state"
             )
         v = torch.from_numpy(np.ascontiguousarray(x.T, self.dtype)).to(self._problem.device)
         result: NDArray[Any] = self._product(v).T.cpu().numpy()
@@ -68,9 +68,9 @@ def block_operators(
     engine: str = "autograd",
     dtype: torch.dtype | None = None,
 ) -> Iterator[dict[str, LinearOperator]]:
-    """Within the context, the Hessian of every block as a symmetric scipy LinearOperator.
+    """Yield the Hessian of every block as a symmetric scipy LinearOperator.
 
-    The model is held in the state that `spectrum` puts it into, and put back at the end.
+    Within the context the model is in the state that `spectrum` evaluates; its own state is restored at the end.
 
     Args:
         model, data, loss_fn, blocks, dtype: as for `spectrum`.
@@ -78,11 +78,11 @@ def block_operators(
         engine: "autograd", "traced" or "ggn", as for `spectrum`.
 
     Yields:
-        block name -> operator (dim, dim), in the order of the blocks. They take vectors (dim,) and (dim, k), float32
-        or float64 as the model, and refuse to work once the context is left.
+        Dict from block name to operator (dim, dim), in the order of the blocks. The operators take vectors (dim,) and
+        (dim, k) in the dtype of the computation, and raise RuntimeError after the end of the context.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `spectrum`.
+        ValueError, TypeError, NotImplementedError: see `spectrum`.
 
     Example:
         >>> import scipy.sparse.linalg
@@ -93,17 +93,17 @@ def block_operators(
     check_choice("block_operators", "batchnorm", batchnorm, ("eval", "batch"))
     model = unwrap(model)
     cut, loss = partition(model, blocks), make_loss(loss_fn)
-    inside = [True]
+    is_open = True
     with fixed_state(model, batchnorm):
         problem = Problem(model, loss, as_batches(data, pairs=loss.pairs), cut.blocks, dtype)
-        made: Engine = ENGINES[engine](problem)
+        products: Engine = ENGINES[engine](problem)
         try:
             yield {
-                info.name: HessianOperator(problem, made, number, lambda: bool(inside))
+                info.name: HessianOperator(problem, products, number, lambda: is_open)
                 for number, info in enumerate(problem.infos)
             }
         finally:
-            inside.clear()
+            is_open = False
 
 
 def operator_spectra(
@@ -116,20 +116,20 @@ def operator_spectra(
     reorthogonalize: str = "auto",
     on_nonfinite: str = "raise",
 ) -> Spectra:
-    """Estimate the eigenvalue densities of symmetric operators, one a block.
+    """Estimate the eigenvalue densities of symmetric linear operators; each operator is one block of the result.
 
     Args:
-        operators: name -> operator, or one operator: a scipy LinearOperator, whatever scipy's aslinearoperator takes
-            (an array, a sparse matrix), or an operator of curvlinops.
+        operators: one operator, or a mapping from name to operator. An operator is a scipy LinearOperator, anything
+            that scipy's aslinearoperator takes (array, sparse matrix), or an operator of curvlinops.
         num_probes, num_steps, seed, distribution, reorthogonalize, on_nonfinite: as for `blockhess_ext.batched_slq`.
-            Random vectors depend on the names, as those of `spectrum`.
+            As in `spectrum`, the random vectors of a block depend on its name.
 
     Returns:
-        Spectra; vectors are float64 unless every operator is float32.
+        The spectra, computed in float64 unless every operator is float32.
 
     Raises:
-        TypeError: an operator is none.
-        ValueError: one is not square, real and symmetric, or there is none.
+        TypeError: an operator is not linear.
+        ValueError: an operator is not square, real and symmetric, or there is none.
         blockhess_ext.NonFiniteError: a product is not finite.
 
     Example:
@@ -141,36 +141,26 @@ def operator_spectra(
     if not named:
         raise ValueError("operator_spectra: operators must hold at least one, got none")
     linear = {str(name): _checked(str(name), operator) for name, operator in named.items()}
-    together = _Together(list(linear.values()))
+    diagonal = _BlockDiagonal(list(linear.values()))
+    options: dict[str, Any] = {"num_probes": num_probes, "num_steps": num_steps, "distribution": distribution}
     quadrature = batched_slq(
-        together,
-        together.dims,
-        num_probes=num_probes,
-        num_steps=num_steps,
+        diagonal,
+        diagonal.dims,
+        **options,
         seed=seed,
-        distribution=distribution,
         reorthogonalize=reorthogonalize,
         block_ids=[block_id(name) for name in linear],
-        dtype=together.dtype,
+        dtype=diagonal.dtype,
         on_nonfinite=on_nonfinite,
     )
-    blocks = [BlockInfo(name, (dim,), dim, ()) for name, dim in zip(linear, together.dims)]
-    made = {
-        "model": "linear operators",
-        "seed": quadrature.seed,
-        "dtype": quadrature.dtype,
-        "num_probes": num_probes,
-        "num_steps": num_steps,
-        "distribution": distribution,
-        "hvps": together.products,
-        "torch": str(torch.__version__),
-        "blockhess": blockhess.__version__,
-    }
-    return Spectra(blocks, quadrature, made)
+    blocks = [BlockInfo(name, (dim,), dim, ()) for name, dim in zip(linear, diagonal.dims)]
+    provenance = {"model": "linear operators", "seed": quadrature.seed, "dtype": quadrature.dtype, **options}
+    provenance |= {"hvps": diagonal.products, "torch": str(torch.__version__), "blockhess": blockhess.__version__}
+    return Spectra(blocks, quadrature, provenance)
 
 
 def _checked(name: str, operator: Any) -> LinearOperator:
-    """The operator as scipy's, once it is square, real and seems symmetric."""
+    """Return the operator as a LinearOperator; checks that it is square, real and, on two vectors, symmetric."""
     try:
         linear = operator.to_scipy() if hasattr(operator, "to_scipy") else aslinearoperator(operator)
     except (TypeError, ValueError) as error:
@@ -196,8 +186,8 @@ def _vector_dtype(dtype: Any) -> type[np.floating[Any]]:
     return np.float32 if dtype == np.float32 else np.float64
 
 
-class _Together:
-    """Several operators as the block-diagonal one that batched_slq takes; finished recurrences cost nothing."""
+class _BlockDiagonal:
+    """Block-diagonal operator for batched_slq, which makes no products for finished recurrences."""
 
     def __init__(self, operators: Sequence[LinearOperator]) -> None:
         self._operators = operators
@@ -208,7 +198,7 @@ class _Together:
         self.products = 0
 
     def mark_finished(self, finished: Tensor) -> None:
-        """Skip from now on the recurrences marked in a bool tensor (n_probes, n_blocks)."""
+        """Skip from now on the recurrences that are true in a bool tensor (n_probes, n_blocks)."""
         self._running = ~finished
 
     def __call__(self, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Spectra in TensorBoard, or any other log whose writer has the methods of its SummaryWriter."""
+"""Spectra in TensorBoard, or in any other log whose writer has the methods of SummaryWriter."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 from blockhess.report.rows import block_records
 from blockhess.spectra import Spectra
 
-# Of every block, the records that become a curve.
+# Columns of block_records that are logged.
 LOGGED = ("lambda_min", "lambda_max", "trace", "negative")
 
 
 def log_spectra(writer: Any, spectra: Spectra, step: int, *, figures: bool = False, prefix: str = "blockhess") -> None:
-    """Log JS0 and some numbers of every block, and the two pictures if wanted.
+    """Log JS0, and four scalars of every block.
 
     Args:
-        writer: an object with add_scalar(tag, value, step) and, for figures, add_figure(tag, figure, step).
-        spectra: a result.
+        writer: object with add_scalar(tag, value, step) and, for figures, add_figure(tag, figure, step).
+        spectra: result.
         step: of the training.
-        figures: also the densities and the heat map, which takes matplotlib.
+        figures: also log the plots of the densities and of js_matrix.
         prefix: of all tags.
 
     Raises:
-        ImportError: figures are wanted and matplotlib is missing.
+        ImportError: figures need matplotlib, which is missing.
 
     Example:
         >>> from torch.utils.tensorboard import SummaryWriter

@@ -1,4 +1,4 @@
-"""Spectra during a training by Transformers' Trainer."""
+"""Spectra during a training with the Trainer of Transformers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from blockhess.integrations.watch import SpectrumMonitor
 
 
 class SpectrumCallback(TrainerCallback):
-    """Hands the model to a SpectrumMonitor at the start and after every optimizer step, in the main process only.
+    """Call a SpectrumMonitor before the first step and after every optimizer step, in the main process only.
 
     Args:
-        watch: what to compute, and when; steps are the Trainer's global steps.
+        watch: monitor; its steps are the Trainer's global steps.
 
     Example:
         >>> watch = SpectrumMonitor(batch, every=100, folder="spectra", num_probes=4)
@@ -29,13 +29,13 @@ class SpectrumCallback(TrainerCallback):
         self.watch = watch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the model before the first step."""
-        self._look(state, **kwargs)
+        """Call the monitor before the first step."""
+        self._call(state, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the model after an optimizer step."""
-        self._look(state, **kwargs)
+        """Call the monitor after an optimizer step."""
+        self._call(state, **kwargs)
 
-    def _look(self, state: Any, model: Any = None, **_: Any) -> None:
+    def _call(self, state: Any, model: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
             self.watch(model, state.global_step)

@@ -1,11 +1,11 @@
-"""Spectra of a model in training, every so many steps, on data that stay the same.
+"""Spectra of a model in training, every so many steps, on fixed data.
 
     watch = SpectrumMonitor(batch, loss_fn, every=100, folder="spectra")
     for step, batch in enumerate(batches):
         watch(model, step)
         ...
 
-Promises: the training's own random numbers, model, gradients and optimizer stay as they would be without, bit by bit.
+The training is unchanged bit by bit: its random numbers, model, gradients and optimizer.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from blockhess.spectra import Spectra
 
 
 class SpectrumMonitor:
-    """Computes spectra at some steps of a training, and saves them as files.
+    """Compute spectra at some steps of a training, save them and log them.
 
     Args:
-        data, loss_fn: as for `spectrum`. The data are drawn once, here; they follow the model to its device.
-        every: compute where the step is a multiple of this.
-        folder: made where it is missing; gets "step_00000100.npz" and so on, which `blockhess report` takes together.
-            None keeps nothing.
-        writer: an object with add_scalar(tag, value, step), such as TensorBoard's SummaryWriter: see
+        data, loss_fn: as for `spectrum`. The data are drawn once, here, and are moved to the model's device.
+        every: compute at the steps that are multiples of this.
+        folder: for the files "step_00000100.npz" and so on, which `blockhess report` reads together; made if it is
+            missing. None saves nothing.
+        writer: object with add_scalar(tag, value, step), such as TensorBoard's SummaryWriter; see
             tensorboard.log_spectra.
-        options: other arguments of `spectrum`. Unless given, what is not finite is reported in the result and no
-            error, which would end the training.
+        options: other arguments of `spectrum`. By default, non-finite blocks are marked in the result instead of
+            raising an error, which would end the training.
 
     Raises:
         ValueError: every is below 1, the folder cannot be written, or data hold no batch.
@@ -68,15 +68,14 @@ class SpectrumMonitor:
         self._last: int | None = None
 
     def __call__(self, model: nn.Module, step: int) -> Spectra | None:
-        """Compute the spectra if it is time.
+        """Compute the spectra of the model if the step is a multiple of `every`.
 
         Args:
-            model: at its present parameters.
+            model: model at its present parameters.
             step: of the training.
 
         Returns:
-            the spectra, with "step" in their provenance; None where the step is no multiple of `every`, or the last
-            one again.
+            The spectra, with "step" in their provenance; None at other steps, or if the step is that of the last call.
         """
         if step % self.every or step == self._last:
             return None

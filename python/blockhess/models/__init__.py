@@ -1,4 +1,4 @@
-"""Reference networks of the demo and the tests: a GPT and a ResNet."""
+"""Networks for the demo and the tests: a GPT and a ResNet."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A decoder-only Transformer with the architecture and initialisation of nanoGPT.
+"""Decoder-only Transformer with the architecture and initialization of nanoGPT.
 
     x = tok(t) + pos;  x += attn(ln(x));  x += mlp(ln(x))  per layer;  logits = ln(x) tok^T
 
-Query, key and value are separate parameters unless `fused_qkv`, so that each is a block of its own. There is
-no dropout: a Hessian needs a deterministic loss. Token t's logits depend on tokens 0..t only.
+Query, key and value are separate parameters, hence separate blocks, unless `fused_qkv`. There is no dropout: a Hessian
+needs a deterministic loss. The logits of token t depend on tokens 0..t only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 class GPTConfig:
     """Sizes of a `GPT`; the defaults are nanoGPT's shakespeare-char model, the paper's GPT2-nano (10.65M).
 
-    `mlp_width` None means 4 x width; `layer_norm=False` leaves out every LayerNorm, as in the paper's Figure 2.
+    `mlp_width=None` means 4 x width; `layer_norm=False` removes every LayerNorm, as in the paper's Figure 2.
     """
 
     vocab_size: int = 65
@@ -68,7 +68,7 @@ class CausalAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Width to mlp_width, GELU, and back."""
+    """Two linear layers, width -> mlp_width -> width, with a GELU between them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -100,9 +100,9 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Character or token language model; its head is the token embedding, one parameter with two uses.
+    """Language model over characters or tokens, whose output layer shares the weight of the token embedding.
 
-    Initialised from torch's global generator: N(0, 0.02^2), residual projections
+    Initialized from torch's global generator: weights N(0, 0.02^2), those of residual projections
     N(0, 0.02^2 / (2 num_layers)), biases 0, LayerNorm gains 1.
 
     Args:
@@ -124,10 +124,8 @@ class GPT(nn.Module):
         self.pos = nn.Embedding(config.context, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.ln_f = _norm(config)
-        self._initialise()
 
-    def _initialise(self) -> None:
-        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        residual_std = 0.02 / math.sqrt(2 * config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("proj.weight"):
                 nn.init.normal_(parameter, std=residual_std)
@@ -140,7 +138,7 @@ class GPT(nn.Module):
         """Return the logits (batch, length, vocab_size) of tokens (batch, length) int64.
 
         Raises:
-            ValueError: length exceeds the context.
+            ValueError: the length exceeds the context.
         """
         length = tokens.shape[-1]
         if length > self.config.context:
@@ -150,44 +148,40 @@ class GPT(nn.Module):
             x = layer(x)
         return F.linear(self.ln_f(x), self.tok.weight)
 
-    def paper_blocks(self, figure: bool) -> dict[str, str]:
-        """Block name -> parameter of the paper's set, under the names of Figure 4 where that is meant.
+    def paper_blocks(self, figure: bool = False) -> dict[str, str]:
+        """Return the blocks that the paper compares, as a dict from block name to parameter name.
 
-        With a fused qkv that of GPT2-nano, the parameters of even index: wpe and every layer's c_attn, ln_2 and c_proj
-        in Figure 4 (c); by the text without the LayerNorm. Otherwise that of GPT-2: wte, which is the head too, and the
-        weights of layers 1, 4, 8 and 12 of 12.
+        With `fused_qkv` those of GPT2-nano, the parameters of even index: the position embedding and c_attn, c_proj of
+        every layer (and ln_2 in Figure 4 (c)). Otherwise those of GPT-2: the token embedding, and the weights of layers
+        1, 4, 8 and 12 of 12.
+
+        Args:
+            figure: name the blocks as in Figure 4; otherwise, as the parameters.
         """
         depth = self.config.num_layers
         if self.config.fused_qkv:
-            blocks = {"transformer.wpe": "pos.weight"}
+            blocks, prefix, layers = {"transformer.wpe": "pos.weight"}, "transformer.", set(range(depth))
             labels = {"attn.c_attn": "attn.qkv", "ln_2": "ln_2", "mlp.c_proj": "mlp.proj"}
             if not (figure and self.config.layer_norm):
                 del labels["ln_2"]
-            shown, prefix = set(range(depth)), "transformer."
         else:
-            blocks, prefix = {"wte": "tok.weight"}, ""
-            attention = {
-                "attn.wq": "attn.query",
-                "attn.wk": "attn.key",
-                "attn.wv": "attn.value",
-                "attn.wo": "attn.proj",
-            }
-            labels = {**attention, "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
-            shown = {0, max(0, depth // 3 - 1), max(0, 2 * depth // 3 - 1), depth - 1}
-        for i in sorted(shown):
+            blocks, prefix, layers = {"wte": "tok.weight"}, "", {0, depth // 3 - 1, 2 * depth // 3 - 1, depth - 1}
+            labels = {"attn.wq": "attn.query", "attn.wk": "attn.key", "attn.wv": "attn.value", "attn.wo": "attn.proj"}
+            labels |= {"mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
+        for i in sorted(layers - {-1}):
             blocks |= {f"{prefix}h.{i}.{label}": f"layers.{i}.{name}.weight" for label, name in labels.items()}
         return blocks if figure else {name: name for name in blocks.values()}
 
 
 def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
-    """Mean cross-entropy in nats of every position's next token, and the number of positions (its weight).
+    """Return the mean cross-entropy in nats of the next token at every position, and the number of positions.
 
     Args:
         model: maps tokens (batch, length) to logits (batch, length, vocab_size).
         batch: tokens and targets, both (batch, length) int64.
 
     Returns:
-        The scalar loss, and the count of targets: the pair `blockhess.spectrum` averages batches with.
+        The scalar loss and its weight, with which `blockhess.spectrum` averages over batches.
 
     Example:
         >>> import torch

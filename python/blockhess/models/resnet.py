@@ -1,8 +1,8 @@
-"""ResNet of basic blocks (the ResNet18 family) of any width, depth and stem, initialised like torchvision's.
+"""ResNet of basic blocks (the ResNet18 family) of any width, depth and stem, initialized like torchvision's.
 
     y = relu(bn(conv3x3(relu(bn(conv3x3(x))))) + shortcut(x))
 
-Stage s has width 2^s x `width`; every stage but the first halves the image, its shortcut is a strided 1x1
+Stage s has width 2^s x `width`. Every stage but the first halves the image; its first shortcut is a strided 1x1
 convolution with BatchNorm.
 """
 
@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockhess.models.images import check_images
-
 
 @dataclass(frozen=True)
 class ResNetConfig:
     """Sizes of a `ResNet`; the defaults are ResNet18 on 1000 classes with ImageNet's 7x7 stem (11.69M).
 
-    `stem` "imagenet" is a 7x7 convolution of stride 2 and a max-pool; "small", for images of 32 pixels or so,
+    `stem="imagenet"` is a 7x7 convolution of stride 2 and a max-pool; `stem="small"`, for images of about 32 pixels,
     one 3x3 convolution of stride 1.
     """
 
@@ -42,6 +40,12 @@ class ResNetConfig:
             )
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f'ResNetConfig: stem must be "imagenet" or "small", got {self.stem!r}')
+
+
+def check_images(op: str, images: Tensor, channels: int) -> None:
+    """Raise ValueError, naming `op`, unless images are (batch, channels, height, width)."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"{op}: images must be (batch, {channels}, height, width), got {tuple(images.shape)}")
 
 
 class BasicBlock(nn.Module):
@@ -67,8 +71,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual image classifier.
 
-    Initialised from torch's global generator: convolutions Kaiming normal with fan_out, BatchNorm 1 and 0,
-    the head as nn.Linear does.
+    Initialized from torch's global generator: convolutions Kaiming normal with fan_out, BatchNorm weights 1 and biases
+    0, the output layer as by nn.Linear.
 
     Args:
         config: sizes; the default is ResNet18 for ImageNet.
@@ -87,10 +91,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config = config or ResNetConfig()
         width = config.width
-        if config.stem == "imagenet":
-            self.conv1 = nn.Conv2d(config.in_channels, width, 7, stride=2, padding=3, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(config.in_channels, width, 3, padding=1, bias=False)
+        size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(config.in_channels, width, size, stride, padding=size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
 
         layers: list[nn.Module] = []
@@ -108,10 +110,10 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (batch, num_classes) of images (batch, in_channels, height, width_px).
+        """Return the logits (batch, num_classes) of images (batch, in_channels, height, width).
 
         Raises:
-            ValueError: images of other channels.
+            ValueError: images have another shape.
         """
         check_images("ResNet", images, self.config.in_channels)
         x = F.relu(self.bn1(self.conv1(images)))
@@ -120,20 +122,23 @@ class ResNet(nn.Module):
         x = self.layers(x)
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
-    def paper_blocks(self, figure: bool) -> dict[str, str]:
-        """Block name -> parameter: all but BatchNorm; of Figure 4 (a), 17 convolutions without shortcuts, and fc.
+    def paper_blocks(self, figure: bool = False) -> dict[str, str]:
+        """Return the blocks that the paper compares, as a dict from block name to parameter name.
 
-        The figure's names where it is meant: layer1.0.conv1 for the first stage's first block.
+        All parameters but BatchNorm's.
+
+        Args:
+            figure: those of Figure 4 (a), under its names (layer1.0.conv1): convolutions but shortcuts, and fc.weight.
         """
         norms = {name for name, module in self.named_modules() if isinstance(module, nn.BatchNorm2d)}
         names = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] not in norms]
         if not figure:
             return {name: name for name in names}
         layers = [
-            f"layer{stage + 1}.{i}" for stage, depth in enumerate(self.config.blocks_per_stage) for i in range(depth)
+            f"layer{stage}.{i}" for stage, depth in enumerate(self.config.blocks_per_stage, 1) for i in range(depth)
         ]
-        shown = [name for name in names if name.endswith("weight") and "shortcut" not in name]
         return {
             re.sub(r"^layers\.(\d+)", lambda found: layers[int(found[1])], name).removesuffix(".weight"): name
-            for name in shown
+            for name in names
+            if name.endswith("weight") and "shortcut" not in name
         }

@@ -194,9 +194,7 @@ def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state:
 def _run(path: Path, op: str) -> dict[str, Any]:
     run = directory.begun_run(path)
     if run is None:
-        raise ValueError(
-            f"{op}: {path} must be the directory of a run; begin one by: blockhess run CONFIG --out {path}"
-        )
+        raise ValueError(f"{op}: {path} must be the directory of a run; start one with: blockhess run JOB --out {path}")
     return run
 
 

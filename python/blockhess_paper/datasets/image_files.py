@@ -1,4 +1,4 @@
-"""Labelled images from the user's own files: a folder a class, as ImageNet is kept, and CIFAR-10's binary version.
+"""Labeled images from the user's own files: one folder per class (ImageNet), CIFAR-10's binary version, idx files (MNIST).
 
 Images are float32 with the mean and standard deviation that the data set is usually given, per channel. Which images
 are taken is a pure function of the files' names and the seed.
@@ -6,6 +6,8 @@ are taken is a pure function of the files' names and the seed.
 
 from __future__ import annotations
 
+import gzip
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -163,8 +165,7 @@ def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tenso
     Example:
         >>> images, labels = cifar10("cifar-10-batches-bin")
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'cifar10: split must be "train" or "test", got {split!r}')
+    _check_split("cifar10", split)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     records = []
     for name in names:
@@ -191,3 +192,54 @@ def _normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
     # Pixels as they are decoded lie channels last; in that layout torch 2.13's gradient of a strided 1x1 convolution of
     # fewer than 8 channels (seen with 2, 4 and 6) writes outside its memory on a CPU without AVX-512.
     return (pixels.float().contiguous() / 255 - shift) / scale
+
+
+def idx_images(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Read the images and labels of MNIST, Fashion-MNIST or another data set in their file format.
+
+    Args:
+        folder: contains train-images-idx3-ubyte and train-labels-idx1-ubyte (t10k-... for "test"), plain or as .gz.
+        split: "train" or "test".
+
+    Returns:
+        Images (n, 1, height, width) float32, standardized to mean 0 and standard deviation 1 over the split, and labels
+        (n,) int64.
+
+    Raises:
+        ValueError: split has another value, a file is missing or broken, or the files differ in length.
+
+    Source: the idx format, http://yann.lecun.com/exdb/mnist.
+
+    Example:
+        >>> images, labels = idx_images("MNIST/raw")
+    """
+    _check_split("idx_images", split)
+    stem = "train" if split == "train" else "t10k"
+    pixels = _idx(Path(folder) / f"{stem}-images-idx3-ubyte", 3)
+    labels = _idx(Path(folder) / f"{stem}-labels-idx1-ubyte", 1)
+    if len(pixels) != len(labels) or len(pixels) == 0:
+        raise ValueError(
+            f"idx_images: {folder} must hold as many images as labels, got {len(pixels)} and {len(labels)}"
+        )
+    images = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(1)
+    return (images - images.mean()) / images.std(), torch.from_numpy(labels.astype(np.int64))
+
+
+def _check_split(op: str, split: str) -> None:
+    if split not in ("train", "test"):
+        raise ValueError(f'{op}: split must be "train" or "test", got {split!r}')
+
+
+def _idx(path: Path, ndim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Read an idx file of bytes: magic number 0x0000 08 ndim, sizes as big-endian int32, then the entries."""
+    packed = path.with_name(f"{path.name}.gz")
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"idx_images: cannot read {path} or {packed.name}: {error}") from None
+    header = 4 * (1 + ndim)
+    known = len(content) >= header and content[:4] == bytes([0, 0, 8, ndim])
+    shape = struct.unpack(f">{ndim}i", content[4:header]) if known else ()
+    if not known or np.prod(shape) != len(content) - header:
+        raise ValueError(f"idx_images: {path} must be an idx file of bytes with {ndim} dimensions")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

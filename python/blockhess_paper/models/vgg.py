@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from blockhess.models.images import check_images
+from blockhess.models.resnet import check_images
 
 
 @dataclass(frozen=True)

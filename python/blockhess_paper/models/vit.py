@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockhess.models.images import check_images
+from blockhess.models.resnet import check_images
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blockhess.datasets import fashion_mnist, idx_images
+from blockhess.datasets import fashion_mnist
+from blockhess_paper.datasets.image_files import idx_images
 
 WIDTHS = (784, 300, 128, 64, 10)
 SCALES = tuple(range(1, 16))

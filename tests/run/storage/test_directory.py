@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import torch
 from torch import nn
 
 import blockhess
-from blockhess.cli.main import main
 from blockhess.results import files
 from blockhess.run.status import partial, status
 from blockhess.run.storage import directory
@@ -143,15 +140,3 @@ def test_a_file_is_extended_too(given, tmp_path):  # noqa: F811
     assert same_bits(
         blockhess.extend(tmp_path / "first.npz", *given, num_probes=4), blockhess.extend(first, *given, num_probes=4)
     )
-
-
-def test_the_readme_holds_a_configuration_and_the_command_shows_what_differs(tmp_path, capsys):
-    text = (Path(__file__).parents[3] / "README.md").read_text()
-    (configuration,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    config, out = tmp_path / "run.toml", str(tmp_path / "run")
-    config.write_text(re.sub("num_steps = .*", "num_steps = 3", configuration))
-    assert main(["run", str(config), "--out", out]) == 0
-    config.write_text(configuration)
-    assert main(["run", str(config), "--out", out, "--resume"]) == 2
-    (shown,) = re.findall(r"num_steps = (\d+)", configuration)
-    assert re.search(rf"^num_steps +{shown} +3$", capsys.readouterr().err, re.MULTILINE)

@@ -33,7 +33,7 @@ def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
     """
     tensors, header = store.read(path)
     with _check(path, header, run, "a part"):
-        labels = {n: tuple(value) if isinstance(value, list) else value for n, value in header["quadrature"].items()}
+        labels: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in header["quadrature"].items()}
         done = UnitResult(_unit(header), Quadrature(**labels, **tensors), int(header["hvps"]))
         return done, float(header["seconds"])
 
