@@ -34,7 +34,7 @@ def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
     tensors, header = store.read(path)
     with _check(path, header, run, "a part"):
         labels: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in header["quadrature"].items()}
-        done = UnitResult(_unit(header), Quadrature(**labels, **tensors), int(header["hvps"]))
+        done = UnitResult(_unit(header), Quadrature(**labels | tensors), int(header["hvps"]))
         return done, float(header["seconds"])
 
 
