@@ -34,7 +34,6 @@ BATCHNORM_POLICIES = {
     "eval": "BatchNorm in eval mode",
     "batch": "BatchNorm with batch statistics",
     "frozen_batch_stats": "BatchNorm with frozen batch statistics",
-    "frozen-batch-stats": "BatchNorm with frozen batch statistics",  # in older files
     "none": "no BatchNorm",
 }
 
