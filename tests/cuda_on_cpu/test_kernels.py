@@ -163,7 +163,7 @@ class Projection:
     ("dims", "count", "capacity"),
     [
         (SHORT, 1, 1),
-        (SHORT, 8, 9),
+        pytest.param(SHORT, 8, 9, marks=pytest.mark.slow),
         (SHORT, 9, 9),
         pytest.param(SHORT, 17, 18, marks=pytest.mark.slow),
         (RAGGED, 3, 3),

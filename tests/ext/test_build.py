@@ -45,12 +45,14 @@ def test_cuda_that_cannot_be_met_is_refused(tmp_path):
     assert done.stderr.strip().startswith("blockhess: BLOCKHESS_CUDA=1 cannot be met: ")
 
 
+@pytest.mark.slow
 def test_a_wrong_switch_is_refused(tmp_path):
     done = setup_py(tmp_path, BLOCKHESS_CUDA="yes")
     assert done.returncode == 1
     assert done.stderr.strip() == "blockhess: BLOCKHESS_CUDA must be 0, 1 or auto, got 'yes'"
 
 
+@pytest.mark.slow
 def test_no_compiler_is_refused(tmp_path):
     done = setup_py(tmp_path, CXX="no-such-compiler")
     assert done.returncode == 1
