@@ -85,6 +85,7 @@ def sanitized(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [READ_BEYOND, WRITE_BEYOND])
 def test_the_address_sanitizer_sees_every_byte(mistake):
     run = sanitized(["-c", f"from tests.cuda_on_cpu.test_shim import sums; sums({mistake})"])
@@ -93,6 +94,7 @@ def test_the_address_sanitizer_sees_every_byte(mistake):
     assert "sum_kernel" in run.stderr
 
 
+@pytest.mark.slow
 def test_the_kernels_under_the_address_sanitizer():
     # With short blocks only the bases of one row and of nine, which are filled completely.
     run = sanitized(

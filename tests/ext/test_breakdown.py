@@ -1,4 +1,4 @@
-"""The cases in which other implementations fail: tiny and huge curvature, few distinct eigenvalues, zero blocks."""
+"""Breakdown cases: tiny and huge curvature, few distinct eigenvalues, zero blocks, small blocks, NaN."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_a_psd_matrix_with_few_distinct_eigenvalues(scale, dtype, reorthogonaliz
     assert q.nodes.max() == pytest.approx(50 * scale, abs=tolerance)  # the largest one, not more
     at_zero = (q.weights * (q.nodes.abs() < 0.5 * scale)).sum(-1).mean().item()
     assert at_zero == pytest.approx(0.95, abs=0.02)  # the mass of five random probes
-    # every node that carries weight is an eigenvalue
+    # every node of positive weight is an eigenvalue
     distance = (q.nodes[..., None] - d.double().unique()).abs().min(-1).values
     assert distance[q.weights > 1e-3].max() <= tolerance
 
 
-def test_reorthogonalised_it_ends_after_as_many_steps_as_distinct_eigenvalues(dtype):
+def test_reorthogonalized_it_ends_after_one_step_per_distinct_eigenvalue(dtype):
     """Or one step later: rounding leaves the 21-dimensional invariant subspace by eps |T| / beta_j a step."""
     d = diagonal(1.0, dtype)
     q = batched_slq(lambda v: v * d, [N], num_probes=PROBES, num_steps=STEPS, dtype=dtype, reorthogonalize="full")
@@ -47,7 +47,7 @@ def test_reorthogonalised_it_ends_after_as_many_steps_as_distinct_eigenvalues(dt
 
 
 @pytest.mark.parametrize("power", [-390, 390])
-def test_float64_keeps_its_bits_at_any_size_within_range(power, reorthogonalize, rng):
+def test_float64_results_scale_bitwise_within_the_range(power, reorthogonalize, rng):
     A = torch.randn(60, 60, generator=rng, dtype=torch.float64)
     A, scale = A + A.T, 2.0**power
     options = {"num_steps": 20, "dtype": torch.float64, "reorthogonalize": reorthogonalize}
@@ -56,7 +56,7 @@ def test_float64_keeps_its_bits_at_any_size_within_range(power, reorthogonalize,
 
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-125, 1e125, 1e200, 1e300])
-def test_float64_beyond_the_range_is_refused_and_never_wrong(scale, reorthogonalize, rng):
+def test_float64_beyond_the_range_is_rejected(scale, reorthogonalize, rng):
     A = torch.randn(60, 60, generator=rng, dtype=torch.float64)
     A, sizes = A + A.T, torch.tensor([scale] * 60 + [1.0] * 60, dtype=torch.float64)
     with pytest.raises(NonFiniteError, match=r"magnitudes outside 1e-120 ... 1e120 in block 0 at step 1") as error:
@@ -86,7 +86,7 @@ def test_blocks_smaller_than_the_number_of_steps(dim, dtype, reorthogonalize, rn
     assert (q.steps == dim).all()
     if reorthogonalize != "none" or dim <= 5:
         torch.testing.assert_close(q.nodes, exact.expand_as(q.nodes), rtol=0, atol=tolerance)
-    else:  # the interior nodes have lost orthogonality, not their bounds
+    else:  # loss of orthogonality affects interior nodes, not their range
         assert q.nodes.min() >= exact.min() - tolerance and q.nodes.max() <= exact.max() + tolerance
 
 
@@ -101,7 +101,7 @@ def test_rank_one(dtype, reorthogonalize):
     assert ((q.nodes.abs() < tolerance) | ((q.nodes - 3).abs() < tolerance) | (q.weights < 1e-6)).all()
 
 
-def test_one_early_lane_leaves_the_others_finite(dtype, reorthogonalize, rng):
+def test_an_early_end_does_not_affect_the_others(dtype, reorthogonalize, rng):
     """A zero block, a one-element block and an ordinary one in a batch."""
     scales = torch.cat([torch.zeros(50), torch.tensor([4.0]), torch.randn(3000, generator=rng)]).to(dtype)
     q = batched_slq(lambda v: v * scales, [50, 1, 3000], dtype=dtype, reorthogonalize=reorthogonalize)
@@ -114,7 +114,7 @@ def test_one_early_lane_leaves_the_others_finite(dtype, reorthogonalize, rng):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_spectrum_over_24_orders_of_magnitude(sign, dtype, reorthogonalize):
-    """Absolute accuracy relative to the largest eigenvalue is what Lanczos gives; nothing breaks."""
+    """Lanczos is accurate relative to the largest eigenvalue."""
     d = sign * torch.logspace(-12, 12, 200, dtype=torch.float64).to(dtype)
     q = batched_slq(lambda v: v * d, [200], num_steps=100, dtype=dtype, reorthogonalize=reorthogonalize)
     assert q.nodes.isfinite().all()
@@ -124,9 +124,10 @@ def test_spectrum_over_24_orders_of_magnitude(sign, dtype, reorthogonalize):
 
 
 def assert_measures_of(q, eigenvalues: torch.Tensor, mass: float, width: float, probes: int) -> None:
-    """Every node with weight is an eigenvalue, and the mass at the largest is its share, within four standard errors.
+    """Assert that nodes of positive weight are eigenvalues, and that the weight at the largest is right.
 
-    `width` is what tells eigenvalues apart; `mass` the share of those within it of the largest.
+    Eigenvalues closer than `width` count as one; `mass` is the fraction of eigenvalues at the largest, which the weight
+    there estimates within four standard errors.
     """
     near = (q.nodes[..., None] - eigenvalues.double().unique()).abs().min(-1).values
     assert (near * (q.weights > 1e-6)).max() <= width
@@ -138,7 +139,7 @@ def assert_measures_of(q, eigenvalues: torch.Tensor, mass: float, width: float, 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_repeated_eigenvalues(scale, dtype, reorthogonalize):
-    """Three kinds, each many times: three steps, or one more where rounding leaves the invariant subspace."""
+    """Three distinct eigenvalues: three steps, or one more where rounding leaves the invariant subspace."""
     d = scale * torch.tensor([-2.0] * 100 + [1.0] * 150 + [3.0] * 50, dtype=dtype)
     q = batched_slq(
         lambda v: v * d, [300], num_probes=PROBES, num_steps=STEPS, dtype=dtype, reorthogonalize=reorthogonalize
@@ -150,19 +151,19 @@ def test_repeated_eigenvalues(scale, dtype, reorthogonalize):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_clustered_eigenvalues(scale, dtype, reorthogonalize):
-    """Clusters 1e-5 wide: some nodes a cluster, never a node between two of them that carries weight."""
-    centres = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64).repeat_interleave(100)
-    d = scale * (centres + 1e-5 * torch.linspace(-1, 1, 300, dtype=torch.float64))
+    """Clusters 1e-5 wide: no node of positive weight between two of them."""
+    centers = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64).repeat_interleave(100)
+    d = scale * (centers + 1e-5 * torch.linspace(-1, 1, 300, dtype=torch.float64))
     q = batched_slq(
         lambda v: v * d.to(dtype), [300], num_probes=PROBES, num_steps=STEPS, dtype=dtype,
         reorthogonalize=reorthogonalize,
     )  # fmt: skip
-    assert_measures_of(q, scale * centres, 100 / 300, 1e-3 * scale, PROBES)
+    assert_measures_of(q, scale * centers, 100 / 300, 1e-3 * scale, PROBES)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_diagonal_plus_noise(scale, dtype, reorthogonalize, rng):
-    """Half of the mass at 0 and half at 1, each blurred by a noise of norm 0.01 that is no multiple of anything."""
+    """Half of the eigenvalues near 0 and half near 1, perturbed by a dense matrix of norm 0.01."""
     noise = torch.randn(200, 200, generator=rng, dtype=torch.float64)
     noise = 0.01 * (noise + noise.T) / torch.linalg.matrix_norm(noise + noise.T, 2)
     d = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(100)
@@ -179,7 +180,7 @@ def test_a_diagonal_plus_noise(scale, dtype, reorthogonalize, rng):
     "entries", [(1.0, 1.0, 0.0), (2.0, 2.0, 2.0), (0.0, 0.0, 1.0), (1e-12, 1e12, 0.0), (1.0, -1.0, 1e-9)]
 )
 def test_dimension_two(entries, dtype, reorthogonalize):
-    """[[a, c], [c, b]]: equal, singular, antidiagonal, of 24 orders, nearly diagonal."""
+    """[[a, c], [c, b]]: multiple of I, singular, antidiagonal, 24 orders of magnitude, nearly diagonal."""
     a, b, c = entries
     A = torch.tensor([[a, c], [c, b]], dtype=dtype)
     q = batched_slq(lambda v: v @ A, [2], num_probes=PROBES, dtype=dtype, reorthogonalize=reorthogonalize)
@@ -200,8 +201,8 @@ def test_dimension_one(value, dtype, reorthogonalize):
 
 @pytest.mark.parametrize("tol", [None, 0.02])
 @pytest.mark.parametrize("step", [1, 3, 11])
-def test_nan_in_one_lane_leaves_the_others(step, tol, dtype, reorthogonalize, rng):
-    """Whenever it comes: that lane keeps what it had, and all others have the bits of a clean run."""
+def test_nan_in_one_recurrence_does_not_affect_the_others(step, tol, dtype, reorthogonalize, rng):
+    """At any step: that recurrence keeps its earlier steps, and all others equal a clean run bitwise."""
     dims = [40, 300, 3]
     d = torch.randn(sum(dims), generator=rng, dtype=torch.float64).to(dtype)
     calls = []
@@ -224,7 +225,7 @@ def test_nan_in_one_lane_leaves_the_others(step, tol, dtype, reorthogonalize, rn
 
 @pytest.mark.parametrize("tol", [1e-6, 0.1])
 @pytest.mark.parametrize("scale", [0.0, *SCALES])
-def test_a_tolerance_breaks_nothing(scale, tol, dtype, reorthogonalize):
+def test_early_stopping_is_safe(scale, tol, dtype, reorthogonalize):
     d = diagonal(scale, dtype)
     q = batched_slq(
         lambda v: v * d, [N], num_probes=PROBES, num_steps=STEPS, dtype=dtype, reorthogonalize=reorthogonalize, tol=tol

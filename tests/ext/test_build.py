@@ -1,4 +1,4 @@
-"""What is said of the build, and how a build that cannot succeed refuses."""
+"""build_info, and the errors of setup.py for a build that cannot succeed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import ROOT
 
 
 def setup_py(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `setup.py --version`, which decides everything about the build but compiles nothing."""
+    """Run `setup.py --version`, which configures the build without compiling."""
     env = {**os.environ, **environment}
     command = [sys.executable, str(ROOT / "setup.py"), "--version"]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -45,12 +45,14 @@ def test_cuda_that_cannot_be_met_is_refused(tmp_path):
     assert done.stderr.strip().startswith("blockhess: BLOCKHESS_CUDA=1 cannot be met: ")
 
 
+@pytest.mark.slow
 def test_a_wrong_switch_is_refused(tmp_path):
     done = setup_py(tmp_path, BLOCKHESS_CUDA="yes")
     assert done.returncode == 1
     assert done.stderr.strip() == "blockhess: BLOCKHESS_CUDA must be 0, 1 or auto, got 'yes'"
 
 
+@pytest.mark.slow
 def test_no_compiler_is_refused(tmp_path):
     done = setup_py(tmp_path, CXX="no-such-compiler")
     assert done.returncode == 1
@@ -76,7 +78,7 @@ def test_an_import_without_a_build_says_what_to_run(tmp_path):
     package.mkdir()
     for path in (ROOT / "blockhess_ext").glob("*.py"):
         (package / path.name).write_text(path.read_text())
-    # An editable install answers for what the folder lacks: leave it out.
+    # Disable an editable install, which would provide the missing module.
     lone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
     command = [sys.executable, "-c", lone + "import blockhess_ext"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def compile_report(source: Path, architecture: str, standard: str, output: Path) -> str:
-    """What ptxas says of every kernel of a file."""
+    """Compile a file; return the report of ptxas on its kernels."""
     command = [NVCC, f"-arch={architecture}", f"-std={standard}", *FLAGS, "-c", str(source), "-o", str(output)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -31,7 +31,7 @@ def compile_report(source: Path, architecture: str, standard: str, output: Path)
 
 
 def spills(report: str) -> list[int]:
-    """Bytes of spill stores and loads, two numbers a kernel."""
+    """Return the bytes of spill stores and loads, two numbers per kernel."""
     return [
         int(number)
         for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -39,19 +39,27 @@ def spills(report: str) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+CASES = [
+    pytest.param(source, architecture, id=f"{source.stem}-{architecture}", marks=() if is_quick else pytest.mark.slow)
+    for source in KERNELS
+    for architecture in ARCHITECTURES
+    for is_quick in [(source.stem, architecture) == ("gaussian_density", "sm_90")]
+]
+
+
+@pytest.mark.parametrize(("source", "architecture"), CASES)
 def test_compiles_without_warnings_and_spills(source, architecture, tmp_path):
     numbers = spills(compile_report(source, architecture, "c++17", tmp_path / "kernel.o"))
     assert numbers and not any(numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_compiles_as_cpp20(source, tmp_path):
     compile_report(source, "sm_90", "c++20", tmp_path / "kernel.o")
 
 
-def test_a_spill_is_seen(tmp_path):
+def test_a_spill_is_detected(tmp_path):
     source = tmp_path / "spill.cu"
     body = "".join(f"double x{i} = in[{i} + threadIdx.x];" for i in range(64)) + "__syncthreads();"
     body += "".join(f"out[{i} + threadIdx.x] = x{i} * x{(i * 7 + 3) % 64};" for i in range(64))

@@ -1,4 +1,4 @@
-"""Steps replayed from graphs: the same bits as the plain loop, by a recorder that does what a CUDA graph does."""
+"""Steps replayed from graphs equal the eager loop bitwise, with a recorder that emulates CUDA graphs on the CPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
     return made
 
 
-class Ignorant(completion.Completion):
-    """A host that never learns of an end, the latest that a GPU's can be."""
+class NeverKnown(completion.Completion):
+    """Completion that never reports a finished recurrence: the longest possible delay."""
 
     def poll(self) -> Tensor:
         return torch.zeros(self._status.shape, dtype=torch.bool)
@@ -36,18 +36,18 @@ class Ignorant(completion.Completion):
 
 @pytest.mark.parametrize("reorthogonalize", ["none", "full", "auto"])
 @pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("watch", [completion.Completion, Ignorant])
-def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, watch, dtype, recorder, monkeypatch):
+@pytest.mark.parametrize("tracker", [completion.Completion, NeverKnown])
+def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, tracker, dtype, recorder, monkeypatch):
     options = {"reorthogonalize": reorthogonalize, "dtype": dtype}
     expected = run(Operator(dtype), **options)
-    monkeypatch.setattr(completion, "track", watch)
+    monkeypatch.setattr(completion, "track", tracker)
     operator = Operator(dtype, capturable)
     assert same_bits(run(operator, cuda_graph=True, **options), expected)
     assert (recorder.warm_ups, recorder.records, recorder.replays) == (2, 2, STEPS - 2)
     assert operator.calls == (4 if capturable else STEPS)
     steps, failed = expected[4:]
-    assert steps[0].tolist() == [1, 2, 1, STEPS, STEPS, STEPS]  # some end long before the last replay
-    assert steps[1, 4] == FAILS_AT - 1 and failed.sum() == 1  # and one is frozen within a replay
+    assert steps[0].tolist() == [1, 2, 1, STEPS, STEPS, STEPS]  # some finish long before the last replay
+    assert steps[1, 4] == FAILS_AT - 1 and failed.sum() == 1  # and one becomes non-finite in a replay
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5])
@@ -73,19 +73,19 @@ def test_it_stops_when_all_are_finished(recorder):
     assert seen[-1] == (5, 0) and recorder.replays == 3
 
 
-def test_a_graph_that_forgets_the_exchange_is_seen(recorder, monkeypatch):
+def test_replaying_one_graph_for_both_parities_is_detected(recorder, monkeypatch):
     record, first = recorder.record, []
 
-    def forgetful(work: Callable[[], None]) -> Callable[[], None]:
+    def first_only(work: Callable[[], None]) -> Callable[[], None]:
         first.append(record(work))
         return first[0]
 
-    monkeypatch.setattr(recorder, "record", forgetful)
+    monkeypatch.setattr(recorder, "record", first_only)
     assert not same_bits(run(Operator(), cuda_graph=True), run(Operator()))
 
 
-def test_an_operator_that_counts_on_the_host_must_not_say_that_it_is_capturable(recorder):
-    """What the host decides is frozen in a graph; so would be a step number handed to an op."""
+def test_an_operator_with_state_on_the_host_is_not_capturable(recorder):
+    """Values computed on the host are fixed at capture."""
 
     class Counting(Operator):
         def __call__(self, v: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_one_more_set_of_vectors(recorder):
         return 2 * v + v.roll(1, 1) + v.roll(-1, 1)
 
     batched_slq(hvp, [n], num_probes=2, num_steps=6, reorthogonalize="none", cuda_graph=True)
-    assert max(live) == 3  # v, v_prev and where the graphs read w; the result is the fourth
+    assert max(live) == 3  # v, v_prev and the buffer for w; the result of hvp is the fourth
     with (
         pytest.raises(torch.OutOfMemoryError, match=r"hold 4 sets of vectors, 8 MiB.*cuda_graph=False needs one set"),
         explain_out_of_memory(4, 2**21, 0),
@@ -113,7 +113,7 @@ def test_one_more_set_of_vectors(recorder):
 
 
 class Stream:
-    """A stream with a name, which writes down for whom it waits."""
+    """A named stream that logs what it waits for."""
 
     device = torch.device("cuda", 0)
 
@@ -125,7 +125,7 @@ class Stream:
 
 
 class Cuda:
-    """Stands in for torch.cuda and for a graph, and writes down what is done where."""
+    """A mock of torch.cuda and of a graph that logs work and its stream."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -147,7 +147,7 @@ class Cuda:
 
     @contextmanager
     def graph(self, graph: Cuda, pool: str, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        """Like torch's, it leaves its own stream current where the capture fails to end."""
+        """As in torch, the capture stream stays current if the capture fails."""
         before, self.current = self.current, stream
         self.log.append(f"capture on {stream.name} into {pool}, {capture_error_mode}")
         yield

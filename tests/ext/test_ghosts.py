@@ -1,4 +1,4 @@
-"""Ghosts: counted where they are, none where the basis is orthogonal."""
+"""Ghosts: counted without reorthogonalization, and none with an orthogonal basis."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EIGENVALUES = torch.cat([torch.linspace(0, 1, N - len(OUTLIERS), dtype=torch.flo
 
 
 @pytest.mark.parametrize("steps", [30, 80])
-def test_nodes_beyond_the_outliers_own_are_counted(steps, dtype):
-    """Six eigenvalues lie above 1.5, so every node there beyond six is a ghost; the bulk has none yet, but for the one
-    on its way: a copy comes through the bulk, where it is spurious, or stands between two outliers, where it is not."""
+def test_additional_nodes_at_outliers_are_counted(steps, dtype):
+    """Six eigenvalues lie above 1.5, so further nodes there are ghosts. One may be in transit: a new copy passes
+    through the bulk, where it counts as spurious, or lies between two outliers, where it does not."""
     q = batched_slq(
         lambda v: v * EIGENVALUES.to(v.dtype), [N], num_probes=3, num_steps=steps, dtype=dtype, reorthogonalize="none"
     )
@@ -27,14 +27,14 @@ def test_nodes_beyond_the_outliers_own_are_counted(steps, dtype):
     assert ((q.ghosts() - extra).abs() <= 1).all() and (extra >= 4).all()
 
 
-@pytest.mark.parametrize("word", ["full", "partial"])
-def test_an_orthogonal_basis_has_none(word, dtype):
-    q = batched_slq(lambda v: v * EIGENVALUES.to(v.dtype), [N], num_steps=80, dtype=dtype, reorthogonalize=word)
+@pytest.mark.parametrize("mode", ["full", "partial"])
+def test_an_orthogonal_basis_has_none(mode, dtype):
+    q = batched_slq(lambda v: v * EIGENVALUES.to(v.dtype), [N], num_steps=80, dtype=dtype, reorthogonalize=mode)
     assert (q.ghosts() == 0).all()
 
 
 def test_by_hand():
-    """A copy in float32; a decoupled first row, so that all others have no weight; a plain matrix; a single node."""
+    """A copy in float32; a decoupled first row, so that the other nodes have no weight; no ghosts; a single node."""
     alpha = torch.tensor([[1.0, 1.0, 5.0], [1.0, 2.0, 3.0], [1.0, 1.0, 5.0], [7.0, 7.0, 7.0]], dtype=torch.float64)
     beta = torch.tensor([[1e-9, 0.5, 0], [1e-18, 0.5, 0], [0.1, 0.1, 0], [9.0, 9.0, 0]], dtype=torch.float64)
     steps = torch.tensor([2, 3, 3, 1])
@@ -59,5 +59,5 @@ def test_spectrum_reports_them():
     count = int(spectra.quadrature.ghosts().sum())
     assert spectra.provenance["ghosts"] == {"w": count} and count >= 8
     assert f"{count} nodes in 1 blocks are ghosts" in describe(spectra)
-    kept = blockhess.spectrum(*arguments, **options, reorthogonalize="full")
-    assert kept.provenance["ghosts"] == {} and "ghosts" not in describe(kept)
+    full = blockhess.spectrum(*arguments, **options, reorthogonalize="full")
+    assert full.provenance["ghosts"] == {} and "ghosts" not in describe(full)

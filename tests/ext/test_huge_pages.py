@@ -1,4 +1,4 @@
-"""Large vectors lie in huge pages, where the system gives them, and are ordinary tensors."""
+"""Large tensors use huge pages where the system provides them, and behave as ordinary tensors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def huge_kib() -> int:
-    """Of this process, as the system counts them."""
+    """Return the huge pages of this process in KiB."""
     [line] = [x for x in Path("/proc/self/smaps_rollup").read_text().splitlines() if x.startswith("AnonHugePages")]
     return int(line.split()[1])
 
 
-@pytest.mark.skipif(
-    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="needs a system that gives huge pages"
-)
-def test_large_vectors_lie_in_huge_pages_while_they_live() -> None:
+@pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="needs a system with huge pages")
+def test_large_tensors_use_huge_pages() -> None:
     before = huge_kib()
     x = huge_pages.zeros(4, 2**22, dtype=torch.float32, device=CPU)
     assert not x.any()
@@ -44,8 +42,8 @@ def test_they_are_ordinary_tensors(n: int, dtype: torch.dtype) -> None:
     assert torch.equal(x, 2 * y)
 
 
-def test_without_them_there_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel refuses is not needed; results keep their bits."""
+def test_without_huge_pages_ordinary_memory_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the kernel refuses huge pages, results are bitwise the same."""
     dims = [2**20, 3]
     scales = torch.linspace(-1, 1, sum(dims))
     found = batched_slq(lambda v: v * scales, dims, num_probes=1, num_steps=3)
@@ -61,6 +59,6 @@ def test_without_them_there_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("n", [2**50, 2**61])
-def test_what_no_memory_holds_is_refused_in_pytorchs_words(n: int) -> None:
+def test_an_impossible_size_raises_pytorchs_error(n: int) -> None:
     with pytest.raises(RuntimeError, match=r"allocate memory|overflow"):
         huge_pages.zeros(n, 4, dtype=torch.float32, device=CPU)

@@ -53,7 +53,7 @@ def test_an_eigenvector_finishes_at_any_scale(step, scale, dtype):
 
 @pytest.mark.parametrize("step", IMPLEMENTATIONS)
 @pytest.mark.parametrize("exponent", [-130, -120, 0, 120, 127])
-def test_the_next_vector_has_norm_one_where_its_factor_is_no_number_of_its_precision(step, exponent, dtype):
+def test_the_next_vector_has_norm_one_if_one_over_beta_is_out_of_range(step, exponent, dtype):
     beta = 2.0**exponent  # its inverse is beyond float32, or has few digits there
     case = first_step(torch.tensor([[0.0, beta], [beta, 0.0]], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype))
     step(*case.arguments())
@@ -73,8 +73,8 @@ def test_the_threshold_is_64_eps_of_the_running_norm(step, dtype):
 
 @pytest.mark.parametrize("step", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_recurrence_that_is_not_finite_is_frozen_and_the_others_go_on(step, bad, dtype, rng):
-    case, clean = mid_flight(dtype, rng), None
+def test_a_non_finite_recurrence_stops_and_the_others_continue(step, bad, dtype, rng):
+    case = mid_flight(dtype, rng)
     clean = case.copy()
     case.w[0, case.layout.columns(5).stop - 1] = bad  # last element of a block of two tiles
     step(*case.arguments())
@@ -92,7 +92,7 @@ def test_a_recurrence_that_is_not_finite_is_frozen_and_the_others_go_on(step, ba
     ("scale", "status"),
     [(1e-300, NON_FINITE), (1e-121, NON_FINITE), (1e-119, RUNNING), (1e119, RUNNING), (1e121, NON_FINITE)],
 )
-def test_sizes_whose_squares_float64_does_not_hold_freeze(step, scale, status):
+def test_magnitudes_whose_squares_overflow_stop_the_recurrence(step, scale, status):
     H = scale * torch.tensor([[0.5, 1.0], [1.0, 0.5]], dtype=torch.float64)
     case = first_step(H, torch.tensor([1.0, 0.0], dtype=torch.float64))
     step(*case.arguments())
@@ -122,7 +122,7 @@ def test_each_recurrence_writes_its_own_row_and_no_other(step, dtype, rng):
         for table, old in ((r.alpha, before.recurrences.alpha), (r.beta, before.recurrences.beta)):
             changed = (table[:, p, l] != old[:, p, l]).nonzero().flatten().tolist()
             assert changed == ([j] if running else [])
-    assert r.steps[1, 5] == 1 and r.steps[1, 1] == STEPS  # the laggards
+    assert r.steps[1, 5] == 1 and r.steps[1, 1] == STEPS  # the delayed recurrences
 
 
 @pytest.mark.parametrize("step", IMPLEMENTATIONS)
@@ -147,7 +147,7 @@ def test_a_recurrence_ends_with_the_last_row(step, dtype, rng):
 
 
 @pytest.mark.parametrize("steps", [-1, 10, 2**40])
-def test_steps_that_are_no_row_write_nothing(steps, dtype, rng):
+def test_steps_out_of_range_write_nothing(steps, dtype, rng):
     case = mid_flight(dtype, rng)
     r = case.recurrences
     r.steps[2] = steps
@@ -163,11 +163,11 @@ def test_blocks_with_a_basis_are_left_to_reorthogonalize(dtype, rng):
     plain.layout = plain.layout.with_basis([False] * 7)
     ops.lanczos_step(*case.arguments())
     ops.lanczos_step(*plain.arguments())
-    kept = case.layout.columns(5)
+    columns = case.layout.columns(5)
     assert (case.recurrences.steps[:, 5] == 5).all()
     beta = case.recurrences.beta[STEPS, :, 5:6].to(dtype)
-    torch.testing.assert_close(case.v_prev[:, kept] / beta, plain.v_prev[:, kept])
-    case.v_prev[:, kept] = plain.v_prev[:, kept]
+    torch.testing.assert_close(case.v_prev[:, columns] / beta, plain.v_prev[:, columns])
+    case.v_prev[:, columns] = plain.v_prev[:, columns]
     assert torch.equal(case.v_prev, plain.v_prev)
 
 
@@ -189,7 +189,7 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
 
 
 def test_a_segment_has_the_same_bits_alone_and_among_many(dtype, rng):
-    """Alone it is shared by all threads, among many it is the work of one."""
+    """Alone it is split among all threads; among many, one thread computes it."""
     among = mid_flight(dtype, rng, dims=(100_003,) * 12, n_probes=2, laggards=False)
     r, columns = among.recurrences, among.layout.columns(5)
     own = {name: getattr(r, name)[..., 5:6].clone() for name in vars(r)}

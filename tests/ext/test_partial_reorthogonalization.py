@@ -1,4 +1,4 @@
-"""Partial reorthogonalisation: a basis orthogonal to sqrt(eps), the spectrum of a full one, by fewer projections."""
+"""Partial reorthogonalization: orthogonality to sqrt(eps) and the spectrum of full, with fewer projections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N, STEPS, PROBES = 600, 80, 2
 
 
 def spectra() -> dict[str, Tensor]:
-    """Ritz values converge to outliers early on, which is what costs the orthogonality."""
+    """Return three spectra. Ritz values converge to outliers early, which destroys orthogonality."""
     outliers = torch.tensor([2.0, 3, 5, 8, 13, 21], dtype=torch.float64)
     return {
         "outliers": torch.cat([torch.linspace(0, 1, N - 6, dtype=torch.float64), outliers]),
@@ -26,18 +26,18 @@ def spectra() -> dict[str, Tensor]:
     }
 
 
-class Spied:
-    """A diagonal operator that keeps its vectors, while the projections of the loop are counted."""
+class Recording:
+    """A diagonal operator that records its arguments."""
 
     def __init__(self, eigenvalues: Tensor) -> None:
-        self.eigenvalues, self.inputs, self.projections = eigenvalues, [], 0
+        self.eigenvalues, self.inputs = eigenvalues, []
 
     def __call__(self, v: Tensor) -> Tensor:
         self.inputs.append(v.clone())
         return v * self.eigenvalues.to(v.dtype)
 
     def orthogonality(self) -> float:
-        """The largest |<v_i, v_j>|, i != j, of one probe."""
+        """Return the largest |<v_i, v_j>|, i != j, over all probes."""
         worst = 0.0
         for p in range(PROBES):
             basis = torch.stack([v[p] for v in self.inputs]).double()
@@ -60,13 +60,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["outliers", "power law", "uniform"])
-def test_a_basis_orthogonal_to_the_root_of_eps_by_fewer_projections(name, dtype, counted):
+def test_orthogonality_to_sqrt_eps_with_fewer_projections(name, dtype, counted):
     found = {}
-    for word in ("full", "partial", "none"):
-        operator = Spied(spectra()[name])
+    for mode in ("full", "partial", "none"):
+        operator = Recording(spectra()[name])
         counted[0] = 0
-        q = batched_slq(operator, [N], num_probes=PROBES, num_steps=STEPS, dtype=dtype, reorthogonalize=word)
-        found[word] = operator.orthogonality(), counted[0], q
+        q = batched_slq(operator, [N], num_probes=PROBES, num_steps=STEPS, dtype=dtype, reorthogonalize=mode)
+        found[mode] = operator.orthogonality(), counted[0], q
     eps = torch.finfo(dtype).eps
     orthogonality, projections, q = found["partial"]
     assert orthogonality < 10 * math.sqrt(eps) and q.reorthogonalize == ("partial",)
@@ -77,49 +77,49 @@ def test_a_basis_orthogonal_to_the_root_of_eps_by_fewer_projections(name, dtype,
     assert found["full"][1] == PROBES * STEPS > 1.2 * projections
     if dtype == torch.float64:
         assert projections <= found["full"][1] / 2
-    if name == "uniform":  # nothing converges: hardly anything is to be done
+    if name == "uniform":  # no Ritz value converges: almost no projections
         assert projections < 20
-    else:  # without projections all is lost
+    else:  # without projections orthogonality is lost
         assert found["none"][0] > 0.5 and projections > 0
 
 
 def test_the_estimate_follows_the_loss():
-    """What the recurrence expects of a run without projections, against its vectors: within a factor of 100, whether
-    it is small or large. It grows from eps to 1, so a wrong recurrence would be off by powers of ten."""
+    """The estimate for a run without projections bounds the true loss, within a few orders of magnitude, while it grows
+    from eps to 1; a wrong recurrence would be off by many more."""
     d = spectra()["outliers"]
-    operator = Spied(d)
+    operator = Recording(d)
     q = batched_slq(operator, [N], num_probes=1, num_steps=40, dtype=torch.float64, reorthogonalize="none")
     recurrences = Recurrences.start(1, torch.tensor([40]))
-    watch = PartialReorthogonalization(recurrences, torch.tensor([True]), 2.0**-52)
+    rule = PartialReorthogonalization(recurrences, torch.tensor([True]), 2.0**-52)
     basis = torch.stack([v[0] for v in operator.inputs])
     grown = []
     for j in range(39):
         recurrences.alpha[j], recurrences.beta[j] = q.alpha[0, 0, j], q.beta[0, 0, j]
-        watch._again.zero_()
-        due = bool(watch.due())
+        rule._again.zero_()
+        due = bool(rule.select())
         true = float((basis[: j + 1] @ basis[j + 1]).abs().max())
-        estimate = float(watch._now[: j + 1].abs().max())
+        estimate = float(rule._now[: j + 1].abs().max())
         recurrences.steps.add_(1)
         recurrences.norm[:] = max(float(recurrences.norm), float(q.alpha[0, 0, j].abs()), float(q.beta[0, 0, j]))
         if due:
             break
         grown.append(true)
         assert true < 10 * estimate and estimate < 1000 * max(true, 1e-16)
-    # Where it was before the step that is due hangs on rounding: 3e-11 ... 8e-9 for a dozen probes.
+    # The loss before the first projection depends on rounding: 3e-11 ... 8e-9 for a dozen probes.
     assert due and len(grown) > 5 and 1e-12 < grown[-1] < 1e-7
 
 
 def test_blocks_of_every_kind_side_by_side(dtype):
-    """Each as alone: the mask of one block is no business of the others."""
+    """Each block has the same bits as alone: the masks are independent."""
     d = spectra()
     parts = [d["outliers"], d["power law"], d["outliers"], torch.tensor([1.0, 2.0]).double()]
-    dims, words = [len(part) for part in parts], ["partial", "none", "full", "partial"]
-    together = Spied(torch.cat(parts))
-    q = batched_slq(together, dims, num_probes=PROBES, num_steps=40, dtype=dtype, reorthogonalize=words)
-    assert q.reorthogonalize == tuple(words)
+    dims, modes = [len(part) for part in parts], ["partial", "none", "full", "partial"]
+    together = Recording(torch.cat(parts))
+    q = batched_slq(together, dims, num_probes=PROBES, num_steps=40, dtype=dtype, reorthogonalize=modes)
+    assert q.reorthogonalize == tuple(modes)
     for l, part in enumerate(parts):
         alone = batched_slq(
-            Spied(part), [dims[l]], num_probes=PROBES, num_steps=40, dtype=dtype, reorthogonalize=[words[l]],
+            Recording(part), [dims[l]], num_probes=PROBES, num_steps=40, dtype=dtype, reorthogonalize=[modes[l]],
             block_ids=[l],
         )  # fmt: skip
         m = alone.nodes.shape[-1]
@@ -131,8 +131,8 @@ def test_blocks_of_every_kind_side_by_side(dtype):
 def test_exhausted_spaces_end_as_with_full(scale, dtype):
     d = scale * torch.tensor([0.0] * 100 + [1.0] * 50 + [2.0, 5.0, 5.0], dtype=torch.float64)
     q, full = (
-        batched_slq(Spied(d), [len(d)], num_probes=PROBES, dtype=dtype, reorthogonalize=word)
-        for word in ("partial", "full")
+        batched_slq(Recording(d), [len(d)], num_probes=PROBES, dtype=dtype, reorthogonalize=mode)
+        for mode in ("partial", "full")
     )
     assert ((q.steps == full.steps) | (q.steps == full.steps + 1)).all() and (full.steps <= 5).all()
     tolerance = 1000 * torch.finfo(dtype).eps * 5 * scale

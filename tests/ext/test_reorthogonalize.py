@@ -10,18 +10,18 @@ from blockhess_ext import ops, reference
 from blockhess_ext.recurrences import FINISHED, RUNNING
 from tests.helpers.recurrence_cases import Case, assert_same_state, mid_flight
 
-KEPT = [False, True, True, False, True, True, False]
+STORED = [False, True, True, False, True, True, False]
 COUNT = 2
 
 
 def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tensor]:
-    """A case after lanczos_step, and an orthonormal basis of COUNT rows for the blocks that keep one."""
+    """A case after lanczos_step, and an orthonormal basis of COUNT rows for the blocks that store one."""
     case = mid_flight(dtype, rng, steps=COUNT - 1, laggards=False)
-    case.layout = case.layout.with_basis(KEPT)
+    case.layout = case.layout.with_basis(STORED)
     basis = torch.zeros(4, 3, case.layout.n_basis, dtype=dtype)
     for p in range(3):
-        for l, keep in enumerate(KEPT):
-            if keep:
+        for l, stored in enumerate(STORED):
+            if stored:
                 columns = case.layout.basis_columns(l)
                 q, _ = torch.linalg.qr(torch.randn(case.layout.dims[l], COUNT, generator=rng, dtype=torch.float64))
                 basis[:COUNT, p, columns] = q.T.to(dtype)
@@ -49,10 +49,10 @@ def test_result_is_orthogonal_to_the_basis_and_of_norm_one(dtype, rng):
 
 
 def test_one_pass_would_not_be_enough(dtype, rng):
-    """A residual almost inside the basis: what one projection leaves of rounding is large beside what remains."""
+    """A residual almost in the span of the basis: rounding of the first pass is large relative to the remainder."""
     case, basis = prepared(dtype, rng)
     eps, l = torch.finfo(dtype).eps, 5
-    case.recurrences.norm[0, l] = 1e-3  # so small that the residual is no breakdown
+    case.recurrences.norm[0, l] = 1e-3  # small enough that the residual does not count as zero
     columns = case.layout.basis_columns(l)
     q0, q1 = basis[:COUNT, 0, columns].double()
     outside = torch.randn(len(q0), generator=rng, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_a_residual_inside_the_basis_finishes(dtype, rng):
 
 
 def test_each_recurrence_uses_the_rows_that_it_has_filled(dtype, rng):
-    """One has filled a row less than the others, one all of them; rows beyond are NaN and must not be read."""
+    """One has filled one row less than the others, one all rows; unfilled rows are NaN and must not be read."""
     case, basis = prepared(dtype, rng)
     r, behind, full = case.recurrences, case.layout.basis_columns(4), case.layout.basis_columns(5)
     r.steps[0, 4], r.steps[2, 5] = COUNT - 2, len(basis) - 1
@@ -103,7 +103,7 @@ def test_cpu_equals_reference(dtype, rng):
     torch.testing.assert_close(basis, expected_basis, rtol=rtol, atol=rtol)
 
 
-def test_without_projections_the_residual_is_only_normalised(dtype, rng):
+def test_without_projections_the_residual_is_only_normalized(dtype, rng):
     case, basis = prepared(dtype, rng)
     project = torch.ones_like(case.recurrences.status)
     project[0] = 0

@@ -1,4 +1,4 @@
-"""Recurrences that go on from a state: the same bits as without a stop, with more steps too."""
+"""Resuming from a state gives bitwise the results of an uninterrupted run, also with more steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.helpers import replay_cases
 from tests.helpers.call_recorder import CallRecorder
 
 DIMS = (1, 2, 7, 40, 300)
-WORDS = ("none", "full", "partial", "auto")
+MODES = ("none", "full", "partial", "auto")
 
 
 class Operator:
-    """Diagonal, block 2 zero, one lane NaN at its 6th step; counts the products of recurrences not yet finished."""
+    """Diagonal, block 2 zero, one recurrence gets NaN in its 6th step; counts the products of running recurrences."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.scales = torch.linspace(-1, 3, sum(DIMS), dtype=dtype) ** 3
@@ -58,9 +58,9 @@ def states(operator: Operator, num_steps: int, **options: Any) -> list[State]:
 
 
 @pytest.mark.parametrize("tol", [None, 0.02])
-@pytest.mark.parametrize("words", WORDS)
-def test_going_on_from_any_step_gives_the_same_bits(words, tol, dtype):
-    options = {"reorthogonalize": words, "tol": tol}
+@pytest.mark.parametrize("modes", MODES)
+def test_resuming_from_any_step_gives_the_same_bits(modes, tol, dtype):
+    options = {"reorthogonalize": modes, "tol": tol}
     whole = Operator(dtype)
     expected = run(whole, 30, **options)
     found = states(Operator(dtype), 30, **options)
@@ -69,7 +69,7 @@ def test_going_on_from_any_step_gives_the_same_bits(words, tol, dtype):
         operator = Operator(dtype)
         operator.step = state.step
         assert_same(run(operator, 30, state=state, **options), expected)
-    # No product of a recurrence known to have finished is made again.
+    # Products of finished recurrences are not repeated.
     operator, state = Operator(dtype), found[10]
     operator.step = state.step
     first = Operator(dtype)
@@ -79,28 +79,28 @@ def test_going_on_from_any_step_gives_the_same_bits(words, tol, dtype):
 
 
 @pytest.mark.parametrize("tol", [None, 0.005])
-@pytest.mark.parametrize("words", WORDS)
-def test_more_steps_are_those_of_a_longer_run(words, tol, dtype):
-    """Past the size of the smaller blocks, past the checkpoints of tol, with a basis and estimates that grow."""
-    asked = words
-    if words == "auto":  # depends on num_steps: the first run's are replayed
-        asked = run(Operator(dtype), 12).reorthogonalize
-        assert len(set(asked)) == 2
-    expected = run(Operator(dtype), 50, reorthogonalize=asked, tol=tol)
-    last = states(Operator(dtype), 12, reorthogonalize=words, tol=tol)[-1]
+@pytest.mark.parametrize("modes", MODES)
+def test_resuming_with_more_steps_equals_a_longer_run(modes, tol, dtype):
+    """Beyond the size of the smaller blocks and the checkpoints of tol, with a larger basis."""
+    requested = modes
+    if modes == "auto":  # depends on num_steps: a state fixes the modes of its run
+        requested = run(Operator(dtype), 12).reorthogonalize
+        assert len(set(requested)) == 2
+    expected = run(Operator(dtype), 50, reorthogonalize=requested, tol=tol)
+    last = states(Operator(dtype), 12, reorthogonalize=modes, tol=tol)[-1]
     assert last.step == 12
     for middle in (12, 31):
         operator = Operator(dtype)
         operator.step = 12
         found: list[State] = []
-        options = {"reorthogonalize": words, "tol": tol}
+        options = {"reorthogonalize": modes, "tol": tol}
         run(operator, middle, state=last, on_state=lambda s, found=found: found.append(s.copy()), **options)
         state = found[-1] if found else last
         assert_same(run(operator, 50, state=state, **options), expected)
     assert int(expected.steps.max()) > 31
 
 
-def test_the_state_is_not_copied_and_that_of_the_last_step_stays():
+def test_the_state_is_not_copied_and_the_last_one_is_final():
     live: list[State] = []
     q = batched_slq(lambda v: v * torch.arange(1.0, 9.0), [8], num_steps=4, on_state=live.append)
     assert [state.step for state in live] == [1, 2, 3, 4]
@@ -146,7 +146,7 @@ def test_graphs_can_be_replayed_from_a_state(monkeypatch):
         ({"reorthogonalize": "none"}, "reorthogonalize must equal that of state, full, full, got 'none'"),
     ],
 )
-def test_a_state_of_other_recurrences_is_refused(options, text):
+def test_a_state_of_other_recurrences_is_rejected(options, text):
     found: list[State] = []
     batched_slq(lambda v: v * torch.arange(14.0), [5, 9], num_probes=2, num_steps=5, on_state=found.append)
     given = {"dims": [5, 9], "num_probes": 2, "num_steps": 6, "state": found[-1], **options}
@@ -155,7 +155,7 @@ def test_a_state_of_other_recurrences_is_refused(options, text):
 
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 6), ("steps", -1), ("steps", 3), ("status", 3), ("status", -1)])
-def test_a_state_that_cannot_be_is_refused(name: str, value: int) -> None:
+def test_an_inconsistent_state_is_rejected(name: str, value: int) -> None:
     state = states(Operator(torch.float64), 9)[4]
     run(Operator(torch.float64), 9, state=state)  # control
     state.tensors[name][1, 4] = value

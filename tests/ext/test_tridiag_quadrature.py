@@ -78,8 +78,8 @@ def test_zero_clustered_and_decoupled(m):
     torch.testing.assert_close(nodes, -nodes.flip(1), rtol=0, atol=100 * EPS)
 
 
-def test_a_problem_does_not_depend_on_its_neighbours(rng):
-    """Problems share the vector unit; each alone, and in another company, has the same bits."""
+def test_a_problem_does_not_depend_on_its_neighbors(rng):
+    """Problems share SIMD registers; each has the same bits alone and in any batch."""
     alpha, beta, steps = problems(40, 30, rng)
     together = ops.tridiag_quadrature(alpha, beta, steps)
     order = torch.randperm(40, generator=rng)
@@ -103,7 +103,7 @@ def test_same_bits_for_one_and_two_threads(rng):
 
 @pytest.mark.parametrize("tiny", [1e-100, 1e-200, 1e-300, 5e-324])
 def test_parts_of_very_different_size(tiny):
-    """Squares of the small entries underflow beside the large ones; nothing is lost that float64 could tell apart."""
+    """Squares of the small entries underflow; the result is accurate to rounding of the largest."""
     alpha = torch.tensor([[1.0, 2.0, tiny, 2 * tiny, 3 * tiny, 0.0]], dtype=torch.float64)
     beta = torch.tensor([[0.5, tiny, tiny, tiny, tiny, 0.0]], dtype=torch.float64)
     nodes, weights = ops.tridiag_quadrature(alpha, beta, torch.tensor([6]))

@@ -1,4 +1,4 @@
-"""Every op as a call on state of its own, for tests that want the same of all five."""
+"""Arguments for every op, and a uniform call of each for tests that apply to all five."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blockhess_ext.layout import Layout
 from tests.gpu.device import misaligned, on
 from tests.helpers.recurrence_cases import STEPS, Case, mid_flight
 
-# One element, ends at every place of a 16-byte pack, exactly one tile, a tile and a bit, several tiles.
+# One element, ends at every position of a 16-byte pack, exactly one tile, one tile and more, several tiles.
 RAGGED = (1, 2, 7, 1, 1000, 3, 32768, 5, 65_539)
 SHORT = (1, 3, 4, 1, 6, 130, 1027)
 MANY = (9,) * 700
@@ -23,10 +23,10 @@ N_PROBES = 3
 VECTORS = ("w", "v", "v_prev")
 
 
-def step_case(dtype: torch.dtype, dims: tuple[int, ...], kept: list[bool] | None = None, steps: int = STEPS) -> Case:
-    """Recurrences in mid-flight on the CPU: some ended, a lane of NaN, an eigenvector, scratch full of NaN."""
+def step_case(dtype: torch.dtype, dims: tuple[int, ...], stored: list[bool] | None = None, steps: int = STEPS) -> Case:
+    """Return recurrences after some steps on the CPU: some ended, one with NaN, an eigenvector, scratch of NaN."""
     case = mid_flight(dtype, torch.Generator().manual_seed(0), dims, N_PROBES, steps)
-    case.layout = case.layout.with_basis(kept or [False] * len(dims))
+    case.layout = case.layout.with_basis(stored or [False] * len(dims))
     last = len(dims) - 1
     case.w[1, case.layout.columns(last).start] = math.nan
     case.w[0, case.layout.columns(5)] = 3 * case.v[0, case.layout.columns(5)]
@@ -36,12 +36,12 @@ def step_case(dtype: torch.dtype, dims: tuple[int, ...], kept: list[bool] | None
 
 
 def state(case: Case) -> list[Tensor]:
-    """What a step writes."""
+    """Return the tensors that a step writes."""
     return [case.v_prev, *vars(case.recurrences).values()]
 
 
 def shifted(case: Case, by: int) -> Case:
-    """The case with its vectors off their alignment."""
+    """Return the case with misaligned vectors."""
     for name in VECTORS:
         setattr(case, name, misaligned(getattr(case, name), by))
     return case
@@ -64,7 +64,7 @@ class Projection:
 
 
 def projection(dtype: torch.dtype, dims: tuple[int, ...], count: int, capacity: int) -> Projection:
-    """Residuals as lanczos_step leaves them and an orthonormal basis, NaN in the rows that must not be read.
+    """Return residuals of lanczos_step and an orthonormal basis, with NaN in rows that must not be read.
 
     Most recurrences have filled `count` rows, one just the first.
     """
@@ -86,7 +86,7 @@ def projection(dtype: torch.dtype, dims: tuple[int, ...], count: int, capacity: 
 
 
 def tridiagonals(m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random, clustered, decoupled, graded, huge, tiny, zero, a short one and none."""
+    """Return random, clustered, decoupled, graded, huge, tiny and zero matrices, one of few steps and one of none."""
     rng = torch.Generator().manual_seed(2)
     alpha = torch.randn(9, m, generator=rng, dtype=torch.float64)
     beta = torch.rand(9, m, generator=rng, dtype=torch.float64)
@@ -104,7 +104,7 @@ def tridiagonals(m: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def density_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of unordered nodes, some of weight zero, each blurred by another sigma; a grid of no round length."""
+    """Return rows of unsorted nodes, some of weight zero, each with another sigma, and a grid of odd size."""
     rng = torch.Generator().manual_seed(3)
     nodes = torch.randn(4, 300, generator=rng, dtype=torch.float64)
     weights = torch.rand(4, 300, generator=rng, dtype=torch.float64)
@@ -114,7 +114,7 @@ def density_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def probes_of(device: str, distribution: str, dtype: torch.dtype, backend: ModuleType = ops) -> Tensor:
-    """Probes of the ragged layout under large seeds and ids."""
+    """Return probes of the ragged layout for large seeds and ids."""
     ids = torch.arange(len(RAGGED), device=device) + 2**40
     layout = Layout.of(RAGGED, device)
     options = {"seed": 2**62 + 5, "first_probe": 3, "distribution": distribution, "dtype": dtype}
@@ -122,7 +122,7 @@ def probes_of(device: str, distribution: str, dtype: torch.dtype, backend: Modul
 
 
 def call_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], list[Tensor]], Case | None]:
-    """A call of an op that does not wait and returns its results; the case that it advances, if any."""
+    """Return a non-blocking call of an op that returns its results, and the case that it advances, if any."""
     raw = torch.ops.blockhess_ext
     if op == "lanczos_step":
         case = on(device, step_case(dtype, RAGGED))
@@ -138,7 +138,7 @@ def call_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[C
         steps = start.case.recurrences.steps.clone()
 
         def project() -> list[Tensor]:
-            start.case.recurrences.steps.copy_(steps)  # the same step again, not one against its own result
+            start.case.recurrences.steps.copy_(steps)  # repeat the same step
             start.run(ops)
             return [*state(start.case), start.basis]
 

@@ -1,4 +1,4 @@
-"""What a user may get wrong on a GPU is refused by name, and leaves the device usable."""
+"""Invalid arguments on a GPU raise errors that name them, and the device stays usable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each op on the GPU: equal to its CPU twin and the reference, with the same bits wherever its vectors lie."""
+"""Each op on the GPU equals its CPU implementation and the reference, bitwise the same for misaligned vectors."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ device.require(cuda=False)
 
 @pytest.mark.parametrize("dims", [RAGGED, SHORT, MANY], ids=["ragged", "short", "many"])
 def test_lanczos_step(dims, dtype):
-    twin, expected = step_case(dtype, dims), step_case(dtype, dims)
-    case = on(DEVICE, twin)
+    on_cpu, expected = step_case(dtype, dims), step_case(dtype, dims)
+    case = on(DEVICE, on_cpu)
     before = on("cpu", case)
     ops.lanczos_step(*case.arguments())
     device.synchronize()
-    ops.lanczos_step(*twin.arguments())
+    ops.lanczos_step(*on_cpu.arguments())
     reference.lanczos_step(*expected.arguments())
     rtol = 16 * torch.finfo(dtype).eps
-    assert_near(state(case), state(twin), rtol)
+    assert_near(state(case), state(on_cpu), rtol)
     assert_near(state(case), state(expected), rtol)
     assert_same_bits([case.w, case.v], [before.w, before.v])
     status = case.recurrences.status
@@ -67,9 +67,9 @@ def test_reorthogonalize(dims, count, capacity, dtype):
     runs[1].basis = device.misaligned(runs[1].basis, 3)
     for run, backend in zip(runs, (ops, ops, ops, reference), strict=True):
         run.run(backend)
-    got, moved, twin, expected = (run.results() for run in runs)
+    got, moved, on_cpu, expected = (run.results() for run in runs)
     rtol = 32 * torch.finfo(dtype).eps
-    assert_near(got, twin, rtol)
+    assert_near(got, on_cpu, rtol)
     assert_near(got, expected, rtol)
     assert_same_bits(moved, got)
     assert device.margins_untouched(runs[1].basis) and device.margins_untouched(runs[1].case.v_prev)
@@ -102,7 +102,7 @@ def test_gaussian_density():
 @pytest.mark.parametrize("distribution", ops.DISTRIBUTIONS)
 def test_random_probes(distribution, dtype):
     got = probes_of(DEVICE, distribution, dtype).cpu()
-    # Norms are sums of up to 65,539 terms, each twin's in its own order; logarithm and cosine differ by some ulp.
+    # Norms are sums of up to 65,539 terms, in an order that depends on the backend; log and cos differ by some ulp.
     eps = torch.finfo(dtype).eps
     size = torch.cat([torch.full((dim,), dim**-0.5, dtype=dtype) for dim in RAGGED])
     for backend in (ops, reference):

@@ -1,4 +1,4 @@
-"""From the operator to the spectrum: the whole loop on the GPU against the CPU."""
+"""batched_slq and spectrum on the GPU equal those on the CPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.helpers.tiny_models import labelled, mlp
 device.require(cuda=False)
 
 DIMS = (1, 5, 40, 333)
-# 12 steps of Lanczos multiply the rounding of each twin, relative to |H|, by some thousands; both dtypes alike.
+# 12 Lanczos steps amplify rounding, relative to |H|, by some thousands, in both dtypes.
 GROWTH = 2**13
 
 
 class Dense:
-    """A dense block-diagonal operator; block 2 is zero, and `bad` makes a lane fail at the third call."""
+    """A dense block-diagonal operator; block 2 is zero, and `bad` makes a recurrence fail in the third call."""
 
     def __init__(self, where: str, dtype: torch.dtype, bad: bool = False) -> None:
         rng = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def test_batched_slq(reorthogonalize, distribution, dtype):
     )
 
 
-def test_a_lane_that_fails_is_frozen_and_the_others_go_on(dtype):
+def test_a_failing_recurrence_stops_and_the_others_continue(dtype):
     options = {"num_probes": 2, "num_steps": 12, "dtype": dtype, "device": DEVICE}
     clean = batched_slq(Dense(DEVICE, dtype), DIMS, **options)
     with pytest.raises(NonFiniteError, match="block 3 at step 3 of probe 1") as error:
@@ -91,7 +91,7 @@ def test_spectrum(reorthogonalize):
     tolerance = GROWTH * torch.finfo(torch.float64).eps
     for name in got.names:
         a, b = got[name], expected[name]
-        # Where a block's Krylov space is nearly exhausted rounding decides the last step, so moments are compared.
+        # Compare moments: where a Krylov space is nearly exhausted, rounding determines the last step.
         for power in range(4):
             assert_near([(a.weights * a.nodes**power).sum(1)], [(b.weights * b.nodes**power).sum(1)], tolerance)
     assert_near(list(got.trace()), list(expected.trace()), tolerance)

@@ -1,4 +1,4 @@
-"""What is CUDA's own: no wait and no allocation in the loop, graphs, streams, several devices, memory that runs out."""
+"""CUDA semantics: no synchronization or allocation in the loop, graphs, streams, several devices, out of memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_another_stream_has_the_same_bits(op, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_runs_on_the_current_stream(op):
-    """Work queued behind a long kernel is not done while that runs; on the default stream it would be."""
+    """Work queued behind a long kernel waits for it; on the default stream it would not."""
     call, _ = call_of(op, "cuda")
     torch.cuda.synchronize()
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
@@ -68,7 +68,7 @@ def test_an_op_runs_on_the_current_stream(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_captured_op_replays_with_the_same_bits(op, dtype):
-    """A capture also refuses every wait and every allocation outside torch's, the kernels' own included."""
+    """A capture also rejects synchronization and allocation outside torch, also by the kernels themselves."""
     eager = call_of(op, "cuda", dtype)[0]
     eager()
     expected = [x.clone() for x in eager()]
@@ -89,8 +89,8 @@ def test_a_captured_op_replays_with_the_same_bits(op, dtype):
 
 
 @pytest.mark.parametrize("reorthogonalize", ["none", "full"])
-def test_the_loop_never_waits(reorthogonalize):
-    """From the first product to the last step no call of torch's waits; the kernels' own calls are seen by captures."""
+def test_the_loop_never_synchronizes(reorthogonalize):
+    """No torch call synchronizes from the first product to the last step; captures check the kernels' own calls."""
     scales = eigenvalues("cuda")
 
     def hvp(v: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_loop_never_waits(reorthogonalize):
     assert_same_bits(got, run(diagonal(), reorthogonalize=reorthogonalize))
 
 
-def test_a_wait_in_the_loop_would_be_seen():
+def test_a_synchronization_in_the_loop_is_detected():
     def hvp(v: Tensor) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")
         v.sum().item()
@@ -164,12 +164,12 @@ def test_the_device_of_the_tensors_is_used():
 
 
 @pytest.mark.parametrize("steps", [3, 4000], ids=["vectors", "basis"])
-def test_memory_that_runs_out_is_explained_and_the_process_goes_on(steps):
+def test_running_out_of_memory_is_explained_and_the_process_continues(steps):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((before + 2**28) / total)
-    n = 2**26 if steps == 3 else 2**20  # one probe: 256 MiB a vector set, or 4 MiB a row of the basis
+    n = 2**26 if steps == 3 else 2**20  # one probe: 256 MiB per vector set, or 4 MiB per row of the basis
     try:
         with pytest.raises(torch.OutOfMemoryError, match=r"3 sets of vectors, \d+ MiB.*lower num_probes"):
             batched_slq(lambda v: 2 * v, [n], num_probes=1, num_steps=steps, reorthogonalize="full", device="cuda")
@@ -181,7 +181,7 @@ def test_memory_that_runs_out_is_explained_and_the_process_goes_on(steps):
 
 
 def test_the_state_is_finite_after_all():
-    """Nothing above left an error behind that a later call would report."""
+    """The tests above left no sticky error."""
     case = on("cuda", step_case(torch.float32, RAGGED))
     ops.lanczos_step(*case.arguments())
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs: records the ops that work calls on the CPU, and calls them again."""
+"""An emulation of CUDA graphs on the CPU: records the torch ops that are called, and calls them again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Recording(TorchDispatchMode):
-    """As in a capture nothing is done: what would be written stays, and results are NaN until a replay."""
+    """As in a capture, nothing is computed: outputs keep their values, and results are NaN until a replay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Recording(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Calls the same ops with the same operands, host numbers included, into the same results."""
+        """Call the same ops with the same operands, including host scalars, and write to the same results."""
         for op, args, kwargs, result in self.calls:
             for old, new in zip(tree_leaves(result), tree_leaves(op(*args, **kwargs))):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
@@ -40,7 +40,7 @@ class Recording(TorchDispatchMode):
 
 
 class CallRecorder:
-    """A `blockhess_ext.cuda_graph.Recorder` on the CPU, which counts."""
+    """A `blockhess_ext.cuda_graph.Recorder` on the CPU that counts its calls."""
 
     def __init__(self) -> None:
         self.warm_ups = self.records = self.replays = 0

@@ -1,4 +1,4 @@
-"""Operators of known spectrum, and the exact measures that their probes see."""
+"""Operators of known spectrum, and the exact spectral measures of their probes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blockhess_ext import Quadrature, batched_slq
 
 @dataclass
 class Seen:
-    """A quadrature of a diagonal operator and the truth behind it.
+    """A quadrature of a diagonal operator and its exact spectral measures.
 
     Attributes:
-        quadrature: of one block.
+        quadrature: quadrature of one block.
         eigenvalues: (n,) ascending.
-        weights: (n_probes, n), squares of the probes' components.
+        weights: (n_probes, n), squared components of the probes.
     """
 
     quadrature: Quadrature
@@ -25,12 +25,12 @@ class Seen:
     weights: Tensor
 
     def cdf(self, x: Tensor) -> Tensor:
-        """Exact F(x) of every probe, (n_probes, n_points)."""
+        """Return the exact distribution function of every probe, (n_probes, n_points)."""
         return self.weights @ (self.eigenvalues[:, None] <= x).double()
 
 
 def lanczos(eigenvalues: Tensor, num_probes: int = 3, num_steps: int = 20, **options: object) -> Seen:
-    """Run batched_slq on a diagonal operator; options are its own."""
+    """Run batched_slq on a diagonal operator; options are passed on."""
     eigenvalues = eigenvalues.double().sort().values
     seen: list[Tensor] = []
 
@@ -45,7 +45,7 @@ def lanczos(eigenvalues: Tensor, num_probes: int = 3, num_steps: int = 20, **opt
 
 
 def spectra(n: int = 300) -> dict[str, Tensor]:
-    """Spectra of six kinds, (n,) each."""
+    """Return six kinds of spectra, (n,) each."""
     rng = torch.Generator().manual_seed(0)
     t = torch.linspace(0, 1, n, dtype=torch.float64)
     spikes = 0.05 * torch.randn(n, generator=rng, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A batch of recurrences in mid-flight, to be advanced by two implementations and compared."""
+"""A batch of recurrences after some steps, to be advanced by two implementations and compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, Recurrences
 
-# One element, odd tails, exactly one tile, one tile and a bit, several tiles.
+# One element, odd tails, exactly one tile, one tile and more, several tiles.
 DIMS = (1, 2, 7, 1000, 32768, 32769, 100_003)
 
 
@@ -33,8 +33,8 @@ class Case:
         return tuple(vars(self).values())
 
 
-STEPS = 5  # made by most
-UNWRITTEN = 7.0  # in the rows of alpha and beta that no step has written
+STEPS = 5  # of most recurrences
+UNWRITTEN = 7.0  # value of the rows of alpha and beta that no step has written
 
 
 def mid_flight(
@@ -45,9 +45,9 @@ def mid_flight(
     steps: int = STEPS,
     laggards: bool = True,
 ) -> Case:
-    """Recurrences after some steps: most running, one finished, one frozen, one about to be stopped by its limit.
+    """Return recurrences after some steps: most running, one finished, one non-finite, one a step before its limit.
 
-    With laggards two have made fewer steps: none, and one less.
+    With laggards=True two have made fewer steps: none, and one less.
     """
     layout = Layout.of(dims)
     w, v, v_prev = (torch.randn(n_probes, layout.n, generator=rng, dtype=dtype) for _ in range(3))
@@ -70,7 +70,7 @@ def mid_flight(
 
 
 def assert_same_state(a: Case, b: Case, rtol: float) -> None:
-    """Same vectors and coefficients within rtol of their norms; same steps and status."""
+    """Assert equal vectors and coefficients within rtol, relative or absolute, and equal steps and status."""
     assert torch.equal(a.recurrences.steps, b.recurrences.steps)
     assert torch.equal(a.recurrences.status, b.recurrences.status)
     for name in ("alpha", "beta", "norm"):

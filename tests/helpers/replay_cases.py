@@ -1,4 +1,4 @@
-"""An operator whose recurrences end early, late and with a NaN, for loops that are replayed from graphs."""
+"""An operator whose recurrences end early, late and with NaN, for loops replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAILS_AT = 6
 
 
 class Operator:
-    """Diagonal, with a zero block; one lane turns NaN at a step that is counted in a tensor, as a graph can count."""
+    """Diagonal, with a zero block; one recurrence gets NaN at a step counted in a tensor, which a graph replays too."""
 
     def __init__(
         self, dtype: torch.dtype = torch.float32, capturable: bool = False, where: torch.device | str = "cpu"
@@ -35,6 +35,6 @@ class Operator:
 
 
 def run(hvp: Callable[[Tensor], Tensor], **options: object) -> list[Tensor]:
-    """All results of a short batched_slq."""
+    """Return the tensors of a short batched_slq."""
     q = batched_slq(hvp, DIMS, **{"num_probes": 2, "num_steps": STEPS, "on_nonfinite": "mark", **options})
     return [q.nodes, q.weights, q.alpha, q.beta, q.steps, q.nonfinite]

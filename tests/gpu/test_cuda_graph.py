@@ -1,4 +1,4 @@
-"""The loop replayed from CUDA graphs: the same bits as the plain loop, with the product inside and outside."""
+"""The loop replayed from CUDA graphs equals the eager loop bitwise, with and without the product in the graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ device.require()
 def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, dtype):
     options = {"reorthogonalize": reorthogonalize, "dtype": dtype, "device": "cuda"}
     expected = run(Operator(dtype, where="cuda"), **options)
-    assert expected[-1].sum() == 1  # a lane is frozen within a replay
+    assert expected[-1].sum() == 1  # a recurrence becomes non-finite in a replay
     for _ in range(3):
         operator = Operator(dtype, capturable, "cuda")
         assert_same_bits(run(operator, cuda_graph=True, **options), expected)
@@ -58,7 +58,7 @@ def test_a_product_by_cublas(dtype):
 
 
 class DoubleBackward:
-    """A Hessian-vector product by autograd, all of it inside the call: nothing of its graph is older than a capture."""
+    """A Hessian-vector product by autograd that builds its whole graph inside the call."""
 
     capturable = True
 
@@ -100,8 +100,8 @@ def test_memory(capturable, sets):
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
-def test_an_operator_that_is_not_capturable_is_told_so():
-    """In a process of its own: torch does not promise to go on after a capture that failed."""
+def test_an_operator_that_is_not_capturable_raises():
+    """In a subprocess: torch does not guarantee that a process continues after a failed capture."""
     program = """
 import torch
 from blockhess_ext import batched_slq
@@ -120,8 +120,8 @@ except RuntimeError as error:
     assert "hvp must support capture in a CUDA graph if hvp.capturable is True" in done.stdout, done.stderr
 
 
-def test_an_error_of_the_operator_s_own_during_a_capture():
-    """Raised by Python, not by CUDA, it ends the capture in order, and the process goes on."""
+def test_an_error_in_the_operator_during_a_capture():
+    """A Python exception ends the capture cleanly, and the process continues."""
     calls = []
 
     def hvp(v: Tensor) -> Tensor:
