@@ -1,4 +1,4 @@
-"""What computes Hessian-vector products of parameter blocks: one file per engine, one protocol (operator.py)."""
+"""Hessian-vector products of parameter blocks: one file per engine, one interface (operator.py)."""
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.ggn import GaussNewtonEngine

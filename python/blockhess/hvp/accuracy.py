@@ -1,7 +1,7 @@
-"""How exact the Hessian-vector products are: one random vector a block, compared with another precision.
+"""Rounding error of Hessian-vector products, estimated from one random vector per block and the first batch.
 
-float32 products are compared with a float64 repeat. float64 products are compared with a float32 repeat, and the
-difference scaled by the ratio of the precisions. First batch only.
+float32 products are compared with float64 products. For float64, the difference to float32 products is scaled by the
+ratio of the machine epsilons.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from blockhess.problem.problem import Problem
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of every block, for a random unit vector v.
+    """Error of the product with a random unit vector v, per block.
 
     Attributes:
-        norms: |H_l v| in the higher precision. errors: |difference| in the lower one.
+        norms: |H_l v|, computed in float64.
+        errors: norm of the error of H_l v.
     """
 
     norms: tuple[float, ...]
     errors: tuple[float, ...]
 
     def is_zero(self, number: int) -> bool:
-        """Whether a block cannot be told from zero."""
+        """Return whether a block is zero within the error."""
         return self.norms[number] <= self.errors[number]
 
 
 class EngineMismatch(ArithmeticError):
-    """An engine's products are not those of autograd."""
+    """The products of an engine differ from those of autograd."""
 
 
 def measure(problem: Problem, engine: Engine) -> Accuracy | None:
-    """Compare an engine's products with a repeat in another precision; those of a trace with autograd's too.
+    """Estimate the error of the products of an engine. Traced products are also compared with those of autograd.
 
     Returns:
-        None where the model cannot be run in that precision.
+        None if the model does not run in the other precision.
 
     Raises:
-        Disagreement: a trace's products are not those of autograd, beyond what rounding explains.
-        NotTraceable: a trace's programs do not run.
+        EngineMismatch: traced products differ from those of autograd by more than rounding.
+        NotTraceable: a traced program does not run.
     """
     try:
         own = _products(problem, engine)
@@ -59,7 +60,7 @@ def measure(problem: Problem, engine: Engine) -> Accuracy | None:
     try:
         other = problem.in_dtype(torch.float32 if lower else torch.float64)
         repeat = _products(other, (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other))
-    except (RuntimeError, ValueError, TypeError):  # a model that insists on its own precision
+    except (RuntimeError, ValueError, TypeError):  # a model that runs in one precision only
         repeat = None
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
     if engine.name == "traced":
@@ -72,7 +73,7 @@ def measure(problem: Problem, engine: Engine) -> Accuracy | None:
 
 
 def _products(problem: Problem, engine: Engine) -> list[Tensor]:
-    """H_l v of every block, for vectors that do not depend on the precision."""
+    """Return H_l v of every block, with the same v in every precision."""
     engine.prepare(0)
     found = []
     for number, dim in enumerate(problem.dims):
@@ -88,7 +89,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _check(problem: Problem, traced: list[Tensor], repeat: list[Tensor] | None) -> None:
-    # Some models compute part of their loss in float32 whatever their parameters are.
+    # Some models compute part of their loss in float32, whatever the dtype of their parameters.
     eps = torch.finfo(torch.float32).eps
     expected = _products(problem, AutogradEngine(problem))
     largest = max(float(e.norm()) for e in expected)

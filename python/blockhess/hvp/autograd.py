@@ -1,8 +1,8 @@
-"""Hessian-vector products by walking the graph of the gradient (Pearlmutter 1994, with a retained graph).
+"""Hessian-vector products by differentiating the gradient (Pearlmutter 1994), with a retained graph.
 
     H_l v = d/dw_l <g_l(w), v>,   g_l = dL / dw_l
 
-The graph of g is built by one backward pass; each block's product then walks only the part of it between g_l and w_l.
+One backward pass builds the graph of g. The product of block l then traverses only the part between g_l and w_l.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blockhess.hvp.operator import PerBatch
 from blockhess.problem.problem import Problem
 
 
@@ -21,42 +22,34 @@ class AutogradEngine:
 
     Args:
         problem: model, loss, data, blocks.
-        retain: whether the graphs of all batches are kept; otherwise each is rebuilt when it is needed.
+        retain: keep the graphs of all batches; otherwise rebuild each when its batch is selected.
     """
 
     name = "autograd"
     rows = 1
 
     def __init__(self, problem: Problem, retain: bool = True) -> None:
-        self._problem, self._retain = problem, retain
-        self._kept: dict[int, dict[str, Tensor]] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._problem = problem
+        self._gradients = PerBatch(lambda index: problem.gradients(index, create_graph=True), retain)
 
     def prepare(self, index: int) -> None:
-        """As in `Engine`."""
-        if index not in self._kept:
-            # Rebuilding costs a forward and a backward pass, against one product for each of n_blocks x n_probes.
-            if not self._retain:
-                self._kept.clear()
-            self._gradients = {}
-            self._kept[index] = self._problem.gradients(index, create_graph=True)
-        self._gradients = self._kept[index]
+        """See `Engine`."""
+        self._gradients.select(index)
 
     def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        """As in `Engine`."""
-        block = self._problem.blocks[number]
-        # A gradient that requires none is constant: the loss is linear in this parameter.
-        live = [name for name in block.parameters if _varies(self._gradients.get(name))]
+        """See `Engine`."""
+        block, parameters, gradients = self._problem.blocks[number], self._problem.parameters, self._gradients.value
+        # The loss is linear in a parameter whose gradient requires no gradient.
+        live = [name for name in block.parameters if name in gradients and gradients[name].requires_grad]
         if not live:
             return None
-        outputs = [self._gradients[name] for name in live]
-        inputs = [self._problem.parameters[name] for name in block.parameters]
+        outputs = [gradients[name] for name in live]
+        inputs = [parameters[name] for name in block.parameters]
         result = torch.zeros_like(vectors)
         for vector, row in zip(vectors, result):
-            tangents = block.spread(vector, self._problem.parameters)
-            directions = [tangents[name] for name in live]
-            products = second_derivative(self._problem, number, outputs, inputs, directions)
-            block.gather({n: p for n, p in zip(block.parameters, products) if p is not None}, into=row)
+            tangents = block.spread(vector, parameters)
+            products = second_derivative(self._problem, number, outputs, inputs, [tangents[name] for name in live])
+            block.gather(dict(zip(block.parameters, products)), into=row)
         return result
 
 
@@ -67,10 +60,10 @@ def second_derivative(
     inputs: Sequence[Tensor],
     directions: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """d/d inputs of sum_i <outputs_i, directions_i>, for block `number`, the graph retained.
+    """Return the derivatives of sum_i <outputs_i, directions_i> by the inputs, for block `number`; retain the graph.
 
     Raises:
-        NotImplementedError: an operation on the way has no second derivative; names it and its module.
+        NotImplementedError: an operation in the graph has no second derivative; names it and its module.
     """
     try:
         return problem.differentiate(outputs, inputs, directions, retain_graph=True)
@@ -84,7 +77,3 @@ def second_derivative(
                 f"{where}lacks ({text}); {advice}"
             ) from error
         raise
-
-
-def _varies(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.requires_grad

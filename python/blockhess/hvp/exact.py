@@ -1,7 +1,7 @@
-"""Blocks small enough to be written out: the dense Hessian by products with unit vectors, and its eigenvalues.
+"""Exact spectra of small blocks: the dense Hessian from products with unit vectors, and its eigenvalues.
 
-The result has the form of a quadrature like all others: that of a start vector with equal weight on every
-eigenvector, which integrates the spectral density itself, so every probe is the same and nothing is random.
+The result is the Gauss quadrature of the spectral density itself, that of a start vector with equal weight on every
+eigenvector. It is the same for every probe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from blockhess_ext import Quadrature, State, batched_slq
 
 
 def is_cheaper_exact(dim: int, num_probes: int, num_steps: int) -> bool:
-    """Whether dim products with unit vectors are fewer than Lanczos needs."""
+    """Return whether the dense Hessian needs fewer products than Lanczos."""
     return dim < num_probes * min(num_steps, dim)
 
 
@@ -31,16 +31,17 @@ def exact_quadratures(
     state: State | None = None,
     on_state: Callable[[State], None] = lambda state: None,
 ) -> list[Quadrature]:
-    """The eigenvalues of every block of an operator, each once per probe.
+    """Return the quadratures of all blocks of an operator from dims[l] products per block.
 
     Args:
-        operator: of the blocks wanted; dims[l] products of each.
-        block_ids, num_probes, num_steps, seed, distribution: what the quadratures are labelled with.
-        state, on_state: as for `batched_slq`; a step is a row of every block and probe, the tensors are the matrices.
+        operator: Hessian-vector products of the blocks.
+        block_ids, num_probes, num_steps, seed, distribution: metadata of the quadratures.
+        state, on_state: as in `batched_slq`. One step computes one row per block and probe; the tensors are the dense
+            matrices.
 
     Returns:
-        One Quadrature a block. Its nodes are the eigenvalues (equal ones are one node), its weights their share;
-        a block whose products are not finite has steps = 0 and `nonfinite` set.
+        One Quadrature per block. The nodes are the distinct eigenvalues, the weights their relative multiplicities. A
+        block whose products are not finite has steps = 0 and `nonfinite` set.
     """
     problem, dims = operator.problem, operator.dims
     rows = max(1, min(num_probes, max(dims)))
@@ -78,8 +79,11 @@ def exact_quadratures(
 
 
 def bytes_needed(dims: Sequence[int], itemsize: int, num_probes: int) -> int:
-    """Bytes that writing out blocks of these sizes takes: all of them, three float64 copies of the largest, and the
-    four tables of quadratures, for each probe as wide as the largest, twice while they become part of the result."""
+    """Return the peak memory of `exact_quadratures` for blocks of these dimensions.
+
+    It holds all dense blocks, three float64 copies of the largest one for the eigenvalues, and twice the four tensors
+    of the quadratures, (num_probes, n_blocks, largest dim) each.
+    """
     largest = max(dims, default=0)
     return sum(itemsize * dim * dim for dim in dims) + 24 * largest**2 + 2 * 32 * num_probes * len(dims) * largest
 
@@ -88,13 +92,13 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
     matrix = matrix.double()
     if not bool(matrix.isfinite().all()):
         return matrix.new_full((len(matrix),), torch.nan)
-    matrix = matrix.add(matrix.mT).div_(2)  # from here on the copy above is free again
+    matrix = matrix.add(matrix.mT).div_(2)  # frees the first copy
     eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
     return eigenvalues
 
 
 def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
-    """Lanczos on diag(eigenvalues) from (1, ..., 1): the Gauss quadrature of the spectral density itself."""
+    """Return the Gauss quadrature of the spectral density, by Lanczos on diag(eigenvalues) from (1, ..., 1)."""
     dim = len(eigenvalues)
     one = batched_slq(
         lambda v: v * eigenvalues,

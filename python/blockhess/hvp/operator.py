@@ -1,15 +1,14 @@
-"""The block-diagonal Hessian as an operator on vector sets, whatever computes the products.
+"""The block-diagonal Hessian as a linear operator on vector sets, for any engine.
 
-    (H v)_l = sum_b share_b H_b,l v_l,   over the batches of all ranks that share them
+    (H v)_l = sum_b share_b H_b,l v_l,   over the batches of all ranks that share the data
 
-Promises: block l of the result depends on block l of the input only; the input is neither modified nor kept; the
-result is the only tensor of the input's size that is made; finished recurrences cost nothing.
+The input is not modified. The result is the only allocation of the input's size. Finished recurrences are skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,44 +16,73 @@ from torch import Tensor
 from blockhess.problem.problem import Problem
 from blockhess_ext import huge_pages
 
+T = TypeVar("T")
+
 
 class Engine(Protocol):
-    """Computes products with block Hessians of one problem, batch by batch.
+    """Computes products with the block Hessians of one problem, batch by batch.
 
     Attributes:
-        name: how users call it.
-        rows: vectors of one block that it takes together.
+        name: value of `engine=` that selects it.
+        rows: largest number of vectors per call of `product`.
     """
 
     name: str
     rows: int
 
     def prepare(self, index: int) -> None:
-        """Make ready for products of batch `index`: graphs, activations. What is held of others may be given up."""
+        """Select batch `index` for the next products."""
 
     def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        """H_l v of the batch prepared, for block `number`.
+        """Return H_l v of the selected batch for block `number`.
 
         Args:
             vectors: (k, dim), k <= rows.
 
         Returns:
-            (k, dim); None where the Hessian is zero.
+            (k, dim); None if the Hessian is zero.
         """
 
 
+class PerBatch(Generic[T]):
+    """One value per batch, such as a graph, computed when its batch is selected.
+
+    Args:
+        compute: returns the value of a batch.
+        retain: keep the values of all batches; otherwise a value is freed before the next one is computed.
+    """
+
+    def __init__(self, compute: Callable[[int], T], retain: bool) -> None:
+        self._compute, self._retain = compute, retain
+        self._values: dict[int, T] = {}
+        self._index = 0
+
+    def select(self, index: int) -> None:
+        """Compute the value of batch `index` unless it is kept."""
+        if index not in self._values:
+            if not self._retain:
+                self._values.clear()
+            self._values[index] = self._compute(index)
+        self._index = index
+
+    @property
+    def value(self) -> T:
+        """The value of the selected batch."""
+        return self._values[self._index]
+
+
 class BlockOperator:
-    """H v for some blocks of a problem, as `batched_slq` takes it.
+    """Hessian-vector products of some blocks of a problem, as `batched_slq` expects them.
 
     Args:
         problem: model, loss, data, blocks.
         engine: computes the products.
-        numbers: which blocks; all unless given.
+        numbers: indices of the blocks; default all.
         on_hvp: called after every product of one block, probe and batch.
 
     Attributes:
-        problem: as given. dims: of these blocks. hvps: products computed so far, by
-            all ranks that share batches, one per block, probe, step and batch.
+        dims: dimensions of these blocks.
+        hvps: number of products so far, of one block, probe and batch each, on all ranks that share the data.
     """
 
     def __init__(
@@ -72,17 +100,17 @@ class BlockOperator:
         self._finished: list[list[bool]] | None = None
 
     def mark_finished(self, finished: Tensor) -> None:
-        """Skip from now on the recurrences marked in a bool tensor (n_probes, n_blocks)."""
+        """Skip the recurrences marked in a bool tensor (n_probes, n_blocks) from now on."""
         self._finished = finished.tolist()
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Multiply every block of every vector by that block's Hessian.
+        """Multiply every block of every vector by the Hessian of the block.
 
         Args:
             v: (n_probes, sum(dims)).
 
         Returns:
-            (n_probes, sum(dims)), zeros where a recurrence is finished or a block's Hessian is zero.
+            (n_probes, sum(dims)), zero for finished recurrences.
         """
         result = huge_pages.zeros_like(v)
         columns = list(zip(torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
@@ -102,14 +130,14 @@ class BlockOperator:
 
     def _add(self, number: int, vectors: Tensor, products: Tensor, probes: list[int], share: float) -> None:
         first, last = probes[0], probes[-1] + 1
-        together = last - first == len(probes)  # then views will do
-        chosen = vectors[first:last] if together else vectors[probes]
-        product = self._engine.product(number, chosen)
-        if product is not None:
-            if together:
-                products[first:last].add_(product, alpha=share)
-            else:
-                products[probes] += share * product
-        self.hvps += len(probes) if product is not None else 0
-        for _ in probes if product is not None else ():
+        contiguous = last - first == len(probes)
+        product = self._engine.product(number, vectors[first:last] if contiguous else vectors[probes])
+        if product is None:
+            return
+        if contiguous:
+            products[first:last].add_(product, alpha=share)
+        else:
+            products[probes] += share * product
+        self.hvps += len(probes)
+        for _ in probes:
             self.on_hvp()

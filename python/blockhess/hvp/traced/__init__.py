@@ -1,0 +1,1 @@
+"""Hessian-vector products by a traced and linearized gradient: trace -> linearize -> program -> engine."""

@@ -1,4 +1,4 @@
-"""What is known of torch's operations by those that trace and differentiate graphs of them."""
+"""Classification of ATen operations for tracing and linearization."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ DYNAMIC = torch.Tag.dynamic_output_shape
 
 
 class NotTraceable(NotImplementedError):
-    """The gradient of this model cannot be turned into a linear program; the text says what stands in the way."""
+    """The gradient of a model cannot be traced or linearized; the message gives the reason."""
 
 
+# Identity that marks, in a trace, a tensor that autograd treats as a constant.
 _trace_ops = torch.library.Library("blockhess_trace", "DEF")
 _trace_ops.define("constant(Tensor(a) x) -> Tensor(a)")
 _trace_ops.impl("constant", aten.alias.default, "CompositeExplicitAutograd")
-# Marks in a trace what autograd takes as a constant, whatever it was computed from.
 CONSTANT = torch.ops.blockhess_trace.constant.default
 
+# Identities.
 SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, CONSTANT}
+# Views that depend on strides -> the operation that does not.
 RESHAPED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+# Rearrangements of elements.
 VIEWS = {
     aten.reshape.default,
     aten.permute.default,
@@ -36,10 +39,16 @@ VIEWS = {
     aten.slice.Tensor,
     aten.select.int,
 }
-SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor}
-SPLITS |= {aten.chunk.default, aten.unsafe_chunk.default}
-
-# Their values do not depend on their argument's.
+# Operations that return disjoint views of their argument.
+SPLITS = {
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.unsafe_split.Tensor,
+    aten.chunk.default,
+    aten.unsafe_chunk.default,
+}
+# Operations that use only the shape of their argument -> the value they return.
 SHAPE_ONLY = {
     aten.zeros_like.default: 0.0,
     aten.new_zeros.default: 0.0,
@@ -51,23 +60,24 @@ SHAPE_ONLY = {
 
 
 def functional(target: Any) -> tuple[Any, bool]:
-    """The operation that returns what an in-place one would write, and whether it was one."""
+    """Return the functional variant of an operation, and whether the operation was in place."""
     name = getattr(getattr(target, "_schema", None), "name", "")
     if not (name.startswith("aten::") and name.endswith("_") and not name.endswith("__")):
         return target, False
     packet = getattr(aten, name[len("aten::") : -1], None)
     for overload in () if packet is None else packet.overloads():
         found = getattr(packet, overload)
-        if argument_types(found) == argument_types(target):
+        if _argument_types(found) == _argument_types(target):
             return found, True
     raise NotTraceable(f"{target} changes a tensor in place")
 
 
-def argument_types(target: Any) -> list[tuple[str, str]]:
+def _argument_types(target: Any) -> list[tuple[str, str]]:
     return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def refuse(target: Any) -> None:
+    """Raise NotTraceable unless an operation is a deterministic, functional one of torch."""
     if target is operator.getitem:
         return
     if not isinstance(target, torch._ops.OpOverload):

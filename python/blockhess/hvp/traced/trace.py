@@ -1,7 +1,7 @@
-"""The gradient of a loss as a graph of tensor operations, which stops gradients where autograd stops them.
+"""Trace of the gradient of a loss: a graph of functional ATen operations, with gradients stopped where autograd does.
 
-Promises: every operation is functional and one of torch.ops; what the trace cannot hold, such as random numbers,
-control flow that depends on its inputs or derivatives that a torch.autograd.Function makes up, is refused by name.
+NotTraceable names what a trace cannot represent, such as random numbers, control flow that depends on its inputs, or
+the custom derivative of a torch.autograd.Function.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockhess.hvp.traced.operations import CONSTANT, SPLITS, NotTraceable, aten, functional
 
-# Operations whose tangent is better taken whole, not from their parts.
-_KEPT_WHOLE = (
+# Composite operations that are not decomposed, because their own tangent is cheaper than that of their parts.
+_NOT_DECOMPOSED = (
     aten.embedding_dense_backward.default,
     aten._softmax.default,
     aten._log_softmax.default,
@@ -31,9 +31,8 @@ _KEPT_WHOLE = (
     aten.silu.default,
 )
 
-
-# Operations taken apart although torch counts them as basic: their statistics' tangents serve the backward pass too.
-_TAKEN_APART = (
+# Core operations that are decomposed nevertheless, so that forward and backward share the tangents of the statistics.
+_DECOMPOSED = (
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
     aten.native_group_norm,
@@ -46,21 +45,18 @@ _TAKEN_APART = (
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(core_aten_decompositions()) | get_decompositions(_TAKEN_APART)
-    for kept in _KEPT_WHOLE:
-        table.pop(kept, None)
-    return table
+    table = dict(core_aten_decompositions()) | get_decompositions(_DECOMPOSED)
+    return {operation: rule for operation, rule in table.items() if operation not in _NOT_DECOMPOSED}
 
 
-# By-products that autograd does not differentiate by themselves: the backward passes they are saved for do.
+# Outputs saved for a backward function, which accounts for their derivatives; autograd does not differentiate them.
 _STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "buffer"}
 
 
-class _AsAutogradSees(TorchDispatchMode):
-    """Lets a trace tell where gradients stop: at detach(), no_grad(), .data and new leaves.
+class _GradientStops(TorchDispatchMode):
+    """Marks as CONSTANT, in a trace, the tensors where autograd stops: from detach(), no_grad(), .data and new leaves.
 
-    The parameters must not be leaves. What an autograd.Function computes is refused, since its derivative is whatever
-    its backward says.
+    The parameters must not be leaves. Results of an autograd.Function are refused, since its derivative is arbitrary.
     """
 
     def __init__(self, values: bool) -> None:
@@ -75,18 +71,19 @@ class _AsAutogradSees(TorchDispatchMode):
         if self._values and not func._schema.is_mutable and not any(map(_is_traced, leaves)):
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
-        # What is saved for the backward pass is detached in between; the others do not compute.
+        # Tensors saved for backward pass through detach; the other operations here compute nothing.
         if func is aten.detach.default or func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
             return func(*args, **kwargs)
-        if func is aten.copy_.default:  # what it overwrites does not matter
-            return func(args[0], self._seen(args[1]), *args[2:], **kwargs)
+        if func is aten.copy_.default:  # its result does not depend on the first argument
+            return func(args[0], self._operand(args[1]), *args[2:], **kwargs)
         if self._values and in_place and not _is_traced(args[0]):
             with disable_proxy_modes_tracing():
-                leaves[0] = args[0].detach().clone()  # a constant of the trace, which must keep its value
-        kept = {i for i, a in enumerate(func._schema.arguments) if a.name in _STATISTICS and "backward" in func.name()}
-        seen = [leaf if any(leaf is args[i] for i in kept) else self._seen(leaf) for leaf in leaves]
-        seen_args, seen_kwargs = tree_unflatten(seen, spec)
-        results = target(*seen_args, **seen_kwargs)
+                leaves[0] = args[0].detach().clone()  # a constant of the trace, not to be overwritten
+        arguments = func._schema.arguments if "backward" in func.name() else ()
+        statistics = [args[i] for i, argument in enumerate(arguments) if argument.name in _STATISTICS]
+        operands = [leaf if any(leaf is s for s in statistics) else self._operand(leaf) for leaf in leaves]
+        args_now, kwargs_now = tree_unflatten(operands, spec)
+        results = target(*args_now, **kwargs_now)
         if in_place:
             self._without_graph.pop(args[0], None)
             return aten.copy_.default(args[0], results)
@@ -96,7 +93,8 @@ class _AsAutogradSees(TorchDispatchMode):
                     self._without_graph[result] = True
         return results
 
-    def _seen(self, value: Any) -> Any:
+    def _operand(self, value: Any) -> Any:
+        """Return the value, marked as CONSTANT if autograd does not differentiate it."""
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
         if not value.requires_grad or value.is_leaf:
@@ -114,28 +112,30 @@ def _is_traced(value: Any) -> bool:
 def trace_gradient(
     gradient: Callable[[list[Tensor], Any], Any], parameters: list[Tensor], batch: Any, values: bool
 ) -> fx.GraphModule:
-    """The graph of `gradient(parameters, batch)`, every operation a functional one of torch.ops.
+    """Return the graph of `gradient(parameters, batch)` in functional operations of torch.ops.
 
     Args:
         gradient: differentiates with create_graph=True.
-        values: whether numbers are computed on the way, so that the gradient may look at what is no input.
+        parameters, batch: inputs of the graph.
+        values: trace with real instead of fake tensors, so that control flow may depend on other tensors than the
+            inputs.
 
     Raises:
-        NotTraceable: the gradient draws random numbers, changes tensors in place, has control flow that depends on
-            its inputs' values or a torch.autograd.Function.
+        NotTraceable: the gradient draws random numbers, modifies a view in place, has control flow that depends on
+            the values of its inputs, or a torch.autograd.Function.
     """
 
-    def seen(parameters: list[Tensor], batch: Any) -> Any:
+    def differentiated(parameters: list[Tensor], batch: Any) -> Any:
         tracked = [p.detach().requires_grad_().view_as(p) for p in parameters]
-        with _AsAutogradSees(values):
+        with _GradientStops(values):
             return gradient(tracked, batch)
 
     mode: Any = {} if values else {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
     try:
-        traced = make_fx(seen, decomposition_table=_decompositions(), **mode)(parameters, batch)
+        traced = make_fx(differentiated, decomposition_table=_decompositions(), **mode)(parameters, batch)
     except NotTraceable:
         raise
-    except Exception as error:  # the same gradient could be computed without a trace
+    except Exception as error:  # of any kind: the gradient has been computed without a trace before
         raise NotTraceable(
             f"the gradient cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error
@@ -153,7 +153,7 @@ def trace_gradient(
 
 
 def _refuse_changed_constants(traced: fx.GraphModule) -> None:
-    """A constant that was written while values were computed has lost the value that it had for those who read it."""
+    """Raise NotTraceable if a constant that was overwritten during tracing has other users, who need its old value."""
     memory = {
         n: getattr(traced, n.target).untyped_storage().data_ptr() for n in traced.graph.nodes if n.op == "get_attr"
     }
@@ -165,7 +165,7 @@ def _refuse_changed_constants(traced: fx.GraphModule) -> None:
 
 
 def _without_strides(graph: fx.Graph) -> None:
-    """No operation reads memory in an order that other tensors of the same shape need not have."""
+    """Replace as_strided by reshape; raise NotTraceable where the result depends on the strides of the input."""
     for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
         (source, size), before, after = node.args[:2], node.args[0].meta["val"], node.meta["val"]
         whole = before.is_contiguous() and after.is_contiguous() and before.numel() == after.numel()
@@ -175,22 +175,25 @@ def _without_strides(graph: fx.Graph) -> None:
 
 
 def make_functional(graph: fx.Graph) -> None:
-    """Operations that write into a whole tensor become ones that return it, and who reads it later reads that."""
+    """Replace in-place operations by functional ones, and later uses of their argument by their result.
+
+    Raises:
+        NotTraceable: another tensor that shares memory with the argument is used later.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         target, in_place = functional(node.target) if node.op == "call_function" else (node.target, False)
         if in_place:
             written = node.args[0]
-            # What shares its memory would have to change as well.
-            moves = torch.Tag.inplace_view not in node.target.tags
-            if moves and any(order[user] > order[node] for other in _sharing(written) for user in other.users):
+            writes = torch.Tag.inplace_view not in node.target.tags
+            if writes and any(order[user] > order[node] for other in _sharing(written) for user in other.users):
                 raise NotTraceable(f"{node.target} changes part of a tensor in place")
             node.target = target
             written.replace_all_uses_with(node, delete_user_cb=lambda user, now=order[node]: order[user] > now)
 
 
 def _sharing(node: fx.Node) -> Iterator[fx.Node]:
-    """Other nodes that may share memory with this one; parts of one split do not."""
+    """Yield the other nodes that may share memory with this one. Parts of one split do not."""
     waiting = [user for user in node.users if _may_share(user)]
     while _may_share(node) and isinstance(node.args[0], fx.Node):
         parent = node.args[0]
@@ -206,7 +209,7 @@ def _sharing(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _may_share(node: fx.Node) -> bool:
-    """Whether a node's value may be a view of its first argument."""
+    """Return whether the value of a node may be a view of its first argument."""
     if node.target is operator.getitem or node.target in SPLITS:
         return True
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
