@@ -33,14 +33,16 @@ def integer(name: str, value: Any, minimum: int, maximum: int | None = None, op:
     return number
 
 
-def tolerance(tol: Any, sigma: Any, op: str = "batched_slq") -> tuple[float | None, float | None]:
+def tolerance(
+    tol: Any, sigma: Any, op: str = "batched_slq", sigma_name: str = "sigma"
+) -> tuple[float | None, float | None]:
     """Return (tol, sigma), each checked to be None or within its bounds; sigma requires tol.
 
     tol is a fraction of the spectral range, at most 1; with sigma it is an L1 distance of densities, at most 2.
     """
     fraction = " (a fraction of the spectral range)"
     tol_rule = (2, " (an L1 distance of densities)") if sigma is not None else (1, fraction)
-    for name, value, (most, meaning) in (("tol", tol, tol_rule), ("sigma", sigma, (1, fraction))):
+    for name, value, (most, meaning) in (("tol", tol, tol_rule), (sigma_name, sigma, (1, fraction))):
         if value is None:
             continue
         rule = f"above 0 and at most {most}"
@@ -49,7 +51,7 @@ def tolerance(tol: Any, sigma: Any, op: str = "batched_slq") -> tuple[float | No
         if not 0 < value <= most:
             raise ValueError(f"{op}: {name} must be {rule}{meaning}, got {value!r}")
     if sigma is not None and tol is None:
-        raise ValueError(f"{op}: tol must be given with sigma, got sigma={sigma!r} alone")
+        raise ValueError(f"{op}: tol must be given with {sigma_name}, got {sigma_name}={sigma!r} alone")
     return tol, sigma
 
 
