@@ -36,7 +36,7 @@ def integer(name: str, value: Any, minimum: int, maximum: int | None = None, op:
 def tolerance(
     tol: Any, sigma: Any, op: str = "batched_slq", sigma_name: str = "sigma"
 ) -> tuple[float | None, float | None]:
-    """Return (tol, sigma), each checked to be None or within its bounds; sigma, called sigma_name, requires tol.
+    """Return (tol, sigma), each checked to be None or within its bounds; sigma requires tol.
 
     tol is a fraction of the spectral range, at most 1; with sigma it is an L1 distance of densities, at most 2.
     """

@@ -255,7 +255,7 @@ SPECTRUM: dict[str, st.SearchStrategy[Any]] = {
     "num_probes": st.integers(1, 2),
     "num_steps": st.integers(1, 4),
     "tol": st.sampled_from([None, 0.5]),
-    "sigma": st.none(),
+    "tol_sigma": st.none(),
     "seed": st.sampled_from([0, 2**63 - 1]),
     "distribution": SLQ_OPTIONS["distribution"],
     "reorthogonalize": SLQ_OPTIONS["reorthogonalize"],

@@ -1,4 +1,4 @@
-"""What `spectrum(tol=, sigma=)` delivers: the error asked for, and the products it takes, on spectra that are known.
+"""What `spectrum(tol=, tol_sigma=)` delivers: the error asked for, and the products it takes, on known spectra.
 
     python -m bench.accuracy.adaptive [--json PATH] [--text PATH] [--quick | --show PATH]
 
@@ -66,7 +66,7 @@ def products(result: blockhess.Spectra) -> list[int]:
 
 def trial(spectra: dict[str, Tensor], tol: float, sigma: float | None, seed: int) -> list[tuple[float, int]]:
     """Error over tol, and products, of every block."""
-    result = run(spectra, seed, tol=tol, sigma=sigma, num_probes=20, num_steps=400)
+    result = run(spectra, seed, tol=tol, tol_sigma=sigma, num_probes=20, num_steps=400)
     return [(error / tol, count) for error, count in zip(errors(result, spectra, sigma), products(result))]
 
 

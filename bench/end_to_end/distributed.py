@@ -25,8 +25,10 @@ import blockhess
 from bench.harness.command import arguments, result_of, tell
 from bench.harness.environment import describe
 from blockhess._text import format_table
+from blockhess.estimate import job_arguments
 from blockhess.models.gpt import GPT, GPTConfig, next_token_loss
-from blockhess.run.forecast import forecast
+from blockhess.problem.prepare import prepared_problem
+from blockhess.run.forecast import Forecast, forecast
 
 ROUNDS = 3
 OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 20, "engine": "autograd", "progress": False}
@@ -55,15 +57,21 @@ def _rank(rank: int, shape: tuple[int, int], quick: bool, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def predicted(quick: bool, shape: tuple[int, int]) -> Forecast:
+    """The forecast for a mesh of processes, in seconds of the processor."""
+    given, options = job_arguments(**job(quick), **OPTIONS)
+    return forecast(prepared_problem(**given), options, *shape, clock=time.process_time)
+
+
 def measured(quick: bool) -> dict[str, Any]:
     """Rounds of all shapes, one after the other, and the forecast made between them."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {name: {"predicted": [], "processor": [], "wall": []} for name in SHAPES}
-    forecast(**job(quick), **OPTIONS)  # warms up
+    predicted(quick, (1, 1))  # warms up
     for _ in range(1 if quick else ROUNDS):
         nodes = []
         for name, shape in SHAPES.items():
-            told = forecast(**job(quick), work=shape[0], data_shares=shape[1], clock=time.process_time, **OPTIONS)
+            told = predicted(quick, shape)
             with tempfile.TemporaryDirectory() as folder:
                 mp.start_processes(_rank, (shape, quick, folder), nprocs=shape[0] * shape[1], start_method="spawn")
                 ranks = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(shape[0] * shape[1])]

@@ -114,8 +114,8 @@ def test_json_of_the_demo(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         return {"out": str(out), **options}
 
     monkeypatch.setattr("blockhess.cli.demo.run", run)
-    told = as_json(capsys, "demo", "--quick", "--tol", "0.05", "--sigma", "0.1")
-    assert (told["quick"], told["tol"], told["sigma"], told["num_probes"]) == (True, 0.05, 0.1, None)
+    told = as_json(capsys, "demo", "--quick", "--tol", "0.05", "--tol-sigma", "0.1")
+    assert (told["quick"], told["tol"], told["tol_sigma"], told["num_probes"]) == (True, 0.05, 0.1, None)
 
 
 # ---- completion

@@ -107,12 +107,12 @@ def other_model(rank: int) -> Any:
 
 
 def other_version(rank: int) -> Any:
-    before = blockhess.__version__
-    blockhess.__version__ = f"{before}.{rank}"
+    before = blockhess.estimate.__version__
+    blockhess.estimate.__version__ = f"{before}.{rank}"
     try:
         return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **OPTIONS))
     finally:
-        blockhess.__version__ = before
+        blockhess.estimate.__version__ = before
 
 
 def other_mesh(rank: int) -> Any:

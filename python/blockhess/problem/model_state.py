@@ -166,5 +166,5 @@ def refuse_sharded(model: nn.Module) -> None:
             f"spectrum: model must hold whole parameters, got {sharded!r} as a shard (FSDP or tensor parallelism); "
             "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
             "StateDictOptions(full_state_dict=True)), load them into a plain model on every rank, and pass that with "
-            "parallel='work' or 'data'"
+            "parallel='recurrences' or 'data'"
         )

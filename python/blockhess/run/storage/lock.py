@@ -37,7 +37,7 @@ def locked(directory: str | PathLike[str]) -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not _acquire(file, fcntl.LOCK_EX, path):
-            raise ValueError(f"locked: directory must not be in use, got {directory}, locked by {_read(file)} ({path})")
+            raise ValueError(f"locked: directory must not be in use, got {directory}, held by {_read(file)} ({path})")
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()!r}".encode(), 0)
         try:
