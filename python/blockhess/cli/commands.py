@@ -139,17 +139,14 @@ def plan(
     from blockhess.cli.job_file import load
     from blockhess.report.rows import to_json
 
-    options = {"num_probes": probes, "num_steps": steps, "tol": tol, "sigma": sigma, "engine": engine}
+    options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": sigma, "engine": engine}
     options["memory_budget"] = memory_budget
-    arguments = load(job) | {name: value for name, value in options.items() if value is not None}
-    if gpus is None:
-        made: Any = blockhess.plan(**arguments)
-    else:
-        from blockhess.run.forecast import forecast
-
+    arguments: dict[str, Any] = load(job) | {name: value for name, value in options.items() if value is not None}
+    if gpus is not None:
         if gpus % data_parallel:
             raise ValueError(f"plan: --data-parallel must divide --gpus, got {data_parallel} and {gpus}")
-        made = forecast(work=gpus // data_parallel, data_shares=data_parallel, **arguments)
+        arguments["processes"] = gpus // data_parallel, data_parallel
+    made = blockhess.plan(**arguments)
     print(to_json(made.to_dict()) if as_json else made)
 
 

@@ -22,7 +22,6 @@ from torch import nn
 
 import blockhess
 from blockhess._text import format_table, number
-from blockhess.analysis import distribution
 from blockhess.analysis.jensen_shannon import js_matrix
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
@@ -151,8 +150,8 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
         return math.nan
     rows = spectra.rows(blocks)
     halves = (slice(0, half), slice(half, 2 * half))
-    parts = [distribution.merge_probes(distribution.with_probes(spectra.quadrature, probes)) for probes in halves]
-    nodes, weights = (torch.cat([values[rows] for values in half_values]) for half_values in zip(*parts))
+    merged = [spectra.quadrature.of_probes(probes).merged() for probes in halves]
+    nodes, weights = (torch.cat([values[rows] for values in pair]) for pair in zip(*merged))
     return float(js_matrix(nodes, weights, sigma=sigma)[: len(rows), len(rows) :].diagonal().mean())
 
 
@@ -332,7 +331,7 @@ def run(
     results: dict[str, Spectra] = {}
     for subject in (todo := subjects(size, seed)):
         print(f"[{len(results) + 1}/{len(todo)}] {subject.title}", flush=True)
-        spectra = blockhess.spectrum(**subject.arguments(num_probes, num_steps), tol=tol, sigma=sigma, seed=seed)
+        spectra = blockhess.spectrum(**subject.arguments(num_probes, num_steps), tol=tol, tol_sigma=sigma, seed=seed)
         spectra.save(folder / f"{subject.stem}.npz")
         text = describe(spectra)
         print(f"{text}\n", flush=True)

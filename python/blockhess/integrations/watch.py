@@ -62,7 +62,7 @@ class SpectrumMonitor:
         self.every, self.writer = every, writer
         self.folder: Path | None = None if folder is None else writable_folder(folder)
         self._loss_fn = loss_fn
-        self._options: dict[str, Any] = {"on_nonfinite": "report", "progress": False} | options
+        self._options: dict[str, Any] = {"on_nonfinite": "mark", "progress": False} | options
         with torch.random.fork_rng():  # a DataLoader draws random numbers
             self._batches = as_batches(data, pairs=make_loss(loss_fn).pairs)
         self._last: int | None = None
