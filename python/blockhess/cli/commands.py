@@ -193,12 +193,12 @@ def status(
 ) -> None:
     """Show the progress of a run: products done, rate, time left."""
     from blockhess.report.rows import to_json
-    from blockhess.run.status import partial, status
+    from blockhess.run.status import status
 
     found = status(directory)
     print(to_json(found.to_dict()) if as_json else found)
     if plot is not None or save is not None:
-        spectra = partial(directory, "status")
+        spectra = _load("status", directory)
         if plot is not None:
             _draw(spectra, plot, "Spectra so far drawn into", as_json)
         if save is not None:
@@ -292,6 +292,7 @@ def _load(op: str, path: Path) -> Spectra:
     import blockhess
     from blockhess.run.status import partial
     from blockhess.run.storage.directory import holds_run
+    from blockhess.spectra import as_spectra
 
     if not path.is_dir():
         return blockhess.load(path)
@@ -300,7 +301,7 @@ def _load(op: str, path: Path) -> Spectra:
             f"{op}: each path must be a result file or the directory of a run, got {path}, which holds no run; "
             f"name the result files in it: blockhess {op} {path / 'NAME.npz'}"
         )
-    return partial(path, op)
+    return as_spectra(partial(path, op))
 
 
 def _draw(spectra: Spectra, path: Path, text: str, as_json: bool) -> None:
