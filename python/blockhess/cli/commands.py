@@ -66,7 +66,7 @@ Job = Annotated[
 Probes = Annotated[int | None, typer.Option(help="Random probes per block.")]
 Steps = Annotated[int | None, typer.Option(help="Lanczos steps per probe.")]
 Tol = Annotated[float | None, typer.Option(help="Error tolerance; --probes and --steps then are upper limits.")]
-TolSigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
+Sigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
 
 
 def _print_version(context: typer.Context, wanted: bool) -> None:
@@ -97,7 +97,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of weights, text windows and probes.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models, for a smoke test.")] = False,
     tol: Tol = None,
-    tol_sigma: TolSigma = None,
+    sigma: Sigma = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the block spectra of a GPT and a ResNet.
@@ -109,7 +109,7 @@ def demo(
     from blockhess.report.rows import to_json
 
     with text_on_stderr(as_json):
-        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, tol_sigma=tol_sigma)
+        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, sigma=sigma)
     if as_json:
         print(to_json(found))
 
@@ -120,7 +120,7 @@ def plan(
     probes: Probes = None,
     steps: Steps = None,
     tol: Tol = None,
-    tol_sigma: TolSigma = None,
+    sigma: Sigma = None,
     engine: Annotated[
         str | None, typer.Option(help=f"{', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
     ] = None,
@@ -139,15 +139,14 @@ def plan(
     from blockhess.cli.job_file import load
     from blockhess.report.rows import to_json
 
-    options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": tol_sigma, "engine": engine}
+    options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": sigma, "engine": engine}
     options["memory_budget"] = memory_budget
-    arguments = load(job) | {name: value for name, value in options.items() if value is not None}
-    if gpus is None:
-        made: Any = blockhess.plan(**arguments)
-    else:
+    arguments: dict[str, Any] = load(job) | {name: value for name, value in options.items() if value is not None}
+    if gpus is not None:
         if gpus % data_parallel:
             raise ValueError(f"plan: --data-parallel must divide --gpus, got {data_parallel} and {gpus}")
-        made = blockhess.plan(**arguments, processes=(gpus // data_parallel, data_parallel))
+        arguments["processes"] = gpus // data_parallel, data_parallel
+    made = blockhess.plan(**arguments)
     print(to_json(made.to_dict()) if as_json else made)
 
 
@@ -194,13 +193,12 @@ def status(
 ) -> None:
     """Show the progress of a run: products done, rate, time left."""
     from blockhess.report.rows import to_json
-    from blockhess.run.status import partial, status
-    from blockhess.spectra import as_spectra
+    from blockhess.run.status import status
 
     found = status(directory)
     print(to_json(found.to_dict()) if as_json else found)
     if plot is not None or save is not None:
-        spectra = as_spectra(partial(directory, "status"))
+        spectra = _load("status", directory)
         if plot is not None:
             _draw(spectra, plot, "Spectra so far drawn into", as_json)
         if save is not None:

@@ -150,8 +150,8 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
         return math.nan
     rows = spectra.rows(blocks)
     halves = (slice(0, half), slice(half, 2 * half))
-    parts = [spectra.quadrature.of_probes(probes).merged() for probes in halves]
-    nodes, weights = (torch.cat([values[rows] for values in half_values]) for half_values in zip(*parts))
+    merged = [spectra.quadrature.of_probes(probes).merged() for probes in halves]
+    nodes, weights = (torch.cat([values[rows] for values in pair]) for pair in zip(*merged))
     return float(js_matrix(nodes, weights, sigma=sigma)[: len(rows), len(rows) :].diagonal().mean())
 
 
@@ -292,7 +292,7 @@ def run(
     seed: int = 0,
     quick: bool = False,
     tol: float | None = None,
-    tol_sigma: float | None = None,
+    sigma: float | None = None,
 ) -> dict[str, Any]:
     """Run the demo: print tables, JS0 and conclusions, and write results and pictures into a folder.
 
@@ -303,7 +303,7 @@ def run(
         num_probes, num_steps: of every spectrum; None means those of the size.
         seed: of the weights, the text windows and the probes.
         quick: use the tiny size, for a smoke test.
-        tol, tol_sigma: as for `spectrum`; num_probes and num_steps then are upper limits. JS0 has sigmas of its own.
+        tol, sigma: as for `spectrum`; num_probes and num_steps then are upper limits. JS0 has sigmas of its own.
 
     Returns:
         The contents of comparison.json.
@@ -331,9 +331,7 @@ def run(
     results: dict[str, Spectra] = {}
     for subject in (todo := subjects(size, seed)):
         print(f"[{len(results) + 1}/{len(todo)}] {subject.title}", flush=True)
-        spectra = blockhess.spectrum(
-            **subject.arguments(num_probes, num_steps), tol=tol, tol_sigma=tol_sigma, seed=seed
-        )
+        spectra = blockhess.spectrum(**subject.arguments(num_probes, num_steps), tol=tol, tol_sigma=sigma, seed=seed)
         spectra.save(folder / f"{subject.stem}.npz")
         text = describe(spectra)
         print(f"{text}\n", flush=True)
