@@ -32,14 +32,14 @@ def summary_part() -> str:
     seconds = content["numbers"]["seconds of trainings and spectra, whenever made"]
     above = sum(lower > 0 for _, lower, _ in correlations.values())
     answer = (
-        f'**`advice()` answers "undecided": {found.broken}.**'
-        if found.broken
+        f'**`advice()` answers "undecided": {found.failure}.**'
+        if found.failure
         else f"**`advice()` decides: SGD fine below JS0 = {found.rule.fine_below:.3g}, Adam needed above "
         f"{found.rule.needed_above:.3g}, undecided between.**"
     )
     said = "\n".join(
         f"| {name} | {verdict} | {'Adam needed' if needs else 'SGD fine'} |"
-        for name, (verdict, needs) in found.left_out.items()
+        for name, (verdict, needs) in found.leave_one_out.items()
     )
     numbers = content["numbers"]
     mean_gaps = [subject.gap for subject in found.subjects]

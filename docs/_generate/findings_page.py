@@ -1,6 +1,6 @@
 """Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
 
-python -m blockhess_paper.networks.batchnorm                     # measures spectra
+python -m docs._generate.paper_results --batchnorm             # measure the spectra for BatchNorm
 python -m docs._generate.paper_results table1 fig4 fig3       # measures the networks
 python -m docs._generate.paper_results --plan                 # counts them at the paper's size
 python -m docs._generate.findings_page                # rewrites the parts between the markers
@@ -24,7 +24,7 @@ from blockhess.analysis.jensen_shannon import JS0
 from blockhess.spectra import Spectra
 from blockhess_paper.commands import NETWORK_EXPERIMENTS
 from blockhess_paper.networks.batchnorm import IMAGE_SIDE, IMAGES, MINI_IMAGES, MINI_RUNS, NUM_STEPS, SEEDS, stem
-from blockhess_paper.networks.cost import ASSUMED_SHARE, HOUR, Work, told
+from blockhess_paper.networks.cost import ASSUMED_SHARE, HOUR, JobCost, format_plans
 from blockhess_paper.networks.table1 import PAPER as TABLE_1
 from blockhess_paper.scaled_mlp.table3 import ORDERED, PAPER_SIGMA
 from blockhess_paper.scaled_mlp.table3 import PAPER as TABLE_3
@@ -47,9 +47,9 @@ CLASSES = 10
 
 # What an entry of Table 3's and Table 1's definitions stands for; the first that fits.
 HYPOTHESES = {
-    "H3: eigenvalues divided by a sum that may be near zero": r"normalisation trace",
-    "H1: densities summed without the bin width": r"^unnormalised",
-    "H2: symmetrised KL (Jeffreys)": r"^jeffreys",
+    "H3: eigenvalues divided by a sum that may be near zero": r"normalization trace",
+    "H1: densities summed without the bin width": r"^unnormalized",
+    "H2: symmetrized KL (Jeffreys)": r"^jeffreys",
     "a Jensen-Shannon distance or divergence": r"",
 }
 
@@ -138,15 +138,15 @@ def _probes(name: str, seed: int) -> int:
 def _in_every_seed(words: Mapping[tuple[str, int], list[str]]) -> str:
     """Which words about ResNet18 against GPT2-nano hold for all seeds."""
 
-    def told(name: str, word: str) -> str:
+    def counted(name: str, word: str) -> str:
         held = [m for m, *found in zip(MEASURES, *(words[name, seed] for seed in SEEDS)) if set(found) == {word}]
         return f"{word} in {len(held)}" + (f" ({'; '.join(held)})" if held else "")
 
     return (
         f"For every seed, of the {len(MEASURES)} measures ResNet18 is, against GPT2-nano: with batch statistics "
-        + ", ".join(told("resnet18_batch", word) for word in ("more", "less", "undecided"))
+        + ", ".join(counted("resnet18_batch", word) for word in ("more", "less", "undecided"))
         + "; in eval mode "
-        + ", ".join(told("resnet18_eval", word) for word in ("more", "less", "undecided"))
+        + ", ".join(counted("resnet18_eval", word) for word in ("more", "less", "undecided"))
         + "."
     )
 
@@ -175,7 +175,7 @@ def limits_part() -> str:
     factors = " and ".join(f"{student_quantile(0.95, n - 1):.1f}{f' ({n})' if named else ''}" for n in probes)
     return (
         f"Limits: one architecture of each kind at real width; {len(SEEDS)} seeds there, each of weights, data and "
-        f"probes at once; {IMAGES} grey images of {IMAGE_SIDE} x {IMAGE_SIDE} and "
+        f"probes at once; {IMAGES} gray images of {IMAGE_SIDE} x {IMAGE_SIDE} and "
         f"{spectra('gpt2_nano').provenance['weight']:.0f} characters a seed; {NUM_STEPS} Lanczos steps. A block has "
         f"{' or '.join(map(str, probes))} probes, so an interval is {factors} standard errors to either side, of a "
         "standard error that is itself known from so few; each is about the value less the bias that the jackknife "
@@ -341,21 +341,21 @@ def _constant(paper: tuple[float, ...]) -> list[str]:
 def plan_part() -> str:
     """What the jobs take at the paper's size."""
     content = result("plan")
-    names = [field.name for field in dataclasses.fields(Work)]
-    works = [Work(**{name: job[name] for name in names}) for job in content["jobs"]]
+    names = [field.name for field in dataclasses.fields(JobCost)]
+    jobs = [JobCost(**{name: job[name] for name in names}) for job in content["jobs"]]
     return (
-        f"```text\n{told(works, 'this CPU', None)}\n```\n\n{wanted(works)}\n\n"
+        f"```text\n{format_plans(jobs, 'this CPU', None)}\n```\n\n{wanted(jobs)}\n\n"
         f"Made by `python -m docs._generate.paper_results --plan` (`blockhess paper plan` prints it anew); rates by the clock "
         f"{content['clock']}, as other programs took part of it (load {content['load'][0]:.1f}); "
         + ", ".join(f"{key} {value}" for key, value in content["environment"].items())
     )
 
 
-def wanted(works: Sequence[Work]) -> str:
+def wanted(jobs: Sequence[JobCost]) -> str:
     """Which targets on an H100 the jobs meet, were the assumption true."""
     met, missed = [], []
-    for work in works:
-        record = work.record(None)
+    for work in jobs:
+        record = work.to_dict(None)
         for kind, target in record["seconds_wanted_on_h100"].items():
             seconds = record["seconds_extrapolated"][f"H100, {kind}"]
             words = f"{work.title} in {kind} ({seconds / HOUR:.2g} hours against {target / HOUR:.2g})"
@@ -407,7 +407,7 @@ def environment_part() -> str:
             places[where] = places.get(where, 0) + 1
     unknown = sum(provenance["num_probes"] for provenance in made) - sum(places.values())
     return (
-        f"`python -m blockhess_paper.networks.batchnorm`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
+        f"`python -m docs._generate.paper_results --batchnorm`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
         f"torch {versions}. Every file says which engine, options and seeds made it."
         + "".join(
             f"\n\nOf {count} of the probes, each of all blocks of a file, it is recorded where: {place}."

@@ -17,8 +17,9 @@ PAGE = ROOT / "docs" / "theory.md"
 
 
 def result(name: str) -> dict[str, Any]:
-    """The committed result of an experiment."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    """Return the committed result of an experiment, in American spelling."""
+    text = (RESULTS / f"{name}.json").read_text()
+    content: dict[str, Any] = json.loads(text.replace("ialisation", "ialization").replace("normalis", "normaliz"))
     return content
 
 

@@ -1,23 +1,23 @@
-"""The paper's networks, quadratic models, MLP and theory, checked: one file per figure, table and theorem.
+"""The experiments of the paper, one file per figure, table and theorem, each with a verdict on what the paper claims.
 
-    section 2.3   hessian.py, structure.py, figure2.py      block-diagonal structure (Figures 2 and 9), also of models
-                                                            too large for an exact Hessian (left open in appendix C.2)
-                  networks.py, initial_spectra.py           the six networks and their spectra at initialisation
-                  figure3.py, figure4.py, table1.py         how their blocks differ
-                  sources.py, recipes.py, plan.py           at the paper's size: data, trainings, what a job takes
-    section 2.2   figure1.py                                spectra along training
-    section 2.1   architectures.py, training_runs.py        small networks, trained at their best rates
-                  figure10.py, figure11.py, calibrate.py    AdamW against SGD; whether JS0 tells which is needed
-    section 2.4   mlp.py, figure5.py, table3.py             the MLP with scaled layers
-    section 3.2   block_spectra.py, quadratics.py           the four cases
-                  figure6.py, figure7.py                    their spectra
-                  optimizers.py, figure8.py                 GD, blockwise GD and Adam on them
-    section 3.3   bounds.py, proposition1.py, theorems.py   Proposition 1, Theorems 1 and 2, at every iteration
-                  section33.py, table2.py                   the numbers of the text, complexities
-                  proposition2.py                           the limit cycle of Adam
+    structure/   sections 2.3, C.2   hessian, pair_norms, figure2 (2, 9)       block-diagonal structure of Hessians
+    networks/    sections 2.3, 2.5   networks, sources, initial_spectra        the six networks, data and spectra
+                                     figure3, figure4, table1                  how their blocks differ
+                                     reconstructed_js, batchnorm, cost         the paper's JS0; BatchNorm; cost
+    training/    sections 2.1, 2.2   loop, optimizers, saved_state             a training, resumable
+                                     architectures, recipes, training_runs     what is trained, and how
+                                     figure1, figure10 (10, 11)                spectra along training; AdamW against SGD
+                                     calibration, calibrate, advice            whether JS0 predicts which one is needed
+    scaled_mlp/  section 2.4         mlp, figure5, table3                      the MLP with scaled layers
+    theory/      sections 3.2, 3.3   block_spectra, quadratics, figure6 (6, 7) the four quadratic cases
+                                     descent, figure8                          GD, blockwise GD and Adam on them
+                                     bounds, proposition1, theorems            bounds, checked at every iteration
+                                     section33, table2, proposition2           numbers of the text; complexities
+    models/      BERT, VGG, ViT, small CNN and LSTM, and a registry of all models by name
+    datasets/    images and text from files of the user
 
-Each experiment is a function `run` that returns a Result (results.py): claims with verdicts, numbers, a picture.
-commands.py makes them commands, runner.py runs them. What holds: docs/theory.md, docs/findings.md.
+results.py defines Claim and Result. Every experiment is a function `run` that returns a Result; commands.py makes it a
+command and experiments.py runs it. The findings are in docs/theory.md, docs/findings.md and docs/calibration.md.
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2402.16788.
 """

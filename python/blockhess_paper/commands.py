@@ -1,4 +1,4 @@
-"""`blockhess paper ...`: the experiments of this folder as commands; what they do is imported only when one runs."""
+"""`blockhess paper ...`: the experiments as commands; their modules are imported only when one runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from blockhess.cli.options import AsJson, completed, text_on_stderr
 
 app = typer.Typer(
-    help="The paper's networks, quadratic models, MLP and theory, checked: each writes data, picture and verdict.",
+    help="Reproduce the paper: each experiment writes its data, a figure and verdicts on the paper's claims.",
     rich_markup_mode=None,
 )
 
@@ -32,10 +32,10 @@ EXPERIMENTS = {
     "fig5": "scaled_mlp.figure5",
 }
 
-# The same for the networks of section 2.3 to 2.5, which `all-theory` leaves out.
+# The networks of sections 2.3 to 2.5; not in `all-theory`.
 NETWORK_EXPERIMENTS = {"fig3": "networks.figure3", "fig4": "networks.figure4", "table1": "networks.table1"}
 
-# Trainings: an interrupted run goes on in the same folder.
+# Trainings; an interrupted run resumes in the same folder.
 TRAINING_EXPERIMENTS = {
     "fig1": "training.figure1",
     "fig10": "training.figure10",
@@ -43,14 +43,14 @@ TRAINING_EXPERIMENTS = {
     "calibrate": "training.calibrate",
 }
 
-Out = Annotated[Path, typer.Option(help="Folder for data and pictures.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Out = Annotated[Path, typer.Option(help="Folder for data and figures.")]
+Seed = Annotated[int, typer.Option(help="Random seed.", min=0)]
 Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, for a smoke test.")]
 DEFAULT_OUT = Path("blockhess-paper")
 
 
 def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool, **options: Any) -> None:
-    """As JSON: a list of what the experiments' NAME.json hold."""
+    """Run experiments; as JSON, print the list of their NAME.json."""
     from blockhess.run.storage.signals import Interrupted
     from blockhess_paper.experiments import run_experiments
 
@@ -59,7 +59,7 @@ def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool,
         with text_on_stderr(as_json):
             run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
     except Interrupted as interrupted:
-        print(f"blockhess: {interrupted}; what is done is in {out}, go on with the same command", file=sys.stderr)
+        print(f"blockhess: {interrupted}; finished work is in {out}, the same command resumes it", file=sys.stderr)
         raise typer.Exit(128 + interrupted.signal) from None
     if as_json:
         print(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")
@@ -73,21 +73,21 @@ def _add(name: str, text: str) -> None:
 
 
 for _name, _text in {
-    "prop1": "Proposition 1: GD's lower bound, printed and corrected, at every iteration.",
-    "theorems": "Theorems 1 and 2, printed and corrected, at every iteration of every trial.",
-    "section33": "The numbers of section 3.3: r, preconditioned condition numbers, kappa over max kappa_l.",
+    "prop1": "Proposition 1: the lower bound for GD, as printed and corrected, at every iteration.",
+    "theorems": "Theorems 1 and 2: upper bounds, as printed and corrected, at every iteration of every trial.",
+    "section33": "Section 3.3: r, preconditioned condition numbers, kappa / max kappa_l.",
     "prop2": "Proposition 2: the limit cycle of Adam with beta2 < 1.",
     "table2": "Table 2: iterations fitted against kappa, max kappa_l and r.",
     "fig6": "Figure 6: eigenvalues of case 1.",
     "fig7": "Figure 7: eigenvalues of case 2.",
     "fig8": "Figure 8: gradient norms of GD and Adam on the four cases.",
-    "fig2": "Figure 2: exact Hessians of small Transformers and MLPs, and block structure of larger models.",
+    "fig2": "Figure 2: exact Hessians of small Transformers and MLPs; block structure of larger models.",
 }.items():
     _add(_name, _text)
 
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with MNIST's or Fashion-MNIST's four idx files; default: the subset that is shipped."),
+    typer.Option(help="Folder with the idx files of MNIST or Fashion-MNIST; default: the shipped subset."),
 ]
 
 
@@ -95,7 +95,7 @@ Data = Annotated[
 def fig5(
     out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
 ) -> None:
-    """Figure 5: the MLP with scaled layers, SGD and Adam over a grid of rates."""
+    """Figure 5: SGD and Adam on the MLP with scaled layers, over a grid of learning rates."""
     _run(["fig5"], out, seed, quick, as_json, data=data)
 
 
@@ -103,18 +103,18 @@ def fig5(
 def table3(
     out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
 ) -> None:
-    """Table 3: JS0 of the MLP for every scale, in every definition, against the paper's numbers."""
+    """Table 3: JS0 of the MLP with scaled layers in every definition, against the paper's numbers."""
     _run(["table3"], out, seed, quick, as_json, data=data)
 
 
-# What the options take, known here without an import of torch.
+# Values of the options, repeated here so that torch need not be imported.
 SCALES = ("mini", "paper")
 NETWORKS = ("resnet18", "vgg16", "vit-base", "bert", "gpt2-nano", "gpt2")
 
 Scale = Annotated[
     str,
     typer.Option(
-        help="mini: CPU-sized, on data that ship; paper: the paper's sizes, which nobody has run in full.",
+        help="mini: CPU-sized, on shipped data; paper: the paper's sizes, which have never been run in full.",
         autocompletion=completed(SCALES),
     ),
 ]
@@ -130,9 +130,9 @@ Corpora = Annotated[
     Path | None,
     typer.Option(help="For --scale paper: imagenet/CLASS/*.JPEG, cornell/movie_*.txt, openwebtext/train.bin."),
 ]
-Device = Annotated[str, typer.Option(help="Of torch: cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 ...")]
 Precision = Annotated[
-    str, typer.Option(help="Of float32 matrix products in spectra: highest, high (TF32 on CUDA) or medium (bfloat16).")
+    str, typer.Option(help="Precision of float32 matrix products: highest, high (TF32 on CUDA) or medium (bfloat16).")
 ]
 
 
@@ -156,12 +156,12 @@ def _add_network(name: str, text: str) -> None:
     ) -> None:
         _run([name], out, seed, quick, as_json, selection=_selection(scale, model, data, device, precision))
 
-    app.command(name, help=f"{text} Resumable: goes on in the same --out.")(command)
+    app.command(name, help=f"{text} Resumes in the same --out.")(command)
 
 
 for _name, _text in {
     "fig1": "Figure 1: spectra of the full Hessian, and of the blocks, along training.",
-    "fig3": "Figure 3: spectra of four blocks of every network at initialisation.",
+    "fig3": "Figure 3: spectra of four blocks of every network at initialization.",
     "fig4": "Figure 4: JS distances between all blocks of every network.",
     "table1": "Table 1: JS0 of the six networks in every definition, against the paper's numbers.",
     "fig10": "Figure 10: AdamW against SGD on CNNs, at the best rates.",
@@ -175,12 +175,10 @@ def calibrate(
     out: Out = DEFAULT_OUT,
     seed: Seed = 0,
     quick: Quick = False,
-    scale: Annotated[str, typer.Option(help="mini: there is no other, six networks of two families being too few.")] = (
-        "mini"
-    ),
+    scale: Annotated[str, typer.Option(help="Only mini: six networks of two families are too few.")] = ("mini"),
     as_json: AsJson = False,
 ) -> None:
-    """Does JS0 predict the gap between SGD and AdamW? Fifteen architectures, many trainings; resumable."""
+    """Does JS0 predict the gap between SGD and AdamW? Trains fifteen architectures; resumes in the same --out."""
     _run(["calibrate"], out, seed, quick, as_json, selection=_selection(scale, None, None, "cpu", "highest"))
 
 
@@ -190,41 +188,41 @@ def plan(
         list[str] | None,
         typer.Option("--model", help="One of the networks; may be repeated.", autocompletion=completed(NETWORKS)),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Count only: measure no products here.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Count only; do not time any products.")] = False,
     device: Device = "cpu",
     precision: Precision = "highest",
     gflops: Annotated[
         float | None,
-        typer.Option(help="GFLOP/s that another device sustains; default: an assumed share of an H100's peak."),
+        typer.Option(help="Sustained GFLOP/s of another device; default: an assumed share of the peak of an H100."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the paper's six jobs take at its size, and how long: measured here, extrapolated elsewhere.
+    """Estimate the cost of the paper's six jobs at full size: products, FLOPs, memory and time.
 
-    Counts products, FLOPs and memory without computing any; then measures a few products of each network on a small
-    batch, some minutes on a CPU. Nobody has run these jobs at full size yet.
+    Products, FLOPs and memory are counted without computing anything. Then a few products of each network are timed on
+    a small batch, in some minutes on a CPU; times on other devices are extrapolated. No job has been run at full size.
     """
     from blockhess.report.rows import to_json
-    from blockhess_paper.networks.cost import as_records, plans, told
+    from blockhess_paper.networks.cost import format_plans, plans, plans_to_dict
 
     selection = _selection("paper", model, None, device, precision)
     if gflops is not None and not 0 < gflops < math.inf:
         raise ValueError(f"plan: --gflops must be positive and finite, got {gflops}")
-    works = plans(selection, measure=not quick)
-    print(to_json(as_records(works, gflops)) if as_json else told(works, device, gflops))
+    jobs = plans(selection, measure=not quick)
+    print(to_json(plans_to_dict(jobs, gflops)) if as_json else format_plans(jobs, device, gflops))
 
 
 @app.command("all-theory")
 def all_theory(
     out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
 ) -> None:
-    """All of the theory, one after the other: neither networks nor trainings."""
+    """Run all experiments of the theory, Figures 2 and 5 and Table 3: no networks, no trainings."""
     _run(list(EXPERIMENTS), out, seed, quick, as_json, data=data)
 
 
 @app.command()
 def spectra(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
-    """Measure the block spectra of cases 1 and 2 again, as they were for the shipped files; some minutes."""
+    """Recompute the shipped block spectra of cases 1 and 2; some minutes."""
     from blockhess.report.rows import to_json
     from blockhess_paper.experiments import measure_spectra
 

@@ -1,4 +1,4 @@
-"""Runs experiments one after the other: prints each result and writes its files as soon as it is there."""
+"""Run experiments one after the other; print each result and write its files as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from blockhess_paper.theory import block_spectra
 def run_experiments(
     modules: Mapping[str, str], out: str | PathLike[str], *, seed: int = 0, quick: bool = False, **options: Any
 ) -> list[Result]:
-    """Run experiments, print what they say and write what they found.
+    """Run experiments, print their results and write their files.
 
     Args:
         modules: name -> MODULE of this package, whose `run` returns a Result, or MODULE:FUNCTION.
-        out: folder, made where it is missing.
-        seed, quick: of every experiment.
-        options: handed to the experiments that take them, as the folder is.
+        out: folder for the files; created if missing.
+        seed, quick: passed to every experiment.
+        options: passed, like the folder, to the experiments that take them.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder is not writable.
         ImportError: matplotlib is missing.
 
     Example:
@@ -65,7 +65,7 @@ def run_experiments(
 
 
 def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool) -> list[Path]:
-    """Measure the block spectra of cases 1 and 2, print where they went and return it."""
+    """Recompute the block spectra of cases 1 and 2, and print and return the files."""
     written = block_spectra.measure(writable_folder(out), seed=seed, quick=quick)
     for path in written:
         print(f"{path}: {blockhess.load(path)!r}")

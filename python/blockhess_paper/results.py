@@ -1,4 +1,4 @@
-"""What an experiment hands back: claims with verdicts, numbers, arrays, a picture; and how that is written."""
+"""Claims of the paper with verdicts, and the Result of an experiment: numbers, arrays, a figure, and their files."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ GD_COLOR, ADAM_COLOR, ADAM_ONE_COLOR = "#08519c", "#d95f02", "#1b9e77"
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of the paper, what was measured here, and what that makes of it.
+    """A statement of the paper with what was measured here and a verdict.
 
     Attributes:
-        paper: the statement, with where it stands.
-        measured: the numbers that decide.
+        paper: the statement and its place in the paper.
+        measured: the numbers behind the verdict.
         verdict: REPRODUCED, PARTLY or NOT_REPRODUCED.
     """
 
@@ -48,17 +48,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """An experiment that has run.
+    """The result of an experiment.
 
     Attributes:
-        name: of the command and of the files.
+        name: name of the command and of the files.
         title: one line.
-        settings: what it was run with, JSON values.
+        settings: how it was run, JSON values.
         claims: in the order of the paper.
-        text: tables, as printed before the claims.
-        numbers: what the claims rest on, JSON values.
-        arrays: larger data, for the .npz.
-        figure: the picture, if the experiment has one.
+        text: tables, printed before the claims.
+        numbers: the numbers behind the claims, JSON values.
+        arrays: larger data, for the .npz file.
+        figure: None where the experiment has none.
     """
 
     name: str
@@ -74,10 +74,10 @@ class Result:
         return "\n\n".join(filter(None, [self.title, self.text.rstrip(), *map(str, self.claims)]))
 
     def write(self, folder: Path, **provenance: Any) -> list[Path]:
-        """Write NAME.json, NAME.npz where there are arrays and NAME.png where there is a picture.
+        """Write NAME.json, NAME.npz if there are arrays and NAME.png if there is a figure.
 
         Args:
-            folder: where to; it exists.
+            folder: an existing folder.
             provenance: further entries of the JSON, such as the seconds it took.
 
         Returns:
@@ -106,7 +106,7 @@ class Result:
 
 
 def _finite(value: Any) -> Any:
-    """The same with NaN and infinities as words, which JSON can hold, and floats to 6 digits."""
+    """Return a JSON value with floats rounded to 6 digits and non-finite ones as text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -117,7 +117,7 @@ def _finite(value: Any) -> Any:
 
 
 def quantiles(values: Tensor, shares: tuple[float, ...] = (0.1, 0.5, 0.9)) -> list[float]:
-    """Return quantiles of all entries; infinite ones count as the largest.
+    """Return quantiles of all entries, each an entry itself; infinite entries are allowed.
 
     Example:
         >>> quantiles(torch.tensor([1.0, 2.0, 3.0]), (0.5,))
@@ -130,7 +130,7 @@ def quantiles(values: Tensor, shares: tuple[float, ...] = (0.1, 0.5, 0.9)) -> li
 
 
 def verdict(all_hold: bool, some_hold: bool = False) -> str:
-    """Return the word for a claim that holds in full, in part or not at all."""
+    """Return REPRODUCED if a claim holds in full, PARTLY if in part, else NOT_REPRODUCED."""
     return REPRODUCED if all_hold else PARTLY if some_hold else NOT_REPRODUCED
 
 

@@ -50,7 +50,7 @@ def test_typed_words_about_the_small_relatives_follow_from_the_numbers() -> None
 def test_typed_words_of_section_2_follow_from_the_numbers() -> None:
     judged = findings_page.result("table1")["numbers"]["judged"]
     ordered = {policy: [key for key, found in judged[policy].items() if found[2] > 0.9] for policy in ("eval", "batch")}
-    assert ordered["eval"] and all("normalisation none" in key and "%" not in key for key in ordered["eval"])
+    assert ordered["eval"] and all("normalization none" in key and "%" not in key for key in ordered["eval"])
     assert not ordered["batch"]
     closest = [found[0] for found in [*judged["eval"].values(), *judged["batch"].values(),
                *findings_page.result("table3")["numbers"]["judged"].values()]]  # fmt: skip
@@ -58,7 +58,7 @@ def test_typed_words_of_section_2_follow_from_the_numbers() -> None:
 
 
 def test_what_is_missed_is_said() -> None:
-    works = [findings_page.Work(**{k: v for k, v in job.items() if k in findings_page.Work.__dataclass_fields__})
+    works = [findings_page.JobCost(**{k: v for k, v in job.items() if k in findings_page.JobCost.__dataclass_fields__})
              for job in findings_page.result("plan")["jobs"]]  # fmt: skip
     missed, met = findings_page.wanted(works).split(" and met by ")
     assert "GPT2 in TF32 (4.1 hours against 3), GPT2 in float32 (30 hours against 14)" in missed

@@ -28,7 +28,7 @@ from blockhess_paper.training.calibration import (
     rank_correlation,
     shipped_calibration,
 )
-from blockhess_paper.training.training_runs import QUICK, Settings, find_best, trained
+from blockhess_paper.training.training_runs import QUICK, Settings, find_best, load_or_train
 from tests.helpers.spectra_cases import make_spectra
 
 
@@ -86,7 +86,7 @@ REVERSED = planted(JS0S[::-1], [0.01 * k for k in range(1, 7)] + [0.3 + 0.01 * k
 
 
 def test_separable_calibration_has_a_rule() -> None:
-    assert SEPARABLE.broken == "" and SEPARABLE.num_wrong == 0 and SEPARABLE.num_decided >= 8
+    assert SEPARABLE.failure == "" and SEPARABLE.num_wrong == 0 and SEPARABLE.num_decided >= 8
     assert SEPARABLE.rule == Rule(pytest.approx(0.35), pytest.approx(0.30))
     assert SEPARABLE.correlation.value == pytest.approx(1.0)
 
@@ -112,7 +112,7 @@ def test_rule_decides_outside_the_doubtful_zone() -> None:
 
 @pytest.mark.parametrize("calibration", [HOPELESS, REVERSED])
 def test_hopeless_calibrations_are_told(calibration: Calibration) -> None:
-    assert "rank correlation" in calibration.broken
+    assert "rank correlation" in calibration.failure
     assert advice(spectra_apart(1e-9), calibration).decision == UNDECIDED
     assert advice(spectra_apart(1.0), calibration).decision == UNDECIDED
 
@@ -120,12 +120,12 @@ def test_hopeless_calibrations_are_told(calibration: Calibration) -> None:
 def test_calibration_of_one_kind_tells_nothing() -> None:
     alike = planted(JS0S, [0.01 * k for k in range(12)][::-1])
     alike = Calibration(tuple(s for s in alike.subjects if not s.needs_adam), {})
-    assert "does without Adam" in alike.broken
+    assert "does without Adam" in alike.failure
     assert Rule.of(alike.subjects).decide(0.9) == UNDECIDED
 
 
 def test_leaving_a_family_out_uses_the_others_alone() -> None:
-    said, needs = HOPELESS.left_out["net0"]
+    said, needs = HOPELESS.leave_one_out["net0"]
     others = [s for s in HOPELESS.subjects if s.family != "family0"]
     assert said == Rule.of(others).decide(JS0S[0]) and needs
     assert REVERSED.num_wrong > 0
@@ -162,7 +162,7 @@ def test_shipped_advice_says_what_the_calibration_allows() -> None:
     found = advice(spectra_apart(1.0))
     assert len(shipped.subjects) >= 12 and len({s.family for s in shipped.subjects}) >= 6
     assert found.calibration is shipped
-    assert (found.decision == UNDECIDED) >= bool(shipped.broken)
+    assert (found.decision == UNDECIDED) >= bool(shipped.failure)
 
 
 TINY = Settings(4, 1, seeds=(0, 1), grids={"SGD": (0.1,), "AdamW": (1e-3, 1e-2)}, most_added=2)
@@ -188,7 +188,7 @@ def test_an_interrupted_search_goes_on_and_gives_the_same(tmp_path: Path, monkey
         done = len(calls)
         assert resumed == whole and done == 3 + len(list((tmp_path / "cut").rglob("*.json"))) - 2
         assert find_best(tmp_path / "cut", "cnn", "AdamW", TINY) == whole and len(calls) == done
-        other = trained(tmp_path / "cut", "cnn", "AdamW", 1e-2, 0, Settings(3, 1))
+        other = load_or_train(tmp_path / "cut", "cnn", "AdamW", 1e-2, 0, Settings(3, 1))
         assert other.num_steps == 3 and len(calls) == done + 1  # other settings are no hit
 
 

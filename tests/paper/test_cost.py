@@ -17,7 +17,16 @@ from blockhess.models import GPTConfig, ResNetConfig
 from blockhess.problem.prepare import prepared_problem
 from blockhess_paper.models import CONFIGS, BERTConfig, ViTConfig, named
 from blockhess_paper.networks import cost
-from blockhess_paper.networks.cost import ASSUMED_SHARE, H100_PEAK, HOUR, Cost, Work, counted, measured_rate, work
+from blockhess_paper.networks.cost import (
+    ASSUMED_SHARE,
+    H100_PEAK,
+    HOUR,
+    BatchCost,
+    JobCost,
+    count_cost,
+    job_cost,
+    measured_rate,
+)
 from blockhess_paper.networks.networks import NETWORKS
 from docs._generate import findings_page
 
@@ -37,7 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_counts_are_those_of_the_engine(name: str, small: None) -> None:
-    found = counted(name, 3)
+    found = count_cost(name, 3)
     batch, loss_fn = cost.sample_batch(name, 3)
     model: Any = named(name)
     blocks = model.paper_blocks(figure=True)
@@ -56,36 +65,36 @@ def test_counts_are_those_of_the_engine(name: str, small: None) -> None:
     assert gradient.get_total_flops() >= found.gradient > max(products) / 2
     assert found.graph_bytes == pytest.approx(graph_bytes, rel=0.02)
     assert found.parameters == sum(p.numel() for p in named(name).parameters())
-    twice = counted(name, 6)
+    twice = count_cost(name, 6)
     assert twice.products == tuple(2 * flops for flops in found.products) and twice.gradient == 2 * found.gradient
 
 
 def test_work_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "counted", lambda *_: Cost((5, 2000), 3000, (3, 7), 11, 13))
+    monkeypatch.setattr(cost, "count_cost", lambda *_: BatchCost((5, 2000), 3000, (3, 7), 11, 13))
     # 1,024 images, 32 at a time; a block of 5 is written out, the other takes 10 probes of 100 steps.
-    found = work("vgg16")
+    found = job_cost("vgg16")
     assert found.parts == 32 and found.products == 32 * (5 + 1000)
     assert found.flops == 32 * (5 * 3 + 1000 * 7 + 100 * 11)
     assert found.vector_bytes >= 10 * 4 * 3 * 2005 and (found.graph_bytes, found.batch) == (13, "1,024 images")
-    assert work("bert").parts == 327_680 // 8_192
+    assert job_cost("bert").parts == 327_680 // 8_192
 
 
 def test_times_by_hand() -> None:
-    job = Work("gpt2", "GPT2", 25, 1, 2, "x", 1, 1, 1e18, 1, 1, rate=1e12)
-    record = job.record(None)
+    job = JobCost("gpt2", "GPT2", 25, 1, 2, "x", 1, 1, 1e18, 1, 1, rate=1e12)
+    record = job.to_dict(None)
     assert record["seconds_here"] == pytest.approx(1e6)
     assert record["seconds_extrapolated"]["H100, TF32"] == pytest.approx(1e18 / (ASSUMED_SHARE * H100_PEAK["TF32"]))
     assert record["share_of_peak_needed"]["float32"] == pytest.approx(1e18 / (14 * HOUR) / H100_PEAK["float32"])
     assert record["seconds_in_the_paper"] == {"A100": 7 * 24 * HOUR}
-    assert job.record(2000.0)["seconds_extrapolated"] == {"2000 GFLOP/s": pytest.approx(5e5)}
-    text = cost.told([job], "cpu", None)
+    assert job.to_dict(2000.0)["seconds_extrapolated"] == {"2000 GFLOP/s": pytest.approx(5e5)}
+    text = cost.format_plans([job], "cpu", None)
     assert "unproven on hardware" in text and "extrapolated" in text and "12 days (1e+03 GFLOP/s)" in text
     assert "3 hours TF32, 14 hours float32" in text and "7 days A100" in text
 
 
 def test_the_rate_is_that_of_the_products(small: None) -> None:
     counter = itertools.count()
-    found = counted("gpt2", 1)
+    found = count_cost("gpt2", 1)
     numbers = (0, (len(found.dims) - 1) // 2, len(found.dims) - 1)
     rate = measured_rate("gpt2", torch.device("cpu"), clock=lambda: float(next(counter)))
     assert rate == pytest.approx(sum(found.products[n] for n in numbers) / 3)
@@ -121,9 +130,9 @@ def test_bad_requests(arguments: list[str], message: str, capsys: pytest.Capture
 
 def test_batch_statistics_take_as_much_again(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """So a job with both BatchNorm policies is twice what is told, which says so where there is BatchNorm."""
-    counted_in_eval_mode = cost.counted("resnet18", 2)
+    counted_in_eval_mode = cost.count_cost("resnet18", 2)
     monkeypatch.setattr(nn.Module, "eval", nn.Module.train)
-    in_train_mode = cost.counted("resnet18", 2)
+    in_train_mode = cost.count_cost("resnet18", 2)
     assert in_train_mode.products == counted_in_eval_mode.products
     assert in_train_mode.gradient == counted_in_eval_mode.gradient
     for name, told in (("resnet18", True), ("vgg16", False)):

@@ -136,10 +136,10 @@ def test_masked_pairs_refuses_what_does_not_fit() -> None:
         masked_pairs(sentences()[:1], 44)
 
 
-def image(path: Path, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
+def image(path: Path, size: tuple[int, int], color: tuple[int, int, int]) -> None:
     Image = pytest.importorskip("PIL.Image")
     path.parent.mkdir(exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def test_image_folders_number_classes_by_name(tmp_path: Path) -> None:

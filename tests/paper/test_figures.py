@@ -31,7 +31,7 @@ from blockhess_paper.networks.networks import NETWORKS, Network, Selection
 from blockhess_paper.results import NOT_REPRODUCED, PARTLY, REPRODUCED
 from blockhess_paper.training import SavedState, calibrate, figure1, recipes, train
 from blockhess_paper.training.recipes import GRID, RECIPES, Recipe, trainees
-from blockhess_paper.training.training_runs import trained
+from blockhess_paper.training.training_runs import load_or_train
 from tests.paper.test_datasets import corpus, image
 
 SIZES = {
@@ -129,7 +129,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     monkeypatch.setattr(checkpoint, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
     made = trainees([name], Selection(scale="paper", data=data), quick=False)[name]
-    whole = trained(tmp_path / "whole", name, optimizer, 0.01, 0, made.settings(0), made)
+    whole = load_or_train(tmp_path / "whole", name, optimizer, 0.01, 0, made.settings(0), made)
 
     drawn: list[int] = []
     draw = recipes.Stream.__getitem__
@@ -144,10 +144,10 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(SavedState, "after_step", stopped)
     with pytest.raises(Stop):
-        trained(tmp_path / "halves", name, optimizer, 0.01, 0, made.settings(0), made)
+        load_or_train(tmp_path / "halves", name, optimizer, 0.01, 0, made.settings(0), made)
     assert drawn[-2:] == [0, 1]
     del drawn[:]
-    again = trained(tmp_path / "halves", name, optimizer, 0.01, 0, made.settings(0), made)
+    again = load_or_train(tmp_path / "halves", name, optimizer, 0.01, 0, made.settings(0), made)
     assert drawn == [2, 3]
     assert again == whole and len(whole.losses) == 4 and len(set(whole.losses)) > 1
 
@@ -167,12 +167,12 @@ def test_a_signal_saves_the_state_and_a_state_of_another_training_is_not_used(
 ) -> None:
     monkeypatch.setattr(checkpoint, "LEAST_SECONDS", float("inf"))  # the signal alone saves, however slow the machine
 
-    def run(told: str, hook: Any = None, rate: float = 0.1) -> tuple[Any, list[int]]:
+    def run(name: str, hook: Any = None, rate: float = 0.1) -> tuple[Any, list[int]]:
         seen: list[int] = []
         hooks = {step: lambda _, step=step: seen.append(step) or (hook and hook(step)) for step in range(7)}
-        kept = SavedState(tmp_path / "state", {"told": told})
+        state = SavedState(tmp_path / "state", {"name": name})
         return train(
-            linear(), regression(), nn.MSELoss(), optimizer="AdamW", rate=rate, num_steps=6, at_steps=hooks, kept=kept
+            linear(), regression(), nn.MSELoss(), optimizer="AdamW", rate=rate, num_steps=6, at_steps=hooks, state=state
         ), seen
 
     whole, _ = run("other")
@@ -352,8 +352,8 @@ def test_trainings_on_other_data_or_schedules_are_others(
             trainee = trainees([name], Selection(scale="paper", data=folder), quick=False)[name]
             panel = figure1.paper_panel(trainee, 0)
             paths = figure1.checkpoints(tmp_path, name, panel, [0, 4], 0)
-            losses = trained(tmp_path, name, optimizer, 0.01, 0, trainee.settings(0), trainee).losses
-            found.append((paths, losses, trainee.found.words))
+            losses = load_or_train(tmp_path, name, optimizer, 0.01, 0, trainee.settings(0), trainee).losses
+            found.append((paths, losses, trainee.found.description))
         assert found[0][0] != found[1][0] and found[0][1] != found[1][1] and found[0][2] == found[1][2]
     longer = replace(panel, settings=replace(panel.settings, warmup=2))
     assert figure1.checkpoints(tmp_path, name, longer, [0, 4], 0) != paths

@@ -1,4 +1,4 @@
-"""The paper's six models: parameter counts, initialisation, the paper's blocks, names, other packages' versions."""
+"""The paper's six models: parameter counts, initialization, the paper's blocks, names, other packages' versions."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_bert_tokens_outside_the_vocabulary_are_refused() -> None:
         blockhess.plan(model, MaskedPairs(few + 70, few + 1, few, few[:, 0]), masked_pair_loss)
 
 
-def test_vgg_initialisation_is_torchvisions() -> None:
+def test_vgg_initialization_is_torchvisions() -> None:
     torch.manual_seed(0)
     model = VGG(VGGConfig(32, (1, 1), hidden=64, pooled=2, num_classes=10))
     for module in model.modules():
@@ -141,7 +141,7 @@ def test_vgg_initialisation_is_torchvisions() -> None:
             assert module.bias.eq(0).all()
 
 
-def test_vit_initialisation_is_timms() -> None:
+def test_vit_initialization_is_timms() -> None:
     torch.manual_seed(0)
     model = ViT(ViTConfig(32, 8, depth=2, num_heads=4, width=64, num_classes=100))
     for name, parameter in model.named_parameters():
@@ -155,7 +155,7 @@ def test_vit_initialisation_is_timms() -> None:
     assert model.patch_embed.proj.weight.abs().max().item() == pytest.approx(1 / math.sqrt(3 * 64), rel=0.01)
 
 
-def test_bert_initialisation_is_torchs() -> None:
+def test_bert_initialization_is_torchs() -> None:
     torch.manual_seed(0)
     model = BERT(BERTConfig(500, context=8, num_layers=1, num_heads=2, width=64))
     assert model.embedding.token.weight[1:].std().item() == pytest.approx(1.0, rel=5 / math.sqrt(2 * 499 * 64))

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm against ours: sizes, initialisation; same weights, same Hessian blocks.
+"""Models of torchvision and timm against ours: sizes, initialization; same weights, same Hessian blocks.
 
 Those of Transformers are in test_paper_models.py.
 """
@@ -165,7 +165,7 @@ def test_spectra_are_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:vit_base_patch16_224"])
-def test_initialisation_is_theirs(name: str) -> None:
+def test_initialization_is_theirs(name: str) -> None:
     loaded(name.split(":")[0])
     torch.manual_seed(0)
     if name.startswith("timm"):

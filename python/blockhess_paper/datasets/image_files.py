@@ -1,7 +1,7 @@
-"""Labeled images from the user's own files: one folder per class (ImageNet), CIFAR-10's binary version, idx files (MNIST).
+"""Labeled images from files of the user: one folder per class (ImageNet), binary CIFAR-10, idx files (MNIST).
 
-Images are float32 with the mean and standard deviation that the data set is usually given, per channel. Which images
-are taken is a pure function of the files' names and the seed.
+Images are float32, normalized by the usual mean and standard deviation of the data set, or of the split for idx files.
+Which images are drawn depends only on the names of the files and the seed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
 class ImageFolder:
-    """The images of a folder that has a folder for every class, read when they are asked for.
+    """Images in one folder per class, read on demand.
 
-    Every image is scaled so that its shorter side is 8/7 of the one asked for, and its middle is taken: as in testing
-    on ImageNet.
+    Every image is resized so that its shorter side is 8/7 of the requested side, and its center is cropped, as for
+    testing on ImageNet.
 
     Args:
-        folder: FOLDER/CLASS/IMAGE, with images ending in one of SUFFIXES; classes are numbered by name. Folders and
-            files that begin with a dot are left out.
+        folder: FOLDER/CLASS/IMAGE, with images ending in one of SUFFIXES; classes are numbered by name. Hidden folders
+            and files are ignored.
 
     Raises:
         ValueError: the folder has another layout, or a class has no image.
@@ -71,10 +71,10 @@ class ImageFolder:
         return len(self._found)
 
     def read(self, indices: Sequence[int], *, side: int = 224) -> tuple[Tensor, Tensor]:
-        """Return images (n, 3, side, side) float32, contiguous, and labels (n,) int64; several are decoded at a time.
+        """Return images (n, 3, side, side) float32, contiguous, and labels (n,) int64, decoded in parallel.
 
         Raises:
-            ValueError: a file is no image.
+            ValueError: a file is not an image.
         """
         pixels = np.empty((len(indices), side, side, 3), np.uint8)
 
@@ -85,11 +85,11 @@ class ImageFolder:
             list(pool.map(decode, range(len(indices))))
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         labels = torch.tensor([self._found[index][1] for index in indices])
-        return _normalised(images, IMAGENET_MEAN, IMAGENET_STD), labels
+        return _normalized(images, IMAGENET_MEAN, IMAGENET_STD), labels
 
 
 def _shown(folder: Path) -> list[Path]:
-    """What a folder holds and does not hide, by name."""
+    """Return the entries of a folder that are not hidden, by name."""
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
@@ -102,7 +102,7 @@ def _pillow() -> Any:
 
 
 def _middle(path: Path, side: int) -> np.ndarray[Any, Any]:
-    """Pixels (side, side, 3) of an image."""
+    """Return the center of an image, (side, side, 3) pixels."""
     pil = _pillow()
     try:
         with pil.Image.open(path) as opened:
@@ -119,19 +119,19 @@ def _middle(path: Path, side: int) -> np.ndarray[Any, Any]:
 def image_folder(
     folder: str | PathLike[str], num_images: int, *, side: int = 224, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Draw images from a folder that has a folder for every class: see ImageFolder.
+    """Draw images at random from a folder with one folder per class: see ImageFolder.
 
     Args:
-        folder: as of ImageFolder.
-        num_images: how many, without repetition.
-        side: pixels.
-        seed: of the draw.
+        folder: see ImageFolder.
+        num_images: number of images, drawn without replacement.
+        side: side of the images in pixels.
+        seed: random seed.
 
     Returns:
         Images (num_images, 3, side, side) float32 and labels (num_images,) int64.
 
     Raises:
-        ValueError: the folder has another layout or too few images, a file is no image, or a size is below 1.
+        ValueError: the folder has another layout or too few images, a file is not an image, or a size is below 1.
         ImportError: Pillow is missing.
 
     Example:
@@ -148,7 +148,7 @@ def image_folder(
 
 
 def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Read CIFAR-10 in its binary version. The Python version is a pickle, which runs what is in it: not read.
+    """Read the binary version of CIFAR-10. The Python version is not read: it is a pickle, which can run any code.
 
     Args:
         folder: holds data_batch_1.bin ... data_batch_5.bin ("train") and test_batch.bin ("test").
@@ -158,7 +158,7 @@ def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tenso
         Images (n, 3, 32, 32) float32 and labels (n,) int64 in 0 ... 9.
 
     Raises:
-        ValueError: split has another name, or a file is missing or of another layout.
+        ValueError: split is unknown, or a file is missing or has another layout.
 
     Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-binary.tar.gz).
 
@@ -184,10 +184,10 @@ def cifar10(folder: str | PathLike[str], *, split: str = "train") -> tuple[Tenso
         records.append(content.reshape(-1, CIFAR10_RECORD))
     whole = torch.from_numpy(np.concatenate(records))
     images = whole[:, 1:].reshape(-1, 3, 32, 32)
-    return _normalised(images, CIFAR10_MEAN, CIFAR10_STD), whole[:, 0].long()
+    return _normalized(images, CIFAR10_MEAN, CIFAR10_STD), whole[:, 0].long()
 
 
-def _normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def _normalized(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
     # Pixels as they are decoded lie channels last; in that layout torch 2.13's gradient of a strided 1x1 convolution of
     # fewer than 8 channels (seen with 2, 4 and 6) writes outside its memory on a CPU without AVX-512.

@@ -1,9 +1,9 @@
-"""Sentence pairs for BERT: which follows which, and which tokens are masked.
+"""Sentence pairs for BERT, for next-sentence prediction and masked tokens.
 
     [CLS] first [SEP] second [SEP] padding       segments 1 ... 1 2 ... 2 0 ... 0
 
-Half of the pairs follow each other in the source, half are drawn at random. 15 % of the tokens are to be guessed: 80 %
-of them show [MASK], 10 % another token, 10 % themselves. All of it is a pure function of its arguments.
+Half of the pairs are consecutive in the source, half are random. 15 % of the tokens are to be predicted: 80 % of them
+are replaced by [MASK], 10 % by a random token, 10 % not at all. Batches depend only on the arguments.
 
 Source: Devlin et al. 2018, section 3.1.
 """
@@ -20,7 +20,7 @@ from blockhess_paper.models.bert import IGNORED, MaskedPairs
 
 PADDING, CLS, SEP, MASK = range(4)
 
-# The tokens of a text begin here.
+# The tokens of the text start at this number.
 SPECIAL = 4
 
 MASKED, SHOWN_AS_MASK, SHOWN_AS_OTHER = 0.15, 0.8, 0.1
@@ -38,12 +38,12 @@ def masked_pairs(
     """Draw batches for BERT.
 
     Args:
-        pairs: consecutive sentences as tokens, int64 in 0 ... vocab_size - SPECIAL - 1; longer ones are cut.
-        vocab_size: the model's, special tokens included.
-        num_batches: how many batches.
+        pairs: consecutive sentences as tokens, int64 in 0 ... vocab_size - SPECIAL - 1; long ones are truncated.
+        vocab_size: vocabulary size of the model, including special tokens.
+        num_batches: number of batches.
         batch_size: pairs per batch.
-        context: tokens per pair, special tokens included.
-        seed: of everything drawn.
+        context: tokens per pair, including special tokens.
+        seed: random seed.
 
     Raises:
         ValueError: fewer than two pairs, a size is too small, or a token is outside the vocabulary.
@@ -79,7 +79,7 @@ def masked_pairs(
 
 
 def _masked(tokens: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """Mask some tokens, in place, at least one a line, and return the labels."""
+    """Mask tokens in place, at least one per row, and return the labels."""
     draw = torch.rand(tokens.shape, generator=generator).masked_fill(tokens < SPECIAL, 2.0)
     asked = draw < MASKED
     asked |= (draw == draw.amin(1, keepdim=True)) & (draw < 1)
@@ -93,5 +93,5 @@ def _masked(tokens: Tensor, vocab_size: int, generator: torch.Generator) -> Tens
 
 
 def line_pairs(lines: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pair every line with the one after it, where neither is empty."""
+    """Return all pairs of consecutive lines that are both not empty."""
     return [(a, b) for a, b in itertools.pairwise(lines) if len(a) and len(b)]

@@ -1,7 +1,7 @@
-"""Text from the user's own files: nanoGPT's token files, any text by byte pairs, the Cornell Movie-Dialogs.
+"""Text from files of the user: token files of nanoGPT, any text as byte pairs, the Cornell Movie-Dialogs.
 
-Nothing is downloaded: byte pairs are learned from the text at hand by Hugging Face's tokenizers
-(pip install "blockhess[data]"). A batch is a pure function of file, sizes and seed.
+Nothing is downloaded: byte pairs are learned from the given text by Hugging Face's tokenizers
+(pip install "blockhess[data]"). A batch depends only on file, sizes and seed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 from blockhess.datasets import windows
 from blockhess_paper.datasets.sentence_pairs import line_pairs
 
-# Fields of the Cornell files are separated by this.
+# Separator of the fields in the Cornell files.
 SEPARATOR = " +++$+++ "
 
 CORNELL_FILES = ("movie_lines.txt", "movie_conversations.txt")
 
 
 class TokenFile:
-    """A file of tokens as nanoGPT's prepare.py writes it: unsigned 16-bit integers, nothing else; mapped, not read.
+    """A memory-mapped file of tokens as written by nanoGPT's prepare.py: unsigned 16-bit integers.
 
     Args:
-        path: such as data/openwebtext/train.bin.
+        path: the file, such as data/openwebtext/train.bin.
         vocab_size: tokens of the batches must be below this; those of GPT-2 are below 50,257.
 
     Raises:
-        ValueError: no such file, or its size is odd or zero.
+        ValueError: the file does not exist, or its size is odd or zero.
 
     Example:
         >>> tokens = TokenFile("data/openwebtext/train.bin", 50_304)
@@ -54,10 +54,10 @@ class TokenFile:
     def batches(
         self, num_batches: int = 1, *, batch_size: int = 8, context: int = 1024, seed: int = 0
     ) -> list[tuple[Tensor, Tensor]]:
-        """Windows at random offsets with their next tokens: see CharText.batches.
+        """Return windows at random offsets with their next tokens: see CharText.batches.
 
         Raises:
-            ValueError: as there, or a token is outside the vocabulary.
+            ValueError: as CharText.batches, or a token is outside the vocabulary.
         """
         drawn = windows(
             self.tokens, num_batches, batch_size=batch_size, context=context, seed=seed, op="TokenFile.batches"
@@ -72,10 +72,10 @@ class TokenFile:
 
 
 def read_text(path: str | PathLike[str]) -> str:
-    """Return a UTF-8 text file, for `CharText` or `BytePairs`.
+    """Return the content of a UTF-8 file, for `CharText` or `BytePairs`.
 
     Raises:
-        ValueError: no such file, or it is not UTF-8.
+        ValueError: the file cannot be read, or is not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -86,11 +86,11 @@ def read_text(path: str | PathLike[str]) -> str:
 
 
 class BytePairs:
-    """Byte-pair tokens learned from texts, GPT-2's way: over bytes, so that every text can be encoded.
+    """A byte-pair tokenizer learned from texts, like that of GPT-2: over bytes, so that every text can be encoded.
 
     Args:
-        texts: what to learn from.
-        vocab_size: at least 256, one for every byte; fewer are learned where the texts are short.
+        texts: the training texts.
+        vocab_size: largest number of tokens, at least 256, one per byte; short texts give fewer.
 
     Raises:
         ImportError: the package tokenizers is missing.
@@ -135,24 +135,24 @@ class BytePairs:
     def batches(
         self, text: str, num_batches: int = 1, *, batch_size: int = 8, context: int = 64, seed: int = 0
     ) -> list[tuple[Tensor, Tensor]]:
-        """Windows of a text with their next tokens: see CharText.batches."""
+        """Return windows of a text with their next tokens: see CharText.batches."""
         return windows(
             self.encode(text), num_batches, batch_size=batch_size, context=context, seed=seed, op="BytePairs.batches"
         )
 
 
 def cornell_dialogs(folder: str | PathLike[str], vocab_size: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """Read the Cornell Movie-Dialogs Corpus as pairs of consecutive lines, in byte pairs learned from it.
+    """Read the Cornell Movie-Dialogs Corpus as pairs of consecutive lines, tokenized by byte pairs learned from it.
 
     Args:
-        folder: holds movie_lines.txt and movie_conversations.txt.
-        vocab_size: of the byte pairs, at most.
+        folder: folder with movie_lines.txt and movie_conversations.txt.
+        vocab_size: largest number of byte-pair tokens.
 
     Returns:
-        The pairs, and the size of the vocabulary that was learned.
+        The pairs, and the size of the learned vocabulary.
 
     Raises:
-        ValueError: a file is missing or of another layout.
+        ValueError: a file is missing or has another layout.
         ImportError: as BytePairs.
 
     Source: Danescu-Niculescu-Mizil and Lee 2011,
@@ -175,7 +175,7 @@ def cornell_dialogs(folder: str | PathLike[str], vocab_size: int) -> tuple[list[
 
 
 def _cornell(path: Path, count: int) -> list[list[str]]:
-    """The fields of every line; the corpus is in Latin-1."""
+    """Return the fields of every line; the corpus is in Latin-1."""
     try:
         text = path.read_text(encoding="latin-1")
     except OSError:
@@ -183,7 +183,7 @@ def _cornell(path: Path, count: int) -> list[list[str]]:
             f"cornell_dialogs: {path.parent} must hold {' and '.join(CORNELL_FILES)} of "
             f"https://www.cs.cornell.edu/~cristian/Cornell_Movie-Dialogs_Corpus.html, got no {path.name}"
         ) from None
-    # A line that nobody speaks ends with the separator, whose last blank an editor may have taken.
+    # A line without text ends with the separator, whose trailing blank an editor may have removed.
     rows = [line.split(SEPARATOR.rstrip()) for line in text.split("\n") if line]
     for number, row in enumerate(rows, 1):
         if len(row) != count:

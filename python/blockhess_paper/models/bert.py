@@ -1,10 +1,10 @@
-"""BERT as in the blog that the paper took it from: two post-LayerNorm layers, next-sentence and masked-LM heads.
+"""BERT as in the blog named by the paper: two post-LayerNorm layers, next-sentence and masked-LM heads.
 
     x = token(t) + segment(s) + sinusoid;  x = norm(x + attn(x));  x = norm(x + fc2(gelu(fc1(x))))  per layer
 
-Unlike the original, there is no LayerNorm behind the embedding, one LayerNorm serves both halves of a layer, positions
-are fixed sinusoids, and the heads are single linear layers, not tied to the embedding. Token 0 is padding: nothing
-attends to it. There is no dropout: a Hessian needs a deterministic loss.
+Unlike in the original, there is no LayerNorm after the embedding, attention and MLP of a layer share one LayerNorm,
+positions are fixed sinusoids, and the heads are single linear layers, not tied to the embedding. Token 0 is padding and
+is masked in attention. There is no dropout, since a Hessian needs a deterministic loss.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.nn import functional as F
 
 from blockhess.models.gpt import check_tokens
 
-# Label of the positions that the masked-LM loss leaves out.
+# Label of the positions that the masked-LM loss ignores.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class BERTConfig:
-    """Sizes of a `BERT`; the defaults are the blog's, with the vocabulary that makes the paper's 40M.
+    """Sizes of a `BERT`; the defaults are the blog's, with a vocabulary that gives the 40M parameters of the paper.
 
-    The blog's WordPiece vocabulary is trained on its data; the paper does not say how large its own became.
+    The blog trains its WordPiece vocabulary on the data; the paper does not state its size.
     """
 
     vocab_size: int = 16_800
@@ -47,7 +47,7 @@ class BERTConfig:
 
 
 class Embedding(nn.Module):
-    """Token, segment (0 for padding, 1 and 2) and fixed sinusoidal position embeddings, added."""
+    """Sum of token, segment (0 for padding, 1 and 2) and fixed sinusoidal position embeddings."""
 
     position: Tensor
 
@@ -97,7 +97,7 @@ class EncoderLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear layer under the name that Figure 4 (b) gives it."""
+    """A linear layer, named as in Figure 4 (b)."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Head(nn.Module):
 class BERT(nn.Module):
     """Encoder of sentence pairs.
 
-    Initialised from torch's global generator as torch's own layers do: embeddings N(0, 1), linear layers uniform.
+    Initialized from torch's global generator with the defaults of torch: embeddings N(0, 1), linear layers uniform.
 
     Args:
         config: sizes; the default is the paper's BERT (40M).
@@ -152,7 +152,7 @@ class BERT(nn.Module):
         return self.next_sentence(x[:, 0]), self.mask_lm(x)
 
     def paper_blocks(self, figure: bool) -> dict[str, str]:
-        """Block name -> parameter: all but LayerNorm; of Figure 4 (b), the 16 weights."""
+        """Return block name -> parameter: all but LayerNorm; for Figure 4 (b), the 16 weights."""
         names = [name for name, _ in self.named_parameters() if ".layernorm." not in name]
         if figure:
             return {name.removesuffix(".weight"): name for name in names if name.endswith("weight")}
@@ -175,7 +175,7 @@ class MaskedPairs(NamedTuple):
 
 
 def masked_pair_loss(model: nn.Module, batch: MaskedPairs) -> tuple[Tensor, float]:
-    """Next-sentence plus masked-LM cross-entropy in nats, and the number of pairs (its weight).
+    """Return the next-sentence plus masked-LM cross-entropy in nats, and the number of pairs as its weight.
 
     Args:
         model: maps tokens and segments to the two logits of `BERT`.

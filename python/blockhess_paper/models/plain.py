@@ -1,4 +1,4 @@
-"""Two networks outside the paper's six, for calibration: an LSTM language model and a plain CNN, BatchNorm or not."""
+"""Two more networks for the calibration: an LSTM language model and a plain CNN with or without BatchNorm."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class LSTM(nn.Module):
-    """Character language model: embedding, one LSTM layer, linear head; PyTorch's default initialisation.
+    """Character language model: embedding, one LSTM layer, linear head; PyTorch's default initialization.
 
-    The recurrence is written out by nn.LSTMCell: a fused one has no second derivative on GPUs.
+    The recurrence is a loop over nn.LSTMCell, since the fused one has no second derivative on GPUs.
 
     Example:
         >>> LSTM(vocab_size=10, width=8)(torch.zeros(2, 5, dtype=torch.int64)).shape
@@ -34,9 +34,9 @@ class LSTM(nn.Module):
 
 
 class CNN(nn.Sequential):
-    """Image classifier of 3x3 convolutions of stride 2, each with ReLU and on request BatchNorm; a linear head.
+    """Image classifier of 3x3 convolutions with stride 2 and ReLU, optionally BatchNorm, and a linear head.
 
-    PyTorch's default initialisation.
+    PyTorch's default initialization.
 
     Example:
         >>> CNN((4, 8), batch_norm=True)(torch.zeros(2, 1, 28, 28)).shape

@@ -1,9 +1,9 @@
-"""Models by name: the paper's six at its sizes, a CPU-sized "-mini" of each, and those of other packages.
+"""Models by name: the paper's six at full size, a CPU-sized "-mini" version of each, and models of other packages.
 
     gpt2-nano, bert-mini, ...    blockhess.models            hf:gpt2                     Transformers
     torchvision:resnet18         torchvision                 timm:vit_base_patch16_224   timm
 
-Every model is built from a configuration and initialised from torch's global generator; nothing is downloaded.
+Every model is built from a configuration and initialized from torch's global generator; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blockhess_paper.models.bert import BERT, BERTConfig
 from blockhess_paper.models.vgg import VGG, VGGConfig
 from blockhess_paper.models.vit import ViT, ViTConfig
 
-# The paper's models, each with its small relative for images of 28 x 28 grey pixels or small vocabularies.
+# The paper's models, each with a small version for images of 28 x 28 gray pixels or small vocabularies.
 CONFIGS: Mapping[str, tuple[type[nn.Module], Any]] = {
     "resnet18": (ResNet, ResNetConfig()),
     "vgg16": (VGG, VGGConfig()),
@@ -46,11 +46,11 @@ def named(name: str, **sizes: Any) -> nn.Module:
 
     Args:
         name: a key of CONFIGS, or PACKAGE:NAME for hf (a model type of Transformers), timm or torchvision.
-        sizes: fields of the configuration that shall differ, such as vocab_size or num_classes.
+        sizes: fields of the configuration to override, such as vocab_size or num_classes.
 
     Raises:
-        ValueError: no model has this name, or no configuration this field; the field's own rule.
-        ImportError: the package is not installed, or does not load.
+        ValueError: the name, or a field of the configuration, is unknown, or the value of a field is invalid.
+        ImportError: the package is not installed, or cannot be imported.
 
     Example:
         >>> model = named("gpt2-nano-mini", num_layers=1)
@@ -88,7 +88,7 @@ def _imported(package: str, name: str) -> ModuleType:
         if error.name == package:
             raise ImportError(f"model: {name!r} needs {package}; type: pip install {package}") from None
         reason: Exception = error
-    except (ImportError, OSError, RuntimeError) as error:  # an extension that was built for another torch
+    except (ImportError, OSError, RuntimeError) as error:  # an extension built for another torch
         reason = error
     raise ImportError(
         f"model: {name!r} needs {package}, which is installed but does not load beside torch {torch.__version__}: "
@@ -117,7 +117,7 @@ def _timm(name: str, sizes: Mapping[str, Any]) -> nn.Module:
 
 def _torchvision(name: str, sizes: Mapping[str, Any]) -> nn.Module:
     models: Any = _imported("torchvision", f"torchvision:{name}").models
-    # Of images only: the constructors of detectors download their backbones unless told not to.
+    # Classifiers only: the constructors of detectors download their backbones by default.
     names = models.list_models(module=models)
     _check_name(name, names, "torchvision:NAME must be one of torchvision.models.list_models(torchvision.models)")
     return models.get_model(name, weights=None, **sizes)  # type: ignore[no-any-return]

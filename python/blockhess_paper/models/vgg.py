@@ -1,4 +1,4 @@
-"""VGG of any width and depth, with torchvision's parameter names and initialisation; BatchNorm on request.
+"""VGG of any width and depth, with torchvision's parameter names and initialization, optionally with BatchNorm.
 
 x = pool(relu(conv3x3(... x)))  per stage;  logits = linear(relu(linear(relu(linear(avgpool(x))))))
 """
@@ -16,8 +16,8 @@ from blockhess.models.resnet import check_images
 class VGGConfig:
     """Sizes of a `VGG`; the defaults are VGG16 on 1000 classes (138.36M).
 
-    Stage s has `convs_per_stage[s]` convolutions of width min(2^s, 8) x `width` and halves the image; what is left is
-    averaged to `pooled` x `pooled` pixels. `batch_norm` puts a BatchNorm behind every convolution (vgg16_bn).
+    Stage s has `convs_per_stage[s]` convolutions of width min(2^s, 8) x `width` and halves the image; the last image is
+    averaged to `pooled` x `pooled` pixels. `batch_norm` adds a BatchNorm after every convolution (vgg16_bn).
     """
 
     width: int = 64
@@ -39,7 +39,7 @@ class VGGConfig:
 class VGG(nn.Module):
     """Plain convolutional image classifier.
 
-    Initialised from torch's global generator: convolutions Kaiming normal with fan_out, linear layers N(0, 0.01^2),
+    Initialized from torch's global generator: convolutions Kaiming normal with fan_out, linear layers N(0, 0.01^2),
     biases 0.
 
     Args:
@@ -92,7 +92,7 @@ class VGG(nn.Module):
         """Return the logits (batch, num_classes) of images (batch, in_channels, height, width).
 
         Raises:
-            ValueError: images of other channels, or so small that nothing is left after the last stage.
+            ValueError: images have another number of channels, or are too small for the number of stages.
         """
         check_images("VGG", images, self.config.in_channels)
         least = 1 << len(self.config.convs_per_stage)
@@ -102,7 +102,7 @@ class VGG(nn.Module):
         return self.classifier(x.flatten(1))  # type: ignore[no-any-return]
 
     def paper_blocks(self, figure: bool) -> dict[str, str]:
-        """Block name -> parameter: all but BatchNorm; of Figure 4 (d), the 16 weights."""
+        """Return block name -> parameter: all but BatchNorm; for Figure 4 (d), the 16 weights."""
         norms = {f"features.{i}" for i, module in enumerate(self.features) if isinstance(module, nn.BatchNorm2d)}
         names = [name for name, _ in self.named_parameters() if name.rpartition(".")[0] not in norms]
         if figure:

@@ -1,10 +1,10 @@
-"""A Vision Transformer with the layout, parameter names and initialisation of timm's vit_base_patch16_224.
+"""A Vision Transformer with the layout, parameter names and initialization of timm's vit_base_patch16_224.
 
     x = [cls, patches] + pos;  x += proj(attn(qkv(norm1(x))));  x += fc2(gelu(fc1(norm2(x))))  per block
     logits = head(norm(x)_cls)
 
 Query, key and value are one parameter, qkv, as in timm; `blockhess.heads(model, "blocks.0.attn.qkv.weight", 1,
-roles=("q", "k", "v"))` makes three blocks of it. There is no dropout, as in timm's default.
+roles=("q", "k", "v"))` splits it into three blocks. There is no dropout, as in timm by default.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Width to 4 x width, GELU, and back."""
+    """MLP with one hidden layer of 4 x width and GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Image classifier that reads the class token.
+    """Image classifier with a class token.
 
-    Initialised from torch's global generator: linear weights and positions truncated normal of 0.02, the class token
+    Initialized from torch's global generator: linear weights and positions truncated normal of 0.02, the class token
     N(0, 1e-12), biases 0, the patch convolution as nn.Conv2d does.
 
     Args:
@@ -134,7 +134,7 @@ class ViT(nn.Module):
         """Return the logits (batch, num_classes) of images (batch, in_channels, image_size, image_size).
 
         Raises:
-            ValueError: images of another size or other channels.
+            ValueError: images have another size or number of channels.
         """
         check_images("ViT", images, self.config.in_channels)
         size = self.config.image_size
@@ -147,9 +147,10 @@ class ViT(nn.Module):
         return self.head(self.norm(x)[:, 0])  # type: ignore[no-any-return]
 
     def paper_blocks(self, figure: bool) -> dict[str, str]:
-        """Block name -> parameter: embedding, head, and attention and MLP of the first, a middle and the last block.
+        """Return block name -> parameter: embedding, head, attention and MLP of the first, a middle and the last block.
 
-        The 1st, 6th and 12th of 12 by the text, weights and biases; indices 0, 6 and 11 in Figure 4 (e), weights alone.
+        Of 12 blocks, the text names the 1st, 6th and 12th, weights and biases; Figure 4 (e) shows indices 0, 6 and 11,
+        weights only.
         """
         depth = self.config.depth
         shown = {0, depth // 2 if figure else (depth - 1) // 2, depth - 1}

@@ -1,16 +1,15 @@
-"""What the paper's six jobs take at its size: Figure 4's blocks, its batches, 10 probes of 100 steps.
+"""Cost of the paper's six jobs at full size: blocks of Figure 4, the paper's batches, 10 probes of 100 steps.
 
-Products, operations and memory are counted on torch's meta device, where nothing is computed:
+Products, FLOPs and memory are counted on torch's meta device, where nothing is computed:
 
-    FLOPs = sum_l count_l FLOPs(H_l v) + steps * FLOPs(gradient, with its graph)       over all parts of the batch
+    FLOPs = sum_l count_l FLOPs(H_l v) + steps * FLOPs(gradient with its graph)       over all parts of the batch
 
-count_l is probes * steps, or dim_l where writing the block out takes less. The products are the autograd engine's.
-BatchNorm is in eval mode: where table1, fig3 and fig4 measure batch statistics too, they take this twice. Time
-on the device at hand is FLOPs over the rate of a few products, measured there on a small batch. Time on an H100, which
-is not at hand, is FLOPs over a share of its peak that is assumed: extrapolated, unproven on hardware. Lanczos steps
-beside the products are left out.
+count_l is probes * steps, or dim_l where forming the block exactly is cheaper. Products are those of the autograd
+engine, with BatchNorm in eval mode; table1, fig3 and fig4 also compute batch statistics, at twice the cost.
+The time on a local device is FLOPs over the rate of a few products, timed on a small batch. The time on an H100 is
+FLOPs over an assumed share of its peak: extrapolated, not measured. The Lanczos recurrences are not counted.
 
-Source: the paper's appendix C.1 for batches and GPU days, which count the full Hessian's spectrum too.
+Source: the paper's appendix C.1 for batches and GPU days, which include the spectrum of the full Hessian.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ from blockhess_paper.networks.networks import IMAGES, IMAGES_AT_ONCE, NETWORKS, 
 
 FLOAT32_BYTES = 4
 
-# Peak of an H100 SXM, FLOP/s without sparsity, from NVIDIA's data sheet; and the share of it that is assumed.
+# Peak FLOP/s of an H100 SXM without sparsity, from NVIDIA's data sheet, and the assumed share of it.
 H100_PEAK = {"float32": 67e12, "TF32": 494.7e12}
 ASSUMED_SHARE = 0.4
 
 HOUR = 3600.0
 
-# What this project wants to reach on an H100: precision -> seconds; TF32 where no precision is named.
+# Targets on an H100: precision -> seconds.
 TARGETS: Mapping[str, Mapping[str, float]] = {
     "resnet18": {"TF32": HOUR},
     "vgg16": {"TF32": HOUR},
@@ -61,7 +60,7 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
     "gpt2": {"TF32": 3 * HOUR, "float32": 14 * HOUR},
 }
 
-# What the paper took: seconds on which GPU.
+# The paper's jobs: seconds, GPU.
 PAPER = {
     "resnet18": (72 * HOUR, "V100"),
     "vgg16": (72 * HOUR, "V100"),
@@ -71,20 +70,20 @@ PAPER = {
     "gpt2": (168 * HOUR, "A100"),
 }
 
-# Of text, what is measured at most on the device at hand, and of how many blocks.
+# Products are timed with at most so many tokens of text, and so many blocks.
 MEASURED_TOKENS, MEASURED_BLOCKS = 256, 3
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a batch of some shape takes, counted.
+class BatchCost:
+    """Counted cost of a batch.
 
     Attributes:
-        dims: of the blocks.
-        parameters: of the model.
+        dims: sizes of the blocks.
+        parameters: parameters of the model.
         products: FLOPs of one product with each block.
-        gradient: FLOPs of the loss and its gradient, with the gradient's graph.
-        graph_bytes: that this graph holds, beside model and batch.
+        gradient: FLOPs of the loss and its differentiable gradient.
+        graph_bytes: memory of the gradient's graph, without model and batch.
     """
 
     dims: tuple[int, ...]
@@ -95,17 +94,19 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One of the paper's jobs.
+class JobCost:
+    """Cost of one of the paper's jobs.
 
     Attributes:
-        name, title: of the network.
-        blocks, block_parameters, parameters: how many blocks, parameters in them, and in all.
-        batch: in words. parts: into which it is cut, so that one graph holds each.
-        products: with one block, vector and part.
-        flops: of all of them.
-        vector_bytes: of all probes at once, with the kept basis. graph_bytes: of one part's graph.
-        rate: FLOP/s measured on the device at hand, None where nothing was measured.
+        name, title: name and title of the network.
+        blocks, block_parameters, parameters: number of blocks, of parameters in blocks and of all parameters.
+        batch: description of the batch.
+        parts: number of parts of the batch, each small enough for one graph.
+        products: number of products of one block with one vector on one part.
+        flops: FLOPs of all products.
+        vector_bytes: memory of the vectors of all probes, with the stored Krylov basis.
+        graph_bytes: memory of the graph of one part.
+        rate: FLOP/s measured on the local device, None if not measured.
     """
 
     name: str
@@ -122,11 +123,11 @@ class Work:
     rate: float | None = None
 
     def shares_needed(self) -> dict[str, float]:
-        """Precision -> share of an H100's peak that the target asks for."""
+        """Return precision -> share of the peak of an H100 that the target requires."""
         return {kind: self.flops / seconds / H100_PEAK[kind] for kind, seconds in TARGETS[self.name].items()}
 
-    def record(self, gflops: float | None) -> dict[str, Any]:
-        """JSON values, with seconds here, on an H100 or at so many GFLOP/s, wanted and in the paper."""
+    def to_dict(self, gflops: float | None) -> dict[str, Any]:
+        """Return costs and times (here, extrapolated, target, paper) as JSON values."""
         seconds, gpu = PAPER[self.name]
         return {
             **dataclasses.asdict(self),
@@ -144,10 +145,10 @@ def _rates(gflops: float | None) -> dict[str, float]:
     return {f"H100, {kind}": ASSUMED_SHARE * peak for kind, peak in H100_PEAK.items()}
 
 
-def _policies(works: Sequence[Work]) -> list[str]:
-    """A line about the networks that have BatchNorm, if any."""
+def _policies(jobs: Sequence[JobCost]) -> list[str]:
+    """Return a line on the networks with BatchNorm, if any."""
     with torch.device("meta"):
-        titles = [work.title for work in works if has_batchnorm(named(work.name))]
+        titles = [work.title for work in jobs if has_batchnorm(named(work.name))]
     if not titles:
         return []
     return [f"{', '.join(titles)}: BatchNorm in eval mode; table1, fig3 and fig4 add batch statistics: twice as much."]
@@ -161,9 +162,9 @@ def sample_batch(name: str, samples: int, tokens: int | None = None) -> tuple[An
     """Return a batch of ones of a network's shape, on torch's default device, and the loss.
 
     Args:
-        name: of NETWORKS.
-        samples: images, windows or sentence pairs.
-        tokens: of each, at most the model's context.
+        name: a key of NETWORKS.
+        samples: number of images, windows or sentence pairs.
+        tokens: tokens per sample, at most the context of the model.
     """
     config = CONFIGS[name][1]
     if name in TOKENS:
@@ -174,11 +175,11 @@ def sample_batch(name: str, samples: int, tokens: int | None = None) -> tuple[An
     return (torch.ones(samples, 3, 224, 224), torch.ones(samples, dtype=torch.int64)), _image_loss
 
 
-def counted(name: str, samples: int, tokens: int | None = None) -> Cost:
-    """Count what a batch takes; nothing is computed.
+def count_cost(name: str, samples: int, tokens: int | None = None) -> BatchCost:
+    """Count the cost of a batch without computing anything.
 
     Example:
-        >>> counted("resnet18", 2).parameters
+        >>> count_cost("resnet18", 2).parameters
         11689512
     """
     held: dict[int, Tensor] = {}
@@ -208,18 +209,18 @@ def counted(name: str, samples: int, tokens: int | None = None) -> Cost:
     graph_bytes = sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
     dims = tuple(parameter.numel() for parameter in parameters)
     whole = sum(p.numel() for p in model.parameters())
-    return Cost(dims, whole, tuple(products), gradient.get_total_flops(), graph_bytes)
+    return BatchCost(dims, whole, tuple(products), gradient.get_total_flops(), graph_bytes)
 
 
-def work(name: str) -> Work:
-    """Return what a network's job takes, counted."""
+def job_cost(name: str) -> JobCost:
+    """Return the counted cost of the job of a network."""
     effort = EFFORTS["paper"]
     if name in TOKENS:
         context = CONFIGS[name][1].context
         samples, together, batch = TOKENS[name] // context, TOKENS_AT_ONCE // context, f"{TOKENS[name]:,} tokens"
     else:
         samples, together, batch = IMAGES, IMAGES_AT_ONCE, f"{IMAGES:,} images"
-    cost = counted(name, together)
+    cost = count_cost(name, together)
     parts = -(-samples // together)
     counts = [
         dim if is_cheaper_exact(dim, effort.num_probes, effort.num_steps)
@@ -228,9 +229,9 @@ def work(name: str) -> Work:
     ]  # fmt: skip
     whole = sum(n * flops for n, flops in zip(counts, cost.products)) + effort.num_steps * cost.gradient
     vectors = effort.num_probes * FLOAT32_BYTES
-    words = reorthogonalization_modes("auto", list(cost.dims), effort.num_steps, bytes_per_element=vectors)
-    kept = [effort.num_steps * dim for dim, word in zip(cost.dims, words) if word not in ("none", "exact")]
-    return Work(
+    modes = reorthogonalization_modes("auto", list(cost.dims), effort.num_steps, bytes_per_element=vectors)
+    stored = [effort.num_steps * dim for dim, mode in zip(cost.dims, modes) if mode not in ("none", "exact")]
+    return JobCost(
         name=name,
         title=NETWORKS[name][0],
         blocks=len(cost.dims),
@@ -240,7 +241,7 @@ def work(name: str) -> Work:
         parts=parts,
         products=parts * sum(counts),
         flops=samples / together * whole,
-        vector_bytes=vectors * (3 * sum(cost.dims) + sum(kept)),
+        vector_bytes=vectors * (3 * sum(cost.dims) + sum(stored)),
         graph_bytes=cost.graph_bytes,
     )
 
@@ -257,21 +258,21 @@ def measured_rate(
         last = len(problem.dims) - 1
         numbers = sorted({last * i // (MEASURED_BLOCKS - 1) for i in range(MEASURED_BLOCKS)})
         seconds = product_seconds(problem, AutogradEngine(problem, retain=True), clock, numbers)
-    cost = counted(name, 1, MEASURED_TOKENS)
+    cost = count_cost(name, 1, MEASURED_TOKENS)
     return sum(cost.products[number] for number in numbers) / sum(seconds)
 
 
-def plans(selection: Selection, *, measure: bool, clock: Callable[[], float] = time.perf_counter) -> list[Work]:
-    """Return what the jobs take.
+def plans(selection: Selection, *, measure: bool, clock: Callable[[], float] = time.perf_counter) -> list[JobCost]:
+    """Return the costs of the jobs.
 
     Args:
-        selection: of the networks; and the device and precision in which a few products are measured.
-        measure: whether they are.
-        clock: in seconds; time.process_time where others use the machine.
+        selection: the networks; device and precision of the timed products.
+        measure: whether products are timed.
+        clock: returns seconds; time.process_time on a busy machine.
     """
     found = []
     for name in selection.of(NETWORKS, "plan"):
-        job = work(name)
+        job = job_cost(name)
         if measure:
             rate = measured_rate(name, torch.device(selection.device), selection.precision, clock)
             job = dataclasses.replace(job, rate=rate)
@@ -279,17 +280,17 @@ def plans(selection: Selection, *, measure: bool, clock: Callable[[], float] = t
     return found
 
 
-def as_records(works: Sequence[Work], gflops: float | None = None) -> dict[str, Any]:
-    """Return the jobs as JSON values, with what was assumed of a device that is not at hand."""
+def plans_to_dict(jobs: Sequence[JobCost], gflops: float | None = None) -> dict[str, Any]:
+    """Return the jobs and the assumptions on the extrapolated device as JSON values."""
     assumed = {"share of peak": ASSUMED_SHARE, "peak FLOP/s": H100_PEAK} if gflops is None else {"GFLOP/s": gflops}
     return {
-        "jobs": [work.record(gflops) for work in works],
+        "jobs": [job.to_dict(gflops) for job in jobs],
         "extrapolated, unproven on hardware": assumed,
     }
 
 
-def told(works: Sequence[Work], device: str, gflops: float | None) -> str:
-    """Return both tables, what it takes and how long, in words that keep measured and extrapolated apart."""
+def format_plans(jobs: Sequence[JobCost], device: str, gflops: float | None) -> str:
+    """Return tables of costs and times as text; measured and extrapolated times are labeled."""
     takes = [
         [
             w.title,
@@ -302,11 +303,11 @@ def told(works: Sequence[Work], device: str, gflops: float | None) -> str:
             size_text(w.vector_bytes),
             size_text(w.graph_bytes),
         ]
-        for w in works
+        for w in jobs
     ]
     rates = _rates(gflops)
     lasts = []
-    for w in works:
+    for w in jobs:
         seconds, gpu = PAPER[w.name]
         here = "-" if w.rate is None else f"{time_text(w.flops / w.rate)} ({w.rate / 1e9:.3g} GFLOP/s)"
         wanted = ", ".join(f"{time_text(s)} {kind}" for kind, s in TARGETS[w.name].items())
@@ -323,19 +324,19 @@ def told(works: Sequence[Work], device: str, gflops: float | None) -> str:
         )
     effort = EFFORTS["paper"]
     header = ["network", "blocks", "parameters", "batch", "parts", "products", "FLOPs", "vectors", "graph of a part"]
-    basis = "the rate given" if gflops is not None else f"{100 * ASSUMED_SHARE:g} % of its peak, an assumption"
+    basis = "the given rate" if gflops is not None else f"{100 * ASSUMED_SHARE:g} % of its peak, assumed"
     return "\n".join(
         [
-            f"The paper's jobs: {effort.num_probes} probes of {effort.num_steps} steps, counted",
+            f"The paper's jobs, counted: {effort.num_probes} probes of {effort.num_steps} steps",
             format_table(header, takes),
-            *_policies(works),
+            *_policies(jobs),
             "",
-            f"How long on {device}: by the rate of a few products, measured. {', '.join(rates)}: extrapolated, by",
-            f"{basis}; unproven on hardware. Nobody has run these jobs at full size yet.",
-            "Needed: the share of an H100's peak that what is wanted takes. The paper's includes the full Hessian's.",
+            f"Time on {device}: from the measured rate of a few products. {', '.join(rates)}: extrapolated with",
+            f"{basis}; not measured. No job has been run at full size.",
+            "Share: of the peak of an H100, needed to reach the target. The paper's times include the full Hessian.",
             format_table(
-                ["network", f"here, {device}", *(f"{kind}, extrapolated" for kind in rates), "wanted on H100",
-                 "needed", "the paper's"],
+                ["network", f"here, {device}", *(f"{kind}, extrapolated" for kind in rates), "target on H100",
+                 "share", "the paper"],
                 lasts,
             ),
         ]

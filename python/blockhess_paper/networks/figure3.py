@@ -1,8 +1,8 @@
-"""Figure 3: spectra of four blocks of every network at initialisation, divided by their 10th largest eigenvalue.
+"""Figure 3: spectra of four blocks of every network at initialization, divided by their 10th largest eigenvalue.
 
-The paper's four: the first four convolutions of a CNN; embedding, a query, a value and an MLP matrix of a Transformer.
-It says that a CNN's look alike and a Transformer's do not. That is measured as the mean JS distance over the six pairs
-of the pictured spectra, normalised as pictured, with one sigma of 1% of the range of all four.
+The paper's blocks are the first four convolutions of a CNN, and an embedding, query, value and MLP matrix of a
+Transformer. It states that the four spectra of a CNN are similar and those of a Transformer are not. Measured here: the
+mean JS distance over the six pairs of normalized spectra, with one sigma, 1% of the range of all four.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blockhess._text import format_table
 from blockhess.analysis.axes import Axis
 from blockhess.analysis.density import default_sigma, node_grid, smooth
 from blockhess.spectra import Spectra
-from blockhess_paper.networks.initial_spectra import Subject, measured, settings
+from blockhess_paper.networks.initial_spectra import Subject, measure_networks, spectra_settings
 from blockhess_paper.networks.networks import NETWORKS, Selection
 from blockhess_paper.results import Claim, Result, new_figure, verdict
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The paper divides by this eigenvalue.
+# The paper divides by the 10th largest eigenvalue.
 TENTH = 10
 
 # "Largely different": this many times the JS distance of the most heterogeneous CNN.
@@ -35,11 +35,11 @@ SHOWN = ("resnet18", "vgg16", "gpt2", "bert", "vit-base")
 
 
 def four_blocks(name: str, names: Sequence[str]) -> list[str]:
-    """Return the paper's four blocks of a network, or their nearest relatives in a shallower one.
+    """Return the paper's four blocks of a network, or the corresponding ones of a shallower network.
 
     Args:
-        name: of NETWORKS; for others the first four.
-        names: of all its blocks, as in Figure 4.
+        name: a key of NETWORKS; other networks get their first four blocks.
+        names: names of all blocks, as in Figure 4.
 
     Example:
         >>> four_blocks("vgg16", ["features.0", "features.2", "features.5", "features.7", "features.10"])
@@ -51,7 +51,7 @@ def four_blocks(name: str, names: Sequence[str]) -> list[str]:
         return owned[min(number, len(owned)) - 1]
 
     if name == "gpt2":
-        # Of layers 1, 4, 8, 12 that Figure 4 has, the second stands for the 3rd.
+        # Figure 4 has layers 1, 4, 8 and 12; its second replaces layer 3.
         return [names[0], layer(".attn.wq", 2), layer(".attn.wv", 2), layer(".mlp.c_fc", 2)]
     if name == "gpt2-nano":
         return [names[0], layer(".attn.c_attn", 3), layer(".attn.c_attn", 6), layer(".mlp.c_proj", 3)]
@@ -63,13 +63,13 @@ def four_blocks(name: str, names: Sequence[str]) -> list[str]:
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
-    """Draw the spectra of four blocks a network and measure how much they differ.
+    """Plot the spectra of four blocks of every network and measure how much they differ.
 
     Args:
         seed, quick, folder, selection: see table1.run; no model means the five networks of the figure.
     """
     selection = selection or Selection()
-    subjects = measured(folder, selection, SHOWN, seed=seed, quick=quick)
+    subjects = measure_networks(folder, selection, SHOWN, seed=seed, quick=quick)
     chosen = {s.title: four_blocks(s.name, s.spectra.names) for s in subjects}
     distances = {}
     rows = []
@@ -85,7 +85,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     return Result(
         "fig3",
         f"Figure 3: spectra of four blocks of every network, scale {selection.scale!r}",
-        settings(subjects, seed, selection),
+        spectra_settings(subjects, seed, selection),
         _claims(subjects, distances),
         "eigenvalues over the block's 10th largest; JS: mean distance between the four, base 2, without blocks whose\n"
         "10th largest is negative\n"
@@ -105,15 +105,15 @@ def _claims(subjects: Sequence[Subject], distances: Mapping[str, float]) -> tupl
     claims = []
     for policy in ("eval", "batch"):
         here = [s for s in subjects if s.policy in (policy, "none")]
-        # NaN, where two blocks at least cannot be normalised, decides nothing.
+        # NaN means that fewer than two blocks can be normalized.
         known = [s for s in here if not math.isnan(distances[s.title])]
         cnn = max(distances[s.title] for s in known if not NETWORKS[s.name][2])
         transformers = [distances[s.title] for s in known if NETWORKS[s.name][2]]
-        told = ", ".join(f"{distances[s.title]:.3f} ({s.title})" for s in here)
+        values = ", ".join(f"{distances[s.title]:.3f} ({s.title})" for s in here)
         claims.append(
             Claim(
                 f"Figure 3: spectra are similar among a CNN's blocks, different in a Transformer (BatchNorm {policy}).",
-                f"mean JS distance of the four, each over its 10th largest eigenvalue: {told}.",
+                f"mean JS distance of the four, each over its 10th largest eigenvalue: {values}.",
                 verdict(min(transformers) >= CLEAR * cnn, max(transformers) >= CLEAR * cnn),
             )
         )
@@ -121,7 +121,7 @@ def _claims(subjects: Sequence[Subject], distances: Mapping[str, float]) -> tupl
 
 
 def _draw(subjects: Sequence[Subject], chosen: Mapping[str, list[str]]) -> Figure:
-    """A column of four panels a network, as in the paper: eigenvalues over the 10th largest, log-density."""
+    """Plot one column of four panels per network: log density of the eigenvalues over the 10th largest."""
     figure = new_figure(3.0 * len(subjects), 7.0, dpi=100)
     panels = figure.subplots(4, len(subjects), squeeze=False, sharex="col")
     for column, subject in enumerate(subjects):
@@ -131,7 +131,7 @@ def _draw(subjects: Sequence[Subject], chosen: Mapping[str, list[str]]) -> Figur
             panel.set_title(block, fontsize="small", loc="left", pad=2)
         panels[3][column].set_xlabel(subject.title, fontsize="medium")
     figure.supylabel("density")
-    figure.suptitle("Spectra at initialisation, eigenvalues divided by the block's 10th largest", fontsize="large")
+    figure.suptitle("Spectra at initialization, eigenvalues divided by the block's 10th largest", fontsize="large")
     return figure
 
 

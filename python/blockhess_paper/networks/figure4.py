@@ -1,8 +1,8 @@
-"""Figure 4: the matrix of JS distances between the blocks of every network at initialisation.
+"""Figure 4: the matrix of JS distances between the blocks of every network at initialization.
 
-The paper's colour bars end at 3.0, while the means it gives for the same matrices reach 286 (Table 1), so its pictures
-must be saturated or of another quantity; a Jensen-Shannon distance ends at 1 (base 2). Drawn here is the distance at
-one sigma, 1% of the range of a network's blocks, on one colour scale for all.
+The paper's color bars end at 3.0, while its means of the same matrices reach 286 (Table 1), so either the bars are
+saturated or they show another quantity; a Jensen-Shannon distance (base 2) is at most 1. Shown here is the distance
+with one sigma per network, 1% of the range of its blocks, and one color scale for all.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from blockhess._text import format_table
-from blockhess_paper.networks.initial_spectra import Subject, measured, settings
+from blockhess_paper.networks.initial_spectra import Subject, measure_networks, spectra_settings
 from blockhess_paper.networks.networks import NETWORKS, Selection
 from blockhess_paper.results import Claim, Result, new_figure, quantiles, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# "Significantly smaller": the median pair of the least Transformer is this many times that of the greatest CNN.
+# "Significantly smaller": the smallest median of a Transformer is this many times the largest of a CNN.
 CLEAR = 2.0
 
 MOST_COLUMNS = 4
@@ -36,7 +36,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
         seed, quick, folder, selection: see table1.run.
     """
     selection = selection or Selection()
-    subjects = measured(folder, selection, seed=seed, quick=quick)
+    subjects = measure_networks(folder, selection, seed=seed, quick=quick)
     compared = {s.title: s.spectra.compare() for s in subjects}
     pairs = {title: _pairs(matrix) for title, (matrix, _) in compared.items()}
     spread = {title: quantiles(found, (0.1, 0.5, 0.9, 1.0)) for title, found in pairs.items()}
@@ -53,7 +53,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     return Result(
         "fig4",
         f"Figure 4: JS distance between the blocks of every network, scale {selection.scale!r}",
-        settings(subjects, seed, selection),
+        spectra_settings(subjects, seed, selection),
         _claims(subjects, spread),
         "JS distance, base 2, over pairs of different blocks\n"
         + format_table(
@@ -83,11 +83,11 @@ def _claims(subjects: Sequence[Subject], spread: dict[str, list[float]]) -> tupl
             for kind in (False, True)
         }
         cnn, transformer = max(of[False].values()), min(of[True].values())
-        told = ", ".join(f"{value:.3f} ({title})" for part in of.values() for title, value in part.items())
+        values = ", ".join(f"{value:.3f} ({title})" for part in of.values() for title, value in part.items())
         claims.append(
             Claim(
                 f"Figure 4: JS distances in CNNs are significantly smaller than in Transformers (BatchNorm {policy}).",
-                f"median pair: {told}.",
+                f"median pair: {values}.",
                 verdict(transformer >= CLEAR * cnn, max(of[True].values()) >= CLEAR * cnn),
             )
         )

@@ -1,9 +1,8 @@
-"""Block spectra of the networks at initialisation, measured once and kept: what Table 1 and Figures 3 and 4 share.
+"""Block spectra of the networks at initialization, computed once and shared by Table 1 and Figures 3 and 4.
 
-FOLDER/spectra/NAME-POLICY.npz holds one network under one BatchNorm policy. A file is taken instead of measuring again
-if model, data and options are the same by their fingerprints; so the three commands measure once between them. While it
-is measured there is a run directory beside it, named after the same fingerprints, so that an interrupted measurement
-goes on within a network's spectra, to the same bits.
+FOLDER/spectra/NAME-POLICY.npz holds one network under one BatchNorm policy. The file is reused if model, data and
+options have the same fingerprints, so the three commands compute each spectrum once. During the computation a run
+directory next to it, named after the same fingerprints, allows an interrupted one to resume with bitwise equal results.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from blockhess.run.storage.directory import RunMismatch
 from blockhess.spectra import Spectra
 from blockhess_paper.networks.networks import NETWORKS, Network, Selection, network
 
-# BatchNorm policies: of the paper's code, and of training.
+# BatchNorm policies: that of the paper's code, and that of training.
 POLICIES = ("eval", "batch")
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is spent on every block: probes, steps; and samples, None for the scale's own number."""
+    """Probes and steps of every block, and number of samples; None means that of the scale."""
 
     num_probes: int
     num_steps: int
@@ -47,10 +46,10 @@ class Subject:
     """The spectra of one network under one BatchNorm policy.
 
     Attributes:
-        name: of NETWORKS or PACKAGE:NAME.
+        name: a key of NETWORKS, or PACKAGE:NAME.
         policy: "eval" or "batch"; "none" for a network without BatchNorm.
-        spectra: of the blocks.
-        source: the data in words.
+        spectra: the block spectra.
+        source: short description of the data.
     """
 
     name: str
@@ -60,34 +59,35 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """Name as in the paper, with the policy where there is a choice."""
+        """Name as in the paper, with the BatchNorm policy if the network has BatchNorm."""
         title = NETWORKS[self.name][0] if self.name in NETWORKS else self.name
         return title if self.policy == "none" else f"{title}, BatchNorm {self.policy}"
 
 
-def measured(
+def measure_networks(
     folder: Path, selection: Selection, shown: Sequence[str] = (), *, seed: int = 0, quick: bool = False
 ) -> list[Subject]:
-    """Measure the networks, or take what was measured before.
+    """Compute the spectra of the networks, or load those computed before.
 
     Args:
-        folder: where FOLDER/spectra is, or is made.
-        selection: of the networks.
-        shown: those of the figure, for a selection that names none; none means all of NETWORKS.
+        folder: parent of FOLDER/spectra, which is created if missing.
+        selection: the networks.
+        shown: networks of the figure, used if the selection names none; empty means all of NETWORKS.
+        seed: seed of weights, data and probes.
         quick: few probes, steps and samples.
 
     Returns:
-        One subject a network and, where it has BatchNorm, policy; in the order of the names.
+        One subject per network, or two, one per policy, if it has BatchNorm; in the order of the names.
     """
     effort = EFFORTS["quick" if quick else selection.scale]
-    kept = writable_folder(folder / "spectra")
+    saved = writable_folder(folder / "spectra")
     subjects = []
     for name in selection.models or shown or NETWORKS:
         net = network(name, selection, seed=seed, size=effort.size)
-        # Figure 4 and Table 1 are of the figure's blocks; of a model of another package every tensor is a block.
+        # Blocks of Figure 4; models of other packages have one block per parameter tensor.
         blocks = net.model.paper_blocks(figure=True) if name in NETWORKS else "parameter"  # type: ignore[operator]
         for policy in POLICIES if has_batchnorm(net.model) else ("none",):
-            path = kept / f"{name.replace(':', '-')}-{policy}.npz"
+            path = saved / f"{name.replace(':', '-')}-{policy}.npz"
             spectra = measure_once(path, net, policy, effort, seed, blocks=blocks, precision=selection.precision)
             subjects.append(Subject(name, policy, spectra, net.source))
     return subjects
@@ -103,10 +103,10 @@ def measure_once(
     blocks: BlockSpec = "parameter",
     precision: str = "highest",
 ) -> Spectra:
-    """Return the spectra of one network, from the file where it holds the same, else measured and saved there.
+    """Load the spectra of one network from a file, or compute and save them if the file has others.
 
     Raises:
-        ValueError: what was measured in part was begun with other threads, or another torch: says what differs.
+        ValueError: an unfinished computation was started with other threads or another torch.
     """
     batches = as_batches(net.data, pairs=make_loss(net.loss_fn).pairs)
     asked: dict[str, Any] = {
@@ -136,14 +136,14 @@ def measure_once(
             run_dir=run_dir,
         )
     except RunMismatch as other:
-        raise ValueError(f"{other}\n; go on with what is there as it was begun, or remove {run_dir}") from None
+        raise ValueError(f"{other}\n; resume it as it was started, or remove {run_dir}") from None
     spectra.save(path)
     shutil.rmtree(run_dir)
     return spectra
 
 
-def settings(subjects: Sequence[Subject], seed: int, selection: Selection) -> dict[str, object]:
-    """What a result must say about its spectra."""
+def spectra_settings(subjects: Sequence[Subject], seed: int, selection: Selection) -> dict[str, object]:
+    """Return the settings of a Result that describe its spectra."""
     first = subjects[0].spectra.quadrature
     sources: Mapping[str, str] = {subject.title: subject.source for subject in subjects}
     return {

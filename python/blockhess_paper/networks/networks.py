@@ -1,9 +1,9 @@
-"""The paper's six networks with data and loss, as Table 1 and Figures 3 and 4 take them: at its size, or for a CPU.
+"""The paper's six networks with data and loss, for Table 1 and Figures 3 and 4: at the paper's size or CPU-sized.
 
-    scale "mini"     blockhess.models' "-mini", on the data that ship with the package
-    scale "paper"    the paper's sizes and batches (appendix C.1), on data in a folder of the user's: see sources.py
+    scale "mini"     the "-mini" models of the registry, on the shipped data
+    scale "paper"    the paper's sizes and batches (appendix C.1), on data in a folder of the user: see sources.py
 
-Weights, text windows and images are pure functions of the seed.
+Weights, text windows and images depend only on the seed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ NETWORKS = {
     "gpt2": ("GPT2", 83.23, True),
 }
 
-# What a mini network is measured on.
+# Batch of a mini network: images, text windows, sentence pairs.
 MINI_IMAGES, MINI_WINDOWS, MINI_PAIRS = 32, 4, 16
 
-# The paper's batches: images, tokens; and how much of them one graph holds.
+# The paper's batches, in images and tokens, and the part of them that fits into one autograd graph.
 IMAGES = 1024
 TOKENS = {"bert": 327_680, "gpt2-nano": 163_840, "gpt2": 245_760}
 IMAGES_AT_ONCE, TOKENS_AT_ONCE = 32, 8_192
@@ -48,14 +48,14 @@ IMAGES_AT_ONCE, TOKENS_AT_ONCE = 32, 8_192
 
 @dataclass(frozen=True)
 class Selection:
-    """Which networks a command is to take, and where.
+    """The networks of a command, their scale and device.
 
     Attributes:
-        models: names; none means those of the figure or table.
+        models: names; empty means the networks of the figure or table.
         scale: one of SCALES.
         data: folder with the data of scale "paper".
-        device: of torch, such as "cuda".
-        precision: of float32 matrix products, matmul_precision of spectrum.
+        device: torch device, such as "cuda".
+        precision: precision of float32 matrix products; `matmul_precision` of spectrum.
     """
 
     models: Sequence[str] = ()
@@ -73,17 +73,17 @@ class Selection:
             raise ValueError(f"network: device must be one of this machine's, got {self.device!r}: {reason}") from None
 
     def small(self, known: Iterable[str], figure: str) -> list[str]:
-        """Return what `of` does, for networks that are trained on the CPU alone.
+        """Return the selected names as `of` does, for networks that are trained only on the CPU.
 
         Raises:
-            ValueError: as `of`; or another device.
+            ValueError: as `of`; or the device is not the CPU.
         """
         if self.device != "cpu":
             raise ValueError(f"{figure}: device must be cpu at scale mini, got {self.device!r}")
         return self.of(known, figure)
 
     def of(self, known: Iterable[str], figure: str) -> list[str]:
-        """Return the chosen names, all of those that a figure has where none was chosen.
+        """Return the selected names, in the order of a figure; all names of the figure if none was selected.
 
         Raises:
             ValueError: the figure has no such network.
@@ -97,12 +97,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Network:
-    """A network at initialisation with what `spectrum` takes.
+    """A network at initialization with its data and loss.
 
     Attributes:
-        name: of NETWORKS, or PACKAGE:NAME.
-        model, data, loss_fn: of spectrum.
-        source: the data in words.
+        name: a key of NETWORKS, or PACKAGE:NAME.
+        model, data, loss_fn: arguments of spectrum.
+        source: short description of the data.
     """
 
     name: str
@@ -118,14 +118,14 @@ def network(
     """Build a network and its data.
 
     Args:
-        name: of NETWORKS; or hf:TYPE for a Transformers language model, torchvision:NAME or timm:NAME.
+        name: a key of NETWORKS; or hf:TYPE for a Transformers language model, torchvision:NAME or timm:NAME.
         selection: scale, data and device; by default mini, on the CPU.
-        seed: of weights and data.
-        size: images, windows or pairs, instead of the scale's own number; at least 1.
-        at_once: of these that one graph holds, instead of the scale's own number; at least 1.
+        seed: seed of weights and data.
+        size: number of images, windows or pairs, at least 1; None means that of the scale.
+        at_once: how many of them form one part of the batch, at least 1; None means that of the scale.
 
     Raises:
-        ValueError: an unknown name, a number below 1, or data that are not there; tells the layout.
+        ValueError: the name is unknown, a number is below 1, or the data are missing.
 
     Example:
         >>> network("bert").source
@@ -143,10 +143,10 @@ def network(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = _mini(name, seed, size)
-    return moved(net, torch.device(selection.device))
+    return to_device(net, torch.device(selection.device))
 
 
-def moved(net: Network, device: torch.device) -> Network:
+def to_device(net: Network, device: torch.device) -> Network:
     """Return the network with model and data on a device."""
     data = map_tensors(lambda tensor: tensor.to(device), net.data)
     return Network(net.name, net.model.to(device), data, net.loss_fn, net.source)
@@ -166,7 +166,7 @@ def _mini(name: str, seed: int, size: int | None) -> Network:
     images, labels = fashion_mnist(size or MINI_IMAGES)
     if ":" in name:
         model = named(name)
-        # timm's models say what they take.
+        # Models of timm record their input size.
         channels, *sides = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
         enlarged = nn.functional.interpolate(images.expand(-1, channels, -1, -1), size=sides, mode="bilinear")
         source = f"Fashion-MNIST, {sides[0]} x {sides[1]}"
@@ -178,7 +178,7 @@ PAIRS = "line pairs of Shakespeare, by character"
 
 
 def _pairs(seed: int, size: int | None) -> tuple[list[MaskedPairs], int]:
-    """One batch of line pairs, and the size of its vocabulary."""
+    """Return one batch of line pairs, and the size of its vocabulary."""
     text = shakespeare()
     newline = text.encode("\n")
     ends = (text.tokens == newline).nonzero().flatten()
@@ -188,7 +188,7 @@ def _pairs(seed: int, size: int | None) -> tuple[list[MaskedPairs], int]:
 
 
 def _of_transformers(name: str, seed: int, size: int | None) -> Network:
-    """A language model and the labels that its own loss asks for."""
+    """Return a Transformers language model with the labels that its loss needs."""
     [pairs], vocab_size = _pairs(seed, size)
     model = named(name, vocab_size=vocab_size)
     kind = type(model).__name__
@@ -196,7 +196,7 @@ def _of_transformers(name: str, seed: int, size: int | None) -> Network:
     if next_sentence or kind.endswith("MaskedLM"):
         batch = {"input_ids": pairs.tokens, "attention_mask": (pairs.tokens != PADDING).long(), "labels": pairs.labels}
         if next_sentence:
-            # Segments are counted from 0 there, padding among the first; label 0 says that B follows A.
+            # Transformers counts segments from 0, padding included in the first; label 0 means that B follows A.
             batch |= {"token_type_ids": (pairs.segments == 2).long(), "next_sentence_label": 1 - pairs.is_next}
         return Network(name, model, batch, None, PAIRS)
     if not kind.endswith(("CausalLM", "LMHeadModel")):
@@ -208,14 +208,14 @@ def _of_transformers(name: str, seed: int, size: int | None) -> Network:
 
 
 def samples(name: str, found: Source) -> tuple[int, int]:
-    """Return how many samples the paper's batch has, and how many of them one graph holds."""
+    """Return the number of samples in the paper's batch, and in each part of it."""
     if found.num_samples is not None:
         return IMAGES, IMAGES_AT_ONCE
     return TOKENS[name] // found.tokens, max(1, TOKENS_AT_ONCE // found.tokens)
 
 
 def model_of(name: str, found: Source, seed: int) -> nn.Module:
-    """Return a network at the paper's size, initialised from a seed."""
+    """Return a network at the paper's size, initialized from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return named(name, **found.sizes)
@@ -231,4 +231,4 @@ def _at_paper_size(name: str, selection: Selection, seed: int, size: int | None,
     count, together = samples(name, found)
     count, together = size or count, at_once or together
     parts = split_batch(found.draw(count, seed, 0), -(-count // together))
-    return Network(name, model_of(name, found, seed), parts, found.loss_fn, found.words)
+    return Network(name, model_of(name, found, seed), parts, found.loss_fn, found.description)

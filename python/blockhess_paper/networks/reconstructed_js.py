@@ -81,7 +81,7 @@ def js_matrix(
     return total / math.log(base)
 
 
-def js0(spectra: Spectra, kind: str, where: JS0) -> float:
+def js0_value(spectra: Spectra, kind: str, where: JS0) -> float:
     """Return the mean over pairs of different blocks by a definition of KINDS.
 
     Args:
@@ -90,7 +90,7 @@ def js0(spectra: Spectra, kind: str, where: JS0) -> float:
         where: a JS0 of these spectra by the library; its blocks, axis, sigma and base are taken.
 
     Example:
-        >>> js0(spectra, "jeffreys", spectra.js0(axis="asinh"))
+        >>> js0_value(spectra, "jeffreys", spectra.js0(axis="asinh"))
     """
     axis = Axis(where.axis, where.normalize, where.scale)
     nodes, weights = distributions(spectra, where.blocks, axis)

@@ -1,11 +1,11 @@
-"""The data of the six networks at the paper's size, from a folder of the user's; Shakespeare ships.
+"""The data of the six networks at the paper's size, from a folder of the user; Shakespeare is shipped.
 
     FOLDER/imagenet/CLASS/*.JPEG       ResNet18, VGG16, ViT-base     see image_files.ImageFolder
     FOLDER/cornell/movie_*.txt         BERT                          see text_files.cornell_dialogs
     FOLDER/openwebtext/train.bin       GPT2                          see text_files.TokenFile
 
-A batch is a pure function of folder, seed, step and size, so that a training goes on from any step: images are gone
-through epoch by epoch in an order of each epoch's own, windows of text and sentence pairs are drawn.
+A batch depends only on folder, seed, step and size, so that a training can resume at any step. Images are shuffled anew
+every epoch; text windows and sentence pairs are drawn at random.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from blockhess.problem.batches import map_tensors
 from blockhess_paper.datasets.sentence_pairs import SPECIAL, masked_pairs
 from blockhess_paper.models import CONFIGS, masked_pair_loss
 
-# Steps, or epochs, have seeds of their own. torch's generator on the CPU looks at 32 bits of a seed only: no two steps
-# of a training share one, nor do trainings of fewer steps than this with other seeds.
+# Seed of step (or epoch) t: SEED_STRIDE * seed + t. torch's CPU generator uses only 32 bits of it. Steps of a training
+# never share a seed, nor do trainings of fewer steps than this with different seeds.
 SEED_STRIDE = 1_000_003
 
 IMAGE_SIDE = 224
@@ -36,20 +36,20 @@ IMAGE_SIDE = 224
 
 @dataclass(frozen=True)
 class Source:
-    """Where the samples of a network come from.
+    """A data set from which batches are drawn.
 
     Attributes:
-        words: the data in words.
+        description: short description of the data.
         draw: (samples, seed, step) -> a batch.
-        loss_fn: of spectrum and train.
-        sample: what a sample is, in words.
-        count: of images, tokens or sentence pairs that there are.
-        tokens: in a sample of text.
-        num_samples: in an epoch, where there is such a thing.
-        sizes: fields of the model's configuration that the data decide.
+        loss_fn: argument of spectrum and train.
+        sample: "image", "window" or "sentence pair".
+        count: number of images, tokens or sentence pairs.
+        tokens: tokens per sample of text.
+        num_samples: samples per epoch; None where samples are drawn at random.
+        sizes: fields of the model's configuration that depend on the data.
     """
 
-    words: str
+    description: str
     draw: Callable[[int, int, int], Any]
     loss_fn: Callable[..., Any]
     sample: str
@@ -60,21 +60,19 @@ class Source:
 
     @cached_property
     def identity(self) -> str:
-        """Tells the data from others under the same words: how many there are, and every bit of one sample.
-
-        Data that differ in neither are taken for the same: reading all of ImageNet would take hours.
-        """
+        """Fingerprint of the data: their count and the bits of one sample; all of ImageNet would take hours."""
         return f"{self.count}-{fingerprint.of_data([self.draw(1, 0, 0)])}"
 
 
 class Stream(Sequence[Any]):
-    """The batches of a training by step, each drawn when it is asked for.
+    """The batches of a training by step, each drawn on access.
 
     Args:
-        source: of the samples.
-        num_batches, batch_size: how many, of how many samples.
-        seed: of the draw.
-        device: to which a batch is moved.
+        source: where samples are drawn from.
+        num_batches: number of batches.
+        batch_size: samples per batch.
+        seed: random seed.
+        device: device of the batches.
     """
 
     def __init__(self, source: Source, num_batches: int, batch_size: int, seed: int, device: torch.device) -> None:
@@ -98,14 +96,14 @@ class Stream(Sequence[Any]):
 
 
 def source(name: str, data: str | PathLike[str] | None) -> Source:
-    """The data of a network.
+    """Return the data of a network.
 
     Args:
-        name: of networks.NETWORKS; every other one takes images.
+        name: a key of networks.NETWORKS; other names get images.
         data: the folder.
 
     Raises:
-        ValueError: it is needed and not given, or has another layout: tells which, and where to get the data.
+        ValueError: the folder is missing or has another layout; the message says which layout is expected.
         ImportError: a package that reads the data is missing.
     """
     config: Any = CONFIGS[name][1] if name in CONFIGS else None
@@ -128,13 +126,13 @@ def source(name: str, data: str | PathLike[str] | None) -> Source:
 
 
 def _language(
-    batches: Callable[..., Any], words: str, count: int, context: int, sizes: Mapping[str, int] | None = None
+    batches: Callable[..., Any], description: str, count: int, context: int, sizes: Mapping[str, int] | None = None
 ) -> Source:
     def draw(count: int, seed: int, step: int) -> Any:
         [batch] = batches(batch_size=count, context=context, seed=SEED_STRIDE * seed + step)
         return batch
 
-    return Source(words, draw, next_token_loss, "window", count, context, sizes=sizes or {})
+    return Source(description, draw, next_token_loss, "window", count, context, sizes=sizes or {})
 
 
 def _sentence_pairs(folder: Path) -> Source:

@@ -1,13 +1,13 @@
-"""Table 1: JS0 of the six networks at initialisation, in every definition, under both BatchNorm policies.
+"""Table 1: JS0 of the six networks at initialization, in every definition, under both BatchNorm policies.
 
 The paper's JS0 "denotes the average JS distance ... of each pair of parameter blocks", "the averaged value in each
-heatmap of Figure 4"; its numbers reach 286, which no Jensen-Shannon distance does. Tried here are the definitions of
-Table 3 (table3.py: kinds, normalisations and sigmas up to 1), all in nats. An average over the whole heatmap, with its
-zero diagonal, is (n - 1) / n of the one over pairs.
+heatmap of Figure 4". Its numbers reach 286, but Jensen-Shannon distances are bounded. Tried here: the definitions of
+table3.py with sigma up to 1, all in nats. The mean over the whole heatmap, with its zero diagonal, is (n - 1) / n times
+the mean over pairs.
 
-A definition is judged as there: by the root mean square factor to the paper's six numbers, as they are and after one
-common factor, and by the rank correlation; and by the ratio of the least heterogeneous Transformer to the most
-heterogeneous CNN, which the paper puts at 140 or more.
+A definition is judged as in table3.py: by the root mean square factor between its six numbers and the paper's, before
+and after multiplication by one common factor, and by the rank correlation; also by the ratio of the least heterogeneous
+Transformer to the most heterogeneous CNN, which is at least 140 in the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockhess._text import format_table
-from blockhess_paper.networks.initial_spectra import POLICIES, Subject, measured, settings
+from blockhess_paper.networks.initial_spectra import POLICIES, Subject, measure_networks, spectra_settings
 from blockhess_paper.networks.networks import NETWORKS, Selection
 from blockhess_paper.results import Claim, Result, new_figure, verdict
 from blockhess_paper.scaled_mlp.table3 import (
@@ -30,9 +30,9 @@ from blockhess_paper.scaled_mlp.table3 import (
     SMALLEST,
     Definition,
     distance_to_paper,
+    format_definition,
+    format_sigma,
     js0,
-    named_definition,
-    sigma_text,
 )
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 PAPER = tuple(value for _, value, _ in NETWORKS.values())
 PAPER_RATIO = 140.0
 
-# Definitions in the printed table, these first: the default of `Spectra.js0`, the sigma of the paper's code, and the
-# normalisation of its pictures.
+# Number of definitions in the printed table. The first are the default of `Spectra.js0`, the sigma of the paper's code,
+# and the normalization of its figures.
 SHOWN = 12
 ALWAYS: tuple[Definition, ...] = (
     ("distance", "none", None),
@@ -50,7 +50,7 @@ ALWAYS: tuple[Definition, ...] = (
     ("distance", "10th largest", None),
 )
 
-# A wider blur than this leaves nothing of the CNNs' spectra, whose eigenvalues are below it.
+# The eigenvalues of the CNNs are smaller than this, so a wider Gaussian would hide their spectra.
 WIDEST = 1.0
 TRIED = tuple(key for key in DEFINITIONS if key[2] is None or key[2] <= WIDEST)
 
@@ -71,22 +71,22 @@ def ratio(values: Mapping[str, float]) -> float:
 
 
 def by_policy(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
-    """Return the networks under each BatchNorm policy; one without BatchNorm is the same under all."""
+    """Return BatchNorm policy -> networks; those without BatchNorm are under every policy."""
     return {policy: [s for s in subjects if s.policy in (policy, "none")] for policy in POLICIES}
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
-    """Measure the networks, or take their spectra from the folder, and compare with the paper's six numbers.
+    """Compare JS0 of the networks, in every definition, with the paper's six numbers.
 
     Args:
-        seed: of weights, data and probes.
+        seed: seed of weights, data and probes.
         quick: few probes, steps, samples and definitions.
-        folder: where the spectra are kept.
-        selection: of the networks, by default the small relatives of the paper's six. Claims are judged of the six
-            together only.
+        folder: holds the spectra: those computed before are reused.
+        selection: the networks, by default CPU-sized versions of the paper's six. Claims are judged only if all six
+            are selected.
     """
     selection = selection or Selection()
-    subjects = measured(folder, selection, seed=seed, quick=quick)
+    subjects = measure_networks(folder, selection, seed=seed, quick=quick)
     definitions = TRIED[1::8] if quick else TRIED
     values = {key: {s.title: js0(s.spectra, key) for s in subjects} for key in definitions}
     intervals = {s.title: s.spectra.js0(confidence=0.95) for s in subjects}
@@ -100,16 +100,16 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
             judged[policy] = {key: distance_to_paper(list(row.values()), PAPER) for key, row in found.items()}
             ratios[policy] = {key: ratio(row) for key, row in found.items()}
     numbers = {
-        "js0": {named_definition(key): row for key, row in values.items()},
+        "js0": {format_definition(key): row for key, row in values.items()},
         "with the diagonal": {s.title: (len(s.spectra) - 1) / len(s.spectra) for s in subjects},
         "default": {title: str(found) for title, found in intervals.items()},
-        "judged": {p: {named_definition(key): v for key, v in row.items()} for p, row in judged.items()},
-        "ratio": {p: {named_definition(key): v for key, v in row.items()} for p, row in ratios.items()},
+        "judged": {p: {format_definition(key): v for key, v in row.items()} for p, row in judged.items()},
+        "ratio": {p: {format_definition(key): v for key, v in row.items()} for p, row in ratios.items()},
     }
     return Result(
         "table1",
-        f"Table 1: JS0 of the networks at initialisation, scale {selection.scale!r}",
-        settings(subjects, seed, selection),
+        f"Table 1: JS0 of the networks at initialization, scale {selection.scale!r}",
+        spectra_settings(subjects, seed, selection),
         _claims(judged, ratios) if complete else (),
         _text(subjects, values, judged, ratios) + "\n" + "\n".join(f"{t}: {j}" for t, j in intervals.items()),
         numbers,
@@ -128,9 +128,9 @@ def _claims(
     values = Claim(
         "Table 1: JS0 is " + ", ".join(f"{value} ({title})" for title, value, _ in NETWORKS.values()) + ".",
         "; ".join(
-            f"BatchNorm {policy}: closest of {len(row)} definitions is {named_definition(best[policy])}, within a "
+            f"BatchNorm {policy}: closest of {len(row)} definitions is {format_definition(best[policy])}, within a "
             f"factor {row[best[policy]][0]:.3g} on root mean square; most alike up to one factor "
-            f"{named_definition(alike[policy])}, {row[alike[policy]][1]:.3g} with rank correlation "
+            f"{format_definition(alike[policy])}, {row[alike[policy]][1]:.3g} with rank correlation "
             f"{row[alike[policy]][2]:.2f}"
             for policy, row in judged.items()
         )
@@ -145,7 +145,7 @@ def _claims(
         )
 
     every = [r for row in ratios.values() for r in row.values()]
-    told = ", ".join(
+    ranges = ", ".join(
         f"{min(row.values()):.2g} ... {max(row.values()):.2g}, median {statistics.median(row.values()):.2g} ({policy})"
         for policy, row in ratios.items()
     )
@@ -153,7 +153,7 @@ def _claims(
         values,
         Claim(
             "Table 1: JS0 on CNNs is at least 140 times smaller than on Transformers.",
-            f"the least Transformer over the greatest CNN reaches 140 {counted(PAPER_RATIO)}; it is {told}.",
+            f"the least Transformer over the greatest CNN reaches 140 {counted(PAPER_RATIO)}; it is {ranges}.",
             verdict(min(every) >= PAPER_RATIO, max(every) >= PAPER_RATIO),
         ),
         Claim(
@@ -175,12 +175,12 @@ def _text(
         order.sort(key=lambda key: min(row[key][1] for row in judged.values()))
     first = [key for key in ALWAYS if key in values]
     shown = [*first, *(key for key in order if key not in first)][:SHOWN]
-    header = ["kind", "normalised by", "sigma", *(s.title for s in subjects)]
+    header = ["kind", "normalized by", "sigma", *(s.title for s in subjects)]
     header += [f"{what}, {policy}" for policy in judged for what in ("factor", "scaled", "rank", "ratio")]
     paper = [f"{NETWORKS[s.name][1]:g}" if s.name in NETWORKS else "" for s in subjects]
     rows = [["Table 1", "", "", *paper, *(["", "", "", f"{PAPER_RATIO:g}"] * len(judged))]]
     for key in shown:
-        row = [*key[:2], sigma_text(key), *(f"{values[key][s.title]:.2g}" for s in subjects)]
+        row = [*key[:2], format_sigma(key), *(f"{values[key][s.title]:.2g}" for s in subjects)]
         for policy in judged:
             factor, scaled, rank = judged[policy][key]
             row += [f"{factor:.2g}", f"{scaled:.2g}", f"{rank:.2f}", f"{ratios[policy][key]:.2g}"]
@@ -201,7 +201,7 @@ def _draw(
     values: Mapping[Definition, Mapping[str, float]],
     judged: Mapping[str, Mapping[Definition, tuple[float, float, float]]],
 ) -> Figure:
-    """The paper's numbers and, of every kind, the definition most alike and the default's sigma."""
+    """Plot the paper's numbers and, for every kind, the definition closest to them up to a common factor."""
     figure = new_figure(9.0, 5.0)
     panel = figure.subplots()
     titles = [s.title for s in subjects]
@@ -212,7 +212,7 @@ def _draw(
         if judged:
             keys.sort(key=lambda key: min(row[key][1] for row in judged.values()))
         found = values[keys[0]]
-        panel.plot(titles, [max(found[t], SMALLEST) for t in titles], mark, label=named_definition(keys[0]))
+        panel.plot(titles, [max(found[t], SMALLEST) for t in titles], mark, label=format_definition(keys[0]))
     panel.set(yscale="log", ylabel="JS0, nats")
     panel.tick_params(axis="x", rotation=20)
     figure.legend(loc="outside lower center", frameon=False, fontsize="small", ncols=2)

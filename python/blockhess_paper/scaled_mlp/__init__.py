@@ -1,0 +1,1 @@
+"""The MLP with scaled layers: Figure 5 and Table 3."""

@@ -1,11 +1,11 @@
-"""Figure 5: SGD and Adam on the MLP whose layers' outputs are multiplied by c, best rate of a grid for every c.
+"""Figure 5: SGD and Adam on the MLP whose layer outputs are multiplied by c, at the best rate of a grid for every c.
 
-The paper trains for one epoch of MNIST, 469 batches of 128; so many are taken here too, from a subset several times
-over.
+The paper trains for one epoch of MNIST, 469 batches of 128. Here the same number of batches is drawn from a smaller
+data set, over several epochs.
 
-Its rates run from 1e-4 to 1e-1. SGD with rate eta at scale c is SGD with rate c^2 eta on the plain MLP started from c
-times the weights (see mlp), so a grid with a lower end cuts off what suits SGD at large c and nothing of what suits
-Adam: SGD is therefore also given four smaller rates, and both results are told.
+The paper's rates range from 1e-4 to 1e-1. SGD with rate eta at scale c is SGD with rate c^2 eta on the plain MLP
+started from c times the weights (see mlp.py), so the lower end of the grid excludes the rates that SGD needs at large
+c, but not those of Adam. SGD is therefore also run with four smaller rates; both results are reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blockhess_paper.scaled_mlp.mlp import SCALES, Training, load_images, train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The paper's range in half decades, and what SGD is given below it.
+# The paper's range in half decades, and smaller rates for SGD.
 RATES = tuple(10 ** (-4 + k / 2) for k in range(7))
 SMALL_RATES = tuple(10 ** (-6 + k / 2) for k in range(4))
 
@@ -32,15 +32,15 @@ SMALL_RATES = tuple(10 ** (-6 + k / 2) for k in range(4))
 NUM_STEPS = 469
 POINTS = 12
 
-# Scales whose curves the paper draws.
+# Scales whose curves the paper shows.
 DRAWN = (1, *range(8, 16))
 
-# Accuracies this close count as equal.
+# Accuracies that differ by at most this count as equal.
 EQUAL = 0.02
 
 
 def best(training: Training, columns: slice) -> tuple[Tensor, Tensor]:
-    """Return the best last accuracy (n_scales,) among some rates of the grid, and the index of its rate in the grid."""
+    """Return the best last accuracy (n_scales,) over a slice of the rates, and the index of its rate in the grid."""
     value, index = training.accuracy[:, columns, -1].max(1)
     return value, index + (columns.start or 0)
 
@@ -49,7 +49,7 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     """Train all scales and rates with both optimizers.
 
     Args:
-        seed: of weights and order of the images.
+        seed: seed of weights and order of the images.
         quick: few scales, rates and steps.
         data: folder with idx files, instead of the shipped subset of Fashion-MNIST.
     """
@@ -72,13 +72,13 @@ def judge(
     rates: Sequence[float],
     settings: Mapping[str, Any],
 ) -> Result:
-    """Return what trained models say about Figure 5.
+    """Judge the claims of Figure 5 by the trained models.
 
     Args:
         runs: "SGD" at the rates [*small, *rates], "Adam" at rates.
         scales: c of every row of the runs.
-        small, rates: below the paper's grid, and on it.
-        settings: num_steps, data and further ones to be written.
+        small, rates: rates below the paper's grid, and on it.
+        settings: settings of the result, with num_steps and data.
     """
     num_steps = settings["num_steps"]
     paper, everything = slice(len(small), None), slice(0, None)
@@ -103,7 +103,7 @@ def judge(
     large = [k for k, c in enumerate(scales) if c >= 8]
     no_rate = [c for k, c in enumerate(scales) if bool(runs["SGD"].diverged[k, paper].all())]
     edge = [c for k, c in enumerate(scales) if int(found["SGD, smaller rates too"][1][k]) == 0]
-    told = (
+    leads = (
         f"Adam's lead is {gap[0]:.3f} at c = 1, {gap[large].mean():.3f} on average over c >= 8, {gap[-1]:.3f} at c = 15"
     )
     claims = (
@@ -115,7 +115,7 @@ def judge(
         ),
         Claim(
             "Figure 5 (c): the gap between Adam and SGD grows with c.",
-            f"{told}; rank correlation of lead and c {rank:.2f}."
+            f"{leads}; rank correlation of lead and c {rank:.2f}."
             + (f" No rate of SGD's grid stays finite for c = {no_rate}." if no_rate else ""),
             verdict(
                 rank > 0.5 and bool(gap[large].mean() - gap[0] > EQUAL), rank > 0.5 or bool(gap[large].mean() > EQUAL)

@@ -1,11 +1,11 @@
-"""The MLP of section 2.4: 784-300-128-64-10, ReLU, every layer's output multiplied by c; many trained at once.
+"""The MLP of section 2.4: 784-300-128-64-10, ReLU, every layer's output multiplied by c; many are trained at once.
 
     x_l = relu(c (W_l x_{l-1} + b_l)),   logits = c (W_4 x_3 + b_4)
 
-All scales c and learning rates are one model with a leading axis, trained by one batched matrix product a layer.
+All scales c and learning rates form one model with a leading axis, with one batched matrix product per layer.
 
-ReLU is homogeneous, so with W' = c W, b' = c b this is the plain MLP started from c times the weights, and SGD with
-rate eta on W is SGD with rate c^2 eta on W'.
+With W' = c W, b' = c b this is the plain MLP started from c times the weights, and SGD with rate eta on W is SGD with
+rate c^2 eta on W'.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOMENTUM, BETA1, BETA2, EPSILON = 0.9, 0.9, 0.999, 1e-8
 
 @dataclass(frozen=True)
 class Images:
-    """Training and test images, flattened to 784 pixels, with labels, and where they come from."""
+    """Training and test images, flattened to 784 pixels, with labels, and the name of the data."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -67,9 +67,9 @@ class Scale(nn.Module):
 
 
 def scaled_mlp(scale: float, seed: int | None) -> nn.Sequential:
-    """Return one MLP at PyTorch's default initialisation, which is the same for every scale.
+    """Return an MLP at PyTorch's default initialization, which is the same for every scale.
 
-    A seed of None leaves torch's global generator to the caller.
+    With seed None, weights are drawn from torch's global generator.
 
     Example:
         >>> scaled_mlp(3.0, seed=0)(torch.zeros(2, 784)).shape
@@ -86,7 +86,7 @@ def logits(parameters: Sequence[Tensor], scales: Tensor, x: Tensor) -> Tensor:
     """Return the logits (n_models, n, 10) of all models for images x (n, 784).
 
     Args:
-        parameters: weights (n_models, in, out) and biases (n_models, 1, out) in turn.
+        parameters: weights (n_models, in, out) and biases (n_models, 1, out), alternating.
         scales: (n_models, 1, 1).
     """
     for weight, bias in zip(parameters[::2], parameters[1::2]):
@@ -97,7 +97,7 @@ def logits(parameters: Sequence[Tensor], scales: Tensor, x: Tensor) -> Tensor:
 
 
 def batched_parameters(num_models: int, seed: int) -> list[Tensor]:
-    """Return the initial parameters of scaled_mlp(seed=seed), once a model, as `logits` takes them."""
+    """Return the initial parameters of scaled_mlp(seed=seed), repeated for every model, for `logits`."""
     linear = [module for module in scaled_mlp(1.0, seed) if isinstance(module, nn.Linear)]
     parameters = [p for module in linear for p in (module.weight.detach().T, module.bias.detach()[None])]
     return [p.expand(num_models, -1, -1).clone().requires_grad_() for p in parameters]
@@ -105,12 +105,12 @@ def batched_parameters(num_models: int, seed: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Training:
-    """Test accuracies of all models while they train.
+    """Test accuracies of all models along training.
 
     Attributes:
-        steps: (n_points,) iterations after which accuracies were taken.
-        accuracy: (n_scales, n_rates, n_points); a model with logits that are not finite has accuracy 0.
-        diverged: (n_scales, n_rates) bool, logits not finite at the end.
+        steps: (n_points,) iterations of the accuracies.
+        accuracy: (n_scales, n_rates, n_points); 0 where logits are not finite.
+        diverged: (n_scales, n_rates) bool, whether logits are not finite at the end.
     """
 
     steps: Tensor
@@ -131,15 +131,15 @@ def train(
     """Train one MLP for every scale and learning rate, all on the same batches.
 
     Args:
-        images: training images are shuffled anew every epoch; a last short batch is left out.
+        images: training images, shuffled every epoch; an incomplete last batch is dropped.
         scales, rates: the grid.
-        optimizer: "SGD" or "Adam", PyTorch's defaults but for the rate; SGD with momentum 0.9.
-        num_steps: iterations.
-        points: how often test accuracies are taken, evenly spaced.
-        seed: of weights and order.
+        optimizer: "SGD" with momentum 0.9, or "Adam" with PyTorch's defaults.
+        num_steps: number of iterations.
+        points: number of evenly spaced evaluations on the test images.
+        seed: seed of weights and order of the images.
 
     Raises:
-        ValueError: another optimizer, a count below 1, or fewer images than a batch.
+        ValueError: optimizer is unknown, a count is below 1, or there are fewer images than a batch.
 
     Example:
         >>> train(load_images(), [1, 8], [1e-3], "Adam", num_steps=4, points=2).accuracy.shape
@@ -167,7 +167,7 @@ def train(
             order = torch.randperm(len(x), generator=generator)
         batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         out = logits(parameters, c, x[batch])
-        # The mean loss of every model, added up, so that no model sees another.
+        # The sum of the mean losses of all models, so that every gradient is that of its own model.
         loss = F.cross_entropy(out.flatten(0, 1), y[batch].repeat(len(grid)), reduction="sum") / BATCH_SIZE
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():

@@ -6,11 +6,12 @@ normalization was used; for c >= 9 its numbers are NaN "due to the division of n
     kind            every one of reconstructed_js.KINDS
     normalization   none, or every block divided by its 10th largest eigenvalue (as in the paper's figures), by its
                     largest, or by its trace, which may be near zero
-    sigma           that of the paper's code (sigma^2 = 1e-5) or 1% of the range of all blocks; without normalization also
-                    every power of ten from 0.01 to 10,000, as the paper's is "tuned based on visual effects"
+    sigma           that of the paper's code (sigma^2 = 1e-5) or 1% of the range of all blocks; unnormalized also
+                    every power of ten from 0.01 to 10,000, since it "is tuned based on visual effects"
 
-A definition is judged by the logarithms of its eight numbers for c = 1 ... 8: their root mean square difference from the
-paper's, before and after multiplication by one common factor (units, base of the logarithm), and the rank correlation.
+A definition is judged by the logarithms of its eight numbers for c = 1 ... 8: by their root mean square difference from
+the paper's, before and after multiplication by one common factor (units, base of the logarithm), and by the rank
+correlation.
 The baseline is a constant: one number for all c, the geometric mean of the paper's.
 """
 
@@ -43,24 +44,24 @@ PAPER = (1e-3, 1.61, 33.99, 65.32, 260.77, 298.39, 351.69, 353.48)
 
 PAPER_SIGMA = 1e-5**0.5
 
-# Sigmas tried for the spectra as they are.
+# Sigmas tried without normalization.
 TUNED_SIGMAS = tuple(10.0**power for power in range(-2, 5))
 
 NUM_PROBES, NUM_STEPS = 2, 40
 
-# A definition reproduces the table if its numbers are within a factor CLOSE of it, on root mean square; in part, if
-# they are within ALIKE after a common factor, and in the table's order. The table spans a factor of 350,000.
+# A definition reproduces the table if the root mean square factor to it is below CLOSE; in part, if that is below ALIKE
+# after one common factor and the rank correlation is above ORDERED. The table spans a factor of 350,000.
 CLOSE, ALIKE, ORDERED = 2.0, 4.0, 0.9
 
-# Definitions in the printed table.
+# Number of definitions in the printed table.
 SHOWN = 16
 
-# Values below are taken as this in logarithms.
+# Smaller values are replaced by this before logarithms are taken.
 SMALLEST = 1e-12
 
 
 def layer_spectra(scale: float, batch: tuple[Tensor, Tensor], *, num_probes: int, num_steps: int, seed: int) -> Spectra:
-    """Return the spectra of the four layers, weight and bias together, of the MLP at initialisation."""
+    """Return the spectra of the four layers, weight and bias together, of the MLP at initialization."""
     layers = {f"layer {l + 1}": [f"{3 * l}.weight", f"{3 * l}.bias"] for l in range(len(WIDTHS) - 1)}
     return blockhess.spectrum(
         scaled_mlp(scale, seed),
@@ -84,36 +85,36 @@ def _largest(spectra: Spectra) -> Tensor:
     return spectra.merged[0].abs().amax(1)
 
 
-# What every block's eigenvalues are divided by.
-NORMALISATIONS: Mapping[str, Callable[[Spectra], Tensor]] = {
+# What the eigenvalues of every block are divided by.
+NORMALIZATIONS: Mapping[str, Callable[[Spectra], Tensor]] = {
     "none": lambda spectra: torch.ones(len(spectra), dtype=torch.float64),
     "10th largest": _tenth_largest,
     "largest": _largest,
     "trace": lambda spectra: spectra.trace()[0],
 }
 
-# kind, normalisation and sigma; None is 1% of the range of all layers.
+# (kind, normalization, sigma); sigma None means 1% of the range of all layers.
 Definition: TypeAlias = tuple[str, str, float | None]
 
 DEFINITIONS: tuple[Definition, ...] = (
-    *itertools.product(KINDS, NORMALISATIONS, (PAPER_SIGMA, None)),
+    *itertools.product(KINDS, NORMALIZATIONS, (PAPER_SIGMA, None)),
     *itertools.product(KINDS, ("none",), TUNED_SIGMAS),
 )
 
 
 def js0(spectra: Spectra, definition: Definition) -> float:
-    """Return the mean over pairs of layers in one definition, in nats.
+    """Return the mean over pairs of blocks in one definition, in nats.
 
-    A fixed sigma is raised to what float64 resolves next to the largest eigenvalue. A normalisation by zero, where a
-    block has no curvature at all, leaves that block as it is.
+    A sigma too small for float64 at the largest eigenvalue is raised. A block whose divisor is zero, as it has no
+    curvature, is not normalized.
 
     Example:
         >>> js0(layer_spectra(1.0, batch, num_probes=1, num_steps=5, seed=0), ("distance", "none", None)) < 1
         True
     """
-    kind, normalisation, sigma = definition
+    kind, normalization, sigma = definition
     nodes, weights = spectra.merged
-    scale = NORMALISATIONS[normalisation](spectra)
+    scale = NORMALIZATIONS[normalization](spectra)
     nodes = nodes / torch.where(scale == 0, 1.0, scale)[:, None]
     smallest = smallest_sigma(nodes)
     width = DEFAULT_RELATIVE_SIGMA * float(nodes.max() - nodes.min()) if sigma is None else sigma
@@ -122,10 +123,10 @@ def js0(spectra: Spectra, definition: Definition) -> float:
 
 
 def distance_to_paper(values: Sequence[float], paper: Sequence[float] = PAPER) -> tuple[float, float, float]:
-    """Return how far numbers are from the paper's, by default the eight of Table 3 for c = 1 ... 8.
+    """Compare numbers with the paper's, by default the eight of Table 3 for c = 1 ... 8.
 
     Returns:
-        Root mean square factor; the same after the best common factor; rank correlation.
+        Root mean square factor between them; the same after multiplication by the best common factor; rank correlation.
 
     Example:
         >>> distance_to_paper([2 * value for value in PAPER])
@@ -140,10 +141,10 @@ def distance_to_paper(values: Sequence[float], paper: Sequence[float] = PAPER) -
 
 
 def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None = None) -> Result:
-    """Compute JS0 for every scale and definition and compare.
+    """Compute JS0 for every scale and definition and compare with the paper.
 
     Args:
-        seed: of weights and probes.
+        seed: seed of weights and probes.
         quick: few probes, steps and definitions.
         data: folder with idx files, instead of the shipped subset of Fashion-MNIST.
     """
@@ -171,9 +172,9 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     claims = (
         Claim(
             "Table 3: JS0 is 1e-3, 1.61, 33.99, 65.32, 260.77, 298.39, 351.69, 353.48 for c = 1 ... 8.",
-            f"closest of {len(values)} definitions: {named_definition(closest)}, within a factor "
-            f"{judged[closest][0]:.3g} on root mean square. Up to one common factor: {named_definition(alike)}, "
-            f"{judged[alike][1]:.3g}; of those in the table's order, {named_definition(ordered)}, "
+            f"closest of {len(values)} definitions: {format_definition(closest)}, within a factor "
+            f"{judged[closest][0]:.3g} on root mean square. Up to one common factor: {format_definition(alike)}, "
+            f"{judged[alike][1]:.3g}; of those in the table's order, {format_definition(ordered)}, "
             f"{judged[ordered][1]:.3g}. A constant gets {nothing:.3g}.",
             verdict(judged[closest][0] < CLOSE, judged[ordered][1] < ALIKE and judged[ordered][2] > ORDERED),
         ),
@@ -181,7 +182,7 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
             "Table 3: JS0 grows with c.",
             f"rank correlation above {ORDERED} over c = 1 ... 8 in {len(rising)} of {len(values)} definitions, "
             f"{sum(key[2] is not None and key[1] == 'none' for key in rising)} of them with one sigma for every c and "
-            f"no normalisation. The distance at 1% of the range goes from {distance[0]:.3g} to {distance[7]:.3g} (c = "
+            f"no normalization. The distance at 1% of the range goes from {distance[0]:.3g} to {distance[7]:.3g} (c = "
             f"8) and {distance[-1]:.3g} (c = 15).",
             verdict(len(rising) == len(values), len(rising) > 0),
         ),
@@ -199,12 +200,12 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
             verdict(bool(ratios[7] > 10 * ratios[0]), bool(ratios[7] > 2 * ratios[0])),
         ),
     )
-    header = ["kind", "normalised by", "sigma", *map(str, SCALES[:8]), "15", "factor", "scaled", "rank"]
+    header = ["kind", "normalized by", "sigma", *map(str, SCALES[:8]), "15", "factor", "scaled", "rank"]
     rows = [["Table 3", "", "", *(f"{value:g}" for value in PAPER), "NaN", "", "", ""]]
     for key in sorted(values, key=lambda key: judged[key][1])[:SHOWN]:
         shown = (*values[key][:8], values[key][-1])
         ranks = (f"{judged[key][0]:.2g}", f"{judged[key][1]:.2g}", f"{judged[key][2]:.2f}")
-        rows.append([*key[:2], sigma_text(key), *(f"{value:.2g}" for value in shown), *ranks])
+        rows.append([*key[:2], format_sigma(key), *(f"{value:.2g}" for value in shown), *ranks])
     return Result(
         "table3",
         f"Table 3: JS0 of the scaled MLP, {images.name}",
@@ -214,8 +215,8 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
         "factor: root mean square factor to the paper's; scaled: after one common factor; rank: correlation\n"
         + format_table(header, rows, left=3),
         {
-            "js0": {named_definition(key): found for key, found in values.items()},
-            "judged": {named_definition(key): found for key, found in judged.items()},
+            "js0": {format_definition(key): found for key, found in values.items()},
+            "judged": {format_definition(key): found for key, found in judged.items()},
             "constant": nothing,
             "sharpest over flattest": ratios.tolist(),
         },
@@ -224,25 +225,25 @@ def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None 
     )
 
 
-def sigma_text(key: Definition) -> str:
-    """Return the sigma of a definition in words."""
+def format_sigma(key: Definition) -> str:
+    """Return the sigma of a definition as text."""
     return "1% of range" if key[2] is None else f"{key[2]:.3g}"
 
 
-def named_definition(key: Definition) -> str:
-    """Return a definition in words."""
-    return f"{key[0]}, normalisation {key[1]}, sigma {sigma_text(key)}"
+def format_definition(key: Definition) -> str:
+    """Return a definition as text."""
+    return f"{key[0]}, normalization {key[1]}, sigma {format_sigma(key)}"
 
 
 def _draw(values: Mapping[Definition, list[float]], judged: Mapping[Definition, tuple[float, float, float]]) -> Figure:
-    """The paper's numbers and, of every kind, the definition most alike, as it is and times the best factor."""
+    """Plot the paper's numbers and, of every kind, the closest definition up to a factor, before and after scaling."""
     figure = new_figure(10.0, 5.0)
     plain, scaled = figure.subplots(1, 2, sharey=True)
     for kind, style in zip(KINDS, ("o-", "s-", "^-", "v-")):
         key = min((key for key in values if key[0] == kind), key=lambda key: judged[key][1])
         found = torch.tensor(values[key], dtype=torch.float64).clamp(min=SMALLEST)
         factor = (torch.tensor(PAPER, dtype=torch.float64).log() - found[: len(PAPER)].log()).mean().exp()
-        plain.plot(SCALES, found.tolist(), style, label=named_definition(key), markersize=4)
+        plain.plot(SCALES, found.tolist(), style, label=format_definition(key), markersize=4)
         scaled.plot(SCALES, (found * factor).tolist(), style, markersize=4)
     for panel in (plain, scaled):
         panel.plot(SCALES[:8], PAPER, "k*--", label="Table 3 (NaN for c > 8)" if panel is plain else None)

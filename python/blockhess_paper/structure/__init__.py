@@ -1,0 +1,1 @@
+"""Block-diagonal structure of Hessians: Figures 2 and 9."""

@@ -1,14 +1,13 @@
-"""Figure 2: exact initial Hessians of Transformers with 1, 2 and 4 layers, their block structure drawn and measured.
+"""Figure 2: exact initial Hessians of Transformers with 1, 2 and 4 layers, and their block structure.
 
 The paper's configuration (appendix C.2): context 2, 2 heads, width 4, MLP width 4, no LayerNorm, nanoGPT's
-initialisation and no biases, the Hessian of the attention and MLP parameters on 4 consecutive tokens. Tokens are
-characters of Shakespeare here, not of OpenWebText. Each claim is measured for three partitions: one block per parameter
-tensor (the paper's blocks everywhere else), the boxes of its Figure 2 (query and key; value and projection; MLP), and
-layers.
+initialization, no biases, and the Hessian of the attention and MLP parameters on 4 consecutive tokens. Here the tokens
+are characters of Shakespeare, not of OpenWebText. Three partitions are compared: one block per parameter tensor (the
+paper's blocks elsewhere), the boxes of Figure 2 (query and key; value and projection; MLP), and layers.
 
-Also: exact Hessians of an MLP before and after training (Figure 9 restates that those are near block-diagonal), by
-layer and by hidden unit; and, beyond the paper, a GPT of 10.7M and a ResNet18 of 11M parameters, by estimated pair
-norms.
+In addition: exact Hessians of an MLP before and after training, by layer and by hidden unit (Figure 9 repeats that they
+are near block-diagonal); and, beyond the paper, a GPT of 10.7M and a ResNet18 of 11M parameters, by estimated norms of
+block pairs.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ NUM_TOKENS = 4
 # "Near block-diagonal": at most this share of |H|_F^2 outside the blocks.
 NEAR = 0.1
 
-# Hidden widths of the MLP on images of 7 x 7 pixels, and its training.
+# Widths of the MLP on images of 7 x 7 pixels, and its training.
 MLP_WIDTHS = (49, 16, 12, 10)
 MLP_IMAGES, MLP_STEPS, MLP_RATE = 512, 300, 1e-2
 
-# Figure entries below this share of the largest are drawn as 0.
+# Entries below this share of the largest are plotted as 0.
 FLOOR = 1e-4
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a GPT's parameter belongs to; parameters outside the layers are alone."""
+    """Return the layer of a GPT's parameter; a parameter outside the layers is its own group."""
     return f"layer {name.split('.')[1]}" if name.startswith("layers.") else name
 
 
@@ -105,7 +104,7 @@ def mlp_hessians(seed: int, num_steps: int) -> dict[str, tuple[Tensor, PairNorms
         by_unit = exact_pair_norms(hessian, blocks)
         return hessian, by_unit, by_unit.merged(lambda name: name.split(",")[0])
 
-    found = {"MLP at initialisation": measured()}
+    found = {"MLP at initialization": measured()}
     optimizer = torch.optim.Adam(model.parameters(), lr=MLP_RATE)
     for _ in range(num_steps):
         optimizer.zero_grad()
@@ -116,9 +115,9 @@ def mlp_hessians(seed: int, num_steps: int) -> dict[str, tuple[Tensor, PairNorms
 
 
 def large_norms(seed: int, quick: bool) -> dict[str, PairNorms]:
-    """Return estimated pair norms, by weight tensor, of a GPT2-nano and a ResNet18 at initialisation.
+    """Return estimated pair norms, by weight tensor, of GPT2-nano and ResNet18 at initialization.
 
-    Of the GPT, as in Figure 2, the attention and MLP weights alone.
+    Of the GPT only attention and MLP weights are included, as in Figure 2.
     """
     text = shakespeare()
     images, labels = fashion_mnist(4 if quick else 32)
@@ -144,10 +143,10 @@ def large_norms(seed: int, quick: bool) -> dict[str, PairNorms]:
 
 
 def run(*, seed: int = 0, quick: bool = False) -> Result:
-    """Form, draw and measure the Hessians.
+    """Compute and plot the Hessians and measure their block structure.
 
     Args:
-        seed: of the first of several weights and token positions; the picture shows the first.
+        seed: first of the seeds of weights and token positions; the figure shows the first.
         quick: one seed, tiny "large" models.
     """
     seeds = range(seed, seed + (1 if quick else 10))
@@ -183,7 +182,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         for partition, group in PARTITIONS.items() if title.startswith("GPT") else [("parameter", str)]:
             add(title, partition, [norms.merged(group)])
 
-    def told(keys: Sequence[str]) -> str:
+    def shares_of(keys: Sequence[str]) -> str:
         return ", ".join(f"{sum(v) / len(v):.2g} ({key.split(',')[0]})" for key in keys for v in [outside[key]])
 
     def near(keys: Sequence[str]) -> list[bool]:
@@ -195,26 +194,26 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     transformers = [f"{n}-layer Transformer" for n in LAYERS]
     boxed = [f"{title}, box of Figure 2" for title in transformers]
     plain = [f"{title}, parameter" for title in transformers]
-    mlps = [f"MLP {when}, layer" for when in ("at initialisation", "after training")]
-    units = [f"MLP {when}, hidden unit" for when in ("at initialisation", "after training")]
+    mlps = [f"MLP {when}, layer" for when in ("at initialization", "after training")]
+    units = [f"MLP {when}, hidden unit" for when in ("at initialization", "after training")]
     large = ["GPT2-nano (10.7M), box of Figure 2", "GPT2-nano (10.7M), parameter", "ResNet18 (11M), parameter"]
     measure = "share of |H|_F^2 outside the blocks"
     claims = (
         Claim(
             "Figure 2: the Hessian is near block-diagonal in the boxes query and key, value and projection, MLP.",
-            f"{measure}: {told(boxed)}.",
+            f"{measure}: {shares_of(boxed)}.",
             verdict(all(near(boxed)), any(near(boxed))),
         ),
         Claim(
             "Section 2.3: its principal blocks are the parameter blocks (query, key, value, ... each one).",
-            f"{measure}: {told(plain)}. Without LayerNorm and with weights near 0 the loss is nearly bilinear in "
+            f"{measure}: {shares_of(plain)}. Without LayerNorm and with weights near 0 the loss is nearly bilinear in "
             "query and key, value and projection, and the two MLP matrices: the curvature is between the two, not "
             "within either.",
             verdict(all(near(plain)), any(near(plain))),
         ),
         Claim(
             "Figure 9, from the literature: the Hessian of a trained MLP is near block-diagonal.",
-            f"{measure}, by layer: {told(mlps)}; by hidden unit: {told(units)}.",
+            f"{measure}, by layer: {shares_of(mlps)}; by hidden unit: {shares_of(units)}.",
             verdict(all(near([mlps[1], units[1]])), any(better_than_chance([mlps[1], units[1]]))),
         ),
         Claim(

@@ -1,6 +1,6 @@
 """Exact Hessians of small models, by batched Hessian-vector products with the unit vectors.
 
-H e_i = d/dw <g(w), e_i>,   g = dL/dw,   CHUNK columns at a time through one retained graph of g
+H e_i = d/dw <g(w), e_i>,   g = dL/dw,   CHUNK rows at a time through one retained graph of g
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CHUNK = 256
 def gradient_graph(
     model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None, blocks: tuple[Block, ...]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return what second derivatives need; to be called inside `fixed_state`.
+    """Return the differentiable gradient of every block; to be called inside `fixed_state`.
 
     Args:
         model, data, loss_fn: as for `blockhess.spectrum`, one batch.
-        blocks: from `partition`.
+        blocks: blocks of `partition`.
 
     Returns:
-        The flattened gradient (dim_l,) of every block, and their parameters by name.
+        The flattened gradient (dim_l,) of every block, and name -> parameter.
 
     Raises:
-        ValueError: several batches.
+        ValueError: data is more than one batch.
     """
     loss = make_loss(loss_fn)
     batches = as_batches(data, pairs=loss.pairs)
@@ -52,10 +52,10 @@ def gradient_graph(
 def exact_hessian(
     model: nn.Module, data: Any, loss_fn: Callable[..., Any] | None = None, *, blocks: BlockSpec = "parameter"
 ) -> tuple[Tensor, tuple[BlockInfo, ...]]:
-    """Form the Hessian of the loss in the entries of the given blocks, cross-block entries included.
+    """Return the Hessian of the loss with respect to the given blocks, including cross-block entries.
 
     Args:
-        model: a small one; the result has n^2 entries. Float64 parameters give a Hessian good to rounding.
+        model: a small model, as the result has n^2 entries; float64 parameters give full accuracy.
         data: one batch, as for `blockhess.spectrum`.
         loss_fn, blocks: as for `blockhess.spectrum`.
 
@@ -63,7 +63,7 @@ def exact_hessian(
         H (n, n), rows and columns in the order of the blocks, and the blocks.
 
     Raises:
-        ValueError: several batches, or an argument is not as described.
+        ValueError: data is more than one batch, or an argument is invalid.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False).double()

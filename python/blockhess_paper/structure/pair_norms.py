@@ -1,9 +1,9 @@
-"""How block-diagonal a Hessian is: Frobenius norms of all block pairs, exact or estimated without forming H.
+"""Frobenius norms of all block pairs of a Hessian, exact or estimated without forming H.
 
     |H_kl|_F^2 = E |H_kl v|^2  for random signs v on block l
 
-so one Hessian-vector product with a vector that lives on block l tells of all pairs (k, l) at once: L products a probe.
-The paper leaves models too large for an exact Hessian open (appendix C.2).
+so one Hessian-vector product with a vector supported on block l estimates all pairs (k, l): L products per probe. The
+paper leaves open (appendix C.2) how block-diagonal the Hessians of large models are.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class PairNorms:
         return 1 - float(self.squares.diagonal().sum()) / total if total > 0 else 0.0
 
     def entries_outside(self) -> float:
-        """Return the share of entries outside the diagonal blocks: what `outside` is if H has no structure."""
+        """Return the share of entries outside the diagonal blocks: that of `outside` for an H without structure."""
         dims = [block.dim for block in self.blocks]
         return 1 - sum(dim**2 for dim in dims) / sum(dims) ** 2
 
     def merged(self, group_of: Callable[[str], str]) -> PairNorms:
-        """Return the norms of larger blocks, those that share group_of(name); standard errors add as if independent."""
+        """Merge blocks with equal group_of(name); standard errors are added as if independent."""
         groups = list(dict.fromkeys(group_of(block.name) for block in self.blocks))
         member = torch.zeros(len(groups), len(self.blocks), dtype=torch.float64)
         infos = []
@@ -69,7 +69,7 @@ def exact_pair_norms(hessian: Tensor, blocks: Sequence[BlockInfo]) -> PairNorms:
     """Return the pair norms of a Hessian from `exact_hessian`.
 
     Raises:
-        ValueError: the blocks do not add up to the Hessian's size.
+        ValueError: the sizes of the blocks do not sum to that of the Hessian.
     """
     dims = [block.dim for block in blocks]
     if hessian.shape != (sum(dims), sum(dims)):
@@ -93,15 +93,15 @@ def estimate_pair_norms(
 ) -> PairNorms:
     """Estimate the pair norms without forming H, by num_probes x L Hessian-vector products.
 
-    |H_kl|_F^2 is estimated from both sides, from products with vectors on l and on k, and averaged.
+    |H_kl|_F^2 is the average of two estimates, from vectors on block l and from vectors on block k.
 
     Args:
         model, data, loss_fn, blocks: as for `blockhess.spectrum`, one batch.
-        num_probes: vectors of random signs per block.
-        seed: of the signs.
+        num_probes: number of random sign vectors per block.
+        seed: seed of the signs.
 
     Raises:
-        ValueError: several batches, num_probes is below 1, or an argument is not as described.
+        ValueError: data is more than one batch, num_probes is below 1, or an argument is invalid.
 
     Example:
         >>> norms = estimate_pair_norms(model, batch, loss_fn, num_probes=4)

@@ -1,8 +1,8 @@
-"""The measured spectra behind cases 1 and 2: four blocks of a GPT, four convolutions of a ResNet18, at initialisation.
+"""The spectra behind cases 1 and 2: four blocks of a GPT and four convolutions of a ResNet18, at initialization.
 
-They stand in for the paper's: its GPT-2 (125M) on OpenWebText and ResNet18 on ImageNet are out of reach of a CPU. Taken
-instead, at full width and depth: the paper's GPT2-nano (10.7M, 6 layers of width 384) on Shakespeare, and ResNet18
-(11M) on Fashion-MNIST. `measure` made the shipped files; `blockhess paper spectra` runs it.
+They replace the paper's GPT-2 (125M) on OpenWebText and ResNet18 on ImageNet, which are too large for a CPU: the
+paper's GPT2-nano (10.7M, 6 layers of width 384) on Shakespeare, and ResNet18 (11M) on Fashion-MNIST, at full width and
+depth. The shipped files were written by `measure`, which is `blockhess paper spectra`.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _shipped(name: str) -> Spectra:
 
 
 def measure(folder: str | PathLike[str], *, seed: int = 0, quick: bool = False) -> list[Path]:
-    """Measure the spectra of both models and write them into a folder; some minutes on one core.
+    """Compute the spectra of both models and save them in a folder; some minutes on one core.
 
     Args:
-        folder: where GPT_FILE and RESNET_FILE go.
-        seed: of weights, text windows and probes.
+        folder: folder of GPT_FILE and RESNET_FILE.
+        seed: seed of weights, text windows and probes.
         quick: narrow models and few steps, for a smoke test.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Bounds on the loss from one iteration to the next, and how often iterates break them.
+"""Bounds on the loss from one iteration to the next, and how often iterates violate them.
 
 lower:  L(w^{t+1}) >= factor L(w^t)        upper:  L(w^{t+1}) <= factor L(w^t)        (L* = 0, since h = 0)
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from blockhess_paper.theory.descent import Iterate
 
-# Products with H round at eps kappa relative to the loss of the flattest direction; a bound is broken beyond 64 times
-# that.
+# Rounding of products with H is eps kappa relative to the loss of the flattest direction. A bound counts as violated
+# beyond 64 times that.
 TOLERANCE = 64 * torch.finfo(torch.float64).eps
 
 
@@ -28,13 +28,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class Violations:
-    """How often a bound was broken.
+    """How often a bound was violated.
 
     Attributes:
-        iterations: compared, over all trials and rates.
-        broken: iterations beyond the bound.
-        trials: how many trials (and rates) have at least one.
-        of: trials times rates.
+        iterations: number of compared iterations, over all trials and rates.
+        broken: number of iterations that violate the bound.
+        trials: number of trials (and rates) with at least one violation.
+        of: number of trials times rates.
     """
 
     iterations: int
@@ -50,12 +50,12 @@ def count_violations(steps: Iterable[Iterate], kappa: Tensor, bounds: Mapping[st
     """Compare the loss of every iteration of every trial with the one before.
 
     Args:
-        steps: from optimizers.iterates.
-        kappa: (n_trials,) condition numbers, which scale the rounding that is allowed.
-        bounds: by name.
+        steps: iterates of descent.iterates.
+        kappa: (n_trials,) condition numbers, to which the tolerance is proportional.
+        bounds: name -> bound.
 
     Returns:
-        Violations by name. Iterations from a loss of zero are not compared.
+        Name -> violations. Iterations that start at a loss of zero are not compared.
 
     Example:
         >>> from blockhess_paper.theory.descent import iterates, optimal_rate

@@ -5,11 +5,11 @@
     Adam (3)    w^{t+1} = w^t - eta g^t / s^t                          beta_1 = 0, beta_2 < 1
                 (s^t)^2 = (1 - beta_2) sum_{k=1..t} beta_2^{t-k} (g^k)^2 + beta_2^t (g^0)^2
 
-(3) without bias correction and with epsilon = 0; its last term has "beta^t" in print.
+(3) has no bias correction and epsilon = 0; its last term is printed with "beta^t".
 
-Promises: float64 without underflow or overflow. The iterate is kept as w = 2^e u with |u| near 1, so gradient norms of
-1e-160, 1e-1000 or, where a rate diverges, 1e+1000 have full relative accuracy, and so have losses, their squares; s is
-updated by hypot, which squares nothing. Norms and losses are therefore handed out as logarithms.
+Computed in float64 without underflow or overflow: iterates are stored as w = 2^e u with |u| near 1, so gradient norms
+of 1e-1000 or, where a rate diverges, 1e+1000 have full relative accuracy, and so have the losses. s is updated by
+hypot, which does not square. Norms and losses are returned as logarithms.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from blockhess_paper.theory.quadratics import Quadratics
 
 LOG_2 = math.log(2.0)
 
-# u is brought back to size 1 this often; in between it cannot leave the range of float64 unless it grows 1e38-fold a
-# step.
+# Steps between rescalings of u to size 1; u leaves the range of float64 only if it grows by 1e38 per step.
 RESCALE_EVERY = 8
 
 
@@ -75,14 +74,14 @@ def iterates(problems: Quadratics, rates: Tensor, num_steps: int, *, beta2: floa
     Args:
         problems: the trials.
         rates: learning rates, (n_trials or 1, n_rates), or (n_trials or 1, L, n_rates) for one a block.
-        num_steps: how many updates.
+        num_steps: number of updates.
         beta2: None for (blockwise) gradient descent, 1.0 for equation (2), below 1 for equation (3).
 
     Yields:
         num_steps + 1 Iterates. Their tensors are not modified afterwards.
 
     Raises:
-        ValueError: rates or beta2 break their rule, or an entry of Adam's first gradient is zero.
+        ValueError: rates or beta2 are invalid, or an entry of Adam's first gradient is zero.
 
     Example:
         >>> from blockhess_paper.theory.quadratics import case
@@ -121,21 +120,21 @@ def iterates(problems: Quadratics, rates: Tensor, num_steps: int, *, beta2: floa
 
 
 def _exponent_of(size: Tensor) -> Tensor:
-    """floor(log2(size)) where that is a number, 0 elsewhere."""
+    """Return floor(log2(size)), 0 where that is not finite."""
     return torch.nan_to_num(size.log2().floor(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @dataclass(frozen=True)
 class RateSearch:
-    """What a grid of learning rates did.
+    """Results of a grid search over learning rates.
 
     Attributes:
         rates: (n_rates,) the grid.
         final: (n_trials, n_rates) log10 of the last gradient norm over the first.
-        best: (n_trials, 1) the rate with the smallest last gradient norm in every trial.
-        converged: (n_trials,) bool, whether that norm is below the first one at all.
-        at_edge: (n_trials,) bool, whether the best rate is the grid's first or last, so that a better one may lie
-        outside.
+        best: (n_trials, 1) rate with the smallest last gradient norm of every trial.
+        converged: (n_trials,) bool, whether that norm is below the first.
+        at_edge: (n_trials,) bool, whether the best rate is the first or last of the grid, so that a better one may lie
+            outside.
     """
 
     rates: Tensor

@@ -21,7 +21,7 @@ from blockhess_paper.theory.quadratics import KAPPA, TITLES, case
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Width of the Gaussian that smooths the drawn eigenvalues, of a range of 1,999.
+# Width of the Gaussian that smooths the eigenvalues, whose range is 1,999.
 SIGMA = 20.0
 
 BLOCK_NAMES = {
@@ -51,7 +51,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     """Figure 6: draw case 1 and measure how heterogeneous its blocks are.
 
     Args:
-        seed: seed of the trials; the picture shows the first trial.
+        seed: seed of the trials; the figure shows the first trial.
         quick: fewer trials.
     """
     return histograms(1, seed=seed, num_trials=2 if quick else 20)
@@ -67,7 +67,8 @@ def histograms(number: int, *, seed: int, num_trials: int) -> Result:
 
     Args:
         number: the case.
-        seed, num_trials: of the trials; the picture shows the first.
+        seed: seed of the trials; the figure shows the first trial.
+        num_trials: number of trials.
     """
     problems = {n: case(n, num_trials=num_trials, seed=seed) for n in (1, 2)}
     differ = {n: heterogeneity(p.eigenvalues) for n, p in problems.items()}
@@ -123,7 +124,7 @@ def _draw(eigenvalues: Tensor, names: Sequence[str], number: int) -> Figure:
     for l, (panel, values, name) in enumerate(zip(panels, eigenvalues, names)):
         panel.hist(values.tolist(), bins=bins, color="#08519c")
         panel.set_title(f"({'abcd'[l]}) H_{l + 1}: {name}", fontsize="medium")
-        panel.set_yscale("log")  # a lone eigenvalue, which sets the condition number, would not show otherwise
+        panel.set_yscale("log")  # otherwise the single eigenvalue that determines the condition number is invisible
         panel.set_xlabel("eigenvalue")
         panel.set_xlim(0, KAPPA)
         for side in ("top", "right"):

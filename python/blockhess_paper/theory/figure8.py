@@ -1,6 +1,6 @@
 """Figure 8: gradient norms of GD and Adam (beta_1 = 0) on the four quadratic cases, all of condition number 2000.
 
-GD takes 2 / (mu + L); Adam the rate of a grid that ends with the smallest gradient norm, trial by trial.
+GD uses the rate 2 / (mu + L); Adam, for every trial, the rate of a grid with the smallest last gradient norm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NUM_STEPS = 5000
 NUM_TRIALS = {1: 20, 2: 20, 3: 1000, 4: 1000}
 
-# Adam's grid, three rates a decade.
+# Adam's grid, three rates per decade.
 RATES = torch.logspace(-4, 1, 16, dtype=torch.float64)
 
 BETA2 = {"Adam, beta2 = 0.999": 0.999, "Adam, beta2 = 1": 1.0}
@@ -30,18 +30,18 @@ COLORS = {"GD": GD_COLOR, "Adam, beta2 = 0.999": ADAM_COLOR, "Adam, beta2 = 1": 
 
 SHARES = (0.1, 0.5, 0.9)
 
-# "Largely lags behind": half of the better Adam's decades or fewer; "on par or better": at least 4/5 of them.
+# GD "largely lags behind" if it gains at most half as many decades as the better Adam; "on par" from 4/5 of them.
 LAGS, ON_PAR = 0.5, 0.8
 
 
 def curve(problems: Quadratics, rates: Tensor, num_steps: int, beta2: float | None) -> Tensor:
-    """Return log10 of the gradient norm over the first, (num_steps + 1, n_trials), at one rate a trial (and block)."""
+    """Return log10 of gradient norms over the first, (num_steps + 1, n_trials), at one rate per trial (and block)."""
     norms = [step.log10_gradient_norm()[:, 0] for step in iterates(problems, rates, num_steps, beta2=beta2)]
     return torch.stack(norms) - norms[0]
 
 
 def curves(problems: Quadratics, searches: Mapping[str, RateSearch], num_steps: int) -> dict[str, Tensor]:
-    """Return curve of GD, blockwise GD and of every searched Adam at its chosen rates."""
+    """Return the curves of GD, blockwise GD and every Adam at its best rates."""
     found = {
         "GD": curve(problems, optimal_rate(problems), num_steps, None),
         "blockwise GD": curve(problems, blockwise_rate(problems), num_steps, None),
@@ -55,7 +55,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     """Run all optimizers on all cases.
 
     Args:
-        seed: of the trials.
+        seed: seed of the trials.
         quick: few trials, rates and iterations.
     """
     num_steps = 60 if quick else NUM_STEPS
@@ -111,16 +111,16 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
 
 
 def _compare(number: int, final: Mapping[str, list[float]], gap: float) -> Claim:
-    """What the medians of the last gradient norms say about GD against both Adams; gap is kappa / max kappa_l."""
+    """Judge GD against both Adams by the medians of the last gradient norms; gap is kappa / max kappa_l."""
     decades = {name: -values[1] for name, values in final.items()}
     share = decades["GD"] / max(decades[name] for name in BETA2)
-    told = f"GD gains {decades['GD']:.1f} decades, " + ", ".join(f"{name} {decades[name]:.1f}" for name in BETA2)
-    told += f", blockwise GD {decades['blockwise GD']:.1f} (medians); kappa / max kappa_l is {gap:.3g}."
+    measured = f"GD gains {decades['GD']:.1f} decades, " + ", ".join(f"{name} {decades[name]:.1f}" for name in BETA2)
+    measured += f", blockwise GD {decades['blockwise GD']:.1f} (medians); kappa / max kappa_l is {gap:.3g}."
     if number in (1, 3):
         paper = f"Figure 8, case {number} (heterogeneous): GD largely lags behind Adam."
-        return Claim(paper, told, verdict(share <= LAGS, share <= ON_PAR))
+        return Claim(paper, measured, verdict(share <= LAGS, share <= ON_PAR))
     paper = f"Figure 8, case {number} (homogeneous): GD is on par with Adam or better."
-    return Claim(paper, told, verdict(share >= ON_PAR, share >= LAGS))
+    return Claim(paper, measured, verdict(share >= ON_PAR, share >= LAGS))
 
 
 def _draw(arrays: Mapping[str, Tensor], trials: Mapping[int, int]) -> Figure:

@@ -1,19 +1,19 @@
-"""Proposition 1: the lower bound for gradient descent, as printed and as its own example gives it.
+"""Proposition 1: the lower bound for gradient descent, as printed and as its example gives it.
 
 The proof takes H = diag(L, mu), w^0 = (sqrt(mu / L), sqrt(L / mu)). With a = |1 - eta L|, b = |1 - eta mu|,
 
     L(w^t) = 1/2 (mu a^{2t} + L b^{2t}),
 
-where the paper's (10) has a^t and b^t: (1 - eta H) enters the loss twice, so the square is lost. Consequences:
+while the paper's (10) has a^t and b^t: it omits that (1 - eta H) enters the loss squared. Consequences:
 
 - At eta = 2 / (mu + L), a = b = rho = 1 - 2 / (kappa + 1), and L(w^{t+1}) = rho^2 L(w^t) < rho L(w^t): the printed
-  bound (4), L(w^{t+1}) >= rho L(w^t) "for any eta", fails in every iteration. No other example can save it: at this
-  rate L(w^{t+1}) <= rho^2 L(w^t) for every H of condition number kappa.
+  bound (4), L(w^{t+1}) >= rho L(w^t) "for any eta", fails in every iteration. It fails for every other example too:
+  at this rate L(w^{t+1}) <= rho^2 L(w^t) for every H of condition number kappa.
 - Corrected: L(w^{t+1}) >= rho^2 L(w^t) for every eta and t. For R_t = L(w^{t+1}) / L(w^t), R_t <= R_{t+1} by
   Cauchy-Schwarz (L(w^t) is a t-th moment of a measure on {a^2, b^2}), and R_0 = (mu a^2 + L b^2) / (mu + L) is smallest
   at eta = 2 / (mu + L), where it is rho^2.
 
-The complexity O(kappa log(1 / epsilon)) stays, with kappa / 4 in place of the kappa / 2 that (4) would give.
+The complexity is still O(kappa log(1 / epsilon)), with kappa / 4 instead of the kappa / 2 that follows from (4).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MULTIPLES = (0.01, 0.1, 0.25, 0.5, 0.6, 0.75, 0.9, 0.99, 1.0, 1.001, 1.01, 1.1)
 
 
 def example(kappas: Tensor) -> Quadratics:
-    """Return the proof's two-dimensional problem, mu = 1 and L = kappa, one trial a condition number."""
+    """Return the proof's two-dimensional problem, mu = 1 and L = kappa, one trial per condition number."""
     largest, smallest = kappas.double(), torch.ones_like(kappas, dtype=torch.float64)
     eigenvalues = torch.stack([largest, smallest], 1)[..., None]  # (n_trials, 2, 1)
     start = torch.stack([1 / largest.sqrt(), largest.sqrt()], 1)[..., None]
@@ -42,7 +42,7 @@ def example(kappas: Tensor) -> Quadratics:
 
 
 def run(*, seed: int = 0, quick: bool = False) -> Result:
-    """Count, over condition numbers, learning rates and iterations, where the bounds hold.
+    """Count violations of both bounds over condition numbers, learning rates and iterations.
 
     Args:
         seed: unused; the example has no randomness.

@@ -2,14 +2,15 @@
 
     w_{t+1} = w_t - eta w_t / s_t,    s_t^2 = beta_2 s_{t-1}^2 + (1 - beta_2) w_t^2
 
-The cycle is w = +-eta/2: there |w| is constant, so s = eta/2, and w -> w - 2 w = -w. Its loss is eta^2 / 8 > 0.
-It attracts: with w_t = (-1)^t (eta/2) (1 + x_t) and s_t^2 = (eta^2/4) (1 + y_t), to first order
+The cycle is w = +-eta/2, where |w| is constant, so s = eta/2 and w -> w - 2 w = -w. Its loss is eta^2 / 8 > 0.
+It is attracting: with w_t = (-1)^t (eta/2) (1 + x_t) and s_t^2 = (eta^2/4) (1 + y_t), to first order
 
     x' = x - y,    y' = 2 (1 - beta_2) x + (3 beta_2 - 2) y,
 
-of determinant beta_2 and trace 3 beta_2 - 1, which lies strictly between -(1 + beta_2) and 1 + beta_2: both eigenvalues
-are inside the unit circle for every beta_2 in (0, 1), and where they are complex (beta_2 > 1/9) the distance shrinks by
-sqrt(beta_2) a step. So the amplitude is eta / 2 whatever beta_2. Not every start ends there: w_0 = +-eta stops at 0.
+with determinant beta_2 and trace 3 beta_2 - 1, which lies strictly between -(1 + beta_2) and 1 + beta_2: both
+eigenvalues are inside the unit circle for every beta_2 in (0, 1), and where they are complex (beta_2 > 1/9) the
+distance shrinks by sqrt(beta_2) per step. So the amplitude is eta / 2 for every beta_2. Exceptions are possible: w_0 =
++-eta stops at 0.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ from blockhess_paper.theory.quadratics import Quadratics
 BETA2 = (0.9, 0.99, 0.999)
 RATES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
-# The way to the cycle takes some |w_0| / eta steps of at most about eta, then some 1 / (1 - beta_2) for s to forget
-# them.
+# Reaching the cycle takes about |w_0| / eta steps of at most about eta, then some time constants 1 / (1 - beta_2) of s.
 STEPS_TIMES_RATE, TIME_CONSTANTS = 10, 80
 
-# Last steps over which the amplitude is measured.
+# The amplitude is measured over this many last steps.
 WINDOW = 100
 
 
@@ -61,7 +61,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     """Measure the amplitude over learning rates, beta_2 and random starts.
 
     Args:
-        seed: of the starts.
+        seed: seed of the starts.
         quick: fewer starts and only the smallest beta_2.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -1,12 +1,12 @@
-"""The quadratic models of section 3: min 1/2 w' H w with H = diag(H_1, ..., H_L), many random trials at once.
+"""The quadratic models of section 3: min 1/2 w' H w with H = diag(H_1, ..., H_L), for many random trials at once.
 
     H_l = Q_l Lambda_l Q_l',   w^0 ~ N(0, I),   h = 0
 
-The paper calls Q_l "independent standard Gaussian random matrix"; only an orthogonal Q_l keeps the stated eigenvalues,
-so Q_l is the Q of a Gaussian matrix's QR decomposition here (uniform over rotations). Taken at its word, Q_l Gaussian,
-the condition number is another one in every trial; `rotation="gaussian"` makes those. h only moves the minimum: h = 0.
+In the paper Q_l is an "independent standard Gaussian random matrix", but only an orthogonal Q_l keeps the stated
+eigenvalues. Here Q_l is the orthogonal factor of a Gaussian matrix (uniformly distributed). With Gaussian Q_l,
+available as `rotation="gaussian"`, every trial has another condition number. h only moves the minimum, so h = 0.
 
-Promises: float64; a trial is a pure function of the arguments and the seed; global generators are not touched.
+All tensors are float64. A trial depends only on the arguments and the seed; global generators are not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blockhess_paper.theory.block_spectra import gpt_spectra, resnet_spectra
 
 KAPPA = 2000.0
 
-# Eigenvalues of the blocks of cases 3 and 4.
+# Eigenvalues of every block in cases 3 and 4.
 CASE_3 = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (1998.0, 1999.0, 2000.0))
 CASE_4 = ((1.0, 99.0, 1998.0), (2.0, 100.0, 1999.0), (3.0, 101.0, 2000.0))
 
@@ -38,7 +38,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Quadratics:
-    """Problems of equal shape, one a trial.
+    """Quadratic problems of equal shape, one per trial.
 
     Attributes:
         hessian: (n_trials, L, d, d) float64, the diagonal blocks.
@@ -78,16 +78,16 @@ def make_quadratics(
     seed: int = 0,
     rotation: str = "orthogonal",
 ) -> Quadratics:
-    """Rotate given eigenvalues at random and draw an initial point, trial by trial.
+    """Make problems with given eigenvalues, random rotations and random initial points.
 
     Args:
         eigenvalues: (L, d), the same in every trial, or (n_trials, L, d).
-        num_trials: how many, where eigenvalues do not tell.
-        seed: of the rotations and initial points.
-        rotation: "orthogonal", or "gaussian" for the paper's literal wording; see above.
+        num_trials: number of trials, for eigenvalues of shape (L, d).
+        seed: seed of rotations and initial points.
+        rotation: "orthogonal", or "gaussian" as the paper writes; see above.
 
     Raises:
-        ValueError: an eigenvalue is not positive and finite, blocks differ in size, or a number breaks its rule.
+        ValueError: an eigenvalue is not positive and finite, blocks differ in size, or an argument is invalid.
 
     Source: Zhang et al. 2024, section 3.2.
 
@@ -109,7 +109,7 @@ def make_quadratics(
     start = torch.randn(trials, n_blocks, d, generator=generator, dtype=torch.float64)
     if rotation == "orthogonal":
         q, r = torch.linalg.qr(q)
-        q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # without this, QR's signs are not uniform
+        q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # otherwise the signs of QR are not uniform
     hessian = (q * values[..., None, :]) @ q.mT
     hessian = (hessian + hessian.mT) / 2
     if rotation == "gaussian":
@@ -146,24 +146,24 @@ def quadratic_from_spectra(
     num_trials: int = 1,
     seed: int = 0,
 ) -> Quadratics:
-    """Draw eigenvalues from measured block spectra and make them a strongly convex problem of a given condition number.
+    """Make strongly convex problems of a given condition number with eigenvalues drawn from measured block spectra.
 
         lambda -> 1 + (kappa - 1) (lambda - lowest) / (highest - lowest)
 
-    with the lowest and highest eigenvalue drawn in any block of the trial: one shift and one scale for all blocks keep
-    their relative ranges, which a scale per block would destroy.
+    where lowest and highest are over all blocks of the trial: one shift and one scale keep the relative ranges of the
+    blocks.
 
     Args:
-        spectra: of any model.
-        blocks: names, in order; None means all that are used and finite.
-        samples: eigenvalues drawn from every block, independently, with the weights of its quadrature.
+        spectra: block spectra of any model.
+        blocks: names, in order; None means all blocks that comparisons take.
+        samples: number of eigenvalues per block, drawn independently with the weights of the quadrature.
         kappa: condition number of H, above 1.
-        num_trials: each draws eigenvalues, rotations and an initial point of its own.
-        seed: of all three.
+        num_trials: number of trials, each with its own eigenvalues, rotations and initial point.
+        seed: random seed.
 
     Raises:
-        ValueError: a name is unknown, fewer than 2 samples, kappa is not finite and above 1, or all eigenvalues drawn
-            in a trial are equal, so that no scale gives that condition number.
+        ValueError: a name is unknown, samples is below 2, kappa is not finite and above 1, or all eigenvalues of a
+            trial are equal.
 
     Source: Zhang et al. 2024, section 3.2, cases 1 and 2.
 
@@ -197,14 +197,14 @@ def quadratic_from_spectra(
 def case(number: int, *, num_trials: int = 1, seed: int = 0) -> Quadratics:
     """Return trials of one of the paper's four cases, all of condition number 2000.
 
-    Cases 1 and 2 draw from the shipped spectra, which stand in for those of GPT-2 and ResNet18: see block_spectra.
+    Cases 1 and 2 draw eigenvalues from the shipped spectra of block_spectra, which replace those of the paper.
 
     Args:
         number: 1, 2, 3 or 4.
         num_trials, seed: see make_quadratics.
 
     Raises:
-        ValueError: another number.
+        ValueError: number is not 1, 2, 3 or 4.
 
     Source: Zhang et al. 2024, section 3.2.
 

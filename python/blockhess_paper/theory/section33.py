@@ -1,11 +1,11 @@
-"""The numbers in the text of section 3.3: r, preconditioned condition numbers, and how far kappa is above max kappa_l.
+"""The numbers in the text of section 3.3: r, preconditioned condition numbers, and kappa over max kappa_l.
 
     r = max_l (C_{l,2} / C_{l,1})^2,    kappa(D^{-1} H_l) / kappa_l,  D = diag |H w^0|,    kappa / max_l kappa_l
 
-A mean of kappa(D^{-1} H_l) over random initial points does not exist: the condition number grows like 1 / |g| with the
-smallest gradient entry g, whose density at 0 is positive, so E 1/|g| is infinite, and means over 1,000 trials wander.
-Medians and quantiles are the numbers to quote; the range of means over many batches of 1,000 trials tells what a single
-batch, such as the paper's, may have shown.
+kappa(D^{-1} H_l) has no finite expectation over random initial points: it grows like 1 / |g| with the smallest gradient
+entry g, whose density at 0 is positive, so E 1/|g| is infinite and means over 1,000 trials do not settle. Medians and
+quantiles are well defined. The range of the means of many batches of 1,000 trials shows what a single batch, such as
+the paper's, may give.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAPER_GAPS = {1: 20.0, 3: 2000.0}
 
 
 def preconditioned_ratio(problems: Quadratics) -> Tensor:
-    """Return kappa(D^{-1} H_l) / kappa_l by eigenvalues, (n_trials, L).
+    """Return kappa(D^{-1} H_l) / kappa_l from eigenvalues, (n_trials, L).
 
     D^{-1} H_l has the eigenvalues of the symmetric D^{-1/2} H_l D^{-1/2}.
 
@@ -46,10 +46,10 @@ def preconditioned_ratio(problems: Quadratics) -> Tensor:
 
 
 def run(*, seed: int = 0, quick: bool = False) -> Result:
-    """Measure r, the preconditioned condition numbers of case 3 and kappa / max kappa_l of all cases.
+    """Compute r and the preconditioned condition numbers of case 3, and kappa / max kappa_l of all cases.
 
     Args:
-        seed: of the trials.
+        seed: seed of the trials.
         quick: fewer trials.
     """
     batches, batch = (4, 50) if quick else (100, BATCH)
@@ -62,7 +62,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         share = float((known.r <= 100).double().mean())
         per_block = ((known.c2 / known.c1) ** 2 <= 100).double().mean(0).tolist()
         ratios = preconditioned_ratio(problems)
-        means = ratios.view(batches, batch, 3).mean(1)  # one a batch and block
+        means = ratios.view(batches, batch, 3).mean(1)  # one per batch and block
         for block, paper in enumerate(PAPER_RATIOS):
             low, high = means[:, block].min().item(), means[:, block].max().item()
             plausible[rotation, block] = low <= paper <= high

@@ -1,15 +1,17 @@
-"""Table 2: iterations of GD, blockwise GD and Adam against kappa, max kappa_l and r, measured.
+"""Table 2: measured iterations of GD, blockwise GD and Adam over kappa, max kappa_l and r.
 
     L = 3 blocks of eigenvalues s_l {1, sqrt(kappa_b), kappa_b},  s = (1, sqrt(kappa / kappa_b), kappa / kappa_b)
 
-so that kappa_b = max kappa_l runs from 2 (narrow blocks far apart) to kappa (blocks alike). The number of iterations N
-to a loss of epsilon times the first is fitted by log N = a + b log kappa + c log max kappa_l + d log r over all
-problems; Table 2 says (b, c, d) = (1, 0, 0) for GD, (0, 1, 0) for blockwise GD and, as an upper bound, (0, 1, 1) for
+so that kappa_b = max kappa_l ranges from 2 (narrow blocks far apart) to kappa (equal blocks). The number of iterations
+N until the loss is epsilon times the first is fitted by log N = a + b log kappa + c log max kappa_l + d log r over all
+problems; Table 2 states (b, c, d) = (1, 0, 0) for GD, (0, 1, 0) for blockwise GD and, as an upper bound, (0, 1, 1) for
 Adam with beta_2 = 1.
 
-With a fixed preconditioner D these methods are linear, so N is known in closed form: with A_l = D^{-1/2} H_l D^{-1/2}
-of eigenvalues a_i and c the coordinates of D^{1/2} w^0 in its eigenvectors, L(w^t) = 1/2 sum_i a_i (1 - eta a_i)^{2t}
-c_i^2.
+With a fixed preconditioner D these methods are linear, so the loss is known in closed form:
+
+    L(w^t) = 1/2 sum_i a_i (1 - eta a_i)^{2t} c_i^2
+
+with the eigenvalues a_i of A_l = D^{-1/2} H_l D^{-1/2} and the coordinates c_i of D^{1/2} w^0 in its eigenvectors.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ EPSILON = 1e-8
 KAPPAS = tuple(10 ** (1 + k / 2) for k in range(9))  # 10 .. 1e5
 NUM_TRIALS = 200
 
-# Bisection ends here; nothing in the sweep needs as many iterations.
+# Upper end of the bisection, above all iterations of the sweep.
 MOST_ITERATIONS = 2**60
 
 
@@ -52,13 +54,13 @@ def sweep_block(kappa: float, block_kappa: float) -> list[list[float]]:
 
 
 def iterations(problems: Quadratics, rates: Tensor | None, preconditioner: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """Return the fewest t with L(w^t) <= epsilon L(w^0), exactly, for w^{t+1} = w^t - eta D^{-1} H w^t.
+    """Return the smallest t with L(w^t) <= epsilon L(w^0) for w^{t+1} = w^t - eta D^{-1} H w^t.
 
     Args:
         problems: the trials.
-        rates: (n_trials, 1 or L); None takes the best of each trial, 2 / (smallest + largest eigenvalue of D^{-1} H).
+        rates: (n_trials, 1 or L); None means the best of each trial, 2 / (smallest + largest eigenvalue of D^{-1} H).
         preconditioner: (n_trials, L, d), the diagonal of D.
-        epsilon: share of the first loss.
+        epsilon: final loss over the first.
 
     Returns:
         (n_trials,) int64.
@@ -92,7 +94,7 @@ def iterations(problems: Quadratics, rates: Tensor | None, preconditioner: Tenso
 
 
 def measure(problems: Quadratics) -> dict[str, Tensor]:
-    """Return the iterations (n_trials,) of every optimizer; Adam's at the rate of Theorem 2's proof and at its best."""
+    """Return the iterations (n_trials,) of every optimizer, of Adam at the rate of the proof and at the best."""
     gradient = (problems.hessian @ problems.start[..., None])[..., 0].abs()
     ones = torch.ones_like(gradient)
     return {
@@ -117,7 +119,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     """Sweep kappa and max kappa_l, count iterations and fit exponents.
 
     Args:
-        seed: of the trials.
+        seed: seed of the trials.
         quick: few trials and condition numbers.
     """
     kappas, num_trials = (KAPPAS[:3], 10) if quick else (KAPPAS, NUM_TRIALS)
@@ -142,22 +144,22 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     def near(name: str, wanted: tuple[float, float, float]) -> bool:
         return all(abs(found - exponent) < 0.1 for found, exponent in zip(fits[name][0], wanted))
 
-    def told(name: str) -> str:
+    def fitted(name: str) -> str:
         b, c, d = fits[name][0]
         return f"N ~ kappa^{b:.2f} (max kappa_l)^{c:.2f} r^{d:.2f}"
 
     adam = {name: value[0] for name, value in fits.items() if name.startswith("Adam")}
     bounded = [abs(b) < 0.1 and c < 1.1 and d < 0.6 for b, c, d in adam.values()]
     claims = (
-        Claim("Table 2: GD needs O(kappa) iterations.", told("GD"), verdict(near("GD", (1, 0, 0)))),
+        Claim("Table 2: GD needs O(kappa) iterations.", fitted("GD"), verdict(near("GD", (1, 0, 0)))),
         Claim(
             "Table 2: blockwise GD needs O(max kappa_l).",
-            told("blockwise GD"),
+            fitted("blockwise GD"),
             verdict(near("blockwise GD", (0, 1, 0))),
         ),
         Claim(
             "Table 2: Adam with beta_2 = 1 needs O(r max kappa_l), independent of kappa.",
-            "; ".join(f"{name}: {told(name)}" for name in adam)
+            "; ".join(f"{name}: {fitted(name)}" for name in adam)
             + ". Of the bound's r at most the root counts: see the bound that is linear in C_{l,2} / C_{l,1} "
             "(theorems).",
             verdict(all(bounded), any(bounded)),
@@ -185,7 +187,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
 
 
 def _draw(counts: Mapping[str, list[Tensor]], known: Mapping[str, list[Tensor]]) -> Figure:
-    """Median iterations at the smallest max kappa_l against kappa, at the largest kappa against max kappa_l."""
+    """Plot median iterations over kappa at the smallest max kappa_l, and over max kappa_l at the largest kappa."""
     figure = new_figure(9.0, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     kappa = [float(value[0]) for value in known["kappa"]]

@@ -1,21 +1,21 @@
 """Theorems 1 and 2: the upper bounds for blockwise gradient descent and Adam with beta_2 = 1, as printed and corrected.
 
-Theorem 1, eta_l = 1 / lambda_{l,1}: an eigencomponent of block l shrinks by 1 - lambda / lambda_{l,1}, its loss by the
-square of that, so the factor is max_l (1 - 1/kappa_l)^2. The printed max_l (1 - 1/kappa_l) holds, without the square.
-(D_BGD must hold the 1 / eta_l: as printed, D_BGD^{-1} would divide by the learning rates.)
+Theorem 1, eta_l = 1 / lambda_{l,1}. An eigencomponent of block l shrinks by 1 - lambda / lambda_{l,1} and its loss by
+the square of that, so the factor is max_l (1 - 1/kappa_l)^2; the printed max_l (1 - 1/kappa_l) holds as well.
+(D_BGD must contain the 1 / eta_l: as printed, D_BGD^{-1} divides by the learning rates.)
 
 Theorem 2. D = diag |H w^0|, C_{l,1} lambda_{l,1} <= D_{l,i} <= C_{l,2} lambda_{l,1}; here with the tightest constants,
 C_{l,1} = min_i D_{l,i} / lambda_{l,1} and C_{l,2} = max_i D_{l,i} / lambda_{l,1}. In w~ = D^{1/2} w Adam is gradient
 descent with A_l = D_l^{-1/2} H_l D_l^{-1/2}, whose eigenvalues lie in [1 / (C_{l,2} kappa_l), 1 / C_{l,1}]. Therefore:
 
-- The statement's eta = min_l 1 / C_{l,1} is no rate for which the proof works: descent needs eta < 2 / lambda_max(A),
-  about 2 min_l C_{l,1}. Where C_{l,1} < 1 it usually diverges. The proof itself takes eta = min_l C_{l,1}.
+- The statement's eta = min_l 1 / C_{l,1} does not fit the proof: descent needs eta < 2 / lambda_max(A),
+  about 2 min_l C_{l,1}. Where C_{l,1} < 1 it usually diverges. The proof uses eta = min_l C_{l,1}.
 - With that rate the proof bounds cost-to-go by progress (19):
   C_{l,2}^2 lambda_{l,1}^2 / (min_k C_{k,1}^2 lambda_{l,1} lambda_{l,d}) = kappa_l C_{l,2}^2 / min_k C_{k,1}^2. Step
-  (20) replaces it by r kappa_l, r = max_l (C_{l,2} / C_{l,1})^2, as if every block had a rate of its own. What follows
+  (20) replaces this by r kappa_l, r = max_l (C_{l,2} / C_{l,1})^2, as if every block had its own rate. What follows
   is r' = max_l C_{l,2}^2 / min_l C_{l,1}^2.
-  H = I with two blocks of one element and w^0 = (1, 10) shows the difference: r = kappa_l = 1 promises the minimum
-  after one step, but eta = 1 leaves 0.9 of the second coordinate.
+  A counterexample is H = I with two blocks of one element and w^0 = (1, 10): r = kappa_l = 1 predicts the minimum after
+  one step, but eta = 1 leaves 0.9 of the second coordinate.
 - Sharper: the components of A_l shrink by 1 - eta lambda, 0 <= eta lambda <= 1, so the factor is
   max_l (1 - min_k C_{k,1} / (C_{l,2} kappa_l))^2: linear in the constants where r' is quadratic.
 """
@@ -36,7 +36,7 @@ from blockhess_paper.theory.quadratics import TITLES, Quadratics, case
 
 @dataclass(frozen=True)
 class Constants:
-    """The tightest constants of Assumption 1 and what the bounds make of them.
+    """The tightest constants of Assumption 1, and r as printed and corrected.
 
     Attributes:
         c1, c2: (n_trials, L).
@@ -68,18 +68,19 @@ def constants(problems: Quadratics) -> Constants:
 
 
 def check_theorem1(problems: Quadratics, num_steps: int) -> dict[str, Violations]:
-    """Count where blockwise gradient descent breaks the printed and the squared bound."""
+    """Count violations of the printed and of the squared bound by blockwise gradient descent."""
     factor = (1 - 1 / problems.block_kappa).amax(1, keepdim=True)
     bounds = {"printed": Bound(factor), "squared": Bound(factor**2)}
     return count_violations(iterates(problems, blockwise_rate(problems), num_steps), problems.kappa, bounds)
 
 
 def check_theorem2(problems: Quadratics, num_steps: int) -> dict[str, Violations]:
-    """Count where Adam with beta_2 = 1 breaks the bounds of Theorem 2.
+    """Count violations of the bounds of Theorem 2 by Adam with beta_2 = 1.
 
     Returns:
-        "statement": the printed rate min 1 / C_{l,1} and r; "proof": the proof's rate min C_{l,1} and the printed r;
-        "corrected": that rate and r'; "sharp": that rate and the bound that is linear in the constants.
+        Violations of "statement": printed rate min 1 / C_{l,1} and printed r; "proof": the proof's rate min C_{l,1} and
+        printed r; "corrected": the proof's rate and r'; "sharp": the proof's rate and the bound linear in the
+        constants.
     """
     known = constants(problems)
     proof_rate = known.c1.amin(1, keepdim=True)
@@ -100,7 +101,7 @@ def check_theorem2(problems: Quadratics, num_steps: int) -> dict[str, Violations
 
 
 def counterexample() -> Quadratics:
-    """Return H = I, two blocks of one element, w^0 = (1, 10): the printed r = 1 promises convergence in one step."""
+    """Return H = I, two blocks of one element, w^0 = (1, 10): with the printed r = 1, Theorem 2 predicts one step."""
     ones = torch.ones(1, 2, 1, dtype=torch.float64)
     return Quadratics(ones[..., None], ones, torch.tensor([[[1.0], [10.0]]], dtype=torch.float64))
 
@@ -109,7 +110,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     """Check both theorems at every iteration of every trial of the four cases.
 
     Args:
-        seed: of the trials.
+        seed: seed of the trials.
         quick: few trials and iterations.
     """
     num_steps = 50 if quick else 5000
@@ -129,7 +130,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
             total["iterations"].append(violations.iterations)
     example = check_theorem2(counterexample(), 10)["proof"]
 
-    def said(name: str) -> str:
+    def share(name: str) -> str:
         return f"{sum(counts[name]['broken']):,} of {sum(counts[name]['iterations']):,} iterations"
 
     def holds(name: str) -> bool:
@@ -138,17 +139,17 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
     claims = (
         Claim(
             "Theorem 1: blockwise GD with 1/lambda_{l,1} contracts the loss by max_l (1 - 1/kappa_l).",
-            f"broken in {said('Theorem 1, printed')}; so is the sharper bound with the square, in "
-            f"{said('Theorem 1, squared')}.",
+            f"broken in {share('Theorem 1, printed')}; so is the sharper bound with the square, in "
+            f"{share('Theorem 1, squared')}.",
             verdict(holds("Theorem 1, printed")),
         ),
         Claim(
             "Theorem 2: Adam with beta_2 = 1 and eta = min_l 1/C_{l,1} contracts the loss by max_l (1 - 1/(r "
             "kappa_l)).",
-            f"broken in {said('Theorem 2, statement')} (where C_{{l,1}} < 1 it mostly diverges). With the rate of its "
-            f"proof, min_l C_{{l,1}}, and the printed r: in {said('Theorem 2, proof')}, and in {example} of the "
+            f"broken in {share('Theorem 2, statement')} (where C_{{l,1}} < 1 it mostly diverges). With the rate of its "
+            f"proof, min_l C_{{l,1}}, and the printed r: in {share('Theorem 2, proof')}, and in {example} of the "
             "counterexample H = I, w^0 = (1, 10). With r' = max C_{l,2}^2 / min C_{l,1}^2: in "
-            f"{said('Theorem 2, corrected')}; with the bound linear in the constants: in {said('Theorem 2, sharp')}.",
+            f"{share('Theorem 2, corrected')}; with the bound linear in the constants: in {share('Theorem 2, sharp')}.",
             verdict(holds("Theorem 2, statement")),
         ),
     )

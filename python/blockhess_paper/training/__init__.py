@@ -1,4 +1,4 @@
-"""Training as the paper does it: its Algorithms 1-3, learning-rate grids, checkpoints, and the spectra of those."""
+"""Training with the paper's Algorithms 1 to 3, checkpoints and their spectra; Figures 1, 10, 11 and the calibration."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def advice(spectra: Spectra, calibration: Calibration | None = None) -> Advice:
     matrix, js0 = spectra.compare()
     mean = matrix.sum(1) / (len(matrix) - 1)
     drivers = sorted(zip(js0.blocks, mean.tolist()), key=lambda pair: -pair[1])
-    decision, reason = UNDECIDED, calibration.broken
+    decision, reason = UNDECIDED, calibration.failure
     unlike = _unlike(spectra, js0)
     if reason:
         reason = f"JS0 does not tell in the calibration: {reason}"

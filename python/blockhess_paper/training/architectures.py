@@ -1,7 +1,7 @@
-"""Small architectures with data and loss, trained in seconds: the subjects of Figures 1, 10, 11 and the calibration.
+"""Small architectures with data and loss, trained in seconds, for Figures 1, 10 and 11 and the calibration.
 
-Images are Fashion-MNIST, text is Shakespeare by character, both as shipped. Weights and batches are pure functions of
-the seed. Language models are trained with the gradient clipped to norm 1, as nanoGPT does, whatever the optimizer.
+Images are the shipped Fashion-MNIST, text is the shipped Shakespeare by character. Weights and batches depend only on
+the seed. Language models are trained with the gradient clipped to norm 1, as in nanoGPT, with every optimizer.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from blockhess_paper.scaled_mlp.mlp import scaled_mlp
 
 IMAGES_PER_BATCH, WINDOWS_PER_BATCH, CONTEXT = 64, 16, 32
 
-# Symbols in the shipped Shakespeare.
+# Distinct characters in the shipped Shakespeare.
 CHARACTERS = 76
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that can be made and trained.
+    """A network that can be built and trained.
 
     Attributes:
-        family: what is left out together when the calibration is judged.
-        transformer: whether it is one, in the paper's sense.
-        make: -> the model, initialised from torch's global generator.
-        draw: of batches, "images", "flat images", "windows" or "pairs".
-        loss_fn: of spectrum and train.
+        family: architectures that are left out together in the cross-validation of the calibration.
+        transformer: whether the paper would call it a Transformer.
+        make: builds the model, initialized from torch's global generator.
+        draw: kind of batches: "images", "flat images", "windows" or "pairs".
+        loss_fn: argument of spectrum and train.
     """
 
     family: str
@@ -48,7 +48,7 @@ class Architecture:
 
     @property
     def chance(self) -> float:
-        """Loss of predicting every class alike, in nats: what is learned at all is below it."""
+        """Loss of the uniform prediction, in nats."""
         if self.draw == "pairs":
             return math.log(CHARACTERS + SPECIAL) + math.log(2)
         return math.log(CHARACTERS if self.draw == "windows" else 10)
@@ -59,18 +59,18 @@ class Architecture:
         return {"clip": 1.0 if self.draw in ("windows", "pairs") else None}
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What else tells its trainings from others: nothing."""
+    def extra_settings(self) -> dict[str, Any]:
+        """Settings that identify its trainings besides training_runs.Settings: none."""
         return {}
 
     def model(self, seed: int) -> nn.Module:
-        """Return the model at the initialisation of a seed."""
+        """Return the model at the initialization of a seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make()
 
     def batches(self, num_batches: int, seed: int, *, batch_size: int | None = None) -> list[Any]:
-        """Return batches of uniformly drawn samples; for images that is drawing with replacement."""
+        """Return batches of samples drawn uniformly, images with replacement."""
         usual = IMAGES_PER_BATCH if self.draw.endswith("images") else WINDOWS_PER_BATCH
         size = usual if batch_size is None else batch_size
         if self.draw == "windows":

@@ -2,13 +2,15 @@
 
     gap = (SGD's final loss - AdamW's) / (initial - AdamW's), best rates of growing grids, mean over the seeds
 
-JS0 at initialisation is taken in every definition: kind, mean over pairs of different blocks or over the whole matrix,
-axis, what eigenvalues are divided by, sigma, BatchNorm policy. The default definition was fixed before any result was
-seen and decides the verdict; the best of all definitions is told with how many were tried, since among so many the best
-is good by chance. For comparison: the spread of log lambda_max over the blocks, which has no sigma or axis to choose.
+JS0 at initialization is computed in every definition: kind, mean over pairs of blocks or over the whole matrix, axis,
+normalization, sigma and BatchNorm policy. The default definition was fixed before any result was known and decides the
+verdict. The best definition is reported with the number of definitions tried, since the best of many is good by chance.
+The baseline is the spread of log lambda_max over the blocks, which has no parameters.
 
-An initial loss far above chance makes any optimizer's progress look like all of AdamW's, so the gap is also told with
-the initial loss capped at that of guessing all classes alike.
+With an initial loss far above chance the progress of every optimizer looks like that of AdamW. The gap is therefore
+also reported with the initial loss capped at the loss of the uniform prediction.
+
+FOLDER holds one file per training and per spectrum, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
 from blockhess_paper.networks.initial_spectra import POLICIES, Effort, measure_once
 from blockhess_paper.networks.networks import Network, Selection
-from blockhess_paper.networks.reconstructed_js import KINDS, js0
+from blockhess_paper.networks.reconstructed_js import KINDS, js0_value
 from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
 from blockhess_paper.training.architectures import ARCHITECTURES
 from blockhess_paper.training.calibration import (
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 EFFORT = Effort(3, 40)
 QUICK_EFFORT = Effort(1, 4, 4)
 
-# Samples whose mean loss has the measured Hessian: images, windows or pairs.
+# Samples in the batch of the Hessian: images; windows or pairs.
 IMAGES, WINDOWS = 64, 16
 
 QUICK_KINDS = ("distance",)
@@ -61,20 +63,20 @@ MEANS = ("pairs", "matrix")
 AXES = ("linear", "asinh")
 SPREAD = "spread of log lambda_max"
 
-# Of the bootstrap of a definition other than the default.
+# Bootstrap samples for definitions other than the default.
 RESAMPLES = 200
 
-# Definitions printed.
+# Number of definitions in the printed table.
 SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An architecture of the calibration.
+    """A measured architecture.
 
     Attributes:
-        name: of ARCHITECTURES.
-        spectra: BatchNorm policy -> spectra at the initialisation of the first seed; without BatchNorm both are one.
+        name: a key of ARCHITECTURES.
+        spectra: BatchNorm policy -> spectra at initialization with the first seed; the same object without BatchNorm.
         sgd, adamw: both optimizers at their best rate.
     """
 
@@ -85,7 +87,7 @@ class Measured:
 
 
 def initial_spectra(folder: Path, name: str, seed: int, effort: Effort) -> dict[str, Spectra]:
-    """Return spectra of every parameter tensor by BatchNorm policy, measured or as they are kept."""
+    """Return BatchNorm policy -> spectra of every parameter tensor, computed or loaded from the folder."""
     architecture = ARCHITECTURES[name]
     model = architecture.model(seed)
     images = architecture.draw.endswith("images")
@@ -93,14 +95,14 @@ def initial_spectra(folder: Path, name: str, seed: int, effort: Effort) -> dict[
     batch = architecture.batches(1, seed, batch_size=usual if effort.size is None else effort.size)
     source = "Fashion-MNIST" if images else "Shakespeare"
     network = Network(name, model, batch, architecture.loss_fn, source)
-    kept = writable_folder(folder / "spectra")
+    files = writable_folder(folder / "spectra")
     if not has_batchnorm(model):
-        return dict.fromkeys(POLICIES, measure_once(kept / f"{name}-none.npz", network, "none", effort, seed))
-    return {policy: measure_once(kept / f"{name}-{policy}.npz", network, policy, effort, seed) for policy in POLICIES}
+        return dict.fromkeys(POLICIES, measure_once(files / f"{name}-none.npz", network, "none", effort, seed))
+    return {policy: measure_once(files / f"{name}-{policy}.npz", network, policy, effort, seed) for policy in POLICIES}
 
 
 def measure(folder: Path, names: Sequence[str], settings: Settings, effort: Effort) -> Iterator[Measured]:
-    """Yield the architectures one after the other, each as soon as it is measured."""
+    """Yield the measured architectures one after the other."""
     for name in names:
         spectra = initial_spectra(folder, name, settings.seeds[0], effort)
         sgd, adamw = (find_best(folder, name, optimizer, settings) for optimizer in ("SGD", "AdamW"))
@@ -109,13 +111,14 @@ def measure(folder: Path, names: Sequence[str], settings: Settings, effort: Effo
 
 @dataclass(frozen=True)
 class Definition:
-    """A way to take JS0: the mean of which matrix over what.
+    """A definition of JS0.
 
     Attributes:
-        kind, axis, normalize: see Spectra.js_matrix.
-        multiple: sigma in units of the default one.
-        mean: over "pairs" of different blocks, or the whole "matrix" with its zero diagonal.
-        policy: of BatchNorm.
+        kind: one of reconstructed_js.KINDS.
+        axis, normalize: see blockhess.analysis.axes.Axis.
+        multiple: sigma in units of the default sigma.
+        mean: over "pairs" of different blocks, or over the whole "matrix" with its zero diagonal.
+        policy: BatchNorm policy.
     """
 
     kind: str = "distance"
@@ -136,24 +139,24 @@ DEFAULT = Definition()
 
 
 def values_of(spectra: Spectra, policy: str, kinds: Iterable[str] = KINDS) -> dict[Definition, float]:
-    """Return JS0 in every definition under one policy; those that cannot be had are left out."""
+    """Return JS0 under one BatchNorm policy in every definition that is possible for these blocks."""
+    compared = []
+    for axis in itertools.starmap(Axis, itertools.product(AXES, NORMALIZATIONS)):
+        if len(spectra.comparable_blocks(axis)) >= 2:
+            default = spectra.js0(axis=axis)
+            where = replace(axis, scale=default.scale)
+            for multiple in sorted(SIGMAS, key=lambda m: m != 1):
+                compared.append((multiple, spectra.js0(axis=where, sigma=multiple * default.sigma)))
     found = {}
-    for axis, normalize in itertools.product(AXES, NORMALIZATIONS):
-        if len(spectra.comparable_blocks(Axis(axis, normalize))) < 2:
-            continue
-        default = spectra.js0(axis=Axis(axis, normalize))
-        where, count = Axis(axis, normalize, default.scale), len(default.blocks)
-        for multiple in SIGMAS:
-            compared = spectra.js0(axis=where, sigma=multiple * default.sigma)
-            for kind in kinds:
-                value = js0(spectra, kind, compared)
-                for mean, share in zip(MEANS, (1.0, (count - 1) / count)):
-                    found[Definition(kind, axis, normalize, multiple, mean, policy)] = share * value
+    for kind, (multiple, js0) in itertools.product(kinds, compared):
+        value, count = js0_value(spectra, kind, js0), len(js0.blocks)
+        for mean, share in zip(MEANS, (1.0, (count - 1) / count)):
+            found[Definition(kind, js0.axis, js0.normalize, multiple, mean, policy)] = share * value
     return found
 
 
 def _tables(m: Measured, kinds: Iterable[str]) -> dict[Definition, float]:
-    """values_of under both policies, once where both are one."""
+    """Return JS0 in every definition under both BatchNorm policies."""
     found = values_of(m.spectra["eval"], "eval", kinds)
     if m.spectra["batch"] is not m.spectra["eval"]:
         return found | values_of(m.spectra["batch"], "batch", kinds)
@@ -169,23 +172,23 @@ def spread(spectra: Spectra) -> float:
 
 
 def gaps(name: str, sgd: Best, adamw: Best, *, capped: bool = False) -> list[float]:
-    """Return the gap at every seed; capped: with an initial loss of at most chance, where AdamW is below that."""
+    """Return the gap of every seed; capped: with the initial loss at most at chance, where AdamW gets below it."""
     most = ARCHITECTURES[name].chance if capped else math.inf
     losses = zip(adamw.initial, sgd.final, adamw.final)
     return [gap(min(i, most), s, a) for i, s, a in losses if not (capped and a >= most)]
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
-    """Measure what is not there yet, and judge.
+    """Train the architectures, compute their spectra, and judge the claims.
 
     Args:
-        seed: the first of the seeds; of the bootstrap too.
+        seed: first of the seeds; seed of the bootstrap.
         quick: three architectures, six steps, one kind.
-        folder: keeps trainings and spectra; the same folder goes on with what was interrupted.
-        selection: its scale must be mini.
+        folder: holds trainings and spectra; those of an interrupted run are reused.
+        selection: its scale must be "mini".
 
     Raises:
-        ValueError: another scale.
+        ValueError: the scale is "paper".
     """
     if selection is not None and selection.scale != "mini":
         raise ValueError(
@@ -211,7 +214,7 @@ def _summary(found: Measured) -> str:
 
 
 def judge(measured: Sequence[Measured], settings: Settings, seed: int, kinds: Iterable[str] = KINDS) -> Result:
-    """Return what the measured architectures say, with JS0 of some kinds."""
+    """Judge the claims by the measured architectures, with JS0 of the given kinds."""
     names = [m.name for m in measured]
     families = [ARCHITECTURES[name].family for name in names]
     all_gaps = {capped: [gaps(m.name, m.sgd, m.adamw, capped=capped) for m in measured] for capped in (False, True)}
@@ -266,7 +269,7 @@ def judge(measured: Sequence[Measured], settings: Settings, seed: int, kinds: It
             format_table(header, rows) + "\n* best rate at the end of the grid that was tried",
             f"Spearman's rank correlation with the gap, {100 * CONFIDENCE:g} % by bootstrap over families\n"
             + format_table(["definition", "correlation"], lines, left=2),
-            f"{calibration}\nadvice: {calibration.broken or 'the rule holds'}",
+            f"{calibration}\nadvice: {calibration.failure or 'the rule holds'}",
         ]
     )
     return Result(
@@ -289,7 +292,7 @@ def judge(measured: Sequence[Measured], settings: Settings, seed: int, kinds: It
             "architectures": {m.name: _record(m, all_gaps, k) for k, m in enumerate(measured)},
             "JS0": {str(key): values for key, values in predictors.items()},
             "correlations": {str(key): [value.value, value.lower, value.upper] for key, value in found.items()},
-            "leave one family out": calibration.left_out,
+            "leave one family out": calibration.leave_one_out,
             "calibration": {"subjects": [vars(s) for s in calibration.subjects], "made": dict(calibration.made)},
         },
         figure=_draw(measured, mean[False], all_gaps[False], predictors),
@@ -349,7 +352,7 @@ def _claims(
             f"{len(positive)} of {len(definitions)} definitions have an interval above zero; the best of all has "
             f"{best} ({order[0]}), chosen after the fact. Leaving one family out, the default's rule decides on "
             f"{calibration.num_decided} of {len(measured)} architectures and is wrong about {calibration.num_wrong}.",
-            verdict(not calibration.broken, len(positive) > len(definitions) / 2),
+            verdict(not calibration.failure, len(positive) > len(definitions) / 2),
         ),
         Claim(
             "Section 2.1: on Transformers SGD performs significantly worse than Adam, on CNNs they are similar.",
@@ -372,7 +375,7 @@ def _draw(
 ) -> Figure:
     figure = new_figure(11.0, 5.0)
     panels = figure.subplots(1, 2, sharey=True)
-    drawn: dict[Definition | str, str] = {DEFAULT: "JS0 at initialisation, default definition", SPREAD: SPREAD}
+    drawn: dict[Definition | str, str] = {DEFAULT: "JS0 at initialization, default definition", SPREAD: SPREAD}
     for panel, (key, label) in zip(panels, drawn.items()):
         for k, m in enumerate(measured):
             x = predictors[key][k]

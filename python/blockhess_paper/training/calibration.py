@@ -1,11 +1,11 @@
-"""Does heterogeneity predict how far SGD falls behind AdamW? Measured architectures, and what may be concluded.
+"""The calibration of JS0: does it predict how far SGD falls behind AdamW on measured architectures?
 
     gap  = (SGD's final loss - AdamW's) / (initial loss - AdamW's), both at their best rates
     rule = "SGD fine" below every JS0 at which Adam was needed, "Adam needed" above every JS0 at which SGD was fine
 
-Between the two, and everywhere if the rule does not hold, the answer is "undecided". It holds where the rank
-correlation of JS0 and gap is above zero over the whole bootstrap interval, and the rule, made without a family, decides
-and is right about that family's members often enough. No probability is made of fifteen points.
+Between the two thresholds, and everywhere if the rule does not hold, the decision is "undecided". The rule holds if the
+bootstrap interval of the rank correlation of JS0 and gap is above zero and if rules made without one family of
+architectures decide, correctly, on enough members of that family. Fifteen points do not support a probability.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import numpy as np
 
 SGD_FINE, ADAM_NEEDED, UNDECIDED = "SGD fine", "Adam needed", "undecided"
 
-# Adam is needed where SGD gives away more than this share of what AdamW gains.
+# Adam counts as needed where the gap is larger than this.
 NEEDED_GAP = 0.1
 
-# The rule holds if it is wrong about at most this share of the members it decides on, and decides on this share.
+# The rule holds if it is wrong about at most this share of its decisions, and decides on at least this share.
 MOST_WRONG, LEAST_DECIDED = 0.1, 0.3
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
 def gap(initial: float, sgd: float, adamw: float) -> float:
-    """Return the share of AdamW's gain that SGD does not make; below 0 where SGD ends lower.
+    """Return the share of AdamW's decrease of the loss that SGD does not reach; negative where SGD ends lower.
 
     Raises:
-        ValueError: AdamW gained nothing, so there is no share of it.
+        ValueError: AdamW did not lower the loss.
 
     Example:
         >>> gap(initial=2.0, sgd=1.5, adamw=1.0)
@@ -48,7 +48,7 @@ def gap(initial: float, sgd: float, adamw: float) -> float:
 
 @dataclass(frozen=True)
 class Subject:
-    """A measured architecture: its gap, averaged over seeds, and JS0 at initialisation in the default definition."""
+    """A measured architecture: its mean gap over the seeds, and JS0 at initialization in the default definition."""
 
     name: str
     family: str
@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def needs_adam(self) -> bool:
-        """Whether SGD gave away more than NEEDED_GAP."""
+        """Whether the gap is above NEEDED_GAP."""
         return self.gap > NEEDED_GAP
 
 
@@ -76,14 +76,16 @@ class Correlation:
 def rank_correlation(
     x: Sequence[float], y: Sequence[float], families: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Correlation:
-    """Correlate ranks, ties at their mean rank, and resample whole families with replacement.
+    """Return Spearman's correlation, ties at their mean rank, with a bootstrap interval over families.
 
-    Members of a family are no independent observations, so a family is drawn or left out as one. Resamples in which
-    all x or all y are equal have no correlation and are drawn again.
+    Members of a family are not independent, so whole families are resampled. Resamples in which all x or all y are
+    equal have no correlation and are drawn again.
 
     Args:
-        x, y: as many values each.
-        families: what is drawn together, a name a value.
+        x, y: values of the same length.
+        families: the family of every value.
+        resamples: number of bootstrap samples.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: fewer than two different x or y, or only one family.
@@ -114,12 +116,12 @@ def rank_correlation(
 
 
 def _spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Pearson's correlation of the ranks."""
+    """Return Pearson's correlation of the ranks."""
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
 def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Ranks from 1, ties at their mean rank: scipy.stats.rankdata, whose import takes a second."""
+    """Return ranks from 1, ties at their mean rank: scipy.stats.rankdata without the second that its import takes."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: np.ndarray[Any, Any] = (counts.cumsum() - (counts - 1) / 2)[place]
     return ranks
@@ -128,14 +130,15 @@ def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def chance_of_best(
     predictors: Sequence[Sequence[float]], y: Sequence[float], *, shuffles: int = 10_000, seed: int = 0
 ) -> float:
-    """Return how often shuffled y has as large a rank correlation with the best of the predictors as y itself.
+    """Return the p-value of the largest rank correlation of y with any of the predictors, by permutation.
 
-    What a best chosen afterwards among many is worth: the p-value of the maximum, by permutation; members of a family
-    are shuffled like any others.
+    It accounts for choosing the best of many predictors afterwards. Families are not kept together.
 
     Args:
         predictors: (n_predictors, n), none constant.
         y: (n,).
+        shuffles: number of random permutations of y.
+        seed: seed of the permutations.
 
     Source: Westfall and Young 1993.
 
@@ -158,7 +161,7 @@ def chance_of_best(
 
 @dataclass(frozen=True)
 class Rule:
-    """Thresholds on JS0; a rule from architectures of one kind alone decides nothing."""
+    """Thresholds on JS0; a rule made only from architectures that need Adam, or only from others, decides nothing."""
 
     fine_below: float
     needed_above: float
@@ -175,18 +178,18 @@ class Rule:
     def decide(self, js0: float) -> str:
         """Return SGD_FINE, ADAM_NEEDED or UNDECIDED."""
         below, above = js0 < self.fine_below, js0 > self.needed_above
-        if below == above:  # between them, or thresholds so far apart that both would hold
+        if below == above:  # between the thresholds, or on both sides where they overlap
             return UNDECIDED
         return SGD_FINE if below else ADAM_NEEDED
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured architectures and what follows from them.
+    """Measured architectures and the rule they give.
 
     Attributes:
         subjects: the architectures.
-        made: how: settings, versions.
+        made: how they were measured: settings and versions.
     """
 
     subjects: tuple[Subject, ...]
@@ -199,13 +202,13 @@ class Calibration:
 
     @cached_property
     def correlation(self) -> Correlation:
-        """Of JS0 and gap."""
+        """Rank correlation of JS0 and gap."""
         columns = zip(*((s.js0, s.gap, s.family) for s in self.subjects))
         return rank_correlation(*columns)
 
     @cached_property
-    def left_out(self) -> dict[str, tuple[str, bool]]:
-        """Name -> what the rule of all other families says of it, and whether it needs Adam."""
+    def leave_one_out(self) -> dict[str, tuple[str, bool]]:
+        """Name -> decision of the rule made from all other families, and whether Adam is needed."""
         return {
             s.name: (Rule.of([o for o in self.subjects if o.family != s.family]).decide(s.js0), s.needs_adam)
             for s in self.subjects
@@ -213,17 +216,17 @@ class Calibration:
 
     @property
     def num_decided(self) -> int:
-        """How many subjects the rule without their family decides on."""
-        return sum(said != UNDECIDED for said, _ in self.left_out.values())
+        """Number of subjects on which the rule of the other families decides."""
+        return sum(said != UNDECIDED for said, _ in self.leave_one_out.values())
 
     @property
     def num_wrong(self) -> int:
-        """How many of those it is wrong about."""
-        return sum(said == (SGD_FINE if needs else ADAM_NEEDED) for said, needs in self.left_out.values())
+        """Number of wrong ones among these decisions."""
+        return sum(said == (SGD_FINE if needs else ADAM_NEEDED) for said, needs in self.leave_one_out.values())
 
     @property
-    def broken(self) -> str:
-        """Why nothing may be concluded from JS0, or "" where the rule holds."""
+    def failure(self) -> str:
+        """Why JS0 allows no decision; "" if the rule holds."""
         if self.rule.needed_above == math.inf:
             every = "needs" if self.subjects[0].needs_adam else "does without"
             return f"every calibrated architecture {every} Adam, so nothing tells them apart"
@@ -249,18 +252,18 @@ class Calibration:
         )
 
     def to_json(self) -> str:
-        """The text `load_calibration` reads."""
+        """Return the text that from_json reads."""
         content = {"subjects": [asdict(s) for s in self.subjects], "made": dict(self.made)}
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """Read what to_json wrote."""
+        """Return the calibration of a text of to_json."""
         content = json.loads(text)
         return cls(tuple(Subject(**entry) for entry in content["subjects"]), content["made"])
 
 
 @cache
 def shipped_calibration() -> Calibration:
-    """Return the calibration that ships with the package; `blockhess paper calibrate` made it."""
+    """Return the calibration shipped with the package, a result of `blockhess paper calibrate`."""
     return Calibration.from_json((files("blockhess_paper") / "data" / "calibration.json").read_text())

@@ -1,14 +1,14 @@
-"""Figure 1: spectra of the full Hessian at 0, 25, 50 and 100 % of the steps of a training, and of the blocks beside.
+"""Figure 1: spectra of the full Hessian and of the blocks after 0, 25, 50 and 100 % of the steps of a training.
 
-Each network is trained with what the paper's code bases take, SGD for CNNs, AdamW for Transformers. The paper's three
-statements are counted, not looked at: dispersion (largest eigenvalue over the 10th), symmetry at initialisation (most
-negative over most positive eigenvalue), and evolution (the share of negative eigenvalues' weight, sum |lambda| over the
-negative ones relative to all).
+Each network is trained with the optimizer of the paper's code bases: SGD for CNNs, AdamW for Transformers. Three
+statements of the paper are quantified: dispersion (largest over 10th largest eigenvalue), symmetry at initialization
+(most negative over most positive eigenvalue), and evolution (sum of |lambda| over the negative eigenvalues, as a share
+of the sum over all).
 
-At scale "mini" the networks are those of architectures.py; at scale "paper" the paper's, trained as recipes.py says and
-measured with its batches on its blocks. FOLDER/checkpoints/NAME-STEP.pt are kept, with spectra of each in
-FOLDER/evolution, so an interrupted run goes on, within a training and within a spectrum too. A training that diverged,
-which is not finite or ended above where it began, is told as such and decides nothing; its spectra are not measured.
+At scale "mini" the networks are those of architectures.py; at scale "paper" the paper's, trained as in recipes.py, with
+the paper's batches and blocks. FOLDER/checkpoints/NAME-STEP.pt and the spectra in FOLDER/evolution let an interrupted
+run resume, within a training and within a spectrum too. A training that diverged is reported and excluded from the
+claims, and its spectra are not computed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockhess._text import format_table
+from blockhess.problem.blocks import BlockSpec
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder, write_text
 from blockhess.spectra import Spectra
@@ -63,14 +64,14 @@ SYMMETRIC = 3.0
 
 @dataclass(frozen=True)
 class Stage:
-    """One checkpoint: the full Hessian's spectrum and the blocks'."""
+    """Spectra of one checkpoint: of the full Hessian and of its blocks."""
 
     full: Spectra
     blocks: Spectra
 
     @property
     def nodes_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the full Hessian, (n,) each, by ascending node."""
+        """Nodes and weights of the full Hessian, (n,) each, in ascending order of the nodes."""
         nodes, weights = (part[0] for part in self.full.quadrature.merged())
         order = nodes.argsort()
         return nodes[order], weights[order]
@@ -88,7 +89,7 @@ class Stage:
 
     @property
     def negative(self) -> float:
-        """Sum of |lambda| over the negative eigenvalues, as a share of that over all."""
+        """Sum of |lambda| over the negative eigenvalues, as a share of the sum over all."""
         nodes, weights = self.nodes_weights
         size = weights * nodes.abs()
         return float(size[nodes < 0].sum() / size.sum())
@@ -96,14 +97,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Panel:
-    """A network of the figure, and how it is trained and measured.
+    """A network of the figure, its training and the batch of its Hessian.
 
     Attributes:
-        title: of the paper's panel.
+        title: title of the paper's panel.
         trainee: the network.
         optimizer, rate, settings: of the training.
-        batch: makes a network with the batch that is measured, whose model is exchanged for the trained one.
-        blocks: that are measured beside the full Hessian.
+        batch: builds the network with the batch of its Hessian; checkpoints are loaded into its model.
+        paper_blocks: whether its blocks are those of the paper's text, else one per parameter tensor.
     """
 
     title: str
@@ -112,17 +113,17 @@ class Panel:
     rate: float
     settings: Settings
     batch: Callable[[], Network]
-    blocks: str = "parameter"
+    paper_blocks: bool = False
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
-    """Train, measure every checkpoint, and judge.
+    """Train, compute the spectra of every checkpoint, and judge the claims.
 
     Args:
-        seed: of weights, batches and probes.
+        seed: seed of weights, batches and probes.
         quick: two networks, few steps.
-        folder: keeps checkpoints and spectra.
-        selection: of the networks; at scale "mini" of SUBJECTS.
+        folder: holds checkpoints and spectra.
+        selection: the networks; at scale "mini" of SUBJECTS.
     """
     selection = selection or Selection()
     shares = QUICK_SHARES if quick else SHARES
@@ -145,7 +146,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
 
 
 def small_panel(name: str, seed: int, quick: bool) -> Panel:
-    """Return one of SUBJECTS."""
+    """Return the panel of one of SUBJECTS."""
     title, optimizer, rate = SUBJECTS[name]
     architecture = ARCHITECTURES[name]
     source = "Shakespeare" if architecture.draw == "windows" else "Fashion-MNIST"
@@ -157,51 +158,56 @@ def small_panel(name: str, seed: int, quick: bool) -> Panel:
 
 
 def paper_panel(trainee: PaperTrainee, seed: int) -> Panel:
-    """Return one of PANELS, with the optimizer and the rate that its code base takes."""
+    """Return the panel of one of PANELS, with the optimizer and rate of its code base."""
     optimizer = "AdamW" if trainee.transformer else "SGD"
     rate, batch = trainee.recipe.rates[optimizer][0], partial(trainee.measured_batch, seed)
-    return Panel(NETWORKS[trainee.name][0], trainee, optimizer, rate, trainee.settings(seed), batch, "paper")
+    return Panel(NETWORKS[trainee.name][0], trainee, optimizer, rate, trainee.settings(seed), batch, paper_blocks=True)
 
 
 def evolution(
     folder: Path, name: str, panel: Panel, shares: Sequence[float], effort: Effort, seed: int, precision: str
 ) -> list[Stage]:
-    """Return the spectra after these shares of a training, trained and measured unless kept."""
+    """Return the spectra after these shares of a training, computed or loaded from the folder."""
     steps = [round(share * panel.settings.num_steps) for share in shares]
     net = panel.batch()
     policy = "eval" if has_batchnorm(net.model) else "none"
-    kept = writable_folder(folder / "evolution")
+    spectra = writable_folder(folder / "evolution")
+    partitions: dict[str, BlockSpec] = {"full": "full", "parameter": "parameter"}
+    if panel.paper_blocks:
+        partitions = {"full": "full", "paper": net.model.paper_blocks(figure=False)}  # type: ignore[operator]
     stages = []
     for path in checkpoints(folder, name, panel, steps, seed):
         load_checkpoint(net.model, path)
         full, blocks = (
-            measure_once(kept / f"{path.stem}-{cut}.npz", net, policy, effort, seed, blocks=cut, precision=precision)
-            for cut in ("full", panel.blocks)
+            measure_once(
+                spectra / f"{path.stem}-{name}.npz", net, policy, effort, seed, blocks=partition, precision=precision
+            )
+            for name, partition in partitions.items()
         )
         stages.append(Stage(full, blocks))
     return stages
 
 
 class Diverged(Exception):
-    """A training was not finite or ended above where it began; holds the steps with finite losses, of how many."""
+    """A training diverged; holds the number of steps with finite losses, and of all steps."""
 
 
 def checkpoints(folder: Path, name: str, panel: Panel, steps: Sequence[int], seed: int) -> list[Path]:
-    """Return a checkpoint for each of some steps of a training; trains unless it was trained before.
+    """Return the checkpoints at some steps of a training, which is done now unless the folder has them.
 
     Raises:
-        Diverged: now, or when it was trained before.
+        Diverged: the training diverged, now or before.
     """
-    settings, kept = panel.settings, writable_folder(folder / "checkpoints")
-    told = {"schedule": settings.schedule, "warmup": settings.warmup, **panel.trainee.told}
-    digest = blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
+    settings, saved = panel.settings, writable_folder(folder / "checkpoints")
+    identity = {"schedule": settings.schedule, "warmup": settings.warmup, **panel.trainee.extra_settings}
+    digest = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
     stem = f"{name}-{panel.optimizer}-{panel.rate:g}-{seed}-{settings.num_steps}-{digest}"
-    paths = {step: kept / f"{stem}-{step}.pt" for step in steps}
-    # Written last: how the training ended is known only then, whatever checkpoints there are.
-    ended = kept / f"{stem}.json"
+    paths = {step: saved / f"{stem}-{step}.pt" for step in steps}
+    # Written last: only this file says how the training ended.
+    ended = saved / f"{stem}.json"
     end = json.loads(ended.read_text()) if ended.exists() else None
     if end is None or not (end["diverged"] or all(path.exists() for path in paths.values())):
-        state = SavedState(kept / f"{stem}.state", told)
+        state = SavedState(saved / f"{stem}.state", identity)
         training = train(
             panel.trainee.model(seed),
             panel.trainee.batches(settings.num_steps, seed),
@@ -212,7 +218,7 @@ def checkpoints(folder: Path, name: str, panel: Panel, steps: Sequence[int], see
             schedule=settings.schedule,
             warmup=settings.warmup,
             at_steps={step: partial(save_checkpoint, path=path) for step, path in paths.items()},
-            kept=state,
+            state=state,
             **panel.trainee.options,
         )
         end = {"steps": len(training.losses), "diverged": training.diverged}
@@ -231,8 +237,8 @@ def judge(
     seed: int,
     selection: Selection,
 ) -> Result:
-    """Return what the stages say about Figure 1 and section 2.2; claims where there are CNNs and Transformers."""
-    rows = [[panels[name].title, told] for name, told in diverged.items()]
+    """Judge Figure 1 and section 2.2; claims need both CNNs and Transformers."""
+    rows = [[panels[name].title, text] for name, text in diverged.items()]
     for name, stages in found.items():
         for share, stage in zip(_shares(stages), stages):
             low, high = stage.ends
@@ -254,7 +260,7 @@ def judge(
     same = len({*steps.values()}) == 1
     numbers = {
         "largest over 10th": {n: [s.ends[1] / s.tenth for s in stages] for n, stages in found.items()},
-        "asymmetry at initialisation": {n: _asymmetry(*stages[0].ends) for n, stages in found.items()},
+        "asymmetry at initialization": {n: _asymmetry(*stages[0].ends) for n, stages in found.items()},
         "negative share": {n: [s.negative for s in stages] for n, stages in found.items()},
         "JS0 of the blocks": {n: [s.blocks.js0().value for s in stages] for n, stages in found.items()},
     }
@@ -270,7 +276,7 @@ def judge(
             "precision": selection.precision,
             "num_steps": steps,
             "optimizers": {n: [panel.title, panel.optimizer, panel.rate] for n, panel in panels.items()},
-            "recipes": {n: panel.trainee.told for n, panel in panels.items() if panel.trainee.told},
+            "recipes": {n: panel.trainee.extra_settings for n, panel in panels.items() if panel.trainee.extra_settings},
             "num_probes": effort.num_probes,
             "Lanczos steps": effort.num_steps,
         },
@@ -302,7 +308,7 @@ def _claims(
             verdict(overlap, min(largest[True]) <= max(largest[False])),
         ),
         Claim(
-            "Section 2.2 (2): on all networks the spectrum is approximately symmetric around 0 at initialisation.",
+            "Section 2.2 (2): on all networks the spectrum is approximately symmetric around 0 at initialization.",
             "the ends of the range differ by a factor "
             + ", ".join(f"{ratios[n]:.2g} ({n})" for n in found)
             + f"; within {SYMMETRIC:g} on {len(symmetric)} of {len(found)}.",
@@ -323,7 +329,7 @@ def _shares(stages: Sequence[Stage]) -> tuple[float, ...]:
 
 
 def _draw(found: Mapping[str, Sequence[Stage]], panels: Mapping[str, Panel]) -> Figure:
-    """Rows: networks; columns: stages; eigenvalues divided by the 10th largest, log density, as in the paper."""
+    """Plot log densities of the eigenvalues over the 10th largest, a row per network and a column per checkpoint."""
     figure = new_figure(11.0, 1.7 * len(found))
     axes = figure.subplots(len(found), len(next(iter(found.values()))), squeeze=False)
     for row, (name, stages) in enumerate(found.items()):

@@ -25,11 +25,11 @@ from blockhess_paper.training.training_runs import QUICK, Best, Settings, Traine
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The paper's panels, and what stands for them.
+# Small networks -> the paper's panels.
 CNNS = {"resnet": "ResNet18", "vgg": "VGG16", "vgg-bn": "VGG16 with BatchNorm (not in the paper)"}
 TRANSFORMERS = {"vit-2": "ViT", "bert-2": "BERT", "gpt-1": "GPT2-nano", "gpt-2": "GPT2"}
 
-# Losses are drawn as running means over so many steps.
+# Losses are plotted as running means over this many steps.
 SMOOTHED = 15
 
 
@@ -43,17 +43,17 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     """
     subjects = dict(list(CNNS.items())[:1]) if quick else CNNS
     claim = "Figure 10: SGD and AdamW perform similarly on CNNs."
-    return compared("fig10", claim, subjects, False, seed, quick, folder, selection or Selection())
+    return run_comparison("fig10", claim, subjects, False, seed, quick, folder, selection or Selection())
 
 
 def run_figure11(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
     """Figure 11: train the Transformers. Args: see run."""
     subjects = {"gpt-1": "GPT2-nano"} if quick else TRANSFORMERS
     claim = "Figure 11: SGD performs significantly worse than AdamW on Transformers."
-    return compared("fig11", claim, subjects, True, seed, quick, folder, selection or Selection())
+    return run_comparison("fig11", claim, subjects, True, seed, quick, folder, selection or Selection())
 
 
-def compared(
+def run_comparison(
     name: str,
     claim: str,
     subjects: Mapping[str, str],
@@ -66,9 +66,10 @@ def compared(
     """Compare both optimizers on the small architectures, or on the paper's networks of the same kind.
 
     Args:
-        name, claim: of the result.
-        subjects: the small ones: of ARCHITECTURES -> title.
-        transformers: which of the paper's, and whether it says that SGD is worse on them.
+        name: name of the result.
+        claim: the paper's claim.
+        subjects: key of ARCHITECTURES -> title, for scale "mini".
+        transformers: whether the networks are Transformers, on which the paper says that SGD is worse.
         seed, quick, folder, selection: see run.
     """
     if selection.scale == "mini":
@@ -94,12 +95,13 @@ def compare(
     """Train networks with both optimizers at their best rates and judge a claim about all of them.
 
     Args:
-        name, claim: of the result.
+        name: name of the result.
+        claim: the paper's claim.
         subjects: key -> title.
-        similar: whether the paper says that SGD is on par, or that it is worse.
-        settings: key -> how it is trained.
+        similar: whether the paper says that SGD is on par, else that it is worse.
+        settings: key -> training settings.
         folder: see run.
-        made: key -> what is trained; by default that of ARCHITECTURES.
+        made: key -> network; None means those of ARCHITECTURES.
     """
     found = {
         key: {o: find_best(folder, key, o, settings[key], (made or {}).get(key)) for o in ("SGD", "AdamW")}
@@ -130,7 +132,7 @@ def compare(
             "num_steps": steps if len({*steps.values()}) > 1 else next(iter(steps.values())),
             "seeds": list(seeds),
             "subjects": dict(subjects),
-            **({"recipes": {key: trainee.told for key, trainee in made.items()}} if made else {}),
+            **({"recipes": {key: trainee.extra_settings for key, trainee in made.items()}} if made else {}),
         },
         (
             Claim(
@@ -150,7 +152,7 @@ def compare(
 
 
 def _gaps(sgd: Best, adamw: Best) -> list[float]:
-    """The gap at every seed at which AdamW gained anything."""
+    """Return the gaps of the seeds for which AdamW lowers the loss."""
     return [gap(i, s, a) for i, s, a in zip(adamw.initial, sgd.final, adamw.final) if a < i]
 
 
@@ -168,7 +170,7 @@ def _diverged(both: Mapping[str, Best]) -> str:
 
 
 def _losses(found: Best) -> torch.Tensor:
-    """Losses (n_seeds, num_steps); a training that broke off is continued by the last loss it had."""
+    """Return the losses (n_seeds, num_steps); a training that ended early is continued by its last loss."""
     rows = [list(t.losses) + [t.losses[-1]] * (t.num_steps - len(t.losses)) for t in found.trainings]
     return torch.tensor(rows, dtype=torch.float64)
 

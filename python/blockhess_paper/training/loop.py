@@ -1,10 +1,10 @@
-"""One training: fixed number of steps, losses of all of them, divergence told apart from a bad loss.
+"""Training for a fixed number of steps, with the loss of every step and detection of divergence.
 
     eta_t = rate  or  rate (1 + cos(pi t / T)) / 2  or  rate / 10^floor(3 t / T), after a linear warm-up
-    g_t = sum_i weight_i g_i / sum_i weight_i    over the parts of a batch that one graph does not hold;  clipped
+    g_t = sum_i weight_i g_i / sum_i weight_i    over the parts of a batch too large for one graph;  clipped
 
-A loss that is not finite ends the training. It has diverged then, and also where a parameter is not finite after the
-last step or the loss ends above where it began: no result is NaN.
+A training ends at the first loss that is not finite. It has diverged then, and also if a parameter is not finite after
+the last step or if the final loss is above the initial one. No result is NaN.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def learning_rate(step: int, num_steps: int, schedule: str = "cosine", warmup: i
     """Return the factor of the learning rate at a step, counted from 0.
 
     Args:
-        schedule: "constant"; "cosine" from 1 towards 0 over the steps after the warm-up; or "thirds", a tenth of
-            what it was after every third of the steps.
-        warmup: steps of a linear rise before.
+        schedule: "constant"; "cosine", from 1 towards 0 after the warm-up; or "thirds", divided by 10 after every
+            third of the steps.
+        warmup: steps of linear warm-up.
 
     Example:
         >>> [round(learning_rate(t, 4), 3) for t in range(4)]
@@ -53,14 +53,14 @@ def learning_rate(step: int, num_steps: int, schedule: str = "cosine", warmup: i
 
 @dataclass(frozen=True)
 class Training:
-    """What a training did.
+    """The losses of a training.
 
     Attributes:
-        losses: of every step's batch before the step, as long as they were finite.
+        losses: loss of every step's batch before the step, up to the first that is not finite.
         initial: mean loss of the last `window` batches at the initial parameters.
-        final: mean of the last `window` losses, or None where the training diverged.
-        diverged: a loss was not finite, or a parameter after the last step, or the final loss is above the initial.
-        num_steps: that were asked for.
+        final: mean of the last `window` losses, None if the training diverged.
+        diverged: a loss, or a parameter after the last step, was not finite, or the final loss is above the initial.
+        num_steps: number of steps that were requested.
     """
 
     losses: tuple[float, ...]
@@ -86,32 +86,31 @@ def train(
     at_once: int | None = None,
     window: int = 10,
     at_steps: Mapping[int, Callable[[nn.Module], object]] | None = None,
-    kept: SavedState | None = None,
+    state: SavedState | None = None,
 ) -> Training:
     """Train a model in place, in train mode.
 
     Args:
         model: its parameters that require gradients are trained.
-        batches: drawn one a step; a sequence is gone through again and again, and asked for a batch when that is due.
-        loss_fn: as of `blockhess.spectrum`.
+        batches: one per step; a sequence is repeated as often as needed, and indexed only when a batch is used.
+        loss_fn: as in `blockhess.spectrum`.
         optimizer: "SGD", "AdamW" or "Adam", see make_optimizer.
         rate, schedule, warmup: the learning rate, see learning_rate.
-        num_steps: how many.
-        clip: largest norm of the whole gradient, as language models are trained with; None means any.
+        num_steps: number of steps.
+        clip: largest norm of the gradient; None means no clipping.
         weight_decay, beta2: of AdamW; see make_optimizer.
-        at_once: samples that one graph holds: the gradient of a larger batch is put together from parts. BatchNorm
-            takes the statistics of each part. None means any.
-        window: how many last losses are averaged to the final one; the same batches give the initial one.
-        at_steps: step -> what to call with the model after so many steps; 0 is before the first.
-        kept: where the training is kept while it is under way, and goes on from if it was interrupted; what `at_steps`
-            called before that is not called again. SIGTERM and SIGINT save the state, then raise
-            `runs.signals.Interrupted`.
+        at_once: samples per autograd graph; the gradient of a larger batch is accumulated over parts, and BatchNorm
+            uses the statistics of each part. None means the whole batch.
+        window: number of last losses that are averaged; the initial loss is the mean over the same batches.
+        at_steps: step -> function called with the model after this many steps; 0 is before the first step.
+        state: file in which an unfinished training is saved and from which it resumes; functions of `at_steps` are not
+            called again. SIGTERM and SIGINT save the state, then raise `signals.Interrupted`.
 
     Returns:
-        Training. The model is left in train mode, with whatever parameters it reached.
+        Training. The model is left in train mode at the last parameters.
 
     Raises:
-        ValueError: an argument breaks its rule, or the batches end too early.
+        ValueError: an argument is invalid, or there are too few batches.
 
     Example:
         >>> model = nn.Linear(4, 3)
@@ -135,7 +134,7 @@ def train(
     drawn = _indexed(batches, num_steps)
     hooks = at_steps or {}
     model.train()
-    begun = None if kept is None else kept.load(model, update)
+    begun = None if state is None else state.load(model, update)
     if begun is None:
         first = [_value(loss_of, model, drawn[step % len(drawn)], at_once) for step in range(num_steps)[-window:]]
         begun = [], sum(first) / len(first)
@@ -145,7 +144,7 @@ def train(
 
     with ExitStack() as stack:
         catcher: Catcher | None = None
-        if kept is not None:
+        if state is not None:
             catcher = stack.enter_context(caught())
             stack.enter_context(catcher.working())
         for step in range(len(losses), num_steps):
@@ -161,20 +160,20 @@ def train(
             update.step()
             if step + 1 in hooks:
                 hooks[step + 1](model)
-            if kept is not None and catcher is not None:
+            if state is not None and catcher is not None:
                 if catcher.pending is not None:
-                    kept.save(model, update, losses, initial)
+                    state.save(model, update, losses, initial)
                     catcher.check()
-                kept.after_step(model, update, losses, initial)
+                state.after_step(model, update, losses, initial)
     final = sum(losses[-window:]) / len(losses[-window:]) if losses else math.nan
-    # Losses are those before the steps: what the last one did shows in the parameters alone.
+    # Losses are taken before each step, so the effect of the last step shows only in the parameters.
     finite = len(losses) == num_steps and all(bool(p.isfinite().all()) for p in parameters)
     diverged = not (finite and final <= initial)
     return Training(tuple(losses), initial, None if diverged else final, diverged, num_steps)
 
 
 def _loss(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None, *, backward: bool) -> float:
-    """The loss of a batch; backward: its gradient is added to that of the parameters."""
+    """Return the loss of a batch; with backward, accumulate its gradient in the parameters."""
     size = batch_size(batch)
     parts = [batch] if at_once is None or size is None else split_batch(batch, -(-size // at_once))
     if len(parts) == 1:
@@ -199,7 +198,7 @@ def _loss(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None, *, b
 
 @torch.no_grad()
 def _value(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None) -> float:
-    """The loss without a trace in the model: BatchNorm's running statistics stay as they are."""
+    """Return the loss of a batch without changing the model: BatchNorm's running statistics are restored."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     value = _loss(loss_of, model, batch, at_once, backward=False)
     for name, buffer in model.named_buffers():
@@ -208,7 +207,7 @@ def _value(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None) -> 
 
 
 def _indexed(batches: Iterable[Any], num_steps: int) -> Sequence[Any]:
-    """The batches by number: a sequence as it is, of others as many as are needed."""
+    """Return the batches as a sequence; of an iterable, the first num_steps."""
     if isinstance(batches, Sequence):
         if not batches:
             raise ValueError("train: batches must hold one at least, got none")

@@ -5,8 +5,8 @@
             w -= eta m^ / (sqrt(v^) + eps),  m^ = m / (1 - beta_1^t),  v^ = v / (1 - beta_2^t)
     Adam    m^0 = g^0, v^0 = (g^0)^2;  w -= eta m^t / (sqrt(v^t) + eps)                      Algorithm 3
 
-The first two are torch.optim.SGD and torch.optim.AdamW. The last lines of Algorithms 2 and 3 are in print
-"w^{t+1} = w^{t+1} - ..."; in Algorithm 2 that is the decayed w, in Algorithm 3 a slip for w^t.
+The first two are torch.optim.SGD and torch.optim.AdamW. The last lines of Algorithms 2 and 3 are printed as
+"w^{t+1} = w^{t+1} - ..."; in Algorithm 2 this is the decayed w, in Algorithm 3 a misprint of w^t.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class AdamUncorrected(Optimizer):
-    """Adam without bias correction, its averages started from the first gradient.
+    """Adam without bias correction, with averages initialized by the first gradient.
 
     Args:
-        params: parameters or groups of them.
+        params: parameters or param groups.
         lr: eta.
         betas, eps: beta_1, beta_2, epsilon.
 
     Raises:
-        ValueError: lr, a beta or eps breaks its rule.
+        ValueError: lr, a beta or eps is invalid.
 
     Source: Zhang et al. 2024, Algorithm 3.
 
@@ -58,7 +58,7 @@ class AdamUncorrected(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Make one step; parameters without a gradient stay."""
+        """Make one step; parameters without a gradient are not changed."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -96,7 +96,7 @@ def make_optimizer(
     """Return Algorithm 1 ("SGD"), 2 ("AdamW") or 3 ("Adam"); only AdamW decays weights, SGD has no beta2.
 
     Raises:
-        ValueError: another name, or rate is not positive.
+        ValueError: name is unknown, or rate is not positive.
 
     Example:
         >>> make_optimizer("SGD", torch.nn.Linear(2, 2).parameters(), 0.1).defaults["momentum"]

@@ -1,19 +1,19 @@
-"""How the six networks are trained at the paper's size, for Figures 1, 10 and 11. Nobody has run it at full size yet.
+"""How the six networks are trained at the paper's size, for Figures 1, 10 and 11; never run at full size.
 
-From the paper (appendix C.1): networks, data sets, code bases; "all the models under the default configurations"; on
-CNNs AdamW's rate is SGD's recommended one over 100; gradients of language models are clipped whatever the optimizer;
-SGD and AdamW are its Algorithms 1 and 2, so SGD has momentum 0.9 and no weight decay. The batches of 1,024 images and
-so on are those whose Hessian is measured.
+From the paper (appendix C.1): networks, data sets and code bases; "all the models under the default configurations"; on
+CNNs the rate of AdamW is the recommended rate of SGD over 100; gradients of language models are clipped with every
+optimizer. SGD and AdamW are its Algorithms 1 and 2, so SGD has momentum 0.9 and no weight decay. Its batches of 1,024
+images and so on are those of the Hessian, not of the training.
 
-From the code bases that it names, as they are by default: ResNet18 and VGG16 (PyTorch's ImageNet example): 90 epochs of
-256 images, rate 0.1 and, for networks without BatchNorm, 0.01, divided by 10 every 30 epochs. GPT2-nano and GPT2
-(nanoGPT's train_shakespeare_char and train_gpt2): steps, windows, rates, warm-up, beta2, decay, clipping.
+Defaults of the code bases it names: ResNet18 and VGG16 (PyTorch's ImageNet example): 90 epochs, batches of 256 images,
+rate 0.1, or 0.01 without BatchNorm, divided by 10 every 30 epochs. GPT2-nano and GPT2 (nanoGPT's train_shakespeare_char
+and train_gpt2): steps, windows, rates, warm-up, beta2, weight decay and clipping.
 
-Chosen here, since the paper is silent or its words fit no number: SGD's grid on Transformers; one seed; ViT's numbers,
-which are DeiT's for a batch of 1,024, over as many epochs as the axis of Figure 11 (a) shows; BERT's steps, the end of
-the axis of Figure 11 (b), which calls them epochs, its batch of 32 pairs, and rate, decay and warm-up of its authors.
-Different from the code bases: no augmentation of images, no dropout; the cosine ends at 0, not at a tenth; AdamW decays
-all parameters alike.
+Chosen here, since the paper does not say: the grid of SGD on Transformers; one seed; for ViT the settings of DeiT for a
+batch of 1,024, over the epochs on the axis of Figure 11 (a); for BERT the steps at the end of the axis of Figure 11
+(b), which calls them epochs, a batch of 32 pairs, and the rate, weight decay and warm-up of its authors. Unlike in the
+code bases: no data augmentation, no dropout, a cosine that ends at 0 instead of a tenth, and AdamW decays all
+parameters.
 
 Source: https://github.com/pytorch/examples/tree/main/imagenet; https://github.com/karpathy/nanoGPT; Touvron et al. 2021
 (DeiT); Devlin et al. 2018, appendix A.2.
@@ -36,7 +36,7 @@ from blockhess_paper.training.training_runs import QUICK, Settings
 # SGD on Transformers: decades around the rates of AdamW and of SGD on CNNs.
 GRID = (1e-3, 1e-2, 1e-1, 1.0)
 
-# What a smoke test trains on; its numbers mean nothing.
+# Batch of a smoke test.
 QUICK_BATCH = 4
 
 
@@ -45,11 +45,11 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        batch: samples: images, windows or sentence pairs.
-        at_once: of these that one graph holds.
-        rates: optimizer -> the rates that are tried; the first is that of Figure 1.
-        steps: how many; or epochs, with as many steps as the data have batches.
-        schedule, warmup, clip, weight_decay, beta2: of train.
+        batch: number of images, windows or sentence pairs per step.
+        at_once: samples per autograd graph.
+        rates: optimizer -> rates to try; Figure 1 uses the first.
+        steps, epochs: number of steps, or of passes over the data.
+        schedule, warmup, clip, weight_decay, beta2: arguments of train.
     """
 
     batch: int
@@ -86,14 +86,14 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class PaperTrainee:
-    """A network at the paper's size that can be made and trained: as architectures.Architecture.
+    """A network at the paper's size that can be built and trained, like architectures.Architecture.
 
     Attributes:
-        name: of NETWORKS.
+        name: a key of NETWORKS.
         found: its data.
         recipe: how it is trained.
         selection: data folder and device.
-        quick: whether few samples and steps are taken.
+        quick: whether to use few samples and steps.
     """
 
     name: str
@@ -104,17 +104,17 @@ class PaperTrainee:
 
     @property
     def transformer(self) -> bool:
-        """Whether it is one."""
+        """Whether the network is a Transformer."""
         return NETWORKS[self.name][2]
 
     @property
     def loss_fn(self) -> Any:
-        """Of spectrum and train."""
+        """The argument of spectrum and train."""
         return self.found.loss_fn
 
     @property
     def batch(self) -> int:
-        """Samples a step."""
+        """Samples per step."""
         return QUICK_BATCH if self.quick else self.recipe.batch
 
     @property
@@ -129,15 +129,15 @@ class PaperTrainee:
         }
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What else tells its trainings from others."""
-        return {**self.options, "batch": self.batch, "data": self.found.words, "identity": self.found.identity}
+    def extra_settings(self) -> dict[str, Any]:
+        """Settings that identify its trainings besides training_runs.Settings."""
+        return {**self.options, "batch": self.batch, "data": self.found.description, "identity": self.found.identity}
 
     def settings(self, seed: int) -> Settings:
-        """Steps, schedule, rates and the one seed.
+        """Return steps, schedule and rates for one seed.
 
         Raises:
-            ValueError: the data have no batch.
+            ValueError: there are fewer images than a batch has.
         """
         recipe = self.recipe
         grids = {optimizer: list(rates) for optimizer, rates in recipe.rates.items()}
@@ -155,20 +155,20 @@ class PaperTrainee:
         return Settings(steps, min(recipe.warmup, steps - 1), recipe.schedule, (seed,), grids, 0, False)
 
     def model(self, seed: int) -> nn.Module:
-        """Return the model at the initialisation of a seed."""
+        """Return the model at the initialization of a seed."""
         return model_of(self.name, self.found, seed).to(self.selection.device)
 
     def batches(self, num_batches: int, seed: int) -> Stream:
-        """Return the batches of a training, each drawn when it is asked for."""
+        """Return the batches of a training, each drawn on access."""
         return Stream(self.found, num_batches, self.batch, seed, torch.device(self.selection.device))
 
     def measured_batch(self, seed: int) -> Network:
-        """Return the network with the batch whose Hessian is measured: as of Figures 3 and 4."""
+        """Return the network with the batch of its Hessian, as in Figures 3 and 4."""
         return network(self.name, self.selection, seed=seed, size=QUICK_BATCH if self.quick else None)
 
 
 def trainees(names: Sequence[str], selection: Selection, quick: bool) -> dict[str, PaperTrainee]:
-    """Return networks that can be trained, the data of all of them looked for first.
+    """Return the networks as PaperTrainee, after checking that the data of all of them exist.
 
     Raises:
         ValueError: see sources.source.

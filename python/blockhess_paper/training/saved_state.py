@@ -1,8 +1,8 @@
-"""A training's state on disk, so that an interrupted training goes on where it was.
+"""The state of an unfinished training on disk, from which an interrupted training resumes.
 
-One file, written as a run's state is (runs/store.py) and as often (runs/checkpoint.py): parameters, buffers, what the
-optimizer remembers, the losses so far. Batches are functions of the step, so nothing else is needed; on a CPU the
-training goes on to the same bits.
+One file, written like the state of a run (run/storage/store.py) and as often (run/storage/checkpoint.py), holds
+parameters, buffers, the optimizer's state and the losses so far. Batches depend only on the step, so nothing else is
+needed; on a CPU a resumed training is bitwise equal.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from blockhess.run.storage.checkpoint import wait_after
 
 
 class SavedState:
-    """Where a training is kept while it is under way.
+    """The saved state of an unfinished training.
 
     Args:
-        path: of the file, in a folder that exists.
-        told: what the training is, JSON values: a file of another one is not used.
+        path: the file, in an existing folder.
+        settings: JSON values that identify the training; a file with other settings is ignored.
 
     Example:
-        >>> kept = Kept("runs/vgg16/SGD.state", {"rate": 0.01, "seed": 0})
+        >>> state = SavedState("runs/vgg16/SGD.state", {"rate": 0.01, "seed": 0})
     """
 
-    def __init__(self, path: str | PathLike[str], told: Mapping[str, Any]) -> None:
-        self._path, self._told = str(path), dict(told)
+    def __init__(self, path: str | PathLike[str], settings: Mapping[str, Any]) -> None:
+        self._path, self._told = str(path), dict(settings)
         self._before, self._start = 0.0, time.process_time()
         self._due = time.perf_counter() + wait_after(0.0)
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time of the training, that of interrupted processes too, as far as it was saved."""
+        """Processor time of the training, including the saved time of interrupted processes."""
         return self._before + time.process_time() - self._start
 
     def load(self, model: nn.Module, optimizer: Optimizer) -> tuple[list[float], float] | None:
-        """Bring model and optimizer to where the training was; return its losses and initial loss, None without any.
+        """Restore model and optimizer and return losses and initial loss; return None without a usable file.
 
-        What cannot be read, or is of another training, is none.
+        A file that cannot be read, or has other settings, is not usable.
         """
         try:
             tensors, header = store.read(self._path)
         except ValueError:
             return None
-        if header.get("told") != self._told:
+        if header.get("settings") != self._told:
             return None
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
@@ -66,7 +66,7 @@ class SavedState:
         return tensors["losses/all"].tolist(), float(header["initial"])
 
     def after_step(self, model: nn.Module, optimizer: Optimizer, losses: list[float], initial: float) -> None:
-        """To be called after every step; saves where it is time."""
+        """Save the state if the last save was long enough ago; to be called after every step."""
         if time.perf_counter() >= self._due:
             self.save(model, optimizer, losses, initial)
 
@@ -74,20 +74,20 @@ class SavedState:
         """Write the state.
 
         Raises:
-            OSError: the disk refused; the state before is kept.
+            OSError: the file could not be written; the previous state remains.
         """
         start = time.perf_counter()
         tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items() if value is not None}
         tensors["losses/all"] = torch.tensor(losses, dtype=torch.float64)
-        header = {"told": self._told, "initial": initial, "cpu_seconds": self.cpu_seconds}
+        header = {"settings": self._told, "initial": initial, "cpu_seconds": self.cpu_seconds}
         store.write(self._path, tensors, header)
         now = time.perf_counter()
         self._due = now + wait_after(now - start)
 
     def remove(self) -> None:
-        """Remove the file: the training is done."""
+        """Remove the file of a finished training."""
         for end in ("", ".previous", ".new"):
             with contextlib.suppress(OSError):
                 store.disk.unlink(f"{self._path}{end}")

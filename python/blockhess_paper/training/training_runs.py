@@ -1,11 +1,11 @@
-"""Trainings of the architectures, each kept in one file; the best learning rate of a grid that grows, then is refined.
+"""Trainings of the architectures, one file each, and the search for the best learning rate.
 
-A grid of decades grows by decades while its best rate is the first or the last; then the half decades beside that are
-tried. Loss against rate has several minima where large rates lead to dead units, so the decades come first.
+A grid of decades is extended while its best rate is the first or the last; then the half decades next to the best rate
+are tried. Decades come first, since the loss has several minima over the rate where large rates lead to dead units.
 
-FOLDER/runs/ARCHITECTURE/OPTIMIZER-RATE-SEED.json holds one finished training. A file is taken instead of training again
-if the settings in it are the same; that of a training under way, which ends in .state, brings an interrupted run back
-to the step it was at. To redo an architecture, remove its folder.
+FOLDER/runs/ARCHITECTURE/OPTIMIZER-RATE-SEED.json holds one finished training and is reused if its settings are the
+same. The .state file of an unfinished training lets an interrupted run resume at its last saved step. To repeat the
+trainings of an architecture, remove its folder.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ from torch import nn
 from blockhess_paper.training import SavedState, Training, train
 from blockhess_paper.training.architectures import ARCHITECTURES
 
-# Rates tried first, and how many decades may be added to them.
+# Rates tried first, and the largest number of decades added to them.
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 GRIDS = {"SGD": RATES, "AdamW": RATES}
 MOST_ADDED = 3
 
 
 class Trainee(Protocol):
-    """What can be made and trained: architectures.Architecture, or recipes.PaperTrainee."""
+    """A network that can be built and trained: architectures.Architecture or recipes.PaperTrainee."""
 
     @property
     def transformer(self) -> bool:
-        """Whether it is one."""
+        """Whether the network is a Transformer."""
         ...
 
     @property
     def loss_fn(self) -> Any:
-        """Of spectrum and train."""
+        """The argument of spectrum and train."""
         ...
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of train beside those of Settings."""
+        """Arguments of train besides those in Settings."""
         ...
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What tells its trainings from others, beside Settings."""
+    def extra_settings(self) -> dict[str, Any]:
+        """Settings that identify its trainings, besides those in Settings; JSON values."""
         ...
 
     def model(self, seed: int) -> nn.Module:
-        """The model at the initialisation of a seed."""
+        """Return the model at the initialization of a seed."""
         ...
 
     def batches(self, num_batches: int, seed: int) -> Sequence[Any]:
-        """Batches of a training."""
+        """Return the batches of a training."""
         ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How everything is trained.
+    """How the networks are trained.
 
     Attributes:
         num_steps, warmup, schedule: see training.train.
-        seeds: the first chooses the rate, all measure it.
+        seeds: the rate is chosen with the first seed; the losses are those of all seeds.
         grids: optimizer -> rates tried first.
-        most_added: decades added beyond the grid at most.
-        refined: whether the half decades beside the best are tried.
+        most_added: largest number of decades added to the grid.
+        refined: whether the half decades next to the best rate are tried.
     """
 
     num_steps: int = 600
@@ -90,10 +90,10 @@ class Best:
     """An optimizer on an architecture at its best rate.
 
     Attributes:
-        rate: with the lowest final loss at the first seed.
-        at_edge: the best rate is the first or last that was tried, so a better one may lie outside.
-        tried: rate -> final loss at the first seed, None where it diverged.
-        trainings: at the best rate, one a seed.
+        rate: the rate with the lowest final loss for the first seed.
+        at_edge: the best rate is the smallest or largest tried, so a better one may lie outside.
+        tried: rate -> final loss for the first seed, None where it diverged.
+        trainings: trainings at the best rate, one per seed.
     """
 
     rate: float
@@ -103,24 +103,25 @@ class Best:
 
     @property
     def initial(self) -> tuple[float, ...]:
-        """Loss before training, one a seed."""
+        """Losses before training, one per seed."""
         return tuple(t.initial for t in self.trainings)
 
     @property
     def final(self) -> tuple[float, ...]:
-        """Loss after training, one a seed; where one diverged, the loss before: nothing was gained."""
+        """Losses after training, one per seed; for a training that diverged, the loss before it."""
         return tuple(t.initial if t.final is None else t.final for t in self.trainings)
 
 
-def trained(
+def load_or_train(
     folder: Path, name: str, optimizer: str, rate: float, seed: int, settings: Settings, trainee: Trainee | None = None
 ) -> Training:
-    """Return a training that is there, or do it and keep it.
+    """Load a training from its file, or train and write the file.
 
     Args:
-        folder: where FOLDER/runs is, or is made.
-        name: of the trainee.
-        trainee: by default that of ARCHITECTURES.
+        folder: parent of FOLDER/runs, which is created if missing.
+        name: name of the trainee.
+        optimizer, rate, seed, settings: of the training.
+        trainee: None means ARCHITECTURES[name].
     """
     trainee = trainee or ARCHITECTURES[name]
     path = _path(folder, name, optimizer, rate, seed)
@@ -132,14 +133,14 @@ def trained(
         "num_steps": settings.num_steps,
         "warmup": settings.warmup,
         "schedule": settings.schedule,
-        **trainee.told,
+        **trainee.extra_settings,
     }
     if path.exists():
         before: dict[str, Any] = json.loads(path.read_text())
         if before["settings"] == asked:
             return Training(**{**before["training"], "losses": tuple(before["training"]["losses"])})
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = SavedState(path.with_suffix(".state"), asked)
+    state = SavedState(path.with_suffix(".state"), asked)
     training = train(
         trainee.model(seed),
         trainee.batches(settings.num_steps, seed),
@@ -149,14 +150,14 @@ def trained(
         num_steps=settings.num_steps,
         schedule=settings.schedule,
         warmup=settings.warmup,
-        kept=kept,
+        state=state,
         **trainee.options,
     )
     beside = path.with_suffix(".tmp")
-    content = {"settings": asked, "training": asdict(training), "cpu_seconds": kept.cpu_seconds}
+    content = {"settings": asked, "training": asdict(training), "cpu_seconds": state.cpu_seconds}
     beside.write_text(json.dumps(content, allow_nan=False) + "\n")
     os.replace(beside, path)
-    kept.remove()
+    state.remove()
     return training
 
 
@@ -165,22 +166,22 @@ def _path(folder: Path, name: str, optimizer: str, rate: float, seed: int) -> Pa
 
 
 def cpu_seconds(folder: Path, name: str, optimizer: str, found: Best, settings: Settings) -> float:
-    """Return the processor time of the trainings behind a Best, whenever they were made."""
+    """Return the total processor time of the trainings behind a Best."""
     searched = {(rate, settings.seeds[0]) for rate in found.tried} | {(found.rate, seed) for seed in settings.seeds}
     paths = [_path(folder, name, optimizer, rate, seed) for rate, seed in searched]
     return float(sum(json.loads(path.read_text())["cpu_seconds"] for path in paths))
 
 
 def find_best(folder: Path, name: str, optimizer: str, settings: Settings, trainee: Trainee | None = None) -> Best:
-    """Search the rate at the first seed and train at the best one with all seeds.
+    """Find the best rate with the first seed and train at this rate with all seeds.
 
-    Where every rate diverged it is the smallest, and its trainings gain nothing.
+    If every rate diverged, the smallest is taken.
     """
     rates = sorted(settings.grids[optimizer])
     first = settings.seeds[0]
 
     def final(rate: float) -> float:
-        value = trained(folder, name, optimizer, rate, first, settings, trainee).final
+        value = load_or_train(folder, name, optimizer, rate, first, settings, trainee).final
         return math.inf if value is None else value
 
     for _ in range(settings.most_added):
@@ -195,6 +196,8 @@ def find_best(folder: Path, name: str, optimizer: str, settings: Settings, train
         middle = min(rates, key=final)
         rates = sorted([*rates, middle / 10**0.5, middle * 10**0.5])
     chosen = min(rates, key=final)
-    trainings = tuple(trained(folder, name, optimizer, chosen, seed, settings, trainee) for seed in settings.seeds)
-    tried = {rate: trained(folder, name, optimizer, rate, first, settings, trainee).final for rate in rates}
+    trainings = tuple(
+        load_or_train(folder, name, optimizer, chosen, seed, settings, trainee) for seed in settings.seeds
+    )
+    tried = {rate: load_or_train(folder, name, optimizer, rate, first, settings, trainee).final for rate in rates}
     return Best(chosen, len(rates) > 1 and chosen in (rates[0], rates[-1]), tried, trainings)
