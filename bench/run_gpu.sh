@@ -102,7 +102,7 @@ if [ $dry = 1 ]; then
   # 5 is pytest's "no tests": every module skipped itself.
   step tests_skip 60 bash -c '"$@"; code=$?; [ $code = 5 ]' _ "${pytest[@]}"
   step tests_on_cpu 120 env BLOCKHESS_TEST_DEVICE=cpu "${pytest[@]}"
-  step sanitizer_case 60 "$python" -m bench.ops.sanitizer_case --cpu
+  step sanitizer_case 60 "$python" -m tests.gpu.sanitizer_case --cpu
   reserved=0
   step bench 60 "$python" -m bench.ops.gpu --cpu --out "$out"
 else
@@ -110,7 +110,7 @@ else
   if tool=$(sanitizer); then
     for check in memcheck racecheck initcheck; do
       step "$check" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --error-exitcode 86 \
-        "$python" -m bench.ops.sanitizer_case
+        "$python" -m tests.gpu.sanitizer_case
     done
   else
     say 'compute-sanitizer      not here: memcheck, racecheck and initcheck did not run'

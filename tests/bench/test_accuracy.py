@@ -33,7 +33,7 @@ def test_dense_hessian_of_a_quadratic_form():
 
 
 def run(name: str, eigenvalues: torch.Tensor, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from bench.accuracy.accuracy import diagonal, unit_probes
+    from bench.accuracy.errors import diagonal, unit_probes
     from bench.accuracy.rival_recurrences import RECURRENCES
 
     return RECURRENCES[name](diagonal(eigenvalues), unit_probes(5, len(eigenvalues), 0), num_steps)
@@ -73,7 +73,7 @@ def test_rivals_break_as_they_are_known_to_and_ours_does_not():
 
 
 def test_errors_of_the_exact_quadrature_are_zero():
-    from bench.accuracy.accuracy import errors
+    from bench.accuracy.errors import errors
 
     alpha, beta = torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[2.0, 0.0]]).double()  # eigenvalues -1, 3
     l1, w1 = errors(alpha, beta, torch.tensor([-1.0, 3.0]).double())

@@ -1,7 +1,7 @@
 """All five ops once on small ragged batches, compared with the CPU twins: a case for compute-sanitizer.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 86 python -m bench.ops.sanitizer_case
+    compute-sanitizer --tool memcheck --error-exitcode 86 python -m tests.gpu.sanitizer_case
 
 Tensors are made on the CPU and copied, so that few kernels but blockhess' own run. Without torch's cache every tensor
 is an allocation of its own, and one element beyond it is an error. `--cpu` runs the same without a GPU.
