@@ -67,7 +67,7 @@ def errors(result: blockhess.Spectra, spectra: dict[str, Tensor], sigma: float |
 
 def trial(spectra: dict[str, Tensor], tol: float, sigma: float | None, seed: int) -> list[tuple[float, int]]:
     """Return error / tol and the number of products of every block."""
-    result = run(spectra, seed, tol=tol, sigma=sigma, num_probes=20, num_steps=400)
+    result = run(spectra, seed, tol=tol, tol_sigma=sigma, num_probes=20, num_steps=400)
     products = result.quadrature.steps.sum(0).tolist()
     return [(error / tol, count) for error, count in zip(errors(result, spectra, sigma), products)]
 

@@ -27,7 +27,7 @@ import blockhess
 from bench.end_to_end.slices import PEERS, PROBES, STEPS, Slice, js_matrix, of_ours, of_rival, ours, plan, probes_of
 from bench.harness.machine import Machine
 from bench.harness.rows import Row, Rows, Target, faster
-from bench.harness.timing import Entry, alternate, check, failure_reason, now
+from bench.harness.timing import Entry, check, failure_reason, now, time_in_turn
 from bench.hvp import products
 from bench.hvp.rivals import Case
 from blockhess.hvp import BlockOperator
@@ -88,13 +88,8 @@ def compare_and_time(
     for name, (js_error, failure) in compared(case, engine).items():
         entries[name].error = None if math.isnan(js_error) else js_error
         entries[name].failure = failure
-    timed = [name for name, entry in entries.items() if not entry.failure]
-
-    def call(name: str) -> Callable[[], None]:
-        return lambda: entries[name].seconds.append(seconds_of(name))
-
-    for _ in alternate({name: call(name) for name in timed}, rounds):
-        pass
+    timed = {name: partial(seconds_of, name) for name, entry in entries.items() if not entry.failure}
+    time_in_turn(entries, timed, rounds)
     for name in timed:
         entries[name].first = entries[name].seconds[0]
     return entries

@@ -85,7 +85,7 @@ def row(machine: Machine) -> Row:
         p, s = cheapest(fixed, error, allowed)
 
         def adaptive(tol: float) -> blockhess.Spectra:
-            return ours(case, num_probes=2 * probes, num_steps=2 * steps, tol=tol, sigma=SIGMA)
+            return ours(case, num_probes=2 * probes, num_steps=2 * steps, tol=tol, tol_sigma=SIGMA)
 
         for tol in TOLERANCES:
             found = adaptive(tol)

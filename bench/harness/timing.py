@@ -6,6 +6,7 @@ is reported as absent. GPU times are taken with CUDA events, CPU times with the 
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import time
@@ -86,7 +87,7 @@ def timed(run: Callable[[], object]) -> float:
     return now() - start
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = float("inf")) -> Iterator[None]:
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf) -> Iterator[None]:
     """Make every call once per round, starting with another one each round, until `seconds` have passed.
 
     Yields after each round.
@@ -117,7 +118,7 @@ class Rival:
     error: Callable[[Any], float]
     tolerance: float
     scale: float = 1.0
-    limit: float = float("inf")
+    limit: float = math.inf
 
 
 @dataclass
@@ -165,7 +166,7 @@ def failure_reason(error: Exception) -> str:
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block after so many seconds."""
-    if seconds == float("inf"):
+    if seconds == math.inf:
         yield
         return
 
@@ -211,12 +212,22 @@ def compare_and_time(rivals: Mapping[str, Rival], *, rounds: int = 15, seconds: 
         entry.peak_bytes = growth(work)  # also warms up
         works[name] = work
 
-    def call(name: str) -> Callable[[], None]:
-        return lambda: entries[name].seconds.append(rivals[name].scale * timed(works[name]))
-
-    for _ in alternate({name: call(name) for name in works}, rounds, seconds * len(works)):
-        pass
+    time_in_turn(
+        entries, {name: lambda name=name: rivals[name].scale * timed(works[name]) for name in works}, rounds, seconds
+    )
     return entries
+
+
+def time_in_turn(
+    entries: Mapping[str, Entry], seconds_of: Mapping[str, Callable[[], float]], rounds: int, seconds: float = math.inf
+) -> None:
+    """Append the seconds that every function returns to its entry, round by round."""
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: entries[name].seconds.append(seconds_of[name]())
+
+    for _ in alternate({name: call(name) for name in seconds_of}, rounds, seconds * len(seconds_of)):
+        pass
 
 
 class Mark:

@@ -1,7 +1,7 @@
 """Measure the cost of one Hessian-vector product H_l v of one parameter block, by every engine and every rival.
 
-    python -m bench.hvp.products [--json PATH] [--rounds N] [--threads N] [--case NAME] [--quick]
-    python -m bench.hvp.products --table PATH ...  # print the tables of such files
+    python -m bench.hvp.products [--json PATH] [--threads N] [--case NAME] [--quick]
+    python -m bench.hvp.products --table PATH  # print the tables of such a file
 
 The cost is that of a further product, once everything that Lanczos steps share is ready. All products of all rivals
 are first compared with float64; a rival with an error above LARGEST_ERROR is reported and not timed, and the exit code
@@ -366,25 +366,23 @@ def markdown(data: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result to this file")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="PATH", help="measure nothing; print the tables")
+    parser.add_argument("--table", type=Path, metavar="PATH", help="measure nothing; print the tables")
     parser.add_argument("--case", choices=list(CASES), action="append", help="measure this case only; repeatable")
-    parser.add_argument("--rounds", type=int, help="timed products per rival and block (default 3 or 5)")
     parser.add_argument("--threads", type=int, default=1, help="number of threads of PyTorch (default 1)")
     parser.add_argument("--quick", action="store_true", help="tiny models and one round, to check that it runs")
     options = parser.parse_args()
     if options.table:
-        print("\n\n".join(markdown(json.loads(path.read_text())) for path in options.table))
+        print(markdown(json.loads(options.table.read_text())))
         return 0
-    for name, value in (("rounds", options.rounds), ("threads", options.threads)):
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
     keys = [key for key in (QUICK if options.quick else CASES) if not options.case or key in options.case]
     data: dict[str, Any] = {"environment": describe(), "peers": peers(), "results": []}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing is compiled yet
         for key in keys:
-            rounds = 1 if options.quick else options.rounds or ROUNDS.get(key, 5)
+            rounds = 1 if options.quick else ROUNDS.get(key, 5)
             data["results"].append(asdict(run(key, options.quick, rounds, options.threads)))
             if options.json:
                 write_json(data, options.json)

@@ -41,25 +41,25 @@ def _advance_one(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor
     torch.div(r, r.norm(), out=out)
 
 
-def _maybe_compiled(function: Callable[..., None], compiled: bool) -> Callable[..., None]:
-    return torch.compile(function, dynamic=True, fullgraph=True) if compiled else function
+def _step(advance: Callable[..., None], tasks: list[tuple[Tensor, ...]], compiled: bool) -> Callable[[], list[Tensor]]:
+    """Return a step that advances the vectors (w, v, v_prev) with (beta,) of every task, into tensors of its own."""
+    advance = torch.compile(advance, dynamic=True, fullgraph=True) if compiled else advance
+    results = [torch.empty_like(task[0]) for task in tasks]
+
+    def step() -> list[Tensor]:
+        for task, result in zip(tasks, results):
+            advance(*task, result)
+        return results
+
+    return step
 
 
 def step_by_vector(
     w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
 ) -> Callable[[], list[Tensor]]:
     """Return a Lanczos step that processes one segment after another."""
-    advance = _maybe_compiled(_advance_one, compiled)
     lists = [[s for row in x for s in row.split(layout.dims)] for x in (w, v, v_prev)]
-    betas = list(beta_prev.to(w.dtype).flatten())
-    results = [torch.empty_like(x) for x in lists[0]]
-
-    def step() -> list[Tensor]:
-        for arguments in zip(*lists, betas, results):
-            advance(*arguments)
-        return results
-
-    return step
+    return _step(_advance_one, list(zip(*lists, beta_prev.to(w.dtype).flatten())), compiled)
 
 
 def step_by_block(
@@ -71,21 +71,9 @@ def step_by_block(
     compiled: bool = False,
     one_block: Callable[..., None] = _advance,
 ) -> Callable[[], list[Tensor]]:
-    """Return a Lanczos step that processes one block after another, vectorized over the probes, without synchronizing.
-
-    Results are written to tensors of their own, so that every call does the same.
-    """
-    advance = _maybe_compiled(one_block, compiled)
+    """Return a Lanczos step that processes one block after another, vectorized over the probes."""
     split = [x.split(layout.dims, dim=1) for x in (w, v, v_prev)]
-    betas = beta_prev.to(w.dtype).T[:, :, None].contiguous()
-    results = [torch.empty_like(x) for x in split[0]]
-
-    def step() -> list[Tensor]:
-        for arguments in zip(*split, betas, results):
-            advance(*arguments)
-        return results
-
-    return step
+    return _step(one_block, list(zip(*split, beta_prev.to(w.dtype).T[:, :, None].contiguous())), compiled)
 
 
 def step_by_foreach(
@@ -127,7 +115,6 @@ def step_by_padding(
     w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
 ) -> Callable[[], list[Tensor]]:
     """Return a Lanczos step on groups of padded blocks; packing and unpacking are not part of the step."""
-    advance = _maybe_compiled(_advance, compiled)
     tasks = []
     for group in padded_groups(layout.dims):
         width = max(layout.dims[l] for l in group)
@@ -137,14 +124,8 @@ def step_by_padding(
             for i, l in enumerate(group):
                 together[:, i, : layout.dims[l]] = x[:, layout.columns(l)]
             padded.append(together)
-        tasks.append((*padded, beta_prev.to(w.dtype)[:, group, None], torch.empty_like(padded[0])))
-
-    def step() -> list[Tensor]:
-        for task in tasks:
-            advance(*task)
-        return [task[-1] for task in tasks]
-
-    return step
+        tasks.append((*padded, beta_prev.to(w.dtype)[:, group, None]))
+    return _step(_advance, tasks, compiled)
 
 
 def _segments_joined(parts: list[Tensor], layout: Layout, n_probes: int) -> Tensor:
@@ -200,10 +181,8 @@ def quadrature_by_eigh(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 def density_in_chunks(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
     """Return the densities by the broadcast formula, row by row to save memory."""
-    rows = [
-        gaussian_density(nodes[b : b + 1], weights[b : b + 1], grid, sigma[b : b + 1]) for b in range(nodes.shape[0])
-    ]
-    return torch.cat(rows)
+    rows = zip(nodes[:, None], weights[:, None], sigma[:, None])
+    return torch.cat([gaussian_density(x, w, grid, s) for x, w, s in rows])
 
 
 def density_by_point(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor, probes: int) -> Tensor:
