@@ -1,1 +1,1 @@
-"""Benchmarks of blockhess: `python -m bench`; see README.md beside this file."""
+"""Benchmarks of blockhess: `python -m bench`; README.md in this folder describes them."""

@@ -1,17 +1,17 @@
-"""The speed of blockhess on this machine's CPU, beside every rival: prints the table.
+"""Measure the speed of blockhess on the CPU next to other implementations, and print the tables.
 
     python -m bench                      all rows, on one thread
-    python -m bench --only lanczos_step  rows whose names hold this; may be repeated
-    python -m bench --quick              tiny sizes: that everything runs and is right; times mean nothing
-    python -m bench --clock cpu          seconds of the processor, where other programs keep it busy
-    python -m bench --compare OLD.json   also the ratios to an earlier run
-    python -m bench --show NEW.json      measures nothing: the tables of a kept run
+    python -m bench --only lanczos_step  rows whose name contains this; may be repeated
+    python -m bench --quick              small sizes, to check that everything runs and is correct
+    python -m bench --clock cpu          CPU seconds, for a machine that is busy with other programs
+    python -m bench --compare OLD.json   also print ratios to an earlier result
+    python -m bench --show NEW.json      measure nothing; print the tables of a result
 
-README.md in this folder says how it is measured. Exit codes:
+README.md in this folder describes the method. Exit codes:
 
-    0  rows were measured, or skipped with the reason; rivals that are wrong are refused, targets may be missed
-    1  a row failed: our own result was wrong, or something broke; the other rows were measured
-    2  arguments or files are not as they must be; nothing was measured
+    0  rows were measured or skipped; wrong rivals and missed targets are reported and are no failure
+    1  a row failed: our own result was wrong, or an error occurred; the other rows were measured
+    2  invalid arguments or files; nothing was measured
 """
 
 from __future__ import annotations
@@ -20,66 +20,51 @@ import argparse
 import os
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.harness.command import write_json
 from bench.harness.environment import describe, peers
-from bench.harness.machine import Machine, TooSmall
+from bench.harness.machine import Machine
 from bench.harness.report import ROWS, report
-from bench.harness.result_file import SCHEMA, check_comparable, check_writable, comparison, read, write
+from bench.harness.result_file import SCHEMA, check_comparable, check_writable, comparison, read
+from bench.harness.rows import measure_row
 from bench.harness.timing import CLOCKS, CPU, use_clock
 
 
-def run_row(name: str, machine: Machine) -> dict[str, Any]:
-    """One row's numbers, or why there are none."""
-    start, load = time.perf_counter(), os.getloadavg()[0]
-    try:
-        found: dict[str, Any] = asdict(ROWS[name][0](machine))
-    except TooSmall as error:
-        found = {"skipped": str(error)}
-    except Exception as error:  # the other rows are worth having
-        traceback.print_exc()
-        found = {"failure": f"{type(error).__name__}: {error}"}
-    return {**found, "load": [load, os.getloadavg()[0]], "seconds": time.perf_counter() - start}
-
-
 def run(names: list[str], size: str, clock: str, path: Path | None) -> dict[str, Any]:
-    """Measure rows; the file is written after each, so that what is done is kept."""
+    """Return the result of these rows, written to the file after each row."""
+    machine = Machine.measured(CPU, size)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "size": size,
         "environment": {**describe(), "clock": clock},
         "peers": peers(),
-        "limits": {},
+        "limits": machine.limits,
         "rows": {},
     }
-    machine = Machine.measured(CPU, size)
-    result["limits"] = machine.limits
     for name in names:
-        result["rows"][name] = run_row(name, machine)
+        result["rows"][name] = measure_row(ROWS[name][0], machine)
         print(f"{result['rows'][name]['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
         if path:
-            write(result, path)
+            write_json(result, path)
     return result
 
 
-def refused(row: dict[str, Any]) -> dict[str, str]:
-    """Rival -> why it was not timed, of those that are there but failed or returned other numbers."""
+def not_timed(row: dict[str, Any]) -> dict[str, str]:
+    """Return rival -> reason for every rival that is installed but failed or was wrong."""
     failures = {rival: times.get("failure", "") for rival, times in row.get("times", {}).items()}
     return {rival: failure for rival, failure in failures.items() if failure and not failure.startswith("absent")}
 
 
-def chosen(only: Sequence[str] | None, names: Iterable[str]) -> list[str]:
-    """The names that were asked for, in their order.
+def select(only: Sequence[str] | None, names: Iterable[str]) -> list[str]:
+    """Return the names that contain one of these texts, in their order.
 
     Raises:
-        ValueError: one matches no row.
+        ValueError: A text matches no row.
     """
     names = list(names)
     for text in only or ():
@@ -89,57 +74,52 @@ def chosen(only: Sequence[str] | None, names: Iterable[str]) -> list[str]:
 
 
 def with_rows(result: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The result with these rows alone, as far as it has them."""
+    """Return the result with only those of these rows that it has."""
     return {**result, "rows": {name: result["rows"][name] for name in names if name in result["rows"]}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", action="append", metavar="ROW", help="rows whose names hold this; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks, no times worth quoting")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything measured to this file")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="also ratios to an earlier run")
-    parser.add_argument("--show", type=Path, metavar="NEW.json", help="measure nothing: tables of a file of --json")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for everybody (default 1)")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: seconds of the processor, for a busy machine and one thread",
-    )
+    parser.add_argument("--only", action="append", metavar="ROW", help="rows whose name contains this; repeatable")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that everything runs")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result to this file")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="also print ratios to an earlier result")
+    parser.add_argument("--show", type=Path, metavar="NEW.json", help="measure nothing; print the tables of a result")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of PyTorch (default 1)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall clock, or CPU seconds of one thread")
     options = parser.parse_args()
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.threads > 1 and options.clock == "cpu":
-        parser.error("--clock cpu adds up the seconds of all threads: --threads must be 1")
+        parser.error("--clock cpu sums the seconds of all threads: --threads must be 1")
     if options.show and (options.json or options.quick):
-        parser.error("--show measures nothing: --json and --quick must not be given")
+        parser.error("--show measures nothing and excludes --json and --quick")
     torch.set_num_threads(options.threads)
     use_clock(options.clock)
     size = "quick" if options.quick else "full"
-    try:  # all that can be wrong, before hours are spent
-        shown = read(options.show) if options.show else None
-        names = chosen(options.only, ROWS if shown is None else shown["rows"])
+    try:  # check all inputs before measuring
+        loaded = read(options.show) if options.show else None
+        names = select(options.only, ROWS if loaded is None else loaded["rows"])
         old = read(options.compare) if options.compare else None
         if old is not None:
-            check_comparable(old, size if shown is None else shown["size"])
+            check_comparable(old, size if loaded is None else loaded["size"])
         if options.json:
             check_writable(options.json)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if shown is None:
+    if loaded is None:
         with tempfile.TemporaryDirectory() as folder:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that nothing is compiled already
-            os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # nor goes on compiling beside what is timed
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing is compiled yet
+            os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compilation in the background
             result = run(names, size, options.clock, options.json)
     else:
-        result = with_rows(shown, names)
+        result = with_rows(loaded, names)
     print(report(result))
     if old is not None:
         print(f"\n{comparison(with_rows(old, names) if options.only else old, result)}")
     rows = result["rows"].items()
-    lines = [f"{name}: not timed: {rival}, {why}" for name, row in rows for rival, why in refused(row).items()]
+    lines = [f"{name}: not timed: {rival}, {why}" for name, row in rows for rival, why in not_timed(row).items()]
     failed = [f"{name}: failed: {row['failure']}" for name, row in rows if "failure" in row]
     print("".join(f"bench: {line}\n" for line in lines + failed), end="", file=sys.stderr)
     return int(bool(failed))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that a GPU can prove of blockhess, in one call:
+# Run all checks of blockhess on a GPU:
 #
-#     bench/run_gpu.sh OUT_DIR                builds with CUDA; tests, sanitizers, benchmarks; under ten minutes
-#     bench/run_gpu.sh OUT_DIR --dry-run      the same script on the CPU, where there is no GPU: proves the script only
-#       ... --reuse-build                     with the _C module that lies in the sources, instead of a build (dry run)
+#     bench/run_gpu.sh OUT_DIR                build with CUDA, tests, sanitizers, benchmarks; under ten minutes
+#     bench/run_gpu.sh OUT_DIR --dry-run      the same script on a CPU, to check the script without a GPU
+#       ... --reuse-build                     use the _C module of the checkout instead of a build (dry run only)
 #
-# Needs a Python with torch, numpy, scipy, pybind11, ninja, setuptools and pytest, and nvcc; nothing is fetched. PYTHON
-# names it (default: python3). Sources are copied and built elsewhere, so the checkout stays as it is. OUT_DIR gets a
-# log of every step, results.json, results.md and summary.txt. A step that fails leaves the others to run; the exit
-# code is then 1. A copy of the sources without git is told its commit by BLOCKHESS_COMMIT.
+# Requires nvcc and a Python with torch, numpy, scipy, pybind11, ninja, setuptools and pytest; nothing is downloaded.
+# PYTHON names the interpreter (default: python3). Sources are copied and built in a temporary folder. OUT_DIR gets a
+# log of every step, results.json, results.md and summary.txt. After a failed step the others run, and the exit code is
+# 1. BLOCKHESS_COMMIT gives the commit of sources without git.
 set -uo pipefail
 
 usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -37,11 +37,11 @@ rm -f "$out/summary.txt" "$out/results.json" "$out/results.md"
 BLOCKHESS_COMMIT=${BLOCKHESS_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 export BLOCKHESS_COMMIT PYTHONPATH="$work:$work/python" PYTHONDONTWRITEBYTECODE=1
 [ $dry = 0 ] || export CUDA_VISIBLE_DEVICES=
-failed=0 deadline=590 reserved=160  # seconds: of the whole, and of it kept for the benchmarks
+failed=0 deadline=590 reserved=160  # seconds: for everything, and of these for the benchmarks
 
 say() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
 
-# step NAME SECONDS COMMAND...: runs it in the copy, its output in NAME.log.
+# step NAME SECONDS COMMAND...: run the command in the copy with a time limit and write its output to NAME.log.
 step() {
   local name=$1 limit=$2 begin=$SECONDS code=0 left=$((deadline - reserved - SECONDS))
   shift 2
@@ -49,13 +49,13 @@ step() {
   (cd "$work" && timeout --kill-after=10 "$limit" "$@") >"$out/$name.log" 2>&1 || code=$?
   case $code in
     0) say "$(printf '%-22s ok, %d s' "$name" $((SECONDS - begin)))" ;;
-    124 | 137) failed=1; say "$(printf '%-22s FAILED: not done in %d s, see %s.log' "$name" "$limit" "$name")" ;;
+    124 | 137) failed=1; say "$(printf '%-22s FAILED: exceeded %d s, see %s.log' "$name" "$limit" "$name")" ;;
     *) failed=1; say "$(printf '%-22s FAILED: exit code %d, see %s.log' "$name" "$code" "$name")" ;;
   esac
   return $code
 }
 
-# Sources alone: what was built in the checkout, or lies in its environments, stays behind.
+# Copy the sources, without build outputs and environments.
 copy() {
   (cd "$root" && tar cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE \
     csrc blockhess_ext python tests bench) | tar xf - -C "$work"
@@ -68,12 +68,12 @@ machine() {
     [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])'
 }
 
-# The architecture of the GPU here, so that it is its own code that is proven.
+# Print the architecture of this GPU, to build and test its native code.
 architecture() {
   "$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null
 }
 
-# Where compute-sanitizer is: on PATH, or beside a toolkit's nvcc that is not.
+# Print the path of compute-sanitizer: on PATH, or in a CUDA toolkit that is not on PATH.
 sanitizer() {
   command -v compute-sanitizer && return
   local folder
@@ -84,7 +84,7 @@ sanitizer() {
 }
 
 say "blockhess $BLOCKHESS_COMMIT$([ $dry = 1 ] && echo ', dry run on the CPU: nothing here is proven on hardware')"
-copy || { say 'sources                FAILED: could not be copied'; exit 1; }
+copy || { say 'sources                FAILED: cannot be copied'; exit 1; }
 machine >"$out/machine.log" 2>&1
 
 if [ $reuse = 1 ]; then
@@ -95,14 +95,14 @@ else
   arch=${TORCH_CUDA_ARCH_LIST:-$(architecture)}
   step build 200 env BLOCKHESS_CUDA=1 ${arch:+TORCH_CUDA_ARCH_LIST="$arch"} MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
     "$python" setup.py build_ext --inplace
-fi || { say 'nothing else can run'; exit 1; }
+fi || { say 'the other steps need the build'; exit 1; }
 
 pytest=("$python" -m pytest -q -rs -p no:cacheprovider tests/gpu)
 if [ $dry = 1 ]; then
-  # 5 is pytest's "no tests": every module skipped itself.
+  # pytest exits with 5 if every module is skipped.
   step tests_skip 60 bash -c '"$@"; code=$?; [ $code = 5 ]' _ "${pytest[@]}"
   step tests_on_cpu 120 env BLOCKHESS_TEST_DEVICE=cpu "${pytest[@]}"
-  step sanitizer_case 60 "$python" -m bench.ops.sanitizer_case --cpu
+  step sanitizer_case 60 "$python" -m tests.gpu.sanitizer_case --cpu
   reserved=0
   step bench 60 "$python" -m bench.ops.gpu --cpu --out "$out"
 else
@@ -110,10 +110,10 @@ else
   if tool=$(sanitizer); then
     for check in memcheck racecheck initcheck; do
       step "$check" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --error-exitcode 86 \
-        "$python" -m bench.ops.sanitizer_case
+        "$python" -m tests.gpu.sanitizer_case
     done
   else
-    say 'compute-sanitizer      not here: memcheck, racecheck and initcheck did not run'
+    say 'compute-sanitizer      not found: memcheck, racecheck and initcheck skipped'
   fi
   reserved=0
   step bench 240 "$python" -m bench.ops.gpu --out "$out"

@@ -1,0 +1,1 @@
+"""Errors of densities, coverage of error bars, and adaptive stopping, on known spectra."""

@@ -1,8 +1,8 @@
-"""Lanczos as other packages write it, restated in a few lines each, next to blockhess_ext.batched_slq.
+"""The Lanczos recurrences of other packages, restated in a few lines each, next to blockhess_ext.batched_slq.
 
-Every function runs `num_steps` steps from the unit vectors v (n_probes, n) with hvp: (n_probes, n) -> the same, one
-HVP a probe and step, and returns alpha, beta (n_probes, num_steps) float64; beta[:, j] couples steps j and j + 1. As
-step j does not depend on later ones, the quadratures of fewer steps are those of the leading parts.
+Every function makes `num_steps` steps from the unit vectors v (n_probes, n) with hvp: (n_probes, n) -> (n_probes, n),
+one product per probe and step, and returns alpha, beta (n_probes, num_steps) float64; beta[:, j] couples steps j and
+j + 1. The quadratures of fewer steps follow from the leading columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def blockhess(hvp: Operator, v: Tensor, num_steps: int, reorthogonalize: str) -> tuple[Tensor, Tensor]:
-    """The recurrence of this package, float32 vectors; its last, exhausted steps have alpha = beta = 0."""
+    """This package, float32 vectors; steps after the Krylov space is exhausted have alpha = beta = 0."""
     q = batched_slq(hvp, [v.shape[1]], probes=v.float(), num_steps=num_steps, reorthogonalize=reorthogonalize)
     alpha, beta = (torch.zeros(len(v), num_steps, dtype=torch.float64) for _ in range(2))
     alpha[:, : q.alpha.shape[2]], beta[:, : q.beta.shape[2]] = q.alpha[:, 0], q.beta[:, 0]
@@ -31,7 +31,7 @@ def blockhess(hvp: Operator, v: Tensor, num_steps: int, reorthogonalize: str) ->
 
 
 def paper(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """zyushun/hessian-spectrum: three terms, float64 vectors, a residual below 1e-8 is divided by 1e-8."""
+    """zyushun/hessian-spectrum: three-term recurrence, float64 vectors; a norm below 1e-8 is replaced by 1e-8."""
     v, before, beta = v.double(), torch.zeros_like(v, dtype=torch.float64), torch.zeros(len(v), 1).double()
     columns = []
     for _ in range(num_steps):
@@ -45,7 +45,7 @@ def paper(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
 
 
 def pyhessian(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """PyHessian 0.1: beta before reorthogonalisation, one Gram-Schmidt pass, division by norm + 1e-6; float32."""
+    """PyHessian 0.1: beta before reorthogonalization, one Gram-Schmidt pass, division by norm + 1e-6; float32."""
     v = v.float()
     basis, columns = [v], []
     beta = torch.zeros(len(v), 1)
@@ -62,7 +62,7 @@ def pyhessian(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]
 
 
 def curvlinops_like(hvp: Operator, v: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """curvlinops 3: one Gram-Schmidt pass, beta after it, division without a guard; float32."""
+    """curvlinops 3: one Gram-Schmidt pass, beta after it, division by a norm that may be 0; float32."""
     v = v.float()
     basis, columns = [v], []
     for _ in range(num_steps):

@@ -1,10 +1,10 @@
-"""What `forecast` predicts for 1 and 2 processes against what they take, and how well two share a job.
+"""Measure runs of one and two processes: time, efficiency, and the time predicted by `forecast`.
 
     python -m bench.end_to_end.distributed [--json PATH] [--text PATH] [--quick | --show PATH]
 
-Processes have one thread each. Seconds are those of the processor (time.process_time), the busiest rank's, so that a
-machine with other work on it does not count; seconds of the clock stand beside them. A rank that waits for another
-spends no processor time worth naming, and what gloo's threads spend is counted.
+Every process has one thread. Seconds are CPU time (time.process_time) of the busiest rank, which excludes other
+programs on the machine; wall-clock seconds are recorded, too. A rank that waits for another takes almost no CPU time,
+and the threads of gloo are included.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import blockhess
-from bench.harness.command import arguments, result_of, tell
+from bench.harness import command
 from bench.harness.environment import describe
 from blockhess._text import format_table
 from blockhess.estimate import job_arguments
 from blockhess.models.gpt import GPT, GPTConfig, next_token_loss
 from blockhess.problem.prepare import prepared_problem
-from blockhess.run.forecast import Forecast, forecast
+from blockhess.run.forecast import forecast
 
 ROUNDS = 3
 OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 20, "engine": "autograd", "progress": False}
-# Name -> (work, data) processes.
+# Name -> number of processes that share (recurrences, batches).
 SHAPES = {"one process": (1, 1), "two share recurrences": (2, 1), "two share batches": (1, 2)}
 
 
 def job(quick: bool) -> dict[str, Any]:
-    """A small GPT on four batches of random text."""
+    """Return a small GPT with four batches of random text."""
     torch.manual_seed(0)
     width = 16 if quick else 64
     model = GPT(GPTConfig(vocab_size=65, context=32, num_layers=1, num_heads=2, width=width))
@@ -45,7 +45,7 @@ def job(quick: bool) -> dict[str, Any]:
     return {"model": model, "data": [(t[:, :-1], t[:, 1:]) for t in tokens], "loss_fn": next_token_loss}
 
 
-def _rank(rank: int, shape: tuple[int, int], quick: bool, folder: str) -> None:
+def _run_rank(rank: int, shape: tuple[int, int], quick: bool, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=shape[0] * shape[1])
     blockhess.spectrum(**job(quick), parallel=shape, **OPTIONS | {"num_steps": 1})  # warms up
@@ -57,36 +57,30 @@ def _rank(rank: int, shape: tuple[int, int], quick: bool, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def predicted(quick: bool, shape: tuple[int, int]) -> Forecast:
-    """The forecast for a mesh of processes, in seconds of the processor."""
-    given, options = job_arguments(**job(quick), **OPTIONS)
-    return forecast(prepared_problem(**given), options, *shape, clock=time.process_time)
-
-
-def measured(quick: bool) -> dict[str, Any]:
-    """Rounds of all shapes, one after the other, and the forecast made between them."""
-    torch.set_num_threads(1)
+def measure(quick: bool) -> dict[str, Any]:
+    """Return the result of several rounds; each round makes a forecast and a run for every shape."""
     found: dict[str, Any] = {name: {"predicted": [], "processor": [], "wall": []} for name in SHAPES}
-    predicted(quick, (1, 1))  # warms up
+    forecast(**job(quick), **OPTIONS)  # warms up
     for _ in range(1 if quick else ROUNDS):
         nodes = []
         for name, shape in SHAPES.items():
-            told = predicted(quick, shape)
+            given, options = job_arguments(**job(quick), **OPTIONS)
+            predicted = forecast(prepared_problem(**given), options, *shape, clock=time.process_time)
             with tempfile.TemporaryDirectory() as folder:
-                mp.start_processes(_rank, (shape, quick, folder), nprocs=shape[0] * shape[1], start_method="spawn")
+                mp.start_processes(_run_rank, (shape, quick, folder), nprocs=shape[0] * shape[1], start_method="spawn")
                 ranks = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(shape[0] * shape[1])]
-            found[name]["predicted"].append(told.seconds)
+            found[name]["predicted"].append(predicted.seconds)
             for clock in ("processor", "wall"):
                 found[name][clock].append(max(rank[clock] for rank in ranks))
-            found[name]["balance"] = told.balance
-            found[name]["traffic_bytes"] = told.traffic_bytes
+            found[name]["balance"] = predicted.balance
+            found[name]["traffic_bytes"] = predicted.traffic_bytes
             nodes.append(ranks[0]["node"])
         assert max(nodes) - min(nodes) < 1e-3 * abs(nodes[0]), "all shapes must give the same spectra"
     return {"environment": describe(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "rows": found}
 
 
 def text(result: dict[str, Any]) -> str:
-    """The table of a result."""
+    """Return the table of a result."""
     alone = result["rows"]["one process"]
     rows = []
     for name, row in result["rows"].items():
@@ -100,23 +94,21 @@ def text(result: dict[str, Any]) -> str:
             [name, f"{statistics.median(row['predicted']):.2f}", f"{statistics.median(row['processor']):.2f}",
              f"{ratio:.2f}", f"{row['balance']:.0%}", f"{share[0]:.0%}", f"{share[1]:.0%}"]
         )  # fmt: skip
-    header = ["", "predicted s", "taken s", "taken / predicted", "balance", "efficiency", "by the clock"]
+    header = ["", "predicted s", "taken s", "taken / predicted", "balance", "efficiency", "wall clock"]
     machine = result["environment"]
     return "\n".join(
         [
             format_table(header, rows),
             "",
-            "seconds of the processor, busiest rank; efficiency: one process / (processes x busiest rank); medians",
-            f"{machine['cpu']}, {result['cores']} cores, load "
+            "CPU seconds of the busiest rank; efficiency: one process / (processes x busiest rank); medians",
+            f"{machine['cpu']}, {result['cores']} cores, load average "
             f"{result['load']:.1f}, torch {machine['torch']}, commit {machine['commit']}",
         ]
     )
 
 
 def main() -> None:
-    options = arguments(__doc__, "one round of a tiny model, to see that it runs").parse_args()
-    result = result_of(options, measured)
-    tell(options, result, text(result))
+    command.run(__doc__, measure, text, quick="one round of a tiny model, to check that it runs")
 
 
 if __name__ == "__main__":

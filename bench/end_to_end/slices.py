@@ -1,8 +1,9 @@
-"""What a whole job takes, from a part of it: ours and every rival's, with the spectra that they find.
+"""Extrapolate the time of a whole job, ours and every rival's, from a part of it.
 
-Nobody has the hours that 10 probes of 100 steps take with every rival. So one probe's first steps are timed, of all
-blocks or of every so many-th: the first step and what comes before it as set-up, whose programs are traced, compiled
-and loaded then; of the others, each block's time for a product, Lanczos and all, times its number of products.
+10 probes of 100 steps take hours with every rival. Therefore the first steps of one probe are timed, of all blocks or
+of every n-th. The first step and everything before it count as set-up, since programs are traced, compiled and loaded
+then. From the later steps, the time of each block per product, including Lanczos, is multiplied by its number of
+products.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 import blockhess
 from bench.harness.timing import now, timed
 from bench.hvp import paper_procedure
-from bench.hvp.hvp_rivals import RIVALS, Case, Product
 from bench.hvp.paper_procedure import Quadratures
+from bench.hvp.rivals import RIVALS, Case, Product
 from blockhess import estimate
 from blockhess_ext import batched_slq
 
@@ -35,10 +36,12 @@ Counts = Mapping[str, int]  # block -> products
 
 @dataclass
 class Slice:
-    """What a job takes, in seconds.
+    """Extrapolated times of a job, in seconds.
 
     Attributes:
-        setup: all that is prepared. work: products and what goes with them. quadratures: that a rival found.
+        setup: Time of set-up.
+        work: Time of products and Lanczos steps.
+        quadratures: Quadratures of a rival.
     """
 
     setup: float
@@ -51,12 +54,12 @@ class Slice:
 
 
 class Stopped(Exception):
-    """A job was stopped, as was asked for."""
+    """Raised to stop a job after some of its products."""
 
 
 @contextmanager
 def on_products(call: Callable[[], object]) -> Iterator[None]:
-    """`blockhess.spectrum` calls `call` after every product."""
+    """Make `blockhess.spectrum` call `call` after every product."""
 
     @contextmanager
     def bar(*_: object) -> Iterator[Callable[[], object]]:
@@ -67,32 +70,30 @@ def on_products(call: Callable[[], object]) -> Iterator[None]:
 
 
 def ours(case: Case, **options: Any) -> blockhess.Spectra:
-    """The spectra of the blocks of a case."""
+    """Return the spectra of the blocks of a case by this package."""
     defaults: dict[str, Any] = {"seed": SEED, "reorthogonalize": "none", "progress": False}
     blocks = {name: [name] for name in case.blocks}
     return blockhess.spectrum(case.model, case.batch, case.criterion, blocks=blocks, **(defaults | options))
 
 
 def plan(case: Case, **options: Any) -> blockhess.Plan:
-    """What `ours` will do."""
+    """Return the plan of `ours`."""
     blocks = {name: [name] for name in case.blocks}
-    return blockhess.plan(
-        case.model, case.batch, case.criterion, blocks=blocks, reorthogonalize="none", **options
-    )  # fmt: skip
+    return blockhess.plan(case.model, case.batch, case.criterion, blocks=blocks, reorthogonalize="none", **options)
 
 
 def scale(case: Case, counts: Counts) -> float:
-    """All products over those of the blocks measured."""
+    """Return the products of all blocks divided by those of the measured blocks."""
     return sum(counts.values()) / sum(counts[name] for name in case.blocks)
 
 
 def of_ours(case: Case, counts: Counts, steps: int) -> Slice:
-    """Of `spectrum`, told to make as many products a block as 10 probes of 100 steps, and stopped.
+    """Return the slice of `spectrum` with one probe of PROBES * STEPS steps, stopped after a few of them.
 
     Args:
-        case: with the blocks that are measured. What is prepared for them counts for the others in proportion.
-        counts: of all blocks of the job.
-        steps: that are timed, after the first.
+        case: Case with the blocks to measure. Set-up is scaled to the number of all blocks.
+        counts: Products of all blocks of the job.
+        steps: Steps to time after the first.
     """
     ends: list[float] = []
     n = len(case.blocks)
@@ -108,7 +109,7 @@ def of_ours(case: Case, counts: Counts, steps: int) -> Slice:
             ours(case, num_probes=1, num_steps=PROBES * STEPS)
     except Stopped:
         pass
-    each = [b - a for a, b in pairwise(ends[n - 1 :])]  # product by product, block by block
+    each = [b - a for a, b in pairwise(ends[n - 1 :])]  # products of all steps; blocks take turns
     of_block = [statistics.fmean(each[l::n]) for l in range(n)]
     setup = (ends[n - 1] - begin - sum(of_block)) * len(counts) / n
     work = sum(seconds * counts[name] for name, seconds in zip(case.blocks, of_block))
@@ -116,13 +117,14 @@ def of_ours(case: Case, counts: Counts, steps: int) -> Slice:
 
 
 def of_rival(name: str, case: Case, counts: Counts, probes: Sequence[dict[str, Tensor]], num_steps: int) -> Slice:
-    """Of a rival, whose products go through the paper's recurrence, block after block, as its users must.
+    """Return the slice of a rival, which runs the paper's recurrence block by block.
 
     Args:
-        case: with the blocks that are measured.
-        counts: of all blocks of the job.
-        probes: of every probe the unit vector of every block measured.
-        num_steps: Lanczos steps that are timed.
+        name: Name of the rival.
+        case: Case with the blocks to measure. Set-up is scaled to the number of all blocks.
+        counts: Products of all blocks of the job.
+        probes: For every probe, block -> unit vector.
+        num_steps: Lanczos steps to time.
     """
     begin = now()
     rival = RIVALS[name](case)
@@ -142,13 +144,13 @@ def of_rival(name: str, case: Case, counts: Counts, probes: Sequence[dict[str, T
         found.quadratures |= paper_procedure.lanczos(products, [{block: probe[block]} for probe in probes], num_steps)
         found.work += (now() - begin) / made * counts[block]
     found.work *= scale(case, counts)
-    # What it does once a step for all blocks.
+    # The work of a step that all blocks share.
     found.work += PROBES * STEPS * statistics.fmean(timed(rival.step) for _ in range(num_steps))
     return found
 
 
 def probes_of(spectra: blockhess.Spectra) -> list[dict[str, Tensor]]:
-    """The random vectors that a result was made with: the first input of any operator of these dims and ids."""
+    """Return the random vectors of a result: the first input of any operator with the same blocks."""
     q, seen = spectra.quadrature, []
 
     def operator(v: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ def probes_of(spectra: blockhess.Spectra) -> list[dict[str, Tensor]]:
 
 
 def js_matrix(spectra: blockhess.Spectra, quadratures: Quadratures) -> Tensor:
-    """Of other quadratures of the probes of these spectra, at the sigma that the spectra ask for."""
+    """Return the Jensen-Shannon matrix of other quadratures of the same probes, at the default sigma of the spectra."""
     q = spectra.quadrature
     nodes, weights = torch.zeros_like(q.nodes), torch.zeros_like(q.weights)
     for l, name in enumerate(spectra.names):

@@ -1,0 +1,1 @@
+"""What all benchmarks share: timing, machine limits, result files, tables, and operators with known spectra."""

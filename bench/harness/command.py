@@ -1,4 +1,4 @@
-"""The command line of a benchmark whose result is kept: measured or read again, printed, written."""
+"""The command line of the benchmarks that measure one result: measure or load it, print its tables, write files."""
 
 from __future__ import annotations
 
@@ -8,26 +8,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def arguments(description: str | None, quick: str) -> argparse.ArgumentParser:
-    """A parser of --json, --text, --quick and --show; quick says what --quick runs."""
+Result = dict[str, Any]
+
+
+def run(
+    description: str | None,
+    measure: Callable[[bool], Result],
+    text: Callable[[Result], str],
+    *,
+    quick: str,
+    plot: Callable[[Result, Path], None] | None = None,
+) -> None:
+    """Parse the command line, measure a result on one thread or load one, print its text and write the files.
+
+    Args:
+        description: Docstring of the module; its first line is the help.
+        measure: Takes whether to measure at quick size, and returns the result.
+        text: Formats the tables of a result.
+        quick: Help of ``--quick``.
+        plot: Draws a result into an image file; adds the option ``--plot``.
+    """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--text", type=Path, help="also write the tables to this file")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result to this file")
+    parser.add_argument("--text", type=Path, metavar="PATH", help="write the tables to this file")
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--show", type=Path, metavar="JSON", help="measure nothing: what a file of --json holds")
-    return parser
-
-
-def result_of(options: argparse.Namespace, measure: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
-    """What is measured, or was kept."""
-    return json.loads(options.show.read_text()) if options.show else measure(options.quick)  # type: ignore[no-any-return]
-
-
-def tell(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """Prints the text, and writes what was asked for."""
-    print(text)
+    parser.add_argument("--show", type=Path, metavar="JSON", help="measure nothing; load the result of this file")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the result into this image file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = json.loads(options.show.read_text()) if options.show else measure(options.quick)
+    print(text(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.json)
     if options.text:
-        options.text.write_text(text + "\n")
+        options.text.write_text(text(result) + "\n")
+    if plot and options.plot:
+        plot(result, options.plot)
+
+
+def write_json(result: Result, path: Path) -> None:
+    """Write a result as JSON."""
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What a benchmark result must say about where it was measured."""
+"""The environment of a measurement: machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,29 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+
+# Name of a package that is compared -> its distribution.
+PEERS = {
+    "hessian-eigenthings": "hessian-eigenthings",
+    "curvlinops": "curvlinops-for-pytorch",
+    "PyHessian": "PyHessian",
+    "imate": "imate",
+    "matfree": "matfree",
+    "jax": "jax",
+}
+
+
+def _output(*command: str) -> str:
+    """Return the standard output of a command, or "unknown" if it fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def _cpu_model() -> str:
@@ -21,21 +41,16 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with "-dirty" where tracked files differ from it, or "unknown".
+    """Return the commit of this checkout, with "-dirty" if tracked files were modified, or "unknown".
 
-    A copy of the sources without their history is told by BLOCKHESS_COMMIT.
+    The environment variable BLOCKHESS_COMMIT takes precedence, for copies of the sources without git.
     """
-    if told := os.environ.get("BLOCKHESS_COMMIT"):
-        return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return os.environ.get("BLOCKHESS_COMMIT") or _output(*command)
 
 
 def describe() -> dict[str, str | int]:
-    """Return CPU, cores and threads in use, operating system, versions and commit.
+    """Return CPU, cores, number of threads, operating system, versions and commit.
 
     Example:
         >>> sorted(describe())
@@ -52,38 +67,8 @@ def describe() -> dict[str, str | int]:
     }
 
 
-# Name of a peer -> how its distribution is called.
-PEERS = {
-    "hessian-eigenthings": "hessian-eigenthings",
-    "curvlinops": "curvlinops-for-pytorch",
-    "PyHessian": "PyHessian",
-    "imate": "imate",
-    "matfree": "matfree",
-    "jax": "jax",
-}
-
-
-def peers() -> dict[str, str]:
-    """The versions of the peers."""
-    found = {}
-    for name, distribution in PEERS.items():
-        try:
-            found[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
 def describe_device(device: torch.device) -> dict[str, str | int]:
-    """Return what `describe` does, and for a GPU its name, memory, driver, CUDA and multiprocessors."""
+    """Return the result of `describe` and, for a GPU, its name, memory, multiprocessors, driver and CUDA version."""
     if device.type == "cpu":
         return {"device": "cpu", **describe()}
     properties = torch.cuda.get_device_properties(device)
@@ -91,7 +76,23 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
         "device": properties.name,
         "memory_mib": properties.total_memory // 2**20,
         "multiprocessors": properties.multi_processor_count,
-        "driver": _driver(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "cuda": torch.version.cuda or "none",
         **describe(),
     }
+
+
+def peers() -> dict[str, str]:
+    """Return the version of every package that is compared, or "absent"."""
+    versions = {}
+    for name, distribution in PEERS.items():
+        try:
+            versions[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def one_line(environment: Mapping[str, Any]) -> str:
+    """Return an environment, or versions, as text."""
+    return ", ".join(f"{name} {value}" for name, value in environment.items())

@@ -1,7 +1,8 @@
-"""Operators whose eigenvalues are known: six synthetic densities, and exact block Hessians of small models.
+"""Operators with known eigenvalues: six synthetic densities, and exact block Hessians of small models.
 
-The synthetic ones are diagonal with the quantiles of the density as eigenvalues: a Gaussian probe sees any basis
-alike. The Hessians are built column by column with plain double backward in float64, independent of this package.
+Synthetic operators are diagonal, with the quantiles of the density as eigenvalues; the basis does not matter, since
+Gaussian probes are invariant under rotations. Hessians are computed column by column by double backward in float64,
+independently of this package.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_lo
 
 
 def marchenko_pastur(u: np.ndarray[Any, Any], ratio: float = 0.5) -> np.ndarray[Any, Any]:
-    """Quantiles of the Marchenko-Pastur law of that ratio below 1, by its integrated density."""
+    """Return quantiles of the Marchenko-Pastur law with a ratio below 1, from its integrated density."""
     low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
     t = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, 200_001))
     density = np.sqrt(np.clip((high - t) * (t - low), 0, None)) / (2 * np.pi * ratio * t)
@@ -30,7 +31,7 @@ def marchenko_pastur(u: np.ndarray[Any, Any], ratio: float = 0.5) -> np.ndarray[
 
 
 def synthetic(n: int) -> dict[str, Tensor]:
-    """Eigenvalues of six known densities, (n,) float64 each."""
+    """Return the eigenvalues (n,) float64 of six known densities."""
     u = (np.arange(n) + 0.5) / n
     spikes = 0.1 * stats.semicircular.ppf(u)
     spikes[-5:] = [0.5, 0.6, 0.8, 1.0, -0.7]
@@ -48,7 +49,7 @@ def synthetic(n: int) -> dict[str, Tensor]:
 
 
 def dense_hessian(loss: Tensor, parameter: Tensor) -> Tensor:
-    """d2 loss / d parameter2, symmetric to the last bit."""
+    """Return d^2 loss / d parameter^2, exactly symmetric."""
     rows = torch.empty(parameter.numel(), parameter.numel(), dtype=parameter.dtype)
     (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
     gradient = gradient.flatten()
@@ -58,7 +59,7 @@ def dense_hessian(loss: Tensor, parameter: Tensor) -> Tensor:
 
 
 def hessians(quick: bool) -> dict[str, Tensor]:
-    """Exact Hessians of blocks of a GPT, an MLP, a ResNet and, where transformers is installed, a BERT, untrained."""
+    """Return exact Hessians of blocks of an untrained GPT, MLP, ResNet and, if transformers is installed, BERT."""
     width = 8 if quick else 32
     text = shakespeare()
     batch = text.batches(batch_size=4, context=32, seed=0)[0]

@@ -1,4 +1,4 @@
-"""Where rows are measured and how large, and the limits of that machine, measured in the same run."""
+"""The device and problem size of a measurement, and the limits of the machine, measured in the same run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 from bench.harness.timing import CPU, measure
 
-SIZES = ("full", "quick", "tiny")
-
 
 class TooSmall(RuntimeError):
-    """The machine cannot hold a workload."""
+    """The machine has too little free memory for a workload."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to measure, how large ("full", "quick" or "tiny"), and the limits measured there.
+    """Where and at what size to measure.
 
     Attributes:
-        limits: bytes a second: "copy" (read and written), on a CPU also "triad" and "read"; and "gemm", operations a
-            second of a float32 matrix product.
+        device: CPU or GPU.
+        size: "full", "quick" or "tiny".
+        limits: Bandwidths in bytes per second: "copy" (read and written), on a CPU also "triad" and "read"; on a CPU
+            also "gemm", operations per second of a float32 matrix product.
     """
 
     device: torch.device
@@ -32,18 +32,21 @@ class Machine:
 
     @staticmethod
     def measured(device: torch.device, size: str) -> Machine:
+        """Return the machine with its limits measured."""
         if device.type != "cpu":
             return Machine(device, size, {"copy": copy_bandwidth(device, {"full": 2**29, "quick": 2**26}[size])})
         return Machine(device, size, cpu_limits({"full": 2**26, "quick": 2**22, "tiny": 2**14}[size]))
 
     def pick(self, full: int, quick: int, tiny: int) -> int:
+        """Return the value for this size."""
         return {"full": full, "quick": quick, "tiny": tiny}[self.size]
 
     def generator(self) -> torch.Generator:
+        """Return a random number generator on the device, seeded with 0."""
         return torch.Generator(self.device).manual_seed(0)
 
     def share(self, amount: float, seconds: float, limit: str = "copy") -> float:
-        """What part of a limit so many bytes, or operations, in so many seconds are."""
+        """Return the rate `amount / seconds` (bytes or operations per second) as a share of a limit."""
         return amount / seconds / self.limits[limit]
 
     def require(self, n_bytes: float) -> None:
@@ -54,23 +57,23 @@ class Machine:
 
 
 def free_bytes() -> int:
-    """Memory that can be had without swapping; Linux only."""
+    """Return the memory available without swapping. Linux only."""
     (line,) = (s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
 def copy_bandwidth(device: torch.device, elements: int) -> float:
-    """Bytes read and written a second by a copy of float32 from memory of the device to another place in it."""
+    """Return the bytes per second, read and written, of a float32 copy within the memory of the device."""
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / measure(lambda: target.copy_(source), device).median
 
 
 def cpu_limits(elements: int) -> dict[str, float]:
-    """What PyTorch's own kernels reach on vectors of so many float32: the fastest of some calls each.
+    """Return the rates of PyTorch's own kernels on float32 vectors with so many elements; the fastest of several calls.
 
-    copy: b = a. triad: c = a + s b, three vectors (that a write may first read is not counted). read: <a, b>. gemm: a
-    product of square matrices of 2^11 rows, or fewer where there are fewer elements.
+    copy: b = a. triad: c = a + s b, counted as three vectors. read: <a, b>. gemm: a product of square matrices with at
+    most 2048 rows.
     """
     a, b, c = torch.rand(elements), torch.rand(elements), torch.empty(elements)
     rows = min(2048, int(elements**0.5))

@@ -1,45 +1,46 @@
-"""The tables of what `python -m bench` measured, from its JSON."""
+"""The rows of `python -m bench`, and the tables of its results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.end_to_end import end_to_end, same_accuracy
-from bench.harness.rows import Judge, Target, judged, short, shown, target_table, unmeasured
+from bench.end_to_end import fixed_budget, same_accuracy
+from bench.harness.environment import one_line
+from bench.harness.rows import Judge, Rows, Target, format_value, missing, short, target_table, verdict
 from bench.ops import log_determinant, rows, scaling
 
-# Of the machine, above the threads in use: more means that other programs ran.
+# A load average above the number of threads by more than this means that other programs ran.
 SPARE_LOAD = 0.5
 
-ROWS = {**rows.ROWS, **log_determinant.ROWS, **scaling.ROWS, **end_to_end.ROWS, **same_accuracy.ROWS}
+ROWS: Rows = {**rows.ROWS, **log_determinant.ROWS, **scaling.ROWS, **fixed_budget.ROWS, **same_accuracy.ROWS}
 
 
 def judge_of(rows: Mapping[str, Any], size: str = "full") -> Judge:
-    """Judges targets by the rows of a result; "-" where a row was not run, or not at full size."""
+    """Return the judge of targets by the rows of a result; it judges rows at full size only."""
 
     def judge(name: str, target: Target) -> tuple[str, str]:
         if name not in rows:
             return "-", "not run"
-        value, word = judged(target, rows[name])
+        value, word = verdict(target, rows[name])
         return (value, word) if size == "full" or word not in ("met", "missed") else ("-", f"not judged at {size} size")
 
     return judge
 
 
 def targets_of(names: Sequence[str]) -> dict[str, list[Target]]:
-    """The targets of those rows, in the order of the table."""
+    """Return the targets of these rows, in the order of ROWS."""
     return {name: targets for name, (_, targets) in ROWS.items() if name in names and targets}
 
 
 def times_table(rows: Mapping[str, Any]) -> list[str]:
-    """Everyone who took part in every row: times, memory, error; or why not."""
+    """Return the lines of the table of times, memory and error of every rival of every row."""
     lines = [
         "| work | rival | ms (range) | times ours | first call, ms | peak, MiB | error |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
-        if why := unmeasured(row):
+        if why := missing(row):
             lines.append(f"| {name} | {why}{': ' + row['failure'] if 'failure' in row else ''} | | | | | |")
             continue
         for i, (rival, t) in enumerate(row["times"].items()):
@@ -57,13 +58,15 @@ def times_table(rows: Mapping[str, Any]) -> list[str]:
 
 
 def measured_table(rows: Mapping[str, Any]) -> list[str]:
-    """What else was measured of ours, what to know of it, and how busy the machine was."""
+    """Return the lines of the table of all other quantities, notes and load averages."""
     lines = ["| work | also measured | load |", "|---|---|--:|"]
     for name, row in rows.items():
-        if unmeasured(row):
+        if missing(row):
             continue
         also = [
-            f"{what} {shown(what, x)}" for what, x in row["measured"].items() if not what.startswith("times faster")
+            f"{what} {format_value(what, x)}"
+            for what, x in row["measured"].items()
+            if not what.startswith("times faster")
         ]
         for what, points in row["curves"].items():
             also.append(f"ns by {what}: " + ", ".join(f"{x:.3g}: {y:.3g}" for x, y in points))
@@ -73,21 +76,21 @@ def measured_table(rows: Mapping[str, Any]) -> list[str]:
 
 
 def environment(result: dict[str, Any]) -> str:
-    """Machine, threads, versions and commit of a run."""
-    return ", ".join(f"{name} {value}" for name, value in result["environment"].items())
+    """Return machine, threads, versions and commit of a result."""
+    return one_line(result["environment"])
 
 
 def load(result: dict[str, Any]) -> str:
-    """How busy the machine was, and what that does to the numbers."""
+    """Return the range of the load average, and whether other programs ran."""
     loads = [x for row in result["rows"].values() for x in row["load"]]
-    text = f"load of the machine {min(loads):.1f} ... {max(loads):.1f}"
+    text = f"load average {min(loads):.1f} ... {max(loads):.1f}"
     if max(loads) > result["environment"]["threads"] + SPARE_LOAD:
-        text += ": other programs took part of it meanwhile, which shares of limits feel more than ratios"
+        text += ": other programs were running, which affects shares of limits more than ratios"
     return text
 
 
 def report(result: dict[str, Any]) -> str:
-    """All tables of a run, and where it was."""
+    """Return all tables of a result, followed by the environment."""
     rows = result["rows"]
     limits = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in result["limits"].items())
     parts = [
@@ -95,7 +98,7 @@ def report(result: dict[str, Any]) -> str:
         times_table(rows),
         measured_table(rows),
         [f"Limits of this machine in this run, GB/s and GFLOP/s: {limits}. Sizes: {result['size']}."],
-        [f"{environment(result)}; {', '.join(f'{name} {version}' for name, version in result['peers'].items())}."],
+        [f"{environment(result)}; {one_line(result['peers'])}."],
         [f"{load(result).capitalize()}."],
     ]
     return "\n\n".join("\n".join(part) for part in parts)

@@ -1,21 +1,27 @@
-"""A row of a speed table: what it must reach, what was measured, and the words for it."""
+"""The rows of a speed table: targets, measurements, and how they are formatted."""
 
 from __future__ import annotations
 
+import os
 import statistics
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
+from bench.harness.machine import Machine, TooSmall
 from bench.harness.timing import Entry, WrongResult
 
-# After a quantity: what moving the same bytes as fast as triad would give.
+# Suffix of a quantity: its value if the same bytes were moved at triad bandwidth.
 AT_TRIAD = ", at triad bandwidth"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a row must reach: `value`, as the least or as the most."""
+    """A bound on a measured quantity: at least `value`, or at most."""
 
     text: str
     quantity: str
@@ -27,26 +33,34 @@ class Target:
 
 
 def faster(rival: str, times: float, when: str = "") -> Target:
-    """Ours is at least so many times faster than the rival."""
+    """Return the target that ours is at least `times` times faster than the rival."""
     return Target(f">= {times:g} x {rival}{when}", f"times faster than {rival}{when}", times, True)
 
 
 @dataclass
 class Row:
-    """What one row gave."""
+    """Measurements of one row.
 
-    error: float  # largest difference from the reference, in the unit that the row says
-    measured: dict[str, float] = field(default_factory=dict)  # by Target.quantity, and more
-    times: dict[str, dict[str, Any]] = field(default_factory=dict)  # of everyone who took part, or why not
-    notes: list[str] = field(default_factory=list)  # what the numbers do not tell
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)  # points (x, y) by name
+    Attributes:
+        error: Largest difference from the reference, in the unit of the row.
+        measured: Value of each quantity, such as `Target.quantity`.
+        times: Summary of the times of every rival, or why it was not timed.
+        notes: Remarks on the measurement.
+        curves: Points (x, y) by name.
+    """
+
+    error: float
+    measured: dict[str, float] = field(default_factory=dict)
+    times: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @staticmethod
     def of(entries: Mapping[str, Entry]) -> Row:
-        """The row of a contest, ours first: its times, and how many times faster ours is, the median of the rounds.
+        """Return the row of several entries, ours first, with the median over rounds of how many times faster ours is.
 
         Raises:
-            WrongResult: ours is wrong or failed.
+            WrongResult: Ours is wrong or failed.
         """
         (name, ours), *others = entries.items()
         if ours.failure or ours.error is None:
@@ -59,40 +73,61 @@ class Row:
         return row
 
 
+Rows = dict[str, tuple[Callable[[Machine], Row], list[Target]]]  # by the name of the row
+
+
+def measure_row(row_of: Callable[[Machine], Row], machine: Machine) -> dict[str, Any]:
+    """Return the JSON entry of a row: its measurements, "skipped" or "failure", load average and seconds."""
+    start, load, cuda = time.perf_counter(), os.getloadavg()[0], machine.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    try:
+        found: dict[str, Any] = asdict(row_of(machine))
+        if cuda:
+            found["peak_mib"] = torch.cuda.max_memory_allocated(machine.device) / 2**20
+    except TooSmall as error:
+        found = {"skipped": str(error)}
+    except Exception as error:  # measure the other rows
+        traceback.print_exc()
+        found = {"failure": f"{type(error).__name__}: {error}"}
+    return {**found, "load": [load, os.getloadavg()[0]], "seconds": time.perf_counter() - start}
+
+
 def short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Format a number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def shown(quantity: str, value: float) -> str:
-    """A measured value as tables have it."""
+def format_value(quantity: str, value: float) -> str:
+    """Format a measured value; a share in percent."""
     return f"{100 * value:.1f} %" if "share" in quantity else f"{value:.3g}"
 
 
-def unmeasured(row: Mapping[str, Any]) -> str:
-    """Why a row has no numbers, or nothing."""
+def missing(row: Mapping[str, Any]) -> str:
+    """Return why a row has no measurements, or an empty string if it has."""
     return "failed" if "failure" in row else f"skipped: {row['skipped']}" if "skipped" in row else ""
 
 
-def judged(target: Target, row: Mapping[str, Any]) -> tuple[str, str]:
-    """What was measured, and whether that is enough: "met", "missed", or why nobody knows."""
-    if why := unmeasured(row):
+def verdict(target: Target, row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the measured value and "met" or "missed", or "-" and why it was not measured."""
+    if why := missing(row):
         return "-", why
     if target.quantity not in row["measured"]:
         rival = target.quantity.removeprefix("times faster than ")
         return "-", f"not measured: {row['times'].get(rival, {}).get('failure', 'no such rival')}"
     value = row["measured"][target.quantity]
-    text, at_triad = shown(target.quantity, value), row["measured"].get(target.quantity + AT_TRIAD)
+    text, at_triad = format_value(target.quantity, value), row["measured"].get(target.quantity + AT_TRIAD)
     if at_triad is not None:
-        text += f" (at triad bandwidth {shown(target.quantity, at_triad)})"
+        text += f" (at triad bandwidth {format_value(target.quantity, at_triad)})"
     return text, "met" if target.met(value) else "missed"
 
 
-Judge = Callable[[str, Target], tuple[str, str]]
+Judge = Callable[[str, Target], tuple[str, str]]  # (name of a row, target) -> value and verdict
 
 
 def target_table(targets: Mapping[str, Sequence[Target]], judges: Mapping[str, Judge]) -> list[str]:
-    """Every target of every row, and for each column what its judge says: what was measured, and the verdict."""
+    """Return the lines of the table of all targets, with measured value and verdict of the judge of each column."""
     lines = [
         f"| work | target |{''.join(f' {column} | |' for column in judges)}",
         f"|---|---|{'--:|---|' * len(judges)}",

@@ -1,11 +1,12 @@
-"""The stopwatch: whoever is timed is compared first, rivals take turns, and times are medians with their range.
+"""Timing: results are compared before anything is timed, rivals take turns, and times are medians with their range.
 
-A rival whose result is wrong is shown with its error and not timed; one that is not installed, or does not compile,
-is shown as absent. On a GPU time is taken by CUDA events, on a CPU by the host's clock, or the process's.
+A rival with a wrong result is reported with its error and not timed. A rival that is not installed or does not compile
+is reported as absent. GPU times are taken with CUDA events, CPU times with the wall clock or the process's CPU time.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import time
@@ -23,22 +24,22 @@ CPU = torch.device("cpu")
 
 
 class WrongResult(RuntimeError):
-    """A result differs from the reference, so its speed says nothing."""
+    """A result differs from the reference by more than the tolerance."""
 
 
-def check(what: str, error: float, most: float) -> float:
-    """The error, if it is at most `most`.
+def check(what: str, error: float, tolerance: float) -> float:
+    """Return the error.
 
     Raises:
-        WrongResult: it is more, or NaN.
+        WrongResult: The error exceeds the tolerance or is NaN.
     """
-    if not error <= most:
-        raise WrongResult(f"{what} differs by {error:.3g}, at most {most:.3g} is right; nothing was timed")
+    if not error <= tolerance:
+        raise WrongResult(f"{what} differs by {error:.3g}, tolerance {tolerance:.3g}; nothing was timed")
     return error
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest |a - b| over the largest |b|, by rows so that large tensors need little memory."""
+    """Return max |a - b| / max |b|, computed row by row to save memory."""
     pairs = list(zip(a.reshape(len(a), -1), b.reshape(len(b), -1)))
     size = max(float(y.abs().max()) for _, y in pairs)
     return max(float((x - y).abs().max()) for x, y in pairs) / max(size, 1e-300)
@@ -49,19 +50,19 @@ _clock = "wall"
 
 
 def use_clock(name: str) -> None:
-    """Time by "wall", or by "cpu": the processor's seconds of this process, where other programs keep it waiting."""
+    """Select the "wall" clock, or "cpu": CPU seconds of this process, which exclude time spent waiting."""
     global _clock
     _clock = name
 
 
 def now() -> float:
-    """Seconds by the clock in use."""
+    """Return the seconds of the selected clock."""
     return CLOCKS[_clock]()
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call, several times measured."""
+    """Repeated measurements of one call, in seconds."""
 
     seconds: list[float]
 
@@ -70,7 +71,7 @@ class Times:
         return statistics.median(self.seconds)
 
     def summary(self) -> dict[str, float | int]:
-        """For the JSON."""
+        """Return the entry of the JSON file."""
         return {
             "median_ms": 1e3 * self.median,
             "min_ms": 1e3 * min(self.seconds),
@@ -80,21 +81,21 @@ class Times:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call on a CPU."""
+    """Return the seconds of one call on the CPU."""
     start = now()
     run()
     return now() - start
 
 
-def alternate(clocks: Mapping[str, Callable[[], float]], rounds: int, seconds: float = float("inf")) -> Iterator[None]:
-    """Calls every clock once a round, beginning with another one each round, until `seconds` are spent.
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf) -> Iterator[None]:
+    """Make every call once per round, starting with another one each round, until `seconds` have passed.
 
-    Yields after each round; clocks keep what they measure.
+    Yields after each round.
     """
-    order, start = list(clocks), now()
+    order, start = list(calls), now()
     for _ in range(rounds):
         for name in order:
-            clocks[name]()
+            calls[name]()
         yield
         if now() - start > seconds:
             return
@@ -103,30 +104,33 @@ def alternate(clocks: Mapping[str, Callable[[], float]], rounds: int, seconds: f
 
 @dataclass(frozen=True)
 class Rival:
-    """One way to do the work of a row.
+    """One implementation of the work of a row.
 
     Attributes:
-        make: sets it up and returns what does the work, again and again; raises ImportError where a peer is absent.
-        error: of the result of the work; at most `most` is right.
-        scale: the whole work, in units of what is timed, where a rival is so slow that a part must do.
-        limit: seconds that its set-up and first call may take.
+        make: Sets it up and returns a function that does the work. Raises ImportError if a package is not installed.
+        error: Error of a result.
+        tolerance: Largest error of a correct result.
+        scale: Ratio of the whole work to the part that is timed.
+        limit: Seconds allowed for set-up and first call.
     """
 
     make: Callable[[], Callable[[], Any]]
     error: Callable[[Any], float]
-    most: float
+    tolerance: float
     scale: float = 1.0
-    limit: float = float("inf")
+    limit: float = math.inf
 
 
 @dataclass
 class Entry:
-    """What one rival gave.
+    """Measurements of one rival.
 
     Attributes:
-        failure: why it was not timed. error: of its result. first: seconds of its set-up and first call, compiling
-            included. seconds: of each further call, scaled to the whole work. peak_bytes: growth of memory in a call,
-            where it was looked at.
+        failure: Why it was not timed; empty if it was.
+        error: Error of its result.
+        first: Seconds of set-up and first call, including compilation.
+        seconds: Seconds of each further call, scaled to the whole work.
+        peak_bytes: Growth of memory during a call, if measured.
     """
 
     failure: str = ""
@@ -136,19 +140,11 @@ class Entry:
     peak_bytes: int | None = None
 
     @property
-    def absent(self) -> bool:
-        return self.failure.startswith("absent")
-
-    @property
-    def wrong(self) -> bool:
-        return self.failure.startswith("wrong")
-
-    @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     def summary(self) -> dict[str, Any]:
-        """For the JSON."""
+        """Return the entry of the JSON file."""
         if self.failure:
             return {"failure": self.failure, "error": self.error}
         return Times(self.seconds).summary() | {
@@ -158,28 +154,26 @@ class Entry:
         }
 
 
-def told(error: Exception) -> str:
-    """One line on why a rival was not timed: absent, where it is not installed or does not compile; or its error."""
+def failure_reason(error: Exception) -> str:
+    """Return one line that says why a rival was not timed: "absent (...)" if not installed or not compiled."""
     line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
     if isinstance(error, ImportError):
         return f"absent ({error})"
-    uncompiled = isinstance(error, TimeoutError) or type(error).__module__.startswith(
-        ("torch._dynamo", "torch._inductor")
-    )
-    return f"absent ({line})" if uncompiled else line
+    compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return f"absent ({line})" if compiler or isinstance(error, TimeoutError) else line
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block once it has taken so long."""
-    if seconds == float("inf"):
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds."""
+    if seconds == math.inf:
         yield
         return
 
-    def ring(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise TimeoutError(f"not ready within {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -188,13 +182,12 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def contest(rivals: Mapping[str, Rival], *, rounds: int = 15, seconds: float = 4.0) -> dict[str, Entry]:
-    """Compares the results of all rivals, then times those that are right in turn, on the CPU.
+def compare_and_time(rivals: Mapping[str, Rival], *, rounds: int = 15, seconds: float = 4.0) -> dict[str, Entry]:
+    """Check the results of all rivals, then time the correct ones in turn on the CPU.
 
     Args:
-        rivals: by name.
-        rounds: calls of each that are timed; fewer, but at least one, where together they take longer than
-            `seconds` for each rival.
+        rivals: By name.
+        rounds: Timed calls per rival; fewer, but at least one, if together they exceed `seconds` per rival.
 
     Returns:
         An entry for every rival.
@@ -204,35 +197,41 @@ def contest(rivals: Mapping[str, Rival], *, rounds: int = 15, seconds: float = 4
     for name, rival in rivals.items():
         entry, start = entries[name], now()
         try:
-            with _limited(rival.limit):
+            with _time_limit(rival.limit):
                 work = rival.make()
                 result = work()
             entry.first = now() - start
             entry.error = float(rival.error(result))
-        except Exception as error:  # a rival may fail in any way, and others should still be measured
-            entry.failure = told(error)
+        except Exception as error:  # measure the other rivals
+            entry.failure = failure_reason(error)
             continue
-        if not entry.error <= rival.most:  # NaN neither
-            entry.failure = f"wrong by {entry.error:.2g}, at most {rival.most:.2g} is right"
+        if not entry.error <= rival.tolerance:  # also if NaN
+            entry.failure = f"wrong by {entry.error:.2g}, tolerance {rival.tolerance:.2g}"
             continue
         del result
-        entry.peak_bytes = growth(work)  # warms up, too
+        entry.peak_bytes = growth(work)  # also warms up
         works[name] = work
 
-    def clock(name: str) -> Callable[[], float]:
-        def call() -> float:
-            entries[name].seconds.append(rivals[name].scale * timed(works[name]))
-            return entries[name].seconds[-1]
-
-        return call
-
-    for _ in alternate({name: clock(name) for name in works}, rounds, seconds * len(works)):
-        pass
+    time_in_turn(
+        entries, {name: lambda name=name: rivals[name].scale * timed(works[name]) for name in works}, rounds, seconds
+    )
     return entries
 
 
+def time_in_turn(
+    entries: Mapping[str, Entry], seconds_of: Mapping[str, Callable[[], float]], rounds: int, seconds: float = math.inf
+) -> None:
+    """Append the seconds that every function returns to its entry, round by round."""
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: entries[name].seconds.append(seconds_of[name]())
+
+    for _ in alternate({name: call(name) for name in seconds_of}, rounds, seconds * len(seconds_of)):
+        pass
+
+
 class Mark:
-    """A point in the work of a device."""
+    """A point in time of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
@@ -241,14 +240,14 @@ class Mark:
             self._event.record()
 
     def until(self, later: Mark) -> float:
-        """Seconds to a later mark that the device has passed."""
+        """Return the seconds to a later mark. Synchronize the device first."""
         if self._event is None:
             return later._time - self._time
         return float(self._event.elapsed_time(later._event)) / 1e3
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all its work."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -256,9 +255,9 @@ def synchronize(device: torch.device) -> None:
 def measure(
     run: Callable[[], object], device: torch.device, *, calls: int = 1, repeats: int = 15, seconds: float = 4.0
 ) -> Times:
-    """Times `calls` calls in a row, `repeats` times or at least thrice until `seconds` are spent; three warm up.
+    """Time `calls` consecutive calls `repeats` times, or at least three times until `seconds` have passed.
 
-    A call slower than the whole allowance warms up once and is measured once.
+    Three calls warm up. A call that takes longer than `seconds` warms up once and is measured once.
     """
     start = time.perf_counter()
     for _ in range(3):
@@ -281,7 +280,7 @@ def measure(
 
 
 def replayed(run: Callable[[], object], device: torch.device, calls: int) -> Times | None:
-    """Times of the call replayed from a CUDA graph, without the gaps between launches; None on a CPU."""
+    """Time the call replayed from a CUDA graph, without gaps between launches; return None on a CPU."""
     if device.type != "cuda":
         return None
     run()

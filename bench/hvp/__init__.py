@@ -1,0 +1,1 @@
+"""Cost of one Hessian-vector product of one block."""

@@ -1,11 +1,10 @@
-"""The paper's procedure in plain PyTorch: the rival that end_to_end.py and hvp.py measure against.
+"""The paper's procedure in plain PyTorch, as its public code (zyushun/hessian-spectrum) implements it.
 
-For every probe, and for every Lanczos step of all blocks together: one forward pass, one first backward that keeps
-its graph, then for every block l a second backward of <g_l, v_l> through the whole graph to all parameters, of
-which only block l's part is kept. Vectors are float64 on the CPU, one Python update each (Algorithm 4), one
-numpy.linalg.eigh a tridiagonal. That is what the paper's public code does (zyushun/hessian-spectrum), restated, with
-two things changed so that its results can be compared: it is given the probes, and a recurrence stops where its
-Krylov space is exhausted instead of dividing rounding errors by 1e-8.
+For every probe and every Lanczos step of all blocks together: one forward pass, one first backward pass that retains
+its graph, and for every block l a second backward pass of <g_l, v_l> through the whole graph to all parameters, of
+which only the part of block l is used. Vectors are float64 on the CPU with one update each in Python (Algorithm 4), and
+every tridiagonal matrix takes one numpy.linalg.eigh. Two details differ so that results can be compared: the probes are
+an argument, and a recurrence stops when its Krylov space is exhausted instead of dividing rounding errors by 1e-8.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Quadratures = dict[str, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]
 
 @dataclass
 class _Recurrence:
-    """Lanczos on one block with one probe."""
+    """The Lanczos recurrence of one block and one probe."""
 
     vector: Tensor
     previous: Tensor
@@ -36,7 +35,7 @@ class _Recurrence:
     finished: bool = False
 
     def advance(self, product: Tensor) -> None:
-        """One step of Algorithm 4, with product = H_l vector."""
+        """Make one step of Algorithm 4, with product = H_l vector."""
         alpha = torch.sum(product * self.vector)
         residual = product - alpha * self.vector
         if self.beta:
@@ -44,7 +43,7 @@ class _Recurrence:
         beta = torch.norm(residual)
         self.alpha.append(float(alpha))
         self.beta.append(float(beta))
-        # The model's arithmetic is float32, so a residual below its rounding is an exhausted Krylov space.
+        # The model computes in float32: a residual below its rounding means an exhausted Krylov space.
         scale = max(map(abs, self.alpha + self.beta))
         exhausted = self.beta[-1] <= 64 * torch.finfo(torch.float32).eps * scale
         self.finished = exhausted or len(self.alpha) == self.max_steps
@@ -52,7 +51,7 @@ class _Recurrence:
             self.previous, self.vector = self.vector, residual / beta
 
     def quadrature(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Nodes and weights: the eigenvalues of T and the squared first entries of its eigenvectors."""
+        """Return nodes and weights: the eigenvalues of T and the squared first entries of its eigenvectors."""
         coupling = self.beta[: len(self.alpha) - 1]
         tridiagonal = np.diag(self.alpha) + np.diag(coupling, 1) + np.diag(coupling, -1)
         nodes, vectors = np.linalg.eigh(tridiagonal)
@@ -60,7 +59,7 @@ class _Recurrence:
 
 
 def first_backward(model: nn.Module, batch: Any, loss_fn: Loss) -> tuple[dict[str, Tensor], float]:
-    """Name -> gradient in float64, its graph kept, and the weight of the batch: what all blocks share in a step."""
+    """Return name -> gradient in float64 with its graph, which all blocks share in a step, and the batch's weight."""
     parameters = dict(model.named_parameters())
     loss, weight = loss_fn(model, batch)
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
@@ -68,7 +67,7 @@ def first_backward(model: nn.Module, batch: Any, loss_fn: Loss) -> tuple[dict[st
 
 
 def second_backward(model: nn.Module, name: str, gradient: Tensor, vector: Tensor) -> Tensor | None:
-    """H_l v of block `name` from its gradient and a float64 vector of its shape; None where nothing depends on it."""
+    """Return H_l v from the gradient of block `name` and a float64 vector of its shape; None if independent of it."""
     parameters = dict(model.named_parameters())
     inner = torch.sum(gradient * vector)
     columns = torch.autograd.grad(inner, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -79,12 +78,12 @@ def second_backward(model: nn.Module, name: str, gradient: Tensor, vector: Tenso
 def lanczos(
     products: Callable[[dict[str, Tensor]], dict[str, Tensor]], probes: Sequence[dict[str, Tensor]], num_steps: int
 ) -> Quadratures:
-    """Return for every block its nodes and weights of every probe.
+    """Return the nodes and weights of every block and probe.
 
     Args:
-        products: of every block named with that block's Hessian; vectors and products are float64.
-        probes: of every probe the unit vector of every block.
-        num_steps: Lanczos steps, capped at each block's dimension.
+        products: Maps block -> vector to block -> H_l vector, float64.
+        probes: For every probe, block -> unit vector.
+        num_steps: Lanczos steps, at most the dimension of each block.
     """
     result: Quadratures = {name: [] for name in probes[0]}
     for probe in probes:

@@ -1,0 +1,1 @@
+"""Speed of single ops and of the Lanczos loop, on CPU and GPU."""

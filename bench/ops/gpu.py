@@ -1,12 +1,12 @@
-"""The speed table of the CUDA kernels, measured on this machine's GPU.
+"""Measure the speed of the CUDA kernels on this machine's GPU, and print the tables.
 
-    python -m bench.ops.gpu --out DIR            full sizes, 20 GB of device memory: DIR/results.json and DIR/results.md
-    python -m bench.ops.gpu --out DIR --quick    the same at smaller sizes, which meet no target; so on a small GPU
-    python -m bench.ops.gpu --out DIR --cpu      the same code at tiny sizes on the CPU: checks the script, times nothing
-    python -m bench.ops.gpu --table FILE         prints the table of a results.json
-    python -m bench.ops.gpu --unproven           prints the table before any GPU has run it
+    python -m bench.ops.gpu --out DIR            full sizes, 20 GB of GPU memory: DIR/results.json and DIR/results.md
+    python -m bench.ops.gpu --out DIR --quick    smaller sizes, also chosen on a small GPU; targets are not judged
+    python -m bench.ops.gpu --out DIR --cpu      tiny sizes on the CPU, to check the script without a GPU
+    python -m bench.ops.gpu --table FILE         print the tables of a results.json
+    python -m bench.ops.gpu --unproven           print the targets without measurements
 
-Every row checks its results before it is timed. A row that fails leaves the others to run; the exit code is then 1.
+Every row checks its results before it is timed. The exit code is 1 if a row failed; the other rows are measured.
 Missed targets are reported and are no failure.
 """
 
@@ -15,42 +15,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness.environment import describe_device
+from bench.harness.command import write_json
+from bench.harness.environment import describe_device, one_line
 from bench.harness.machine import Machine
-from bench.harness.rows import Target, judged, target_table
+from bench.harness.rows import Target, measure_row, target_table, verdict
 from bench.ops.gpu_rows import ROWS
 
 UNPROVEN = "unproven on hardware"
 FULL_SIZE_MEMORY = 30 * 2**30
 
 
-def verdict(target: Target, row: dict[str, Any], full: bool) -> tuple[str, str]:
-    """What was measured, and whether that is enough."""
-    if not full and "failure" not in row:
-        return "-", UNPROVEN
-    return judged(target, row)
-
-
 def table(results: dict[str, Any] | None) -> str:
-    """The targets and, from results, what was measured."""
+    """Return the table of targets, judged if the results were measured on a GPU at full size."""
     full = results is not None and results["size"] == "full" and results["environment"]["device"] != "cpu"
     rows = (results or {}).get("rows", {})
 
     def judge(name: str, target: Target) -> tuple[str, str]:
-        return verdict(target, rows[name], full) if name in rows else ("-", UNPROVEN)
+        measured = name in rows and (full or "failure" in rows[name])
+        return verdict(target, rows[name]) if measured else ("-", UNPROVEN)
 
     return "\n".join(target_table({name: targets for name, (_, targets) in ROWS.items()}, {"measured": judge}))
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table, all times, and where they were measured."""
+    """Return the targets, all times and other quantities, and the environment."""
     lines = [
         table(results),
         "",
@@ -73,48 +66,26 @@ def report(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | {', '.join(also)} |")
     bandwidth = results["copy_bandwidth"] / 1e9
     lines += ["", f"Copy bandwidth of this run, read and written: {bandwidth:.4g} GB/s. Sizes: {results['size']}."]
-    lines += [", ".join(f"{key} {value}" for key, value in results["environment"].items()) + "."]
-    return "\n".join(lines)
-
-
-def run_row(name: str, machine: Machine) -> dict[str, Any]:
-    """One row's numbers, or its failure; the memory that it took is free again."""
-    start, found = time.perf_counter(), {}
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(machine.device)
-    try:
-        found = vars(ROWS[name][0](machine))
-    except Exception as error:  # the other rows are worth having
-        traceback.print_exc()
-        found = {"failure": f"{type(error).__name__}: {error}"}
-    if machine.device.type == "cuda" and "failure" not in found:
-        found["peak_mib"] = torch.cuda.max_memory_allocated(machine.device) / 2**20
-    return {**found, "seconds": time.perf_counter() - start}
+    return "\n".join([*lines, f"{one_line(results['environment'])}."])
 
 
 def size_for(device: torch.device, quick: bool) -> str:
-    """The sizes that the device holds: the targets' own need some 20 GB."""
+    """Return "tiny" for a CPU, "quick" if requested or if the GPU has too little memory for "full"."""
     if device.type == "cpu":
         return "tiny"
     small = torch.cuda.get_device_properties(device).total_memory < FULL_SIZE_MEMORY
     if small and not quick:
-        print("bench/ops/gpu.py: this GPU is too small for the full sizes; taking the quick ones", file=sys.stderr)
+        print("bench.ops.gpu: this GPU has too little memory for the full sizes; using --quick", file=sys.stderr)
     return "quick" if quick or small else "full"
-
-
-def write(results: dict[str, Any], out: Path) -> None:
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "results.md").write_text(report(results) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for results.json and results.md")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and results.md to this folder")
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of this results.json")
-    parser.add_argument("--unproven", action="store_true", help="print the targets, all unproven")
+    parser.add_argument("--unproven", action="store_true", help="print the targets without measurements")
     options = parser.parse_args()
     if options.unproven:
         print(table(None))
@@ -123,9 +94,9 @@ def main() -> int:
         print(report(json.loads(options.table.read_text())))
         return 0
     if options.out is None:
-        parser.error("--out DIR is needed")
+        parser.error("--out DIR is required")
     if not options.cpu and not torch.cuda.is_available():
-        print("bench/ops/gpu.py: torch sees no CUDA device; --cpu checks the script without one", file=sys.stderr)
+        print("bench.ops.gpu: torch finds no CUDA device; --cpu checks the script without one", file=sys.stderr)
         return 1
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -138,10 +109,11 @@ def main() -> int:
         "copy_bandwidth": machine.limits["copy"],
         "rows": {},
     }
-    for name in ROWS:
-        results["rows"][name] = run_row(name, machine)
+    for name, (row_of, _) in ROWS.items():
+        results["rows"][name] = measure_row(row_of, machine)
         print(f"{results['rows'][name]['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
-        write(results, options.out)  # after every row, so that a time limit loses one row at most
+        write_json(results, options.out / "results.json")  # after every row, so that a time limit loses one at most
+        (options.out / "results.md").write_text(report(results) + "\n")
     print(report(results))
     return int(any("failure" in row for row in results["rows"].values()))
 

@@ -1,4 +1,4 @@
-"""The rows of the speed table that run all of batched_slq, as a user does, on diagonal operators."""
+"""The rows of the GPU's speed table that run all of batched_slq on diagonal operators."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bench.ops.step import ROUNDING
 from blockhess_ext import Quadrature, batched_slq, ops
 from blockhess_ext.layout import Layout
 
-STEP_ELEMENTS = 8  # of a Lanczos step: read w, v; read w, v, v_prev, write r; read r, write v_next
+STEP_ELEMENTS = 8  # moved by a Lanczos step: read w, v; read w, v, v_prev, write r; read r, write v_next
 
 
 def small_blocks(machine: Machine) -> list[int]:
-    """The sizes of many small blocks."""
+    """Return the sizes of many small blocks."""
     return log_spaced(machine.pick(300, 300, 12), 64, machine.pick(65_536, 65_536, 2048))
 
 
 def exact_moments(eigenvalues: Tensor, layout: Layout, n_probes: int) -> Tensor:
-    """v^T H v of the probes that batched_slq takes by default, (n_probes, n_blocks) float64."""
+    """Return v^T H v (n_probes, n_blocks) float64 of the default probes of batched_slq."""
     device = eigenvalues.device
     v = ops.random_probes(layout, n_probes, seed=0, block_ids=torch.arange(layout.n_blocks, device=device))
     moments = torch.zeros(n_probes, layout.n_blocks, dtype=torch.float64, device=device)
@@ -36,7 +36,7 @@ def exact_moments(eigenvalues: Tensor, layout: Layout, n_probes: int) -> Tensor:
 
 
 def gpt2_dims(machine: Machine) -> list[int]:
-    """GPT-2 124M in 25 blocks: all embeddings with the last LayerNorm, and attention and MLP of each of 12 layers."""
+    """Return the sizes of 25 blocks of GPT-2 124M: embeddings, and attention and MLP of each layer."""
     width, words, context = machine.pick(768, 192, 16), machine.pick(50_257, 12_000, 100), machine.pick(1024, 256, 16)
     attention = 4 * width * width + 4 * width + 2 * width
     mlp = 8 * width * width + 5 * width + 2 * width
@@ -44,7 +44,7 @@ def gpt2_dims(machine: Machine) -> list[int]:
 
 
 class Diagonal:
-    """A diagonal operator that marks when each product begins and ends."""
+    """A diagonal operator that records the beginning and end of each product."""
 
     def __init__(self, eigenvalues: Tensor) -> None:
         self.eigenvalues = eigenvalues
@@ -57,12 +57,12 @@ class Diagonal:
         return w
 
     def seconds_between(self) -> list[float]:
-        """What passed between the end of each product and the beginning of the next."""
+        """Return the seconds from the end of each product to the beginning of the next."""
         return [a[1].until(b[0]) for a, b in zip(self.marks, self.marks[1:])]
 
 
 def gpt2_step(machine: Machine) -> Row:
-    """batched_slq as a user runs it: everything between two products, and the memory of it all."""
+    """Measure batched_slq: time between two products, and peak memory."""
     dims, n_probes, m, device = gpt2_dims(machine), 10, machine.pick(30, 12, 5), machine.device
     n = sum(dims)
     eigenvalues = torch.linspace(-1.0, 2.0, n, device=device)
@@ -104,7 +104,7 @@ def gpt2_step(machine: Machine) -> Row:
 def timed_loop(
     eigenvalues: Tensor, dims: list[int], num_steps: int, *, capturable: bool = False, cuda_graph: bool = False
 ) -> tuple[Quadrature, Times]:
-    """batched_slq with 10 probes on a diagonal operator, and the times of its later steps, the product included."""
+    """Run batched_slq with 10 probes on a diagonal operator; return the times of its steps, product included."""
     device = eigenvalues.device
     marks: list[Mark] = []
 
@@ -128,14 +128,14 @@ def timed_loop(
 
 
 def replayed_loop(machine: Machine) -> Row:
-    """Whole steps, by their launches and from graphs, for the small blocks and for smaller ones still."""
+    """Measure whole steps, launched one by one and replayed from CUDA graphs, for two sets of small blocks."""
     m, device = machine.pick(30, 30, 6), machine.device
     row = Row(0.0)
     for size, dims in (
         ("", small_blocks(machine)),
         (", up to 4,096 elements", log_spaced(machine.pick(300, 300, 12), 64, machine.pick(4096, 4096, 128))),
     ):
-        # Random, so that no recurrence ends early in a block of 64.
+        # Random eigenvalues, so that no recurrence ends early in a block of 64.
         eigenvalues = torch.randn(sum(dims), device=device, generator=machine.generator())
         plain, times = timed_loop(eigenvalues, dims, m)
         expected = exact_moments(eigenvalues, Layout.of(dims, device), plain.num_probes)

@@ -1,19 +1,17 @@
-"""The rows of the speed table: the work of each, its check, its rivals and what must be reached.
+"""The rows of the GPU's speed table: work, check, rivals and targets of each.
 
-Every row first checks its results, against the reference in PyTorch or the CPU twin, and raises `WrongResult` before
-anything is timed. Vector elements are counted as the kernels move them through device memory.
+Every row checks its results against the reference in PyTorch or the CPU implementation, and raises `WrongResult` before
+anything is timed. Traffic is counted as the vector elements that the kernels move through GPU memory.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bench.harness.machine import Machine
-from bench.harness.rows import Row, Target
-from bench.harness.timing import check, difference, measure, replayed
+from bench.harness.rows import Row, Rows, Target
+from bench.harness.timing import Times, check, difference, measure, replayed
 from bench.ops.gpu_loops import STEP_ELEMENTS, gpt2_step, replayed_loop, small_blocks
 from bench.ops.step import (
     ROUNDING,
@@ -26,17 +24,21 @@ from bench.ops.step import (
 )
 from bench.ops.torch_rivals import density_in_chunks, quadrature_by_eigh, step_by_block, step_by_foreach
 from blockhess_ext import ops
-from blockhess_ext.recurrences import RUNNING
+
+
+def timed_row(error: float, times: dict[str, Times]) -> Row:
+    """Return a row with these times, ours first, and how many times faster ours is than each of the others."""
+    (_, ours), *others = times.items()
+    measured = {f"times faster than {name}": rival.median / ours.median for name, rival in others}
+    return Row(error, measured, {name: t.summary() for name, t in times.items()})
 
 
 def large_step(machine: Machine) -> Row:
-    """lanczos_step where bandwidth is all that counts."""
+    """Measure lanczos_step on large blocks, where bandwidth limits it."""
     step = Step.of(machine, [machine.pick(25_000_000, 2_500_000, 5000)] * 4, n_probes=10)
-    row = Row(step.checked())
-    times = measure(step.run, machine.device)
-    step.still_running()
-    moved = STEP_ELEMENTS * step.w.nbytes
-    row.times["lanczos_step"] = times.summary()
+    error, times = step.checked(), measure(step.run, machine.device)
+    step.check_running()
+    row, moved = timed_row(error, {"lanczos_step": times}), STEP_ELEMENTS * step.w.nbytes
     row.measured = {
         "share of copy bandwidth": machine.share(moved, times.median),
         "elements moved": STEP_ELEMENTS,
@@ -46,11 +48,11 @@ def large_step(machine: Machine) -> Row:
 
 
 def many_small_blocks(machine: Machine) -> Row:
-    """lanczos_step where launches and ragged edges count."""
+    """Measure lanczos_step on many small blocks, where launches and partial tiles limit it."""
     dims = small_blocks(machine)
     step = Step.of(machine, dims, n_probes=10)
     arguments = (step.w, step.v, step.v_prev.clone(), step.recurrences.beta[0].clone(), step.layout)
-    row = Row(step.checked())
+    error = step.checked()
     by_block, by_foreach = step_by_block(*arguments), step_by_foreach(*arguments)
     ours = torch.cat([s for row_ in step.v_prev for s in row_.split(dims)])
     flat = torch.cat([x[p] for p in range(10) for x in by_block()])
@@ -58,37 +60,29 @@ def many_small_blocks(machine: Machine) -> Row:
     check("torch._foreach", difference(torch.cat(by_foreach())[None], ours[None]), 1e-4)
 
     device, calls = machine.device, machine.pick(20, 20, 1)
-    times = {
-        "lanczos_step": measure(step.run, device, calls=calls),
-        "PyTorch by block": measure(by_block, device),
-        "torch._foreach": measure(by_foreach, device),
-    }
+    times = measure(step.run, device, calls=calls)
+    rivals = {"PyTorch by block": measure(by_block, device), "torch._foreach": measure(by_foreach, device)}
     graph = replayed(step.run, device, calls)
-    step.still_running()
-    row.measured = {
-        "times faster than PyTorch by block": times["PyTorch by block"].median / times["lanczos_step"].median,
-        "times faster than torch._foreach": times["torch._foreach"].median / times["lanczos_step"].median,
-        "share of copy bandwidth": machine.share(STEP_ELEMENTS * step.w.nbytes, times["lanczos_step"].median),
-    }
+    step.check_running()
+    row = timed_row(error, {"lanczos_step": times, **rivals})
+    row.measured["share of copy bandwidth"] = machine.share(STEP_ELEMENTS * step.w.nbytes, times.median)
     if graph is not None:
-        times["lanczos_step, replayed from a graph"] = graph
-        row.measured["time over that of a graph's replay"] = times["lanczos_step"].median / graph.median
-    row.times = {name: t.summary() for name, t in times.items()}
+        row.times["lanczos_step, replayed from a graph"] = graph.summary()
+        row.measured["time over that of a graph's replay"] = times.median / graph.median
     return row
 
 
 def projection(machine: Machine) -> Row:
-    """reorthogonalize against a long basis."""
+    """Measure reorthogonalize against a long basis."""
     count = machine.pick(100, 100, 12)
     case = Projection.of(machine, [machine.pick(250_000, 25_000, 500)] * 4, count, n_probes=10)
     expected = case.expected()
     case.run()
-    row = Row(check("reorthogonalize", case.error_from(expected), ROUNDING))
+    error = check("reorthogonalize", case.error_from(expected), ROUNDING)
     del expected
     times = measure(case.run, machine.device)
-    check("reorthogonalize: number of recurrences that ended", int((case.recurrences.status != RUNNING).sum()), 0)
-    moved = 4 * case.basis.nbytes
-    row.times["reorthogonalize"] = times.summary()
+    case.check_running()
+    row, moved = timed_row(error, {"reorthogonalize": times}), 4 * case.basis.nbytes
     row.measured = {
         "share of copy bandwidth": machine.share(moved, times.median),
         "reads of the basis": 4,
@@ -98,7 +92,7 @@ def projection(machine: Machine) -> Row:
 
 
 def quadrature(machine: Machine) -> Row:
-    """tridiag_quadrature of many problems, float64; the op itself, which does not wait for the device."""
+    """Measure tridiag_quadrature on many problems in float64; the op itself, which does not synchronize."""
     n, m = machine.pick(10_000, 1000, 20), machine.pick(100, 100, 12)
     alpha, beta, steps = random_tridiagonals(machine, n, m)
 
@@ -108,44 +102,33 @@ def quadrature(machine: Machine) -> Row:
     nodes, weights = (x.cpu() for x in run())
     true_nodes, true_weights = ops.tridiag_quadrature(alpha.cpu(), beta.cpu(), steps.cpu())
     error = quadrature_error((nodes, weights), (true_nodes, true_weights))
-    row = Row(check("tridiag_quadrature", error, 16 * m * torch.finfo(torch.float64).eps))
-    dense_nodes, _ = quadrature_by_eigh(alpha, beta)
-    check("torch.linalg.eigh", difference(dense_nodes.cpu(), true_nodes), 1e-10)
-    del dense_nodes
+    check("tridiag_quadrature", error, 16 * m * torch.finfo(torch.float64).eps)
+    check("torch.linalg.eigh", difference(quadrature_by_eigh(alpha, beta)[0].cpu(), true_nodes), 1e-10)
     times = {
         "tridiag_quadrature": measure(run, machine.device),
         "torch.linalg.eigh": measure(lambda: quadrature_by_eigh(alpha, beta), machine.device, repeats=3),
     }
-    row.times = {name: t.summary() for name, t in times.items()}
-    row.measured = {
-        "ms": 1e3 * times["tridiag_quadrature"].median,
-        "times faster than torch.linalg.eigh": times["torch.linalg.eigh"].median / times["tridiag_quadrature"].median,
-    }
+    row = timed_row(error, times)
+    row.measured["ms"] = 1e3 * times["tridiag_quadrature"].median
     return row
 
 
 def density(machine: Machine) -> Row:
-    """gaussian_density, narrow beside the range of the grid; errors are parts of a row's highest density."""
+    """Measure gaussian_density with a sigma much smaller than the range of the grid."""
     rows, n_nodes, points = machine.pick(300, 20, 3), machine.pick(1000, 1000, 50), machine.pick(50_000, 50_000, 501)
     arguments = random_measures(machine, rows, n_nodes, points)
-    got, expected = ops.gaussian_density(*arguments), density_in_chunks(*arguments)
-    error = check("gaussian_density", density_error(got, expected), 1e-10)
-    row = Row(error)
-    del got, expected
+    error = density_error(ops.gaussian_density(*arguments), density_in_chunks(*arguments))
+    check("gaussian_density", error, 1e-10)
     times = {
         "gaussian_density": measure(lambda: ops.gaussian_density(*arguments), machine.device),
         "broadcast in chunks": measure(lambda: density_in_chunks(*arguments), machine.device, repeats=3),
     }
-    row.times = {name: t.summary() for name, t in times.items()}
-    row.measured = {
-        "ms": 1e3 * times["gaussian_density"].median,
-        "times faster than broadcast in chunks": times["broadcast in chunks"].median / times["gaussian_density"].median,
-        "error": error,
-    }
+    row = timed_row(error, times)
+    row.measured |= {"ms": 1e3 * times["gaussian_density"].median, "error": error}
     return row
 
 
-ROWS: dict[str, tuple[Callable[[Machine], Row], list[Target]]] = {
+ROWS: Rows = {
     "`lanczos_step`, 1e9 elements in all, float32": (
         large_step,
         [

@@ -1,4 +1,4 @@
-"""Sizes of the parameter tensors of well-known networks, each a block; and blocks of no network."""
+"""Block sizes: the parameter tensors of well-known networks, and artificial ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 
 def gpt2(vocabulary: int, context: int, width: int, layers: int, bias: bool) -> list[int]:
-    """A GPT-2 whose query, key and value are blocks of their own; embeddings are tied to the output."""
+    """Return the sizes for a GPT-2 with separate query, key and value, and embeddings tied to the output."""
     return [vocabulary * width, context * width, *layers * _layer(width, bias), *_norm(width, bias)]
 
 
@@ -20,35 +20,35 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> list[int]:
 
 
 def _layer(width: int, bias: bool = True) -> list[int]:
-    """Attention and an MLP four times as wide, with a LayerNorm each."""
+    """Return the sizes of attention and an MLP four times as wide, with a LayerNorm each."""
     attention = 4 * _linear(width, width, bias)
     mlp = _linear(width, 4 * width, bias) + _linear(4 * width, width, bias)
     return _norm(width, bias) + attention + _norm(width, bias) + mlp
 
 
 def bert() -> list[int]:
-    """BERT base with its pooler."""
+    """Return the sizes for BERT base with its pooler."""
     width = 768
     embeddings = [30_522 * width, 512 * width, 2 * width, *_norm(width)]
     return embeddings + 12 * _layer(width) + _linear(width, width)
 
 
 def vit() -> list[int]:
-    """ViT-B/16 for images of 224 x 224 and 1,000 classes."""
+    """Return the sizes for ViT-B/16 with images of 224 x 224 and 1,000 classes."""
     width = 768
     embeddings = [width, 197 * width, *_linear(3 * 16 * 16, width)]
     return embeddings + 12 * _layer(width) + _norm(width) + _linear(width, 1000)
 
 
 def vgg16() -> list[int]:
-    """VGG16 without BatchNorm."""
+    """Return the sizes for VGG16 without BatchNorm."""
     channels = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     dims = [size for a, b in pairwise(channels) for size in _linear(9 * a, b)]
     return dims + _linear(512 * 7 * 7, 4096) + _linear(4096, 4096) + _linear(4096, 1000)
 
 
 def resnet18() -> list[int]:
-    """ResNet18 for 1,000 classes."""
+    """Return the sizes for ResNet18 with 1,000 classes."""
     dims, inputs = [7 * 7 * 3 * 64, *_norm(64)], 64
     for outputs in (64, 64, 128, 128, 256, 256, 512, 512):
         dims += [9 * inputs * outputs, *_norm(outputs), 9 * outputs * outputs, *_norm(outputs)]
@@ -59,7 +59,7 @@ def resnet18() -> list[int]:
 
 
 def log_spaced(n: int, smallest: int, largest: int) -> list[int]:
-    """n sizes from smallest to largest."""
+    """Return n logarithmically spaced sizes."""
     ratio = (largest / smallest) ** (1 / (n - 1))
     return [round(smallest * ratio**i) for i in range(n)]
 

@@ -1,4 +1,4 @@
-"""Stochastic Lanczos quadrature of an explicit matrix of known eigenvalues, against packages that do just that."""
+"""Stochastic Lanczos quadrature of an explicit matrix with known eigenvalues, next to imate and matfree."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from bench.harness.known_spectra import synthetic
 from bench.harness.machine import Machine
-from bench.harness.rows import Row, Target
-from bench.harness.timing import Rival, contest
+from bench.harness.rows import Row, Rows
+from bench.harness.timing import Rival, compare_and_time
 from blockhess_ext import batched_slq
 
 PROBES, STEPS = 10, 50
-# Of the mean logarithm of an eigenvalue: what 10 random vectors leave open, several times over.
+# Of the mean logarithm of the eigenvalues: several standard errors of 10 random vectors.
 LARGEST_ERROR = 0.05
 
 
 def dense_matrix(n: int) -> tuple[Tensor, Tensor]:
-    """A symmetric positive definite matrix (n, n) float64 and its eigenvalues: Marchenko-Pastur's, and 0.1."""
+    """Return a symmetric positive definite matrix (n, n) float64 and its eigenvalues, Marchenko-Pastur + 0.1."""
     eigenvalues = synthetic(n)["Marchenko-Pastur"] + 0.1
     x = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     Q = torch.linalg.qr(x).Q
@@ -31,14 +31,8 @@ def dense_matrix(n: int) -> tuple[Tensor, Tensor]:
 
 def blockhess_logdet(A: Tensor, reorthogonalize: str) -> Callable[[], float]:
     def run() -> float:
-        q = batched_slq(
-            lambda v: v @ A,
-            [len(A)],
-            num_probes=PROBES,
-            num_steps=STEPS,
-            dtype=A.dtype,
-            reorthogonalize=reorthogonalize,
-        )
+        options: dict[str, Any] = {"num_probes": PROBES, "num_steps": STEPS, "reorthogonalize": reorthogonalize}
+        q = batched_slq(lambda v: v @ A, [len(A)], dtype=A.dtype, **options)
         return float(q.integrate(torch.log)[0])
 
     return run
@@ -66,7 +60,7 @@ def matfree_logdet(A: Tensor) -> Callable[[], float]:
 
 
 def logdet(machine: Machine) -> Row:
-    """A log-determinant by 10 probes of 50 steps with full reorthogonalisation; everybody draws probes of their own."""
+    """Measure a log-determinant by 10 probes of 50 steps; every package draws its own random vectors."""
     n = machine.pick(2000, 400, 200)
     A, eigenvalues = dense_matrix(n)
     truth = float(eigenvalues.log().sum())
@@ -80,13 +74,13 @@ def logdet(machine: Machine) -> Row:
         "imate": partial(imate_logdet, A),
         "matfree (JAX)": partial(matfree_logdet, A),
     }
-    row = Row.of(contest({name: Rival(make, error, LARGEST_ERROR) for name, make in makers.items()}))
+    row = Row.of(compare_and_time({name: Rival(make, error, LARGEST_ERROR) for name, make in makers.items()}))
     row.notes.append(
-        "errors are those of each one's own random vectors, of the log-determinant over the number of rows"
+        "errors are of the log-determinant divided by the number of rows; every package draws its own random vectors"
     )
     return row
 
 
-ROWS: dict[str, tuple[Callable[[Machine], Row], list[Target]]] = {
+ROWS: Rows = {
     "log-determinant of a dense matrix of 2,000 rows, 10 probes of 50 steps": (logdet, []),
 }

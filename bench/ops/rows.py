@@ -1,4 +1,10 @@
-"""The rows of the CPU's speed table that run one op: its check, its rivals, and what must be reached."""
+"""The rows of the CPU's speed table that run one op: work, check, rivals and targets of each.
+
+All rivals of a Lanczos step read the same vectors in huge pages, except padded ones, which are copies. "At triad
+bandwidth" is the ratio that a step would have if it moved its bytes at triad bandwidth: a target above it exceeds what
+the memory of the machine allows. Layouts are those of well-known networks with every parameter tensor a block; if 10
+probes take more than VECTOR_BYTES, fewer are used.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +18,8 @@ from torch import Tensor
 
 from bench.harness.machine import Machine
 from bench.harness.memory import peak_vector_sets
-from bench.harness.rows import AT_TRIAD, Row, Target, faster
-from bench.harness.timing import Rival, contest, difference
+from bench.harness.rows import AT_TRIAD, Row, Rows, Target, faster
+from bench.harness.timing import Rival, compare_and_time, difference
 from bench.ops.layouts import LAYOUTS, gpt2, log_spaced
 from bench.ops.step import (
     ROUNDING,
@@ -28,49 +34,47 @@ from bench.ops.torch_rivals import STEPS, density_by_point, density_in_chunks, p
 from blockhess_ext import ops
 from blockhess_ext.layout import Layout
 
-RowOf = Callable[[Machine], Row]
-
-# Of the float32 sums of PyTorch, beside the largest entry.
+# Relative to the largest entry, for sums in float32.
 LARGEST_STEP_ERROR = 1e-4
-# The same of a projection: a hundred coefficients, each off by some eps sqrt(n) = 5e-5 of the largest block.
+# The same for a projection: a hundred coefficients, each with an error of about eps sqrt(n) = 5e-5.
 LARGEST_PROJECTION_ERROR = 1e-3
-# What all vectors of a row may take, as long as other programs share the machine.
+# Largest memory of the vectors of a row.
 VECTOR_BYTES = 2 * 2**30
 
 
 def compile_seconds(machine: Machine) -> float:
-    """What the compilation of a rival may take."""
+    """Return the time limit for compiling a rival."""
     return machine.pick(60, 8, 8)
 
 
 def layout_dims(machine: Machine, name: str) -> list[int]:
-    """The layout of that name, or a small one of its kind."""
+    """Return the block sizes of a layout, or those of a small one of the same kind."""
     small = log_spaced(20, 16, 512) if "small" in name else gpt2(65, 32, 32, 2, bias=False)
     return LAYOUTS[name]() if machine.size == "full" else small
 
 
-# Most tiles of a segment that the CPU's lanczos_step leaves to one thread, from csrc/cpu/lanczos_step.cpp.
+# Largest number of tiles of a segment that one thread processes, from csrc/cpu/lanczos_step.cpp.
 TILES_IN_CACHE = 32
 
 
 def moved_elements(layout: Layout) -> float:
-    """Elements of a vector that a step moves between memory and cache, for each of its n: counted from its passes.
+    """Return the elements that a step moves between memory and cache per vector element, counted from its passes.
 
-    Read w, v; read w, v, v_prev, write r; read r, write v_next: 8. Where a segment stays in cache all but the first
-    reads and the last write do: read w, v, v_prev, write v_next: 4. Of a longer one a larger cache may keep a part.
+    8 in general: read w, v; read w, v, v_prev, write r; read r, write v_next. 4 if a segment stays in cache: read w, v,
+    v_prev, write v_next. A large cache may hold parts of longer segments.
     """
     in_cache = layout.tile_offsets.diff() <= TILES_IN_CACHE
     return sum(dim * (4 if c else 8) for dim, c in zip(layout.dims, in_cache.tolist())) / layout.n
 
 
 def basis_reads(layout: Layout) -> float:
-    """How often reorthogonalize reads the basis from memory: thrice, once where a segment is one tile."""
+    """Return how often reorthogonalize reads the basis from memory: three times, once if a segment is one tile."""
     one_tile = layout.tile_offsets.diff() == 1
     return sum(dim * (1 if one else 3) for dim, one in zip(layout.dims, one_tile.tolist())) / layout.n
 
 
 def step_rivals(step: Step, expected: Step, names: tuple[str, ...], compile_limit: float | None) -> dict[str, Rival]:
-    """Those of torch_rivals.STEPS, and with a limit in seconds each of them compiled, too."""
+    """Return these rivals of torch_rivals.STEPS, with a limit in seconds each also compiled."""
     n_probes, layout = len(step.w), step.layout
     arguments = (step.w, step.v, step.v_prev.clone(), step.recurrences.beta[0].clone(), layout)
 
@@ -90,24 +94,17 @@ def step_rivals(step: Step, expected: Step, names: tuple[str, ...], compile_limi
     return rivals
 
 
-def step_row(
-    machine: Machine,
-    layout: str,
-    n_probes: int,
-    names: tuple[str, ...],
-    compiled: bool,
-    most_bytes: float = VECTOR_BYTES,
-) -> Row:
-    """lanczos_step with as many probes as memory allows, at most n_probes."""
+def step_row(machine: Machine, layout: str, n_probes: int, names: tuple[str, ...], compiled: bool) -> Row:
+    """Measure lanczos_step with as many probes as memory allows, at most n_probes."""
     dims = layout_dims(machine, layout)
-    n_probes = min(n_probes, int(most_bytes // (3 * 4 * sum(dims))))
+    n_probes = min(n_probes, int(VECTOR_BYTES // (3 * 4 * sum(dims))))
     machine.require((3 + 2 * len(names) + 2) * 4 * n_probes * sum(dims))
     step = Step.of(machine, dims, n_probes)
     expected = step.expected()
     ours = Rival(lambda: step.run, lambda _: step.error_from(expected), ROUNDING)
     compile_limit = compile_seconds(machine) if compiled and (machine.size == "full" or "small" in layout) else None
-    entries = contest({"blockhess": ours, **step_rivals(step, expected, names, compile_limit)})
-    step.still_running()
+    entries = compare_and_time({"blockhess": ours, **step_rivals(step, expected, names, compile_limit)})
+    step.check_running()
     row, seconds = Row.of(entries), entries["blockhess"].median
     moved = moved_elements(step.layout)
     n_bytes = moved * step.w.nbytes
@@ -126,7 +123,7 @@ def step_row(
 
 
 def projection(machine: Machine) -> Row:
-    """reorthogonalize against a long basis."""
+    """Measure reorthogonalize against a long basis."""
     dims, count = layout_dims(machine, "GPT2-nano"), machine.pick(100, 20, 12)
     machine.require(1.3 * 4 * count * sum(dims))
     case = Projection.of(machine, dims, count, 1)
@@ -138,10 +135,10 @@ def projection(machine: Machine) -> Row:
     )
 
     def run() -> Tensor:
-        case.r.copy_(start)  # as the rival does
+        case.r.copy_(start)  # the rival copies, too
         return case.run()
 
-    entries = contest(
+    entries = compare_and_time(
         {"blockhess": Rival(lambda: run, lambda _: case.error_from(expected), ROUNDING), "PyTorch by block": rival},
         rounds=7,
         seconds=8.0,
@@ -158,7 +155,7 @@ def projection(machine: Machine) -> Row:
 
 
 def quadrature(machine: Machine, problems: int, m: int) -> Row:
-    """tridiag_quadrature of many problems; sterf gives eigenvalues only, stemr eigenvectors too."""
+    """Measure tridiag_quadrature; LAPACK sterf computes eigenvalues only, stemr also eigenvectors."""
     problems, m = machine.pick(problems, 20, 5), machine.pick(m, 40, 12)
     alpha, beta, steps = random_tridiagonals(machine, problems, m)
     pairs = [(a, b[:-1]) for a, b in zip(alpha.numpy(), beta.numpy())]
@@ -180,7 +177,7 @@ def quadrature(machine: Machine, problems: int, m: int) -> Row:
         return quadrature_error(found, expected)
 
     most = 64 * m * torch.finfo(torch.float64).eps
-    entries = contest(
+    entries = compare_and_time(
         {
             "blockhess": Rival(lambda: partial(ops.tridiag_quadrature, alpha, beta, steps), error, most),
             "torch.linalg.eigh": Rival(lambda: partial(quadrature_by_eigh, alpha, beta), error, most),
@@ -193,23 +190,22 @@ def quadrature(machine: Machine, problems: int, m: int) -> Row:
     return row
 
 
-PROBES_OF_NODES = 10  # nodes come from so many probes; the paper's loop takes them apart
+PROBES_OF_NODES = 10  # the paper's loop processes the nodes of each probe separately
 
 
 def density(machine: Machine) -> Row:
-    """gaussian_density; rivals are measured on one of the rows, since all take minutes."""
+    """Measure gaussian_density; rivals on one of the blocks, since all blocks take minutes."""
     rows, n_nodes, points = machine.pick(38, 3, 2), machine.pick(1000, 100, 50), machine.pick(50_000, 600, 500)
     arguments = random_measures(machine, rows, n_nodes, points)
-    part = 1
-    slice_of = tuple(x[:part] if i != 2 else x for i, x in enumerate(arguments))
+    slice_of = tuple(x[:1] if i != 2 else x for i, x in enumerate(arguments))
     expected = density_in_chunks(*slice_of)
     broadcast = torch.compile(density_in_chunks, fullgraph=True)
-    scale = rows / part
+    scale = float(rows)
 
     def error(found: Tensor) -> float:
-        return density_error(found[:part], expected)
+        return density_error(found[:1], expected)
 
-    entries = contest(
+    entries = compare_and_time(
         {
             "blockhess": Rival(lambda: partial(ops.gaussian_density, *arguments), error, 1e-10),
             "the paper's loop": Rival(
@@ -224,7 +220,7 @@ def density(machine: Machine) -> Row:
         seconds=8.0,
     )
     row = Row.of(entries)
-    row.notes.append(f"rivals on {part} of {rows} blocks, times {scale:g}")
+    row.notes.append(f"rivals on 1 of {rows} blocks, times {rows}")
     row.measured |= {
         "error": row.error,
         "memory beside the result, in results": (entries["blockhess"].peak_bytes or 0) / (8 * rows * points) - 1,
@@ -233,25 +229,25 @@ def density(machine: Machine) -> Row:
 
 
 def memory(machine: Machine) -> Row:
-    """Peak memory of batched_slq without reorthogonalisation, its operator's result included."""
-    # Five vectors over blocks from 2^10 elements on; a set is 170 MB, or 42 MB where that will do.
+    """Measure the peak memory of batched_slq without reorthogonalization, including the operator's result."""
+    # A set of vectors is 170 MB, or 42 MB at smaller sizes.
     dims = [2**k for k in range(10, machine.pick(23, 21, 21))]
     return Row(0.0, {"vector sets": peak_vector_sets(5, dims, num_steps=5)})
 
 
-_STRENGTHS = ("PyTorch by vector", "PyTorch by block", "torch._foreach", "padded PyTorch")
+_ALL_RIVALS = ("PyTorch by vector", "PyTorch by block", "torch._foreach", "padded PyTorch")
 
 
 def _by_block(layout: str) -> tuple[str, ...]:
-    """A sum of 1e8 float32 is too far off in float32."""
+    """Return the rivals of a layout; sums of 1e8 float32 need float64."""
     return ("PyTorch by block", *(["PyTorch by block, sums in float64"] if "huge" in layout else []))
 
 
 _SHARE = Target(">= 80 % of triad bandwidth, counting the bytes it moves", "share of triad bandwidth", 0.80, True)
 
-ROWS: dict[str, tuple[RowOf, list[Target]]] = {
+ROWS: Rows = {
     "`lanczos_step`, GPT2-nano layout, 10 probes, float32": (
-        partial(step_row, layout="GPT2-nano", n_probes=10, names=_STRENGTHS, compiled=True),
+        partial(step_row, layout="GPT2-nano", n_probes=10, names=_ALL_RIVALS, compiled=True),
         [
             faster("PyTorch by block", 3.5),
             _SHARE,
@@ -259,7 +255,7 @@ ROWS: dict[str, tuple[RowOf, list[Target]]] = {
         ],
     ),
     "`lanczos_step`, 150 blocks of 64 ... 65,536 elements, 10 probes": (
-        partial(step_row, layout="150 small blocks", n_probes=10, names=_STRENGTHS, compiled=True),
+        partial(step_row, layout="150 small blocks", n_probes=10, names=_ALL_RIVALS, compiled=True),
         [faster("PyTorch by block", 6), faster("torch._foreach", 3)],
     ),
     "`reorthogonalize`, basis of 100, GPT2-nano layout, 1 probe": (

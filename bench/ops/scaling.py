@@ -1,15 +1,15 @@
-"""How the time for each element of a vector depends on the size of the problem: curves, and a picture of them."""
+"""Time per vector element as a function of size, blocks, probes, steps and threads, and a plot of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.harness.machine import Machine
-from bench.harness.rows import Row, Target
+from bench.harness.rows import Row, Rows, Target
 from bench.harness.timing import CPU, Times, measure
 from bench.ops.rows import VECTOR_BYTES
 from bench.ops.step import Step
@@ -19,16 +19,16 @@ LARGE = 10**7
 
 
 def step_times(machine: Machine, dims: Sequence[int], n_probes: int) -> Times:
-    """Of one lanczos_step that was found right."""
+    """Return the times of one lanczos_step after checking its result."""
     step = Step.of(machine, list(dims), n_probes)
     step.checked()
     times = measure(step.run, CPU, repeats=9, seconds=2.0)
-    step.still_running()
+    step.check_running()
     return times
 
 
 def loop_times(n: int, num_steps: int) -> Times:
-    """Of a step of batched_slq without reorthogonalisation, its diagonal product included."""
+    """Return the times of a step of batched_slq without reorthogonalization, with a diagonal product."""
     eigenvalues = torch.linspace(-1.0, 2.0, n)
     options: dict[str, Any] = {"num_probes": 10, "num_steps": num_steps, "reorthogonalize": "none"}
     times = measure(lambda: batched_slq(lambda v: v * eigenvalues, [n], **options), CPU, repeats=5, seconds=2.0)
@@ -36,7 +36,7 @@ def loop_times(n: int, num_steps: int) -> Times:
 
 
 def curves(machine: Machine) -> dict[str, list[tuple[float, float]]]:
-    """Curve -> (what is varied, nanoseconds for each element of a vector set and step)."""
+    """Return curve -> points (varied quantity, nanoseconds per element of a set of vectors and step)."""
     unit = machine.pick(LARGE, 10**5, 10**4)
     largest = machine.pick(VECTOR_BYTES // 12, 10**6, 10**5)
 
@@ -67,7 +67,7 @@ def curves(machine: Machine) -> dict[str, list[tuple[float, float]]]:
 
 
 def scaling(machine: Machine) -> Row:
-    """Curves of lanczos_step, and of the loop over its steps."""
+    """Measure the curves of lanczos_step and of batched_slq."""
     machine.require(2.5 * machine.pick(VECTOR_BYTES, 10**7, 10**6))
     found = curves(machine)
     by_size = found["elements"]
@@ -78,7 +78,7 @@ def scaling(machine: Machine) -> Row:
 
 
 def plot(named: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
-    """Draw the curves of one or more runs, by name, into a picture."""
+    """Plot the curves of one or more runs, by name, into an image file."""
     from matplotlib.figure import Figure
 
     kinds = list(next(iter(named.values())))
@@ -88,13 +88,13 @@ def plot(named: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
             panel.plot(*zip(*found[kind]), "o-", label=name)
         panel.set_xscale("linear" if kind.startswith("threads") else "log")
         panel.set_xlabel(kind)
-    figure.axes[0].set_ylim(bottom=0)  # shared, so once all curves are drawn
-    figure.axes[0].set_ylabel("ns for each element and step")
+    figure.axes[0].set_ylim(bottom=0)  # the axis is shared
+    figure.axes[0].set_ylabel("ns per element and step")
     figure.axes[0].legend()
     figure.savefig(path)
 
 
-ROWS: dict[str, tuple[Callable[[Machine], Row], list[Target]]] = {
+ROWS: Rows = {
     "time for each element, from 1e7 elements to 2 GiB of vectors": (
         scaling,
         [Target("within 1.3 x", "slowest element from 1e7 on, over that at 1e7", 1.3, False)],

@@ -1,9 +1,8 @@
-"""What one would write without the kernels: the same work in plain PyTorch, as fast as it goes there.
+"""The work of the ops in plain PyTorch, as fast as it runs without custom kernels.
 
-A Lanczos step in several strengths: one vector after the other, one block after the other with all probes together,
-lists of vectors by torch._foreach, and blocks of about the same size padded to one. Sums are in float32, but for
-one of them, and no recurrence is watched for its end, which is less work than the op's. None waits for a GPU more than
-it must.
+The Lanczos step has several implementations: vector by vector, block by block with all probes together, lists of
+vectors with torch._foreach, and blocks of similar size padded to one tensor. Unless noted, sums are in float32, and
+breakdown is not detected, which is less work than the op does. None synchronizes with a GPU more than necessary.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ StepOf = Callable[..., Callable[[], list[Tensor]]]
 
 
 def _advance(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) -> None:
-    """v_next of vectors along the last dimension, into `out`."""
+    """Write v_next into `out`; vectors are along the last dimension."""
     alpha = (w * v).sum(-1, keepdim=True)
     r = w - alpha * v - beta * v_prev
     torch.div(r, r.norm(dim=-1, keepdim=True), out=out)
 
 
 def _advance_in_double(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor) -> None:
-    """The same with sums in float64, which is as exact as the op."""
+    """Write v_next into `out` with sums in float64, as the op does."""
     alpha = (w * v).sum(-1, keepdim=True, dtype=torch.float64).to(w.dtype)
     r = w - alpha * v - beta * v_prev
     torch.div(r, torch.linalg.vector_norm(r, dim=-1, keepdim=True, dtype=torch.float64).to(w.dtype), out=out)
@@ -42,25 +41,25 @@ def _advance_one(w: Tensor, v: Tensor, v_prev: Tensor, beta: Tensor, out: Tensor
     torch.div(r, r.norm(), out=out)
 
 
-def _maybe_compiled(function: Callable[..., None], compiled: bool) -> Callable[..., None]:
-    return torch.compile(function, dynamic=True, fullgraph=True) if compiled else function
+def _step(advance: Callable[..., None], tasks: list[tuple[Tensor, ...]], compiled: bool) -> Callable[[], list[Tensor]]:
+    """Return a step that advances the vectors (w, v, v_prev) with (beta,) of every task, into tensors of its own."""
+    advance = torch.compile(advance, dynamic=True, fullgraph=True) if compiled else advance
+    results = [torch.empty_like(task[0]) for task in tasks]
+
+    def step() -> list[Tensor]:
+        for task, result in zip(tasks, results):
+            advance(*task, result)
+        return results
+
+    return step
 
 
 def step_by_vector(
     w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
 ) -> Callable[[], list[Tensor]]:
-    """A Lanczos step, one segment after the other."""
-    advance = _maybe_compiled(_advance_one, compiled)
+    """Return a Lanczos step that processes one segment after another."""
     lists = [[s for row in x for s in row.split(layout.dims)] for x in (w, v, v_prev)]
-    betas = list(beta_prev.to(w.dtype).flatten())
-    results = [torch.empty_like(x) for x in lists[0]]
-
-    def step() -> list[Tensor]:
-        for arguments in zip(*lists, betas, results):
-            advance(*arguments)
-        return results
-
-    return step
+    return _step(_advance_one, list(zip(*lists, beta_prev.to(w.dtype).flatten())), compiled)
 
 
 def step_by_block(
@@ -72,30 +71,18 @@ def step_by_block(
     compiled: bool = False,
     one_block: Callable[..., None] = _advance,
 ) -> Callable[[], list[Tensor]]:
-    """A Lanczos step, vectorised over the probes, block after block, without a wait.
-
-    It writes to copies, made here, so that every call does the same.
-    """
-    advance = _maybe_compiled(one_block, compiled)
+    """Return a Lanczos step that processes one block after another, vectorized over the probes."""
     split = [x.split(layout.dims, dim=1) for x in (w, v, v_prev)]
-    betas = beta_prev.to(w.dtype).T[:, :, None].contiguous()
-    results = [torch.empty_like(x) for x in split[0]]
-
-    def step() -> list[Tensor]:
-        for arguments in zip(*split, betas, results):
-            advance(*arguments)
-        return results
-
-    return step
+    return _step(one_block, list(zip(*split, beta_prev.to(w.dtype).T[:, :, None].contiguous())), compiled)
 
 
 def step_by_foreach(
     w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
 ) -> Callable[[], list[Tensor]]:
-    """A Lanczos step by torch._foreach over all segments.
+    """Return a Lanczos step by torch._foreach over all segments.
 
-    There is no dot product of lists; with |v| = 1 it is (|w + v|^2 - |w|^2 - 1) / 2, which suits a speed test only
-    where |w| is about 1. Scalars of a list must be on the host: two waits a step; a compiled step has them as tensors.
+    torch._foreach has no dot product. With |v| = 1 it is (|w + v|^2 - |w|^2 - 1) / 2, accurate where |w| is about 1.
+    Scalars of a list must be on the host, which takes two synchronizations per step; a compiled step uses tensors.
     """
     lists = [[s for row in x for s in row.split(layout.dims)] for x in (w, v, v_prev)]
     w_all, v_all, v_prev_all = lists
@@ -117,7 +104,7 @@ def step_by_foreach(
 
 
 def padded_groups(dims: tuple[int, ...]) -> list[list[int]]:
-    """Blocks whose sizes have the same leading power of two, to be padded to the largest of them."""
+    """Return groups of blocks whose sizes have the same leading power of two."""
     groups: dict[int, list[int]] = {}
     for l, dim in enumerate(dims):
         groups.setdefault(dim.bit_length(), []).append(l)
@@ -127,8 +114,7 @@ def padded_groups(dims: tuple[int, ...]) -> list[list[int]]:
 def step_by_padding(
     w: Tensor, v: Tensor, v_prev: Tensor, beta_prev: Tensor, layout: Layout, compiled: bool = False
 ) -> Callable[[], list[Tensor]]:
-    """A Lanczos step of blocks of about the same size together, padded; packing and unpacking are not timed."""
-    advance = _maybe_compiled(_advance, compiled)
+    """Return a Lanczos step on groups of padded blocks; packing and unpacking are not part of the step."""
     tasks = []
     for group in padded_groups(layout.dims):
         width = max(layout.dims[l] for l in group)
@@ -138,14 +124,8 @@ def step_by_padding(
             for i, l in enumerate(group):
                 together[:, i, : layout.dims[l]] = x[:, layout.columns(l)]
             padded.append(together)
-        tasks.append((*padded, beta_prev.to(w.dtype)[:, group, None], torch.empty_like(padded[0])))
-
-    def step() -> list[Tensor]:
-        for task in tasks:
-            advance(*task)
-        return [task[-1] for task in tasks]
-
-    return step
+        tasks.append((*padded, beta_prev.to(w.dtype)[:, group, None]))
+    return _step(_advance, tasks, compiled)
 
 
 def _segments_joined(parts: list[Tensor], layout: Layout, n_probes: int) -> Tensor:
@@ -164,7 +144,7 @@ def _padding_removed(parts: list[Tensor], layout: Layout, n_probes: int) -> Tens
     return result
 
 
-# How a step is made, and how its result is joined to (n_probes, n).
+# Name -> the function that makes the step, and the one that joins its result to (n_probes, n).
 STEPS: dict[str, tuple[StepOf, Callable[[list[Tensor], Layout, int], Tensor]]] = {
     "PyTorch by vector": (step_by_vector, _segments_joined),
     "PyTorch by block": (step_by_block, _blocks_joined),
@@ -175,7 +155,7 @@ STEPS: dict[str, tuple[StepOf, Callable[[list[Tensor], Layout, int], Tensor]]] =
 
 
 def project_by_block(r: Tensor, basis: Tensor, layout: Layout) -> Callable[[], Tensor]:
-    """r orthogonalised twice against the basis and normalised, block after block, in a copy made here."""
+    """Return a function that orthogonalizes a copy of r twice against the basis and normalizes it, block by block."""
     x = torch.empty_like(r)
 
     def project() -> Tensor:
@@ -192,7 +172,7 @@ def project_by_block(r: Tensor, basis: Tensor, layout: Layout) -> Callable[[], T
 
 
 def quadrature_by_eigh(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of all problems by one batched dense eigendecomposition."""
+    """Return nodes and weights of all problems by one batched dense eigendecomposition."""
     T = torch.diag_embed(alpha)
     T += torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
     nodes, vectors = torch.linalg.eigh(T)
@@ -200,15 +180,13 @@ def quadrature_by_eigh(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def density_in_chunks(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
-    """The broadcast formula, row by row, since all rows at once would not fit in any memory."""
-    rows = [
-        gaussian_density(nodes[b : b + 1], weights[b : b + 1], grid, sigma[b : b + 1]) for b in range(nodes.shape[0])
-    ]
-    return torch.cat(rows)
+    """Return the densities by the broadcast formula, row by row to save memory."""
+    rows = zip(nodes[:, None], weights[:, None], sigma[:, None])
+    return torch.cat([gaussian_density(x, w, grid, s) for x, w, s in rows])
 
 
 def density_by_point(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor, probes: int) -> Tensor:
-    """The paper's loop: probe after probe and point after point of the grid, over the nodes of one probe."""
+    """Return the densities by the paper's loop over probes and points of the grid."""
     rows = []
     for x, w, s in zip(nodes, weights, sigma.tolist()):
         density = np.zeros(len(grid))

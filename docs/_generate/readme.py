@@ -19,7 +19,7 @@ from bench.harness import result_file
 from bench.harness.environment import describe
 from bench.harness.report import ROWS, environment, judge_of, load, report, targets_of
 from bench.harness.rows import target_table
-from bench.hvp.hvp import Row
+from bench.hvp.products import Row
 from bench.ops import scaling
 
 ROOT = Path(__file__).parents[2]
@@ -106,14 +106,14 @@ def results_page() -> str:
 
 
 def product_part() -> str:
-    """How many times longer each rival takes for one product, from the JSON of hvp.py."""
+    """How many times longer each rival takes for one product, from the JSON of bench.hvp.products."""
     data = json.loads((RESULTS / "hvp_cpu.json").read_text())
     rivals = [row["rival"] for row in data["results"][0]["rows"]]
     error = max(row["error"] for result in data["results"] for row in result["rows"])
     lines = [
         "One product H_l v once everything that steps share is ready, every rival in turn, all within "
         f"{error:.0e} of float64;",
-        'how many times as long as `engine="traced"` each takes; `python -m bench.hvp.hvp`',
+        'how many times as long as `engine="traced"` each takes; `python -m bench.hvp.products`',
         "([all of it](bench/results/hvp_cpu.md)):",
         "",
         f"| model | traced, ms | {' | '.join(rivals[1:])} |",

@@ -37,7 +37,7 @@ LEFT_OUT = {
     r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; test_paper_*.py run each with --quick",
     r"make test": "this is part of it",
     r"make \w+ TORCH=.*": "the same as without TORCH, from another index",
-    r"python -m bench(\.\w+)?( --\w+)?": "minutes to hours, for results to be kept; test_bench*.py and test_*_page.py",
+    r"python -m bench(\.\w+)*( --\w+)?": "minutes to hours, for results to be kept; tests/bench and test_*_page.py",
     r"python -m tests\.(fuzz|crash|rank_kills)": "hours; their short versions are tests",
     r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
     r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",

@@ -1,10 +1,10 @@
-"""All five ops once on small ragged batches, compared with the CPU twins: a case for compute-sanitizer.
+"""Run all five ops once on small ragged batches and compare them with the CPU implementation, for compute-sanitizer.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 86 python -m bench.ops.sanitizer_case
+    compute-sanitizer --tool memcheck --error-exitcode 86 python -m tests.gpu.sanitizer_case
 
-Tensors are made on the CPU and copied, so that few kernels but blockhess' own run. Without torch's cache every tensor
-is an allocation of its own, and one element beyond it is an error. `--cpu` runs the same without a GPU.
+Tensors are created on the CPU and copied, so that few other kernels run. Without torch's cache every tensor has an
+allocation of its own, so that any access beyond it is an error. `--cpu` runs without a GPU.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from blockhess_ext.layout import Layout
 from tests.gpu.cases import SHORT, density_arguments, projection, shifted, state, step_case, tridiagonals
 from tests.gpu.device import assert_near, on
 
-# A tile and a bit more, beside odd tails: both the one-tile and the several-tile path.
+# Blocks of one tile with odd tails, and one of more than a tile.
 DIMS = (*SHORT, 32_771)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cpu", action="store_true", help="check this script without a GPU")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU")
     device = "cpu" if parser.parse_args().cpu else "cuda"
     for dtype in (torch.float32, torch.float64):
         rtol = 32 * torch.finfo(dtype).eps
         for by in (0, 1):
-            case, twin = on(device, step_case(dtype, DIMS)), step_case(dtype, DIMS)
+            case, expected_case = on(device, step_case(dtype, DIMS)), step_case(dtype, DIMS)
             case = shifted(case, by) if by else case
-            for each in (case, twin):
+            for each in (case, expected_case):
                 ops.lanczos_step(*each.arguments())
-            assert_near(state(case), state(twin), rtol)
+            assert_near(state(case), state(expected_case), rtol)
         start = projection(dtype, DIMS, 9, 10)
         moved = on(device, start)
         for each in (moved, start):
@@ -57,7 +57,7 @@ def main() -> None:
     sigma = arguments[-1][:, None]
     got = ops.gaussian_density(*on(device, arguments)).cpu()
     assert_near([got * sigma], [ops.gaussian_density(*arguments) * sigma], 1e-12)
-    print(f"all ops on {device} equal their CPU twins")
+    print(f"all ops on {device} equal the CPU implementation")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Whoever computes H_l v, behind one interface: this package's engines, the paper's procedure, and the peers.
+"""Implementations of H_l v with one interface: this package's engines, the paper's procedure, and other packages.
 
-Every rival gets the same model, criterion, batch and block, through its public interface and as its users must: the
-peers know no blocks, so one operator of one parameter is made for each. Peers are imported when they are made; one that
-is not installed raises ImportError there (`pip install .[bench]` has the versions that were tried).
+Every rival gets the same model, criterion, batch and block, through its public interface. The other packages have no
+notion of blocks, so one operator of one parameter is made for each. They are imported when they are used: one that is
+not installed raises ImportError there (`pip install .[bench]` installs the tested versions).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,14 @@ from blockhess.problem.problem import Problem
 
 @dataclass(frozen=True)
 class Case:
-    """A model, whose loss is the criterion of its outputs and targets, and the blocks that are measured.
+    """A model whose loss is a criterion of outputs and targets, and the blocks that are measured.
 
     Attributes:
-        model: in the state its Hessian is wanted in. batch: inputs and targets.
-        blocks: names of parameters, each a block.
+        name: Name of the case.
+        model: In the state in which its Hessian is computed.
+        criterion: Loss of outputs and targets.
+        batch: Inputs and targets.
+        blocks: Names of parameters, each a block.
     """
 
     name: str
@@ -40,41 +42,41 @@ class Case:
 
     @cached_property
     def problem(self) -> Problem:
-        """The same, as the package's engines take it."""
+        """The problem with all parameters as blocks, for the package's engines."""
         return Problem(self.model, make_loss(self.criterion), [self.batch], partition(self.model).blocks)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All of the model's, by name."""
+        """All parameters of the model, by name."""
         return dict(self.model.named_parameters())
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """What everybody differentiates."""
+        """Return the loss that all rivals differentiate."""
         inputs, targets = batch
         return self.criterion(model(inputs), targets)  # type: ignore[no-any-return]
 
     def vector(self, name: str) -> Tensor:
-        """A random unit vector (dim,) of a block."""
+        """Return a random unit vector (dim,) of a block."""
         generator = torch.Generator().manual_seed(list(self.parameters).index(name))
         v = torch.randn(self.parameters[name].numel(), generator=generator)
         return v / v.norm()
 
 
-# v (dim,) -> H_l v, any shape.
-Product = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]  # v (dim,) -> H_l v, any shape
 
 
-class Rival(Protocol):
-    """Computes H_l v of one case."""
+class Rival:
+    """An implementation of H_l v for one case."""
 
     def of_block(self, name: str) -> Product:
-        """What computes H_l v, any shape, again and again; what all steps of a block can share is done here."""
+        """Return the function that computes H_l v, after all work that the steps of a block can share."""
+        raise NotImplementedError
 
     def step(self) -> None:
-        """What every step does once for all blocks."""
+        """Do the work that every Lanczos step needs once for all blocks; none by default."""
 
 
-class _Ours:
+class _Ours(Rival):
     def __init__(self, case: Case, engine: Engine) -> None:
         self._numbers = {info.name: number for number, info in enumerate(case.problem.infos)}
         self.engine = engine
@@ -89,19 +91,16 @@ class _Ours:
 
         return product
 
-    def step(self) -> None:
-        pass
-
 
 class Autograd(_Ours):
-    """engine="autograd", its graph retained."""
+    """engine="autograd", with its graph retained."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, AutogradEngine(case.problem))
 
 
 class Traced(_Ours):
-    """engine="traced", programs of all blocks made and constants kept."""
+    """engine="traced", with the programs and constants of all blocks."""
 
     def __init__(self, case: Case, compiled: bool = False) -> None:
         engine = TracedEngine(case.problem, compiled=compiled)
@@ -110,10 +109,10 @@ class Traced(_Ours):
 
 
 class Compiled(Traced):
-    """The same, each program compiled by torch.compile.
+    """engine="traced" with programs compiled by torch.compile.
 
     Raises:
-        RuntimeError: torch.compile left a program as it was, which it does silently.
+        RuntimeError: torch.compile silently did not compile a program.
     """
 
     def __init__(self, case: Case) -> None:
@@ -125,7 +124,7 @@ class Compiled(Traced):
         eager = super().of_block(name)
 
         def product(v: Tensor) -> Tensor:
-            with torch.compiler.set_stance("default"):  # `fixed_state` lets no user's compiled module run compiled
+            with torch.compiler.set_stance("default"):  # `fixed_state` disables compiled modules
                 return eager(v)
 
         before = _compiled_frames()
@@ -142,15 +141,15 @@ def _compiled_frames() -> int:
     return int(counters["frames"]["ok"])
 
 
-class Paper:
-    """The paper's procedure: a first backward pass a step, a second one through the whole graph a block."""
+class Paper(Rival):
+    """The paper's procedure: a first backward pass per step, a second one through the whole graph per block."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
         self.step()
 
     def step(self) -> None:
-        self._gradients: dict[str, Tensor] = {}  # one graph at a time
+        self._gradients: dict[str, Tensor] = {}  # frees the previous graph
         case = self._case
         self._gradients, _ = paper_procedure.first_backward(
             case.model, case.batch, lambda model, batch: (case.loss(model, batch), 1.0)
@@ -167,7 +166,7 @@ class Paper:
         return product
 
 
-class Eigenthings:
+class Eigenthings(Rival):
     """hessian-eigenthings: forward, backward and second backward pass at every product."""
 
     def __init__(self, case: Case) -> None:
@@ -181,11 +180,8 @@ class Eigenthings:
         operator = library.HessianOperator(case.model, [case.batch], case.loss, param_filter=only)
         return lambda v: operator.matvec(v.float())
 
-    def step(self) -> None:
-        pass
 
-
-class Curvlinops:
+class Curvlinops(Rival):
     """curvlinops: forward over reverse differentiation at every product."""
 
     def __init__(self, case: Case) -> None:
@@ -200,12 +196,9 @@ class Curvlinops:
         )
         return lambda v: operator @ v.float()
 
-    def step(self) -> None:
-        pass
 
-
-class PyHessian:
-    """PyHessian: the graph of a first backward pass, kept; a block is chosen by freezing all other parameters."""
+class PyHessian(Rival):
+    """PyHessian: retains the graph of a first backward pass; all parameters but one block are frozen for it."""
 
     def __init__(self, case: Case) -> None:
         import pyhessian
@@ -214,18 +207,15 @@ class PyHessian:
 
     def of_block(self, name: str) -> Product:
         case = self._case
-        with _frozen_but(case, name):
-            kept = self._library.hessian(case.model, case.criterion, data=case.batch, cuda=False)
-        case.model.zero_grad()  # it leaves its gradients in .grad
+        with _only_trainable(case, name):
+            operator = self._library.hessian(case.model, case.criterion, data=case.batch, cuda=False)
+        case.model.zero_grad()  # PyHessian leaves gradients in .grad
         shape, product = case.parameters[name].shape, self._library.utils.hessian_vector_product
-        return lambda v: product(kept.gradsH, kept.params, [v.float().view(shape)])[0]
-
-    def step(self) -> None:
-        pass
+        return lambda v: product(operator.gradsH, operator.params, [v.float().view(shape)])[0]
 
 
 @contextmanager
-def _frozen_but(case: Case, name: str) -> Iterator[None]:
+def _only_trainable(case: Case, name: str) -> Iterator[None]:
     others = [p for other, p in case.parameters.items() if other != name]
     for parameter in others:
         parameter.requires_grad_(False)

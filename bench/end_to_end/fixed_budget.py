@@ -1,7 +1,14 @@
-"""The rows of the CPU's speed table that a user waits for: the spectra of all blocks of a network, by 10 x 100.
+"""The rows of the CPU's speed table that measure whole jobs: spectra of all blocks of a network by 10 x 100.
 
-Set-up, tracing, compiling, products, Lanczos, quadratures and the Jensen-Shannon matrix, ours and every rival's. Each
-is timed on a slice of the job, see slices.py.
+A job is `blockhess.spectrum` and the Jensen-Shannon matrix. Rivals are the paper's procedure and other packages, whose
+products go through the paper's recurrence; the matrix is computed by the same function for all. Before timing, the
+matrices of a short run with the same probes are compared. Times are extrapolated, see `slices.py`; where computing a
+block exactly takes fewer products than Lanczos, ours makes fewer than the rivals. Of GPT2-nano, 4 of 51 blocks are
+measured, with the engine of the whole job.
+
+"cold" is the first round, without compiled programs in any cache, "again" the median of the later rounds. Imports are
+excluded. "Everything but products" is set-up, Lanczos and quadratures with diagonal products, whose time is subtracted,
+and the Jensen-Shannon matrix.
 """
 
 from __future__ import annotations
@@ -17,40 +24,31 @@ import torch
 from torch import Tensor
 
 import blockhess
-from bench.end_to_end.slices import (
-    PEERS,
-    PROBES,
-    STEPS,
-    Slice,
-    js_matrix,
-    of_ours,
-    of_rival,
-    ours,
-    plan,
-    probes_of,
-)
+from bench.end_to_end.slices import PEERS, PROBES, STEPS, Slice, js_matrix, of_ours, of_rival, ours, plan, probes_of
 from bench.harness.machine import Machine
-from bench.harness.rows import Row, Target, faster
-from bench.harness.timing import Entry, alternate, check, now, told
-from bench.hvp import hvp
-from bench.hvp.hvp_rivals import Case
+from bench.harness.rows import Row, Rows, Target, faster
+from bench.harness.timing import Entry, check, failure_reason, now, time_in_turn
+from bench.hvp import products
+from bench.hvp.rivals import Case
 from blockhess.hvp import BlockOperator
 from blockhess.models import GPTConfig, ResNetConfig
 from blockhess.problem.model_state import fixed_state
 from blockhess_ext import batched_slq
 
-# Of the Jensen-Shannon matrix (distances, in 0 ... 1), at a sigma of 1 % of the range: rounding of float32 products.
+# Of the Jensen-Shannon matrix (distances in [0, 1]), due to rounding of float32 products.
 LARGEST_JS_ERROR = 1e-3
 CHECKED_PROBES, CHECKED_STEPS = 1, 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case, and the part of it that is timed.
+    """A case and the part of it that is timed.
 
     Attributes:
-        case: with all blocks. stride: of the blocks every stride-th is measured, from all depths and of several kinds.
-        steps: of ours and of every rival, beside what is set-up. rounds: in which rivals take turns.
+        case: Case with all blocks.
+        steps: Steps of ours and of every rival to time, without set-up.
+        stride: Every stride-th block is measured, so that all depths and kinds take part.
+        rounds: Rounds in which rivals take turns.
     """
 
     case: Case
@@ -60,12 +58,12 @@ class Job:
 
     @property
     def measured(self) -> Case:
-        """The case with the blocks that are measured."""
+        """The case with the measured blocks only."""
         return dataclasses.replace(self.case, blocks=self.case.blocks[self.stride // 2 :: self.stride])
 
 
 def compared(case: Case, engine: str) -> dict[str, tuple[float, str]]:
-    """Rival -> the error of its Jensen-Shannon matrix in a short run with our probes, and why it is not timed."""
+    """Return rival -> error of its Jensen-Shannon matrix in a short run with our probes, and why it is not timed."""
     spectra = ours(case, num_probes=CHECKED_PROBES, num_steps=CHECKED_STEPS, engine=engine)
     probes, expected = probes_of(spectra), spectra.js_matrix(sigma=spectra.default_sigma())
     found: dict[str, tuple[float, str]] = {}
@@ -73,38 +71,32 @@ def compared(case: Case, engine: str) -> dict[str, tuple[float, str]]:
     for name in PEERS:
         try:
             quadratures = of_rival(name, case, counts, probes, CHECKED_STEPS).quadratures
-        except Exception as error:  # a peer may fail in any way
-            found[name] = math.nan, told(error)
+        except Exception as error:  # compare the other rivals
+            found[name] = math.nan, failure_reason(error)
             continue
-        error_ = float((js_matrix(spectra, quadratures) - expected).abs().max())
-        wrong = f"wrong by {error_:.2g} in the JS matrix, at most {LARGEST_JS_ERROR:g} is right"
-        found[name] = error_, "" if error_ <= LARGEST_JS_ERROR else wrong
+        js_error = float((js_matrix(spectra, quadratures) - expected).abs().max())
+        wrong = f"wrong by {js_error:.2g} in the JS matrix, tolerance {LARGEST_JS_ERROR:g}"
+        found[name] = js_error, "" if js_error <= LARGEST_JS_ERROR else wrong
     return found
 
 
-def contest(
-    case: Case, engine: str, clock: Callable[[str], float], rounds: int, error: float = 0.0
+def compare_and_time(
+    case: Case, engine: str, seconds_of: Callable[[str], float], rounds: int, error: float = 0.0
 ) -> dict[str, Entry]:
-    """Ours, whose error is told, and every rival: compared, then those that are right timed in turn by the clock."""
+    """Compare all rivals, then time ours, whose error is given, and the correct rivals in turn."""
     entries = {"blockhess": Entry(error=error), **{name: Entry() for name in PEERS}}
     for name, (js_error, failure) in compared(case, engine).items():
         entries[name].error = None if math.isnan(js_error) else js_error
         entries[name].failure = failure
-    timed = [name for name, entry in entries.items() if not entry.failure]
-
-    def keep(name: str) -> float:
-        entries[name].seconds.append(clock(name))
-        return entries[name].seconds[-1]
-
-    for _ in alternate({name: partial(keep, name) for name in timed}, rounds):
-        pass
+    timed = {name: partial(seconds_of, name) for name, entry in entries.items() if not entry.failure}
+    time_in_turn(entries, timed, rounds)
     for name in timed:
         entries[name].first = entries[name].seconds[0]
     return entries
 
 
 class Diagonal:
-    """An engine whose products are multiplications, and which counts the time that they take."""
+    """An engine with diagonal products that records the time they take."""
 
     name, rows = "diagonal", 1
 
@@ -113,10 +105,10 @@ class Diagonal:
         self.seconds = 0.0
 
     def prepare(self, index: int) -> None:
-        """As in `Engine`."""
+        """See `Engine`."""
 
     def product(self, number: int, vectors: Tensor) -> Tensor:
-        """As in `Engine`."""
+        """See `Engine`."""
         begin = now()
         result = vectors * self._eigenvalues[number]
         self.seconds += now() - begin
@@ -124,7 +116,7 @@ class Diagonal:
 
 
 def without_products(case: Case) -> tuple[float, float]:
-    """Seconds of 10 probes of 100 steps of all blocks without the products, in full; and of the JS matrix."""
+    """Return the seconds of Lanczos and quadratures of all blocks without products, and of the JS matrix."""
     problem = case.problem
     engine = Diagonal(problem.dims)
     begin = now()
@@ -140,31 +132,29 @@ def without_products(case: Case) -> tuple[float, float]:
 
 
 def job_row(machine: Machine, make: Callable[[Machine], Job]) -> Row:
-    """Everything that a user waits for, ours and every rival's; and what of ours is no product."""
+    """Measure a whole job, ours and every rival's, and the share of ours that is not spent in products."""
     job = make(machine)
     case, measured = job.case, job.measured
     dims = {name: p.numel() for name, p in case.parameters.items()}
     with fixed_state(case.model):
         machine.require(5 * 4 * PROBES * sum(dims.values()) + 4 * case.problem.graph_bytes)
-        whole, part = (
-            plan(case, num_probes=PROBES, num_steps=STEPS),
-            plan(measured, num_probes=1, num_steps=PROBES * STEPS),
-        )
+        whole = plan(case, num_probes=PROBES, num_steps=STEPS)
+        part = plan(measured, num_probes=1, num_steps=PROBES * STEPS)
         if (part.engine, part.compiled, part.rows) != (whole.engine, whole.compiled, 1):
-            raise RuntimeError("the part that is timed is not planned as the whole job is")
+            raise RuntimeError("the measured part must have the same plan as the whole job")
         theirs = {name: PROBES * min(STEPS, dim) for name, dim in dims.items()}
         mine = {name: dims[name] if exact else theirs[name] for name, exact in zip(dims, whole.exact)}
         probe = probes_of(ours(measured, num_probes=1, num_steps=1, engine="autograd"))
         loop, comparison = without_products(case)
         slices: list[Slice] = []
 
-        def clock(name: str) -> float:
+        def seconds_of(name: str) -> float:
             if name != "blockhess":
                 return of_rival(name, measured, theirs, probe, job.steps).whole + comparison
             slices.append(of_ours(measured, mine, job.steps))
             return slices[-1].whole + comparison
 
-        entries = contest(measured, whole.engine, clock, job.rounds)
+        entries = compare_and_time(measured, whole.engine, seconds_of, job.rounds)
     row, times = Row.of(entries), entries["blockhess"].seconds
     for name in PEERS:
         if row.measured.pop(f"times faster than {name}", None) is not None:
@@ -183,7 +173,7 @@ def job_row(machine: Machine, make: Callable[[Machine], Job]) -> Row:
     }
     row.notes += [
         f"{whole.engine}, {'compiled' if whole.compiled else 'nothing to compile'}; "
-        f"{sum(whole.exact)} of {len(dims)} blocks written out",
+        f"{sum(whole.exact)} of {len(dims)} blocks computed exactly",
         f"extrapolated from {len(measured.blocks)} of {len(dims)} blocks, one probe, {job.steps} step(s) after the "
         f"first of ours and {job.steps} of rivals",
     ]
@@ -192,24 +182,24 @@ def job_row(machine: Machine, make: Callable[[Machine], Job]) -> Row:
 
 def _small_gpt(**options: int) -> Job:
     config = GPTConfig(context=8, num_layers=1, num_heads=2, width=16)
-    return Job(hvp.gpt("GPT, tiny", config, 2, 1), **options)
+    return Job(products.gpt("GPT, tiny", config, 2, 1), **options)
 
 
 def gpt_small(machine: Machine) -> Job:
-    return Job(hvp.CASES["gpt"](), steps=2, rounds=3) if machine.size == "full" else _small_gpt()
+    return Job(products.CASES["gpt"](), steps=2, rounds=3) if machine.size == "full" else _small_gpt()
 
 
 def resnet(machine: Machine) -> Job:
     if machine.size == "full":
-        case = hvp.resnet("ResNet18 width 16, 32 images", ResNetConfig(16, (2, 2, 2, 2), 10, 1, "small"), 32, 1)
+        case = products.resnet("ResNet18 width 16, 32 images", ResNetConfig(16, (2, 2, 2, 2), 10, 1, "small"), 32, 1)
         return Job(case)
-    return Job(hvp.resnet("ResNet, tiny", ResNetConfig(4, (1,), 10, 1, "small"), 4, 1))
+    return Job(products.resnet("ResNet, tiny", ResNetConfig(4, (1,), 10, 1, "small"), 4, 1))
 
 
 def gpt_nano(machine: Machine) -> Job:
-    """Every 13th block: no factor in common with the 8 of a layer, so that depth and kind vary."""
+    """Return a job that measures every 13th block, coprime to the 8 blocks of a layer, so that depth and kind vary."""
     if machine.size == "full":
-        return Job(hvp.gpt("GPT2-nano 10.7M, 1024 tokens", GPTConfig(), 4, 1), stride=13)
+        return Job(products.gpt("GPT2-nano 10.7M, 1024 tokens", GPTConfig(), 4, 1), stride=13)
     return _small_gpt(stride=3)
 
 
@@ -218,7 +208,7 @@ def _share(word: str) -> Target:
     return Target(f"everything but products <= 3 % of wall time, {word}", quantity, 0.03, False)
 
 
-ROWS: dict[str, tuple[Callable[[Machine], Row], list[Target]]] = {
+ROWS: Rows = {
     "end to end, 10 x 100, GPT of 0.8M parameters, 512 tokens": (
         partial(job_row, make=gpt_small),
         [

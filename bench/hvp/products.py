@@ -1,11 +1,23 @@
-"""What one Hessian-vector product of one parameter block costs, by every engine and every rival, in the steady state.
+"""Measure the cost of one Hessian-vector product H_l v of one parameter block, by every engine and every rival.
 
-    python -m bench.hvp.hvp [--json PATH] [--rounds N] [--threads N] [--case NAME] [--quick]
-    python -m bench.hvp.hvp --table PATH ...  # prints the tables of such files
+    python -m bench.hvp.products [--json PATH] [--threads N] [--case NAME] [--quick]
+    python -m bench.hvp.products --table PATH  # print the tables of such a file
 
-All products of all rivals are compared with float64 before anything is timed; a rival whose products differ is shown
-with its error and not timed. Rivals then run in turn, product by product, so that whatever else the machine does falls
-on all alike. README.md says what the numbers mean. The exit code is 1 where one of our own engines is wrong or fails.
+The cost is that of a further product, once everything that Lanczos steps share is ready. All products of all rivals
+are first compared with float64; a rival with an error above LARGEST_ERROR is reported and not timed, and the exit code
+is 1 if it is one of our engines. Rivals then take turns, product by product, so that the load of the machine affects
+all alike. A round is the mean over the measured blocks; tables give the median and range of the rounds, and ratios are
+taken round by round. Of large models, every 5th or 13th block is measured.
+
+- The paper's procedure makes one forward and one first backward pass per step for all blocks. That time is measured
+  with every product, and 1 / number of blocks of it is added.
+- hessian-eigenthings and curvlinops make all passes at every product. PyHessian retains the graph of the first backward
+  pass, as `engine="autograd"` does, with one graph per block.
+- FLOPs are counted by `torch.utils.flop_counter` and given in forward passes.
+- "set-up" is the time before the first product of the measured blocks: tracing, compiling, graphs, operators.
+- "peak" is the growth of resident memory in a fresh process that makes the rival and one product of every measured
+  block. For this package's engines it includes the checks of the problem and tracing.
+- Compiled programs are measured on a few blocks only, since compiling one takes half a minute.
 """
 
 from __future__ import annotations
@@ -28,11 +40,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness.environment import describe, peers
+from bench.harness.command import write_json
+from bench.harness.environment import describe, one_line, peers
 from bench.harness.memory import growth, in_fresh_process
 from bench.harness.rows import short
-from bench.harness.timing import alternate, timed, told
-from bench.hvp.hvp_rivals import COMPILED, RIVALS, Case, Compiled, Rival, Traced
+from bench.harness.timing import alternate, failure_reason, timed
+from bench.hvp.rivals import COMPILED, RIVALS, Case, Compiled, Rival, Traced
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.hvp import AutogradEngine
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig
@@ -40,15 +53,14 @@ from blockhess.problem.model_state import fixed_state
 
 SEED = 0
 
-# Of |H v|. Rounding of float32 products was at most 1e-5 on every block of these models.
+# Relative to |H v|. Rounding of float32 products was at most 1e-5 on every block of these models.
 LARGEST_ERROR = 1e-3
 
 OURS = ("traced", "autograd", "traced, compiled")
 
 Makers = dict[str, Callable[[Case], Rival]]
 
-
-# How many times as long as traced a rival should take.
+# Case -> rival -> how many times as long as "traced" it should take.
 TARGETS = {
     "GPT 0.8M, 512 tokens": {"the paper's procedure": 3.0, "hessian-eigenthings": 3.0, "curvlinops": 6.0},
     "ResNet18 width 16, 64 images": {"the paper's procedure": 3.0},
@@ -58,13 +70,17 @@ TARGETS = {
 
 @dataclass
 class Row:
-    """What one rival gave on one case.
+    """Measurements of one rival on one case.
 
     Attributes:
-        failure: why it was not timed. error: the largest |difference from float64| / |H v| of a block.
-        make_seconds: before the first block. block_seconds: before the first product of a block, mean over blocks.
-        flops: of a product of every block, 0 if not counted. seconds: block -> time of a product, one a round.
-        peak_bytes: growth of a fresh process that makes the rival and one product of every block measured.
+        rival: Its name.
+        failure: Why it was not timed; empty if it was.
+        error: Largest |difference from float64| / |H v| of a block.
+        make_seconds: Set-up time before the first block.
+        block_seconds: Set-up time of a block, mean over blocks.
+        flops: Block -> FLOPs of a product, 0 if not counted.
+        seconds: Block -> seconds of a product in every round.
+        peak_bytes: Growth of memory of a fresh process that makes the rival and one product of every measured block.
     """
 
     rival: str
@@ -78,18 +94,18 @@ class Row:
 
     @property
     def rounds(self) -> list[float]:
-        """Seconds of a product, mean over blocks, one a round."""
+        """Seconds of a product in every round, mean over blocks."""
         return [statistics.fmean(times) for times in zip(*self.seconds.values())]
 
     @property
     def each(self) -> float:
-        """Seconds of a product: the median round."""
+        """Seconds of a product, median over rounds."""
         return statistics.median(self.rounds)
 
 
 @dataclass
 class Result:
-    """What all rivals gave on one case; the sizes are those of the problem and the trace, see `Problem`."""
+    """Measurements of all rivals on one case; see `Problem` for the sizes of the problem and its graph."""
 
     name: str
     parameters: int
@@ -104,7 +120,7 @@ class Result:
 
 
 def gpt(name: str, config: GPTConfig, windows: int, stride: int) -> Case:
-    """Next-token cross-entropy on Shakespeare; every stride-th block."""
+    """Return a GPT with next-token cross-entropy on Shakespeare; measures every stride-th block."""
     torch.manual_seed(SEED)
     text = shakespeare()
     [(tokens, targets)] = text.batches(batch_size=windows, context=config.context, seed=SEED)
@@ -113,7 +129,7 @@ def gpt(name: str, config: GPTConfig, windows: int, stride: int) -> Case:
 
 
 def resnet(name: str, config: ResNetConfig, images: int, stride: int) -> Case:
-    """Cross-entropy on Fashion-MNIST, BatchNorm with running statistics; every stride-th block."""
+    """Return a ResNet with cross-entropy on Fashion-MNIST and BatchNorm with running statistics."""
     torch.manual_seed(SEED)
     return _case(name, ResNet(config), fashion_mnist(images), stride)
 
@@ -124,14 +140,14 @@ def _case(name: str, model: nn.Module, batch: tuple[Tensor, Tensor], stride: int
 
 
 GPT_SMALL = GPTConfig(context=64, num_layers=4, num_heads=4, width=128)
-# Strides have no factor in common with the 8 blocks of a GPT's layer and the 6 of a ResNet's, so all kinds take part.
+# Strides are coprime to the 8 blocks of a GPT's layer and the 6 of a ResNet's, so that all kinds of blocks take part.
 CASES: dict[str, Callable[[], Case]] = {
     "gpt": lambda: gpt("GPT 0.8M, 512 tokens", GPT_SMALL, 8, 1),
-    "gpt-compiled": lambda: gpt("GPT 0.8M, 512 tokens, compiled", GPT_SMALL, 8, 13),  # at half a minute a block
+    "gpt-compiled": lambda: gpt("GPT 0.8M, 512 tokens, compiled", GPT_SMALL, 8, 13),  # half a minute per block
     "resnet": lambda: resnet("ResNet18 width 16, 64 images", ResNetConfig(16, (2, 2, 2, 2), 10, 1, "small"), 64, 5),
     "nano": lambda: gpt("GPT2-nano 10.7M, 1024 tokens", GPTConfig(), 4, 13),
 }
-ROUNDS = {"nano": 3}  # 5 of the others
+ROUNDS = {"nano": 3}  # 5 for the others
 QUICK: dict[str, Callable[[], Case]] = {
     "gpt": lambda: gpt("GPT, tiny", GPTConfig(context=8, num_layers=1, num_heads=2, width=16), 2, 3),
     "resnet": lambda: resnet("ResNet, tiny", ResNetConfig(4, (1,), 10, 1, "small"), 4, 4),
@@ -139,15 +155,15 @@ QUICK: dict[str, Callable[[], Case]] = {
 
 
 def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
-    """A row for every rival, and those rivals whose products are right."""
+    """Return a row for every rival, and the rivals whose products are correct."""
     rows = {name: Row(name) for name in makers}
     rivals: dict[str, Rival] = {}
     for name, make in makers.items():
         start = time.perf_counter()
         try:
             rivals[name] = make(case)
-        except Exception as error:  # a rival may fail in any way, and others should still be measured
-            rows[name].failure = told(error)
+        except Exception as error:  # measure the other rivals
+            rows[name].failure = failure_reason(error)
         rows[name].make_seconds = time.perf_counter() - start
     truth = AutogradEngine(case.problem.in_dtype(torch.float64))
     truth.prepare(0)
@@ -164,12 +180,12 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
                 row.block_seconds += (time.perf_counter() - start) / len(case.blocks)
                 found, flops = _counted(rivals[name], product, len(numbers))
             except Exception as error:
-                row.failure = told(error)
+                row.failure = failure_reason(error)
             else:
                 row.flops[block] = flops
                 difference = found.detach().reshape(-1).double() - expected[0]
                 error = float(difference.norm() / expected.norm())
-                if not error <= LARGEST_ERROR:  # NaN neither
+                if not error <= LARGEST_ERROR:  # also if NaN
                     row.failure = f"wrong by {error:.2g} of |H v| on {block}"
                 row.error = error if row.failure else max(row.error, error)
             if row.failure:
@@ -178,8 +194,8 @@ def compare(case: Case, makers: Makers) -> tuple[list[Row], dict[str, Rival]]:
 
 
 def _counted(rival: Rival, product: Callable[[], Tensor], n_blocks: int) -> tuple[Tensor, float]:
-    """A product and the FLOPs of it and of its share in a step, 0 where counting would change what is timed."""
-    if isinstance(rival, Compiled):  # once counted, it runs eagerly for ever
+    """Return a product, and the FLOPs of it and its share of a step; 0 if counting would disable compilation."""
+    if isinstance(rival, Compiled):  # runs eagerly after it was counted
         return product(), 0.0
     with FlopCounterMode(display=False) as counter:
         found = product()
@@ -189,32 +205,27 @@ def _counted(rival: Rival, product: Callable[[], Tensor], n_blocks: int) -> tupl
 
 
 def measure(case: Case, makers: Makers, rounds: int) -> list[Row]:
-    """Compare all rivals, then time those that are right."""
+    """Compare all rivals, then time the correct ones."""
     with fixed_state(case.model):
         rows, rivals = compare(case, makers)
         by_name, n_blocks = {row.rival: row for row in rows}, len(case.parameters)
         for block in case.blocks:
-            v, clocks = case.vector(block), {}
+            v, calls = case.vector(block), {}
             for name, rival in rivals.items():
-                by_name[name].seconds[block] = []
-                clocks[name] = _clock(rival, partial(rival.of_block(block), v), by_name[name].seconds[block], n_blocks)
-            for _ in alternate(clocks, rounds):
+                seconds = by_name[name].seconds[block] = []
+                calls[name] = partial(_time_product, rival, partial(rival.of_block(block), v), seconds, n_blocks)
+            for _ in alternate(calls, rounds):
                 pass
     return rows
 
 
-def _clock(rival: Rival, product: Callable[[], Tensor], seconds: list[float], n_blocks: int) -> Callable[[], float]:
-    """Times a product with its share of a step, which comes after it, as it may replace the product's graph."""
-
-    def call() -> float:
-        seconds.append(timed(product) + timed(rival.step) / n_blocks)
-        return seconds[-1]
-
-    return call
+def _time_product(rival: Rival, product: Callable[[], Tensor], seconds: list[float], n_blocks: int) -> None:
+    """Append the time of a product and its share of a step, which comes last as it may replace the product's graph."""
+    seconds.append(timed(product) + timed(rival.step) / n_blocks)
 
 
 def _peak(key: str, quick: bool, name: str, threads: int) -> int:
-    """Growth of this process from a model and its batch to products of every block by one rival."""
+    """Return the growth of memory of this process when one rival makes a product of every measured block."""
     torch.set_num_threads(threads)
 
     def run(case: Case) -> None:
@@ -223,7 +234,7 @@ def _peak(key: str, quick: bool, name: str, threads: int) -> int:
             for block in case.blocks:
                 rival.of_block(block)(case.vector(block))
 
-    run(QUICK.get(key, QUICK["gpt"])())  # loads what a run loads lazily
+    run(QUICK.get(key, QUICK["gpt"])())  # loads libraries
     case = (QUICK if quick else CASES)[key]()
     return growth(lambda: run(case))
 
@@ -233,7 +244,7 @@ def _makers(key: str) -> Makers:
 
 
 def run(key: str, quick: bool, rounds: int, threads: int) -> Result:
-    """All of one case; if quick, the memory of one rival only."""
+    """Measure one case; if quick, the memory of one rival only."""
     result = _result((QUICK if quick else CASES)[key](), _makers(key), rounds)
     for row in result.rows[: 1 if quick else None]:
         if not row.failure:
@@ -253,7 +264,7 @@ def _result(case: Case, makers: Makers, rounds: int) -> Result:
         constant_bytes = rival.constant_bytes
         return rival
 
-    rows = measure(case, {name: traced if make is Traced else make for name, make in makers.items()}, rounds)
+    rows = measure(case, {**makers, "traced": traced}, rounds)
     return Result(
         name=case.name,
         parameters=sum(p.numel() for p in case.parameters.values()),
@@ -268,30 +279,27 @@ def _result(case: Case, makers: Makers, rounds: int) -> Result:
     )
 
 
-# Tables
-
-
 def _spread(values: Sequence[float], scale: float = 1.0) -> str:
-    """Median and range."""
+    """Format median and range."""
     low, middle, high = (scale * f(values) for f in (min, statistics.median, max))
     return f"{short(middle)} ({short(low)} - {short(high)})"
 
 
 def _break_even(invested: float, slow: Row, fast: Row, n_blocks: int) -> str:
+    """Say after how many products, `fast` instead of `slow`, a time spent before the first one is recovered."""
     saved = slow.each - fast.each
     if saved <= 0:
         return "does not pay: products are not faster"
-    return f"pays after {max(0.0, invested / saved):,.0f} products" + (
-        f", {max(0.0, invested / saved) / n_blocks:,.0f} a block" if n_blocks > 1 else ""
-    )
+    products = max(0.0, invested / saved)
+    return f"pays after {products:,.0f} products" + (f", {products / n_blocks:,.0f} per block" if n_blocks > 1 else "")
 
 
 def table(result: Result) -> str:
-    """All rivals of one case, and what follows from them."""
+    """Return the table of all rivals of one case, followed by conclusions."""
     first = next((row for row in result.rows if not row.failure), None)
     lines = [
         f"**{result.name}**: {result.parameters:,} parameters, {len(result.blocks)} of {result.n_blocks} blocks, "
-        f"one forward pass {result.forward_flops / 1e9:.3g} GFLOP; load of the machine {result.load[0]:.1f} before, "
+        f"one forward pass {result.forward_flops / 1e9:.3g} GFLOP; load average {result.load[0]:.1f} before, "
         f"{result.load[1]:.1f} after",
         "",
         f"| rival | ms per product (range) | times {first.rival if first else '-'} (range) | forward passes | GFLOP/s "
@@ -323,10 +331,10 @@ def _conclusions(result: Result) -> list[str]:
         invested = traced.make_seconds - autograd.make_seconds
         lines.append(
             f"Tracing took {traced.make_seconds:.1f} s for all {result.n_blocks} blocks "
-            f"({1e3 * traced.make_seconds / result.graph_nodes:.0f} ms for each of the gradient's {result.graph_nodes} "
-            f"operations) and {_break_even(invested, autograd, traced, result.n_blocks)}. Constants take "
-            f"{result.constant_bytes / 2**20:.0f} MiB, {result.constant_bytes / result.graph_bytes:.2f} of what the "
-            "gradient's graph holds."
+            f"({1e3 * traced.make_seconds / result.graph_nodes:.0f} ms for each of the {result.graph_nodes} "
+            f"operations of the gradient) and {_break_even(invested, autograd, traced, result.n_blocks)}. "
+            f"Constants take {result.constant_bytes / 2**20:.0f} MiB, {result.constant_bytes / result.graph_bytes:.2f} "
+            "times the tensors of the gradient's graph."
         )
     if traced:
         for rival, wanted in TARGETS.get(result.name, {}).items():
@@ -336,62 +344,54 @@ def _conclusions(result: Result) -> list[str]:
                 lines.append(f"Target: {wanted:g} times as long for {rival}. {verdict.capitalize()}: {ratio:.2f}.")
     if traced and compiled:
         lines.append(
-            f"Compiled were {', '.join(result.blocks)}: {compiled.block_seconds:.1f} s a block, which "
+            f"Compiling {', '.join(result.blocks)} took {compiled.block_seconds:.1f} s per block, which "
             f"{_break_even(compiled.block_seconds, traced, compiled, 1)}."
         )
     return lines
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The tables of everything measured, from what the JSON holds."""
+    """Return the tables of a result."""
     parts = []
     for entry in data["results"]:
         rows = [Row(**row) for row in entry["rows"]]
         parts.append(table(Result(**{**entry, "rows": rows})))
     parts.append(
-        "Medians and ranges of rounds, a round being the mean over the blocks measured; set-up is for those blocks. "
-        + ", ".join(f"{name} {version}" for name, version in {**data["environment"], **data["peers"]}.items())
+        "Medians and ranges over rounds; a round is the mean over the measured blocks. Set-up is for these blocks. "
+        + one_line(data["environment"] | data["peers"])
     )
     return "\n\n".join(parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    parser.add_argument("--table", type=Path, nargs="+", help="only print the tables of such files")
-    parser.add_argument("--case", choices=list(CASES), action="append", help="only this case; may be repeated")
-    parser.add_argument("--rounds", type=int, help="timed products of each rival and block (default 3 or 5)")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for all rivals (default 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny models and one round: checks, not timings")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result to this file")
+    parser.add_argument("--table", type=Path, metavar="PATH", help="measure nothing; print the tables")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="measure this case only; repeatable")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of PyTorch (default 1)")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one round, to check that it runs")
     options = parser.parse_args()
     if options.table:
-        print("\n\n".join(markdown(json.loads(path.read_text())) for path in options.table))
+        print(markdown(json.loads(options.table.read_text())))
         return 0
-    for name, value in (("rounds", options.rounds), ("threads", options.threads)):
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
     keys = [key for key in (QUICK if options.quick else CASES) if not options.case or key in options.case]
     data: dict[str, Any] = {"environment": describe(), "peers": peers(), "results": []}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that nothing is compiled already
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing is compiled yet
         for key in keys:
-            rounds = 1 if options.quick else options.rounds or ROUNDS.get(key, 5)
+            rounds = 1 if options.quick else ROUNDS.get(key, 5)
             data["results"].append(asdict(run(key, options.quick, rounds, options.threads)))
             if options.json:
-                options.json.write_text(json.dumps(data, indent=1) + "\n")
+                write_json(data, options.json)
     print(markdown(data))
-    failures = [(e["name"], r["rival"], r["failure"]) for e in data["results"] for r in e["rows"] if _failed(r)]
-    print(
-        "".join(f"bench.hvp.hvp: {case}: not timed: {rival}, {why}\n" for case, rival, why in failures),
-        end="",
-        file=sys.stderr,
-    )
+    rows = [(entry["name"], row["rival"], row["failure"]) for entry in data["results"] for row in entry["rows"]]
+    failures = [row for row in rows if row[2] and not row[2].startswith("absent")]
+    for case, rival, why in failures:
+        print(f"bench.hvp.products: {case}: not timed: {rival}, {why}", file=sys.stderr)
     return int(any(rival in OURS for _, rival, _ in failures))
-
-
-def _failed(row: dict[str, Any]) -> bool:
-    return bool(row["failure"]) and not row["failure"].startswith("absent")
 
 
 if __name__ == "__main__":
