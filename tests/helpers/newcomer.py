@@ -1,16 +1,15 @@
-"""Follows README.md and docs to the letter: types what a page shows, in order, and compares what it says is printed.
+"""Run everything that README.md and the pages of docs show, in order, and compare the output with what they show.
 
-    follow(page)                Python examples and commands, in the working directory; test_readme.py, test_docs.py,
-                                which list what was passed over at the end of pytest's output
-    python -m tests.helpers.newcomer    all of it: what installs, in fresh clones, then every page in a fresh folder, with what
-                                the README's installation gave; minutes, and several GB where pip's torch is CUDA's
+    follow(page)                        Python examples and commands of a page, in the working directory; test_readme.py
+                                        and test_docs.py list what was not run at the end of pytest's output
+    python -m tests.helpers.newcomer    all pages: installation in fresh clones, then every page in a fresh folder with the
+                                        first installation; minutes, and several GB where pip's torch is a CUDA build
 
-A page's blocks run in order, Python in one namespace. The first line of a Python block tells of one that does not:
-`# not run here: REASON` never does, `# needs: MODULE` does where that module is installed; the commands that follow
-wait for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown,
-in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of
-commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for
-anything. What is passed over is told with its reason.
+Blocks of a page run in order, Python in one namespace. The first line of a Python block may say otherwise: with
+`# not run here: REASON` it is not run, with `# needs: MODULE` only where that module is installed, and commands after it
+wait for the next block that runs. With `# FILE.py` the block becomes that file. Every command in a block of sh or bash, or
+inline, is run once, or is listed below with a reason. Text blocks after a block of commands are its output: words must
+agree; numbers and rules of tables may differ, and a line of ... stands for anything.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Pattern of a command that is not run -> why.
 LEFT_OUT = {
-    r".*\b(COMMAND|CONFIG|DIR|NAME)\b.*": "capitals stand for something of the reader's",
+    r".*\b(COMMAND|DIR|FILE|FOLDER|JOB|NAME|RUNS)\b.*": "capitals stand for something of the reader's",
     r"blockhess (run|status)": "the command's name alone",
-    r"blockhess --install-completion": "it writes into the shell's files; test_terminal.py has bash take the script",
-    r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; test_paper_*.py run each with --quick",
-    r"make test": "this is part of it",
-    r"make \w+ TORCH=.*": "the same as without TORCH, from another index",
-    r"python -m bench(\.\w+)?( --\w+)?": "minutes to hours, for results to be kept; test_bench*.py and test_*_page.py",
-    r"python -m tests\.(fuzz|crash|rank_kills)": "hours; their short versions are tests",
+    r"blockhess --install-completion": "it writes into the shell's files; test_options.py tests the script in bash",
+    r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; tests/paper runs each with --quick",
+    r"make test(-all)?": "this is part of it",
+    r"make [\w-]+ TORCH=.*": "the same as without TORCH, from another index",
+    r"python -m (bench|docs\._generate|blockhess_paper\.networks)(\.\w+)*( --\w+)?": "it measures, or overwrites results",
+    r"python -m tests\.(fuzz|crash|helpers\.rank_kills)": "hours; their short versions are tests",
     r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
     r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",
     r"export TORCH_DISABLE.*": "for torchrun",
@@ -47,7 +46,7 @@ LEFT_OUT = {
 # What takes a clone of the repository, and minutes: left to `python -m tests.helpers.newcomer`.
 IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
 
-# What the reader is told to have.
+# Files that pages assume.
 FILES = {
     "my_job.py": """
 from tests import ROOT
@@ -64,6 +63,7 @@ INLINE = r"`(?P<inline>(?:blockhess|python3?|make|pip|torchrun) [^`]+|[\w/]+\.sh
 PART = re.compile(rf"{FENCE}|{INLINE}", flags=re.DOTALL | re.MULTILINE)
 COMMANDS = ("sh", "bash", "inline")
 NOT_RUN, NEEDS = "# not run here: ", "# needs: "
+FILE = re.compile(r"# (\w+\.py)")
 
 
 def parts(page: Path) -> Iterator[tuple[str, str]]:
@@ -120,7 +120,7 @@ def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
     """The blocks of text that follow commands, up to the next block of code."""
     shown = []
     for language, text in found:
-        if language not in ("text", "inline", "toml"):
+        if language not in ("text", "inline"):
             break
         if language == "text":
             shown.append(text)
@@ -156,7 +156,9 @@ def follow(page: Path) -> Followed:
     waits = False
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
-        if language == "python":
+        if language == "python" and (file := FILE.fullmatch(text.split("\n", 1)[0])):
+            Path(file[1]).write_text(text)
+        elif language == "python":
             module = needed(text)
             waits = not (module is None or (module and importlib.util.find_spec(module)))
             if waits:
@@ -166,8 +168,6 @@ def follow(page: Path) -> Followed:
                 )
             else:
                 exec(compile(text, f"{page.name}: {text[:40]!r}", "exec"), names)
-        elif language == "toml":
-            Path(text.split("\n", 1)[0].removeprefix("# ")).write_text(text)
         elif language in COMMANDS:
             todo = []
             for line in commands(text):
