@@ -1,8 +1,8 @@
-"""Write the measured parts of README.md and docs/benchmarks.md from committed results, so that no number is typed by hand.
+"""Write the measured parts of README.md and docs/benchmarks.md from committed results: no number is typed by hand.
 
 python -m bench --json bench/results/cpu_1_thread.json ...   # measure; bench/README.md has all commands
 python -m docs._generate.readme --demo                       # run the demo and keep its comparison and one picture
-python -m docs._generate.readme                              # rewrite the parts between markers, and bench/results/cpu.md
+python -m docs._generate.readme                              # rewrite the parts between markers, and cpu.md
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
 RIVALS = ("the paper's procedure", "hessian-eigenthings", "curvlinops", "PyHessian")
 
-# Label in README -> file, row and quantity of a whole job; file and row of one product.
+# Network -> file and row of a job of 10 probes and 100 steps.
 JOBS = {
-    "10 probes, 100 steps: GPT 0.8M": ("cpu_end_to_end_small", "end to end, 10 x 100, GPT of 0.8M parameters, 512 tokens", ", cold"),
-    "10 probes, 100 steps: ResNet18 0.7M": ("cpu_end_to_end_small", "end to end, 10 x 100, ResNet18 of width 16, 32 images", ", cold"),
-    "10 probes, 100 steps: GPT2-nano 10.7M": ("cpu_end_to_end", "end to end, 10 x 100, GPT2-nano (10.7M), 1,024 tokens", ", cold"),
-    "same accuracy, `tol=0.02`: GPT of one layer": (
-        "cpu_same_accuracy", "end to end to the same accuracy (adaptive), nearly all in blocks of 1e5 elements", ""
-    ),
-}  # fmt: skip
+    "GPT 0.8M": ("cpu_end_to_end_small", "end to end, 10 x 100, GPT of 0.8M parameters, 512 tokens"),
+    "ResNet18 0.7M": ("cpu_end_to_end_small", "end to end, 10 x 100, ResNet18 of width 16, 32 images"),
+    "GPT2-nano 10.7M": ("cpu_end_to_end", "end to end, 10 x 100, GPT2-nano (10.7M), 1,024 tokens"),
+}
+SAME_ACCURACY = "cpu_same_accuracy", "end to end to the same accuracy (adaptive), nearly all in blocks of 1e5 elements"
+# Network -> its name in hvp_cpu.json.
 PRODUCTS = {
-    "one product: GPT 0.8M": "GPT 0.8M, 512 tokens",
-    "one product: GPT2-nano 10.7M": "GPT2-nano 10.7M, 1024 tokens",
+    "GPT 0.8M": "GPT 0.8M, 512 tokens",
+    "GPT2-nano 10.7M": "GPT2-nano 10.7M, 1024 tokens",
 }
 
 
@@ -75,23 +74,26 @@ def rows_of(threads: int, folder: Path = RESULTS) -> dict[str, Any]:
 def speed_part() -> str:
     """Return README's table: how many times as long as blockhess each package takes, and on which machine."""
     committed = runs()
-    ratios = {}
-    for label, (file, row, when) in JOBS.items():
+
+    def ratios(file: str, row: str, when: str = "") -> list[float]:
         measured = committed[file]["rows"][row]["measured"]
-        ratios[label] = [measured[f"times faster than {rival}{when}"] for rival in RIVALS]
+        return [measured[f"times faster than {rival}{when}"] for rival in RIVALS]
+
+    table = {f"10 probes, 100 steps: {network}": ratios(*place, ", cold") for network, place in JOBS.items()}
+    table["same accuracy, `tol=0.02`: GPT of one layer"] = ratios(*SAME_ACCURACY)
     products = json.loads((RESULTS / "hvp_cpu.json").read_text())
     results = {result["name"]: [Row(**row) for row in result["rows"]] for result in products["results"]}
-    for label, name in PRODUCTS.items():
+    for network, name in PRODUCTS.items():
         ours, *others = results[name]
         rounds = {row.rival: [a / b for a, b in zip(row.rounds, ours.rounds)] for row in others}
-        ratios[label] = [statistics.median(rounds[rival]) for rival in RIVALS]
-    used = [committed[file]["environment"] for file, _, _ in JOBS.values()] + [products["environment"]]
+        table[f"one product: {network}"] = [statistics.median(rounds[rival]) for rival in RIVALS]
+    used = [committed[file]["environment"] for file, _ in (*JOBS.values(), SAME_ACCURACY)] + [products["environment"]]
     (machine,) = {f"{e['cpu']}, {e['threads']} thread, torch {e['torch']}" for e in used}
     return "\n".join(
         [
             "| time / blockhess's | paper's procedure | hessian-eigenthings | curvlinops | PyHessian |",
             "|---|--:|--:|--:|--:|",
-            *(f"| {label} | {' | '.join(f'{ratio:.1f}' for ratio in row)} |" for label, row in ratios.items()),
+            *(f"| {label} | {' | '.join(f'{ratio:.1f}' for ratio in row)} |" for label, row in table.items()),
             "",
             f"{machine}; jobs extrapolated from one probe. [Method, machines, missed targets](docs/benchmarks.md).",
         ]
@@ -109,23 +111,22 @@ def found_part() -> str:
         assert match, f"no page says {pattern}"
         return match.groups()
 
-    batch_more, eval_less = numbers(r"with batch statistics more in (\d) .*?eval mode more in 0, less in (\d) ", findings)
+    batch_more, eval_less = numbers(
+        r"with batch statistics more in (\d) .*?eval mode more in 0, less in (\d) ", findings
+    )
     (measures,) = numbers(r"of the (\d) measures ResNet18 is", findings)
     rank, low, high = numbers(r"rank correlation of JS0 and gap (\S+) \((\S+) \.\.\. (\S+)\)", calibration)
     (networks,) = numbers(r"n = (\d+) architectures", calibration)
     claims, reproduced, partly, not_reproduced = numbers(
         r"(\d+) claims: (\d+) reproduced, (\d+) partly, (\d+) not reproduced", theory
     )
-    return "\n".join(
-        [
-            f"- ResNet18 has a smaller JS0 than GPT2-nano in {eval_less} of {measures} measures with BatchNorm in eval mode,"
-            f" a larger one in {batch_more} with batch statistics, beyond error bars, for both seeds ([findings](docs/findings.md)).",
-            f"- JS0 does not predict the gap between SGD and AdamW on {networks} small networks: rank correlation {rank}"
-            f" (95 %: {low} to {high}; [calibration](docs/calibration.md)).",
-            f"- Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part,"
-            f" {not_reproduced} not ([theory](docs/theory.md)).",
-        ]
-    )
+    return f"""\
+- ResNet18 has a smaller JS0 than GPT2-nano in {eval_less} of {measures} measures with BatchNorm in eval mode, a larger
+  one in {batch_more} with batch statistics, beyond error bars, for both seeds ([findings](docs/findings.md)).
+- JS0 does not predict the gap between SGD and AdamW on {networks} small networks: rank correlation {rank}
+  (95 %: {low} to {high}; [calibration](docs/calibration.md)).
+- Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part, {not_reproduced} not \
+([theory](docs/theory.md))."""
 
 
 def targets_part() -> str:

@@ -39,4 +39,3 @@ def test_every_block_is_counted():
     )
     optional = {"accelerate": 1, "lightning": 1, "pyhessian": 1, "hessian_eigenthings": 1, "curvlinops": 2}
     assert counts == {"always": 46, "never": 2} | optional
-

@@ -50,5 +50,3 @@ def test_the_equivalent_code_gives_the_same_nodes(float64_models):
 def test_measured_parts_are_up_to_date():
     for path, text in readme.pages().items():
         assert path.read_text() == text, f"{path.name}: run python -m docs._generate.readme"
-
-

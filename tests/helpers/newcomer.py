@@ -2,14 +2,14 @@
 
     follow(page)                        Python examples and commands of a page, in the working directory; test_readme.py
                                         and test_docs.py list what was not run at the end of pytest's output
-    python -m tests.helpers.newcomer    all pages: installation in fresh clones, then every page in a fresh folder with the
-                                        first installation; minutes, and several GB where pip's torch is a CUDA build
+    python -m tests.helpers.newcomer    all pages: installation in fresh clones, then every page in a fresh folder with
+                                        the first installation; minutes, and several GB where pip's torch is for CUDA
 
 Blocks of a page run in order, Python in one namespace. The first line of a Python block may say otherwise: with
-`# not run here: REASON` it is not run, with `# needs: MODULE` only where that module is installed, and commands after it
-wait for the next block that runs. With `# FILE.py` the block becomes that file. Every command in a block of sh or bash, or
-inline, is run once, or is listed below with a reason. Text blocks after a block of commands are its output: words must
-agree; numbers and rules of tables may differ, and a line of ... stands for anything.
+`# not run here: REASON` it is not run, with `# needs: MODULE` only where that module is installed, and commands after
+it wait for the next block that runs. With `# FILE.py` the block becomes that file. Every command in a block of sh or
+bash, or inline, is run once, or is listed below with a reason. Text blocks after a block of commands are its output:
+words must agree; numbers and rules of tables may differ, and a line of ... stands for anything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# Pattern of a command that is not run -> why.
+# Pattern of a command that is not run -> reason.
 LEFT_OUT = {
     r".*\b(COMMAND|DIR|FILE|FOLDER|JOB|NAME|RUNS)\b.*": "capitals stand for something of the reader's",
     r"blockhess (run|status)": "the command's name alone",
@@ -36,14 +36,14 @@ LEFT_OUT = {
     r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; tests/paper runs each with --quick",
     r"make test(-all)?": "this is part of it",
     r"make [\w-]+ TORCH=.*": "the same as without TORCH, from another index",
-    r"python -m (bench|docs\._generate|blockhess_paper\.networks)(\.\w+)*( --\w+)?": "it measures, or overwrites results",
+    r"python -m (bench|docs\._generate|blockhess_paper\.networks)(\.\w+)*( --\w+)?": "it overwrites results",
     r"python -m tests\.(fuzz|crash|helpers\.rank_kills)": "hours; their short versions are tests",
     r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
     r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",
     r"export TORCH_DISABLE.*": "for torchrun",
     r"#!/bin/bash.*": "a job for Slurm, of which there is none here",
 }
-# What takes a clone of the repository, and minutes: left to `python -m tests.helpers.newcomer`.
+# Commands that need a clone of the repository, and minutes: run by `python -m tests.helpers.newcomer`.
 IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
 
 # Files that pages assume.
@@ -67,20 +67,20 @@ FILE = re.compile(r"# (\w+\.py)")
 
 
 def parts(page: Path) -> Iterator[tuple[str, str]]:
-    """Language and text of every block of a page, "inline" for a command within a line, in order."""
+    """Yield language and text of every block of a page in order; "inline" for a command within a line."""
     for match in PART.finditer(page.read_text()):
         yield ("inline", match["inline"]) if match["inline"] else (match["language"], match["block"])
 
 
 def needed(block: str) -> str | None:
-    """What a Python block needs beyond the package, "" for one that never runs, None for one that always does."""
+    """Return the module that a Python block needs, "" if it never runs, None if it always runs."""
     if block.startswith(NOT_RUN):
         return ""
     return block.split("\n", 1)[0].removeprefix(NEEDS).strip() if block.startswith(NEEDS) else None
 
 
 def commands(block: str) -> list[str]:
-    """The commands of a block, without comments and with continued lines joined; a script is one."""
+    """Return the commands of a block, without comments and with continued lines joined; a script is one command."""
     if block.startswith("#!"):
         return [block]
     lines = re.sub(r" *\\\n *", " ", block).splitlines()
@@ -88,21 +88,21 @@ def commands(block: str) -> list[str]:
 
 
 def left_out(command: str) -> str | None:
-    """The reason for which a command is listed as one that is not run, None for one that is run."""
+    """Return why a command is not run, None if it is run."""
     return next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, command, flags=re.DOTALL)), None)
 
 
 def in_a_clone(command: str) -> bool:
-    """Whether a command installs, or builds, what takes a clone of the repository."""
+    """Return whether a command needs a clone of the repository."""
     return re.fullmatch(IN_A_CLONE, command) is not None
 
 
 @dataclass(frozen=True)
 class Followed:
-    """What came of following a page.
+    """Result of running a page.
 
     Attributes:
-        names: that its Python examples have made.
+        names: namespace of its Python examples.
         passed_over: example or command -> why it was not run.
     """
 
@@ -111,13 +111,13 @@ class Followed:
 
 
 def words(text: str) -> str:
-    """Text without what may differ from run to run: numbers and their width, and lines drawn."""
+    """Return the text without numbers, their width, and rules of tables, which may differ from run to run."""
     text = re.sub(r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|\binf\b)", "0", text)
     return " ".join(re.sub(r"-{3,}", "-", text).split())
 
 
 def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
-    """The blocks of text that follow commands, up to the next block of code."""
+    """Return the blocks of text that follow commands, up to the next block of code."""
     shown = []
     for language, text in found:
         if language not in ("text", "inline"):
@@ -128,7 +128,7 @@ def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def type_in(lines: Sequence[str], environment: dict[str, str], folder: Path, shown: Sequence[str] = ()) -> None:
-    """Run commands in one shell and look for what they should print.
+    """Run commands in one shell and compare their output with what the page shows.
 
     Raises:
         AssertionError: one fails, or prints something else.
@@ -143,10 +143,10 @@ def type_in(lines: Sequence[str], environment: dict[str, str], folder: Path, sho
 
 
 def follow(page: Path) -> Followed:
-    """Do what a page says, in the working directory, which should be empty.
+    """Run the examples and commands of a page in the working directory, which should be empty.
 
     Raises:
-        AssertionError: a command fails, or prints something else than is shown; or whatever an example raises.
+        AssertionError: a command fails, or prints something else than is shown; an example may raise any error.
     """
     for name, text in FILES.items():
         Path(name).write_text(text)
@@ -186,7 +186,7 @@ def follow(page: Path) -> Followed:
 
 
 def _with_script(programs: Path) -> dict[str, str]:
-    """An environment where `python` is this interpreter and `blockhess` its package, installed with it or not."""
+    """Return an environment where `python` is this interpreter and `blockhess` its package, installed or not."""
     for name, arguments in (("python", ""), ("python3", ""), ("blockhess", "-m blockhess.cli.main ")):
         script = programs / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments}"$@"\n')
@@ -196,7 +196,7 @@ def _with_script(programs: Path) -> dict[str, str]:
 
 
 def install(page: Path, clone: Path) -> bool:
-    """Do what a page says of installing, in a fresh clone and a bare environment; False if there is nothing."""
+    """Run the installation commands of a page in a fresh clone and environment; return False if there are none."""
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
         lines = [line for line in commands(text) if not left_out(line)] if language in ("sh", "bash") else []
@@ -210,7 +210,7 @@ def install(page: Path, clone: Path) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Follow one page in the working directory, or, without arguments, all of them."""
+    """Run one page in the working directory, or all pages without arguments."""
     if arguments:
         for what, why in follow(Path(arguments[0])).passed_over.items():
             print(f"  passed over: {what!r}: {why}", flush=True)
