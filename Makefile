@@ -1,8 +1,9 @@
-# make demo   the main job, on data that ships with the package
-# make test   the tests, one process for each core, up to 8: each loads torch
-# make check  lint, formatting and types
-# make docs   the documentation site, in site/
-# make notebooks   what the notebooks of docs/notebooks print and draw, made anew
+# make demo       the main job, on data that ships with the package
+# make test       the quick tests, one process per core, at most 8 (each loads torch)
+# make test-all   all tests, those marked slow too
+# make check      lint, formatting and types
+# make docs       the documentation site, in site/
+# make notebooks  run the notebooks of docs/notebooks and store their output
 #
 # Each sets up $(VENV) first. A torch >= 2.10 that $(PYTHON) can import is used; where there is none, $(TORCH) is installed
 # from the index that pip is set to. To choose another one:
@@ -16,13 +17,18 @@ bin := $(VENV)/bin
 sources := setup.py pyproject.toml $(shell find csrc -type f)
 has_torch := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
 
-.PHONY: demo test check docs notebooks clean
+pytest = $(bin)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test test-all check docs notebooks clean
 
 demo: $(VENV)/.installed-cli
 	$(bin)/blockhess demo
 
 test: $(VENV)/.installed-test
-	$(bin)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(pytest) -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(pytest)
 
 check: $(VENV)/.installed-lint
 	$(bin)/ruff check .

@@ -1,4 +1,4 @@
-"""What a release says of itself agrees with what it holds: version, changelog, citation, licences, pictured folders."""
+"""Version, changelog, citation, licenses and the picture of the architecture agree with the files of a release."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from setuptools import find_packages
 
 from blockhess.cli.main import main
 from tests import ROOT
@@ -32,15 +33,17 @@ def tracked(*paths: str) -> list[str]:
 def test_every_folder_of_python_is_a_package() -> None:
     folders = {str(Path(name).parent) for name in tracked("python", "blockhess_ext") if name.endswith(".py")}
     found = sorted(folder.removeprefix("python/").replace("/", ".") for folder in folders)
-    assert found == sorted(PROJECT["tool"]["setuptools"]["packages"])
+    find = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    packages = [p for where in find["where"] for p in find_packages(str(ROOT / where), include=find["include"])]
+    assert found == sorted(packages)
 
 
 def test_every_file_beside_the_modules_is_packaged() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     held: set[str] = set()
     for package, patterns in setuptools["package-data"].items():
-        folder = Path(setuptools["package-dir"].get(package, package))
-        held |= {str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / folder).glob(pattern)}
+        (folder,) = (path for path in (ROOT / "python" / package, ROOT / package) if path.is_dir())
+        held |= {str(path.relative_to(ROOT)) for pattern in patterns for path in folder.glob(pattern)}
     others = {name for name in tracked("python", "blockhess_ext") if not name.endswith(".py")}
     assert others == others & held and len(others) > 10
 
@@ -79,17 +82,20 @@ def test_the_citation() -> None:
     assert "2402.16788" in paper["url"]
 
 
-def test_every_file_of_data_has_a_licence() -> None:
-    table = (ROOT / "python/blockhess/data/README.md").read_text()
+@pytest.mark.parametrize("folder", ["python/blockhess/data", "python/blockhess_paper/data"])
+def test_every_file_of_data_has_a_license(folder: str) -> None:
+    table = (ROOT / folder / "README.md").read_text()
     rows = dict(re.findall(r"^\| (`.*?) \| `([\w.-]+)` \|", table, flags=re.MULTILINE))
     said = {name for names in rows for name in re.findall(r"`(.*?)`", names)}
-    assert said == {Path(name).name for name in tracked("python/blockhess/data")} - {"README.md"}
+    assert said == {Path(name).name for name in tracked(folder)} - {"README.md"}
     assert set(rows.values()) <= {"MIT", "LicenseRef-public-domain"}
 
 
 def test_the_picture_shows_folders_that_are_there() -> None:
     svg = ElementTree.parse(ROOT / "docs/architecture.svg")
-    folders = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "folder"]
-    assert len(folders) == 11 and all(name and (ROOT / name).is_dir() for name in folders)
-    drawn = {name for name in folders if name and name.startswith("csrc/")}
-    assert drawn == {f"csrc/{folder.name}" for folder in (ROOT / "csrc").iterdir()}
+    drawn = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "folder"]
+    rooms = {path.parent.name for path in (ROOT / "python/blockhess").glob("*/__init__.py")}
+    sources = {f"csrc/{folder.name}" for folder in (ROOT / "csrc").iterdir()}
+    others = {"python/blockhess", "blockhess_paper", "blockhess_ext", "tests", "bench", "docs", ".ci"}
+    assert sorted(map(str, drawn)) == sorted(rooms | sources | others)
+    assert all((ROOT / name).is_dir() or (ROOT / "python" / name).is_dir() for name in others)

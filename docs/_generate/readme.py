@@ -1,14 +1,15 @@
-"""Writes the measured parts of README.md from bench/results, so that no number in it is typed by hand.
+"""Write the measured parts of README.md and docs/benchmarks.md from committed results: no number is typed by hand.
 
-python -m bench --json bench/results/cpu_1_thread.json ...    # measures; bench/README.md has all commands
-python -m docs._generate.readme --demo                                  # runs the demo and keeps what README shows of it
-python -m docs._generate.readme                                         # rewrites the parts between the markers, and the tables
+python -m bench --json bench/results/cpu_1_thread.json ...   # measure; bench/README.md has all commands
+python -m docs._generate.readme --demo                       # run the demo and keep its comparison and one picture
+python -m docs._generate.readme                              # rewrite the parts between markers, and cpu.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import tempfile
@@ -25,7 +26,22 @@ from bench.ops import scaling
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 EARLIER = RESULTS / "earlier"  # of another machine
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
+RIVALS = ("the paper's procedure", "hessian-eigenthings", "curvlinops", "PyHessian")
+
+# Network -> file and row of a job of 10 probes and 100 steps.
+JOBS = {
+    "GPT 0.8M": ("cpu_end_to_end_small", "end to end, 10 x 100, GPT of 0.8M parameters, 512 tokens"),
+    "ResNet18 0.7M": ("cpu_end_to_end_small", "end to end, 10 x 100, ResNet18 of width 16, 32 images"),
+    "GPT2-nano 10.7M": ("cpu_end_to_end", "end to end, 10 x 100, GPT2-nano (10.7M), 1,024 tokens"),
+}
+SAME_ACCURACY = "cpu_same_accuracy", "end to end to the same accuracy (adaptive), nearly all in blocks of 1e5 elements"
+# Network -> its name in hvp_cpu.json.
+PRODUCTS = {
+    "GPT 0.8M": "GPT 0.8M, 512 tokens",
+    "GPT2-nano 10.7M": "GPT2-nano 10.7M, 1024 tokens",
+}
 
 
 def keep_demo() -> None:
@@ -40,27 +56,13 @@ def keep_demo() -> None:
     (RESULTS / COMPARISON).write_text(f"{comparison}\nMade by blockhess demo; {made}\n")
 
 
-def demo_part() -> str:
-    """The picture, the comparison up to its caveats, and where it was made."""
-    text = (RESULTS / COMPARISON).read_text()
-    body, rest = text.split("\nBefore you quote", 1)
-    made = rest.strip().splitlines()[-1]
-    return (
-        f"![Hessian spectra of the blocks of a small GPT at initialisation](bench/results/{PICTURE})\n\n"
-        "The spectra of a small GPT's blocks at initialisation. The demo then compares the GPT with a ResNet under\n"
-        "several definitions, with how much of each number is noise, and its verdict follows from the numbers:\n\n"
-        f"```text\n{body.strip()}\n```\n\n"
-        f"{made}"
-    )
-
-
 def runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The committed runs of `python -m bench`, by the names of their files."""
+    """Return the committed runs of `python -m bench`, by the names of their files."""
     return {path.stem: result_file.read(path) for path in sorted(folder.glob("cpu_*.json"))}
 
 
 def rows_of(threads: int, folder: Path = RESULTS) -> dict[str, Any]:
-    """All rows that were run with so many threads."""
+    """Return all rows that were run with so many threads."""
     return {
         name: row
         for result in runs(folder).values()
@@ -69,20 +71,74 @@ def rows_of(threads: int, folder: Path = RESULTS) -> dict[str, Any]:
     }
 
 
-def bench_part() -> str:
-    """Every target of the CPU with what was measured, from the JSON of `python -m bench`."""
+def speed_part() -> str:
+    """Return README's table: how many times as long as blockhess each package takes, and on which machine."""
+    committed = runs()
+
+    def ratios(file: str, row: str, when: str = "") -> list[float]:
+        measured = committed[file]["rows"][row]["measured"]
+        return [measured[f"times faster than {rival}{when}"] for rival in RIVALS]
+
+    table = {f"10 probes, 100 steps: {network}": ratios(*place, ", cold") for network, place in JOBS.items()}
+    table["same accuracy, `tol=0.02`: GPT of one layer"] = ratios(*SAME_ACCURACY)
+    products = json.loads((RESULTS / "hvp_cpu.json").read_text())
+    results = {result["name"]: [Row(**row) for row in result["rows"]] for result in products["results"]}
+    for network, name in PRODUCTS.items():
+        ours, *others = results[name]
+        rounds = {row.rival: [a / b for a, b in zip(row.rounds, ours.rounds)] for row in others}
+        table[f"one product: {network}"] = [statistics.median(rounds[rival]) for rival in RIVALS]
+    used = [committed[file]["environment"] for file, _ in (*JOBS.values(), SAME_ACCURACY)] + [products["environment"]]
+    (machine,) = {f"{e['cpu']}, {e['threads']} thread, torch {e['torch']}" for e in used}
+    return "\n".join(
+        [
+            "| time / blockhess's | paper's procedure | hessian-eigenthings | curvlinops | PyHessian |",
+            "|---|--:|--:|--:|--:|",
+            *(f"| {label} | {' | '.join(f'{ratio:.1f}' for ratio in row)} |" for label, row in table.items()),
+            "",
+            f"{machine}; jobs extrapolated from one probe. [Method, machines, missed targets](docs/benchmarks.md).",
+        ]
+    )
+
+
+def found_part() -> str:
+    """Return README's findings, with the numbers of the pages that are written from docs/results."""
+    theory, findings, calibration = (
+        (ROOT / "docs" / f"{page}.md").read_text() for page in ("theory", "findings", "calibration")
+    )
+
+    def numbers(pattern: str, page: str) -> tuple[str, ...]:
+        match = re.search(pattern, page)
+        assert match, f"no page says {pattern}"
+        return match.groups()
+
+    batch_more, eval_less = numbers(
+        r"with batch statistics more in (\d) .*?eval mode more in 0, less in (\d) ", findings
+    )
+    (measures,) = numbers(r"of the (\d) measures ResNet18 is", findings)
+    rank, low, high = numbers(r"rank correlation of JS0 and gap (\S+) \((\S+) \.\.\. (\S+)\)", calibration)
+    (networks,) = numbers(r"n = (\d+) architectures", calibration)
+    claims, reproduced, partly, not_reproduced = numbers(
+        r"(\d+) claims: (\d+) reproduced, (\d+) partly, (\d+) not reproduced", theory
+    )
+    return f"""\
+- ResNet18 has a smaller JS0 than GPT2-nano in {eval_less} of {measures} measures with BatchNorm in eval mode, a larger
+  one in {batch_more} with batch statistics, beyond error bars, for both seeds ([findings](docs/findings.md)).
+- JS0 does not predict the gap between SGD and AdamW on {networks} small networks: rank correlation {rank}
+  (95 %: {low} to {high}; [calibration](docs/calibration.md)).
+- Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part, {not_reproduced} not \
+([theory](docs/theory.md))."""
+
+
+def targets_part() -> str:
+    """Return every target of the CPU with what was measured, from the JSON of `python -m bench`."""
     columns = {
         f"{words}{when}": judge_of(rows_of(threads, folder))
         for when, folder in (("", RESULTS), (", earlier", EARLIER))
         for threads, words in ((1, "1 thread"), (2, "2 threads"))
     }
-    table = target_table(targets_of(list(ROWS)), columns)
     return "\n".join(
         [
-            "What CPU kernels and whole runs should reach, and what was measured beside rivals in the same run;",
-            "`python -m bench` ([how](bench/README.md), [all of it](bench/results/cpu.md)):",
-            "",
-            *table,
+            *target_table(targets_of(list(ROWS)), columns),
             "",
             *map(_made, runs().values()),
             "",
@@ -94,47 +150,32 @@ def bench_part() -> str:
 
 
 def _made(result: dict[str, Any]) -> str:
-    """Where a run was made, and what that machine can do."""
+    """Return where a run was made, and what that machine can do."""
     triad, product = result["limits"]["triad"] / 1e9, result["limits"]["gemm"] / 1e9
     limits = f"triad {triad:.1f} GB/s, matrix product {product:.0f} GFLOP/s"
     return f"- {environment(result)}; {limits}; {load(result)}"
 
 
 def results_page() -> str:
-    """All tables of the committed runs."""
+    """Return all tables of the committed runs."""
     return "\n\n".join(f"# {name}\n\n{report(result)}" for name, result in runs().items())
 
 
-def product_part() -> str:
-    """How many times longer each rival takes for one product, from the JSON of bench.hvp.products."""
-    data = json.loads((RESULTS / "hvp_cpu.json").read_text())
-    rivals = [row["rival"] for row in data["results"][0]["rows"]]
-    error = max(row["error"] for result in data["results"] for row in result["rows"])
-    lines = [
-        "One product H_l v once everything that steps share is ready, every rival in turn, all within "
-        f"{error:.0e} of float64;",
-        'how many times as long as `engine="traced"` each takes; `python -m bench.hvp.products`',
-        "([all of it](bench/results/hvp_cpu.md)):",
-        "",
-        f"| model | traced, ms | {' | '.join(rivals[1:])} |",
-        f"|---|{'--:|' * len(rivals)}",
-    ]
-    for result in data["results"]:
-        rows = [Row(**row) for row in result["rows"]]
-        if [row.rival for row in rows] != rivals:  # what compiling gains is a table of its own
-            continue
-        ratios = [
-            statistics.median(theirs / ours for theirs, ours in zip(row.rounds, rows[0].rounds)) for row in rows[1:]
-        ]
-        lines.append(f"| {result['name']} | {1e3 * rows[0].each:.0f} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
-    return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in data["environment"].items())])
-
-
-def replaced(readme: str, name: str, part: str) -> str:
-    """The README with what stands between <!-- name --> and <!-- /name --> replaced."""
+def replaced(page: str, name: str, part: str) -> str:
+    """Return the page with what stands between <!-- name --> and <!-- /name --> replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, rest = readme.split(begin, 1)
+    before, rest = page.split(begin, 1)
     return f"{before}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """Return the text that every page written here should have."""
+    readme = replaced(README.read_text(), "speed", speed_part())
+    return {
+        README: replaced(readme, "found", found_part()),
+        BENCHMARKS: replaced(BENCHMARKS.read_text(), "targets", targets_part()),
+        RESULTS / "cpu.md": f"{results_page()}\n",
+    }
 
 
 def main() -> None:
@@ -142,11 +183,8 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="run the demo first and keep its results")
     if parser.parse_args().demo:
         keep_demo()
-    path = ROOT / "README.md"
-    readme = replaced(path.read_text(), "demo", demo_part())
-    readme = replaced(readme, "products", product_part())
-    path.write_text(replaced(readme, "bench", bench_part()))
-    (RESULTS / "cpu.md").write_text(f"{results_page()}\n")
+    for path, text in pages().items():
+        path.write_text(text)
     (row,) = scaling.ROWS
     curves = {f"{n} thread(s)": rows_of(n)[row]["curves"] for n in (1, 2) if row in rows_of(n)}
     if curves:

@@ -40,7 +40,7 @@ def experiment_part(name: str) -> str:
         )
     ]
     if (RESULTS / f"{name}.png").exists():
-        parts.append(f"![{content['title']}](../docs/results/paper/{name}.png)")
+        parts.append(f"![{content['title']}](results/paper/{name}.png)")
     if content["text"]:
         parts.append(f"```text\n{content['text'].strip()}\n```")
     return "\n\n".join([*parts, f"Made by {made(content)}"])

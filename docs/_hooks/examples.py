@@ -1,4 +1,4 @@
-"""Docstrings end with "Example:", which griffe knows as "Examples:" only; so their code is shown as code."""
+"""Read the section "Example:" of docstrings as "Examples:", the name that griffe knows, so that it is shown as code."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from griffe import Extension, Object
 
 
 class Examples(Extension):
-    """Reads "Example:" as griffe's section of examples."""
+    """Rename the section of every docstring."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
-        """Called with every module, class, function and attribute."""
+        """Rename the section of a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)

@@ -1,6 +1,6 @@
-"""Notebooks as pages: docs/notebooks/NAME.ipynb, with the outputs that are kept in it, becomes notebooks/NAME.md.
+"""Make a page notebooks/NAME.md of every docs/notebooks/NAME.ipynb, with its stored outputs.
 
-Nothing is executed here. The .ipynb itself becomes part of the site too, and each page links to it.
+Nothing is executed here. The site also contains the .ipynb, and each page links to it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Links from pages to files of the repository that lie outside docs/: the files become part of the site.
+"""Add files of the repository outside docs/ to the site where a page links to them.
 
     ../bench/results/a.png  in docs/theory.md  ->  repository/bench/results/a.png  of the site
 
-So the same link works where the Markdown is read in the repository and where it is read as a site. A link to what is
-not there stays as it is, and mkdocs reports it.
+So the same link works in the repository and on the site. mkdocs reports links to missing files.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ FOLDER = "repository"
 
 
 def _repository_path(page: str, link: str) -> str | None:
-    """Path in the repository of what a link of the page leads to, None where that is within docs/."""
+    """Return the target of a link of the page as a path in the repository, None where it is within docs/."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     return None if path.startswith("docs/") else path
 
@@ -38,12 +37,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links to where the files are on the site."""
+    """Replace links to these files with their paths on the site."""
 
-    def turned(match: re.Match[str]) -> str:
+    def replaced(match: re.Match[str]) -> str:
         path = _repository_path(page.file.src_uri, match[1])
         if path is None or f"{FOLDER}/{path}" not in files.src_uris:
             return match[1]
         return posixpath.relpath(f"{FOLDER}/{path}", posixpath.dirname(page.file.src_uri) or ".")
 
-    return LINK.sub(turned, markdown)
+    return LINK.sub(replaced, markdown)

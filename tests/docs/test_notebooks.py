@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and say what is kept in them, but for numbers."""
+"""The notebooks run from the first cell to the last, and print what is stored in them, apart from numbers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.helpers.newcomer import words  # noqa: E402
 from tests.helpers.notebooks import NOTEBOOKS, executed  # noqa: E402
 
 
-def told(notebook: nbformat.NotebookNode) -> list[str]:
-    """Of every output its words; "picture" for a picture."""
+def printed(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return the text of every output without its numbers; "picture" for a picture."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     texts = [
         "picture" if "image/png" in output.get("data", {}) else output.get("text") or output["data"]["text/plain"]
@@ -30,10 +30,13 @@ def test_there_are_notebooks() -> None:
     assert [path.stem for path in NOTEBOOKS] == ["gpt2_heads", "quick_start", "resnet_batchnorm"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_says_what_it_says(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if p.stem == "quick_start" else [pytest.mark.slow]) for p in NOTEBOOKS],
+)
+def test_a_notebook_prints_what_is_stored_in_it(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kept = nbformat.read(path, as_version=4)
     assert sum(cell.cell_type == "code" for cell in kept.cells) <= 8
-    assert told(kept).count("picture") >= 2
-    assert told(executed(path, str(tmp_path))) == told(kept)
+    assert printed(kept).count("picture") >= 2
+    assert printed(executed(path, str(tmp_path))) == printed(kept)

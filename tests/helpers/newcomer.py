@@ -1,16 +1,15 @@
-"""Follows README.md and docs to the letter: types what a page shows, in order, and compares what it says is printed.
+"""Run everything that README.md and the pages of docs show, in order, and compare the output with what they show.
 
-    follow(page)                Python examples and commands, in the working directory; test_readme.py, test_docs.py,
-                                which list what was passed over at the end of pytest's output
-    python -m tests.helpers.newcomer    all of it: what installs, in fresh clones, then every page in a fresh folder, with what
-                                the README's installation gave; minutes, and several GB where pip's torch is CUDA's
+    follow(page)                        Python examples and commands of a page, in the working directory; test_readme.py
+                                        and test_docs.py list what was not run at the end of pytest's output
+    python -m tests.helpers.newcomer    all pages: installation in fresh clones, then every page in a fresh folder with
+                                        the first installation; minutes, and several GB where pip's torch is for CUDA
 
-A page's blocks run in order, Python in one namespace. The first line of a Python block tells of one that does not:
-`# not run here: REASON` never does, `# needs: MODULE` does where that module is installed; the commands that follow
-wait for the next block that runs. A TOML block becomes the file that its first line names. Every command that is shown,
-in a block of sh or bash or within a line, is run once, or listed below with the reason. Text blocks after a block of
-commands are what it prints: the same words; numbers, and rules under tables, may differ, and a line of ... stands for
-anything. What is passed over is told with its reason.
+Blocks of a page run in order, Python in one namespace. The first line of a Python block may say otherwise: with
+`# not run here: REASON` it is not run, with `# needs: MODULE` only where that module is installed, and commands after
+it wait for the next block that runs. With `# FILE.py` the block becomes that file. Every command in a block of sh or
+bash, or inline, is run once, or is listed below with a reason. Text blocks after a block of commands are its output:
+words must agree; numbers and rules of tables may differ, and a line of ... stands for anything.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ from tests import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# Pattern of a command that is not run -> why.
+# Pattern of a command that is not run -> reason.
 LEFT_OUT = {
-    r".*\b(COMMAND|CONFIG|DIR|NAME)\b.*": "capitals stand for something of the reader's",
+    r".*\b(COMMAND|DIR|FILE|FOLDER|JOB|NAME|RUNS)\b.*": "capitals stand for something of the reader's",
     r"blockhess (run|status)": "the command's name alone",
-    r"blockhess --install-completion": "it writes into the shell's files; test_terminal.py has bash take the script",
-    r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; test_paper_*.py run each with --quick",
-    r"make test": "this is part of it",
-    r"make \w+ TORCH=.*": "the same as without TORCH, from another index",
-    r"python -m bench(\.\w+)*( --\w+)?": "minutes to hours, for results to be kept; tests/bench and test_*_page.py",
-    r"python -m tests\.(fuzz|crash|rank_kills)": "hours; their short versions are tests",
+    r"blockhess --install-completion": "it writes into the shell's files; test_options.py tests the script in bash",
+    r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; tests/paper runs each with --quick",
+    r"make test(-all)?": "this is part of it",
+    r"make [\w-]+ TORCH=.*": "the same as without TORCH, from another index",
+    r"python -m (bench|docs\._generate|blockhess_paper\.networks)(\.\w+)*( --\w+)?": "it overwrites results",
+    r"python -m tests\.(fuzz|crash|helpers\.rank_kills)": "hours; their short versions are tests",
     r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
     r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",
     r"export TORCH_DISABLE.*": "for torchrun",
     r"#!/bin/bash.*": "a job for Slurm, of which there is none here",
 }
-# What takes a clone of the repository, and minutes: left to `python -m tests.helpers.newcomer`.
+# Commands that need a clone of the repository, and minutes: run by `python -m tests.helpers.newcomer`.
 IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
 
-# What the reader is told to have.
+# Files that pages assume.
 FILES = {
     "my_job.py": """
 from tests import ROOT
@@ -64,23 +63,24 @@ INLINE = r"`(?P<inline>(?:blockhess|python3?|make|pip|torchrun) [^`]+|[\w/]+\.sh
 PART = re.compile(rf"{FENCE}|{INLINE}", flags=re.DOTALL | re.MULTILINE)
 COMMANDS = ("sh", "bash", "inline")
 NOT_RUN, NEEDS = "# not run here: ", "# needs: "
+FILE = re.compile(r"# (\w+\.py)")
 
 
 def parts(page: Path) -> Iterator[tuple[str, str]]:
-    """Language and text of every block of a page, "inline" for a command within a line, in order."""
+    """Yield language and text of every block of a page in order; "inline" for a command within a line."""
     for match in PART.finditer(page.read_text()):
         yield ("inline", match["inline"]) if match["inline"] else (match["language"], match["block"])
 
 
 def needed(block: str) -> str | None:
-    """What a Python block needs beyond the package, "" for one that never runs, None for one that always does."""
+    """Return the module that a Python block needs, "" if it never runs, None if it always runs."""
     if block.startswith(NOT_RUN):
         return ""
     return block.split("\n", 1)[0].removeprefix(NEEDS).strip() if block.startswith(NEEDS) else None
 
 
 def commands(block: str) -> list[str]:
-    """The commands of a block, without comments and with continued lines joined; a script is one."""
+    """Return the commands of a block, without comments and with continued lines joined; a script is one command."""
     if block.startswith("#!"):
         return [block]
     lines = re.sub(r" *\\\n *", " ", block).splitlines()
@@ -88,21 +88,21 @@ def commands(block: str) -> list[str]:
 
 
 def left_out(command: str) -> str | None:
-    """The reason for which a command is listed as one that is not run, None for one that is run."""
+    """Return why a command is not run, None if it is run."""
     return next((why for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, command, flags=re.DOTALL)), None)
 
 
 def in_a_clone(command: str) -> bool:
-    """Whether a command installs, or builds, what takes a clone of the repository."""
+    """Return whether a command needs a clone of the repository."""
     return re.fullmatch(IN_A_CLONE, command) is not None
 
 
 @dataclass(frozen=True)
 class Followed:
-    """What came of following a page.
+    """Result of running a page.
 
     Attributes:
-        names: that its Python examples have made.
+        names: namespace of its Python examples.
         passed_over: example or command -> why it was not run.
     """
 
@@ -111,16 +111,16 @@ class Followed:
 
 
 def words(text: str) -> str:
-    """Text without what may differ from run to run: numbers and their width, and lines drawn."""
+    """Return the text without numbers, their width, and rules of tables, which may differ from run to run."""
     text = re.sub(r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|\binf\b)", "0", text)
     return " ".join(re.sub(r"-{3,}", "-", text).split())
 
 
 def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
-    """The blocks of text that follow commands, up to the next block of code."""
+    """Return the blocks of text that follow commands, up to the next block of code."""
     shown = []
     for language, text in found:
-        if language not in ("text", "inline", "toml"):
+        if language not in ("text", "inline"):
             break
         if language == "text":
             shown.append(text)
@@ -128,7 +128,7 @@ def shown_after(found: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def type_in(lines: Sequence[str], environment: dict[str, str], folder: Path, shown: Sequence[str] = ()) -> None:
-    """Run commands in one shell and look for what they should print.
+    """Run commands in one shell and compare their output with what the page shows.
 
     Raises:
         AssertionError: one fails, or prints something else.
@@ -143,10 +143,10 @@ def type_in(lines: Sequence[str], environment: dict[str, str], folder: Path, sho
 
 
 def follow(page: Path) -> Followed:
-    """Do what a page says, in the working directory, which should be empty.
+    """Run the examples and commands of a page in the working directory, which should be empty.
 
     Raises:
-        AssertionError: a command fails, or prints something else than is shown; or whatever an example raises.
+        AssertionError: a command fails, or prints something else than is shown; an example may raise any error.
     """
     for name, text in FILES.items():
         Path(name).write_text(text)
@@ -156,7 +156,9 @@ def follow(page: Path) -> Followed:
     waits = False
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
-        if language == "python":
+        if language == "python" and (file := FILE.fullmatch(text.split("\n", 1)[0])):
+            Path(file[1]).write_text(text)
+        elif language == "python":
             module = needed(text)
             waits = not (module is None or (module and importlib.util.find_spec(module)))
             if waits:
@@ -166,8 +168,6 @@ def follow(page: Path) -> Followed:
                 )
             else:
                 exec(compile(text, f"{page.name}: {text[:40]!r}", "exec"), names)
-        elif language == "toml":
-            Path(text.split("\n", 1)[0].removeprefix("# ")).write_text(text)
         elif language in COMMANDS:
             todo = []
             for line in commands(text):
@@ -186,7 +186,7 @@ def follow(page: Path) -> Followed:
 
 
 def _with_script(programs: Path) -> dict[str, str]:
-    """An environment where `python` is this interpreter and `blockhess` its package, installed with it or not."""
+    """Return an environment where `python` is this interpreter and `blockhess` its package, installed or not."""
     for name, arguments in (("python", ""), ("python3", ""), ("blockhess", "-m blockhess.cli.main ")):
         script = programs / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments}"$@"\n')
@@ -196,7 +196,7 @@ def _with_script(programs: Path) -> dict[str, str]:
 
 
 def install(page: Path, clone: Path) -> bool:
-    """Do what a page says of installing, in a fresh clone and a bare environment; False if there is nothing."""
+    """Run the installation commands of a page in a fresh clone and environment; return False if there are none."""
     found = list(parts(page))
     for i, (language, text) in enumerate(found):
         lines = [line for line in commands(text) if not left_out(line)] if language in ("sh", "bash") else []
@@ -210,7 +210,7 @@ def install(page: Path, clone: Path) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Follow one page in the working directory, or, without arguments, all of them."""
+    """Run one page in the working directory, or all pages without arguments."""
     if arguments:
         for what, why in follow(Path(arguments[0])).passed_over.items():
             print(f"  passed over: {what!r}: {why}", flush=True)

@@ -1,4 +1,4 @@
-"""Runs the notebooks of docs/notebooks, each in a kernel of its own, and keeps what they print and draw:
+"""Run the notebooks of docs/notebooks, each in a kernel of its own, and store what they print and draw:
 `python -m tests.helpers.notebooks`, or `make notebooks`.
 """
 
@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def executed(path: Path, folder: str) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a new run; what it writes goes into the folder.
+    """Return the notebook with the outputs of a new run; files that it writes go into the folder.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell fails.
