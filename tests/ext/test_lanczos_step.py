@@ -157,7 +157,7 @@ def test_steps_out_of_range_write_nothing(steps, dtype, rng):
 
 
 def test_blocks_with_a_basis_are_left_to_reorthogonalize(dtype, rng):
-    case = mid_flight(dtype, rng, laggards=False)
+    case = mid_flight(dtype, rng, uneven=False)
     case.layout = case.layout.with_basis([False] * 5 + [True, False])
     plain = case.copy()
     plain.layout = plain.layout.with_basis([False] * 7)
@@ -190,7 +190,7 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
 
 def test_a_segment_has_the_same_bits_alone_and_among_many(dtype, rng):
     """Alone it is split among all threads; among many, one thread computes it."""
-    among = mid_flight(dtype, rng, dims=(100_003,) * 12, n_probes=2, laggards=False)
+    among = mid_flight(dtype, rng, dims=(100_003,) * 12, n_probes=2, uneven=False)
     r, columns = among.recurrences, among.layout.columns(5)
     own = {name: getattr(r, name)[..., 5:6].clone() for name in vars(r)}
     w, v, v_prev = (x[:, columns].clone() for x in (among.w, among.v, among.v_prev))

@@ -16,7 +16,7 @@ COUNT = 2
 
 def prepared(dtype: torch.dtype, rng: torch.Generator) -> tuple[Case, torch.Tensor]:
     """A case after lanczos_step, and an orthonormal basis of COUNT rows for the blocks that store one."""
-    case = mid_flight(dtype, rng, steps=COUNT - 1, laggards=False)
+    case = mid_flight(dtype, rng, steps=COUNT - 1, uneven=False)
     case.layout = case.layout.with_basis(STORED)
     basis = torch.zeros(4, 3, case.layout.n_basis, dtype=dtype)
     for p in range(3):

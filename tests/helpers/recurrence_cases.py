@@ -43,11 +43,11 @@ def mid_flight(
     dims: tuple[int, ...] = DIMS,
     n_probes: int = 3,
     steps: int = STEPS,
-    laggards: bool = True,
+    uneven: bool = True,
 ) -> Case:
     """Return recurrences after some steps: most running, one finished, one non-finite, one a step before its limit.
 
-    With laggards=True two have made fewer steps: none, and one less.
+    With uneven=True two have made fewer steps: none, and one less.
     """
     layout = Layout.of(dims)
     w, v, v_prev = (torch.randn(n_probes, layout.n, generator=rng, dtype=dtype) for _ in range(3))
@@ -61,7 +61,7 @@ def mid_flight(
     recurrences.norm.fill_(0.5)
     recurrences.status[1, 3], recurrences.status[0, -1] = FINISHED, NON_FINITE
     limits[2] = steps + 1
-    if laggards:
+    if uneven:
         recurrences.steps[1, -2], recurrences.steps[1, 1] = 0, max(steps - 1, 0)
     recurrences.alpha.fill_(UNWRITTEN)
     recurrences.beta.fill_(UNWRITTEN)
