@@ -60,7 +60,7 @@ def _run_rank(rank: int, shape: tuple[int, int], quick: bool, folder: str) -> No
 def measure(quick: bool) -> dict[str, Any]:
     """Return the result of several rounds; each round makes a forecast and a run for every shape."""
     found: dict[str, Any] = {name: {"predicted": [], "processor": [], "wall": []} for name in SHAPES}
-    forecast(**job(quick), **OPTIONS)  # warms up
+    blockhess.plan(**job(quick), processes=(1, 1), **OPTIONS)  # warms up
     for _ in range(1 if quick else ROUNDS):
         nodes = []
         for name, shape in SHAPES.items():

@@ -15,7 +15,7 @@ from blockhess.run.forecast import forecast
 from tests.helpers import distributed_cases as cases
 
 JOB = """
-from tests import distributed_cases as cases
+from tests.helpers import distributed_cases as cases
 
 def make():
     return {"model": cases.model(), "data": cases.batches(), "loss_fn": cases.LOSS, "num_probes": 4}

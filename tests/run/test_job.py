@@ -180,9 +180,8 @@ def test_the_second_signal_does_not_wait():
 def test_the_command_ends_with_the_code_of_the_signal_and_can_be_resumed(which, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(checkpoint, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
-    config, run = tmp_path / "run.toml", tmp_path / "run"
-    config.write_text("job = 'tests.run.test_job:job'")
-    arguments = ["run", str(config), "--out", str(run), "--allow", "tests.run.test_job:job"]
+    run = tmp_path / "run"
+    arguments = ["run", "tests.run.test_job:job", "--out", str(run)]
     with monkeypatch.context() as patch:
         after(patch, 1, lambda: os.kill(os.getpid(), which))
         assert main(arguments) == code
