@@ -113,7 +113,7 @@ def test_show_of_one_block_has_no_js0(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_unknown_sort(result_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "sort must be one of order, name" in failure(capsys, "show", str(result_file), "--sort", "colour")
+    assert "sort must be one of order, name" in failure(capsys, "show", str(result_file), "--sort", "color")
 
 
 def test_wrong_picture_format(result_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
