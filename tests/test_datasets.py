@@ -64,7 +64,7 @@ def test_empty_text_and_unknown_characters_are_refused() -> None:
 
 
 @pytest.mark.parametrize("split, total", [("train", 4096), ("test", 1024)])
-def test_fashion_mnist_is_normalised(split: str, total: int) -> None:
+def test_fashion_mnist_is_normalized(split: str, total: int) -> None:
     images, labels = fashion_mnist(split=split)
     assert images.shape == (total, 1, 28, 28) and images.dtype == torch.float32
     assert labels.shape == (total,) and labels.dtype == torch.int64

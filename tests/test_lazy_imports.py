@@ -74,7 +74,7 @@ def test_help_loads_nothing_heavy() -> None:
     ("encoding", "shown"),
     [
         ("latin-1", ["größe".encode("latin-1"), b"\\u0416"]),
-        ("utf-8", ["größe".encode(), "Ж".encode(), b"\\ud800"]),
+        pytest.param("utf-8", ["größe".encode(), "Ж".encode(), b"\\ud800"], marks=pytest.mark.slow),
     ],
 )
 def test_any_terminal_can_be_told_any_name(encoding: str, shown: list[bytes], tmp_path: Path) -> None:

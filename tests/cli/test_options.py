@@ -267,6 +267,7 @@ def shown_in(environment: dict[str, str], *arguments: str) -> subprocess.Complet
     return subprocess.run(command, env=os.environ | environment, capture_output=True)
 
 
+@pytest.mark.slow
 def test_names_beyond_the_terminals_characters(here: Path) -> None:
     done = shown_in({"PYTHONIOENCODING": "ascii"}, "show", "result.npz")
     assert (done.returncode, done.stderr) == (0, b"") and rb"\u043f\u0435\u0440\u0432\u044b\u0439.weight" in done.stdout
@@ -281,6 +282,7 @@ def test_help_and_texts_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
         assert told.isascii() and "\x1b" not in told, words
 
 
+@pytest.mark.slow
 def test_pictures_need_no_display(here: Path) -> None:
     nowhere = {"MPLBACKEND": "tkagg", "DISPLAY": "", "WAYLAND_DISPLAY": ""}
     done = shown_in(nowhere, "show", "result.npz", "--plot", "picture.png")

@@ -60,12 +60,12 @@ add_entry_points(app)
 ENGINES = ("auto", "autograd", "traced", "ggn", "exact")
 SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negative")
 
-Job = Annotated[
-    str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION; the function returns the arguments of spectrum.")
-]
+Job = Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")]
 Probes = Annotated[int | None, typer.Option(help="Random probes per block.")]
 Steps = Annotated[int | None, typer.Option(help="Lanczos steps per probe.")]
 Tol = Annotated[float | None, typer.Option(help="Error tolerance; --probes and --steps then are upper limits.")]
+Engine = Annotated[str | None, typer.Option(help=f"{', '.join(ENGINES)}.", autocompletion=completed(ENGINES))]
+Plot = Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")]
 Sigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
 
 
@@ -79,9 +79,7 @@ def _print_version(context: typer.Context, wanted: bool) -> None:
 
 @app.callback()
 def _blockhess(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Show the version and exit.")] = (
-        False
-    ),
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print the version.")] = False,
     # Eager: it is parsed before the callback of --version runs.
     as_json: Annotated[bool, typer.Option("--json", is_eager=True, help="With --version: print JSON.")] = False,
 ) -> None:
@@ -121,14 +119,10 @@ def plan(
     steps: Steps = None,
     tol: Tol = None,
     sigma: Sigma = None,
-    engine: Annotated[
-        str | None, typer.Option(help=f"{', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
-    ] = None,
+    engine: Engine = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one per GPU.")] = None,
-    data_parallel: Annotated[
-        int, typer.Option(min=1, help="Processes among which the batches are divided; divides --gpus.")
-    ] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, help="Of these, how many share the batches.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Predict the cost of a job without running it: engine, products, FLOPs, time and memory.
@@ -140,7 +134,7 @@ def plan(
     from blockhess.report.rows import to_json
 
     options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": sigma, "engine": engine}
-    options["memory_budget"] = memory_budget
+    options |= {"memory_budget": memory_budget}
     arguments: dict[str, Any] = load(job) | {name: value for name, value in options.items() if value is not None}
     if gpus is not None:
         if gpus % data_parallel:
@@ -153,12 +147,8 @@ def plan(
 @app.command()
 def run(
     job: Job,
-    out: Annotated[Path, typer.Option(help="Directory for the state of the run and its result, spectra.npz.")] = (
-        Path("run")
-    ),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the directory, if there is one.")] = (
-        False
-    ),
+    out: Annotated[Path, typer.Option(help="Directory of the run and of its result, spectra.npz.")] = Path("run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the directory, if any.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute the spectra of a job in a directory from which it can be resumed.
@@ -170,11 +160,10 @@ def run(
     from blockhess.run.storage.directory import RESULT, RunMismatch, holds_run
     from blockhess.run.storage.signals import Interrupted
 
-    arguments = load(job)
     if holds_run(out) and not resume:
         raise ValueError(f"run: {out} already holds a run; add --resume to continue it, or choose another --out")
     try:
-        spectra = blockhess.spectrum(**arguments | {"run_dir": out})
+        spectra = blockhess.spectrum(**load(job) | {"run_dir": out})
     except Interrupted as interrupted:
         print(f"blockhess: {interrupted}; the state is saved in {out}, continue with --resume", file=sys.stderr)
         raise typer.Exit(128 + interrupted.signal) from None
@@ -187,22 +176,21 @@ def run(
 @app.command()
 def status(
     directory: Annotated[Path, typer.Argument(help="Directory of a run, which may still be working.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw the spectra computed so far into this PNG.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the spectra computed so far to this file.")] = None,
+    plot: Plot = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the spectra to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the progress of a run: products done, rate, time left."""
+    """Show the progress of a run: products done, rate, time left; draw or write the spectra computed so far."""
     from blockhess.report.rows import to_json
     from blockhess.run.status import status
 
     found = status(directory)
     print(to_json(found.to_dict()) if as_json else found)
-    if plot is not None or save is not None:
-        spectra = _load("status", directory)
+    with text_on_stderr(as_json):
         if plot is not None:
-            _draw(spectra, plot, "Spectra so far drawn into", as_json)
+            _draw(_load("status", directory), plot)
         if save is not None:
-            print(f"\nSpectra so far written to {spectra.save(save)}", file=sys.stderr if as_json else sys.stdout)
+            print(f"\nSpectra written to {_load('status', directory).save(save)}")
 
 
 @app.command()
@@ -226,7 +214,7 @@ def merge(
 def show(
     file: Annotated[Path, typer.Argument(help="Result file, or directory of a run.")],
     sort: Annotated[str, typer.Option(help=f"{', '.join(SORT_KEYS)}.", autocompletion=completed(SORT_KEYS))] = "order",
-    plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this PNG.")] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the provenance, the table of blocks and JS0 of a result; of an unfinished run, those computed so far."""
@@ -236,21 +224,15 @@ def show(
     spectra = _load("show", file)
     print(to_json(to_dict(spectra, sort)) if as_json else describe(spectra, sort))
     if plot is not None:
-        _draw(spectra, plot, "Spectra drawn into", as_json)
+        with text_on_stderr(as_json):
+            _draw(spectra, plot)
 
 
 @app.command()
 def report(
-    files: Annotated[
-        list[Path],
-        typer.Argument(help="Result files or directories of runs; several are checkpoints of one model, in order."),
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="HTML file; default: named as the last result, with .html.")
-    ] = None,
-    figures: Annotated[
-        str | None, typer.Option(help="Also write figures for a paper next to it: pdf, svg or png.")
-    ] = None,
+    files: Annotated[list[Path], typer.Argument(help="Results or directories of runs; several: checkpoints in order.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: FILE.html, of the last.")] = None,
+    figures: Annotated[str | None, typer.Option(help="Also figures for a paper, beside it: pdf, svg or png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a self-contained HTML page: summary, table, interactive spectra, heat map, evolution.
@@ -304,9 +286,9 @@ def _load(op: str, path: Path) -> Spectra:
     return as_spectra(partial(path, op))
 
 
-def _draw(spectra: Spectra, path: Path, text: str, as_json: bool) -> None:
+def _draw(spectra: Spectra, path: Path) -> None:
     spectra.plot(path)
-    print(f"\n{text} {path}", file=sys.stderr if as_json else sys.stdout)
+    print(f"\nSpectra drawn into {path}")
 
 
 def _print_written(spectra: Spectra, path: Path, as_json: bool) -> None:

@@ -169,24 +169,6 @@ def compare(gpt: Spectra, resnet: Spectra) -> list[Comparison]:
     return comparisons
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return the comparisons as a table, one per row."""
-    header = ["sigma", "blocks", "BatchNorm", "GPT", "noise", "ResNet", "noise", "more heterogeneous"]
-    rows = [
-        [c.sigma, c.blocks, c.batchnorm]
-        + [f"{value:.3f}" for value in (c.gpt, c.gpt_noise, c.resnet, c.resnet_noise)]
-        + [c.winner]
-        for c in comparisons
-    ]
-    return format_table(header, rows, left=3)
-
-
-def curvature_table(ranges: Mapping[str, tuple[float, float]]) -> str:
-    """Return the curvature_range of every result as a table, one per row."""
-    rows = [[name, *map(number, curvatures), _brief(_factor(curvatures))] for name, curvatures in ranges.items()]
-    return format_table(["largest |eigenvalue|", "flattest block", "sharpest block", "factor"], rows)
-
-
 def _factor(curvatures: tuple[float, float]) -> float:
     flattest, sharpest = curvatures
     return sharpest / flattest if flattest > 0 else math.inf
@@ -221,6 +203,21 @@ def js0_verdict(comparisons: Sequence[Comparison]) -> str:
     conclusion = CONCLUSIONS[tuple(sorted(set(winners)))]
     filled = textwrap.fill(conclusion.format(clear=f"{len(winners)} of {len(comparisons)} rows"), TEXT_WIDTH)
     return "\n".join([*lines, filled])
+
+
+def summarize(comparisons: Sequence[Comparison], ranges: Mapping[str, tuple[float, float]]) -> str:
+    """Return comparison.txt: tables of the comparisons and of every curvature_range, and conclusions."""
+    header = ["sigma", "blocks", "BatchNorm", "GPT", "noise", "ResNet", "noise", "more heterogeneous"]
+    values = [[c.gpt, c.gpt_noise, c.resnet, c.resnet_noise] for c in comparisons]
+    rows = [[c.sigma, c.blocks, c.batchnorm, *(f"{x:.3f}" for x in v), c.winner] for c, v in zip(comparisons, values)]
+    js0_table = format_table(header, rows, left=3)
+    header = ["largest |eigenvalue|", "flattest block", "sharpest block", "factor"]
+    table = format_table(header, [[stem, *map(number, r), _brief(_factor(r))] for stem, r in ranges.items()])
+    of_gpt, *of_resnets = ranges.values()
+    verdict = textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH)
+    return "\n\n".join(
+        [JS0_TITLE, js0_table, CURVATURE_TITLE, table, PAPERS_READING, js0_verdict(comparisons), verdict, CAVEATS]
+    )
 
 
 @contextmanager
@@ -303,7 +300,7 @@ def run(
         num_probes, num_steps: of every spectrum; None means those of the size.
         seed: of the weights, the text windows and the probes.
         quick: use the tiny size, for a smoke test.
-        tol, sigma: as for `spectrum`; num_probes and num_steps then are upper limits. JS0 has sigmas of its own.
+        tol, sigma: tol and tol_sigma of `spectrum`, not of JS0; num_probes and num_steps then are upper limits.
 
     Returns:
         The contents of comparison.json.
@@ -340,14 +337,9 @@ def run(
         spectra.heatmap(folder / f"{subject.stem}_heatmap.png")
         results[subject.stem] = spectra
 
-    gpt, *resnets = results.values()
-    comparisons = [comparison for resnet in resnets for comparison in compare(gpt, resnet)]
+    comparisons = [c for stem in results if stem != "gpt" for c in compare(results["gpt"], results[stem])]
     ranges = {stem: curvature_range(spectra) for stem, spectra in results.items()}
-    of_gpt, *of_resnets = ranges.values()
-    verdict = textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH)
-    tables = [JS0_TITLE, comparison_table(comparisons), CURVATURE_TITLE, curvature_table(ranges)]
-    verdicts = [PAPERS_READING, js0_verdict(comparisons), verdict, CAVEATS]
-    summary = "\n\n".join(tables + verdicts)
+    summary = summarize(comparisons, ranges)
     (folder / "comparison.txt").write_text(f"{summary}\n")
     found = {"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges}
     (folder / "comparison.json").write_text(to_json(found))

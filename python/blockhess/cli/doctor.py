@@ -180,7 +180,8 @@ def _known_network() -> Outcome:
     batch, loss = (x, x.sum(1, keepdim=True)), nn.MSELoss()
     spectra = blockhess.spectrum(model, batch, loss, num_probes=2, engine="autograd", progress=False)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    hessian = torch.func.hessian(lambda p: loss(functional_call(model, p, (x,)), batch[1]))(parameters)
+    gradient = torch.func.grad(lambda p: loss(functional_call(model, p, (x,)), batch[1]))
+    hessian = torch.func.jacrev(gradient)(parameters)
     error, largest = 0.0, 0.0
     for number, (name, dim) in enumerate(zip(spectra.names, spectra.dims)):
         eigenvalues = torch.linalg.eigvalsh(hessian[name][name].reshape(dim, dim))

@@ -50,9 +50,6 @@ class HessianOperator(LinearOperator):  # type: ignore[misc]
         result: NDArray[Any] = self._product(v).T.cpu().numpy()
         return result
 
-    def _matvec(self, x: NDArray[Any]) -> NDArray[Any]:
-        return self._matmat(x.reshape(-1, 1))
-
     def _adjoint(self) -> HessianOperator:
         return self
 

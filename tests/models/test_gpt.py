@@ -1,4 +1,4 @@
-"""The reference models: parameter counts by formula, initialisation, causality, bad sizes."""
+"""GPT: parameter counts by formula, initialization, causality, bad sizes and tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import blockhess
-from blockhess.datasets import fashion_mnist, shakespeare
-from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+from blockhess.datasets import shakespeare
+from blockhess.models import GPT, GPTConfig, next_token_loss
 from blockhess.models.gpt import check_tokens
 
 
@@ -52,7 +52,7 @@ def test_gpt_fused_qkv_is_the_same_function() -> None:
     torch.testing.assert_close(fused(tokens), separate(tokens), rtol=1e-5, atol=1e-6)
 
 
-def test_gpt_initialisation_is_nanogpts() -> None:
+def test_gpt_initialization_is_nanogpts() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(num_layers=2, bias=True))
     for name, parameter in model.named_parameters():
@@ -78,58 +78,10 @@ def test_gpt_is_causal(fused_qkv: bool) -> None:
 def test_gpt_starts_near_the_uniform_loss() -> None:
     [batch] = shakespeare().batches(batch_size=4, context=32)
     loss, weight = next_token_loss(small_gpt(), batch)
-    # Logits are <normalised x, row of tok>: variance s2 = 32 * 0.02^2, so the loss is near ln 76 + s2 / 2.
+    # Logits are <normalized x, row of tok>: variance s2 = 32 * 0.02^2, so the loss is near ln 76 + s2 / 2.
     assert small_gpt()(batch[0]).std().item() == pytest.approx(0.02 * math.sqrt(32), rel=0.1)
     assert loss.item() == pytest.approx(math.log(76) + 32 * 0.02**2 / 2, abs=0.03)
     assert weight == 4 * 32
-
-
-def test_resnet18_has_torchvisions_parameter_count() -> None:
-    with torch.device("meta"):
-        assert count(ResNet()) == 11_689_512
-
-
-def test_small_resnet_parameter_count() -> None:
-    with torch.device("meta"):
-        model = ResNet(ResNetConfig(width=8, blocks_per_stage=(1, 1), num_classes=10, in_channels=1, stem="small"))
-    stem = 9 * 8 + 16
-    stage_1 = 2 * (9 * 8 * 8 + 16)
-    stage_2 = (9 * 8 * 16 + 32) + (9 * 16 * 16 + 32) + (8 * 16 + 32)
-    assert count(model) == stem + stage_1 + stage_2 + 16 * 10 + 10
-
-
-def test_resnet_initialisation_is_torchvisions() -> None:
-    torch.manual_seed(0)
-    model = ResNet(ResNetConfig(width=32, blocks_per_stage=(1, 1)))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * math.prod(module.kernel_size)
-            n = module.weight.numel()
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=5 / math.sqrt(2 * n))
-        elif isinstance(module, nn.BatchNorm2d):
-            assert module.weight.eq(1).all() and module.bias.eq(0).all()
-
-
-@pytest.mark.parametrize("stem, size", [("small", 28), ("imagenet", 64)])
-def test_resnet_classifies_images_of_any_size(stem: str, size: int) -> None:
-    model = ResNet(ResNetConfig(width=4, blocks_per_stage=(1, 1), num_classes=7, in_channels=1, stem=stem))
-    assert model(torch.zeros(2, 1, size, size)).shape == (2, 7)
-
-
-def test_resnet_stages_halve_the_image_and_double_the_width() -> None:
-    model = ResNet(ResNetConfig(width=4, blocks_per_stage=(1, 2, 1), num_classes=7, in_channels=1, stem="small"))
-    x, shapes = torch.zeros(1, 4, 28, 28), []
-    for layer in model.layers:
-        x = layer(x)
-        shapes.append(tuple(x.shape[1:]))
-    assert shapes == [(4, 28, 28), (8, 14, 14), (8, 14, 14), (16, 7, 7)]
-
-
-def test_resnet_starts_near_the_uniform_loss_with_batch_statistics() -> None:
-    torch.manual_seed(0)
-    model = ResNet(ResNetConfig(width=8, blocks_per_stage=(1, 1), num_classes=10, in_channels=1, stem="small"))
-    images, labels = fashion_mnist(64)
-    assert nn.functional.cross_entropy(model(images), labels).item() == pytest.approx(math.log(10), abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -147,15 +99,6 @@ def test_gpt_refuses_bad_sizes(options: dict[str, Any], message: str) -> None:
 def test_gpt_refuses_more_tokens_than_its_context() -> None:
     with pytest.raises(ValueError, match="length <= context = 32, got 33"):
         small_gpt()(torch.zeros(1, 33, dtype=torch.int64))
-
-
-def test_resnet_refuses_bad_sizes() -> None:
-    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
-        ResNetConfig(width=0)
-    with pytest.raises(ValueError, match="blocks_per_stage must hold counts"):
-        ResNetConfig(blocks_per_stage=())
-    with pytest.raises(ValueError, match="stem must be"):
-        ResNetConfig(stem="tiny")
 
 
 def test_gpt_tokens_outside_the_vocabulary_are_refused() -> None:
