@@ -1,13 +1,6 @@
 """Measure the speed of blockhess on the CPU next to other implementations, and print the tables.
 
-    python -m bench                      all rows, on one thread
-    python -m bench --only lanczos_step  rows whose name contains this; may be repeated
-    python -m bench --quick              small sizes, to check that everything runs and is correct
-    python -m bench --clock cpu          CPU seconds, for a machine that is busy with other programs
-    python -m bench --compare OLD.json   also print ratios to an earlier result
-    python -m bench --show NEW.json      measure nothing; print the tables of a result
-
-README.md in this folder describes the method. Exit codes:
+README.md in this folder describes the commands and the method. Exit codes:
 
     0  rows were measured or skipped; wrong rivals and missed targets are reported and are no failure
     1  a row failed: our own result was wrong, or an error occurred; the other rows were measured
@@ -31,7 +24,7 @@ from bench.harness.environment import describe, peers
 from bench.harness.machine import Machine
 from bench.harness.report import ROWS, report
 from bench.harness.result_file import SCHEMA, check_comparable, check_writable, comparison, read
-from bench.harness.rows import measure_row
+from bench.harness.rows import measure_rows
 from bench.harness.timing import CLOCKS, CPU, use_clock
 
 
@@ -46,11 +39,7 @@ def run(names: list[str], size: str, clock: str, path: Path | None) -> dict[str,
         "limits": machine.limits,
         "rows": {},
     }
-    for name in names:
-        result["rows"][name] = measure_row(ROWS[name][0], machine)
-        print(f"{result['rows'][name]['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
-        if path:
-            write_json(result, path)
+    measure_rows(ROWS, names, machine, result, lambda: path and write_json(result, path))
     return result
 
 

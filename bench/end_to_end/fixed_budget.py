@@ -42,19 +42,12 @@ CHECKED_PROBES, CHECKED_STEPS = 1, 2
 
 @dataclass(frozen=True)
 class Job:
-    """A case and the part of it that is timed.
+    """A case and the part of it that is timed."""
 
-    Attributes:
-        case: Case with all blocks.
-        steps: Steps of ours and of every rival to time, without set-up.
-        stride: Every stride-th block is measured, so that all depths and kinds take part.
-        rounds: Rounds in which rivals take turns.
-    """
-
-    case: Case
-    steps: int = 1
-    stride: int = 1
-    rounds: int = 2
+    case: Case  # with all blocks
+    steps: int = 1  # of ours and of every rival to time, after set-up
+    stride: int = 1  # every stride-th block is measured, so that all depths and kinds take part
+    rounds: int = 2  # in which rivals take turns
 
     @property
     def measured(self) -> Case:

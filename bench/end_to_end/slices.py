@@ -36,17 +36,11 @@ Counts = Mapping[str, int]  # block -> products
 
 @dataclass
 class Slice:
-    """Extrapolated times of a job, in seconds.
-
-    Attributes:
-        setup: Time of set-up.
-        work: Time of products and Lanczos steps.
-        quadratures: Quadratures of a rival.
-    """
+    """Extrapolated times of a job, in seconds."""
 
     setup: float
-    work: float
-    quadratures: Quadratures = field(default_factory=dict)
+    work: float  # of products and Lanczos steps
+    quadratures: Quadratures = field(default_factory=dict)  # that a rival found
 
     @property
     def whole(self) -> float:

@@ -17,17 +17,11 @@ class TooSmall(RuntimeError):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and at what size to measure.
-
-    Attributes:
-        device: CPU or GPU.
-        size: "full", "quick" or "tiny".
-        limits: Bandwidths in bytes per second: "copy" (read and written), on a CPU also "triad" and "read"; on a CPU
-            also "gemm", operations per second of a float32 matrix product.
-    """
+    """Where and at what size to measure."""
 
     device: torch.device
-    size: str
+    size: str  # "full", "quick" or "tiny"
+    # Bytes per second: "copy" (read and written), on a CPU also "triad" and "read"; operations per second: "gemm".
     limits: dict[str, float]
 
     @staticmethod

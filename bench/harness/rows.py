@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,21 +40,13 @@ def faster(rival: str, times: float, when: str = "") -> Target:
 
 @dataclass
 class Row:
-    """Measurements of one row.
+    """Measurements of one row."""
 
-    Attributes:
-        error: Largest difference from the reference, in the unit of the row.
-        measured: Value of each quantity, such as `Target.quantity`.
-        times: Summary of the times of every rival, or why it was not timed.
-        notes: Remarks on the measurement.
-        curves: Points (x, y) by name.
-    """
-
-    error: float
-    measured: dict[str, float] = field(default_factory=dict)
-    times: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: float  # largest difference from the reference, in the unit of the row
+    measured: dict[str, float] = field(default_factory=dict)  # quantity, such as that of a Target -> value
+    times: dict[str, dict[str, Any]] = field(default_factory=dict)  # rival -> times, or why it was not timed
     notes: list[str] = field(default_factory=list)
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)  # name -> points (x, y)
 
     @staticmethod
     def of(entries: Mapping[str, Entry]) -> Row:
@@ -92,6 +85,16 @@ def measure_row(row_of: Callable[[Machine], Row], machine: Machine) -> dict[str,
         traceback.print_exc()
         found = {"failure": f"{type(error).__name__}: {error}"}
     return {**found, "load": [load, os.getloadavg()[0]], "seconds": time.perf_counter() - start}
+
+
+def measure_rows(
+    rows: Rows, names: Iterable[str], machine: Machine, result: dict[str, Any], save: Callable[[], object]
+) -> None:
+    """Measure these rows into result["rows"], and call `save` after each, so that a time limit loses one at most."""
+    for name in names:
+        row = result["rows"][name] = measure_row(rows[name][0], machine)
+        print(f"{row['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
+        save()
 
 
 def short(value: float) -> str:

@@ -104,40 +104,24 @@ def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: f
 
 @dataclass(frozen=True)
 class Rival:
-    """One implementation of the work of a row.
+    """One implementation of the work of a row."""
 
-    Attributes:
-        make: Sets it up and returns a function that does the work. Raises ImportError if a package is not installed.
-        error: Error of a result.
-        tolerance: Largest error of a correct result.
-        scale: Ratio of the whole work to the part that is timed.
-        limit: Seconds allowed for set-up and first call.
-    """
-
-    make: Callable[[], Callable[[], Any]]
-    error: Callable[[Any], float]
-    tolerance: float
-    scale: float = 1.0
-    limit: float = math.inf
+    make: Callable[[], Callable[[], Any]]  # sets it up and returns what does the work; ImportError if not installed
+    error: Callable[[Any], float]  # of a result
+    tolerance: float  # largest error of a correct result
+    scale: float = 1.0  # ratio of the whole work to the part that is timed
+    limit: float = math.inf  # seconds allowed for set-up and first call
 
 
 @dataclass
 class Entry:
-    """Measurements of one rival.
+    """Measurements of one rival."""
 
-    Attributes:
-        failure: Why it was not timed; empty if it was.
-        error: Error of its result.
-        first: Seconds of set-up and first call, including compilation.
-        seconds: Seconds of each further call, scaled to the whole work.
-        peak_bytes: Growth of memory during a call, if measured.
-    """
-
-    failure: str = ""
-    error: float | None = None
-    first: float = 0.0
-    seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    failure: str = ""  # why it was not timed
+    error: float | None = None  # of its result
+    first: float = 0.0  # seconds of set-up and first call, including compilation
+    seconds: list[float] = field(default_factory=list)  # of each further call, scaled to the whole work
+    peak_bytes: int | None = None  # growth of memory during a call, if measured
 
     @property
     def median(self) -> float:

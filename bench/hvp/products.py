@@ -70,27 +70,16 @@ TARGETS = {
 
 @dataclass
 class Row:
-    """Measurements of one rival on one case.
-
-    Attributes:
-        rival: Its name.
-        failure: Why it was not timed; empty if it was.
-        error: Largest |difference from float64| / |H v| of a block.
-        make_seconds: Set-up time before the first block.
-        block_seconds: Set-up time of a block, mean over blocks.
-        flops: Block -> FLOPs of a product, 0 if not counted.
-        seconds: Block -> seconds of a product in every round.
-        peak_bytes: Growth of memory of a fresh process that makes the rival and one product of every measured block.
-    """
+    """Measurements of one rival on one case."""
 
     rival: str
-    failure: str = ""
-    error: float = 0.0
-    make_seconds: float = 0.0
-    block_seconds: float = 0.0
-    flops: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    peak_bytes: int = 0
+    failure: str = ""  # why it was not timed
+    error: float = 0.0  # largest |difference from float64| / |H v| of a block
+    make_seconds: float = 0.0  # set-up before the first block
+    block_seconds: float = 0.0  # set-up of a block, mean over blocks
+    flops: dict[str, float] = field(default_factory=dict)  # block -> FLOPs of a product, 0 if not counted
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # block -> seconds of a product in every round
+    peak_bytes: int = 0  # growth of memory of a fresh process that makes a product of every measured block
 
     @property
     def rounds(self) -> list[float]:
@@ -245,15 +234,7 @@ def _makers(key: str) -> Makers:
 
 def run(key: str, quick: bool, rounds: int, threads: int) -> Result:
     """Measure one case; if quick, the memory of one rival only."""
-    result = _result((QUICK if quick else CASES)[key](), _makers(key), rounds)
-    for row in result.rows[: 1 if quick else None]:
-        if not row.failure:
-            row.peak_bytes = in_fresh_process(_peak, key, quick, row.rival, threads)
-    return result
-
-
-def _result(case: Case, makers: Makers, rounds: int) -> Result:
-    before = os.getloadavg()[0]
+    case, makers, load = (QUICK if quick else CASES)[key](), _makers(key), os.getloadavg()[0]
     with fixed_state(case.model):
         problem = case.problem
     constant_bytes = 0
@@ -265,7 +246,7 @@ def _result(case: Case, makers: Makers, rounds: int) -> Result:
         return rival
 
     rows = measure(case, {**makers, "traced": traced}, rounds)
-    return Result(
+    result = Result(
         name=case.name,
         parameters=sum(p.numel() for p in case.parameters.values()),
         n_blocks=len(case.parameters),
@@ -274,9 +255,14 @@ def _result(case: Case, makers: Makers, rounds: int) -> Result:
         graph_nodes=problem.graph_nodes,
         graph_bytes=problem.graph_bytes,
         constant_bytes=constant_bytes,
-        load=(before, os.getloadavg()[0]),
+        load=(load, os.getloadavg()[0]),
         rows=rows,
     )
+    del case, problem
+    for row in rows[: 1 if quick else None]:
+        if not row.failure:
+            row.peak_bytes = in_fresh_process(_peak, key, quick, row.rival, threads)
+    return result
 
 
 def _spread(values: Sequence[float], scale: float = 1.0) -> str:

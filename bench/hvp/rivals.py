@@ -7,6 +7,7 @@ not installed raises ImportError there (`pip install .[bench]` installs the test
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,21 +25,13 @@ from blockhess.problem.problem import Problem
 
 @dataclass(frozen=True)
 class Case:
-    """A model whose loss is a criterion of outputs and targets, and the blocks that are measured.
-
-    Attributes:
-        name: Name of the case.
-        model: In the state in which its Hessian is computed.
-        criterion: Loss of outputs and targets.
-        batch: Inputs and targets.
-        blocks: Names of parameters, each a block.
-    """
+    """A model whose loss is a criterion of outputs and targets, and the blocks that are measured."""
 
     name: str
-    model: nn.Module
+    model: nn.Module  # in the state in which its Hessian is computed
     criterion: nn.Module
-    batch: tuple[Tensor, Tensor]
-    blocks: tuple[str, ...]
+    batch: tuple[Tensor, Tensor]  # inputs and targets
+    blocks: tuple[str, ...]  # names of parameters, each a block
 
     @cached_property
     def problem(self) -> Problem:
@@ -166,28 +159,28 @@ class Paper(Rival):
         return product
 
 
-class Eigenthings(Rival):
-    """hessian-eigenthings: forward, backward and second backward pass at every product."""
+class _Package(Rival):
+    module: str
 
     def __init__(self, case: Case) -> None:
-        import hessian_eigenthings
+        self._case, self._library = case, importlib.import_module(self.module)
 
-        self._case, self._library = case, hessian_eigenthings
+
+class Eigenthings(_Package):
+    """hessian-eigenthings: forward, backward and second backward pass at every product."""
+
+    module = "hessian_eigenthings"
 
     def of_block(self, name: str) -> Product:
-        case, library = self._case, self._library
-        only = library.match_names(name)
-        operator = library.HessianOperator(case.model, [case.batch], case.loss, param_filter=only)
+        case, only = self._case, self._library.match_names(name)
+        operator = self._library.HessianOperator(case.model, [case.batch], case.loss, param_filter=only)
         return lambda v: operator.matvec(v.float())
 
 
-class Curvlinops(Rival):
+class Curvlinops(_Package):
     """curvlinops: forward over reverse differentiation at every product."""
 
-    def __init__(self, case: Case) -> None:
-        import curvlinops
-
-        self._case, self._library = case, curvlinops
+    module = "curvlinops"
 
     def of_block(self, name: str) -> Product:
         case = self._case
@@ -197,13 +190,10 @@ class Curvlinops(Rival):
         return lambda v: operator @ v.float()
 
 
-class PyHessian(Rival):
+class PyHessian(_Package):
     """PyHessian: retains the graph of a first backward pass; all parameters but one block are frozen for it."""
 
-    def __init__(self, case: Case) -> None:
-        import pyhessian
-
-        self._case, self._library = case, pyhessian
+    module = "pyhessian"
 
     def of_block(self, name: str) -> Product:
         case = self._case

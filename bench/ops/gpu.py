@@ -23,7 +23,7 @@ import torch
 from bench.harness.command import write_json
 from bench.harness.environment import describe_device, one_line
 from bench.harness.machine import Machine
-from bench.harness.rows import Target, measure_row, target_table, verdict
+from bench.harness.rows import Target, measure_rows, target_table, verdict
 from bench.ops.gpu_rows import ROWS
 
 UNPROVEN = "unproven on hardware"
@@ -109,11 +109,12 @@ def main() -> int:
         "copy_bandwidth": machine.limits["copy"],
         "rows": {},
     }
-    for name, (row_of, _) in ROWS.items():
-        results["rows"][name] = measure_row(row_of, machine)
-        print(f"{results['rows'][name]['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
-        write_json(results, options.out / "results.json")  # after every row, so that a time limit loses one at most
+
+    def save() -> None:
+        write_json(results, options.out / "results.json")
         (options.out / "results.md").write_text(report(results) + "\n")
+
+    measure_rows(ROWS, ROWS, machine, results, save)
     print(report(results))
     return int(any("failure" in row for row in results["rows"].values()))
 
