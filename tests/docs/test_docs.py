@@ -12,8 +12,14 @@ from tests.helpers.newcomer import COMMANDS, follow, needed, parts
 DOCS = Path(__file__).parents[2] / "docs"
 LANGUAGES = {"python", "text", *COMMANDS}
 SLOW = {
-    "howto/checkpoints.md", "howto/report.md", "howto/resume.md", "howto/transformers.md", "index.md", "theory.md"
+    "coming_from.md", "engines.md", "howto/checkpoints.md", "howto/monitor.md", "howto/report.md", "howto/resume.md",
+    "index.md", "theory.md",
 }  # fmt: skip
+# Files that a page writes.
+WRITTEN = {
+    "howto/monitor.md": [*(f"spectra/step_{step:08d}.npz" for step in (0, 50, 100)), "spectra/step_00000100.html"],
+    "index.md": ["js.png", "report.html", "mlp.npz", "mlp.html"],
+}
 
 
 def blocks(page: Path) -> list[str]:
@@ -31,6 +37,7 @@ def test_a_page_is_as_it_says(page, tmp_path, monkeypatch, passed_over):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     passed_over[page] = follow(DOCS / page).passed_over
+    assert all((tmp_path / name).stat().st_size > 1000 for name in WRITTEN.get(page, ()))
 
 
 def test_every_block_is_counted():
@@ -38,4 +45,4 @@ def test_every_block_is_counted():
         "always" if (what := needed(block)) is None else what or "never" for page in PAGES.values() for block in page
     )
     optional = {"accelerate": 1, "lightning": 1, "pyhessian": 1, "hessian_eigenthings": 1, "curvlinops": 2}
-    assert counts == {"always": 46, "never": 2} | optional
+    assert counts == {"always": 54, "never": 2} | optional
