@@ -284,7 +284,7 @@ def test_refuses_bad_comparisons() -> None:
     ):
         with pytest.raises(ValueError, match=f"blocks: .*{text}"):
             spectra.js_matrix(blocks=blocks)
-    with pytest.raises(ValueError, match="js_matrix: axis must be one of linear, asinh, got 'log'"):
+    with pytest.raises(ValueError, match="js_matrix: axis must be one of linear, asinh or an Axis, got 'log'"):
         spectra.js_matrix(axis="log", blocks=["block0", "block1"])
     dead = make_spectra([[[1.0], [0.0]]], [[[1.0], [0.0]]], steps=[[1, 0]], nonfinite=[[False, True]])
     with pytest.raises(ValueError, match="'block1' has no spectrum"):

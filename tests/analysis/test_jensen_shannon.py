@@ -169,7 +169,7 @@ def test_js0_says_all_it_depends_on() -> None:
     assert float(js0) == 0.123456 and js0.num_pairs == 3
     assert str(js0) == (
         "JS0 = 0.1235: Jensen-Shannon distance, base 2; sigma 0.0125 on the linear axis; "
-        "mean over 3 pairs of 3 blocks; BatchNorm in eval mode; left out: dead (unused)"
+        "mean over 3 pairs of 3 blocks; BatchNorm in eval mode; excluded: dead (unused)"
     )
     js0 = JS0(0.5, "divergence", math.e, "linear", 1.0, ("a", "b"), (("x", "unused"),) * 9, "")
     assert str(js0) == (

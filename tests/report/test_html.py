@@ -178,7 +178,7 @@ def test_findings_follow_from_the_numbers() -> None:
     told = "\n".join(findings(one, block_records(one), {}))
     assert (
         "With one random probe" in told
-        and "SGD or Adam? Undecided: " in told
+        and "Most unlike the other blocks: block0, block1." in told
         and "No block has more than 1 % negative" in told
     )
     assert "BatchNorm" not in told

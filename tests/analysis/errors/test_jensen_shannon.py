@@ -121,5 +121,5 @@ def test_sensitivity_of_blocks_that_cannot_be_normalized() -> None:
     assert " - " in str(table)
     with pytest.raises(ValueError, match="cannot be divided by the block's trace"):
         result.sensitivity(blocks=["block0", "block1"], normalizations=["trace"])
-    with pytest.raises(ValueError, match="axis must be one of"):
+    with pytest.raises(ValueError, match="name must be one of"):
         result.sensitivity(axes=["log"])
