@@ -265,10 +265,11 @@ def test_a_damaged_file_and_a_kill_between_the_renames(path: Path, on_disk: Call
         assert same(after, content(1)) or same(after, content(3))
 
 
-def test_truncated_at_every_length(path: Path) -> None:
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_truncated_at_every_length(path: Path, stride: int) -> None:
     store.write(path, *content(1))
     data = path.read_bytes()
-    for length in range(len(data)):
+    for length in range(0, len(data), stride):
         path.write_bytes(data[:length])
         refused(path)
     path.write_bytes(data + b"\0")
@@ -431,7 +432,7 @@ def test_texts(path: Path, on_disk: Callable[[store.Disk], None]) -> None:
     assert store.read_json(path) == value == json.loads(path.read_text())["content"]
     data = path.read_bytes()
     path.with_name(f"{path.name}.previous").unlink()
-    for length in range(len(data)):
+    for length in range(0, len(data), stride):
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match=path.name):
             store.read_json(path)
