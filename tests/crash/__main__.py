@@ -15,18 +15,20 @@ import torch
 
 from bench.harness.environment import describe
 from tests.crash.disturb import Trials
+from tests.crash.scenarios import SCENARIOS
 
 parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
 parser.add_argument("--kills", type=int, default=200)
 parser.add_argument("--faults", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
 parser.add_argument("--out", type=Path)
 given = parser.parse_args()
 print(f"seed {given.seed}", file=sys.stderr)
 machine = describe()
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as folder:
-    trials = Trials(Path(folder), given.seed)
+    trials = Trials(Path(folder), given.seed, given.scenarios)
     number = 0
     while trials.counts["kills"] < given.kills and not trials.failures:
         trials.kill(number)

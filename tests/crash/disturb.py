@@ -9,6 +9,7 @@ import signal
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,18 @@ def ended(pid: int) -> int:
 
 
 class Trials:
-    """Disturbed runs in a folder, counted.
+    """Disturbed runs of some scenarios in a folder, counted.
 
     Attributes:
         counts: of kills, of where they struck, of faults. failures: what went wrong.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, names: Sequence[str] = tuple(SCENARIOS)) -> None:
+        self.folder, self.seed, self.names = folder, seed, names
         self.counts, self.failures = Counter[str](), list[str]()
-        self._expected = {name: run(name, None) for name in SCENARIOS}
+        self._expected = {name: run(name, None) for name in names}
         self._seconds, self._calls = {}, {}
-        for name in SCENARIOS:
+        for name in names:
             start = time.perf_counter()
             self._end(name, child(name, self._new("undisturbed")), "undisturbed")
             self._seconds[name] = time.perf_counter() - start
@@ -97,7 +98,7 @@ class Trials:
 
     def _random(self, kind: str, number: int) -> tuple[random.Random, str]:
         rng = random.Random(f"{self.seed} {kind} {number}")
-        return rng, list(SCENARIOS)[number % len(SCENARIOS)]
+        return rng, self.names[number % len(self.names)]
 
     def _new(self, name: str) -> Path:
         shutil.rmtree(self.folder / name, ignore_errors=True)

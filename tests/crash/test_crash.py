@@ -13,15 +13,20 @@ import pytest
 from blockhess.run.storage import directory, parts
 from blockhess.run.storage.checkpoint import Checkpoints
 from tests import ROOT
-from tests.crash.scenarios import run, same_bits
+from tests.crash.scenarios import SCENARIOS, run, same_bits
 
 
-def test_killed_runs_are_resumed_to_the_same_bits() -> None:
-    command = [sys.executable, "-m", "tests.crash", "--kills", "20", "--faults", "10", "--seed", "1"]
+@pytest.mark.parametrize(
+    ("kills", "faults", "scenarios"),
+    [(4, 3, ["several passes"]), pytest.param(20, 10, list(SCENARIOS), marks=pytest.mark.slow)],
+)
+def test_killed_runs_are_resumed_to_the_same_bits(kills: int, faults: int, scenarios: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.crash", "--kills", str(kills), "--faults", str(faults), "--seed", "1"]
+    command += ["--scenarios", *scenarios]
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["kills"] >= 20  # the last run may be killed more than once
+    assert json.loads(done.stdout)["kills"] >= kills  # the last run may be killed more than once
 
 
 class Stop(Exception):

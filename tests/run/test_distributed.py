@@ -27,14 +27,20 @@ NAMES = {
 }
 
 
+SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
+
+
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """World size -> case -> what every rank got."""
-    found = {}
-    for size, names in NAMES.items():
-        ranks = cases.run(size, tmp_path_factory.mktemp("world"), names)
-        found[size] = {name: [rank[name] for rank in ranks] for name in names}
-    return found
+    """World size -> case -> what every rank got; a world is run when it is first asked for."""
+
+    class Worlds(dict):
+        def __missing__(self, size):
+            ranks = cases.run(size, tmp_path_factory.mktemp("world"), NAMES[size])
+            self[size] = {name: [rank[name] for rank in ranks] for name in NAMES[size]}
+            return self[size]
+
+    return Worlds()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def expect_error(found, kind, *texts):
         assert text.startswith(kind) and all(part in text for part in texts), text
 
 
-@pytest.mark.parametrize("size", NAMES)
+@pytest.mark.parametrize("size", SIZES)
 def test_shared_work_gives_the_bits_of_one_process(worlds, size):
     expected = alone(**cases.OPTIONS)
     for found in worlds[size]["work"]:
@@ -65,7 +71,7 @@ def test_shared_work_gives_the_bits_of_one_process(worlds, size):
     assert not same_bits(expected, alone(**cases.OPTIONS | {"seed": 1}))
 
 
-@pytest.mark.parametrize("size", NAMES)
+@pytest.mark.parametrize("size", SIZES)
 def test_shared_work_takes_the_same_adaptive_decisions(worlds, size):
     expected = alone(**cases.OPTIONS | {"engine": "auto", "num_probes": 6, "num_steps": 20, "tol": 0.05})
     assert all(same_bits(found, expected) for found in worlds[size]["adaptive"])
@@ -76,7 +82,16 @@ def test_a_fresh_seed_is_the_same_on_all_ranks(two):
     assert same_bits(first, second)
 
 
-@pytest.mark.parametrize(("size", "name"), [(2, "data"), (4, "data"), (4, "mesh"), (2, "own_data"), (2, "slow_rank")])
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (2, "data"),
+        (2, "own_data"),
+        (2, "slow_rank"),
+        pytest.param(4, "data", marks=pytest.mark.slow),
+        pytest.param(4, "mesh", marks=pytest.mark.slow),
+    ],
+)
 def test_shared_batches_give_the_same_hessian(worlds, size, name):
     expected = alone(**cases.DOUBLE)
     first = worlds[size][name][0]

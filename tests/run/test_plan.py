@@ -59,7 +59,7 @@ def test_every_probe_of_every_block_is_in_one_pass(budget: int) -> None:
         assert count * sum(sizes[l] for l in blocks) <= max(budget // 2, room)
 
 
-@pytest.mark.parametrize("engine", ["autograd", "traced"])
+@pytest.mark.parametrize("engine", ["autograd", pytest.param("traced", marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_the_memory_budget(engine: str) -> None:
     torch.manual_seed(0)
     model, data = mlp().double(), labelled(7)
@@ -192,6 +192,7 @@ print(highest() - before, blockhess.plan(*given, **options).vector_bytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
 def test_tables_of_many_blocks_written_out_take_what_is_planned() -> None:
     told = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout

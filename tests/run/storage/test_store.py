@@ -265,10 +265,11 @@ def test_a_damaged_file_and_a_kill_between_the_renames(path: Path, on_disk: Call
         assert same(after, content(1)) or same(after, content(3))
 
 
-def test_truncated_at_every_length(path: Path) -> None:
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_truncated_at_every_length(path: Path, stride: int) -> None:
     store.write(path, *content(1))
     data = path.read_bytes()
-    for length in range(len(data)):
+    for length in range(0, len(data), stride):
         path.write_bytes(data[:length])
         refused(path)
     path.write_bytes(data + b"\0")
