@@ -1,15 +1,14 @@
-"""Hessian-vector products as linear programs: the derivative of a traced gradient, with all that can be known folded.
+"""Linearization of a traced gradient: forward-mode differentiation, with all constants folded.
 
-    P : w -> dL/dw            the gradient of one batch, traced once into a graph of tensor operations
-    v -> dP_l/dw_l v          per block, node by node the tangent of P: a graph that is linear in v
+    P : w -> dL/dw            gradient of one batch, traced into a graph of tensor operations
+    v -> dP_l/dw_l v          product with block l, the tangent of P: a graph that is linear in v
 
-Only nodes between w_l and its gradient take part. What does not depend on v (activations, second derivatives of
-nonlinearities, masks, softmax outputs) goes into one graph of constants that all blocks share, equal expressions
-once; it is evaluated once a batch. A chain of elementwise operations on tangents is linear and diagonal, so it
-collapses into sum_i c_i * t_i with constant c_i: what is left of a block's program are matrix products, a few
-reductions and one multiply-add per operand.
+Only nodes between w_l and its gradient take part. Everything that does not depend on v (activations, second derivatives
+of nonlinearities, masks, softmax outputs) goes into one graph of constants, shared by all blocks and evaluated once per
+batch. A chain of elementwise operations on tangents is linear and diagonal and collapses to sum_i c_i * t_i with
+constants c_i. The program of a block then consists of matrix products, few reductions and a multiply-add per operand.
 
-Promises: a program reads its constants and never writes; the same model and batch give the same graphs.
+Programs do not modify their constants. The same model and batch give the same graphs.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from blockhess.hvp.traced.operations import CONSTANT, DYNAMIC, RESHAPED, SAME, NotTraceable, aten, refuse
-from blockhess.hvp.traced.program import Builder, Combination, Lines, Program, is_node, same_call_key
+from blockhess.hvp.traced.program import Combination, GraphBuilder, Program, ProgramBuilder, is_node, same_call_key
 from blockhess.hvp.traced.trace import make_functional
 
 
@@ -49,7 +49,7 @@ def _rule_log_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) ->
     return tangent
 
 
-# Shorter than what forward differentiation gives: the tangent of op(x, ...) for the tangent t of x.
+# Tangents of op(x, ...) for the tangent t of x that are cheaper than those of torch.func.jvp.
 _RULES: dict[Any, Callable[..., Tensor]] = {
     aten._softmax.default: _rule_softmax,
     aten._safe_softmax.default: _rule_safe_softmax,
@@ -59,28 +59,33 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class _Template:
-    """The tangents of one operation: a graph of primals and input tangents, which `linear` marks depend on."""
+    """The tangent of one operation as a graph of primals and input tangents.
+
+    Attributes:
+        linear: nodes that depend on the tangents.
+        outputs: tangent of every output of the operation, None where it has none.
+    """
 
     graph: fx.Graph
     attributes: dict[str, Tensor]
     primals: tuple[fx.Node, ...]
     tangents: tuple[fx.Node, ...]
     linear: frozenset[fx.Node]
-    outputs: tuple[fx.Node | None, ...]  # per output of the operation
+    outputs: tuple[fx.Node | None, ...]
 
 
 class Linearizer:
-    """Makes the programs of one traced gradient.
+    """Derives the programs of blocks from a traced gradient.
 
     Args:
-        traced: from `trace_gradient`, of a function of (parameters, batch).
-        num_parameters: how many of the placeholders are parameters; the others are the batch's tensors.
-        gradients: the number among the outputs of each parameter's gradient, None where it has none.
+        traced: from `trace_gradient`, a function of (parameters, batch).
+        num_parameters: number of placeholders that are parameters; the others are tensors of the batch.
+        gradients: index of the gradient of each parameter among the outputs, None if it has none.
     """
 
     def __init__(self, traced: fx.GraphModule, num_parameters: int, gradients: Sequence[int | None]) -> None:
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        self.constants = Builder(self._fakes)
+        self.constants = GraphBuilder(self._fakes)
         self._templates: dict[Any, _Template] = {}
         self._nodes = [n for n in traced.graph.nodes if n.op != "output"]
         (outputs,) = next(n.args for n in reversed(traced.graph.nodes) if n.op == "output")
@@ -97,7 +102,7 @@ class Linearizer:
         self._above = self._reach(self._nodes, ends, forward=False)
 
     def _copy(self, traced: fx.GraphModule) -> None:
-        """P itself into the graph of constants, so that what tangents need of it is found there."""
+        """Copy P into the graph of constants, which thus contains all primal values."""
         for node in self._nodes:
             if node.op == "placeholder":
                 self._primal[node] = self.constants.placeholder(node.name, self._empty(node.meta["val"]))
@@ -118,7 +123,7 @@ class Linearizer:
         return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
 
     def _constant(self, target: Any, args: Any, kwargs: Any, like: Any = None) -> Any:
-        """A call whose arguments are constants."""
+        """Return the node of a call with constant arguments."""
         if target in SAME:
             return args[0]
         target = RESHAPED.get(target, target)
@@ -127,7 +132,7 @@ class Linearizer:
 
     @staticmethod
     def _reach(nodes: list[fx.Node], ends: dict[fx.Node, int], forward: bool) -> dict[fx.Node, int]:
-        """Bit i of a node: it lies below (above) the i-th end."""
+        """Return bit masks: bit i of a node is set if it depends on end i (forward), or end i depends on it."""
         bits = dict.fromkeys(nodes, 0) | ends
         for node in nodes if forward else reversed(nodes):
             for other in node.all_input_nodes:
@@ -137,30 +142,28 @@ class Linearizer:
                     bits[other] |= bits[node]
         return bits
 
-    # One block
-
     def program(self, parameters: Sequence[int]) -> Program:
-        """The products of the Hessian of these parameters (indices), all other parameters held fixed."""
+        """Return the program of the Hessian of these parameters (indices), with all others fixed."""
         mask = sum(1 << i for i in parameters)
-        lines = Lines(self.constants)
+        program = ProgramBuilder(self.constants)
         tangents: dict[fx.Node, Any] = {}
         for i in parameters:
-            tangents[self._parameters[i]] = lines.input(self._parameters[i].meta["val"])
+            tangents[self._parameters[i]] = program.tangent(self._parameters[i].meta["val"])
         for node in self._nodes:
-            if node in tangents or node.op != "call_function" or not self._below[node] & mask:
+            if node in tangents or node.op != "call_function":
                 continue
-            if not (self._above[node] & mask):
+            if not self._below[node] & mask or not self._above[node] & mask:
                 continue
-            tangents[node] = self._tangent(node, tangents, lines)
+            tangents[node] = self._tangent(node, tangents, program)
             value = tangents[node]
             if isinstance(value, Combination) and len(value.terms) > 1:
                 users = [u for u in node.users if self._above.get(u, 0) & mask]
                 if len(users) > 1:
-                    tangents[node] = lines.written(value)
+                    tangents[node] = program.materialize(value)
         ends = [self._gradient[i] for i in parameters]
-        return lines.finish(tuple(parameters), [tangents.get(end) if is_node(end) else None for end in ends])
+        return program.finish(tuple(parameters), [tangents.get(end) if is_node(end) else None for end in ends])
 
-    def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], lines: Lines) -> Any:
+    def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], program: ProgramBuilder) -> Any:
         given: Any = node.args
         if node.target is operator.getitem:
             whole = tangents.get(given[0])
@@ -174,13 +177,13 @@ class Linearizer:
             return None
         if target in SAME:
             return tangents[given[0]]
-        if target is aten.copy.default:  # all of the first argument is overwritten
+        if target is aten.copy.default:  # the result does not depend on the first argument
             like, source = self._primal[node].meta["val"], tangents.get(given[1])
             return None if source is None else Combination(source.terms, like.shape, like.dtype)
         primals = [self._primal[leaf] if is_node(leaf) else leaf for leaf in leaves]
         inputs = [tangents[leaves[i]] for i in positions]
         template = self._template(target, primals, spec, positions)
-        results = self._inline(template, [p for p in primals if is_node(p)], inputs, lines)
+        results = self._inline(template, [p for p in primals if is_node(p)], inputs, program)
         return results if isinstance(self._primal[node].meta["val"], (tuple, list)) else results[0]
 
     def _template(self, target: Any, leaves: list[Any], spec: Any, positions: list[int]) -> _Template:
@@ -200,48 +203,36 @@ class Linearizer:
         where = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
         rule = _RULES.get(target)
 
-        def tangent(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
-            def full(moved: Sequence[Tensor]) -> tuple[Any, Any]:
+        differentiable: list[bool] = []  # outputs with a tangent
+
+        def tangent(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+            def call(function: Callable[..., Any], moving: Sequence[Tensor] = ()) -> Any:
                 values = list(leaves)
-                for i, primal in zip(where, primals):
-                    values[i] = primal
-                for i, value in zip(positions, moved):
+                for i, value in (*zip(where, primals), *zip(positions, moving)):
                     values[i] = value
-                return tree_unflatten(values, spec)  # type: ignore[no-any-return]
+                args, kwargs = tree_unflatten(values, spec)
+                return function(*args, **kwargs)
 
             if rule is not None and positions == [0]:
-                args, kwargs = full([])
-                return [rule(*args, **kwargs, t=tangents[0])]
+                differentiable[:] = [True]
+                return [call(partial(rule, t=tangents[0]))]
 
-            kinds: list[bool] = []
-
-            def run(*moved: Tensor) -> list[Tensor]:
-                args, kwargs = full(moved)
-                out = target(*args, **kwargs)
+            def run(*moving: Tensor) -> list[Tensor]:
+                out = call(target, moving)
                 outs = list(out) if isinstance(out, (tuple, list)) else [out]
                 if any(isinstance(o, Tensor) and o.is_complex() for o in outs):
                     raise NotTraceable(f"{target} computes with complex numbers")
-                kinds[:] = [isinstance(o, Tensor) and o.is_floating_point() for o in outs]
-                return [o for o, kind in zip(outs, kinds) if kind]
+                differentiable[:] = [isinstance(o, Tensor) and o.is_floating_point() for o in outs]
+                return [o for o, kept in zip(outs, differentiable) if kept]
 
-            if not run(*(primals[where.index(i)] for i in positions)):
-                return [None] * len(kinds)
-            moved: Any = jvp(run, tuple(primals[where.index(i)] for i in positions), tuple(tangents))[1]
-            found = iter(moved)
-            return [next(found) if kind else None for kind in kinds]
+            moving = tuple(primals[where.index(i)] for i in positions)
+            return list(jvp(run, moving, tuple(tangents))[1]) if run(*moving) else []
 
         primals = [self._empty(leaves[i].meta["val"]) for i in where]
         tangents = [self.constants.contiguous(leaves[i].meta["val"]) for i in positions]
-        shape: list[bool] = []
-
-        def flat(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
-            results = tangent(primals, tangents)
-            shape[:] = [r is not None for r in results]
-            return [r for r in results if r is not None]
-
         try:
             with self._fakes:
-                traced = make_fx(flat, decomposition_table={})(primals, tangents)
+                traced = make_fx(tangent, decomposition_table={})(primals, tangents)
             make_functional(traced.graph)
         except NotTraceable:
             raise
@@ -256,19 +247,15 @@ class Linearizer:
                 linear.add(node)
         (returned,) = nodes[-1].args
         found = iter(returned)
-        outputs = tuple(next(found) if some else None for some in shape)
+        outputs = tuple(next(found) if has_tangent else None for has_tangent in differentiable)
         attributes = {n.target: getattr(traced, n.target) for n in nodes if n.op == "get_attr"}
+        split = len(where)
         return _Template(
-            traced.graph,
-            attributes,
-            tuple(inputs[: len(where)]),
-            tuple(inputs[len(where) :]),
-            frozenset(linear),
-            outputs,
+            traced.graph, attributes, tuple(inputs[:split]), tuple(inputs[split:]), frozenset(linear), outputs
         )
 
     def _inline(
-        self, template: _Template, primals: list[fx.Node], tangents: list[Combination], lines: Lines
+        self, template: _Template, primals: list[fx.Node], tangents: list[Combination], program: ProgramBuilder
     ) -> list[Combination | None]:
         values: dict[fx.Node, Any] = dict(zip(template.primals, primals)) | dict(zip(template.tangents, tangents))
         for node in template.graph.nodes:
@@ -280,11 +267,8 @@ class Linearizer:
             elif node.op == "call_function":
                 args, kwargs = self._mapped(node, values)
                 if node in template.linear:
-                    values[node] = lines.call(node.target, args, kwargs, node.meta["val"])
+                    values[node] = program.call(node.target, args, kwargs, node.meta["val"])
                 else:
                     values[node] = self._constant(node.target, args, kwargs, node.meta["val"])
-        results: list[Combination | None] = []
-        for out in template.outputs:
-            tangent = values.get(out) if out is not None else None
-            results.append(tangent if isinstance(tangent, Combination) and tangent.terms else None)
-        return results
+        results = [None if out is None else values.get(out) for out in template.outputs]
+        return [t if isinstance(t, Combination) and t.terms else None for t in results]

@@ -1,7 +1,7 @@
-"""A linear program while it is written: a graph of tangents, with what does not depend on them in a graph of constants.
+"""Linear programs: graphs that are linear in tangents t, with coefficients from a separate graph of constants.
 
-A tangent that is not written out is a combination sum_i c_i * t_i with constant c_i; elementwise operations only change
-the c_i. Equal calls are one node.
+An elementwise operation is not emitted: it changes the constants c_i of a linear combination sum_i c_i * t_i, which
+becomes a tensor only where another operation needs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, aten, refuse
 
-# A sum of more tangents than this is written out, so that what uses it does not add them all again.
+# A combination of more terms than this becomes a tensor, so that its users do not repeat the sum.
 MOST_TERMS = 3
 
 
@@ -27,7 +27,7 @@ def is_node(value: object) -> TypeGuard[fx.Node]:
 
 
 def same_call_key(value: Any) -> Any:
-    """What makes two arguments the same; 1, 1.0 and True are not."""
+    """Return a key that is equal for equal arguments; 1, 1.0 and True differ."""
     if isinstance(value, (list, tuple)):
         return tuple(map(same_call_key, value))
     if isinstance(value, dict):
@@ -35,8 +35,8 @@ def same_call_key(value: Any) -> Any:
     return (type(value), value) if isinstance(value, (bool, int, float)) else value
 
 
-class Builder:
-    """An fx graph under construction in which equal calls are one node, each with its fake value."""
+class GraphBuilder:
+    """Builds an fx graph with fake values and common subexpression elimination."""
 
     def __init__(self, fakes: FakeTensorMode) -> None:
         self.graph = fx.Graph()
@@ -45,7 +45,7 @@ class Builder:
         self._calls: dict[Any, fx.Node] = {}
 
     def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Any = None) -> fx.Node:
-        """The node of this call; `like` is its fake value where that is known."""
+        """Return the node of a call. `like` is its fake value, if known."""
         kwargs = kwargs or {}
         key = (target, same_call_key(args), same_call_key(kwargs))
         if key not in self._calls:
@@ -61,7 +61,7 @@ class Builder:
             return target(*args, **kwargs)
 
     def contiguous(self, x: Tensor) -> Tensor:
-        """A fake of the same shape."""
+        """Return a contiguous fake tensor of the same shape."""
         with self.fakes:
             return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -84,7 +84,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Combination:
-    """sum_i coefficient_i * base_i, broadcast to `shape`: a tangent that is not written out."""
+    """A tangent sum_i coefficient_i * base_i, broadcast to `shape`."""
 
     terms: tuple[tuple[fx.Node, fx.Node | float], ...]
     shape: torch.Size
@@ -93,13 +93,13 @@ class Combination:
 
 @dataclass
 class Program:
-    """The Hessian of some parameters as a graph: tangents of the parameters and constants in, products out.
+    """The Hessian of some parameters, as a graph from tangents of the parameters and constants to products.
 
     Attributes:
         parameters: indices of the parameters, in the order of the tangents.
-        graph: placeholders are one tangent per parameter, then the constants.
+        graph: its placeholders are one tangent per parameter, then the constants.
         constants: nodes of the graph of constants, in the order of the placeholders.
-        live: per parameter, whether its products are not identically zero.
+        live: whether the product is not identically zero, per parameter.
     """
 
     parameters: tuple[int, ...]
@@ -108,22 +108,23 @@ class Program:
     live: tuple[bool, ...] = ()
 
 
-# A sum may be formed in a tensor that nothing else uses.
+# Operations that can accumulate into their first argument, and operations whose result is not a view.
 _IN_PLACE = {aten.addcmul.default: aten.addcmul_.default, aten.add.Tensor: aten.add_.Tensor}
 _FRESH = {aten.mul.Tensor, *_IN_PLACE, *_IN_PLACE.values(), aten.mm.default, aten.bmm.default}
 
 
-class Lines:
-    """The program of one block while it is written."""
+class ProgramBuilder:
+    """Builds the program of one block. Constants go to the graph that all blocks share."""
 
-    def __init__(self, constants: Builder) -> None:
+    def __init__(self, constants: GraphBuilder) -> None:
         self._constants = constants
-        self._lines = Builder(constants.fakes)
+        self._program = GraphBuilder(constants.fakes)
         self._inputs: dict[fx.Node, fx.Node] = {}
         self._tangents: list[fx.Node] = []
 
-    def input(self, value: Tensor) -> Combination:
-        node = self._lines.placeholder(f"tangent_{len(self._tangents)}", self._lines.contiguous(value))
+    def tangent(self, value: Tensor) -> Combination:
+        """Add the tangent of a parameter as an input."""
+        node = self._program.placeholder(f"tangent_{len(self._tangents)}", self._program.contiguous(value))
         self._tangents.append(node)
         return self._of(node)
 
@@ -133,17 +134,18 @@ class Lines:
         return Combination(((node, 1.0),), value.shape, value.dtype)
 
     def _import(self, value: Any) -> Any:
-        """A constant as an input of this program."""
+        """Return the placeholder of a constant in this program."""
         if not is_node(value):
             return value
         if value not in self._inputs:
-            name = f"c_{len(self._inputs)}"
-            node = self._lines.placeholder(name, value.meta["val"])
-            self._inputs[value] = node
+            self._inputs[value] = self._program.placeholder(f"c_{len(self._inputs)}", value.meta["val"])
         return self._inputs[value]
 
     def call(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
-        """target(*args), some of them Combinations, linear in these together; `like` has the shape of the result."""
+        """Return target(*args), which is jointly linear in the Combinations among its arguments.
+
+        `like` has the shape and dtype of the result.
+        """
         if target in SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
             return args[0]
         if target is aten.copy.default and isinstance(args[1], Combination):
@@ -158,7 +160,7 @@ class Lines:
             )
         if target in VIEWS and isinstance(args[0], Combination):
             return self._view(target, args, kwargs, like)
-        if target is aten.expand.default:
+        if target is aten.expand.default:  # terms are broadcast when they are used
             return Combination(args[0].terms, like.shape, like.dtype)
         if target is aten.as_strided.default:
             raise NotTraceable(f"{target} depends on how a tensor lies in memory")
@@ -171,12 +173,12 @@ class Lines:
         terms = []
         for base, coefficient in combination.terms:
             if base.meta["val"].shape != combination.shape:
-                base = self._lines.call(aten.expand.default, (base, list(combination.shape)))
+                base = self._program.call(aten.expand.default, (base, list(combination.shape)))
             if is_node(coefficient):
                 if coefficient.meta["val"].shape != combination.shape:
                     coefficient = self._constants.call(aten.expand.default, (coefficient, list(combination.shape)))
                 coefficient = self._constants.call(target, (coefficient, *args[1:]), kwargs, like)
-            terms.append((self._lines.call(target, (base, *args[1:]), kwargs, like), coefficient))
+            terms.append((self._program.call(target, (base, *args[1:]), kwargs, like), coefficient))
         return Combination(tuple(terms), like.shape, combination.dtype)
 
     def _pointwise(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
@@ -187,12 +189,12 @@ class Lines:
                 for base, coefficient in leaf.terms:
                     new = self._coefficient(target, leaves, spec, i, coefficient)
                     terms.setdefault(base, []).append(new)
-        joined = tuple((base, self._sum(coefficients)) for base, coefficients in terms.items())
-        result = Combination(joined, like.shape, like.dtype)
-        return self.written(result) if len(joined) > MOST_TERMS else result
+        summed = tuple((base, self._sum(coefficients)) for base, coefficients in terms.items())
+        result = Combination(summed, like.shape, like.dtype)
+        return self.materialize(result) if len(summed) > MOST_TERMS else result
 
     def _coefficient(self, target: Any, leaves: list[Any], spec: Any, i: int, c: fx.Node | float) -> fx.Node | float:
-        """The coefficient after an elementwise operation: the operation applied to c, all other tangents zero."""
+        """Return the coefficient after an elementwise operation: its value at c, with all other tangents zero."""
         if target in (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.neg.default, aten._to_copy.default):
             args, kwargs = tree_unflatten(leaves, spec)
             sign = -1.0 if target is aten.neg.default else 1.0
@@ -209,7 +211,7 @@ class Lines:
         values = []
         for j, leaf in enumerate(leaves):
             if isinstance(leaf, Combination):
-                # Some elementwise operations want tensors of one shape: no scalars, nothing to broadcast.
+                # Some elementwise operations do not broadcast and take no scalars.
                 value: Any = c if j == i else 0.0
                 if not is_node(value):
                     value = self._full(leaf, value)
@@ -228,23 +230,20 @@ class Lines:
         )
 
     def _times(self, a: Any, b: Any) -> fx.Node | float:
-        if not is_node(a) and not is_node(b):
-            return float(a) * float(b)
-        if not is_node(b):
-            return a if b == 1 else self._constants.call(aten.mul.Tensor, (a, float(b)))
         if not is_node(a):
-            return b if a == 1 else self._constants.call(aten.mul.Tensor, (b, float(a)))
-        return self._constants.call(aten.mul.Tensor, (a, b))
+            a, b = b, a
+        if not is_node(a):
+            return float(a) * float(b)
+        if is_node(b) or b != 1:
+            return self._constants.call(aten.mul.Tensor, (a, b if is_node(b) else float(b)))
+        return a
 
     def _sum(self, coefficients: list[Any]) -> Any:
         total = coefficients[0]
         for c in coefficients[1:]:
-            if not is_node(total) and not is_node(c):
-                total = total + c
-            elif is_node(total):
-                total = self._constants.call(aten.add.Tensor, (total, c))
-            else:
-                total = self._constants.call(aten.add.Tensor, (c, total))
+            if not is_node(total):
+                total, c = c, total
+            total = self._constants.call(aten.add.Tensor, (total, c)) if is_node(total) else total + c
         return total
 
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
@@ -254,47 +253,46 @@ class Lines:
         factor = 1.0
         if len(moving) == 1 and len(leaves[moving[0]].terms) == 1 and isinstance(like, Tensor):
             ((base, c),) = leaves[moving[0]].terms
-            if not is_node(c):  # a number goes through any linear operation, to be folded into the next constant
+            if not is_node(c):  # a scalar commutes with linear operations, up to the next constant
                 factor, leaves[moving[0]] = c, replace(leaves[moving[0]], terms=((base, 1.0),))
 
-        def real(value: Any) -> Any:
-            return self._node(value) if isinstance(value, Combination) else self._import(value)
+        leaves = [self._node(leaf) if isinstance(leaf, Combination) else self._import(leaf) for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, spec)
+        node = self._program.call(target, args, kwargs, like)
+        value = node.meta["val"]
+        if not isinstance(value, (tuple, list)):
+            return Combination(((node, factor),), value.shape, value.dtype)
+        return tuple(
+            self._of(self._program.call(operator.getitem, (node, i))) if isinstance(part, Tensor) else None
+            for i, part in enumerate(value)
+        )
 
-        args, kwargs = tree_unflatten([real(leaf) for leaf in leaves], spec)
-        node = self._lines.call(target, args, kwargs, like)
-        if isinstance(node.meta["val"], (tuple, list)):
-            parts = []
-            for i, value in enumerate(node.meta["val"]):
-                parts.append(
-                    self._of(self._lines.call(operator.getitem, (node, i))) if isinstance(value, Tensor) else None
-                )
-            return tuple(parts)
-        return Combination(((node, factor),), node.meta["val"].shape, node.meta["val"].dtype)
-
-    def written(self, combination: Combination) -> Combination:
+    def materialize(self, combination: Combination) -> Combination:
+        """Return the combination as one tensor with coefficient 1."""
         return self._of(self._node(combination))
 
     def _node(self, combination: Combination) -> fx.Node:
-        """The combination as one tensor."""
+        """Return the node of the combination as a tensor."""
         terms = sorted(combination.terms, key=lambda term: (is_node(term[1]), term[1] != 1.0))
         total: fx.Node | None = None
         for base, coefficient in terms:
             c = self._import(coefficient)
             if total is None:
-                total = base if c == 1.0 else self._lines.call(aten.mul.Tensor, (base, c))
+                total = base if c == 1.0 else self._program.call(aten.mul.Tensor, (base, c))
             elif is_node(c):
-                total = self._lines.call(aten.addcmul.default, (total, base, c))
+                total = self._program.call(aten.addcmul.default, (total, base, c))
             else:
-                total = self._lines.call(aten.add.Tensor, (total, base), {} if c == 1.0 else {"alpha": c})
+                total = self._program.call(aten.add.Tensor, (total, base), {} if c == 1.0 else {"alpha": c})
         assert total is not None
         if total.meta["val"].dtype != combination.dtype:
-            total = self._lines.call(aten._to_copy.default, (total,), {"dtype": combination.dtype})
+            total = self._program.call(aten._to_copy.default, (total,), {"dtype": combination.dtype})
         if total.meta["val"].shape != combination.shape:
-            total = self._lines.call(aten.expand.default, (total, list(combination.shape)))
+            total = self._program.call(aten.expand.default, (total, list(combination.shape)))
         return total
 
     def finish(self, parameters: tuple[int, ...], results: list[Combination | None]) -> Program:
-        graph = self._lines.graph
+        """Return the program with these products, one per parameter."""
+        graph = self._program.graph
         graph.output([None if r is None else self._node(r) for r in results])
         graph.eliminate_dead_code()
         used = [(c, n) for c, n in self._inputs.items() if n.users]
@@ -303,7 +301,7 @@ class Lines:
 
 
 def _with_inputs_first(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
-    """The same graph, with just these placeholders, in this order, at its beginning."""
+    """Return the graph with these placeholders first, in this order, and no others."""
     ordered = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {n: ordered.node_copy(n) for n in inputs}
     for node in graph.nodes:
@@ -313,7 +311,7 @@ def _with_inputs_first(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
 
 
 def accumulate_in_place(graph: fx.Graph) -> fx.Graph:
-    """The graph with sums formed in tensors that nothing else uses."""
+    """Let sums accumulate in place, in tensors without other users."""
     for node in graph.nodes:
         if node.target in _IN_PLACE and is_node(node.args[0]):
             first = node.args[0]
