@@ -66,7 +66,7 @@ Steps = Annotated[int | None, typer.Option(help="Lanczos steps per probe.")]
 Tol = Annotated[float | None, typer.Option(help="Error tolerance; --probes and --steps then are upper limits.")]
 Engine = Annotated[str | None, typer.Option(help=f"{', '.join(ENGINES)}.", autocompletion=completed(ENGINES))]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")]
-Sigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
+TolSigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
 
 
 def _print_version(context: typer.Context, wanted: bool) -> None:
@@ -95,7 +95,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of weights, text windows and probes.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models, for a smoke test.")] = False,
     tol: Tol = None,
-    sigma: Sigma = None,
+    tol_sigma: TolSigma = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the block spectra of a GPT and a ResNet.
@@ -107,7 +107,7 @@ def demo(
     from blockhess.report.rows import to_json
 
     with text_on_stderr(as_json):
-        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, sigma=sigma)
+        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, tol_sigma=tol_sigma)
     if as_json:
         print(to_json(found))
 
@@ -118,7 +118,7 @@ def plan(
     probes: Probes = None,
     steps: Steps = None,
     tol: Tol = None,
-    sigma: Sigma = None,
+    tol_sigma: TolSigma = None,
     engine: Engine = None,
     memory_budget: Annotated[str | None, typer.Option(help="Bytes, or a size such as '6 GiB'.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one per GPU.")] = None,
@@ -133,7 +133,7 @@ def plan(
     from blockhess.cli.job_file import load
     from blockhess.report.rows import to_json
 
-    options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": sigma, "engine": engine}
+    options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": tol_sigma, "engine": engine}
     options |= {"memory_budget": memory_budget}
     arguments: dict[str, Any] = load(job) | {name: value for name, value in options.items() if value is not None}
     if gpus is not None:

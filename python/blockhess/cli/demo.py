@@ -289,7 +289,7 @@ def run(
     seed: int = 0,
     quick: bool = False,
     tol: float | None = None,
-    sigma: float | None = None,
+    tol_sigma: float | None = None,
 ) -> dict[str, Any]:
     """Run the demo: print tables, JS0 and conclusions, and write results and pictures into a folder.
 
@@ -300,7 +300,7 @@ def run(
         num_probes, num_steps: of every spectrum; None means those of the size.
         seed: of the weights, the text windows and the probes.
         quick: use the tiny size, for a smoke test.
-        tol, sigma: tol and tol_sigma of `spectrum`, not of JS0; num_probes and num_steps then are upper limits.
+        tol, tol_sigma: as for `spectrum`; num_probes and num_steps then are upper limits.
 
     Returns:
         The contents of comparison.json.
@@ -328,7 +328,9 @@ def run(
     results: dict[str, Spectra] = {}
     for subject in (todo := subjects(size, seed)):
         print(f"[{len(results) + 1}/{len(todo)}] {subject.title}", flush=True)
-        spectra = blockhess.spectrum(**subject.arguments(num_probes, num_steps), tol=tol, tol_sigma=sigma, seed=seed)
+        spectra = blockhess.spectrum(
+            **subject.arguments(num_probes, num_steps), tol=tol, tol_sigma=tol_sigma, seed=seed
+        )
         spectra.save(folder / f"{subject.stem}.npz")
         text = describe(spectra)
         print(f"{text}\n", flush=True)
