@@ -63,17 +63,19 @@ def on_products(call: Callable[[], object]) -> Iterator[None]:
         yield
 
 
+def _arguments(case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    problem = {"model": case.model, "data": case.batch, "loss_fn": case.criterion}
+    return {**problem, "blocks": {name: [name] for name in case.blocks}, "reorthogonalize": "none", **options}
+
+
 def ours(case: Case, **options: Any) -> blockhess.Spectra:
     """Return the spectra of the blocks of a case by this package."""
-    defaults: dict[str, Any] = {"seed": SEED, "reorthogonalize": "none", "progress": False}
-    blocks = {name: [name] for name in case.blocks}
-    return blockhess.spectrum(case.model, case.batch, case.criterion, blocks=blocks, **(defaults | options))
+    return blockhess.spectrum(**_arguments(case, {"seed": SEED, "progress": False, **options}))
 
 
 def plan(case: Case, **options: Any) -> blockhess.Plan:
     """Return the plan of `ours`."""
-    blocks = {name: [name] for name in case.blocks}
-    return blockhess.plan(case.model, case.batch, case.criterion, blocks=blocks, reorthogonalize="none", **options)
+    return blockhess.plan(**_arguments(case, options))
 
 
 def scale(case: Case, counts: Counts) -> float:

@@ -44,16 +44,11 @@ class Machine:
         return amount / seconds / self.limits[limit]
 
     def require(self, n_bytes: float) -> None:
-        """Raise TooSmall unless so many bytes of memory are free."""
-        free = free_bytes()
+        """Raise TooSmall if less memory is available without swapping. Linux only."""
+        (line,) = (s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable"))
+        free = int(line.split()[1]) * 1024
         if self.device.type == "cpu" and n_bytes > free:
             raise TooSmall(f"takes {n_bytes / 2**30:.3g} GiB of memory, {free / 2**30:.3g} GiB are free")
-
-
-def free_bytes() -> int:
-    """Return the memory available without swapping. Linux only."""
-    (line,) = (s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
 
 
 def copy_bandwidth(device: torch.device, elements: int) -> float:

@@ -17,10 +17,6 @@ from blockhess_ext import batched_slq
 T = TypeVar("T")
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def growth(run: Callable[[], object]) -> int:
     """Return by how many bytes the resident memory of this process grows at most during a call of `run`.
 
@@ -28,7 +24,7 @@ def growth(run: Callable[[], object]) -> int:
     hides growth: small growth is measured well only in a fresh process.
     """
     ctypes.CDLL(None).malloc_trim(0)
-    before = _resident_bytes()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size
     run()
     (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))

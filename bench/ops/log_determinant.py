@@ -81,6 +81,4 @@ def logdet(machine: Machine) -> Row:
     return row
 
 
-ROWS: Rows = {
-    "log-determinant of a dense matrix of 2,000 rows, 10 probes of 50 steps": (logdet, []),
-}
+ROWS: Rows = {"log-determinant of a dense matrix of 2,000 rows, 10 probes of 50 steps": (logdet, [])}

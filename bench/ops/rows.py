@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
@@ -165,13 +166,9 @@ def quadrature(machine: Machine, problems: int, m: int) -> Row:
         return torch.stack([torch.from_numpy(lapack.dsterf(a, b)[0]) for a, b in pairs])
 
     def stemr() -> tuple[Tensor, Tensor]:
-        found = []
-        for a, b in pairs:
-            _, nodes, vectors, _ = lapack.dstemr(
-                a, torch.nn.functional.pad(torch.from_numpy(b), (0, 1)).numpy(), 0, 0, 0, 0, 0
-            )
-            found.append((torch.from_numpy(nodes), torch.from_numpy(vectors[0] ** 2)))
-        return torch.stack([x for x, _ in found]), torch.stack([w for _, w in found])
+        found = [lapack.dstemr(a, np.append(b, 0.0), 0, 0, 0, 0, 0) for a, b in pairs]
+        vectors = torch.from_numpy(np.stack([x[2][0] for x in found]))
+        return torch.from_numpy(np.stack([x[1] for x in found])), vectors**2
 
     def error(found: tuple[Tensor, Tensor]) -> float:
         return quadrature_error(found, expected)
