@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import blockhess
+from blockhess.analysis.axes import Axis
 from blockhess.analysis.errors.intervals import student_quantile
 from blockhess.analysis.jensen_shannon import JS0
 from blockhess.spectra import Spectra
@@ -38,8 +39,8 @@ PAGE = ROOT / "docs" / "findings.md"
 MEASURES: Mapping[str, Mapping[str, Any]] = {
     "sigma 1% of the range of all blocks": {},
     f"sigma {PAPER_SIGMA:.3g}, as in the paper's code": {"sigma": PAPER_SIGMA},
-    "each block over its spectral radius, 1%": {"normalize": "radius"},
-    "each block over its 10th largest, 1%": {"normalize": 10},
+    "each block over its spectral radius, 1%": {"axis": Axis(normalize="radius")},
+    "each block over its 10th largest, 1%": {"axis": Axis(normalize=10)},
     "asinh axis, 1%": {"axis": "asinh"},
 }
 

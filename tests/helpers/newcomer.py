@@ -36,7 +36,7 @@ LEFT_OUT = {
     r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; tests/paper runs each with --quick",
     r"make test(-all)?": "this is part of it",
     r"make [\w-]+ TORCH=.*": "the same as without TORCH, from another index",
-    r"python -m (bench|docs\._generate|blockhess_paper\.networks)(\.\w+)*( --\w+)?": "it overwrites results",
+    r"python -m (bench|docs\._generate)(\.\w+)*( --\w+)?": "it overwrites results",
     r"python -m tests\.(fuzz|crash|helpers\.rank_kills)": "hours; their short versions are tests",
     r"tests/sanitizers\.sh": "minutes; a step of .ci/run",
     r"torchrun .*": "job.py is to be written; test_distributed.py starts such processes",
