@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from blockhess_paper.commands import NETWORK_EXPERIMENTS
 from blockhess_paper.networks.batchnorm import SEEDS
 from docs._generate import findings_page
 from docs._generate.findings_page import MEASURES
 
 
+@pytest.mark.slow
 def test_measured_parts_are_up_to_date() -> None:
     text = findings_page.PAGE.read_text()
     assert findings_page.page(text) == text

@@ -25,7 +25,6 @@ def rates(spectra: SpectraData, factor: float = 1.0) -> dict[str, float | None]:
 
     Example:
         >>> rates(spectra)["0.weight"]
-        0.25
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"rates: factor must be positive, got {factor}")
