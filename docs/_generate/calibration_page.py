@@ -1,7 +1,7 @@
-"""Writes docs/calibration.md and the calibration that ships with the package from docs/results/paper.
+"""Write docs/calibration.md and the shipped calibration from docs/results/paper.
 
-python -m docs._generate.paper_results --keep FOLDER calibrate fig1 fig10 fig11   # keeps what `blockhess paper` wrote there
-python -m docs._generate.calibration_page                                 # rewrites both
+python -m docs._generate.paper_results --keep FOLDER calibrate fig1 fig10 fig11    # copy results of `blockhess paper`
+python -m docs._generate.calibration_page                                          # rewrite both files
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SHIPPED = ROOT / "python" / "blockhess_paper" / "data" / "calibration.json"
 
 
 def calibration(content: dict[str, Any]) -> Calibration:
-    """The calibration of a result, with where it was made."""
+    """Return the calibration of a result, with the commit that made it."""
     found = Calibration.from_json(json.dumps(content["numbers"]["calibration"]))
     return Calibration(found.subjects, {**found.made, "commit": content["environment"]["commit"]})
 
 
 def summary_part() -> str:
-    """What spectra.advice() may conclude, and what decided it."""
+    """Return what advice() may conclude, and why."""
     content = result("calibrate")
     found = calibration(content)
     correlations = content["numbers"]["correlations"]
@@ -65,7 +65,7 @@ def summary_part() -> str:
 
 
 def page(text: str) -> str:
-    """The page with every measured part made again."""
+    """Return the page with every measured part rewritten."""
     for name in TRAINING_EXPERIMENTS:
         text = replaced(text, name, experiment_part(name))
     return replaced(text, "summary", summary_part())

@@ -1,9 +1,9 @@
-"""Writes the measured parts of docs/findings.md from bench/results, so that no number in it is typed by hand.
+"""Write the measured parts of docs/findings.md from docs/results, so that no number is typed by hand.
 
-python -m docs._generate.paper_results --batchnorm             # measure the spectra for BatchNorm
-python -m docs._generate.paper_results table1 fig4 fig3       # measures the networks
-python -m docs._generate.paper_results --plan                 # counts them at the paper's size
-python -m docs._generate.findings_page                # rewrites the parts between the markers
+python -m docs._generate.paper_results --batchnorm         # spectra for BatchNorm
+python -m docs._generate.paper_results table1 fig4 fig3    # the networks
+python -m docs._generate.paper_results --plan              # their cost at the paper's size
+python -m docs._generate.findings_page                     # rewrite the parts between the markers
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from docs._generate.theory_page import experiment_part, result
 FOLDER = ROOT / "docs" / "results" / "findings"
 PAGE = ROOT / "docs" / "findings.md"
 
-# How JS0 is taken: words, arguments of Spectra.js0.
+# Description of a measure -> arguments of Spectra.js0.
 MEASURES: Mapping[str, Mapping[str, Any]] = {
     "sigma 1% of the range of all blocks": {},
     f"sigma {PAPER_SIGMA:.3g}, as in the paper's code": {"sigma": PAPER_SIGMA},
@@ -46,7 +46,7 @@ MEASURES: Mapping[str, Mapping[str, Any]] = {
 
 CLASSES = 10
 
-# What an entry of Table 3's and Table 1's definitions stands for; the first that fits.
+# Hypothesis -> pattern of the definitions in Tables 1 and 3; the first match counts.
 HYPOTHESES = {
     "H3: eigenvalues divided by a sum that may be near zero": r"normalization trace",
     "H1: densities summed without the bin width": r"^unnormalized",
@@ -57,24 +57,24 @@ HYPOTHESES = {
 
 @cache
 def spectra(stem: str) -> Spectra:
-    """The committed spectra."""
+    """Return the committed spectra."""
     return blockhess.load(FOLDER / f"{stem}.npz")
 
 
 @cache
 def js0(stem: str, measure: str) -> JS0:
-    """JS0 with a 95 % interval."""
+    """Return JS0 with a 95 % interval."""
     return spectra(stem).js0(confidence=0.95, **MEASURES[measure])
 
 
-def valued(found: JS0) -> str:
-    """Value and interval."""
+def format_js0(found: JS0) -> str:
+    """Return value and interval as text."""
     assert found.interval is not None
     return f"{found.value:.3g} ({found.interval[0]:.2g} ... {found.interval[1]:.2g})"
 
 
-def compared(first: JS0, second: JS0) -> str:
-    """ "more", "less" or "undecided": whether the intervals are apart."""
+def compare(first: JS0, second: JS0) -> str:
+    """Return "more", "less" or, where the intervals overlap, "undecided"."""
     assert first.interval is not None and second.interval is not None
     if first.interval[0] > second.interval[1]:
         return "more"
@@ -82,26 +82,26 @@ def compared(first: JS0, second: JS0) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """Return a Markdown table with numbers aligned to the right."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# Columns of the table: policies of ResNet18, and the GPT.
+# Columns of the table: ResNet18 under every policy, and the GPT.
 NETWORKS = ("resnet18_eval", "resnet18_frozen_batch_stats", "resnet18_batch", "gpt2_nano")
 
 
 def against_gpt() -> dict[tuple[str, int], list[str]]:
-    """(Network, seed) -> how its JS0 compares with that of GPT2-nano, by measure."""
+    """Return (network, seed) -> comparison of its JS0 with that of GPT2-nano, for every measure."""
     return {
-        (name, seed): [compared(js0(stem(name, seed), m), js0(stem("gpt2_nano", seed), m)) for m in MEASURES]
+        (name, seed): [compare(js0(stem(name, seed), m), js0(stem("gpt2_nano", seed), m)) for m in MEASURES]
         for name in NETWORKS
         for seed in SEEDS
     }
 
 
 def batchnorm_part() -> str:
-    """JS0 of ResNet18 under three policies and of GPT2-nano, in every measure and seed, and how often which is more."""
+    """Return JS0 of ResNet18 under three policies and of GPT2-nano, and counts of the comparisons."""
     words = against_gpt()
     header = ["JS0, distance, base 2", "ResNet18, eval", "frozen statistics", "batch statistics", "GPT2-nano"]
     tables = [
@@ -109,7 +109,7 @@ def batchnorm_part() -> str:
         + table(
             [*header, "ResNet18, batch, against GPT2-nano"],
             [
-                [m, *(valued(js0(stem(name, seed), m)) for name in NETWORKS), word]
+                [m, *(format_js0(js0(stem(name, seed), m)) for name in NETWORKS), word]
                 for m, word in zip(MEASURES, words["resnet18_batch", seed])
             ]
             + [["probes of every block", *(str(_probes(name, seed)) for name in NETWORKS), ""]],
@@ -124,7 +124,7 @@ def batchnorm_part() -> str:
     engines = {spectra(stem(name, seed)).provenance["engine"] for name in NETWORKS for seed in SEEDS}
     return (
         "\n\n".join(tables)
-        + '\n\nIn parentheses: 95 % intervals for the probes; "more" and "less" where they are apart. '
+        + '\n\nIn parentheses: 95 % intervals for the probes; "more" and "less" where they do not overlap. '
         + f"{sizes}. {', '.join(map(str, steps))} Lanczos steps by the engine {', '.join(engines)}."
         + "".join("\n\n" + _counted(seed, words) for seed in SEEDS)
         + "\n\n"
@@ -137,7 +137,7 @@ def _probes(name: str, seed: int) -> int:
 
 
 def _in_every_seed(words: Mapping[tuple[str, int], list[str]]) -> str:
-    """Which words about ResNet18 against GPT2-nano hold for all seeds."""
+    """Return the comparisons of ResNet18 and GPT2-nano that hold for all seeds."""
 
     def counted(name: str, word: str) -> str:
         held = [m for m, *found in zip(MEASURES, *(words[name, seed] for seed in SEEDS)) if set(found) == {word}]
@@ -153,7 +153,7 @@ def _in_every_seed(words: Mapping[tuple[str, int], list[str]]) -> str:
 
 
 def frozen_part() -> str:
-    """How much of the growth of JS0 comes with statistics that are held fixed."""
+    """Return the share of the growth of JS0 that remains with frozen statistics."""
     return table(
         ["share of the growth of JS0 from eval mode to batch statistics", *(f"seed {seed}" for seed in SEEDS)],
         [[m, *(f"{100 * frozen_share(m, seed):.0f} %" for seed in SEEDS)] for m in MEASURES],
@@ -161,14 +161,14 @@ def frozen_part() -> str:
 
 
 def frozen_share(measure: str, seed: int) -> float:
-    """(JS0 frozen - JS0 eval) / (JS0 batch - JS0 eval) of ResNet18."""
+    """Return (JS0 frozen - JS0 eval) / (JS0 batch - JS0 eval) of ResNet18."""
     policies = ("eval", "frozen_batch_stats", "batch")
     in_eval_mode, frozen, batch = (js0(stem(f"resnet18_{policy}", seed), measure).value for policy in policies)
     return (frozen - in_eval_mode) / (batch - in_eval_mode)
 
 
 def limits_part() -> str:
-    """What the tables at full width rest on, and what their intervals are."""
+    """Return the limits of the tables at full width and the meaning of their intervals."""
     probes = sorted({_probes(name, seed) for name in NETWORKS for seed in SEEDS})
     found = [js0(stem(name, seed), m) for name in NETWORKS for seed in SEEDS for m in MEASURES]
     outside = sum(not each.interval[0] <= each.value <= each.interval[1] for each in found if each.interval)
@@ -178,16 +178,16 @@ def limits_part() -> str:
         f"Limits: one architecture of each kind at real width; {len(SEEDS)} seeds there, each of weights, data and "
         f"probes at once; {IMAGES} gray images of {IMAGE_SIDE} x {IMAGE_SIDE} and "
         f"{spectra('gpt2_nano').provenance['weight']:.0f} characters a seed; {NUM_STEPS} Lanczos steps. A block has "
-        f"{' or '.join(map(str, probes))} probes, so an interval is {factors} standard errors to either side, of a "
-        "standard error that is itself known from so few; each is about the value less the bias that the jackknife "
-        f"finds, which leaves {outside} of the {len(found)} values outside. Each holds with 95 % by itself: of "
-        f"{len(found)} some may miss. None contains what weights, data and steps would change: of that, {len(SEEDS)} "
-        "seeds give an impression, no more."
+        f"{' or '.join(map(str, probes))} probes, so the half-width of an interval is {factors} standard errors, "
+        "themselves estimated from so few; it is centered at the value minus the jackknife's bias, which leaves "
+        f"{outside} of the {len(found)} values outside. Each interval has 95 % confidence by itself: of {len(found)} "
+        f"some may miss. None covers the variation over weights, data and steps, of which {len(SEEDS)} seeds give only "
+        "an impression."
     )
 
 
 def _counted(seed: int, words: Mapping[tuple[str, int], list[str]]) -> str:
-    """How often ResNet18 is more heterogeneous than GPT2-nano, in either mode."""
+    """Return how often ResNet18 is more heterogeneous than GPT2-nano, in either mode."""
 
     def counts(name: str) -> str:
         return "more heterogeneous in {}, less in {}, undecided in {}".format(
@@ -207,7 +207,7 @@ def _counted(seed: int, words: Mapping[tuple[str, int], list[str]]) -> str:
 
 
 def mechanism_part() -> str:
-    """Sizes and signs of the spectra under every policy."""
+    """Return sizes and signs of the spectra under every policy."""
     titles = ("ResNet18, eval", "ResNet18, frozen statistics", "ResNet18, batch statistics", "GPT2-nano")
     rows = [
         [f"{title}, seed {seed}", *_signs(spectra(stem(name, seed)))]
@@ -228,8 +228,8 @@ def mechanism_part() -> str:
             ],
             rows,
         )
-        + "\n\nFlattest and sharpest: the block's largest |eigenvalue|. Last column: the largest over the blocks of "
-        "|smallest eigenvalue| over the largest. "
+        + "\n\nFlattest and sharpest: smallest and largest over the blocks of the largest |eigenvalue|. Last column: the "
+        "largest over the blocks of |smallest eigenvalue| / largest eigenvalue. "
         + f"With {IMAGES} images and {CLASSES} classes the rank of a block is at most {IMAGES * (CLASSES - 1)} in the "
         f"first two rows of each seed; the smallest block there has {smallest:,} parameters, the largest "
         f"{max(s.dims):,}."
@@ -250,8 +250,8 @@ def _signs(s: Spectra) -> list[str]:
 
 
 def small_summary() -> dict[str, tuple[float, list[bool], list[float]]]:
-    """Measure -> JS0 of the small ResNet in eval mode, with the most images over the fewest; of every run, whether
-    batch statistics raise it; and what it is then over that of the small GPT."""
+    """Return measure -> JS0 of the small ResNet in eval mode with the most images over the fewest; whether batch
+    statistics raise it, for every run; and its ratio to the small GPT, for every run."""
     found = {}
     for measure in MEASURES:
         fewest, most = (js0(f"mini_resnet_eval_{MINI_IMAGES[i]}_seed0", measure).value for i in (0, -1))
@@ -266,7 +266,7 @@ def small_summary() -> dict[str, tuple[float, list[bool], list[float]]]:
 
 
 def small_part() -> str:
-    """What the number of images and the seed of the weights change, on the small relatives."""
+    """Return the influence of the number of images and of the seed, on the small networks."""
     policies = ("eval", "frozen_batch_stats", "batch")
     rows = []
     for measure in MEASURES:
@@ -300,7 +300,7 @@ def small_part() -> str:
 
 
 def definition_part() -> str:
-    """How near every hypothesis about the paper's definition comes to Table 3 and to Table 1."""
+    """Return how closely every hypothesis on the paper's definition reproduces Tables 3 and 1."""
     rows = []
     table3, table1 = result("table3")["numbers"]["judged"], result("table1")["numbers"]["judged"]["eval"]
     rest3, rest1 = dict(table3), dict(table1)
@@ -324,8 +324,8 @@ def definition_part() -> str:
             ["", "Table 3: factor", "scaled", "best rank", "Table 1: factor", "scaled", "best rank"],
             rows,
         )
-        + "\n\nFactor: root mean square factor between the closest definition's numbers and the paper's; scaled: that "
-        f"of the definition most alike after one common factor. {len(table3)} definitions for Table 3, {len(table1)} "
+        + "\n\nFactor: root mean square factor between the paper's numbers and those of the closest definition; scaled: "
+        f"the same after the best common factor. {len(table3)} definitions for Table 3, {len(table1)} "
         f"for Table 1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
         + "".join(
             f"\n\nRank correlation with Table 1 above {ORDERED}, BatchNorm {policy}: {'; '.join(keys) or 'none'}."
@@ -340,20 +340,20 @@ def _constant(paper: tuple[float, ...]) -> list[str]:
 
 
 def plan_part() -> str:
-    """What the jobs take at the paper's size."""
+    """Return the cost of the jobs at the paper's size."""
     content = result("plan")
     names = [field.name for field in dataclasses.fields(JobCost)]
     jobs = [JobCost(**{name: job[name] for name in names}) for job in content["jobs"]]
     return (
         f"```text\n{format_plans(jobs, 'this CPU', None)}\n```\n\n{wanted(jobs)}\n\n"
-        f"Made by `python -m docs._generate.paper_results --plan` (`blockhess paper plan` prints it anew); rates by the clock "
-        f"{content['clock']}, as other programs took part of it (load {content['load'][0]:.1f}); "
+        "Made by `python -m docs._generate.paper_results --plan` (`blockhess paper plan` prints it anew); rates by CPU "
+        f"time, on a busy machine (load {content['load'][0]:.1f}); "
         + ", ".join(f"{key} {value}" for key, value in content["environment"].items())
     )
 
 
 def wanted(jobs: Sequence[JobCost]) -> str:
-    """Which targets on an H100 the jobs meet, were the assumption true."""
+    """Return the targets on an H100 that the jobs would meet under the assumption."""
     met, missed = [], []
     for work in jobs:
         record = work.to_dict(None)
@@ -362,12 +362,12 @@ def wanted(jobs: Sequence[JobCost]) -> str:
             words = f"{work.title} in {kind} ({seconds / HOUR:.2g} hours against {target / HOUR:.2g})"
             (met if seconds <= target else missed).append(words)
     return (
-        f"**No step was timed on an H100.** Were {100 * ASSUMED_SHARE:.0f} % of its peak reached, what is wanted would "
+        f"**No step was timed on an H100.** At {100 * ASSUMED_SHARE:.0f} % of its peak the target would "
         f"be missed by {', '.join(missed) or 'none'} and met by {', '.join(met) or 'none'}."
     )
 
 
-# Wanted of every figure with its default on two cores; and what experiments take from others in the same folder.
+# Target of every figure with its defaults on two cores; and what experiments reuse of others in the same folder.
 MOST_SECONDS = 600.0
 REUSED = {
     "fig3": "the spectra of table1",
@@ -378,26 +378,25 @@ REUSED = {
 
 
 def times_part() -> str:
-    """How long the CPU-sized figures took, against what is wanted, and what was made before."""
+    """Return the times of the CPU-sized figures, and which results they reuse."""
     rows, missed = [], []
     for name in ("table1", "fig3", "fig4", "fig1", "fig10", "fig11"):
         content = result(name)
         seconds, cpu = content["seconds"], content["cpu_seconds"]
         threads = content["environment"]["threads"]
         if seconds > MOST_SECONDS:
-            missed.append(f"{name} ({seconds / 60:.1f} minutes, {cpu / 60:.1f} of them of the processor)")
+            missed.append(f"{name} ({seconds / 60:.1f} minutes, {cpu / 60:.1f} of CPU time)")
         rows.append([f"`{name}`", f"{seconds:.0f}", f"{cpu:.0f}", f"{threads}", REUSED.get(name, "none")])
     return (
-        table(["", "seconds", "of the processor", "threads", "takes, and does not count"], rows)
-        + f"\n\nWanted are {MOST_SECONDS / 60:.0f} minutes each on two cores. Missed, as timed, by "
-        + f"{', '.join(missed) or 'none'}. Other programs kept the machine busy: the seconds of the processor are what "
-        "the process itself took; no run on an idle machine shows what it would take there, and whether a run went on "
-        "from one that was interrupted is not recorded."
+        table(["", "seconds", "CPU seconds", "threads", "reuses, not counted"], rows)
+        + f"\n\nThe target is {MOST_SECONDS / 60:.0f} minutes each on two cores, missed by "
+        + f"{', '.join(missed) or 'none'}. The machine was busy with other programs: CPU seconds are those of the "
+        "process itself. Whether a run resumed an interrupted one is not recorded."
     )
 
 
 def environment_part() -> str:
-    """Where the spectra were made, as far as the files say it."""
+    """Return where the spectra were made, as far as the files record it."""
     made = [spectra(path.stem).provenance for path in sorted(FOLDER.glob("*.npz"))]
     minutes = sum(provenance["seconds"] for provenance in made) / 60
     versions = ", ".join(sorted({provenance["torch"] for provenance in made}))
@@ -408,18 +407,18 @@ def environment_part() -> str:
             places[where] = places.get(where, 0) + 1
     unknown = sum(provenance["num_probes"] for provenance in made) - sum(places.values())
     return (
-        f"`python -m docs._generate.paper_results --batchnorm`: {len(made)} files, {minutes:.0f} minutes on cores that other programs kept busy; "
-        f"torch {versions}. Every file says which engine, options and seeds made it."
+        f"`python -m docs._generate.paper_results --batchnorm`: {len(made)} files, {minutes:.0f} minutes on a busy "
+        f"machine; torch {versions}. Every file records its engine, options and seeds."
         + "".join(
-            f"\n\nOf {count} of the probes, each of all blocks of a file, it is recorded where: {place}."
+            f"\n\n{count} of the probes (each of all blocks of a file) were made with: {place}."
             for place, count in places.items()
         )
-        + (f"\n\nThe other {unknown} were made before files recorded it." if unknown else "")
+        + (f"\n\nFor the other {unknown} the files do not record it." if unknown else "")
     )
 
 
 def page(text: str) -> str:
-    """The page with every measured part made again."""
+    """Return the page with every measured part rewritten."""
     parts = {
         "batchnorm": batchnorm_part,
         "frozen": frozen_part,

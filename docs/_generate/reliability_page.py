@@ -1,10 +1,10 @@
-"""Writes the measured parts of docs/reliability.md from bench/results/reliability; what was not measured is said to be.
+"""Write the measured parts of docs/reliability.md from bench/results/reliability, naming missing measurements.
 
 python -m tests.fuzz --inputs 100000 --out bench/results/reliability/fuzz.json
 python -m tests.crash --kills 200 --faults 50 --out bench/results/reliability/crash.json
 python -m tests.helpers.rank_kills --runs 40 --json bench/results/reliability/rank_kills.json
 OUT=bench/results/reliability/sanitizers.json tests/sanitizers.sh
-python -m docs._generate.reliability_page          # rewrites the parts between the markers
+python -m docs._generate.reliability_page          # rewrite the parts between the markers
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TARGETS = {
 
 
 def machine(content: dict[str, Any]) -> str:
-    """Where a result was made."""
+    """Return where a result was made."""
     return ", ".join(f"{key} {value}" for key, value in content["machine"].items())
 
 
 def fuzz_part(content: dict[str, Any]) -> str:
-    """What `python -m tests.fuzz` counted."""
+    """Return the counts of `python -m tests.fuzz`."""
     rows = [
         f"| {what} | {c['inputs']:,} | {c['accepted']:,} | {c['refused']:,} | {c['findings']:,} | "
         f"{c['slowest_seconds']:.2f} | {c['memory_growth_bytes'] / 2**20:.0f} |"
@@ -53,7 +53,7 @@ def fuzz_part(content: dict[str, Any]) -> str:
 
 
 def sanitizers_part(content: dict[str, Any]) -> str:
-    """What tests/sanitizers.sh found."""
+    """Return the findings of tests/sanitizers.sh."""
     bad = content["failures"] + content["errors"]
     return (
         f"{content['tests']} tests, {bad} failed, {content['skipped']} skipped, {content['seconds']:.0f} s; planted "
@@ -63,7 +63,7 @@ def sanitizers_part(content: dict[str, Any]) -> str:
 
 
 def counts_part(content: dict[str, Any]) -> str:
-    """Every number and text of a result, one a line; those of a table after its name."""
+    """Return every number and text of a result, one per line, entries of a table after its name."""
     rows = []
     for key, value in content.items():
         if key != "machine":
@@ -82,7 +82,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def page(text: str) -> str:
-    """The page with every measured part made again."""
+    """Return the page with every measured part rewritten."""
     for name, part in PARTS.items():
         file = RESULTS / f"{name}.json"
         missing = f"**Not measured yet:** there is no `bench/results/reliability/{name}.json`."

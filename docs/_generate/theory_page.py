@@ -1,7 +1,7 @@
-"""Writes the measured parts of docs/theory.md from docs/results/paper, so that no number in it is typed by hand.
+"""Write the measured parts of docs/theory.md from docs/results/paper, so that no number is typed by hand.
 
-python -m docs._generate.paper_results          # measures
-python -m docs._generate.theory_page    # rewrites the parts between the markers
+python -m docs._generate.paper_results    # run the experiments
+python -m docs._generate.theory_page      # rewrite the parts between the markers
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def result(name: str) -> dict[str, Any]:
 
 
 def made(content: dict[str, Any]) -> str:
-    """Where and from what a result was made."""
+    """Return the command, duration, seed and environment of a result."""
     environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
     seed = f", seed {content['settings']['seed']}" if "seed" in content["settings"] else ""
     return f"`blockhess paper {content['name']}` in {content['seconds']:.0f} s{seed}; {environment}"
 
 
 def experiment_part(name: str) -> str:
-    """Claims, picture, table and origin of one experiment."""
+    """Return claims, figure, table and origin of an experiment."""
     content = result(name)
     parts = [
         "\n".join(
@@ -47,12 +47,12 @@ def experiment_part(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in which Markdown finds nothing to format."""
+    """Escape the characters that Markdown would format."""
     return text.replace("|", "\\|").replace("_", "\\_").replace("*", "\\*").replace("<", "&lt;")
 
 
 def summary_part() -> str:
-    """Every claim with its verdict, and how many there are of each."""
+    """Return every claim with its verdict, and the number of each verdict."""
     every = [claim for name in EXPERIMENTS for claim in result(name)["claims"]]
     claims = list({claim["paper"]: claim for claim in every}.values())  # Figures 6 and 7 share one
     words = ("reproduced", "partly", "not reproduced")
@@ -62,7 +62,7 @@ def summary_part() -> str:
 
 
 def speed_part() -> str:
-    """What docs/_generate/paper_results.py --speed measured."""
+    """Return the times measured by docs/_generate/paper_results.py --speed."""
     content = json.loads((RESULTS / "speed.json").read_text())
     timings = [(what, *times) for what, times in content["seconds"].items()]
     timings += [
@@ -71,15 +71,15 @@ def speed_part() -> str:
     rows = "\n".join(f"| {what} | {wall:.1f} | {'-' if cpu is None else f'{cpu:.1f}'} |" for what, wall, cpu in timings)
     environment = ", ".join(f"{key} {value}" for key, value in content["environment"].items())
     return (
-        f"| what | seconds | of the processor |\n|---|--:|--:|\n{rows}\n\n"
-        "One thread, on two cores that other programs kept busy (load average "
-        f"{content['load'][0]:.1f} after the first five): seconds of the processor, where recorded, are what an "
-        f"idle core would take; {environment}"
+        f"| what | seconds | CPU seconds |\n|---|--:|--:|\n{rows}\n\n"
+        "One thread, on two cores that other programs used too (load average "
+        f"{content['load'][0]:.1f} after the first five); CPU seconds, where recorded, are the time on an idle core; "
+        f"{environment}"
     )
 
 
 def page(text: str) -> str:
-    """The page with every measured part made again."""
+    """Return the page with every measured part rewritten."""
     for name in EXPERIMENTS:
         text = replaced(text, name, experiment_part(name))
     return replaced(replaced(text, "summary", summary_part()), "speed", speed_part())

@@ -1,4 +1,4 @@
-"""docs/findings.md is what bench/results says."""
+"""docs/findings.md is what docs/results says."""
 
 from __future__ import annotations
 
@@ -79,6 +79,6 @@ def test_words_follow_from_the_intervals() -> None:
     def found(low: float, high: float) -> JS0:
         return JS0(0.5, "distance", 2.0, "linear", 0.1, ("a", "b"), interval=(low, high, 0.95))
 
-    assert findings_page.compared(found(0.4, 0.5), found(0.1, 0.3)) == "more"
-    assert findings_page.compared(found(0.1, 0.3), found(0.4, 0.5)) == "less"
-    assert findings_page.compared(found(0.1, 0.45), found(0.4, 0.5)) == "undecided"
+    assert findings_page.compare(found(0.4, 0.5), found(0.1, 0.3)) == "more"
+    assert findings_page.compare(found(0.1, 0.3), found(0.4, 0.5)) == "less"
+    assert findings_page.compare(found(0.1, 0.45), found(0.4, 0.5)) == "undecided"

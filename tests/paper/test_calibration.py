@@ -220,6 +220,7 @@ def test_every_architecture_can_be_trained() -> None:
             assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
 
 
+@pytest.mark.slow
 def test_quick_calibration(tmp_path: Path) -> None:
     with one_thread():
         result = calibrate.run(quick=True, folder=tmp_path)

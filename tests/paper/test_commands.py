@@ -29,6 +29,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_theory_writes_every_experiment(everything: Path) -> None:
     names = {path.name for path in everything.iterdir()}
     assert {f"{name}.json" for name in EXPERIMENTS} <= names
@@ -37,6 +38,7 @@ def test_all_theory_writes_every_experiment(everything: Path) -> None:
         assert (everything / f"{name}.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_results_hold_claims_and_settings(everything: Path, name: str) -> None:
     content = json.loads((everything / f"{name}.json").read_text())
@@ -48,6 +50,7 @@ def test_results_hold_claims_and_settings(everything: Path, name: str) -> None:
     assert "(reproduced" not in content["text"]
 
 
+@pytest.mark.slow
 def test_arrays_can_be_read(everything: Path) -> None:
     with np.load(everything / "fig8.npz") as arrays:
         assert arrays["case3 GD"].shape == (61, 3)

@@ -104,6 +104,7 @@ def test_the_command(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paper", "plan", "--model", "resnet18"]) == 0
     text = capsys.readouterr().out
     assert "ResNet18" in text and "GFLOP/s)" in text and "VGG16" not in text
+    assert "ResNet18: BatchNorm in eval mode; " in text
     assert main(["paper", "plan", "--quick", "--model", "gpt2", "--json", "--gflops", "1000"]) == 0
     found = json.loads(capsys.readouterr().out)
     [job] = found["jobs"]
@@ -128,20 +129,21 @@ def test_bad_requests(arguments: list[str], message: str, capsys: pytest.Capture
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_batch_statistics_take_as_much_again(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """So a job with both BatchNorm policies is twice what is told, which says so where there is BatchNorm."""
+    """So a job with both BatchNorm policies costs twice as much; the text says so for networks with BatchNorm."""
     counted_in_eval_mode = cost.count_cost("resnet18", 2)
     monkeypatch.setattr(nn.Module, "eval", nn.Module.train)
     in_train_mode = cost.count_cost("resnet18", 2)
     assert in_train_mode.products == counted_in_eval_mode.products
     assert in_train_mode.gradient == counted_in_eval_mode.gradient
-    for name, told in (("resnet18", True), ("vgg16", False)):
+    for name, stated in (("resnet18", True), ("vgg16", False)):
         assert main(["paper", "plan", "--quick", "--model", name]) == 0
-        assert ("ResNet18: BatchNorm in eval mode; " in capsys.readouterr().out) is told
+        assert ("ResNet18: BatchNorm in eval mode; " in capsys.readouterr().out) is stated
 
 
 def test_the_kept_plan_is_of_the_papers_sizes() -> None:
-    kept = json.loads((findings_page.ROOT / "bench" / "results" / "paper" / "plan.json").read_text())
+    kept = json.loads((findings_page.ROOT / "docs" / "results" / "paper" / "plan.json").read_text())
     jobs = {job["name"]: job for job in kept["jobs"]}
     assert list(jobs) == list(NETWORKS) and "dirty" not in kept["environment"]["commit"]
     assert [job["blocks"] for job in jobs.values()] == [18, 16, 14, 16, 19, 25]

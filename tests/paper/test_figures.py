@@ -485,7 +485,7 @@ def test_exit_codes_of_interrupted_commands(
 
     monkeypatch.setattr(experiments, "run_experiments", interrupted)
     assert main(["paper", "fig1", "--out", str(tmp_path)]) == code
-    assert f"what is done is in {tmp_path}, go on with the same command" in capsys.readouterr().err
+    assert f"finished work is in {tmp_path}, the same command resumes it" in capsys.readouterr().err
 
 
 def test_data_are_told_apart_by_their_count_and_by_one_sample() -> None:

@@ -347,6 +347,7 @@ def test_gpt_and_transformers_gpt2_have_the_same_hessian_blocks() -> None:
     assert (transposed(here["query"], 8, 8) - there["value"]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("math_attention")
 def test_bert_and_transformers_bert_have_the_same_hessian_blocks() -> None:
     transformers = pytest.importorskip("transformers")

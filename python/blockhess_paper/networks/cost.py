@@ -332,7 +332,7 @@ def format_plans(jobs: Sequence[JobCost], device: str, gflops: float | None) -> 
             *_policies(jobs),
             "",
             f"Time on {device}: from the measured rate of a few products. {', '.join(rates)}: extrapolated with",
-            f"{basis}; not measured. No job has been run at full size.",
+            f"{basis}; unproven on hardware. No job has been run at full size.",
             "Share: of the peak of an H100, needed to reach the target. The paper's times include the full Hessian.",
             format_table(
                 ["network", f"here, {device}", *(f"{kind}, extrapolated" for kind in rates), "target on H100",
