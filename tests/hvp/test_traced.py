@@ -217,7 +217,7 @@ def branches_by_numpy(m: nn.Sequential, x: Tensor) -> Tensor:
     return m[2](m[0](x).tanh() if x.numpy().sum() > 0 else m[0](x).sin())
 
 
-@pytest.mark.parametrize("forward", [branches_by_item, branches_by_numpy])
+@pytest.mark.parametrize("forward", [branches_by_item, pytest.param(branches_by_numpy, marks=pytest.mark.slow)])
 def test_batches_of_one_shape_that_take_different_branches(forward: Forward) -> None:
     x, y = labelled(5)
     prepared_problem = problem(mlp(), [(x.abs(), y), (-x.abs(), y), (x.abs() / 2, y)], loss_of(forward))
@@ -238,11 +238,16 @@ class Held:
     ("make_data", "loss_fn", "traces"),
     [
         (lambda: [labelled(n) for n in (4, 4, 3, 4)], nn.CrossEntropyLoss(), 2),
+        pytest.param(
+            lambda: [labelled(9), labelled(9)],
+            lambda m, b: m(b[0][b[0][:, 0] > 0]).square().mean(),
+            2,
+            marks=pytest.mark.slow,
+        ),
         (lambda: [Held(4), Held(4)], lambda m, b: (F.cross_entropy(m(b.x), b.y), 4), 2),
-        (lambda: [labelled(9), labelled(9)], lambda m, b: m(b[0][b[0][:, 0] > 0]).square().mean(), 2),
         (lambda: ["tanh", "sin"], lambda m, b: (getattr(m(torch.ones(2, 3)), b)().sum(), 1), 2),
     ],
-    ids=["two shapes", "objects", "masks", "texts"],
+    ids=["two shapes", "masks", "objects", "texts"],
 )
 def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, traces: int) -> None:
     prepared_problem = problem(mlp(), make_data(), loss_fn)
