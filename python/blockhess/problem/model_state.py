@@ -28,24 +28,24 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(map(_is_batchnorm, model.modules()))
 
 
-def batchnorm_policy(model: nn.Module, asked: str) -> str:
+def batchnorm_policy(model: nn.Module, requested: str) -> str:
     """Return the effective BatchNorm policy, one of BATCHNORM, or "none" for a model without BatchNorm.
 
     Layers without running statistics use those of the batch in any mode, so "eval" becomes "batch" for them.
 
     Raises:
-        ValueError: `asked` needs running statistics that some layers, or all, do not have.
+        ValueError: `requested` needs running statistics that some layers, or all, do not have.
     """
     keeps = {name: m.running_mean is not None for name, m in model.named_modules() if _is_batchnorm(m)}
     if not keeps:
         return "none"
-    if asked == "batch" or all(keeps.values()):
-        return asked
-    if asked == "eval" and not any(keeps.values()):
+    if requested == "batch" or all(keeps.values()):
+        return requested
+    if requested == "eval" and not any(keeps.values()):
         return "batch"
     raise ValueError(
         "spectrum: batchnorm must be 'batch' where a layer keeps no running statistics, as "
-        f"{next(name for name, kept in keeps.items() if not kept)!r} (track_running_stats=False), got {asked!r}"
+        f"{next(name for name, kept in keeps.items() if not kept)!r} (track_running_stats=False), got {requested!r}"
     )
 
 
