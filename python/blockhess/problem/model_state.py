@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+
+T = TypeVar("T")
 
 # Attention implementations of Transformers that have a second derivative.
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
@@ -120,6 +122,17 @@ def freeze_batch_statistics(
             total = sum(count for count, _ in found)
             for number, average in enumerate(averages):
                 average.copy_(sum(count / total * parts[number].to(average) for count, parts in found))
+
+
+@contextmanager
+def setting(get: Callable[[], T], set_to: Callable[[T], None], value: T) -> Iterator[None]:
+    """Change a global setting of torch within the context."""
+    before = get()
+    set_to(value)
+    try:
+        yield
+    finally:
+        set_to(before)
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
