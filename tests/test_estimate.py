@@ -18,7 +18,7 @@ import blockhess
 from blockhess.problem.model_state import fixed_state
 from blockhess.run.progress import progress_bar
 from tests.helpers.dense_hessian import dense_hessian, operator, operator_blocks
-from tests.helpers.tiny_models import CASES, convolutional, labelled, mlp
+from tests.helpers.tiny_models import CASES, convolutional, labeled, mlp
 
 pytestmark = pytest.mark.usefixtures("float64_models")
 
@@ -57,7 +57,7 @@ def test_full_depth_is_the_dense_spectrum(case: str, batchnorm: str) -> None:
 
 def test_weights_are_those_of_the_dense_hessian() -> None:
     # E[weight of an eigenvalue] = multiplicity / dim; and sum_i w_i lambda_i^2 estimates |H|_F^2 / dim.
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=200)
     for name, block in operator_blocks(operator(model, data, nn.CrossEntropyLoss())).items():
         found = spectra[name]
@@ -67,7 +67,7 @@ def test_weights_are_those_of_the_dense_hessian() -> None:
 
 
 def test_a_blocks_result_does_not_depend_on_the_partition() -> None:
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     options = {"num_probes": 2, "num_steps": 6}
     whole = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options)
     alone = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), blocks={"2.weight": "2.weight"}, **options)
@@ -77,7 +77,7 @@ def test_a_blocks_result_does_not_depend_on_the_partition() -> None:
 
 
 def test_same_seed_same_bits() -> None:
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -90,7 +90,7 @@ def test_same_seed_same_bits() -> None:
 
 
 def test_batches_of_unequal_size_equal_the_whole_batch() -> None:
-    model, (x, y) = mlp(), labelled(7)
+    model, (x, y) = mlp(), labeled(7)
     split = [(x[:3], y[:3]), (x[3:6], y[3:6]), (x[6:], y[6:])]
     one, three = (blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2) for data in ((x, y), split))
     for name in one.names:
@@ -121,7 +121,7 @@ def test_provenance_tells_how_it_was_made() -> None:
     model.twice = model[0]
     model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
     spectra = blockhess.spectrum(
-        model, labelled(7), nn.CrossEntropyLoss(), num_probes=2, num_steps=3, seed=5, engine="autograd"
+        model, labeled(7), nn.CrossEntropyLoss(), num_probes=2, num_steps=3, seed=5, engine="autograd"
     )
     made = spectra.provenance
     expected = {
@@ -152,7 +152,7 @@ def test_provenance_tells_how_it_was_made() -> None:
         ("0.weight", "tied with twice.weight"),
         ("0.bias", "tied with twice.bias"),
     ]
-    fresh = blockhess.spectrum(model, labelled(7), nn.CrossEntropyLoss(), num_probes=1, num_steps=1, seed=None)
+    fresh = blockhess.spectrum(model, labeled(7), nn.CrossEntropyLoss(), num_probes=1, num_steps=1, seed=None)
     assert isinstance(fresh.provenance["seed"], int)
 
 
@@ -194,7 +194,7 @@ def test_the_model_is_left_as_it_was(batchnorm: str, failure: type[BaseException
 
 
 def test_drawing_the_data_leaves_no_trace() -> None:
-    model, (x, y) = mlp(), labelled(7)
+    model, (x, y) = mlp(), labeled(7)
     loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
     before = state(model)
     shuffled = blockhess.spectrum(model, loader, nn.CrossEntropyLoss(), num_probes=1)
@@ -204,7 +204,7 @@ def test_drawing_the_data_leaves_no_trace() -> None:
 
 
 def test_without_gradients_and_in_a_wrapper() -> None:
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     expected = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_steps=4)
     with torch.no_grad():
         found = blockhess.spectrum(nn.DataParallel(torch.compile(model)), data, nn.CrossEntropyLoss(), num_steps=4)
@@ -296,7 +296,7 @@ class SecondDerivativeIsInfinite(nn.Module):
 
 
 def test_nonfinite_products_keep_the_other_blocks() -> None:
-    model, data = SecondDerivativeIsInfinite(), labelled(7)
+    model, data = SecondDerivativeIsInfinite(), labeled(7)
     options = {"num_probes": 2, "num_steps": 5}
     with pytest.raises(blockhess.NonFiniteError, match=r"got NaN, inf or sizes .* in 1 of 3 blocks: bad; ") as caught:
         blockhess.spectrum(model, data, F.cross_entropy, blocks={"bad": "bad", **by_name(model.layer)}, **options)
@@ -333,7 +333,7 @@ def by_name(layer: nn.Module) -> dict[str, str]:
     ],
 )
 def test_bad_input(options: dict[str, Any], text: str) -> None:
-    arguments = {"model": mlp(), "data": labelled(7), "loss_fn": nn.CrossEntropyLoss()} | options
+    arguments = {"model": mlp(), "data": labeled(7), "loss_fn": nn.CrossEntropyLoss()} | options
     with pytest.raises((ValueError, TypeError), match=f"^spectrum: .*{text}"):
         blockhess.spectrum(**arguments)
 
@@ -342,7 +342,7 @@ def test_bad_input(options: dict[str, Any], text: str) -> None:
 
 
 def test_short_jobs_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    blockhess.spectrum(mlp(), labelled(7), nn.CrossEntropyLoss(), num_steps=5, progress=True)
+    blockhess.spectrum(mlp(), labeled(7), nn.CrossEntropyLoss(), num_steps=5, progress=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -357,7 +357,7 @@ def test_progress_counts_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
             bars.append(self)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    x, y = labelled(8)
+    x, y = labeled(8)
     spectra = blockhess.spectrum(
         mlp(), [(x[:4], y[:4]), (x[4:], y[4:])], nn.CrossEntropyLoss(), num_probes=2, num_steps=3, engine="autograd"
     )
@@ -372,14 +372,14 @@ def test_a_batch_too_large_for_the_device() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError, match="got batches of 7; pass smaller ones, in a list"):
-        blockhess.spectrum(mlp(), labelled(7), loss_fn)
+        blockhess.spectrum(mlp(), labeled(7), loss_fn)
 
 
 def test_progress_needs_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r'pip install "blockhess\[cli\]"'):
-        blockhess.spectrum(mlp(), labelled(7), nn.CrossEntropyLoss(), num_steps=1, progress=True)
-    blockhess.spectrum(mlp(), labelled(7), nn.CrossEntropyLoss(), num_steps=1)  # "auto" does without
+        blockhess.spectrum(mlp(), labeled(7), nn.CrossEntropyLoss(), num_steps=1, progress=True)
+    blockhess.spectrum(mlp(), labeled(7), nn.CrossEntropyLoss(), num_steps=1)  # "auto" does without
 
 
 def test_import_loads_nothing_heavy_and_every_name_is_there() -> None:
@@ -397,14 +397,14 @@ def test_import_loads_nothing_heavy_and_every_name_is_there() -> None:
 
 def test_blocks_of_equal_size_have_probes_of_their_own() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    q = blockhess.spectrum(model, labelled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=1).quadrature
+    q = blockhess.spectrum(model, labeled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=1).quadrature
     assert len(set(q.block_ids)) == 4
 
 
 def test_other_thread_counts_agree_to_rounding() -> None:
     """Not to the bit: the backward pass of LayerNorm adds in an order that depends on the number of threads."""
     model = nn.Sequential(nn.Linear(3, 64), nn.LayerNorm(64), nn.Tanh(), nn.Linear(64, 3))
-    data, before, results = labelled(200), torch.get_num_threads(), []
+    data, before, results = labeled(200), torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=5))

@@ -23,7 +23,7 @@ from blockhess.spectra import Spectra
 from blockhess_ext import NonFiniteError, Quadrature, batched_slq, ops
 from blockhess_ext.layout import Layout
 from tests.helpers.spectra_cases import make_spectra, random_spectra
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 EXAMPLES = int(os.environ.get("BLOCKHESS_EXAMPLES", "0"))
 
@@ -271,7 +271,7 @@ SPECTRUM: dict[str, st.SearchStrategy[Any]] = {
 
 def small_spectrum(**chosen: Any) -> Spectra:
     torch.manual_seed(0)
-    arguments = {"model": mlp(), "data": labelled(4), "loss_fn": torch.nn.CrossEntropyLoss(), "num_probes": 1,
+    arguments = {"model": mlp(), "data": labeled(4), "loss_fn": torch.nn.CrossEntropyLoss(), "num_probes": 1,
                  "num_steps": 2, "progress": False} | chosen  # fmt: skip
     return blockhess.spectrum(**arguments)
 
@@ -318,7 +318,7 @@ def test_spectrum_refuses_nonsense_for_what_it_is_about(what: str, value: Any) -
 )
 def test_extend_refuses_nonsense(name: str, value: Any) -> None:
     torch.manual_seed(0)
-    arguments = {"model": mlp(), "data": labelled(4), "loss_fn": torch.nn.CrossEntropyLoss()}
+    arguments = {"model": mlp(), "data": labeled(4), "loss_fn": torch.nn.CrossEntropyLoss()}
     arguments |= {"spectra": extended(), "num_probes": 2, "progress": False, name: value}
     spectra = answer(lambda: blockhess.extend(**arguments), [name])
     if spectra is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import blockhess
 from blockhess.run.storage import checkpoint
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 # One probe at a time fits 1,200 bytes of a budget, all blocks of it together.
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 def run(name: str, directory: Path | None) -> blockhess.Spectra:
     """One run; in a directory its state is saved after every step."""
     torch.manual_seed(0)
-    model, data = mlp(), [labelled(5), labelled(4)]
+    model, data = mlp(), [labeled(5), labeled(4)]
     checkpoint.SHARE, checkpoint.LEAST_SECONDS = float("inf"), 0.0
     return blockhess.spectrum(
         model, data, nn.CrossEntropyLoss(), run_dir=directory, progress=False, **SCENARIOS[name]

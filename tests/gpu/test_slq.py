@@ -12,7 +12,7 @@ import blockhess
 from blockhess_ext import NonFiniteError, batched_slq
 from tests.gpu import device
 from tests.gpu.device import DEVICE, assert_near, assert_same_bits
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 device.require(cuda=False)
 
@@ -77,7 +77,7 @@ def test_a_failing_recurrence_stops_and_the_others_continue(dtype):
 @pytest.mark.parametrize("reorthogonalize", ["none", "full"])
 def test_spectrum(reorthogonalize):
     torch.manual_seed(0)
-    model, (x, y) = mlp().double(), labelled(16)
+    model, (x, y) = mlp().double(), labeled(16)
     data = (x.double(), y)
 
     def spectra(where: str) -> blockhess.Spectra:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.tiny_models import CASES, labelled, mlp
+from tests.helpers.tiny_models import CASES, labeled, mlp
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,10 @@ ZOO: dict[str, Case] = {
     "ReLU and max-pooling": _with_cross_entropy(max_pooled, images),
     "ConvNeXt-like": _with_cross_entropy(ConvNeXtLike, images),
     "GRU": _with_cross_entropy(Gated, lambda: (torch.randn(2, 3, 3), torch.randint(2, (2,)))),
-    "mixture of experts": _with_cross_entropy(MixtureOfExperts, lambda: labelled(5)),
-    "control flow on data": _with_cross_entropy(DataDependent, lambda: labelled(5)),
-    "control flow on activations": _with_cross_entropy(ActivationDependent, lambda: labelled(5)),
-    "activation checkpointing": _with_cross_entropy(Checkpointed, lambda: labelled(5)),
+    "mixture of experts": _with_cross_entropy(MixtureOfExperts, lambda: labeled(5)),
+    "control flow on data": _with_cross_entropy(DataDependent, lambda: labeled(5)),
+    "control flow on activations": _with_cross_entropy(ActivationDependent, lambda: labeled(5)),
+    "activation checkpointing": _with_cross_entropy(Checkpointed, lambda: labeled(5)),
     "PINN": Case(pinn),
     "squared error": Case(lambda: (mlp(), (torch.randn(6, 3), torch.randn(6, 3)), nn.MSELoss())),
     **{

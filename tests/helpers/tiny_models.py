@@ -11,7 +11,7 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
-def labelled(n: int) -> tuple[Tensor, Tensor]:
+def labeled(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3), torch.randint(3, (n,))
 
 
@@ -69,7 +69,7 @@ def convolutional() -> nn.Sequential:
 
 
 CASES = {
-    "mlp": (mlp, lambda: labelled(7)),
+    "mlp": (mlp, lambda: labeled(7)),
     "convolution and BatchNorm": (convolutional, lambda: (torch.randn(6, 1, 4, 4), torch.randint(3, (6,)))),
     "attention": (SelfAttention, lambda: (torch.randn(2, 3, 4), torch.randint(2, (2,)))),
     "nn.MultiheadAttention": (TorchAttention, lambda: (torch.randn(2, 3, 4), torch.randint(2, (2,)))),

@@ -14,14 +14,14 @@ from blockhess.analysis.axes import Axis
 from blockhess.hvp import AutogradEngine, TracedEngine
 from blockhess.hvp.accuracy import EngineMismatch, measure
 from tests.helpers.dense_hessian import problem
-from tests.helpers.tiny_models import SelfAttention, labelled, mlp
+from tests.helpers.tiny_models import SelfAttention, labeled, mlp
 
 
 @pytest.mark.parametrize("engine", [AutogradEngine, TracedEngine])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_errors_are_of_the_order_of_rounding(engine: type, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model, (x, y) = mlp().to(dtype), labelled(7)
+    model, (x, y) = mlp().to(dtype), labeled(7)
     prepared_problem = problem(model, (x.to(dtype), y), nn.CrossEntropyLoss())
     accuracy = measure(prepared_problem, engine(prepared_problem))
     assert accuracy is not None
@@ -56,7 +56,7 @@ class Wrong(AutogradEngine):
 
 def test_wrong_products_are_noticed() -> None:
     torch.manual_seed(0)
-    prepared_problem = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    prepared_problem = problem(mlp(), labeled(7), nn.CrossEntropyLoss())
     with pytest.raises(EngineMismatch, match=r"products of block '2.weight' differ from autograd's"):
         measure(prepared_problem, Wrong(prepared_problem))
 
@@ -75,7 +75,7 @@ class Doubled(torch.autograd.Function):
 
 def test_what_cannot_be_traced_falls_back_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
 
     def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(Doubled.apply(m(batch[0])), batch[1])
@@ -93,7 +93,7 @@ def test_a_model_of_one_precision_only() -> None:
         return F.cross_entropy(m(batch[0].float()), batch[1])
 
     torch.manual_seed(0)
-    spectra = blockhess.spectrum(mlp(), labelled(7), loss_fn, num_probes=1, num_steps=3)
+    spectra = blockhess.spectrum(mlp(), labeled(7), loss_fn, num_probes=1, num_steps=3)
     assert spectra.provenance["hvp_error"] is None
 
 

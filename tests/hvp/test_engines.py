@@ -82,7 +82,20 @@ def errors(problem: Problem, engine: Engine, vectors: Tensor, expected: list[Ten
     return [float((f - e).norm()) / max(float(e.norm()), noise) for f, e in zip(found, expected)]
 
 
-@pytest.mark.parametrize("name", ZOO)
+SLOW = (
+    "BertForMaskedLM",
+    "LlamaForCausalLM",
+    "ViTForImageClassification",
+    "BatchNorm residual, eval",
+    "BatchNorm residual, batch",
+    "ConvNeXt-like",
+    "GRU",
+    "encoder layer",
+    "PINN",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ZOO])
 def test_products_are_those_of_the_dense_hessian(name: str) -> None:
     with prepared_problem(name) as problem:
         traced: Engine | None = None if name == "control flow on activations" else TracedEngine(problem)
@@ -138,7 +151,7 @@ def test_blocks_are_those_of_torch_func_hessian(name: str) -> None:
             assert max(errors(problem, engine, vectors, expected)) <= TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("name", ["mlp", "ConvNeXt-like"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("ConvNeXt-like", marks=pytest.mark.slow)])
 def test_traced_products_in_float32_and_their_symmetry(name: str) -> None:
     with prepared_problem(name) as problem:
         vectors = torch.randn(2, sum(problem.dims))

@@ -10,12 +10,12 @@ from torch import nn
 import blockhess
 from blockhess.hvp.exact import _quadrature, is_cheaper_exact
 from tests.helpers.dense_hessian import dense_hessian
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 
 def test_eigenvalues_are_those_of_the_dense_hessian() -> None:
     torch.manual_seed(0)
-    model, (x, y) = mlp().double(), labelled(7)
+    model, (x, y) = mlp().double(), labeled(7)
     x = x.double()
     spectra = blockhess.spectrum(model, (x, y), nn.CrossEntropyLoss(), num_probes=3, engine="exact")
     assert spectra.provenance["plan"]["exact"] == list(spectra.names)
@@ -70,7 +70,7 @@ def test_when_it_is_cheaper() -> None:
 
 def test_small_blocks_next_to_estimated_ones() -> None:
     torch.manual_seed(0)
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=4)
     assert spectra.provenance["plan"]["exact"] == ["0.bias", "2.bias"]
     alone = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=4, engine="autograd")

@@ -91,8 +91,8 @@ def floors(prepared_problem: Problem, number: int) -> tuple[int, int]:
         (perceptron, 1.4),
         # torch's second derivative of a convolution computes the weight's adjoint whether or not it is asked for:
         # 1.5 for a whole ResNet18.
-        (residual, 1.7),
-        (language_model, 1.4),
+        pytest.param(residual, 1.7, marks=pytest.mark.slow),
+        pytest.param(language_model, 1.4, marks=pytest.mark.slow),
     ],
 )
 def test_flops_of_a_product(make: Callable[[], Problem], autograd: float) -> None:

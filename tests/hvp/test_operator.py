@@ -17,7 +17,7 @@ import blockhess
 from blockhess.problem.blocks import ParameterSlice
 from blockhess.problem.model_state import fixed_state
 from tests.helpers.dense_hessian import assert_close, dense_hessian, operator, operator_blocks
-from tests.helpers.tiny_models import CASES, SelfAttention, convolutional, labelled, mlp
+from tests.helpers.tiny_models import CASES, SelfAttention, convolutional, labeled, mlp
 
 pytestmark = pytest.mark.usefixtures("float64_models")
 
@@ -53,7 +53,7 @@ def test_hand_numbers() -> None:
 
 
 def test_full_and_groups_and_parts_are_submatrices_of_the_hessian() -> None:
-    model, (x, y) = mlp(), labelled(7)
+    model, (x, y) = mlp(), labeled(7)
     names = [name for name, _ in model.named_parameters()]
     full = dense_hessian(model, lambda call: F.cross_entropy(call(x), y), names)  # 12 + 4 + 12 + 3
 
@@ -83,7 +83,7 @@ def test_full_and_groups_and_parts_are_submatrices_of_the_hessian() -> None:
 
 
 def test_a_block_depends_on_its_own_input_only() -> None:
-    hessian = operator(mlp(), labelled(7), nn.CrossEntropyLoss())
+    hessian = operator(mlp(), labeled(7), nn.CrossEntropyLoss())
     v = torch.randn(2, sum(hessian.dims))
     other = torch.randn_like(v)
     other[:, 12:16] = v[:, 12:16]
@@ -93,7 +93,7 @@ def test_a_block_depends_on_its_own_input_only() -> None:
 
 
 def test_the_input_is_left_alone_and_the_result_is_new() -> None:
-    hessian = operator(nn.Linear(3, 2, bias=False), labelled(7), lambda m, batch: (m.weight**2).sum() / 2)
+    hessian = operator(nn.Linear(3, 2, bias=False), labeled(7), lambda m, batch: (m.weight**2).sum() / 2)
     v = torch.randn(2, 6)
     kept = v.clone()
     first = hessian(v)  # the Hessian is the identity, whose product autograd may return as the input itself
@@ -103,7 +103,7 @@ def test_the_input_is_left_alone_and_the_result_is_new() -> None:
 
 @pytest.mark.parametrize("sizes", [[7], [3, 3, 1], [1, 6]])
 def test_batches_of_unequal_size_equal_the_whole_batch(sizes: list[int]) -> None:
-    model, (x, y) = mlp(), labelled(7)
+    model, (x, y) = mlp(), labeled(7)
     y[[0, 4]] = -100  # ignored targets: weights 5; 2, 2, 1; and 0, 5
     hessian = operator(model, list(zip(x.split(sizes), y.split(sizes))), nn.CrossEntropyLoss())
     whole = F.cross_entropy(model(x), y)
@@ -114,14 +114,14 @@ def test_batches_of_unequal_size_equal_the_whole_batch(sizes: list[int]) -> None
 
 
 def test_reduction_sum_adds_batches() -> None:
-    model, (x, y) = mlp(), labelled(7)
+    model, (x, y) = mlp(), labeled(7)
     hessian = operator(model, list(zip(x.split(4), y.split(4))), nn.CrossEntropyLoss(reduction="sum"))
     for name, block in operator_blocks(hessian).items():
         assert_close(block, dense_hessian(model, lambda call: F.cross_entropy(call(x), y, reduction="sum"), [name]))
 
 
 def test_weights_that_a_loss_function_returns() -> None:
-    model, (x, y) = mlp(), labelled(7)
+    model, (x, y) = mlp(), labeled(7)
 
     def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor, float]) -> tuple[Tensor, float]:
         return F.cross_entropy(m(batch[0]), batch[1]), batch[2]
@@ -136,7 +136,7 @@ def test_weights_that_a_loss_function_returns() -> None:
 
 
 def test_finished_recurrences_are_skipped() -> None:
-    hessian = operator(mlp(), labelled(7), nn.CrossEntropyLoss())
+    hessian = operator(mlp(), labeled(7), nn.CrossEntropyLoss())
     v = torch.randn(2, sum(hessian.dims))
     whole = hessian(v)
     assert hessian.hvps == 8
@@ -161,7 +161,7 @@ class PartlyUsed(nn.Module):
 
 
 def test_unused_and_linear_parameters_have_zero_blocks() -> None:
-    model, data = PartlyUsed(), labelled(7)
+    model, data = PartlyUsed(), labeled(7)
 
     def loss_fn(m: PartlyUsed, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(m(batch[0]), batch[1]) + m.linear.sum()
@@ -186,7 +186,7 @@ def test_unused_and_linear_parameters_have_zero_blocks() -> None:
 
 def test_a_parameter_used_in_one_batch_only_is_used() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
-    x, y = labelled(4)
+    x, y = labeled(4)
     hessian = operator(model, ["a", "b"], lambda m, key: (F.cross_entropy(m[key](x), y), 1))
     assert hessian.problem.unused == ()
     assert_close(
@@ -198,7 +198,7 @@ def test_a_parameter_used_in_one_batch_only_is_used() -> None:
 def test_vectors_have_the_widest_dtype() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).float()
     model.append(nn.Linear(4, 3))
-    x, y = labelled(5)
+    x, y = labeled(5)
     data = (x.float(), y)
 
     def loss_fn(m: nn.Sequential, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -244,7 +244,7 @@ class BigTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("blocks", ["parameter", {"rows": ParameterSlice("0.weight", 1, 3), "rest": "2.weight"}])
 def test_the_result_is_the_only_new_tensor_of_its_size(blocks: Any) -> None:
-    x, y = labelled(7)
+    x, y = labeled(7)
     hessian = operator(mlp(), [(x[:4], y[:4]), (x[4:], y[4:])], nn.CrossEntropyLoss(), blocks)
     v = torch.randn(10, sum(hessian.dims))
     with BigTensors(v.untyped_storage().nbytes()) as big:
@@ -270,7 +270,7 @@ class Marked(torch.autograd.Function):
 
 
 def test_only_one_batchs_graph_is_alive() -> None:
-    model, (x, y) = mlp(), labelled(8)
+    model, (x, y) = mlp(), labeled(8)
     alive = []
     Marked.latest = lambda: None
 
@@ -294,7 +294,7 @@ def test_only_one_batchs_graph_is_alive() -> None:
 def test_a_loss_that_depends_on_no_block() -> None:
     model = PartlyUsed()
     with pytest.raises(ValueError, match=r"depends on none of unused.weight"):
-        operator(model, labelled(4), nn.CrossEntropyLoss(), {"a": "unused.weight"})
+        operator(model, labeled(4), nn.CrossEntropyLoss(), {"a": "unused.weight"})
 
 
 @pytest.mark.parametrize(
@@ -314,11 +314,11 @@ def test_a_loss_that_depends_on_no_block() -> None:
 )
 def test_bad_losses(loss_fn: object, text: str) -> None:
     with pytest.raises((ValueError, TypeError), match=text):
-        operator(mlp(), labelled(4), loss_fn)
+        operator(mlp(), labeled(4), loss_fn)
 
 
 def test_the_bad_batch_is_named() -> None:
-    x, y = labelled(6)
+    x, y = labeled(6)
     x[5] = float("inf")
     with pytest.raises(ValueError, match="got nan for batch 1"):
         operator(mlp(), list(zip(x.split(4), y.split(4))), nn.CrossEntropyLoss())
@@ -346,14 +346,14 @@ def test_an_operation_that_is_differentiable_once_is_refused(batches: int) -> No
         def backward(ctx: object, gradient: Tensor) -> Tensor:
             return gradient * 2
 
-    data = [labelled(4)] * batches
+    data = [labeled(4)] * batches
     with pytest.raises(NotImplementedError, match="marked once_differentiable"):
         hessian = operator(mlp(), data, lambda m, b: F.cross_entropy(Once.apply(m(b[0])), b[1]))
         hessian(torch.randn(1, sum(hessian.dims)))
 
 
 def test_parameters_and_data_on_different_devices() -> None:
-    model, (x, y) = mlp(), labelled(4)
+    model, (x, y) = mlp(), labeled(4)
     with pytest.raises(ValueError, match="model's device cpu, got batch 0 on meta"):
         operator(model, (x.to("meta"), y), nn.CrossEntropyLoss())
     model[2].to("meta")
@@ -364,7 +364,7 @@ def test_parameters_and_data_on_different_devices() -> None:
 def test_what_autograd_gets_silently_wrong_is_refused() -> None:
     weight_norm = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
     with pytest.raises(NotImplementedError, match="fused weight norm"):
-        blockhess.spectrum(weight_norm, labelled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
+        blockhess.spectrum(weight_norm, labeled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
 
     def checkpointed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x = batch[0].clone().requires_grad_()
@@ -372,13 +372,13 @@ def test_what_autograd_gets_silently_wrong_is_refused() -> None:
 
     reentrant = True
     with pytest.raises(NotImplementedError, match="use_reentrant=False"):
-        blockhess.spectrum(mlp(), labelled(5), checkpointed, num_probes=1, num_steps=2)
+        blockhess.spectrum(mlp(), labeled(5), checkpointed, num_probes=1, num_steps=2)
     reentrant = False
-    blockhess.spectrum(mlp(), labelled(5), checkpointed, num_probes=1, num_steps=2)
+    blockhess.spectrum(mlp(), labeled(5), checkpointed, num_probes=1, num_steps=2)
 
 
 def test_autocast_around_the_call_changes_nothing() -> None:
-    model, data = mlp(), labelled(5)
+    model, data = mlp(), labeled(5)
     plain = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=1, num_steps=3)
     with torch.autocast("cpu"):
         inside = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=1, num_steps=3)

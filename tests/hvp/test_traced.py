@@ -18,7 +18,7 @@ from blockhess.hvp.traced import trace
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
 from tests.helpers.dense_hessian import problem
-from tests.helpers.tiny_models import SelfAttention, labelled, mlp
+from tests.helpers.tiny_models import SelfAttention, labeled, mlp
 
 Forward = Callable[[nn.Sequential, Tensor], Tensor]
 
@@ -78,13 +78,13 @@ STOPPED: dict[str, Forward] = {
 
 @pytest.mark.parametrize("forward", STOPPED.values(), ids=STOPPED)
 def test_gradients_stop_where_autograd_stops_them(forward: Forward) -> None:
-    prepared_problem = problem(mlp(), labelled(5), loss_of(forward))
+    prepared_problem = problem(mlp(), labeled(5), loss_of(forward))
     assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-14
 
 
 def test_the_check_catches_a_trace_that_ignores_a_stopped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace._GradientStops, "_operand", lambda self, value: value)
-    prepared_problem = problem(mlp(), labelled(5), loss_of(STOPPED["detach()"]))
+    prepared_problem = problem(mlp(), labeled(5), loss_of(STOPPED["detach()"]))
     engine = TracedEngine(prepared_problem)
     assert disagreement(prepared_problem, engine) > 1e-3
     with pytest.raises(EngineMismatch, match=r"block '0.weight' differ from autograd's"):
@@ -99,7 +99,7 @@ def test_the_check_works_where_the_model_insists_on_its_precision(monkeypatch: p
             raise TypeError("float64 only")
         return loss_of(STOPPED["detach()"])(m, batch)
 
-    prepared_problem = problem(mlp(), labelled(5), loss_fn)
+    prepared_problem = problem(mlp(), labeled(5), loss_fn)
     with pytest.raises(EngineMismatch):
         measure(prepared_problem, TracedEngine(prepared_problem))
 
@@ -112,7 +112,7 @@ def test_the_check_catches_a_hook_that_scales_gradients() -> None:
         h.register_hook(lambda gradient: gradient * h.detach().cos())
         return m[2](m[1](h))
 
-    prepared_problem = problem(mlp(), labelled(5), loss_of(hooked))
+    prepared_problem = problem(mlp(), labeled(5), loss_of(hooked))
     with pytest.raises(EngineMismatch):
         measure(prepared_problem, TracedEngine(prepared_problem))
 
@@ -137,14 +137,14 @@ CLOSURES: dict[str, Callable[[nn.Module, Any], Tensor]] = {
 
 @pytest.mark.parametrize("loss_fn", CLOSURES.values(), ids=CLOSURES)
 def test_closures(loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
-    prepared_problem = problem(mlp(), labelled(5), loss_fn)
+    prepared_problem = problem(mlp(), labeled(5), loss_fn)
     assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-13
 
 
 def test_parameters_of_mixed_dtypes() -> None:
     model = mlp()
     model[2].float()
-    prepared_problem = problem(model, labelled(5), loss_of(lambda m, x: m[2](m[1](m[0](x)).float())))
+    prepared_problem = problem(model, labeled(5), loss_of(lambda m, x: m[2](m[1](m[0](x)).float())))
     assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-6
 
 
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
 def test_what_cannot_be_traced_is_refused_and_auto_takes_autograd(
     forward: Forward, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, data = mlp(), labelled(5)
+    model, data = mlp(), labeled(5)
     with pytest.raises(NotTraceable, match=reason):
         TracedEngine(problem(model, data, loss_of(forward)))
     options: dict[str, Any] = {"num_probes": 1, "num_steps": 2}
@@ -202,7 +202,7 @@ def test_what_cannot_be_traced_is_refused_and_auto_takes_autograd(
 
 def test_auto_traces_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blockhess.run.plan.TRACE_SECONDS", -1.0)
-    found = blockhess.spectrum(mlp(), labelled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
+    found = blockhess.spectrum(mlp(), labeled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
     assert found.provenance["engine"] == "traced"
 
 
@@ -217,9 +217,9 @@ def branches_by_numpy(m: nn.Sequential, x: Tensor) -> Tensor:
     return m[2](m[0](x).tanh() if x.numpy().sum() > 0 else m[0](x).sin())
 
 
-@pytest.mark.parametrize("forward", [branches_by_item, branches_by_numpy])
+@pytest.mark.parametrize("forward", [branches_by_item, pytest.param(branches_by_numpy, marks=pytest.mark.slow)])
 def test_batches_of_one_shape_that_take_different_branches(forward: Forward) -> None:
-    x, y = labelled(5)
+    x, y = labeled(5)
     prepared_problem = problem(mlp(), [(x.abs(), y), (-x.abs(), y), (x.abs() / 2, y)], loss_of(forward))
     assert disagreement(prepared_problem, TracedEngine(prepared_problem)) < 1e-14
 
@@ -228,7 +228,7 @@ class Held:
     """A batch whose tensors only the loss knows."""
 
     def __init__(self, n: int) -> None:
-        self.x, self.y = labelled(n)
+        self.x, self.y = labeled(n)
 
     def __repr__(self) -> str:
         return "Held"
@@ -237,12 +237,17 @@ class Held:
 @pytest.mark.parametrize(
     ("make_data", "loss_fn", "traces"),
     [
-        (lambda: [labelled(n) for n in (4, 4, 3, 4)], nn.CrossEntropyLoss(), 2),
+        (lambda: [labeled(n) for n in (4, 4, 3, 4)], nn.CrossEntropyLoss(), 2),
+        pytest.param(
+            lambda: [labeled(9), labeled(9)],
+            lambda m, b: m(b[0][b[0][:, 0] > 0]).square().mean(),
+            2,
+            marks=pytest.mark.slow,
+        ),
         (lambda: [Held(4), Held(4)], lambda m, b: (F.cross_entropy(m(b.x), b.y), 4), 2),
-        (lambda: [labelled(9), labelled(9)], lambda m, b: m(b[0][b[0][:, 0] > 0]).square().mean(), 2),
         (lambda: ["tanh", "sin"], lambda m, b: (getattr(m(torch.ones(2, 3)), b)().sum(), 1), 2),
     ],
-    ids=["two shapes", "objects", "masks", "texts"],
+    ids=["two shapes", "masks", "objects", "texts"],
 )
 def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, traces: int) -> None:
     prepared_problem = problem(mlp(), make_data(), loss_fn)
@@ -254,7 +259,7 @@ def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, t
 @pytest.mark.parametrize("works", [True, False])
 def test_compiled_programs(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
     """They run compiled although the model around them must not be, and eagerly where there is no compiler."""
-    prepared_problem = problem(mlp(), labelled(7), nn.CrossEntropyLoss())
+    prepared_problem = problem(mlp(), labeled(7), nn.CrossEntropyLoss())
     plain = TracedEngine(prepared_problem)
     plain.prepare(0)
     stances = []

@@ -15,7 +15,7 @@ import blockhess
 from blockhess.integrations.scipy import block_operators, operator_spectra
 from blockhess.problem.blocks import ParameterSlice
 from tests.helpers.dense_hessian import dense_hessian
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -27,7 +27,7 @@ def symmetric(n: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.usefixtures("float64_models")
 def test_block_operators_are_the_dense_hessians() -> None:
-    model, (x, y) = mlp(), labelled(9)
+    model, (x, y) = mlp(), labeled(9)
     batches = [(x[:5], y[:5]), (x[5:], y[5:])]
     with block_operators(model, batches, LOSS) as operators:
         assert list(operators) == [name for name, _ in model.named_parameters()]
@@ -66,7 +66,7 @@ def test_block_operators_keep_the_models_state() -> None:
 @pytest.mark.usefixtures("float64_models")
 def test_operators_have_the_spectra_of_their_model() -> None:
     """There and back: the same probes, so the same nodes."""
-    model, batch = mlp(), labelled(9)
+    model, batch = mlp(), labeled(9)
     expected = blockhess.spectrum(model, batch, LOSS, num_probes=3, num_steps=4, engine="autograd")
     with block_operators(model, batch, LOSS) as operators:
         spectra = operator_spectra(operators, num_probes=3, num_steps=4)
@@ -130,7 +130,7 @@ def test_what_is_no_symmetric_operator_is_refused(operators: Any, error: type[Ex
 @pytest.mark.usefixtures("float64_models")
 def test_operators_of_curvlinops() -> None:
     curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed")
-    model, batch = mlp(), labelled(9)
+    model, batch = mlp(), labeled(9)
     name, parameter = next(iter(model.named_parameters()))
     operator = curvlinops.HessianLinearOperator(model, LOSS, [parameter], [batch])
     spectra = operator_spectra({name: operator}, num_probes=2)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import blockhess
 from blockhess.problem.model_state import fixed_state
 from tests.helpers.dense_hessian import operator, problem
-from tests.helpers.tiny_models import SelfAttention, convolutional, labelled, mlp
+from tests.helpers.tiny_models import SelfAttention, convolutional, labeled, mlp
 
 OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 4, "engine": "autograd"}
 
@@ -40,7 +40,7 @@ def split(loss_fn: Any, model: nn.Module, data: Any, **options: Any) -> tuple[bl
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_result_does_not_depend_on_the_micro_batches(reduction: str) -> None:
-    x, y = labelled(256)
+    x, y = labeled(256)
     y[::3] = -100  # weights that are not the parts' sizes
     whole, parts = split(nn.CrossEntropyLoss(reduction=reduction), wide(), (x, y))
     assert whole.provenance["plan"]["batches"] == 1 < parts.provenance["plan"]["batches"]
@@ -50,7 +50,7 @@ def test_the_result_does_not_depend_on_the_micro_batches(reduction: str) -> None
 
 def test_closures_are_never_split() -> None:
     with pytest.raises(ValueError, match=r"memory_budget must be at least .* for one probe of one batch's graph"):
-        split(lambda m, b: F.cross_entropy(m(b[0]), b[1]), wide(), labelled(256))
+        split(lambda m, b: F.cross_entropy(m(b[0]), b[1]), wide(), labeled(256))
 
 
 class Contrastive(nn.Module):
@@ -69,7 +69,7 @@ class Flat(nn.CrossEntropyLoss):
 
 @pytest.mark.parametrize("loss_fn", [Contrastive(), Flat()])
 def test_batches_are_split_only_where_the_loss_stays_the_same(loss_fn: nn.Module) -> None:
-    x, y = labelled(256)
+    x, y = labeled(256)
     y = torch.cat([y, y]) if isinstance(loss_fn, Flat) else y
     with pytest.raises(ValueError, match=r"memory_budget must be at least .* for one probe of one batch's graph"):
         split(loss_fn, wide(), (x, y))
@@ -113,9 +113,9 @@ class NoisyGradient(torch.autograd.Function):
 
 def test_what_draws_random_numbers_is_named() -> None:
     with pytest.raises(ValueError, match=r"same loss for the same batch.*bernoulli_? in inner\.1 \(AlwaysDropout\)"):
-        problem(Noisy(), labelled(4), nn.CrossEntropyLoss())
+        problem(Noisy(), labeled(4), nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=r"same gradient for the same batch.* in '0.weight'.*rand in loss_fn"):
-        problem(mlp(), labelled(4), lambda m, b: NoisyGradient.apply(m(b[0])).square().mean())
+        problem(mlp(), labeled(4), lambda m, b: NoisyGradient.apply(m(b[0])).square().mean())
     calls = []
 
     def changing(m: nn.Module, b: Any) -> Tensor:
@@ -123,7 +123,7 @@ def test_what_draws_random_numbers_is_named() -> None:
         return len(calls) * m(b[0]).square().mean()
 
     with pytest.raises(ValueError, match="no random number is drawn by torch, so the model changes its own state"):
-        problem(mlp(), labelled(4), changing)
+        problem(mlp(), labeled(4), changing)
 
 
 # Bad batches
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_names_its_batch(value: float, text: str) -> N
 
 
 def test_a_batch_on_another_device_is_named() -> None:
-    x, y = labelled(4)
+    x, y = labeled(4)
     with pytest.raises(ValueError, match="model's device cpu, got batch 1 on meta"):
         problem(mlp(), [(x, y), (x.to("meta"), y)], nn.CrossEntropyLoss())
 
@@ -162,13 +162,13 @@ def flash(m: nn.Module, batch: Tensor) -> Tensor:
         ),
         (
             lambda: nn.Sequential(nn.Linear(3, 3), nn.Hardsigmoid(), nn.Linear(3, 3)),
-            lambda: labelled(4),
+            lambda: labeled(4),
             nn.CrossEntropyLoss(),
             r"in 1 \(Hardsigmoid\) lacks \(.*hardsigmoid_backward.*\); use F.relu6",
         ),
         (
             mlp,
-            lambda: labelled(4),
+            lambda: labeled(4),
             lambda m, b: torch.cdist(m(b[0]), b[0]).mean(),
             r"in loss_fn lacks \(.*_cdist_backward.*\); use \(x\[:, None\] - y\).norm",
         ),
@@ -241,7 +241,7 @@ def test_activation_checkpointing_in_another_precision(engine: str) -> None:
 
     model = Checkpointed(nn.Linear(3, 4), nn.Linear(4, 3)).bfloat16()
     plain = nn.Sequential(model[0], nn.Tanh(), model[1])
-    x, y = labelled(7)
+    x, y = labeled(7)
     options = OPTIONS | {"engine": engine, "blocks": {"first": ["0.weight"]}}
     found, right = (blockhess.spectrum(m, (x, y), nn.CrossEntropyLoss(), **options) for m in (model, plain))
     assert found.provenance["hvp_error"] is not None

@@ -16,7 +16,7 @@ from blockhess.problem import fingerprint
 from blockhess.run.adaptive import missed, probes_needed, statistical_error
 from blockhess_ext import Quadrature, batched_slq
 from blockhess_ext.early_stopping import change
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 
 def with_eigenvalues(eigenvalues: Tensor, distribution: str, num_probes: int, first_probe: int = 0) -> Quadrature:
@@ -217,9 +217,9 @@ def test_an_extended_run_is_a_longer_run(options):
 )
 def test_an_extension_of_something_else_is_refused(change, text):
     torch.manual_seed(0)
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=4)
-    other = {"model": mlp(), "data": labelled(7)}
+    other = {"model": mlp(), "data": labeled(7)}
     given = {"model": model, "data": data, "loss_fn": nn.CrossEntropyLoss(), "num_probes": 3}
     given |= {name: other[name] if value == "other" else value for name, value in change.items()}
     with pytest.raises(ValueError, match=f"extend: {text}"):
@@ -228,7 +228,7 @@ def test_an_extension_of_something_else_is_refused(change, text):
 
 def test_an_extension_of_hand_made_spectra_or_by_unknown_options_is_refused():
     torch.manual_seed(0)
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=4)
     bare = blockhess.Spectra(spectra.blocks, spectra.quadrature, {})
     with pytest.raises(

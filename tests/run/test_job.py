@@ -22,7 +22,7 @@ from blockhess.run.storage.checkpoint import Checkpoints
 from blockhess_ext import State
 from tests.crash.scenarios import same_bits
 from tests.helpers.faulty_disk import FaultyDisk, disk_full
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 from tests.test_estimate import SecondDerivativeIsInfinite
 
 OPTIONS = {
@@ -39,7 +39,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     torch.manual_seed(0)
     monkeypatch.setattr(checkpoint, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
-    return mlp(), labelled(7), nn.CrossEntropyLoss()
+    return mlp(), labeled(7), nn.CrossEntropyLoss()
 
 
 class Stop(Exception):
@@ -112,7 +112,7 @@ def test_what_differs_is_told(given, tmp_path):
         "dtype": {"dtype": torch.float64},
         "loss": {"loss_fn": nn.functional.cross_entropy},
         "value of the loss": {"loss_fn": nn.CrossEntropyLoss(label_smoothing=0.1)},
-        "data": {"data": labelled(7)},
+        "data": {"data": labeled(7)},
         "parameters": {"model": mlp()},
         "blocks": {"blocks": "full"},
         "keep_vectors": {"keep_vectors": True},
@@ -193,7 +193,7 @@ def test_the_command_ends_with_the_code_of_the_signal_and_can_be_resumed(which, 
 
 def job() -> dict[str, Any]:
     torch.manual_seed(0)
-    return {"model": mlp(), "data": labelled(7), "loss_fn": nn.CrossEntropyLoss(), "progress": False, **OPTIONS}
+    return {"model": mlp(), "data": labeled(7), "loss_fn": nn.CrossEntropyLoss(), "progress": False, **OPTIONS}
 
 
 def test_a_full_disk_keeps_the_last_good_state(given, tmp_path):
@@ -471,7 +471,7 @@ def test_runs_of_other_blocks_are_one_run(given, engine):
 )
 def test_what_does_not_belong_together_is_refused(given, change, text):
     options = {"num_steps": 5, "num_probes": 2, "reorthogonalize": "none", "engine": "autograd"}
-    other = {"model": mlp(), "data": labelled(7)}
+    other = {"model": mlp(), "data": labeled(7)}
     named = dict(zip(("model", "data", "loss_fn"), given)) | options
     first = blockhess.spectrum(**named)
     changed = {name: other[name] if value == "other" else value for name, value in change.items()}

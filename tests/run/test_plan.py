@@ -17,12 +17,12 @@ from blockhess.problem.memory import budget_bytes
 from blockhess.run import plan as planning
 from blockhess.run.plan import Plan, make_plan
 from tests.helpers.dense_hessian import problem
-from tests.helpers.tiny_models import labelled, mlp
+from tests.helpers.tiny_models import labeled, mlp
 
 
 def planned(**options: Any) -> Plan:
     prepared_problem = problem(
-        mlp().float(), tuple(t.float() if t.is_floating_point() else t for t in labelled(7)), nn.CrossEntropyLoss()
+        mlp().float(), tuple(t.float() if t.is_floating_point() else t for t in labeled(7)), nn.CrossEntropyLoss()
     )
     defaults = {"num_probes": 3, "num_steps": 5, "basis_dims": [0] * 4, "budget": 2**30}
     return make_plan(prepared_problem, **(defaults | options))
@@ -62,7 +62,7 @@ def test_every_probe_of_every_block_is_in_one_pass(budget: int) -> None:
 @pytest.mark.parametrize("engine", ["autograd", pytest.param("traced", marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_the_memory_budget(engine: str) -> None:
     torch.manual_seed(0)
-    model, data = mlp().double(), labelled(7)
+    model, data = mlp().double(), labeled(7)
     data = (data[0].double(), data[1])
     options = {"num_probes": 4, "num_steps": 4, "engine": engine, "reorthogonalize": "full"}
     whole = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options)
@@ -81,7 +81,7 @@ def test_the_result_does_not_depend_on_the_memory_budget(engine: str) -> None:
 
 def test_passes_alone_change_no_bit() -> None:
     torch.manual_seed(0)
-    x, y = labelled(1)  # a batch of one sample cannot be cut
+    x, y = labeled(1)  # a batch of one sample cannot be cut
     options = {"num_probes": 4, "num_steps": 4, "engine": "autograd"}
     whole = blockhess.spectrum(mlp_of(0), (x, y), nn.CrossEntropyLoss(), **options)
     parts = blockhess.spectrum(mlp_of(0), (x, y), nn.CrossEntropyLoss(), memory_budget=1500, **options)
@@ -112,7 +112,7 @@ def test_too_many_blocks_to_write_out() -> None:
 
 
 def test_plan_runs_nothing_and_says_what_spectrum_then_does() -> None:
-    model, data = mlp(), labelled(7)
+    model, data = mlp(), labeled(7)
     plan = blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=3)
     made = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=3).provenance
     assert made["hvps"] == plan.hvps and made["engine"] == plan.engine
@@ -153,7 +153,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None:
-    small, large = labelled(1), labelled(1000)
+    small, large = labeled(1), labeled(1000)
     one, two, other = (
         problem(mlp(), data, nn.CrossEntropyLoss()) for data in ([large], [small, large], [large, small])
     )

@@ -58,7 +58,7 @@ class PerBatch(Generic[T]):
         self._index = 0
 
     def select(self, index: int) -> None:
-        """Compute the value of batch `index` unless it is kept."""
+        """Compute the value of batch `index` unless it is stored."""
         if index not in self._values:
             if not self._retain:
                 self._values.clear()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+
+T = TypeVar("T")
 
 # Attention implementations of Transformers that have a second derivative.
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa")
@@ -28,24 +30,24 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(map(_is_batchnorm, model.modules()))
 
 
-def batchnorm_policy(model: nn.Module, asked: str) -> str:
+def batchnorm_policy(model: nn.Module, requested: str) -> str:
     """Return the effective BatchNorm policy, one of BATCHNORM, or "none" for a model without BatchNorm.
 
     Layers without running statistics use those of the batch in any mode, so "eval" becomes "batch" for them.
 
     Raises:
-        ValueError: `asked` needs running statistics that some layers, or all, do not have.
+        ValueError: `requested` needs running statistics that some layers, or all, do not have.
     """
     keeps = {name: m.running_mean is not None for name, m in model.named_modules() if _is_batchnorm(m)}
     if not keeps:
         return "none"
-    if asked == "batch" or all(keeps.values()):
-        return asked
-    if asked == "eval" and not any(keeps.values()):
+    if requested == "batch" or all(keeps.values()):
+        return requested
+    if requested == "eval" and not any(keeps.values()):
         return "batch"
     raise ValueError(
         "spectrum: batchnorm must be 'batch' where a layer keeps no running statistics, as "
-        f"{next(name for name, kept in keeps.items() if not kept)!r} (track_running_stats=False), got {asked!r}"
+        f"{next(name for name, kept in keeps.items() if not kept)!r} (track_running_stats=False), got {requested!r}"
     )
 
 
@@ -120,6 +122,17 @@ def freeze_batch_statistics(
             total = sum(count for count, _ in found)
             for number, average in enumerate(averages):
                 average.copy_(sum(count / total * parts[number].to(average) for count, parts in found))
+
+
+@contextmanager
+def setting(get: Callable[[], T], set_to: Callable[[T], None], value: T) -> Iterator[None]:
+    """Change a global setting of torch within the context."""
+    before = get()
+    set_to(value)
+    try:
+        yield
+    finally:
+        set_to(before)
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

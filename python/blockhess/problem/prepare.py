@@ -15,7 +15,13 @@ from blockhess.problem.batches import as_batches, batch_size, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.problem.losses import make_loss
 from blockhess.problem.memory import budget_bytes
-from blockhess.problem.model_state import batchnorm_policy, fixed_state, freeze_batch_statistics, refuse_sharded
+from blockhess.problem.model_state import (
+    batchnorm_policy,
+    fixed_state,
+    freeze_batch_statistics,
+    refuse_sharded,
+    setting,
+)
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 from blockhess_ext.arguments import choice
@@ -50,7 +56,8 @@ def prepared_problem(
     refuse_sharded(model)
     cut = partition(model, blocks)
     loss = make_loss(loss_fn)
-    with fixed_state(model, batchnorm), _matmul_precision(matmul_precision):
+    precision = setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, matmul_precision)
+    with fixed_state(model, batchnorm), precision:
         policy = batchnorm_policy(model, batchnorm)
         # Inside fixed_state, which restores the random number generator that a shuffling DataLoader advances.
         batches = as_batches(data, pairs=loss.pairs)
@@ -84,13 +91,3 @@ def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | No
         return problem
     same = math.isclose(smaller.loss_value, problem.loss_value, rel_tol=LOSS_TOLERANCE)
     return smaller if same else problem
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from blockhess.problem.graph import (
     saved_bytes,
 )
 from blockhess.problem.losses import Loss, checked, checked_weight
+from blockhess.problem.model_state import setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
 T = TypeVar("T")
@@ -144,7 +145,9 @@ class Problem:
             swapped |= dict.fromkeys(self._places[name], tensor)
         if self._data_dtype is not None:
             batch = map_tensors(lambda t: t.to(self._data_dtype) if t.is_floating_point() else t, batch)
-        with _default_dtype(self._data_dtype):
+        # Tensors that the model creates must match the converted parameters.
+        dtype = self._data_dtype or torch.get_default_dtype()
+        with setting(torch.get_default_dtype, torch.set_default_dtype, dtype):
             if not swapped:
                 return compute(self.model, batch)
             named = {f"model.{name}": tensor for name, tensor in swapped.items()}
@@ -318,17 +321,3 @@ def _owned(model: nn.Module) -> dict[int, list[str]]:
             if tensor is not None:
                 names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
     return names
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Set the default dtype, so that tensors that a model creates match the converted parameters."""
-    if dtype is None:
-        yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
