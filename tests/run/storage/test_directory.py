@@ -14,7 +14,7 @@ from torch import nn
 import blockhess
 from blockhess.results import files
 from blockhess.run.status import partial, status
-from blockhess.run.storage import directory
+from blockhess.run.storage import directory, store
 from tests.crash.scenarios import same_bits
 from tests.run.test_job import OPTIONS, given, stopped  # noqa: F401
 
@@ -140,3 +140,20 @@ def test_a_file_is_extended_too(given, tmp_path):  # noqa: F811
     assert same_bits(
         blockhess.extend(tmp_path / "first.npz", *given, num_probes=4), blockhess.extend(first, *given, num_probes=4)
     )
+
+
+def test_an_earlier_directory_is_resumed(given, tmp_path):  # noqa: F811
+    """Directories from before names in run.json and in states changed."""
+    options = {"tol": 0.01, "keep_vectors": True}
+    stopped(given, tmp_path, 9, **options)
+    run = store.read_json(tmp_path / "run.json")
+    run["identity"]["sigma"] = run["identity"].pop("tol_sigma")
+    store.write_json(tmp_path / "run.json", run)
+    for path in (tmp_path / "state.safetensors", *(tmp_path / "vectors").iterdir()):
+        tensors, header = store.read(path)
+        tensors["calm"] = tensors.pop("converged")
+        store.write(path, tensors, header)
+    expected = blockhess.spectrum(*given, **OPTIONS | options)
+    resumed = blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS | options)
+    assert same_bits(resumed, expected) and resumed.provenance["same_bits_on_resume"]
+    assert same_bits(blockhess.extend(resumed, *given, num_steps=9), blockhess.extend(expected, *given, num_steps=9))

@@ -58,6 +58,8 @@ def read_state(path: str | PathLike[str], run: str) -> tuple[Unit, State, int, f
         ValueError: the file is missing, damaged, of another run, or not the state of a unit.
     """
     tensors, header = store.read(path)
+    if "calm" in tensors:  # name of "converged" in earlier files
+        tensors["converged"] = tensors.pop("calm")
     with _check(path, header, run, "the state"):
         state = State(int(header["step"]), tuple(header["reorthogonalize"]), tensors)
         return _unit(header), state, int(header["hvps"]), float(header["seconds"])
