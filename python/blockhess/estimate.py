@@ -294,13 +294,17 @@ def extend(
     first, made = spectra.provenance, spectra.quadrature
     missing = [name for name in ("num_steps", *_SAME, "fingerprints", "plan") if name not in first]
     if missing:
-        raise ValueError(f"extend: spectra must come from spectrum of this version, got none with {', '.join(missing)}")
+        raise ValueError(
+            f"extend: spectra must be computed by this version of spectrum, whose provenance has {', '.join(missing)}"
+        )
     for name, value in same.items():
         if name not in _SAME:
             raise TypeError(f"extend: arguments must be those of spectrum, got {name!r}")
         _check_same(name, value, first[name])
     if first["tol"] is not None and len({run["first_probe"] for run in first.get("merged", ())}) > 1:
-        raise ValueError("extend: spectra must not be merged from probes that a tolerance chose, which leave gaps")
+        raise ValueError(
+            "extend: spectra must not be merged from runs with a tolerance, whose probes are not contiguous"
+        )
     if num_probes is num_steps is None:
         raise ValueError("extend: num_probes or num_steps must be given, got neither")
     wanted: dict[str, Any] = {}
@@ -413,11 +417,11 @@ def plan(
         >>> plan(model, batch, torch.nn.CrossEntropyLoss()).hvps
         67
     """
-    arguments, wishes = job_arguments(model, data, loss_fn, **options)
+    arguments, settings = job_arguments(model, data, loss_fn, **options)
     if processes is not None:
-        return forecast(prepared_problem(**arguments), wishes, *processes)
+        return forecast(prepared_problem(**arguments), settings, *processes)
     with prepared_problem(**arguments) as (problem, *_):
-        return Job(problem, wishes).plan
+        return Job(problem, settings).plan
 
 
 def job_arguments(*given: Any, **options: Any) -> tuple[dict[str, Any], Options]:

@@ -230,7 +230,7 @@ def test_a_run_that_is_being_prepared(here: Path, capsys: pytest.CaptureFixture[
     with directory.opened("run"):
         assert main(["status", "run"]) == 0
         told = capsys.readouterr().out
-        assert f"worked on by process {os.getpid()}" in told and "being prepared" in told
+        assert f"running (process {os.getpid()}" in told and "preparing model" in told
         record = as_json(capsys, "status", "run")
         assert record["prepared"] is False and record["age"] is None and record["seconds_left"] is None
     assert main(["status", "run"]) == 2  # nobody works there any more

@@ -36,7 +36,7 @@ def child(name: str, directory: Path, disk: FaultyDisk | None = None) -> int:
     except Killed:
         code = DEAD
     except OSError as error:
-        code = REFUSED if "the last good state is kept" in str(error) else WRONG
+        code = REFUSED if "the state saved last is intact" in str(error) else WRONG
     except BaseException:
         traceback.print_exc()
     finally:

@@ -232,7 +232,7 @@ def test_an_extension_of_hand_made_spectra_or_by_unknown_options_is_refused():
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_probes=2, num_steps=4)
     bare = blockhess.Spectra(spectra.blocks, spectra.quadrature, {})
     with pytest.raises(
-        ValueError, match="extend: spectra must come from spectrum of this version, got none with num_s"
+        ValueError, match="extend: spectra must be computed by this version of spectrum, whose provenance has num_s"
     ):
         blockhess.extend(bare, model, data, nn.CrossEntropyLoss(), num_probes=3)
     with pytest.raises(TypeError, match="extend: arguments must be those of spectrum, got 'steps'"):

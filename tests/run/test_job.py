@@ -201,7 +201,7 @@ def test_a_full_disk_keeps_the_last_good_state(given, tmp_path):
     stopped(given, tmp_path, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "disk", FaultyDisk(at=12, fault=disk_full))
-        with pytest.raises(OSError, match=r"run_dir must take the state, got .*No space left.*last good state is kept"):
+        with pytest.raises(OSError, match=r"run_dir must be writable, got .*No space left.*state saved last is intact"):
             blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS)
     assert status(tmp_path).hvps > 0
     assert same_bits(blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS), expected)
@@ -331,7 +331,7 @@ def test_status_and_spectra_so_far(given, tmp_path, capsys):
     assert "This run is not finished: " in (tmp_path / "run.html").read_text()
     assert main(["status", str(tmp_path)]) == 2
     with directory.opened(tmp_path / "run"):
-        assert f"worked on by process {os.getpid()}" in str(status(tmp_path / "run"))
+        assert f"running (process {os.getpid()}" in str(status(tmp_path / "run"))
 
 
 def same_bits_of_nodes(a: blockhess.Spectra, b: blockhess.Spectra) -> bool:
@@ -350,7 +350,7 @@ def test_a_part_that_was_damaged_is_computed_again(given, tmp_path):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert same_bits(blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS), expected)
-    assert any("that work is done again" in str(warning.message) for warning in told)
+    assert any("its work is repeated" in str(warning.message) for warning in told)
 
 
 @pytest.mark.parametrize("options", [{}, {"reorthogonalize": "partial", "dtype": torch.float64}, {"tol": 0.01}])
@@ -435,7 +435,7 @@ def test_probes_that_a_tolerance_chose_in_several_runs_leave_gaps(given):
     options = {"num_steps": 5, "tol": 0.5, "engine": "autograd", "num_probes": 4}
     merged = blockhess.merge([blockhess.spectrum(*given, first_probe=p, **options) for p in (0, 4)])
     assert merged.quadrature.num_probes < 8
-    with pytest.raises(ValueError, match="extend: spectra must not be merged from probes that a tolerance chose"):
+    with pytest.raises(ValueError, match="extend: spectra must not be merged from runs with a tolerance"):
         blockhess.extend(merged, *given, num_probes=20)
 
 

@@ -54,15 +54,17 @@ def merge(runs: Sequence[SpectraData | str | PathLike[str]]) -> SpectraData:
     for label, run in zip(labels, found):
         missing = [name for name in _NEEDED if name not in run.provenance]
         if missing:
-            raise ValueError(f"merge: {label} must come from spectrum of this version, got none with {missing[0]}")
+            raise ValueError(
+                f"merge: {label} must be computed by this version of spectrum, whose provenance has {missing[0]}"
+            )
     for label, run in zip(labels[1:], found[1:]):
-        _check_alike(labels[0], found[0].provenance, label, run.provenance)
+        _check_compatible(labels[0], found[0].provenance, label, run.provenance)
     if all(set(run.names) == set(found[0].names) for run in found):
         return _of_probes(labels, found)
     return _of_blocks(labels, found)
 
 
-def _check_alike(label: str, first: dict[str, Any], other_label: str, other: dict[str, Any]) -> None:
+def _check_compatible(label: str, first: dict[str, Any], other_label: str, other: dict[str, Any]) -> None:
     differing = [
         f"{text} ({first[name]!r} and {other[name]!r})" for name, text in SHARED.items() if first[name] != other[name]
     ]

@@ -71,9 +71,9 @@ class Status:
         return {"path": str(self.path), "prepared": self.plan is not None, **values}
 
     def __str__(self) -> str:
-        state = "finished" if self.finished else f"worked on by {self.holder}" if self.holder else "not running"
+        state = "finished" if self.finished else f"running ({self.holder})" if self.holder else "not running"
         if self.plan is None:
-            return f"run           {self.path}, {state}; model and data are being prepared, no product is made yet"
+            return f"run           {self.path}, {state}; preparing model and data, no products computed yet"
         left = self.seconds_left
         lines = [
             f"run           {self.path}, {state}; last saved {self.age:.0f} s ago",
@@ -83,9 +83,9 @@ class Status:
         ]
         if self.unit is not None:
             which = f"{self.unit.num_probes} probes of {len(self.unit.blocks)} blocks" if self.unit.num_probes else (
-                f"{len(self.unit.blocks)} blocks, written out"
+                f"{len(self.unit.blocks)} blocks, computed exactly"
             )  # fmt: skip
-            lines.append(f"in work       {which}, step {self.step}")
+            lines.append(f"current       {which}, step {self.step}")
         if not self.finished:
             lines.append(f"left          {'unknown' if left is None else f'{left:.3g} s at most'}")
         return "\n".join(lines)

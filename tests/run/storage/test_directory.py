@@ -36,7 +36,7 @@ def test_work_of_another_run_is_not_taken(given, tmp_path):  # noqa: F811
     stopped(given, tmp_path / "other", 9, seed=1)
     for name in ("parts/00000.safetensors", "state.safetensors"):
         shutil.copy(tmp_path / "other" / name, tmp_path / "this" / name)
-    with pytest.warns(UserWarning, match="belongs to another run; that work is done again"):
+    with pytest.warns(UserWarning, match="belongs to another run; its work is repeated"):
         assert status(tmp_path / "this").parts == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -69,7 +69,7 @@ def test_a_part_whose_vectors_were_damaged_is_computed_again(given, tmp_path):  
     stopped(given, tmp_path, 20, keep_vectors=True)
     vectors = tmp_path / "vectors/00000.safetensors"
     vectors.write_bytes(vectors.read_bytes()[:-5])
-    with pytest.warns(UserWarning, match=r"vectors/00000.*that work is done again"):
+    with pytest.warns(UserWarning, match=r"vectors/00000.*its work is repeated"):
         resumed = blockhess.spectrum(*given, run_dir=tmp_path, **options)
     assert same_bits(resumed, expected) and len(resumed.vectors) == len(expected.vectors)
     assert same_bits(
@@ -79,7 +79,7 @@ def test_a_part_whose_vectors_were_damaged_is_computed_again(given, tmp_path):  
 
     for file in (tmp_path / "vectors").iterdir():
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="more steps cannot be made from it"):
+    with pytest.warns(UserWarning, match="extend cannot add steps to it"):
         more = blockhess.extend(tmp_path, *given, num_probes=4)
     assert more.quadrature.num_probes == 4
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="num_steps needs the vectors"):
@@ -88,9 +88,9 @@ def test_a_part_whose_vectors_were_damaged_is_computed_again(given, tmp_path):  
 
 def test_a_run_that_is_not_finished_is_told_so(given, tmp_path):  # noqa: F811
     stopped(given, tmp_path, 9)
-    with pytest.raises(ValueError, match=r"run must be finished, .* is not; go on with it"):
+    with pytest.raises(ValueError, match=r"run must be finished, .* is not; resume it"):
         blockhess.extend(tmp_path, *given, num_probes=5)
-    with pytest.raises(ValueError, match=r"run must be finished, .* is not; go on with it"):
+    with pytest.raises(ValueError, match=r"run must be finished, .* is not; resume it"):
         blockhess.merge([tmp_path, tmp_path])
 
 
@@ -99,7 +99,7 @@ def test_a_result_that_the_disk_refuses_is_written_by_the_next_call(given, tmp_p
         raise ValueError("save: cannot write spectra.npz: No space left on device")
 
     expected = blockhess.spectrum(*given, **OPTIONS)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"all is computed and kept, but .*No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"the run is complete, but .*No space left"):
         patch.setattr(files, "write", full)
         blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS)
     assert not status(tmp_path).finished

@@ -152,7 +152,7 @@ class RunDirectory(Recorder):
         try:
             files.write(self.path / RESULT, result.blocks, result.quadrature, result.provenance)
         except ValueError as error:
-            raise OSError(f"spectrum: all is computed and kept, but {error}; mend that and call again") from None
+            raise OSError(f"spectrum: the run is complete, but {error}; fix this and call again") from None
         for file in self.path.glob("state*.safetensors*"):
             with contextlib.suppress(OSError):
                 store.disk.unlink(str(file))
@@ -314,7 +314,7 @@ def _state_in(file: Path, run: str) -> tuple[Unit, State, int, float] | None:
 
 
 @contextmanager
-def _warned(file: Path, consequence: str = "that work is done again") -> Iterator[None]:
+def _warned(file: Path, consequence: str = "its work is repeated") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
@@ -334,13 +334,13 @@ def finished(path: str | PathLike[str]) -> SpectraData:
     """
     path = Path(path)
     if not (path / RESULT).exists() and holds_run(path):
-        raise ValueError(f"run_dir: run must be finished, {path} is not; go on with it, with the same arguments, first")
+        raise ValueError(f"run_dir: run must be finished, {path} is not; resume it with the same arguments first")
     result = files.read(path / RESULT)
     run = ((path / VECTORS).is_dir() and read_run(path)) or {}
     vectors = []
     for number, done, _ in parts(path, run["id"]) if run else []:
         if done.unit.num_probes:
-            with _warned(_file(path, VECTORS, number), "more steps cannot be made from it"):
+            with _warned(_file(path, VECTORS, number), "extend cannot add steps to it"):
                 vectors.append(read_state(_file(path, VECTORS, number), run["id"])[:2])
     return SpectraData(*result, vectors)
 
@@ -363,6 +363,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"spectrum: run_dir must take the state, got {path}: {error.strerror or error}; the last good state is "
-            "kept: mend that and call again"
+            f"spectrum: run_dir must be writable, got {path}: {error.strerror or error}; the state saved last is "
+            "intact: fix this and call again"
         ) from None
