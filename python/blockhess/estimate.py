@@ -288,7 +288,10 @@ def extend(
     choice("on_nonfinite", on_nonfinite, ON_NONFINITE, "spectrum")
     start = time.perf_counter()
     if isinstance(spectra, str | PathLike):
-        spectra = as_spectra(load_run(spectra))
+        try:
+            spectra = as_spectra(load_run(spectra))
+        except ValueError as error:
+            raise ValueError(f"extend: spectra cannot be read: {error}") from None
     if not isinstance(spectra, Spectra):
         raise TypeError(f"extend: spectra must be Spectra or the path of a run, got {type(spectra).__name__}")
     first, made = spectra.provenance, spectra.quadrature
