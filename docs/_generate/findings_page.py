@@ -228,7 +228,7 @@ def mechanism_part() -> str:
             ],
             rows,
         )
-        + "\n\nFlattest and sharpest: smallest and largest over the blocks of the largest |eigenvalue|. Last column: the "
+        + "\n\nFlattest and sharpest: smallest and largest, over the blocks, of the largest |eigenvalue|. Last column: "
         "largest over the blocks of |smallest eigenvalue| / largest eigenvalue. "
         + f"With {IMAGES} images and {CLASSES} classes the rank of a block is at most {IMAGES * (CLASSES - 1)} in the "
         f"first two rows of each seed; the smallest block there has {smallest:,} parameters, the largest "
@@ -324,8 +324,8 @@ def definition_part() -> str:
             ["", "Table 3: factor", "scaled", "best rank", "Table 1: factor", "scaled", "best rank"],
             rows,
         )
-        + "\n\nFactor: root mean square factor between the paper's numbers and those of the closest definition; scaled: "
-        f"the same after the best common factor. {len(table3)} definitions for Table 3, {len(table1)} "
+        + "\n\nFactor: root mean square factor between the paper's numbers and those of the closest definition; "
+        f"scaled: the same after the best common factor. {len(table3)} definitions for Table 3, {len(table1)} "
         f"for Table 1 (BatchNorm eval). Closest to Table 3: {best3}; to Table 1: {best1}."
         + "".join(
             f"\n\nRank correlation with Table 1 above {ORDERED}, BatchNorm {policy}: {'; '.join(keys) or 'none'}."
@@ -390,8 +390,9 @@ def times_part() -> str:
     return (
         table(["", "seconds", "CPU seconds", "threads", "reuses, not counted"], rows)
         + f"\n\nThe target is {MOST_SECONDS / 60:.0f} minutes each on two cores, missed by "
-        + f"{', '.join(missed) or 'none'}. The machine was busy with other programs: CPU seconds are those of the "
-        "process itself. Whether a run resumed an interrupted one is not recorded."
+        + f"{', '.join(missed) or 'none'}. The machine was busy with other programs, so no run shows the time on "
+        "an idle one; CPU seconds are those of the process itself. Whether a run resumed an interrupted one is not "
+        "recorded."
     )
 
 

@@ -73,8 +73,8 @@ def speed_part() -> str:
     return (
         f"| what | seconds | CPU seconds |\n|---|--:|--:|\n{rows}\n\n"
         "One thread, on two cores that other programs used too (load average "
-        f"{content['load'][0]:.1f} after the first five); CPU seconds, where recorded, are the time on an idle core; "
-        f"{environment}"
+        f"{content['load'][0]:.1f} after the first five); CPU seconds, where recorded, are what an idle core would "
+        f"take; {environment}"
     )
 
 

@@ -67,7 +67,7 @@ def test_what_is_missed_is_said() -> None:
     assert "GPT2 in TF32 (4.1 hours against 3), GPT2 in float32 (30 hours against 14)" in missed
     assert "No step was timed on an H100" in missed and met.count("hours against") == 5
     slow = [name for name in ("table1", "fig1") if findings_page.result(name)["seconds"] > findings_page.MOST_SECONDS]
-    assert re.findall(r"Missed, as timed, by (\w+) \(", findings_page.times_part()) == slow
+    assert re.findall(r"missed by (\w+) \(", findings_page.times_part()) == slow
     # What takes others' results took next to nothing itself.
     for name in findings_page.REUSED:
         assert 20 * findings_page.result(name)["cpu_seconds"] < findings_page.result("table1")["cpu_seconds"]
