@@ -12,8 +12,8 @@ from tests.helpers.newcomer import COMMANDS, follow, needed, parts
 DOCS = Path(__file__).parents[2] / "docs"
 LANGUAGES = {"python", "text", *COMMANDS}
 SLOW = {
-    "coming_from.md", "engines.md", "howto/checkpoints.md", "howto/heads.md", "howto/monitor.md", "howto/report.md", "howto/resume.md",
-    "index.md", "theory.md",
+    "coming_from.md", "engines.md", "howto/checkpoints.md", "howto/heads.md", "howto/monitor.md", "howto/report.md",
+    "howto/resume.md", "index.md", "theory.md",
 }  # fmt: skip
 
 
