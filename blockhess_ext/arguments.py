@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def tolerance(
     return tol, sigma
 
 
-def choice(name: str, value: Any, choices: Sequence[Any], op: str = "batched_slq") -> Any:
+def choice(name: str, value: Any, choices: Collection[Any], op: str = "batched_slq") -> Any:
     """Return value, checked to be one of the choices and of the same type, so that 1 is not accepted for True."""
     if not any(type(value) is type(c) and value == c for c in choices):
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""What a user may get wrong in the arguments of results, said once: `op: argument rule, got value`."""
+"""Checks of arguments, with messages `op: argument rule, got value`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def real(op: str, name: str, value: Any) -> float:
-    """The value as a float: a real number, or a tensor of one.
+    """Return a real number, or a tensor with one element, as a float.
 
     Raises:
-        TypeError: it is none.
+        TypeError: value is not a real number.
+        ValueError: value overflows float64.
     """
     scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
@@ -27,10 +28,10 @@ def real(op: str, name: str, value: Any) -> float:
 
 
 def reals(op: str, name: str, value: Any) -> Tensor:
-    """The values as a float64 tensor on the CPU: a tensor or array of any shape, a sequence, or one number.
+    """Return a number, sequence, array or tensor of any shape as a float64 tensor on the CPU.
 
     Raises:
-        TypeError: they are no real numbers.
+        TypeError: value does not hold real numbers.
     """
     try:
         tensor = torch.as_tensor(value)
@@ -42,10 +43,10 @@ def reals(op: str, name: str, value: Any) -> Tensor:
 
 
 def names(value: Any) -> tuple[str, ...]:
-    """Names of blocks.
+    """Return names of blocks as a tuple.
 
     Raises:
-        TypeError: it is no sequence of texts.
+        TypeError: value is not a sequence of str.
     """
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
         raise TypeError(f"blocks: must be a sequence of names, got {reprlib.repr(value)}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """Return the text with every control or unprintable character escaped; names in files may hold any.
+    """Return the text with every unprintable character escaped, as names from files may hold any.
 
     Example:
         >>> print(printable("w\\x1b[2J"))
@@ -16,7 +16,7 @@ def printable(text: str) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return the header, a rule and the rows as aligned lines, without the columns that are empty in every row.
+    """Return a table of aligned columns, without columns that are empty in every row.
 
     Args:
         header: column titles.
@@ -41,7 +41,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Return the value in exponent form with this many significant digits; "0" for zero, "-" for NaN.
+    """Return the value in exponential notation with this many significant digits; "0" for zero, "-" for NaN.
 
     Example:
         >>> number(0.012345), number(0.0), number(float("nan"))

@@ -1,9 +1,9 @@
-"""Spectra: the eigenvalue densities of every block of a model, their statistics, and how the blocks compare.
+"""Spectra: eigenvalue densities of every block of a model, their statistics and comparisons.
 
 SpectraData (results/data.py)     nodes and weights, names, provenance
 + analysis/                       statistics, error bars, comparisons
-+ report/                         table, pictures, HTML page
-= Spectra                         all of it as methods, and files
++ report/                         table, plots, HTML page
+= Spectra                         all of these as methods, and files
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class Spectra(SpectraData):
-    """Nodes and weights of every block of a model, immutable, with all that follows from them.
+    """Spectra of every block of a model, immutable: their statistics, error bars, comparisons, plots and files.
 
-    See SpectraData for the arguments and attributes. All tensors returned are float64 on the CPU, with rows in the
-    order of `names`.
+    See SpectraData for the arguments and attributes. All tensors are float64 on the CPU, with rows in the order of
+    `names`.
 
     Example:
         >>> spectra = blockhess.load("gpt.npz")
@@ -74,20 +74,11 @@ class Spectra(SpectraData):
     table = text.table
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write everything to one file, from which blockhess.load reads it back bit by bit: see files.write."""
+        """Write a result file, from which blockhess.load restores equal bits: see results.files.write."""
         return files.write(path, self.blocks, self.quadrature, self.provenance)
 
     def report(self, path: str | PathLike[str]) -> Path:
-        """Write one self-contained HTML page with table, interactive spectra and heat map: see report.html.write.
-
-        Args:
-            path: of the page, ".html" by custom.
-
-        Returns:
-            path.
-
-        Raises:
-            ValueError: the file cannot be written there.
+        """Write a self-contained HTML page with table, interactive spectra and heat map: see report.html.write.
 
         Example:
             >>> spectra.report("gpt.html")
@@ -95,41 +86,26 @@ class Spectra(SpectraData):
         return html.write([self], path)
 
     def plot(self, path: str | PathLike[str] | None = None, **options: Any) -> Figure:
-        """Draw the log-density of every block, as the paper's Figure 3, and save it where a path is given.
+        """Draw the log-density of every block, as in Figure 3 of the paper.
 
         Args:
-            path: picture file; its suffix chooses the format.
-            options: of report.plots.plot_density.
-
-        Returns:
-            the matplotlib Figure.
-
-        Raises:
-            ImportError: matplotlib is missing.
+            path: file to save the figure to, in the format of its suffix; None means none.
+            options: arguments of report.plots.plot_density.
         """
         return plots.save_figure(plots.plot_density(self, **options), path)
 
     def heatmap(self, path: str | PathLike[str] | None = None, **options: Any) -> Figure:
-        """Draw js_matrix, as the paper's Figure 4, and save it where a path is given.
+        """Draw js_matrix as a heat map, as in Figure 4 of the paper.
 
         Args:
-            path: picture file; its suffix chooses the format.
-            options: of report.plots.plot_heatmap.
-
-        Returns:
-            the matplotlib Figure.
-
-        Raises:
-            ImportError: matplotlib is missing.
+            path: file to save the figure to, in the format of its suffix; None means none.
+            options: arguments of report.plots.plot_heatmap.
         """
         return plots.save_figure(plots.plot_heatmap(self, **options), path)
 
 
 def load(path: str | PathLike[str]) -> Spectra:
-    """Read a result file of Spectra.save.
-
-    Returns:
-        Spectra, equal bit for bit to those saved.
+    """Read a result file of Spectra.save, equal bit for bit to the result saved.
 
     Raises:
         ValueError: the file does not exist, or is not a complete and valid result file of this or an older version.
@@ -147,10 +123,10 @@ def merge(runs: Sequence[SpectraData | str | PathLike[str]]) -> Spectra:
 
     Args:
         runs: results, or paths of result files or of directories of finished runs. Runs with different probes may be in
-            any order; different blocks are listed in the order of the runs.
+            any order; different blocks keep the order of the runs.
 
     Returns:
-        Spectra with the recurrences of a single run; without vectors: extend the runs before merging.
+        Spectra with the recurrences of a single run, but without vectors: extend runs before merging them.
 
     Raises:
         ValueError: the runs differ in more than their probes or blocks, or overlap.

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import blockhess
+from blockhess.analysis.selection import weights_only
 from blockhess.cli import demo
 from blockhess.cli.demo import Comparison, curvature_range, curvature_verdict, js0_verdict, probe_noise
 from blockhess.cli.main import main
-from blockhess.report.text import weights_only
 from tests.helpers.spectra_cases import make_spectra
 
 STEMS = ("gpt", "resnet_eval", "resnet_batch")

@@ -168,7 +168,7 @@ def contrast(browser: Any, selector: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_colours_follow_the_scheme(browser: Any, pages: Path) -> None:
+def test_colors_follow_the_scheme(browser: Any, pages: Path) -> None:
     seen = []
     for dark in (False, True):
         opened(browser, pages / "one.html", dark=dark)
@@ -209,10 +209,10 @@ def test_curves_agree_with_blockhess(browser: Any, pages: Path) -> None:
 
 def test_sliders_and_axes_redraw(browser: Any, pages: Path) -> None:
     opened(browser, pages / "one.html")
-    before, said = pixels(browser, "density"), text(browser, "sigma-said")
+    before, said = pixels(browser, "density"), text(browser, "sigma-readout")
     slide(browser, "sigma", 100)
-    assert pixels(browser, "density") != before and text(browser, "sigma-said") != said
-    assert text(browser, "sigma-said").endswith("10 % of the range")
+    assert pixels(browser, "density") != before and text(browser, "sigma-readout") != said
+    assert text(browser, "sigma-readout").endswith("10 % of the range")
     before = pixels(browser, "density")
     slide(browser, "scale", -200)
     assert pixels(browser, "density") != before
@@ -220,7 +220,7 @@ def test_sliders_and_axes_redraw(browser: Any, pages: Path) -> None:
     drawn(browser)
     assert not browser.find_element(By.ID, "scale").is_displayed()
     browser.find_element(By.ID, "reset").click()
-    assert text(browser, "sigma-said").endswith(", 1 % of the range")
+    assert text(browser, "sigma-readout").endswith(", 1 % of the range")
     assert complaints(browser) == []
 
 
@@ -229,12 +229,12 @@ def test_standard_errors_are_drawn_and_can_be_left_out(browser: Any, pages: Path
     with_bands = pixels(browser, "density")
     canvas = browser.find_element(By.ID, "density")
     canvas.send_keys(Keys.ARROW_RIGHT)
-    assert " ± " in text(browser, "density-said")
+    assert " ± " in text(browser, "density-readout")
     browser.find_element(By.ID, "bands").send_keys(Keys.SPACE)
     drawn(browser)
     assert pixels(browser, "density") != with_bands
     canvas.send_keys(Keys.ARROW_RIGHT)
-    assert " ± " not in text(browser, "density-said")
+    assert " ± " not in text(browser, "density-readout")
     opened(browser, pages / "unfinished.html")  # of one probe
     assert not browser.find_element(By.ID, "bands").is_displayed()
     assert complaints(browser) == []
@@ -290,7 +290,7 @@ def test_a_cell_of_the_heat_map_shows_its_two_spectra(browser: Any, pages: Path)
     assert chosen(browser) == [names[1], names[4]]
     spectra = random_spectra(n_blocks=N_BLOCKS, seed=0)
     distance = float(spectra.js_matrix()[rows[1], rows[4]])
-    told = text(browser, "heatmap-said")
+    told = text(browser, "heatmap-readout")
     assert told.startswith("Showing distance ")
     assert float(told.split()[2].rstrip(",").replace("−", "-")) == pytest.approx(distance, rel=0.01, abs=1e-4)
     plain = pixels(browser, "heatmap")
@@ -318,7 +318,7 @@ def test_fingers(browser: Any, pages: Path) -> None:
     opened(browser, pages / "three.html", width=390)
     density, heatmap, history = (browser.find_element(By.ID, name) for name in ("density", "heatmap", "history"))
     tap(browser, density, 150, 80)
-    assert text(browser, "density-said").startswith("eigenvalue ")
+    assert text(browser, "density-readout").startswith("eigenvalue ")
     left, size, names = browser.execute_script(
         "const h = blockhess.heatmap; return [h.frame.left, h.frame.size, h.names]"
     )
@@ -333,7 +333,7 @@ def test_everything_can_be_done_with_keys(browser: Any, pages: Path) -> None:
     opened(browser, pages / "three.html")
     canvas = browser.find_element(By.ID, "density")
     canvas.send_keys(Keys.ARROW_RIGHT)
-    assert text(browser, "density-said").startswith("eigenvalue ")
+    assert text(browser, "density-readout").startswith("eigenvalue ")
     whole = browser.execute_script("return blockhess.spectra.view()")
     canvas.send_keys("+")
     assert browser.execute_script("return blockhess.spectra.view()") != whole

@@ -1,0 +1,1 @@
+"""Statistics, error bars and comparisons of results, as functions of SpectraData."""

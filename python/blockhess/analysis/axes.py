@@ -1,9 +1,9 @@
-"""Axes of eigenvalues on which spectra are smoothed and compared: linear or asinh, with or without normalization.
+"""Eigenvalue axes on which spectra are smoothed and compared: linear or asinh, with or without normalization.
 
     linear   y = x / c_l
     asinh    y = asinh(x / (c_l s)): linear for |x| below c_l s, +- log(2 |x| / (c_l s)) above; one scale s for all
 
-c_l is 1, or block l's spectral radius, k-th largest eigenvalue or trace.
+c_l is 1, or the spectral radius, k-th largest eigenvalue or trace of block l.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from blockhess.analysis import distribution
 
 AXES = ("linear", "asinh")
 
-# normalization -> what the eigenvalues of every block are divided by, as printed
+# normalization -> the divisor of the eigenvalues of every block, as printed
 NORMALIZATIONS = {"none": "", "radius": "the block's spectral radius", "trace": "the block's trace"}
 
-# exp of it is no infinity; no eigenvalue in float64 lies so far out on an asinh axis unless the scale underflows.
-_FAR = 300.0
+# Largest |y| on an asinh axis: sinh of it is finite, and no eigenvalue lies beyond it unless the scale underflows.
+_LARGEST = 300.0
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Axis:
     """An axis of eigenvalues.
 
     Args:
-        name: "linear", or "asinh": logarithmic towards both sides beyond `scale`.
-        normalize: what the eigenvalues of every block are divided by first: "none", "radius" (spectral radius),
-            "trace", or k >= 1 for the k-th largest eigenvalue (10 in the paper's figures).
-        scale: where the asinh axis turns from linear to logarithmic, in units of the (normalized) eigenvalues, one for
-            all blocks; None means the median block's root mean square (default_scale). Linear axes have none.
+        name: "linear", or "asinh", which is logarithmic on both sides beyond `scale`.
+        normalize: divisor of the eigenvalues of every block: "none", "radius" (spectral radius), "trace", or k >= 1
+            for the k-th largest eigenvalue (10 in the paper's figures).
+        scale: transition of the asinh axis from linear to logarithmic, in units of the normalized eigenvalues, the
+            same for all blocks; None means default_scale. Linear axes have none.
 
     Raises:
         ValueError: name or normalize is unknown, or scale is not positive or given for the linear axis.
@@ -73,25 +73,21 @@ class Axis:
 
     @property
     def divisor_name(self) -> str:
-        """What the eigenvalues of a block are divided by; "" for normalize="none"."""
+        """Text of the divisor of the eigenvalues; "" for normalize="none"."""
         k = self.normalize
         return f"the block's eigenvalue number {k}" if isinstance(k, int) else NORMALIZATIONS[k]
 
     def of_block(self, divisor: float = 1.0) -> BlockAxis:
-        """Return the axis as a block sees it whose eigenvalues are divided by this."""
+        """Return the axis for a block with this divisor."""
         return BlockAxis(divisor, self.scale)
 
     def place(self, nodes: Tensor) -> Tensor:
-        """Map eigenvalues, normalized already, to the axis."""
+        """Map normalized eigenvalues to the axis."""
         return self.of_block().place(nodes)
 
 
 def as_axis(op: str, axis: str | Axis) -> Axis:
-    """Return the axis of this name, or the axis itself.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
+    """Return the axis of this name, or the axis itself; raise ValueError for an unknown name."""
     if isinstance(axis, Axis):
         return axis
     if not isinstance(axis, str) or axis not in AXES:
@@ -101,7 +97,7 @@ def as_axis(op: str, axis: str | Axis) -> Axis:
 
 @dataclass(frozen=True)
 class BlockAxis:
-    """The map y(x) from the eigenvalues of one block to an axis; it ascends.
+    """The map y(x) from the eigenvalues of one block to an axis, increasing.
 
     Attributes:
         divisor: c_l, positive.
@@ -122,7 +118,11 @@ class BlockAxis:
 
     def invert(self, y: Tensor) -> Tensor:
         """Return x(y)."""
-        return y * self.divisor if self.scale is None else y.clamp(-_FAR, _FAR).sinh() * (self.scale * self.divisor)
+        return (
+            y * self.divisor
+            if self.scale is None
+            else y.clamp(-_LARGEST, _LARGEST).sinh() * (self.scale * self.divisor)
+        )
 
     def slope(self, x: Tensor) -> Tensor:
         """Return y'(x)."""
@@ -131,12 +131,12 @@ class BlockAxis:
         return torch.hypot(x, torch.full_like(x, self.scale * self.divisor)).reciprocal()
 
     def finest(self, sigma: float) -> float:
-        """Return the least difference of eigenvalues over which a Gaussian of this width on the axis changes."""
+        """Return the smallest width in x of a Gaussian of width sigma in y."""
         return sigma * self.divisor if self.scale is None else min(sigma, 1.0) * self.scale * self.divisor
 
 
 def default_scale(nodes: Tensor, weights: Tensor) -> float:
-    """Return the median over the blocks of their root mean square eigenvalue; 1 where all are zero.
+    """Return the median over the blocks of the root mean square eigenvalue; 1 if all eigenvalues are zero.
 
     Args:
         nodes, weights: (n_blocks, K) float64.
@@ -145,7 +145,7 @@ def default_scale(nodes: Tensor, weights: Tensor) -> float:
         >>> default_scale(torch.tensor([[3.0], [5.0], [0.0]]), torch.ones(3, 1))
         3.0
     """
-    # Relative to the largest node, so that no square underflows.
+    # Relative to the largest node, as squares could underflow.
     largest = nodes.abs().amax(1, keepdim=True)
     relative = torch.where(largest > 0, nodes / largest, 0.0)
     sizes = largest[:, 0] * (weights * relative**2).sum(1).sqrt()
@@ -159,7 +159,7 @@ def kth_largest(nodes: Tensor, weights: Tensor, dims: Sequence[int], k: float | 
     Args:
         nodes, weights: (n_blocks, K) float64.
         dims: sizes of the blocks.
-        k: counted from 1, one for all or (n_blocks,); clamped to a block's own first and last eigenvalue.
+        k: counted from 1, a number or (n_blocks,); clamped to [1, dim].
 
     Returns:
         (n_blocks,).
@@ -173,7 +173,7 @@ def kth_largest(nodes: Tensor, weights: Tensor, dims: Sequence[int], k: float | 
 
 
 def divisors(nodes: Tensor, weights: Tensor, dims: Sequence[int], normalize: str | int) -> Tensor:
-    """Return c_l of every block (n_blocks,); see the head of this file."""
+    """Return the divisor c_l of every block, (n_blocks,)."""
     if isinstance(normalize, int):
         return kth_largest(nodes, weights, dims, normalize)
     if normalize == "radius":

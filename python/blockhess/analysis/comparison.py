@@ -1,4 +1,4 @@
-"""Blocks of a result compared pair by pair: Jensen-Shannon matrices and JS0 with its error, Wasserstein distances."""
+"""Pairwise comparison of the blocks of a result: Jensen-Shannon matrices, JS0 with its error, other distances."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from blockhess import _checks
 from blockhess.analysis import distances, jensen_shannon
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.density import check_sigma_in_range, default_sigma
 from blockhess.analysis.errors.intervals import check_confidence
-from blockhess.analysis.errors.jensen_shannon import JSError, js_error, mean_of_pairs, with_interval
+from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, with_interval
 from blockhess.analysis.jensen_shannon import JS0
 from blockhess.analysis.selection import compared, distributions, excluded, resolved_axis
 from blockhess.results.data import SpectraData
@@ -27,13 +26,13 @@ def js_matrix(
     axis: str | Axis = "linear",
     blocks: Sequence[str] | None = None,
 ) -> Tensor:
-    """Compare the spectra pair by pair.
+    """Return the Jensen-Shannon distances between the smoothed spectra of all pairs of blocks.
 
     Args:
         kind: "distance", or "divergence", its square: see jensen_shannon.js_matrix.
-        base: of the logarithm; with base 2 both kinds are in [0, 1].
-        sigma: width of the Gaussian on the axis, one for all blocks, at most the range of all nodes; None means
-            default_sigma(blocks, axis).
+        base: base of the logarithm; with base 2 both kinds are in [0, 1].
+        sigma: standard deviation of the Gaussian on the axis, the same for all blocks, at most the range of all nodes;
+            None means default_sigma(blocks, axis).
         axis: "linear", "asinh", or an Axis, which can also normalize the eigenvalues of every block.
         blocks: names; None means comparable_blocks(axis).
 
@@ -41,8 +40,7 @@ def js_matrix(
         (n_compared, n_compared), rows in the order of the compared blocks.
 
     Raises:
-        ValueError: an argument breaks its rule, a named block cannot be normalized, or fewer than two blocks are
-            compared.
+        ValueError: a named block cannot be normalized, or fewer than two blocks are compared.
 
     Example:
         >>> spectra.js_matrix(axis=Axis("asinh", normalize="radius"), blocks=["0.weight", "2.weight"])
@@ -59,16 +57,16 @@ def js0(
     blocks: Sequence[str] | None = None,
     confidence: float | None = None,
 ) -> JS0:
-    """Average js_matrix over all pairs of different blocks: the paper's measure of heterogeneity.
+    """Return the mean of js_matrix over all pairs of different blocks, the paper's measure of heterogeneity.
 
-    Random probes raise it. With `confidence` the jackknife estimates by how much, and an interval for what many
-    probes would give at the same number of steps; that costs n_probes more matrices.
+    Random probes bias it upwards. With `confidence` the jackknife estimates the bias, and an interval for the limit of
+    many probes at the same number of steps, at the cost of n_probes more matrices.
 
     Args, Raises: see js_matrix.
         confidence: probability of the interval, in (0, 1); None means no interval.
 
     Returns:
-        JS0: float(js0) is the mean, str(js0) adds everything it depends on.
+        JS0: float(js0) is the mean, str(js0) adds everything on which it depends.
 
     Source: Zhang et al. 2024, section 2.5.
 
@@ -78,39 +76,38 @@ def js0(
     mean = compare(spectra, kind, base, sigma, axis, blocks)[1]
     if confidence is None:
         return mean
-    return with_interval(mean, _js_error(spectra, mean), check_confidence("js0", confidence))
+    _, _, bias, stderr = _js_error(spectra, mean)
+    return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, check_confidence("js0", confidence))
 
 
 def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Tensor]:
-    """Estimate by the jackknife the bias and standard error that random probes cause in js_matrix.
+    """Estimate by the jackknife the bias and standard error of js_matrix due to the random probes.
 
     Args:
         comparison: arguments of js_matrix, by name.
 
     Returns:
-        bias, stderr: (n_compared, n_compared) each; NaN with one probe. js_matrix - bias is the better estimate of
-        what many probes would give at the same number of steps.
+        bias, stderr: (n_compared, n_compared) each; NaN with one probe. js_matrix - bias estimates the limit of many
+        probes at the same number of steps.
 
     Source: Quenouille 1956; Tukey 1958.
 
     Example:
         >>> bias, stderr = spectra.js_matrix_error(sigma=0.01)
     """
-    error = _js_error(spectra, compare(spectra, **comparison)[1])
-    return error.bias, error.stderr
+    return _js_error(spectra, compare(spectra, **comparison)[1])[:2]
 
 
-def _js_error(spectra: SpectraData, mean: JS0) -> JSError:
+def _js_error(spectra: SpectraData, mean: JS0) -> tuple[Tensor, Tensor, float, float]:
     axis = Axis(mean.axis, mean.normalize, mean.scale)
 
-    def matrix(probes: list[int], kind: str) -> Tensor:
-        values = jensen_shannon.js_matrix(
-            *distributions(spectra, mean.blocks, axis, probes), kind=kind, base=mean.base, sigma=mean.sigma
-        )
+    def divergence(probes: list[int]) -> Tensor:
+        nodes, weights = distributions(spectra, mean.blocks, axis, probes)
+        values = jensen_shannon.js_matrix(nodes, weights, kind="divergence", base=mean.base, sigma=mean.sigma)
         unknown = ~(spectra.quadrature.steps[probes] > 0).any(0)[spectra.rows(mean.blocks)]
         return values.masked_fill(unknown[:, None] | unknown, math.nan)
 
-    return js_error(matrix, mean.kind, spectra.quadrature.num_probes)
+    return js_error(divergence, mean.kind, spectra.quadrature.num_probes)
 
 
 def compare(
@@ -121,27 +118,24 @@ def compare(
     axis: str | Axis = "linear",
     blocks: Sequence[str] | None = None,
 ) -> tuple[Tensor, JS0]:
-    """Return js_matrix and js0 at the cost of one. Args, Raises: see js_matrix."""
+    """Return js_matrix and js0 at the cost of one of them. Args, Raises: see js_matrix."""
     axis = as_axis("js_matrix", axis)
     names = compared(spectra, blocks, axis)
-    where = resolved_axis("js_matrix", spectra, names, axis)
-    nodes, weights = distributions(spectra, names, where)
-    if sigma is None:
-        sigma = default_sigma(nodes)
-    else:
-        sigma = check_sigma_in_range("js_matrix", _checks.real("js_matrix", "sigma", sigma), nodes)
+    axis = resolved_axis("js_matrix", spectra, names, axis)
+    nodes, weights = distributions(spectra, names, axis)
+    sigma = default_sigma(nodes) if sigma is None else check_sigma_in_range("js_matrix", sigma, nodes)
     matrix = jensen_shannon.js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma)
     return matrix, JS0(
         value=mean_of_pairs(matrix),
         kind=kind,
         base=float(base),
-        axis=where.name,
+        axis=axis.name,
         sigma=sigma,
         blocks=names,
         excluded=excluded(spectra, axis) if blocks is None else (),
         batchnorm=str(spectra.provenance.get("batchnorm") or ""),
-        normalize=where.normalize,
-        scale=where.scale,
+        normalize=axis.normalize,
+        scale=axis.scale,
     )
 
 
@@ -151,24 +145,19 @@ def distance_matrix(
     axis: str | Axis = "linear",
     blocks: Sequence[str] | None = None,
 ) -> Tensor:
-    """Compare the spectra pair by pair without smoothing: exact, with no sigma to choose.
+    """Return the distances between the spectra of all pairs of blocks, exact, without smoothing.
 
     Args:
-        metric: "wasserstein" (in units of the axis) or "kolmogorov" (in [0, 1]): see distances.
+        metric: "wasserstein" (in units of the axis) or "kolmogorov" (in [0, 1]): see distances.distance_matrix.
         axis, blocks: see js_matrix.
 
     Returns:
         (n_compared, n_compared), rows in the order of the compared blocks.
-
-    Raises:
-        ValueError: as js_matrix.
-
-    Source: see distances.distance_matrix.
 
     Example:
         >>> spectra.distance_matrix("kolmogorov", axis=Axis(normalize="radius"))
     """
     axis = as_axis("distance_matrix", axis)
     names = compared(spectra, blocks, axis)
-    where = resolved_axis("distance_matrix", spectra, names, axis)
-    return distances.distance_matrix(*distributions(spectra, names, where), metric)
+    axis = resolved_axis("distance_matrix", spectra, names, axis)
+    return distances.distance_matrix(*distributions(spectra, names, axis), metric)

@@ -2,10 +2,9 @@
 
     density_l(t) = sum_k weights[l, k] exp(-(t - nodes[l, k])^2 / (2 sigma^2)) / (sigma sqrt(2 pi))
 
-A grid is the part of one lattice h Z that lies within WINDOW sigma of any node, so it covers every node of every
-block, outliers included, and its size is bounded by the number of nodes however wide the spectrum is. h is a power
-of two, which makes every grid point exact: no rounding of the grid enters an integral. Between patches of the grid
-all densities are 0. Everything is float64 on the CPU.
+A grid is the part of a lattice h Z within WINDOW sigma of any node: it covers every node of every block, and its size
+is bounded by the number of nodes for any range. h is a power of two, so that grid points are exact. In the gaps of the
+grid all densities are 0. All tensors are float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -19,32 +18,27 @@ from torch import Tensor
 from blockhess import _checks
 from blockhess_ext import ops
 
-# The densities vanish where a grid patch ends: exp(-WINDOW^2 / 2) = 2e-22 of a node's peak.
+# At the ends of the grid the densities are exp(-WINDOW^2 / 2) = 2e-22 of the peak of a node.
 WINDOW = 10.0
 
-# Points per sigma, at least. The trapezoid sum of p log(p / q) over Gaussian mixtures errs by the zeros that p + q
-# has off the real axis: exp(-d^2 / 8 - 2 pi^2 POINTS_PER_SIGMA / d) for nodes d sigma apart, below 1e-12 at 8.
+# Least number of points per sigma. The error of the trapezoid rule for p log(p / q) of Gaussian mixtures is set by the
+# complex zeros of p + q: exp(-d^2 / 8 - 2 pi^2 POINTS_PER_SIGMA / d) for nodes d sigma apart, below 1e-12 at 8.
 POINTS_PER_SIGMA = 8
 
-# Sigma is at least this share of the largest |node|, so that grid and nodes resolve it in float64 ...
-SMALLEST_RELATIVE_SIGMA = 2.0**-40
-# ... and at least this, so that no density overflows.
-SMALLEST_SIGMA = 1e-290
+# Lower bounds of sigma: relative to the largest |node|, for the resolution of float64, and absolute, against overflow.
+SMALLEST_RELATIVE_SIGMA, SMALLEST_SIGMA = 2.0**-40, 1e-290
 
-# Default sigma: this share of the range of all nodes that are smoothed or compared together.
-DEFAULT_RELATIVE_SIGMA = 0.01
-
-# However few the steps, no picture is blurred by more than this share of the range.
-WIDEST_RELATIVE_SIGMA = 0.05
+# Default sigma, and upper bound of sigma in plots, relative to the range of the nodes.
+DEFAULT_RELATIVE_SIGMA, WIDEST_RELATIVE_SIGMA = 0.01, 0.05
 
 
 def smallest_sigma(nodes: Tensor) -> float:
-    """Return the smallest sigma that float64 can resolve next to these nodes (any shape, not empty)."""
+    """Return the smallest sigma that float64 resolves for these nodes (any shape, not empty)."""
     return max(SMALLEST_SIGMA, SMALLEST_RELATIVE_SIGMA * float(nodes.abs().max()))
 
 
 def default_sigma(nodes: Tensor) -> float:
-    """Return DEFAULT_RELATIVE_SIGMA times the range of all nodes; times their size where the range is rounding only.
+    """Return DEFAULT_RELATIVE_SIGMA times the range of the nodes, or times the largest |node| if the range is rounding.
 
     Args:
         nodes: eigenvalues on any axis, any shape, not empty.
@@ -61,17 +55,13 @@ def default_sigma(nodes: Tensor) -> float:
 
 
 def _resolved_range(nodes: Tensor) -> float | None:
-    """Return the range of all nodes, None where it is rounding only."""
+    """Return the range of all nodes, None if it is rounding."""
     scale = float(nodes.max() - nodes.min())
     return scale if DEFAULT_RELATIVE_SIGMA * scale >= smallest_sigma(nodes) else None
 
 
 def check_sigma(op: str, sigma: float, nodes: Tensor) -> float:
-    """Return sigma as a float, or refuse it where float64 cannot resolve it next to these nodes.
-
-    Raises:
-        ValueError: sigma is not finite or below smallest_sigma(nodes).
-    """
+    """Return sigma as a float; raise ValueError unless it is finite and at least smallest_sigma(nodes)."""
     sigma, smallest = _checks.real(op, "sigma", sigma), smallest_sigma(nodes)
     if not smallest <= sigma < math.inf:
         raise ValueError(f"{op}: sigma must be finite and at least {smallest:.3g}, got {sigma}")
@@ -79,12 +69,9 @@ def check_sigma(op: str, sigma: float, nodes: Tensor) -> float:
 
 
 def check_sigma_in_range(op: str, sigma: float, nodes: Tensor) -> float:
-    """Return sigma as check_sigma does, or refuse it where it blurs all spectra into one another.
+    """Return sigma as check_sigma does; raise ValueError also if it exceeds the range of the nodes.
 
-    Nodes that are all one, such as those of zero blocks, may be blurred by any width.
-
-    Raises:
-        ValueError: as check_sigma, or sigma is above the range of all nodes.
+    Nodes that are all equal, such as those of zero blocks, accept any sigma.
 
     Example:
         >>> check_sigma_in_range("density", 3.0, torch.tensor([-1.0, 2.0]))
@@ -97,11 +84,7 @@ def check_sigma_in_range(op: str, sigma: float, nodes: Tensor) -> float:
 
 
 def check_grid(op: str, grid: Tensor | Sequence[float], name: str = "grid") -> Tensor:
-    """Return grid as float64 on the CPU, or refuse it.
-
-    Raises:
-        ValueError: grid is not one-dimensional, empty, not finite or not strictly ascending.
-    """
+    """Return grid as float64 on the CPU; raise ValueError unless it is 1-D, nonempty, finite and strictly ascending."""
     points = _checks.reals(op, name, grid)
     if points.ndim != 1 or len(points) == 0:
         raise ValueError(f"{op}: {name} must have shape (n_points,), not empty, got {tuple(points.shape)}")
@@ -124,11 +107,11 @@ def grid_spacing(sigma: float, points_per_sigma: int = POINTS_PER_SIGMA) -> floa
 
 
 def node_grid(nodes: Tensor, sigma: float, points_per_sigma: int = POINTS_PER_SIGMA) -> Tensor:
-    """Return the grid that carries the densities of these nodes: h Z within WINDOW sigma of any of them.
+    """Return the grid for densities of these nodes: the points of h Z within WINDOW sigma of any node.
 
     Args:
         nodes: eigenvalues, any shape, not empty.
-        sigma: width of the Gaussian, at least smallest_sigma(nodes).
+        sigma: standard deviation of the Gaussian, at least smallest_sigma(nodes).
         points_per_sigma: h = grid_spacing(sigma, points_per_sigma).
 
     Returns:
@@ -145,7 +128,7 @@ def node_grid(nodes: Tensor, sigma: float, points_per_sigma: int = POINTS_PER_SI
     first = scaled.floor().long() - reach
     last = scaled.ceil().long() + reach
 
-    # Overlapping or touching windows become one patch; both ends ascend with the nodes.
+    # Overlapping or adjacent windows are merged; both ends ascend with the nodes.
     opens = torch.ones(len(scaled), dtype=torch.bool)
     opens[1:] = first[1:] > last[:-1] + 1
     starts = first[opens]
@@ -162,8 +145,7 @@ def smooth(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: float | Tensor) 
     Args:
         nodes, weights: (L, K) float64; the weights of a block sum to 1.
         grid: (n_points,) float64, ascending.
-        sigma: one width for all blocks, or (L,) float64, one a block (for pictures only: two equal spectra blurred
-            differently differ).
+        sigma: standard deviation of the Gaussian, or (L,) float64, one per block (for plots, not for comparisons).
 
     Returns:
         (L, n_points) float64, in 1 / (unit of the nodes).

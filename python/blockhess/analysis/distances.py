@@ -1,9 +1,9 @@
-"""Distances between spectra that need no smoothing: exact integrals and maxima of step functions.
+"""Distances between spectra without smoothing: exact integrals and maxima of step functions.
 
-    "wasserstein"   int |F(x) - G(x)| dx, the least work that moves one spectrum into the other, in units of the axis
+    "wasserstein"   int |F(x) - G(x)| dx, in units of the axis
     "kolmogorov"    max |F(x) - G(x)|, in [0, 1]
 
-F, G are the distribution functions of the nodes and weights. Both are metrics.
+F, G are the distribution functions of the nodes and weights. Both distances are metrics.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockhess_ext.arguments import choice
+
 METRICS = {"wasserstein": "Wasserstein-1 distance", "kolmogorov": "Kolmogorov distance"}
 
 
 def distance_matrix(nodes: Tensor, weights: Tensor, metric: str = "wasserstein") -> Tensor:
-    """Compare the spectra of L blocks pair by pair, without smoothing.
+    """Return the distances between the spectra of all pairs of L blocks.
 
     Args:
         nodes, weights: (L, K) float64, on one axis; the weights of a block are non-negative and sum to 1.
@@ -23,9 +25,6 @@ def distance_matrix(nodes: Tensor, weights: Tensor, metric: str = "wasserstein")
 
     Returns:
         (L, L) float64, symmetric, zero on the diagonal.
-
-    Raises:
-        ValueError: metric is unknown.
 
     Source: Villani 2003, section 2.2 (the distance on the line is the area between the distribution functions).
 
@@ -35,8 +34,7 @@ def distance_matrix(nodes: Tensor, weights: Tensor, metric: str = "wasserstein")
         tensor([[0., 3.],
                 [3., 0.]], dtype=torch.float64)
     """
-    if not isinstance(metric, str) or metric not in METRICS:
-        raise ValueError(f"distance_matrix: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    choice("metric", metric, METRICS, op="distance_matrix")
     matrix = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
     for i in range(len(nodes) - 1):
         others = nodes[i + 1 :]
@@ -45,6 +43,6 @@ def distance_matrix(nodes: Tensor, weights: Tensor, metric: str = "wasserstein")
         width = x.diff(dim=1)
         if metric == "wasserstein":
             matrix[i, i + 1 :] = (difference[:, :-1] * width).sum(1)
-        else:  # only where x really steps on: between equal nodes the sum is not yet F - G
+        else:  # at distinct x only: between equal nodes the partial sum is not F - G
             matrix[i, i + 1 :] = (difference[:, :-1] * (width > 0)).amax(1)
     return matrix + matrix.T

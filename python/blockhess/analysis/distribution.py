@@ -1,4 +1,4 @@
-"""Distribution functions and quantiles of discrete measures, exact, one measure a row."""
+"""Exact distribution functions and quantiles of discrete measures, one measure per row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# Sums of weights carry rounding errors; a share counts as reached this close to it.
+# A share counts as reached within this tolerance, for rounding errors of sums of weights.
 _SHARE_TOLERANCE = 1e-12
 
 
@@ -50,7 +50,7 @@ def quantiles(nodes: Tensor, weights: Tensor, q: Tensor) -> Tensor:
 
 
 def _steps(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sorted nodes (n_blocks, K) and the shares below all, up to the 1st, ... (n_blocks, K + 1)."""
+    """Return the sorted nodes (n_blocks, K) and the weights of the first 0, ..., K of them (n_blocks, K + 1)."""
     nodes, order = nodes.sort(dim=1)
     sums = torch.nn.functional.pad(weights.gather(1, order).cumsum(1), (1, 0))
     return nodes, sums / sums[:, -1:]

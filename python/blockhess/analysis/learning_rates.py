@@ -1,4 +1,4 @@
-"""A learning rate for every block: the paper's blockwise gradient descent.
+"""Learning rates of blockwise gradient descent.
 
     rate of block l = factor / lambda_max(H_l)
 
@@ -18,7 +18,7 @@ from blockhess.results.data import SpectraData
 
 
 def rates(spectra: SpectraData, factor: float = 1.0) -> dict[str, float | None]:
-    """Return block -> factor / lambda_max; None where lambda_max is unknown, or not positive beyond rounding.
+    """Return block -> factor / lambda_max; None if lambda_max is unknown, or not positive beyond rounding.
 
     Raises:
         ValueError: factor is not positive.
@@ -34,19 +34,18 @@ def rates(spectra: SpectraData, factor: float = 1.0) -> dict[str, float | None]:
 
 
 def param_groups(spectra: SpectraData, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:
-    """Return torch param groups with a learning rate for every block.
+    """Return parameter groups for a torch optimizer, with a learning rate for every block.
 
     Blocks without positive curvature, and trainable parameters outside all blocks, get the smallest of the other rates.
-    1 / lambda_max holds at the weights and on the batch of the spectra. Take a smaller factor with small batches, with
-    momentum, or at initialization, where curvature still grows.
+    1 / lambda_max applies to the parameter values and the batch of the spectra. Use a smaller factor with small
+    batches, with momentum, or at initialization, where curvature still grows.
 
     Args:
-        spectra: their blocks must be whole parameters.
-        model: the model whose parameters they are.
+        model: the model of the spectra, whose blocks must be whole parameters.
         factor: multiplies all rates.
 
     Returns:
-        One group a block with keys params, lr, name; and a group "rest" where trainable parameters are in no block.
+        One group per block with keys params, lr, name; and a group "rest" for trainable parameters in no block.
 
     Raises:
         ValueError: a block is a slice of a parameter, the model has no such parameter, or no block has a rate.
@@ -54,12 +53,12 @@ def param_groups(spectra: SpectraData, model: nn.Module, factor: float = 1.0) ->
     Example:
         >>> optimizer = torch.optim.SGD(spectra.param_groups(model, factor=0.1), momentum=0.9)
     """
-    found = rates(spectra, factor)
-    known = [rate for rate in found.values() if rate is not None]
+    rate_of = rates(spectra, factor)
+    known = [rate for rate in rate_of.values() if rate is not None]
     if not known:
         raise ValueError("param_groups: one block at least must have a positive eigenvalue, got none")
     tensors = {block.info.name: block.pieces[0].tensor for block in partition(unwrap(model)).blocks}
-    groups, left = [], dict(tensors)
+    groups, rest = [], dict(tensors)
     for block in spectra.blocks:
         unknown = [name for name in block.parameters if name not in tensors]
         if unknown:
@@ -68,8 +67,8 @@ def param_groups(spectra: SpectraData, model: nn.Module, factor: float = 1.0) ->
             )
         if block.dim != sum(tensors[name].numel() for name in block.parameters):
             raise ValueError(f"param_groups: blocks must be whole parameters, got {block.name!r}")
-        params = [left.pop(name) for name in block.parameters if name in left]
-        groups.append({"params": params, "lr": found[block.name] or min(known), "name": block.name})
-    if left:
-        groups.append({"params": list(left.values()), "lr": min(known), "name": "rest"})
+        params = [rest.pop(name) for name in block.parameters if name in rest]
+        groups.append({"params": params, "lr": rate_of[block.name] or min(known), "name": block.name})
+    if rest:
+        groups.append({"params": list(rest.values()), "lr": min(known), "name": "rest"})
     return groups

@@ -1,4 +1,4 @@
-"""Which blocks of a result are compared, on which axis, and their spectral distributions there."""
+"""Selection of the blocks of a result to compare, of the axis, and their spectra on the axis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from blockhess import _checks
 from blockhess.analysis import axes, density
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.results.data import SpectraData
@@ -45,16 +44,12 @@ def excluded(spectra: SpectraData, axis: Axis) -> tuple[tuple[str, str], ...]:
 
 
 def comparable_blocks(spectra: SpectraData, axis: str | Axis = "linear") -> tuple[str, ...]:
-    """Return the names of the blocks that comparisons take by default, the rows of js_matrix.
+    """Return the names of the blocks that comparisons include by default, the rows of js_matrix.
 
-    These are the blocks that the loss depends on, whose Hessian-vector products were finite, and that the axis can
-    normalize.
+    These are the blocks on which the loss depends, with finite Hessian-vector products, that the axis can normalize.
 
     Args:
         axis: see Axis.
-
-    Raises:
-        ValueError: axis is unknown.
 
     Example:
         >>> spectra.comparable_blocks("asinh")
@@ -63,28 +58,38 @@ def comparable_blocks(spectra: SpectraData, axis: str | Axis = "linear") -> tupl
     return tuple(name for name in spectra.names if name not in reasons)
 
 
+def weights_only(spectra: SpectraData) -> tuple[str, ...]:
+    """Return the names of the blocks of two dimensions or more, without norm gains and biases, as the paper compares.
+
+    Blocks that comparisons exclude by default are not among them.
+    """
+    excluded_names = dict(spectra.excluded)
+    return tuple(block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in excluded_names)
+
+
 def compared(spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis) -> tuple[str, ...]:
     """Return the names of the blocks of a comparison: the given ones, or comparable_blocks.
 
     Raises:
-        ValueError: a name is unknown, repeated or of a block without a spectrum; fewer than two are left.
+        ValueError: a name is unknown or repeated, a block has no spectrum, or there are fewer than two blocks.
     """
-    names = comparable_blocks(spectra, axis) if blocks is None else _checks.names(blocks)
-    for row in spectra.rows(names):
+    rows = spectra.rows(comparable_blocks(spectra, axis) if blocks is None else blocks)
+    names = tuple(spectra.names[row] for row in rows)
+    for row, name in zip(rows, names):
         if not spectra.known[row]:
-            raise ValueError(f"blocks: {spectra.names[row]!r} has no spectrum: its Hessian was never finite")
+            raise ValueError(f"blocks: {name!r} has no spectrum: its Hessian was never finite")
     if len(names) < 2:
         raise ValueError(f"blocks: at least two are needed for a comparison, got {list(names)}")
     return names
 
 
-def resolved_axis(op: str, spectra: SpectraData, names: Sequence[str], axis: str | Axis) -> Axis:
-    """Return the axis for these blocks, with the default scale where it needs one and none is given.
+def resolved_axis(op: str, spectra: SpectraData, blocks: Sequence[str] | None, axis: str | Axis) -> Axis:
+    """Return the axis for these blocks, with the default scale if it needs one; None means all blocks.
 
     Raises:
-        ValueError: axis is unknown, there are no names, or a block cannot be normalized.
+        ValueError: axis or a name is unknown, there is no block, or a block cannot be normalized.
     """
-    axis = as_axis(op, axis)
+    axis, names = as_axis(op, axis), [spectra.names[row] for row in spectra.rows(blocks)]
     if not names:
         which = f" that can be divided by {axis.divisor_name}" if axis.divisor_name else ""
         raise ValueError(f"{op}: blocks must name at least one{which}, got none")
@@ -102,10 +107,10 @@ def resolved_axis(op: str, spectra: SpectraData, names: Sequence[str], axis: str
 
 
 def distributions(
-    spectra: SpectraData, names: Sequence[str], axis: Axis, probes: list[int] | None = None
+    spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis, probes: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return nodes on a resolved axis and weights of some blocks, (len(names), K) each, from all probes or some."""
-    rows = spectra.rows(names)
+    """Return nodes on a resolved axis and weights, (n_blocks, K) each; None means all blocks, or all probes."""
+    rows = spectra.rows(blocks)
     merged = spectra.merged if probes is None else spectra.quadrature.of_probes(probes).merged()
     nodes, weights = (part[rows] for part in merged)
     divisors = axes.divisors(nodes, weights, [spectra.dims[row] for row in rows], axis.normalize)
@@ -113,16 +118,16 @@ def distributions(
 
 
 def default_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, axis: str | Axis = "linear") -> float:
-    """Return the sigma of comparisons of these blocks where none is given: see density.default_sigma.
+    """Return the default sigma of comparisons of these blocks: see density.default_sigma.
 
     Args:
         blocks: names; None means comparable_blocks(axis).
         axis: see Axis.
 
     Raises:
-        ValueError: an argument breaks its rule, or a block cannot be normalized.
+        ValueError: a block cannot be normalized.
     """
     if blocks is None:
-        blocks = comparable_blocks(spectra, as_axis("default_sigma", axis)) or spectra.names
-    names = _checks.names(blocks)
-    return density.default_sigma(distributions(spectra, names, resolved_axis("default_sigma", spectra, names, axis))[0])
+        blocks = comparable_blocks(spectra, as_axis("default_sigma", axis)) or None
+    axis = resolved_axis("default_sigma", spectra, blocks, axis)
+    return density.default_sigma(distributions(spectra, blocks, axis)[0])

@@ -1,9 +1,10 @@
-"""JS0 over sigma, axis and normalization in one table: a number that depends on them should be shown with them."""
+"""Sensitivity of JS0 to sigma, axis and normalization."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockhess._text import format_table
 from blockhess.analysis.axes import Axis
@@ -18,13 +19,13 @@ NORMALIZATIONS: tuple[str | int, ...] = ("none", "radius", 10, "trace")
 
 @dataclass(frozen=True)
 class Row:
-    """JS0 on one axis under one sigma.
+    """JS0 for one axis and sigma.
 
     Attributes:
         axis: with its normalization and scale.
-        sigma: width on that axis.
-        relative_sigma: the same in units of the default sigma of that axis.
-        js0: the value with all it depends on, or None where fewer than two blocks can be compared.
+        sigma: standard deviation of the Gaussian on the axis.
+        relative_sigma: sigma divided by the default sigma of the axis.
+        js0: None if fewer than two blocks can be compared.
     """
 
     axis: Axis
@@ -35,10 +36,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A table of JS0; print it, or take its rows.
+    """A table of JS0, printed by str().
 
     Attributes:
-        rows: one a combination, axis by axis.
+        rows: one per combination, grouped by axis.
     """
 
     rows: tuple[Row, ...]
@@ -52,7 +53,6 @@ class Sensitivity:
         header = ["axis", "divided by", "scale", "sigma", "of default", "JS0", "blocks", "excluded"]
         lines = []
         for row in self.rows:
-            excluded = len(row.js0.excluded) if row.js0 else 0
             lines.append(
                 [
                     row.axis.name,
@@ -62,7 +62,7 @@ class Sensitivity:
                     f"{row.relative_sigma:.3g}",
                     f"{row.js0.value:.4g}" if row.js0 else "-",
                     str(len(row.js0.blocks)) if row.js0 else "-",
-                    str(excluded) if excluded else "",
+                    str(len(row.js0.excluded)) if row.js0 and row.js0.excluded else "",
                 ]
             )
         known = [row.js0 for row in self.rows if row.js0]
@@ -83,32 +83,28 @@ def sensitivity(
     base: float = 2.0,
     blocks: Sequence[str] | None = None,
 ) -> Sensitivity:
-    """Tabulate JS0 over sigma, axis and normalization, as it depends on them.
+    """Tabulate JS0 over sigma, axis and normalization.
 
     Args:
-        spectra: what to compare.
-        sigmas: widths, as multiples of the default sigma of each axis.
-        axes, normalizations: see Spectra.js_matrix.
-        kind, base: as of Spectra.js_matrix.
-        blocks: names; None means every block that is used and finite, and can be normalized.
+        sigmas: multiples of the default sigma of each axis.
+        axes, normalizations: names and normalizations of axes, see Axis.
+        kind, base, blocks: see js_matrix.
 
     Raises:
-        ValueError: an argument breaks its rule, or a named block cannot be normalized.
+        ValueError: a named block cannot be normalized.
 
     Example:
         >>> table = spectra.sensitivity(sigmas=[0.5, 1.0], axes=["linear"], normalizations=["none", "radius"])
         >>> print(table)
     """
     rows = []
-    for axis in axes:
-        for normalize in normalizations:
-            where = Axis(axis, normalize)
-            if blocks is None and len(comparable_blocks(spectra, where)) < 2:
-                rows.append(Row(where, float("nan"), float("nan"), None))
-                continue
-            default = js0(spectra, kind, base, axis=where, blocks=blocks)
-            where = Axis(axis, normalize, default.scale)
-            for multiple in sigmas:
-                value = default if multiple == 1 else js0(spectra, kind, base, multiple * default.sigma, where, blocks)
-                rows.append(Row(where, value.sigma, float(multiple), value))
+    for axis in itertools.starmap(Axis, itertools.product(axes, normalizations)):
+        if blocks is None and len(comparable_blocks(spectra, axis)) < 2:
+            rows.append(Row(axis, float("nan"), float("nan"), None))
+            continue
+        default = js0(spectra, kind, base, axis=axis, blocks=blocks)
+        resolved = replace(axis, scale=default.scale)
+        for multiple in sigmas:
+            value = default if multiple == 1 else js0(spectra, kind, base, multiple * default.sigma, resolved, blocks)
+            rows.append(Row(resolved, value.sigma, float(multiple), value))
     return Sensitivity(tuple(rows))

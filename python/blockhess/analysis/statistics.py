@@ -1,6 +1,6 @@
-"""Statistics of the spectrum of every block of a result: densities, distribution functions, moments, eigenvalues.
+"""Statistics of the spectra of a result: densities, distribution functions, moments, eigenvalues.
 
-Every function is a method of Spectra of the same name.
+All but block_spectrum and curvature_range are methods of Spectra.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blockhess.analysis.density import (
 )
 from blockhess.analysis.errors.intervals import check_confidence, normal_quantile
 from blockhess.analysis.outliers import Eigenvalue
-from blockhess.analysis.selection import distributions, resolved_axis
+from blockhess.analysis.selection import comparable_blocks, distributions, resolved_axis, weights_only
 from blockhess.problem.blocks import BlockInfo
 from blockhess.results.data import NEGATIVE_TOLERANCE, SpectraData
 from blockhess_ext.arguments import integer
@@ -33,15 +33,15 @@ from blockhess_ext.arguments import integer
 
 @dataclass(frozen=True, eq=False)
 class BlockSpectrum:
-    """The spectrum of one block, as `spectra["name"]` returns it.
+    """The spectrum of one block, the value of `spectra["name"]`.
 
     Attributes:
         block: name, shape, dim, parameters, note.
         nodes, weights: (n_probes, m) float64; the weights of a probe sum to 1.
-        steps: (n_probes,) int64, how many of the m nodes are valid.
+        steps: (n_probes,) int64, the number of valid nodes.
         lambda_min, lambda_max: extreme nodes over all probes.
         trace, trace_stderr, frobenius_norm, frobenius_stderr: estimates and their standard errors.
-        negative_mass: share of eigenvalues below zero.
+        negative_mass: share of negative eigenvalues.
     """
 
     block: BlockInfo
@@ -68,12 +68,10 @@ class BlockSpectrum:
 
 
 def block_spectrum(spectra: SpectraData, name: str) -> BlockSpectrum:
-    """Return the spectrum of one block.
-
-    Raises:
-        KeyError: no block has this name.
-    """
-    row, q = spectra.row(name), spectra.quadrature
+    """Return the spectrum of one block, or raise KeyError."""
+    if name not in spectra:
+        raise KeyError(f"Spectra: {spectra.unknown_name(name)}")
+    row, q = spectra.names.index(name), spectra.quadrature
     columns = (*eigenvalue_range(spectra), *trace(spectra), *frobenius_norm(spectra), negative_mass(spectra))
     values = (float(column[row]) for column in columns)
     return BlockSpectrum(spectra.blocks[row], q.nodes[:, row], q.weights[:, row], q.steps[:, row], *values)
@@ -86,12 +84,13 @@ def density(
     axis: str | Axis = "linear",
     blocks: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Smooth the spectra of all blocks with one Gaussian, on one grid.
+    """Return the densities of the blocks, smoothed with the same Gaussian, on the same grid.
 
     Args:
-        sigma: width of the Gaussian on the axis, at most the range of all nodes; None means default_sigma().
-        grid: (n_points,) points of the axis, strictly ascending; None means density.node_grid, which covers every
-            node of every block; between its patches all densities are 0.
+        sigma: standard deviation of the Gaussian on the axis, at most the range of all nodes; None means
+            default_sigma().
+        grid: (n_points,) points on the axis, strictly ascending; None means density.node_grid, which covers every
+            node of every block; all densities are 0 in its gaps.
         axis: see js_matrix.
         blocks: names, in order; None means all.
 
@@ -100,29 +99,28 @@ def density(
         is 1. A block without a single Lanczos step has density 0.
 
     Raises:
-        ValueError: an argument breaks its rule, or a block cannot be normalized.
+        ValueError: a block cannot be normalized.
 
     Source: Zhang et al. 2024, appendix B.2.
 
     Example:
         >>> grid, densities = spectra.density(sigma=0.01)
     """
-    names = spectra.names if blocks is None else _checks.names(blocks)
-    nodes, weights = distributions(spectra, names, resolved_axis("density", spectra, names, axis))
+    axis = resolved_axis("density", spectra, blocks, axis)
+    nodes, weights = distributions(spectra, blocks, axis)
     if sigma is None:
-        excluded = dict(spectra.excluded)
-        chosen = [i for i, name in enumerate(names) if blocks is not None or name not in excluded]
-        sigma = max(default_sigma(nodes[chosen] if chosen else nodes), smallest_sigma(nodes))
+        compared = spectra.rows(comparable_blocks(spectra, axis)) if blocks is None else []
+        sigma = max(default_sigma(nodes[compared] if compared else nodes), smallest_sigma(nodes))
     sigma = check_sigma_in_range("density", sigma, nodes)
     points = node_grid(nodes, sigma) if grid is None else check_grid("density", grid)
     return points, smooth(nodes, weights, points, sigma)
 
 
 def cdf(spectra: SpectraData, x: Tensor | Sequence[float] | float | None = None) -> tuple[Tensor, Tensor]:
-    """Count eigenvalues: the exact step function of the nodes and weights, not smoothed.
+    """Return the cumulative distribution functions: step functions of the nodes and weights, without smoothing.
 
     Args:
-        x: (n_points,) eigenvalues, in any order, or one; None means every node of every block, ascending.
+        x: (n_points,) eigenvalues in any order, or a number; None means all nodes of all blocks, ascending.
 
     Returns:
         x (n_points,), share of eigenvalues <= x (n_blocks, n_points).
@@ -142,10 +140,10 @@ def cdf(spectra: SpectraData, x: Tensor | Sequence[float] | float | None = None)
 
 
 def quantiles(spectra: SpectraData, q: Tensor | Sequence[float] | float) -> Tensor:
-    """Invert the cdf: the smallest node x of every block with cdf(x) >= q.
+    """Return the smallest node x of every block with cdf(x) >= q.
 
     Args:
-        q: (n_quantiles,) shares in [0, 1], or one.
+        q: (n_quantiles,) shares in [0, 1], or a number.
 
     Returns:
         (n_blocks, n_quantiles).
@@ -166,8 +164,8 @@ def trace(spectra: SpectraData) -> tuple[Tensor, Tensor]:
     """Estimate tr H_l of every block.
 
     Returns:
-        values, stderr: (n_blocks,) each. With one probe the standard error is infinite, except for blocks of one
-        element, where it is always 0.
+        values, stderr: (n_blocks,) each. With one probe the standard error is infinite, except for a block of one
+        element, where it is 0.
 
     Source: Hutchinson 1989.
     """
@@ -178,24 +176,31 @@ def frobenius_norm(spectra: SpectraData) -> tuple[Tensor, Tensor]:
     """Estimate |H_l|_F = sqrt(tr H_l^2) of every block.
 
     Returns:
-        values, stderr: (n_blocks,) each; the error by the delta method, stderr(|H|_F^2) / (2 |H|_F).
+        values, stderr: (n_blocks,) each, the error by the delta method, stderr(|H|_F^2) / (2 |H|_F).
     """
     square, stderr = spectra.quadrature.second_moment()
     norm = square.sqrt()
-    # All probes see a zero block as zero: no error to scale.
+    # A zero block is zero for every probe: its error is 0 already.
     return norm, torch.where(norm > 0, stderr / (2 * norm), stderr)
 
 
 def eigenvalue_range(spectra: SpectraData) -> tuple[Tensor, Tensor]:
     """Return lambda_min, lambda_max of every block, (n_blocks,) each: extreme nodes over all probes.
 
-    They lie inside the true range, within rounding, and reach its ends first.
+    They lie inside the true range, up to rounding; extreme eigenvalues converge first.
     """
     return spectra.quadrature.extremes()
 
 
+def curvature_range(spectra: SpectraData) -> tuple[float, float]:
+    """Return the smallest and the largest spectral radius of the blocks of weights_only."""
+    low, high = eigenvalue_range(spectra)
+    radii = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
+    return float(radii.min()), float(radii.max())
+
+
 def negative_mass(spectra: SpectraData) -> Tensor:
-    """Return the share of eigenvalues of every block (n_blocks,) that are negative.
+    """Return the share of negative eigenvalues of every block, (n_blocks,).
 
     Nodes within 64 eps(dtype of the vectors) of zero, relative to the block's largest |node|, count as zero.
     """
@@ -207,12 +212,13 @@ def negative_mass(spectra: SpectraData) -> Tensor:
 
 
 def zero_mass(spectra: SpectraData, tolerance: float | None = None) -> Tensor:
-    """Return the share of eigenvalues of every block (n_blocks,) at zero: its rank deficiency, as a share.
+    """Return the share of zero eigenvalues of every block, (n_blocks,): its rank deficiency divided by its dim.
+
+    The share is too small unless the other eigenvalues are well separated from zero.
 
     Args:
-        tolerance: nodes up to this size are zero; None means the block's hvp_error, or 64 eps(dtype of the vectors)
-            of its largest |node| where that is more. Lanczos finds a mass at zero only where the other eigenvalues
-            stay away from it: otherwise this is too small.
+        tolerance: largest |node| that counts as zero; None means the larger of the block's hvp_error and
+            64 eps(dtype of the vectors) of its largest |node|.
 
     Raises:
         ValueError: tolerance is negative.
@@ -229,13 +235,13 @@ def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tu
 
     Args:
         k: counted from 1.
-        confidence: of the interval.
+        confidence: probability of the interval, in (0, 1).
 
     Returns:
-        value, lower, upper: (n_blocks,) each; NaN where a block has fewer than k. The interval is between the
-        crossings of k - 1/2 -+ z sqrt(2 k / n_probes): among the weights of a block's n_probes Gaussian vectors the
-        count of the k largest has that standard error, none where the block was written out. It does not include the
-        error of too few steps.
+        value, lower, upper: (n_blocks,) each; NaN for a block of fewer than k eigenvalues. The interval lies between
+        the crossings of k - 1/2 -+ z sqrt(2 k / n_probes), sqrt(2 k / n_probes) being the standard error of the count
+        of the k largest eigenvalues with Gaussian probes. It has width 0 for blocks computed exactly, and does not
+        include the error of finite steps.
 
     Raises:
         ValueError: k is below 1, or confidence is not between 0 and 1.
@@ -256,17 +262,17 @@ def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tu
 
 
 def histogram(spectra: SpectraData, bins: int | Tensor | Sequence[float] = 50) -> tuple[Tensor, Tensor]:
-    """Count the eigenvalues of every block in bins, not smoothed: dim times the mass.
+    """Count the eigenvalues of every block in bins, without smoothing: dim times the mass.
 
     Args:
-        bins: number of equal bins over the nodes of all blocks, or (n_bins + 1,) ascending edges. A bin includes its
-            left edge, the last one both; nodes outside all bins are not counted.
+        bins: number of equal bins over the range of all nodes, or (n_bins + 1,) ascending edges. A bin includes its
+            left edge, the last bin both edges; nodes outside the bins are not counted.
 
     Returns:
         edges (n_bins + 1,), counts (n_blocks, n_bins); NaN for a block without a single Lanczos step.
 
     Raises:
-        ValueError: bins is below 1 or not ascending, or a number where nothing is known of any block.
+        ValueError: bins is below 1 or not ascending, or a number although no block has a Lanczos step.
 
     Example:
         >>> edges, counts = spectra.histogram(100)
@@ -291,17 +297,15 @@ def histogram(spectra: SpectraData, bins: int | Tensor | Sequence[float] = 50) -
 
 
 def outliers(spectra: SpectraData, name: str, tolerance: float = ritz_values.CONVERGED) -> list[Eigenvalue]:
-    """Return the eigenvalues of a block that stand apart so far that Lanczos has found them, with residual bounds.
+    """Return the converged Ritz values of a block, isolated eigenvalues, with residual bounds.
 
     Args:
-        name: of the block.
+        name: name of the block.
         tolerance: largest residual, relative to the block's largest |node|.
 
     Returns:
-        eigenvalues, largest |value| first: see outliers.eigenvalues. Of a block smaller than the number of steps, all.
-
-    Raises:
-        ValueError: no block has this name.
+        eigenvalues, largest |value| first: see outliers.eigenvalues. All of them for a block smaller than the number
+        of steps.
 
     Source: Parlett 1998, section 13.2; Paige 1980.
 

@@ -23,10 +23,12 @@ from torch import nn
 import blockhess
 from blockhess._text import format_table, number
 from blockhess.analysis.jensen_shannon import js_matrix
+from blockhess.analysis.selection import weights_only
+from blockhess.analysis.statistics import curvature_range
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
 from blockhess.report.rows import to_json
-from blockhess.report.text import curvature_range, describe, weights_only
+from blockhess.report.text import describe
 from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
 

@@ -13,7 +13,6 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor, nn
 
 import blockhess
-from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.hvp import ENGINES, BlockOperator, Engine
 from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import BlockInfo, BlockSpec, block_id, partition, unwrap
@@ -22,6 +21,7 @@ from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
 from blockhess.spectra import Spectra
 from blockhess_ext import batched_slq
+from blockhess_ext.arguments import choice
 
 # Largest |<u, A v> - <v, A u>| of random u, v, in units of sqrt(eps) (|u| |A v| + |v| |A u|).
 SYMMETRY_TOLERANCE = 10.0
@@ -86,8 +86,8 @@ def block_operators(
         >>> with block_operators(model, batch, torch.nn.CrossEntropyLoss()) as operators:
         ...     largest = scipy.sparse.linalg.eigsh(operators["0.weight"], k=3, return_eigenvectors=False)
     """
-    check_choice("block_operators", "engine", engine, ENGINES)
-    check_choice("block_operators", "batchnorm", batchnorm, ("eval", "batch"))
+    choice("engine", engine, ENGINES, op="block_operators")
+    choice("batchnorm", batchnorm, ("eval", "batch"), op="block_operators")
     model = unwrap(model)
     cut, loss = partition(model, blocks), make_loss(loss_fn)
     is_open = True

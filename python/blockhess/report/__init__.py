@@ -1,0 +1,1 @@
+"""Tables, records, plots and HTML pages of results."""

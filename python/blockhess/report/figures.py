@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockhess.analysis import comparison
-from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.analysis.selection import comparable_blocks
 from blockhess.report.html.contents import COMPARISONS
 from blockhess.report.plots import MISSING, new_figure, plot_density, plot_heatmap, save_figure
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
+from blockhess_ext.arguments import choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def write(results: Sequence[SpectraData], stem: Path, suffix: str, labels: Seque
         >>> write([spectra], Path("gpt"), "pdf", ["gpt"])
         [PosixPath('gpt_spectra.pdf'), PosixPath('gpt_heatmap.pdf')]
     """
-    check_choice("figures", "format", suffix, FORMATS)
+    choice("format", suffix, FORMATS, op="figures")
     check_writable(stem.with_name(f"{stem.name}_spectra.{suffix}"))  # before the work
     try:
         from matplotlib import rc_context

@@ -12,10 +12,10 @@ import torch
 from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
 from blockhess.analysis.errors import error_bars
-from blockhess.analysis.jensen_shannon import check_choice
-from blockhess.analysis.selection import comparable_blocks
+from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.rows import block_records
 from blockhess.results.data import SpectraData
+from blockhess_ext.arguments import choice
 
 # sort key -> whether the largest value comes first.
 SORT_KEYS = {
@@ -29,23 +29,6 @@ SORT_KEYS = {
 }
 
 
-def weights_only(spectra: SpectraData) -> tuple[str, ...]:
-    """Return the blocks that comparisons take, without norm gains and biases: those of two dimensions or more.
-
-    The paper leaves norm layers out of its comparisons, and its models have few biases.
-    """
-    return tuple(
-        block.name for block in spectra.blocks if len(block.shape) >= 2 and block.name not in dict(spectra.excluded)
-    )
-
-
-def curvature_range(spectra: SpectraData) -> tuple[float, float]:
-    """Return the largest |eigenvalue| of the flattest and of the sharpest weight block."""
-    low, high = statistics.eigenvalue_range(spectra)
-    sizes = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
-    return float(sizes.min()), float(sizes.max())
-
-
 def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
     """Return the names of all blocks by one column of the table; unknown values (NaN) come last.
 
@@ -56,7 +39,7 @@ def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
     Raises:
         ValueError: another key.
     """
-    check_choice("show", "sort", key, SORT_KEYS)
+    choice("sort", key, SORT_KEYS, op="show")
     if key == "order":
         return spectra.names
     if key == "name":

@@ -1,8 +1,7 @@
-"""SpectraData: nodes and weights of every block of a model, as stochastic Lanczos quadrature gave them.
+"""SpectraData: nodes and weights of stochastic Lanczos quadrature for every block of a model.
 
-Densities, moments, distances and pictures are computed from them on demand, at any sigma, by `blockhess.analysis`. All
-tensors are float64 on the CPU, with rows in the order of `names`. A block without a single Lanczos step has NaN for
-every statistic; nothing else is ever NaN.
+`blockhess.analysis` computes densities, moments and distances from them, for any sigma. All tensors are float64 on the
+CPU, with rows in the order of `names`. The statistics of a block without a Lanczos step are NaN; no others are.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from blockhess.problem.blocks import ZERO_NOTE, BlockInfo
 from blockhess.results.unit import Unit
 from blockhess_ext import Quadrature, State
 
-# Nodes count as negative below -64 eps(dtype of the vectors) max |node|: Lanczos cannot tell them from 0 otherwise.
+# A node counts as negative below -64 eps(dtype of the vectors) max |node|, the rounding error of Lanczos.
 NEGATIVE_TOLERANCE = 64
 
 
@@ -33,13 +32,13 @@ class SpectraData:
 
     Args:
         blocks: one BlockInfo per block, with distinct names.
-        quadrature: nodes and weights, whose block l is blocks[l]; moved to the CPU.
-        provenance: how it was computed, JSON values only.
-        vectors: the state after the last step of every unit of work, where it was recorded; files do not hold it.
+        quadrature: nodes and weights, with block l for blocks[l]; moved to the CPU.
+        provenance: how the result was computed, JSON values only.
+        vectors: the state after the last step of every unit of work, if recorded; files do not hold it.
 
     Raises:
-        ValueError: blocks do not fit the quadrature, or two share a name.
-        TypeError: provenance holds something JSON cannot.
+        ValueError: the dims of blocks and quadrature differ, or two blocks share a name.
+        TypeError: provenance holds a value that is not JSON.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class SpectraData:
             quadrature, **{name: getattr(quadrature, name).detach().cpu() for name in Quadrature.TENSORS}
         )
         try:
-            # A copy of its own, equal to what a saved file gives back.
+            # A copy, equal to the provenance read from a saved file.
             self.provenance: dict[str, Any] = json.loads(json.dumps(dict(provenance)))
         except (TypeError, ValueError) as error:
             raise TypeError(f"Spectra: provenance must hold JSON values only: {error}") from None
@@ -95,48 +94,35 @@ class SpectraData:
     def _row(self) -> dict[str, int]:
         return {name: row for row, name in enumerate(self.names)}
 
-    def row(self, name: str) -> int:
-        """Return the row of a block in every tensor.
-
-        Raises:
-            KeyError: no block has this name.
-        """
-        if name not in self._row:
-            raise KeyError(f"Spectra: {self._no_block(name)}")
-        return self._row[name]
-
     def rows(self, blocks: Sequence[str] | None = None) -> list[int]:
-        """Return the rows of these blocks in every tensor; None means all, in order.
-
-        Raises:
-            ValueError: a name is unknown or repeated.
-        """
+        """Return the rows of these blocks in every tensor, or raise ValueError; None means all, in order."""
         names = self.names if blocks is None else _checks.names(blocks)
         for name, count in Counter(names).items():
             if name not in self._row:
-                raise ValueError(f"blocks: {self._no_block(name)}")
+                raise ValueError(f"blocks: {self.unknown_name(name)}")
             if count > 1:
                 raise ValueError(f"blocks: names must be different, got {name!r} {count} times")
         return [self._row[name] for name in names]
 
-    def _no_block(self, name: object) -> str:
+    def unknown_name(self, name: object) -> str:
+        """Return the error message for an unknown name."""
         close = difflib.get_close_matches(str(name), self.names, n=3)
         return f"no block is called {name!r}" + (f"; close to it: {', '.join(map(printable, close))}" if close else "")
 
     @cached_property
     def merged(self) -> tuple[Tensor, Tensor]:
-        """Nodes and weights (n_blocks, n_probes m), averaged over probes: see Quadrature.merged."""
+        """Nodes and weights of the mean over probes, (n_blocks, n_probes m) each: see Quadrature.merged."""
         return self.quadrature.merged()
 
     @cached_property
     def known(self) -> Tensor:
-        """Whether any probe of a block made a step, (n_blocks,)."""
+        """Whether any probe of a block has a Lanczos step, (n_blocks,) bool."""
         return (self.quadrature.steps > 0).any(0)
 
     def hvp_error(self, name: str) -> float:
-        """Return the size of the errors of Hessian-vector products with a block, where it is known, else 0.
+        """Return the error of Hessian-vector products with a block, in units of the eigenvalues; 0 if unknown.
 
-        It is an attribute of the block, or `provenance["hvp_error"][name]`, in units of the eigenvalues.
+        It is an attribute of the block, or `provenance["hvp_error"][name]`.
         """
         known = getattr(self.blocks[self._row[name]], "hvp_error", None)
         if known is None:
@@ -152,7 +138,7 @@ class SpectraData:
 
     @cached_property
     def zero_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks that their Hessian-vector products cannot tell from zero."""
+        """Names of the blocks whose largest |eigenvalue| is within the error of their Hessian-vector products."""
         noted = {block.name for block in self.blocks if ZERO_NOTE in block.note.split("; ")}
         sizes = self.merged[0].abs().amax(1).tolist()
         return tuple(
@@ -163,10 +149,7 @@ class SpectraData:
 
     @cached_property
     def excluded(self) -> tuple[tuple[str, str], ...]:
-        """(name, reason) of the blocks that comparisons exclude by default: unused and non-finite ones.
-
-        Normalized axes may exclude more: see `comparable_blocks`.
-        """
+        """(name, reason) of the blocks that comparisons exclude by default; normalized axes may exclude more."""
         broken = self.quadrature.nonfinite.any(0).tolist()
         unused = ["unused" in block.note.split("; ") for block in self.blocks]
         reasons = ("non-finite" if bad else "unused" if idle else "" for bad, idle in zip(broken, unused))

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import next_token_loss
 from blockhess.problem.batches import map_tensors, split_batch
+from blockhess_ext.arguments import choice
 from blockhess_paper.datasets.sentence_pairs import PADDING, SPECIAL, line_pairs, masked_pairs
 from blockhess_paper.models import MaskedPairs, masked_pair_loss, named
 from blockhess_paper.networks.sources import Source, source
@@ -65,7 +65,7 @@ class Selection:
     precision: str = "highest"
 
     def __post_init__(self) -> None:
-        check_choice("network", "scale", self.scale, SCALES)
+        choice("scale", self.scale, SCALES, op="network")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:

@@ -21,9 +21,10 @@ from blockhess.analysis import jensen_shannon
 from blockhess.analysis.axes import Axis
 from blockhess.analysis.density import POINTS_PER_SIGMA, check_sigma, grid_spacing, node_grid
 from blockhess.analysis.errors.jensen_shannon import mean_of_pairs
-from blockhess.analysis.jensen_shannon import JS0, check_choice, sum_over_grid
+from blockhess.analysis.jensen_shannon import JS0, sum_over_grid
 from blockhess.analysis.selection import distributions
 from blockhess.spectra import Spectra
+from blockhess_ext.arguments import choice
 
 # The library's definitions, then the reconstructions.
 KINDS = (*jensen_shannon.KINDS, "jeffreys", "unnormalized")
@@ -66,7 +67,7 @@ def js_matrix(
         >>> js_matrix(spikes, torch.ones_like(spikes), sigma=1.0, kind="jeffreys", base=math.e).round().tolist()
         [[0.0, 9.0], [9.0, 0.0]]
     """
-    check_choice("js_matrix", "kind", kind, KINDS)
+    choice("kind", kind, KINDS, op="js_matrix")
     if kind in jensen_shannon.KINDS:
         return jensen_shannon.js_matrix(nodes, weights, sigma=sigma, kind=kind, base=base)
     sigma = check_sigma("js_matrix", sigma, nodes)

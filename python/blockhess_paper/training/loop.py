@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from blockhess.analysis.jensen_shannon import check_choice
 from blockhess.problem.batches import batch_size, split_batch
 from blockhess.problem.losses import Loss, checked_weight, make_loss
 from blockhess.run.storage.signals import Catcher, caught
+from blockhess_ext.arguments import choice
 from blockhess_paper.training.optimizers import BETA2, make_optimizer
 from blockhess_paper.training.saved_state import SavedState
 
@@ -118,7 +118,7 @@ def train(
         >>> train(model, [batch], nn.CrossEntropyLoss(), optimizer="SGD", rate=0.1, num_steps=5).diverged
         False
     """
-    check_choice("train", "schedule", schedule, SCHEDULES)
+    choice("schedule", schedule, SCHEDULES, op="train")
     if num_steps < 1 or not 0 <= warmup < num_steps or window < 1:
         raise ValueError(
             "train: num_steps and window must be at least 1 and warmup in 0 ... num_steps - 1, got "

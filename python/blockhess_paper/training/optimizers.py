@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blockhess.analysis.jensen_shannon import check_choice
+from blockhess_ext.arguments import choice
 
 # "beta_1 = 0.9 for SGD"; PyTorch's defaults for Adam.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -102,7 +102,7 @@ def make_optimizer(
         >>> make_optimizer("SGD", torch.nn.Linear(2, 2).parameters(), 0.1).defaults["momentum"]
         0.9
     """
-    check_choice("make_optimizer", "name", name, OPTIMIZERS)
+    choice("name", name, OPTIMIZERS, op="make_optimizer")
     if not 0 < rate < math.inf:
         raise ValueError(f"make_optimizer: rate must be positive, got {rate}")
     return OPTIMIZERS[name](params, lr=rate, weight_decay=weight_decay, beta2=beta2)

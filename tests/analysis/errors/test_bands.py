@@ -86,16 +86,16 @@ def worst_point_of_cdf_band() -> float:
 
 def test_no_single_point_of_the_cdf_band_is_left_uncovered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worst_point_of_cdf_band() >= 0.9
-    monkeypatch.setattr(bands, "_may_step", lambda nodes, x, *_: torch.zeros_like(x, dtype=torch.bool))
+    monkeypatch.setattr(bands, "_may_cross", lambda nodes, x, *_: torch.zeros_like(x, dtype=torch.bool))
     assert worst_point_of_cdf_band() < 0.9  # five probes on one side of x know nothing of the other
 
 
 def test_where_the_next_node_may_be() -> None:
     nodes = float64([[0.0, 1.0], [0.0, 1.1], [0.0, 0.9]])
-    may = bands._may_step(nodes, float64([-1.0, 0.3, 0.8, 1.3, 3.0]), 0.95)
+    may = bands._may_cross(nodes, float64([-1.0, 0.3, 0.8, 1.3, 3.0]), 0.95)
     # Mean 1, spread 0.1: Student's 4.303 sqrt(4/3) 0.1 = 0.497 to both sides.
     assert may.tolist() == [False, False, True, True, False]
-    assert bands._may_step(nodes[:1], float64([9.0]), 0.95).tolist() == [True]
+    assert bands._may_cross(nodes[:1], float64([9.0]), 0.95).tolist() == [True]
 
 
 def test_bands_contain_the_value_and_each_other() -> None:

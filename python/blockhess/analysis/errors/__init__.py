@@ -1,0 +1,1 @@
+"""Errors of random probes and finite Lanczos steps."""

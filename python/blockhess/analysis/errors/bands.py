@@ -1,20 +1,19 @@
-"""Error bars of densities, distribution functions and traces: the random probes' part, and what the steps leave open.
+"""Error bands of densities and distribution functions, for the error of random probes and of finite Lanczos steps.
 
-    statistical band    where the expectation over probes lies, at the same number of steps
-    total band          where the truth lies: the statistical band widened by the bounds of truncation.py
+    statistical band    confidence interval of the expectation over probes, at the same number of steps
+    total band          interval of the exact value: the statistical band widened by the bounds of steps.py
 
-For Gaussian probes theory knows the variance that a spectrum causes (intervals.py); what a sample shows beyond it, and
-for other probes all of it, is taken from the sample. Bands hold pointwise, each with the stated probability.
-With a single probe nothing is known of its error, and bands are as wide as can be.
+The variance over probes is that of probes.py. Bands are pointwise, each with the stated confidence. With a single
+probe the variance is unknown, and bands are as wide as possible.
 
-On a normalised axis the divisor is random too, and its interval is in the statistical band: see on_axis.py. What the
-steps leave open of the divisor itself is not in the total band (that of the trace is none).
+On a normalized axis the statistical band includes the interval of the divisor, which is random too: see
+normalized_block.py. The total band does not include the error of the divisor due to finite steps (0 for the trace).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,19 +30,19 @@ from blockhess_ext import Quadrature
 
 RAW = Axis()
 
-_ONE_SIGMA = 0.6827  # of a normal variable within its standard error
+_ONE_SIGMA = 0.6827  # confidence of an interval of one standard error
 
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """Values on a grid with their error bars.
+    """Values on a grid with their error bands.
 
     Attributes:
         x: (n_points,) eigenvalues.
         value: (n_blocks, n_points).
         lower, upper: (n_blocks, n_points), the statistical band.
         total_lower, total_upper: (n_blocks, n_points), the total band.
-        confidence: probability of either, pointwise.
+        confidence: probability of each band, pointwise.
     """
 
     x: Tensor
@@ -55,112 +54,115 @@ class Band:
     confidence: float
 
 
-def _stack(x: Tensor, parts: Sequence[tuple[Tensor, ...]], confidence: float) -> Band:
-    value, lower, upper, total_lower, total_upper = (torch.stack(columns) for columns in zip(*parts))
+def _stack(x: Tensor, bands: Iterable[tuple[Tensor, ...]], confidence: float) -> Band:
+    value, lower, upper, total_lower, total_upper = map(torch.stack, zip(*bands))
     return Band(x, value, lower, upper, total_lower, total_upper, confidence)
 
 
 def density_band(
     q: Quadrature, blocks: Sequence[int], grid: Tensor, sigma: float, confidence: float, axis: Axis = RAW
 ) -> Band:
-    """Return the smoothed densities of some blocks with their bands.
+    """Return the smoothed densities of the blocks with these indices, and their bands.
 
     Args:
-        q: of all blocks.
+        q: quadrature of all blocks.
         blocks: indices.
         grid: (n_points,) float64, ascending, on the axis.
-        sigma: width of the Gaussian on the axis, one for all.
+        sigma: standard deviation of the Gaussian on the axis, the same for all blocks.
         confidence: probability in (0, 1).
-        axis: of the densities.
+        axis: resolved, see selection.resolved_axis.
     """
-    bands = [_density_band(q, block, BlockOnAxis(q, block, axis), grid, sigma, confidence) for block in blocks]
-    return _stack(grid, bands, confidence)
+    return _stack(grid, (_density_band(q, block, grid, sigma, confidence, axis) for block in blocks), confidence)
 
 
 def _density_band(
-    q: Quadrature, block: int, seen: BlockOnAxis, grid: Tensor, sigma: float, confidence: float
+    q: Quadrature, block: int, grid: Tensor, sigma: float, confidence: float, axis: Axis
 ) -> tuple[Tensor, ...]:
-    weights, nodes = seen.recurrence.weights, seen.axis.place(seen.recurrence.nodes)
+    normalized = BlockOnAxis(q, block, axis)
+    weights, nodes = normalized.recurrence.weights, normalized.axis.place(normalized.recurrence.nodes)
     peak = 1 / (sigma * math.sqrt(2 * math.pi))
     if not len(nodes):
-        return (torch.zeros_like(grid), *_nothing(grid, peak), *_nothing(grid, peak))
+        zero, highest = torch.zeros_like(grid), torch.full_like(grid, peak)
+        return zero, zero, highest, zero, highest
     values = smooth(nodes, weights, grid, sigma)
     value = values.mean(0)
     # g^2 is a Gaussian of width sigma / sqrt(2), times peak / sqrt(2).
     squares = smooth(nodes, weights, grid, sigma / math.sqrt(2)).mean(0) * (peak / math.sqrt(2))
     lower, upper = gamma_interval(value, variance_of_probes(q, block, values, squares, confidence), confidence)
-    moves = [seen.density(on, grid, sigma) - value for on in seen.divisor_range(confidence, sigma)]
-    lower, upper = _moved_by_divisor(value, (lower, upper), moves)
-    # Rounding moves eigenvalues by some eps |H|; g' is at most exp(-1/2) peak / sigma.
-    steepest = float(seen.axis.slope(torch.zeros(1, dtype=torch.float64)))
-    moved = torch.finfo(getattr(torch, q.dtype)).eps * float(seen.recurrence.nodes.abs().max()) * steepest
-    rounding = moved / sigma * math.exp(-0.5) * peak
+    changes = [
+        normalized.density(scaled, grid, sigma) - value for scaled in normalized.divisor_range(confidence, sigma)
+    ]
+    lower, upper = _add_divisor_error(value, (lower, upper), changes)
+    # Rounding shifts eigenvalues by about eps |H|, and |g'| is at most exp(-1/2) peak / sigma.
+    slope = float(normalized.axis.slope(torch.zeros(1, dtype=torch.float64)))
+    shift = torch.finfo(getattr(torch, q.dtype)).eps * float(normalized.recurrence.nodes.abs().max()) * slope
+    rounding = shift / sigma * math.exp(-0.5) * peak
     lower, upper = (lower - rounding).clamp(min=0.0), (upper + rounding).clamp(max=peak)
-    bound = steps.density_bound(q, block, grid, sigma, seen.axis)
+    bound = steps.density_bound(q, block, grid, sigma, normalized.axis)
     return value, lower, upper, (lower - bound).clamp(min=0.0), (upper + bound).clamp(max=peak)
 
 
-def _nothing(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(x), torch.full_like(x, largest)
-
-
 def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float, axis: Axis = RAW) -> Band:
-    """Return the shares of eigenvalues <= x of some blocks with their bands.
+    """Return the shares of eigenvalues <= x of the blocks with these indices, and their bands.
 
-    Quadratures are steps, and where x lies so near a node that the next probe's may be on its other side, few probes
-    may all be on one side: the sample then shows no spread though the step is the larger part of it. There the band is
-    at least as wide as theory's variance of the weights and a step that n_probes probes in a row did not show.
+    The cdf of a quadrature is a step function. Close to a node, few probes may all have their node on the same side of
+    x: the sample variance is then 0, although the step is the largest part of the error. There the band includes the
+    theoretical variance of the weights and the step times the upper bound of the probability of an event that did not
+    occur in n_probes trials.
 
     Args:
-        q: of all blocks.
+        q: quadrature of all blocks.
         blocks: indices.
         x: (n_points,) float64, on the axis.
         confidence: probability in (0, 1).
-        axis: of x.
+        axis: resolved, see selection.resolved_axis.
 
-    Source: Clopper and Pearson 1934 (an event not seen in n trials).
+    Source: Clopper and Pearson 1934 (an event that did not occur in n trials).
     """
-    return _stack(x, [_cdf_band(q, block, BlockOnAxis(q, block, axis), x, confidence) for block in blocks], confidence)
+    return _stack(x, (_cdf_band(q, block, x, confidence, axis) for block in blocks), confidence)
 
 
-def _cdf_band(q: Quadrature, block: int, seen: BlockOnAxis, y: Tensor, confidence: float) -> tuple[Tensor, ...]:
-    recurrence, x = seen.recurrence, seen.axis.invert(y)
+def _cdf_band(q: Quadrature, block: int, y: Tensor, confidence: float, axis: Axis) -> tuple[Tensor, ...]:
+    normalized = BlockOnAxis(q, block, axis)
+    recurrence, x = normalized.recurrence, normalized.axis.invert(y)
     count = len(recurrence.steps)
     if count == 0:
-        return (torch.full_like(x, math.nan), *_nothing(x, 1.0), *_nothing(x, 1.0))
+        zero, one = torch.zeros_like(x), torch.ones_like(x)
+        return torch.full_like(x, math.nan), zero, one, zero, one
     values = recurrence.cdf(x)
     value = values.mean(0)
-    moves = [recurrence.cdf(axis.invert(y)).mean(0) - value for axis in seen.divisor_range(confidence)]
-    lower, upper = _moved_by_divisor(value, _share_interval(q, block, values, confidence), moves)
+    scaled_axes = normalized.divisor_range(confidence)
+    changes = [recurrence.cdf(scaled.invert(y)).mean(0) - value for scaled in scaled_axes]
+    lower, upper = _add_divisor_error(value, _share_interval(q, block, values, confidence), changes)
     step = recurrence.polynomials(x.expand(count, -1))[0].masked_fill(recurrence.exact[:, None], 0.0).mean(0)
-    unseen = step * (1 - ((1 - confidence) / 2) ** (1 / count))
+    unobserved = step * (1 - ((1 - confidence) / 2) ** (1 / count))
     weights = torch.minimum(
         variance_of_probes(q, block, values, value, confidence), 2 / (q.dims[block] + 2) * value * (1 - value) / count
     )
-    half = torch.hypot(unseen, normal_quantile(confidence) * weights.clamp(min=0.0).sqrt())
-    half = torch.where(_may_step(recurrence.nodes, x, confidence), half, 0.0)
+    half = torch.hypot(unobserved, normal_quantile(confidence) * weights.clamp(min=0.0).sqrt())
+    half = torch.where(_may_cross(recurrence.nodes, x, confidence), half, 0.0)
     lower, upper = torch.minimum(lower, value - half).clamp(min=0.0), torch.maximum(upper, value + half).clamp(max=1.0)
 
     below, above = recurrence.cdf_bounds(x)
     low, high = (
-        _moved_by_divisor(part.mean(0), _share_interval(q, block, part, confidence), moves)[side]
+        _add_divisor_error(part.mean(0), _share_interval(q, block, part, confidence), changes)[side]
         for side, part in enumerate((below, above))
     )
     total_lower, total_upper = torch.minimum(low, lower).clamp(min=0.0), torch.maximum(high, upper).clamp(max=1.0)
     return value, lower, upper, total_lower, total_upper
 
 
-def _moved_by_divisor(value: Tensor, band: tuple[Tensor, Tensor], moves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Widen a band of a fixed divisor by what other divisors of its interval add to the value: squares added."""
-    if not moves:
+def _add_divisor_error(value: Tensor, band: tuple[Tensor, Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Widen a band for a fixed divisor, in quadrature, by the changes of the value over the interval of the divisor."""
+    if not changes:
         return band
-    low, high = torch.stack(list(moves)).aminmax(dim=0)
+    low, high = torch.stack(list(changes)).aminmax(dim=0)
     lower = value - torch.hypot(value - band[0], low.clamp(max=0.0))
     return lower, value + torch.hypot(band[1] - value, high.clamp(min=0.0))
 
 
-def _may_step(nodes: Tensor, x: Tensor, confidence: float) -> Tensor:
-    """Whether the node of the next probe may lie on the other side of x, (n_points,): Student's prediction interval.
+def _may_cross(nodes: Tensor, x: Tensor, confidence: float) -> Tensor:
+    """Return whether x is in Student's prediction interval of a node nearest to it, (n_points,) bool.
 
     Args:
         nodes: (n_probes, m) float64, ascending.
@@ -178,7 +180,7 @@ def _may_step(nodes: Tensor, x: Tensor, confidence: float) -> Tensor:
 
 
 def _share_interval(q: Quadrature, block: int, shares: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
-    """Interval of the expectation of shares in [0, 1], (n_known, n_points): Gamma on the side that is smaller."""
+    """Return the interval of the mean of shares (n_known, n_points), the Gamma interval of min(mean, 1 - mean)."""
     mean = shares.mean(0)
     variance = variance_of_probes(q, block, shares, mean, confidence)
     lower, upper = gamma_interval(mean, variance, confidence)
@@ -191,35 +193,30 @@ def _share_interval(q: Quadrature, block: int, shares: Tensor, confidence: float
 
 
 def wasserstein_error(q: Quadrature, blocks: Sequence[int], axis: Axis = RAW) -> tuple[Tensor, Tensor]:
-    """Return how far, in Wasserstein-1 distance, probes and steps may have left the spectra from the truth.
-
-    Args:
-        q: of all blocks.
-        blocks: indices.
-        axis: on which.
+    """Return the Wasserstein-1 errors of the spectra of the blocks with these indices, due to probes and to steps.
 
     Returns:
-        probes, steps: (len(blocks),) each, in units of the axis: int stderr(cdf(y)) dy, which estimates the part of
-        the probes (infinite with one), and the bound of truncation.wasserstein_bound, mean over probes.
+        probes, steps: (len(blocks),) each, in units of the axis: int stderr(cdf(y)) dy, an estimate (infinite with one
+        probe), and the mean over probes of steps.wasserstein_bound.
     """
-    seen = [BlockOnAxis(q, block, axis) for block in blocks]
-    from_probes = [_cdf_stderr_area(one, q.is_exact(block)) for one, block in zip(seen, blocks)]
-    from_steps = [float(steps.wasserstein_bound(one.recurrence, one.axis).mean()) for one in seen]
+    normalized = [BlockOnAxis(q, block, axis) for block in blocks]
+    from_probes = [_cdf_stderr_area(block_axis, q.is_exact(block)) for block_axis, block in zip(normalized, blocks)]
+    from_steps = [float(steps.wasserstein_bound(block.recurrence, block.axis).mean()) for block in normalized]
     return torch.tensor(from_probes, dtype=torch.float64), torch.tensor(from_steps, dtype=torch.float64)
 
 
-def _cdf_stderr_area(seen: BlockOnAxis, exact: bool) -> float:
-    nodes, weights = seen.recurrence.nodes, seen.recurrence.weights
+def _cdf_stderr_area(block: BlockOnAxis, exact: bool) -> float:
+    nodes, weights = block.recurrence.nodes, block.recurrence.weights
     count = len(nodes)
     if count == 0:
         return math.nan
     if exact or count == 1:
         return 0.0 if exact else math.inf
-    others = seen.divisor_range(_ONE_SIGMA)
-    y = torch.unique(torch.cat([axis.place(nodes).flatten() for axis in (seen.axis, *others)]))
-    _, variance, _ = mean_and_variance(distribution.cdf(seen.axis.place(nodes), weights, y))
+    scaled = block.divisor_range(_ONE_SIGMA)
+    y = torch.unique(torch.cat([axis.place(nodes).flatten() for axis in (block.axis, *scaled)]))
+    _, variance, _ = mean_and_variance(distribution.cdf(block.axis.place(nodes), weights, y))
     stderr = (variance / count).sqrt()
-    if others:
-        low, high = (distribution.cdf(axis.place(nodes), weights, y).mean(0) for axis in (others[0], others[-1]))
+    if scaled:
+        low, high = (distribution.cdf(axis.place(nodes), weights, y).mean(0) for axis in (scaled[0], scaled[-1]))
         stderr = torch.hypot(stderr, (high - low) / 2)
     return float((stderr[:-1] * y.diff()).sum())

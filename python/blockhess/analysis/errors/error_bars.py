@@ -1,7 +1,7 @@
-"""Error bars of a result: what random probes and finite steps leave uncertain in each of its values.
+"""Error bars of the values of a result, for the errors of random probes and of finite Lanczos steps.
 
-Every function is a method of Spectra of the same name. Bands hold pointwise: at every point of x with the stated
-probability, not at all of them at once.
+Every function is a method of Spectra of the same name. Bands are pointwise: they hold with the stated probability at
+every point, not at all points simultaneously.
 """
 
 from __future__ import annotations
@@ -11,18 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blockhess import _checks
 from blockhess._text import format_table, number
-from blockhess.analysis import distribution, outliers, selection
+from blockhess.analysis import density, distribution, outliers, selection
 from blockhess.analysis.axes import Axis, as_axis
-from blockhess.analysis.density import (
-    DEFAULT_RELATIVE_SIGMA,
-    WIDEST_RELATIVE_SIGMA,
-    check_grid,
-    check_sigma_in_range,
-    default_sigma,
-    node_grid,
-)
 from blockhess.analysis.errors import bands, probes, steps
 from blockhess.analysis.errors.bands import Band
 from blockhess.analysis.errors.intervals import check_confidence, jackknife, leave_one_out
@@ -31,43 +22,35 @@ from blockhess.analysis.selection import distributions, normalizable, resolved_a
 from blockhess.results.data import SpectraData
 from blockhess_ext import Quadrature
 
-# Points of a cdf_band for which none are given, at most, or a few a block.
+# Default number of points of cdf_band over all blocks, and its lower bound per block.
 _CDF_POINTS, _LEAST_QUANTILES = 128, 8
 
 
-def resolved_sigma(
-    spectra: SpectraData,
-    blocks: Sequence[str] | None = None,
-    axis: str | Axis = "linear",
-) -> Tensor:
-    """Return the width of the Gaussian that the steps of each block resolve, range / steps: for pictures.
+def resolved_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, axis: str | Axis = "linear") -> Tensor:
+    """Return the sigma that the steps of each block resolve, range / steps, for plots.
 
-    Less would draw the nodes, not the density. Never for comparisons: two equal spectra blurred differently differ.
+    A smaller sigma shows the nodes rather than the density. Do not use it for comparisons, which need the same sigma
+    for all blocks.
 
     Args:
         blocks: names, in order; None means all.
         axis: see js_matrix.
 
     Returns:
-        (n_blocks,), each between DEFAULT_RELATIVE_SIGMA and WIDEST_RELATIVE_SIGMA of the block's range; the former
-        where the Krylov space was exhausted, so that the nodes are the eigenvalues.
+        (n_blocks,), between density.DEFAULT_RELATIVE_SIGMA and density.WIDEST_RELATIVE_SIGMA times the block's range;
+        the former if the Krylov space is exhausted, as the nodes are then the eigenvalues.
 
     Source: Lin, Saad, Yang 2016, section 3.2 (resolution and number of steps).
 
     Example:
         >>> widths = spectra.resolved_sigma()
     """
-    rows, q = spectra.rows(blocks), spectra.quadrature
-    names = spectra.names if blocks is None else _checks.names(blocks)
-    nodes = distributions(spectra, names, resolved_axis("resolved_sigma", spectra, names, axis))[0]
+    q, axis = spectra.quadrature, resolved_axis("resolved_sigma", spectra, blocks, axis)
+    sigmas = [density.default_sigma(nodes) for nodes in distributions(spectra, blocks, axis)[0]]
     exhausted = (steps.exact(q) | (q.steps == 0)).all(0)
-    widths = []
-    for i, row in enumerate(rows):
-        share = DEFAULT_RELATIVE_SIGMA
-        if not exhausted[row]:
-            share = min(max(1 / int(q.steps[:, row].max()), share), WIDEST_RELATIVE_SIGMA)
-        widths.append(default_sigma(nodes[i]) * share / DEFAULT_RELATIVE_SIGMA)
-    return torch.tensor(widths, dtype=torch.float64)
+    shares = (1 / q.steps.amax(0).double()).clamp(density.DEFAULT_RELATIVE_SIGMA, density.WIDEST_RELATIVE_SIGMA)
+    shares = shares.masked_fill(exhausted, density.DEFAULT_RELATIVE_SIGMA)[spectra.rows(blocks)]
+    return torch.tensor(sigmas, dtype=torch.float64) * shares / density.DEFAULT_RELATIVE_SIGMA
 
 
 def density_band(
@@ -78,41 +61,33 @@ def density_band(
     blocks: Sequence[str] | None = None,
     axis: str | Axis = "linear",
 ) -> Band:
-    """Smooth the spectra as `density` does, with error bars.
+    """Return the densities, see `density`, with error bands.
 
     Args:
-        sigma: width of the Gaussian on the axis; None means default_sigma().
-        grid: (n_points,) points of the axis, strictly ascending; None means density.node_grid of the blocks.
-        confidence: of the bands, in (0, 1).
+        sigma: standard deviation of the Gaussian on the axis; None means default_sigma().
+        grid: (n_points,) points on the axis, strictly ascending; None means density.node_grid of the blocks.
+        confidence: probability of the bands, in (0, 1).
         blocks: names, in order; None means all.
-        axis: see js_matrix. On a normalized axis the divisor of a block is random as well: its interval is in the
-            statistical band. The total band adds the error of finite steps in the spectrum, not in the divisor. The
-            scale is taken as given.
+        axis: see js_matrix. The statistical band includes the error of the divisor of a normalized axis, but the total
+            band does not include the error of the divisor due to finite steps. The scale is taken as exact.
 
     Returns:
-        Band with values and bands (n_blocks, n_points). The statistical band holds what many probes would give at
-        the same number of steps, the total band the density of the exact spectrum. With one probe they hold
-        everything.
-
-    Raises:
-        ValueError: an argument breaks its rule.
-
-    Source: see bands and steps.
+        Band with values and bands (n_blocks, n_points). The statistical band contains the limit of many probes at the
+        same number of steps, the total band the density of the exact spectrum. With one probe they are trivial.
 
     Example:
         >>> band = spectra.density_band(sigma=0.01)
         >>> (band.total_lower <= band.lower).all()
         tensor(True)
     """
-    rows, names = spectra.rows(blocks), spectra.names if blocks is None else _checks.names(blocks)
-    where = resolved_axis("density_band", spectra, names, axis)
-    nodes = distributions(spectra, names, where)[0]
+    axis = resolved_axis("density_band", spectra, blocks, axis)
+    nodes = distributions(spectra, blocks, axis)[0]
     if sigma is None:
-        sigma = selection.default_sigma(spectra, blocks, where)
-    sigma = check_sigma_in_range("density_band", sigma, nodes)
-    points = node_grid(nodes, sigma) if grid is None else check_grid("density_band", grid)
+        sigma = selection.default_sigma(spectra, blocks, axis)
+    sigma = density.check_sigma_in_range("density_band", sigma, nodes)
+    points = density.node_grid(nodes, sigma) if grid is None else density.check_grid("density_band", grid)
     confidence = check_confidence("density_band", confidence)
-    return bands.density_band(spectra.quadrature, rows, points, sigma, confidence, where)
+    return bands.density_band(spectra.quadrature, spectra.rows(blocks), points, sigma, confidence, axis)
 
 
 def cdf_band(
@@ -122,55 +97,40 @@ def cdf_band(
     blocks: Sequence[str] | None = None,
     axis: str | Axis = "linear",
 ) -> Band:
-    """Count eigenvalues as `cdf` does, with error bars.
+    """Return the distribution functions, see `cdf`, with error bands.
+
+    The cost is one tridiagonal eigenvalue problem per point, block and probe.
 
     Args:
-        x: (n_points,) points of the axis, strictly ascending; None means some quantiles of every block.
-        confidence: of the bands, in (0, 1).
-        blocks: names, in order; None means all.
-        axis: as of density_band.
+        x: (n_points,) points on the axis, strictly ascending; None means some quantiles of every block.
+        confidence, blocks, axis: see density_band.
 
     Returns:
-        Band with shares and bands (n_blocks, n_points), all in [0, 1]. The statistical band holds what many probes
-        would give at the same number of steps, the total band the share of the exact spectrum. Cost: one
-        tridiagonal problem a point, block and probe.
-
-    Raises:
-        ValueError: an argument breaks its rule.
-
-    Source: see bands and steps.
+        Band with shares and bands (n_blocks, n_points), all in [0, 1], the bands as in density_band.
 
     Example:
         >>> band = spectra.cdf_band([0.0])
         >>> print(f"{band.total_lower[0, 0]:.3f} ... {band.total_upper[0, 0]:.3f}")
     """
-    rows, names = spectra.rows(blocks), spectra.names if blocks is None else _checks.names(blocks)
-    where = resolved_axis("cdf_band", spectra, names, axis)
+    rows, axis = spectra.rows(blocks), resolved_axis("cdf_band", spectra, blocks, axis)
     confidence = check_confidence("cdf_band", confidence)
     if x is None:
-        nodes, weights = distributions(spectra, names, where)
-        count = max(_LEAST_QUANTILES, _CDF_POINTS // len(rows))
-        shares = torch.linspace(0, 1, count, dtype=torch.float64)
-        points = distribution.quantiles(nodes, weights, shares)
+        shares = torch.linspace(0, 1, max(_LEAST_QUANTILES, _CDF_POINTS // len(rows)), dtype=torch.float64)
+        points = distribution.quantiles(*distributions(spectra, blocks, axis), shares)
         points = torch.unique(points[points.isfinite()])
     else:
-        points = check_grid("cdf_band", x, "x")
-    return bands.cdf_band(spectra.quadrature, rows, points, confidence, where)
+        points = density.check_grid("cdf_band", x, "x")
+    return bands.cdf_band(spectra.quadrature, rows, points, confidence, axis)
 
 
 def trace_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Return confidence intervals of the traces of all blocks.
+    """Return confidence intervals of the traces of all blocks: see probes.trace_interval.
 
     Args:
-        confidence: in (0, 1).
+        confidence: probability of the intervals, in (0, 1).
 
     Returns:
-        lower, upper: (n_blocks,) each. The steps add no error. Infinite with one probe.
-
-    Raises:
-        ValueError: confidence is not between 0 and 1.
-
-    Source: see probes.trace_interval.
+        lower, upper: (n_blocks,) each, infinite with one probe. The steps add no error.
 
     Example:
         >>> lower, upper = spectra.trace_interval()
@@ -182,14 +142,13 @@ def trace_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tens
 
 
 def range_error(spectra: SpectraData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Estimate by the jackknife how far eigenvalue_range still is from what many probes would give.
+    """Estimate by the jackknife the bias and standard error of eigenvalue_range due to random probes.
 
-    Extremes over probes lie inside the true range: the bias of lambda_min is positive, that of lambda_max negative.
-    What too few steps leave is not in it; the residuals of `outliers` bound that.
+    Extreme nodes lie inside the true range: the bias of lambda_min is positive, that of lambda_max negative. The error
+    of finite steps is not included; the residuals of `outliers` bound it.
 
     Returns:
-        (bias, stderr) of lambda_min and of lambda_max, (n_blocks,) each, from a block's own probes; NaN where it
-        has only one.
+        (bias, stderr) of lambda_min and of lambda_max, (n_blocks,) each; NaN for a block with one probe.
 
     Source: Quenouille 1956; Miller 1974.
 
@@ -201,8 +160,8 @@ def range_error(spectra: SpectraData) -> tuple[tuple[Tensor, Tensor], tuple[Tens
         block = spectra.quadrature.select_blocks([row])
         known = (block.steps[:, 0] > 0).nonzero().flatten().tolist() or [0]
 
-        def extremes(chosen: list[int], block: Quadrature = block, known: list[int] = known) -> Tensor:
-            return torch.cat(block.of_probes([known[i] for i in chosen]).extremes())
+        def extremes(subset: list[int], block: Quadrature = block, known: list[int] = known) -> Tensor:
+            return torch.cat(block.of_probes([known[i] for i in subset]).extremes())
 
         errors.append(torch.stack(jackknife(*leave_one_out(extremes, len(known)))))
     bias, stderr = torch.stack(errors, -1)
@@ -210,31 +169,24 @@ def range_error(spectra: SpectraData) -> tuple[tuple[Tensor, Tensor], tuple[Tens
 
 
 def wasserstein_error(
-    spectra: SpectraData,
-    blocks: Sequence[str] | None = None,
-    axis: str | Axis = "linear",
+    spectra: SpectraData, blocks: Sequence[str] | None = None, axis: str | Axis = "linear"
 ) -> tuple[Tensor, Tensor]:
-    """Return how far, in Wasserstein-1 distance, probes and steps may have left the spectra from the truth.
+    """Return the Wasserstein-1 errors of the spectra due to random probes and to finite steps.
 
     Args:
-        blocks: names, in order; None means all.
-        axis: as of density_band.
+        blocks, axis: see density_band.
 
     Returns:
-        probes, steps: (n_blocks,) each, in units of the axis: the area under the standard error of the cdf
-        (infinite with one probe), and an a-posteriori bound of what the steps leave open, mean over probes.
-
-    Raises:
-        ValueError: an argument breaks its rule, or a block cannot be normalized.
+        probes, steps: (n_blocks,) each, in units of the axis: an estimate, the integral of the standard error of the
+        cdf (infinite with one probe), and an a posteriori bound, mean over probes.
 
     Source: Chen, Trogdon, Ubaru 2021; see steps.wasserstein_bound.
 
     Example:
         >>> probes, steps = spectra.wasserstein_error()
     """
-    names = spectra.names if blocks is None else _checks.names(blocks)
-    where = resolved_axis("wasserstein_error", spectra, names, axis)
-    return bands.wasserstein_error(spectra.quadrature, spectra.rows(blocks), where)
+    axis = resolved_axis("wasserstein_error", spectra, blocks, axis)
+    return bands.wasserstein_error(spectra.quadrature, spectra.rows(blocks), axis)
 
 
 def error_table(
@@ -243,45 +195,40 @@ def error_table(
     confidence: float = 0.95,
     axis: str | Axis = "linear",
 ) -> str:
-    """Return a plain-text table of the errors of every block, one a line.
+    """Return a plain-text table of the errors of every block, one block per line.
 
-    Columns: bias of the extreme eigenvalues and its standard error, by the jackknife (range_error); the residual of
-    the largest node in size (outliers); the interval of the trace; what the block is divided by and the
-    interval of that; wasserstein_error on the axis.
+    Columns: bias and standard error of the extreme eigenvalues (range_error); residual of the largest |node|
+    (outliers); interval of the trace; divisor of the axis and its interval; wasserstein_error on the axis.
 
     Args:
-        blocks: names, in the order wanted; None means all that can be normalized.
-        confidence: of the intervals.
-        axis: as of density_band.
-
-    Raises:
-        ValueError: a name is unknown, a block cannot be normalized, or confidence is not between 0 and 1.
+        blocks: names, in order; None means all that can be normalized.
+        confidence, axis: see density_band.
     """
     title = f"trace, {100 * check_confidence('error_table', confidence):g} %"
     header = ["block", "lambda_min bias", "+-", "lambda_max bias", "+-", "residual", title, "divided by", "from ... to"]
-    names = normalizable(spectra, as_axis("error_table", axis)) if blocks is None else _checks.names(blocks)
-    where = resolved_axis("error_table", spectra, names, axis)
+    axis = as_axis("error_table", axis)
+    blocks = normalizable(spectra, axis) if blocks is None else blocks
+    axis = resolved_axis("error_table", spectra, blocks, axis)
     (low, low_error), (high, high_error) = range_error(spectra)
     lower, upper = trace_interval(spectra, confidence)
-    from_probes, from_steps = wasserstein_error(spectra, names, where)
+    from_probes, from_steps = wasserstein_error(spectra, blocks, axis)
     lines = []
-    for i, row in enumerate(spectra.rows(names)):
+    for i, row in enumerate(spectra.rows(blocks)):
         bounds, nodes = outliers.residuals(spectra.quadrature, row), spectra.quadrature.nodes[:, row]
         largest = torch.where(bounds.isnan(), -1.0, nodes.abs()).argmax()
-        values = (low, low_error, high, high_error)
-        seen = BlockOnAxis(spectra.quadrature, row, where)
-        low_divisor, high_divisor = seen.divisor_interval(confidence)
-        divided = number(seen.axis.divisor), f"{number(low_divisor)} ... {number(high_divisor)}"
+        normalized = BlockOnAxis(spectra.quadrature, row, axis)
+        low_divisor, high_divisor = normalized.divisor_interval(confidence)
+        divisor = number(normalized.axis.divisor), f"{number(low_divisor)} ... {number(high_divisor)}"
         lines.append(
             [
                 spectra.names[row],
-                *(number(float(value[row]), 2) for value in values),
+                *(number(float(value[row]), 2) for value in (low, low_error, high, high_error)),
                 number(float(bounds.flatten()[largest]), 2),
                 f"{number(float(lower[row]))} ... {number(float(upper[row]))}",
-                *(divided if where.normalize != "none" else ("", "")),
+                *(divisor if axis.normalize != "none" else ("", "")),
                 number(float(from_probes[i]), 2),
                 number(float(from_steps[i]), 2),
             ]
         )
     table = format_table([*header, "W1 probes", "W1 steps"], lines)
-    return table if where == Axis() else f"W1 on the {where}\n\n{table}"
+    return table if axis == Axis() else f"W1 on the {axis}\n\n{table}"

@@ -1,12 +1,12 @@
-"""Confidence intervals of means over few random probes, and the jackknife for what is no mean.
+"""Confidence intervals of means over few random probes, and the jackknife for other statistics.
 
-A probe v, uniform on the sphere of dimension n, gives for a function f >= 0 the value v^T f(H) v, with variance
+For a probe v, uniform on the sphere of dimension n, and a function f >= 0, the variance of v^T f(H) v is
 
-    2 / (n + 2) (mean f^2 - (mean f)^2),    means over the eigenvalues of H,
+    2 / (n + 2) (mean f^2 - (mean f)^2),    means over the eigenvalues of H.
 
-and a distribution near c chi^2_k / k for small k where few eigenvalues carry the value: far from normal. So the mean of
-N probes is taken as Gamma with mean E and variance E c / N, c = variance / mean, and the interval holds every E of
-which the observed mean is no outlier. It becomes the symmetric one where the mean is far from 0 in units of c / N.
+Its distribution is close to c chi^2_k / k, with small k if few eigenvalues dominate: far from normal. The mean of N
+probes is therefore taken as Gamma with mean E and variance E c / N, c = variance / mean, and the interval contains all
+E for which the observed mean lies between the outer quantiles. It is symmetric for a mean much larger than c / N.
 """
 
 from __future__ import annotations
@@ -14,41 +14,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import scipy  # its parts on first use: they are slow to import
+import scipy  # submodules load on first use
 import torch
 from torch import Tensor
 
 from blockhess import _checks
 
-# From this many degrees of freedom on, chi^2 is normal within the precision that an interval needs.
+# Number of degrees of freedom from which chi^2 is taken as normal.
 _NORMAL_FROM = 1e5
 
 
 def check_confidence(op: str, confidence: float) -> float:
-    """Return confidence as a float, or refuse it.
-
-    Raises:
-        ValueError: confidence is not between 0 and 1.
-    """
+    """Return confidence as a float; raise ValueError unless it is between 0 and 1."""
     value = _checks.real(op, "confidence", confidence)
-    # So close to an end that an interval would be empty or hold everything is at the end.
+    # The quantile is 0 or infinite for values that round to 0 or 1.
     if not 0 < value < 1 or not 0 < normal_quantile(value) < math.inf:
         raise ValueError(f"{op}: confidence must be between 0 and 1, got {confidence}")
     return value
 
 
 def normal_quantile(confidence: float) -> float:
-    """Return z such that a standard normal variable lies in [-z, z] with this probability."""
+    """Return z such that a standard normal variable is in [-z, z] with this probability."""
     return float(scipy.special.ndtri((1 + confidence) / 2))
 
 
 def student_quantile(confidence: float, degrees: int) -> float:
-    """Return t such that Student's variable of so many degrees of freedom lies in [-t, t] with this probability."""
+    """Return t such that Student's variable is in [-t, t] with this probability."""
     return float(scipy.special.stdtrit(degrees, (1 + confidence) / 2))
 
 
 def mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return the mean over the first axis, the unbiased variance of one value (infinite if single), the count."""
+    """Return the mean over the first axis, the unbiased sample variance (infinite for one value) and the count."""
     count = len(values)
     mean = values.mean(0)
     if count == 1:
@@ -57,12 +53,12 @@ def mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def variance_of_mean(values: Tensor, known: Tensor, confidence: float) -> Tensor:
-    """Return a variance of the mean over the first axis with which a normal interval has this confidence.
+    """Return a variance of the mean over the first axis for which a normal interval has this confidence.
 
     Args:
         values: (n_probes, ...) float64.
-        known: (...) float64, the part of the variance of one value that theory knows; 0 where it knows nothing. What
-            the sample shows beyond it is taken with the square of Student's factor.
+        known: (...) float64, theoretical lower bound of the variance of a value, 0 if unknown. The excess of the sample
+            variance is multiplied by the square of Student's over the normal quantile.
         confidence: probability in (0, 1).
 
     Returns:
@@ -75,15 +71,17 @@ def variance_of_mean(values: Tensor, known: Tensor, confidence: float) -> Tensor
 
 
 def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
-    """Return all E for which `mean` lies between the outer quantiles of Gamma(mean E, variance E variance / mean).
+    """Return the interval of E for which `mean` lies between the outer quantiles of a Gamma distribution.
+
+    The distribution has mean E and variance E variance / mean.
 
     Args:
         mean: (...) float64, not negative.
-        variance: (...) float64 of the mean.
+        variance: (...) float64, variance of the mean.
         confidence: probability in (0, 1).
 
     Returns:
-        lower, upper: (...) float64, widened where the mean would be outside; infinite variance gives 0 and infinity.
+        lower, upper: (...) float64, extended to contain the mean; 0 and infinity for an infinite variance.
 
     Source: Clopper and Pearson 1934 (the inversion); Satterthwaite 1946 (the Gamma approximation).
 
@@ -106,28 +104,27 @@ def gamma_interval(mean: Tensor, variance: Tensor, confidence: float) -> tuple[T
 
 
 def leave_one_out(estimate: Callable[[list[int]], Tensor], n_probes: int) -> tuple[Tensor, Tensor]:
-    """Return a statistic of all probes, and (n_probes, ...) of all but each in turn; none with one probe.
+    """Return a statistic of all probes, and of all but one, (n_probes, ...); the latter is empty with one probe.
 
     Args:
-        estimate: maps the indices of the probes to use to the statistic.
+        estimate: maps indices of probes to the statistic of these probes.
         n_probes: number of probes.
     """
     everything = list(range(n_probes))
     value = estimate(everything)
     if n_probes < 2:
         return value, value.new_empty(0, *value.shape)
-    return value, torch.stack([estimate([p for p in everything if p != left_out]) for left_out in everything])
+    return value, torch.stack([estimate([p for p in everything if p != omitted]) for omitted in everything])
 
 
 def jackknife(value: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate the bias and the standard error of a statistic from leaving out one probe at a time.
+    """Return the jackknife estimates of the bias and standard error of a statistic.
 
     Args:
-        value, parts: (...) and (n_probes, ...) of leave_one_out.
+        value, parts: (...) and (n_probes, ...), from leave_one_out.
 
     Returns:
-        bias, stderr: (...), NaN with one probe. value - bias is free of the part of the bias that falls as
-            1 / n_probes.
+        bias, stderr: (...), NaN with one probe. value - bias has no bias of order 1 / n_probes.
 
     Source: Quenouille 1956; Tukey 1958.
 

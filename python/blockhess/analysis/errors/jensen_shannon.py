@@ -1,12 +1,12 @@
-"""What random probes do to Jensen-Shannon matrices and JS0, by the jackknife over probes.
+"""Bias and standard error of Jensen-Shannon matrices and JS0 due to random probes, by the jackknife over probes.
 
-The divergence is convex in the spectra, so noise raises it, by a bias that falls as 1 / n_probes: what the jackknife
-removes. The distance, its square root, has no such bias where spectra agree, so its bias is taken from the corrected
-divergence: sqrt(D) - sqrt(max(0, D - bias of D)).
+The divergence is convex in the spectra, so noise raises it, with a bias of order 1 / n_probes, which the jackknife
+removes. The bias of the distance, its square root, is not of this order where spectra agree, and is computed from the
+corrected divergence: sqrt(D) - sqrt(max(0, D - bias of D)).
 
-A block may have k < n of the probes, where a tolerance chose how many. To leave out one that it lacks changes nothing
-of it, so what it adds to the bias, and to the squared standard error, is overestimated by k (n - 1) / (n (k - 1)), to
-first order: at most by 2. Intervals are then too wide, about a middle that is corrected too much.
+With a tolerance a block may have k < n probes. Leaving out another probe does not change its spectrum, so that its
+contributions to the bias and to the squared standard error are overestimated by the factor k (n - 1) / (n (k - 1)), to
+first order: at most 2. Intervals are then too wide, and their center is overcorrected.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,41 +22,28 @@ from blockhess.analysis.errors.intervals import jackknife, leave_one_out, studen
 from blockhess.analysis.jensen_shannon import JS0, largest_value
 
 
-@dataclass(frozen=True, eq=False)
-class JSError:
-    """Jackknife estimates for a js_matrix and its JS0.
-
-    Attributes:
-        bias, stderr: (L, L), of the matrix.
-        js0_bias, js0_stderr: of its mean over pairs.
-        num_probes: how many there were.
-    """
-
-    bias: Tensor
-    stderr: Tensor
-    js0_bias: float
-    js0_stderr: float
-    num_probes: int
-
-
 def mean_of_pairs(matrix: Tensor) -> float:
     """Return the mean of the off-diagonal entries of a matrix with zero diagonal."""
     n = len(matrix)
     return float(matrix.sum()) / (n * (n - 1))
 
 
-def js_error(matrix: Callable[[list[int], str], Tensor], kind: str, n_probes: int) -> JSError:
-    """Estimate bias and standard error of a js_matrix of some kind.
+def js_error(
+    divergence: Callable[[list[int]], Tensor], kind: str, n_probes: int
+) -> tuple[Tensor, Tensor, float, float]:
+    """Estimate the bias and standard error of a js_matrix and of its mean over pairs.
 
     Args:
-        matrix: maps the indices of the probes to use, and a kind, to a js_matrix.
-        kind: one of jensen_shannon.KINDS.
+        divergence: maps the indices of the probes to use to a js_matrix of kind "divergence".
+        kind: kind of the js_matrix, one of jensen_shannon.KINDS.
         n_probes: number of probes; with one, all estimates are NaN.
+
+    Returns:
+        bias, stderr of the matrix, (L, L) each; bias, stderr of JS0.
 
     Source: Quenouille 1956; Tukey 1958.
     """
-    raw = "divergence" if kind == "distance" else kind
-    value, parts = leave_one_out(lambda probes: matrix(probes, raw), n_probes)
+    value, parts = leave_one_out(divergence, n_probes)
     bias, stderr = jackknife(value, parts)
     if kind == "distance":
         distance = value.sqrt()
@@ -65,17 +51,13 @@ def js_error(matrix: Callable[[list[int], str], Tensor], kind: str, n_probes: in
         parts = parts.sqrt()
         stderr = jackknife(distance, parts)[1]
     means = torch.tensor([mean_of_pairs(part) for part in parts], dtype=torch.float64)
-    js0_stderr = float(jackknife(torch.tensor(0.0), means)[1])
-    return JSError(bias, stderr, mean_of_pairs(bias), js0_stderr, n_probes)
+    return bias, stderr, mean_of_pairs(bias), float(jackknife(torch.tensor(0.0), means)[1])
 
 
-def with_interval(js0: JS0, error: JSError, confidence: float) -> JS0:
+def with_interval(js0: JS0, bias: float, stderr: float, n_probes: int, confidence: float) -> JS0:
     """Return JS0 with bias, standard error and Student's interval about value - bias, within the bounds of its kind."""
-    student = student_quantile(confidence, max(error.num_probes - 1, 1))
-    middle, half = js0.value - error.js0_bias, student * error.js0_stderr
-    largest = largest_value(js0.kind, js0.base)
-    if math.isnan(half):  # one probe tells nothing
-        lower, upper = 0.0, largest
-    else:
-        lower, upper = max(0.0, middle - half), min(largest, middle + half)
-    return dataclasses.replace(js0, interval=(lower, upper, confidence), bias=error.js0_bias, stderr=error.js0_stderr)
+    center, half = js0.value - bias, student_quantile(confidence, max(n_probes - 1, 1)) * stderr
+    lower, upper = 0.0, largest_value(js0.kind, js0.base)
+    if not math.isnan(half):  # it is with one probe
+        lower, upper = max(lower, center - half), min(upper, center + half)
+    return dataclasses.replace(js0, interval=(lower, upper, confidence), bias=bias, stderr=stderr)

@@ -1,10 +1,9 @@
-"""One block on an axis whose divisor (spectral radius, k-th largest eigenvalue, trace) comes from the same probes.
+"""One block on an axis whose divisor (spectral radius, k-th largest eigenvalue, trace) is estimated by the same probes.
 
-The divisor has a confidence interval of its own: the trace's is that of probe_error.py, the k-th eigenvalue's that of
-kth_eigenvalue, the radius' by the jackknife over probes, with Student's factor. What a band on the axis owes to it is
-how far a divisor of that interval moves the value. This is not linearised: the jackknife of the whole normalised
-density, which is, fails where the divisor is uncertain by more than sigma. The scale of an asinh axis is taken as
-fixed: it is one number for all blocks, printed with the axis.
+The divisor has a confidence interval: of the trace from probes.py, of the k-th eigenvalue as in kth_eigenvalue, of the
+spectral radius by the jackknife over probes with Student's factor. A band on the axis includes the changes of the value
+over this interval, without linearization: a jackknife of the normalized density, which linearizes, fails if the error
+of the divisor exceeds sigma. The scale of an asinh axis, one number for all blocks, is taken as fixed.
 
 Source: Zou and Donner 2008 (the interval of what depends on two estimates, from the interval of each).
 """
@@ -24,18 +23,18 @@ from blockhess.analysis.errors.probes import trace_interval
 from blockhess.analysis.errors.steps import Recurrence
 from blockhess_ext import Quadrature
 
-# A divisor is taken as known to be at least this share of its estimate.
+# Lower bound of a divisor, relative to its estimate.
 _LEAST_DIVISOR = 1e-3
 
 _MOST_DIVISORS = 64
 
 
 class BlockOnAxis:
-    """The probes of one block that made a step, and an axis.
+    """The recurrences of one block, and its axis.
 
     Attributes:
-        recurrence: of the probes.
-        axis: with the divisor of all of them.
+        recurrence: recurrences of the probes with at least one step.
+        axis: axis with the divisor estimated from all of these probes.
     """
 
     def __init__(self, quadrature: Quadrature, block: int, axis: Axis) -> None:
@@ -52,7 +51,7 @@ class BlockOnAxis:
         return axes.divisors(*self._pooled(probes), [self._quadrature.dims[self._block]], self._axis.normalize)[0]
 
     def divisor_interval(self, confidence: float) -> tuple[float, float]:
-        """Return the confidence interval of the divisor; of width 0 where it is fixed or the block exact."""
+        """Return the confidence interval of the divisor, of width 0 if the divisor is fixed or the block exact."""
         kind, value, count = self._axis.normalize, self.axis.divisor, len(self.recurrence.nodes)
         if kind == "none" or count == 0 or self._quadrature.is_exact(self._block):
             return value, value
@@ -63,18 +62,18 @@ class BlockOnAxis:
             pooled, dims = self._pooled(list(range(count))), [self._quadrature.dims[self._block]]
             low, high = (float(axes.kth_largest(*pooled, dims, k)) for k in (kind + half, kind - half))
         else:
-            half = student_quantile(confidence, max(count - 1, 1)) * float(
-                jackknife(*leave_one_out(self._divisor, count))[1]
-            )
+            _, stderr = jackknife(*leave_one_out(self._divisor, count))
+            half = student_quantile(confidence, max(count - 1, 1)) * float(stderr)
             low, high = value - half, value + half
         return (max(low, _LEAST_DIVISOR * value), high) if high < math.inf else (value, value)
 
     def divisor_range(self, confidence: float, sigma: float | None = None) -> list[BlockAxis]:
-        """Return axes whose divisors span that interval: none where it has width 0, else both ends or more.
+        """Return axes whose divisors span divisor_interval: none if its width is 0, else two or more.
 
         Args:
-            confidence: of the interval.
-            sigma: from one divisor to the next no eigenvalue moves by more on the axis, up to _MOST_DIVISORS.
+            confidence: probability of the interval.
+            sigma: largest shift of an eigenvalue on the axis from one divisor to the next, unless _MOST_DIVISORS is
+                reached; None means the two ends of the interval only.
         """
         low, high = self.divisor_interval(confidence)
         if not low < high:
@@ -82,11 +81,11 @@ class BlockOnAxis:
         points = 2
         if sigma is not None:
             nodes = self.recurrence.nodes
-            moved = float((nodes.abs() * self.axis.slope(nodes)).max()) * math.log(high / low)
-            points = min(_MOST_DIVISORS, points + int(moved / sigma))
+            shift = float((nodes.abs() * self.axis.slope(nodes)).max()) * math.log(high / low)
+            points = min(_MOST_DIVISORS, points + int(shift / sigma))
         return [self._axis.of_block(c) for c in torch.logspace(math.log10(low), math.log10(high), points).tolist()]
 
     def density(self, axis: BlockAxis, grid: Tensor, sigma: float) -> Tensor:
-        """Return the density on an axis, (n_points,), mean over probes."""
+        """Return the density on an axis, mean over probes, (n_points,)."""
         nodes, weights = self._pooled(list(range(len(self.recurrence.nodes))))
         return smooth(axis.place(nodes), weights, grid, sigma)[0]

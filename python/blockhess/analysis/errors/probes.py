@@ -1,7 +1,7 @@
-"""What random probes leave open of v^T f(H) v: its variance, and the interval of the trace.
+"""Variance of v^T f(H) v over random probes v, and the confidence interval of the trace.
 
-For Gaussian probes theory knows the variance that a spectrum causes (intervals.py); what a sample shows beyond it, and
-for other probes all of it, is taken from the sample.
+For Gaussian probes the variance is at least the theoretical one (intervals.py); any excess of the sample variance is
+added, scaled by Student's factor. For other probes it is the sample variance alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from blockhess_ext import Quadrature
 
 
 def variance_of_probes(q: Quadrature, block: int, values: Tensor, mean_square: Tensor, confidence: float) -> Tensor:
-    """Return the variance of the mean of v^T f(H) v over probes, to be used with a normal factor: see intervals.
+    """Return the variance of the mean of v^T f(H) v over probes, for a normal interval: see variance_of_mean.
 
     Args:
-        values: (n_known, ...) of the probes.
-        mean_square: (...) mean of f^2 over the eigenvalues, for what theory knows of Gaussian probes.
+        values: (n_known, ...) v^T f(H) v of every probe.
+        mean_square: (...) mean of f^2 over the eigenvalues, for the theoretical variance of Gaussian probes.
     """
-    if q.is_exact(block):  # every probe gives the same
+    if q.is_exact(block):  # all probes give the same value
         return torch.zeros_like(mean_square)
     known = torch.zeros_like(mean_square)
     if q.distribution == "gaussian":
@@ -32,11 +32,11 @@ def variance_of_probes(q: Quadrature, block: int, values: Tensor, mean_square: T
 
 
 def trace_interval(q: Quadrature, block: int, confidence: float) -> tuple[float, float]:
-    """Return the confidence interval of the trace of a block; the whole line where one probe says all there is.
+    """Return the confidence interval of the trace of a block; (-inf, inf) with one probe unless it is exact.
 
-    The trace of a probe's quadrature is exact after one step, so this is the whole error. Positive and negative
-    eigenvalues are taken as two Gamma variables that share the variance in proportion to their squares, and their
-    intervals combined.
+    The first moment of a probe's quadrature is exact after one step, so the steps add no error. The sums of positive
+    and of negative eigenvalues are taken as two Gamma variables, which share the variance in proportion to their sums
+    of squares, and their intervals are combined.
 
     Source: Zou and Donner 2008 (the interval of a difference from those of its parts).
     """

@@ -1,17 +1,17 @@
-"""What m Lanczos steps leave open: bounds from the tridiagonal matrices, one recurrence at a time.
+"""A posteriori bounds of the error of m Lanczos steps, from the tridiagonal matrix of every recurrence.
 
-A recurrence knows the first moments of the measure mu of its probe, F(x) = mu((-inf, x]). With the orthonormal
+The coefficients determine the first moments of the measure mu of the probe, F(x) = mu((-inf, x]). With the orthonormal
 polynomials p_0 = 1, beta_j p_{j+1} = (x - alpha_j) p_j - beta_{j-1} p_{j-1} (beta_{-1} p_{-1} = 0):
 
     mass of mu at x     <=  christoffel(x) = 1 / (p_0(x)^2 + ... + p_{m-1}(x)^2)
-    F(x-), F(x)         in  [lower, upper]: weight of the nodes below x, and up to x, of the Gauss-Radau rule of m + 1
-                            nodes of which one is x; upper - lower = 1 / (p_0(x)^2 + ... + p_m(x)^2)
+    F(x-), F(x)         in  [lower, upper], the weight of the nodes < x and <= x of the Gauss-Radau rule with m + 1
+                            nodes, one of them x; upper - lower = 1 / (p_0(x)^2 + ... + p_m(x)^2)
     W1(mu, quadrature)  <=  int christoffel(x) dx, as both distribution functions lie in a bracket of that width
 
-The bounds of F are the best that the coefficients allow on the whole line. A recurrence whose Krylov space is exhausted
-is exact: bounds of width 0. In exact arithmetic they always hold. Without reorthogonalisation, rounding moves
-eigenvalues by some eps |H| and splits them in copies ("ghosts") of the same total weight: the bounds then hold for
-that neighbouring measure (Greenbaum 1989), so against mu up to such shifts of x.
+The bounds of F are the sharpest for given coefficients on the whole line. If the Krylov space is exhausted, they have
+width 0. They hold in exact arithmetic. Without reorthogonalization, rounding shifts eigenvalues by about eps |H| and
+splits them into copies ("ghosts") of the same total weight: the bounds then hold for this perturbed measure (Greenbaum
+1989), that is, for mu up to such shifts of x.
 
 Source: Szegő 1939, section 3.41 (Chebyshev, Markov, Stieltjes); Golub and Meurant 2010; Chen, Trogdon, Ubaru 2021.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 
-import scipy  # its parts on first use: they are slow to import
+import scipy  # submodules load on first use
 import torch
 from torch import Tensor
 
@@ -29,36 +29,32 @@ from blockhess.analysis.density import WINDOW
 from blockhess_ext import Quadrature, ops
 from blockhess_ext.recurrences import EXHAUSTED_EPS
 
-# The node of a Gauss-Radau rule that leaves for infinity is held at this many times |T|; its weight is below 1e-30.
-_FAR = 1e15
+# Largest |node| of a Gauss-Radau rule, relative to |T|; the weight of a node this large is below 1e-30.
+_LARGEST_NODE = 1e15
 
-_LEAST_COUPLING = 1e-16  # of |T|
+# Smallest beta in the polynomials, relative to |T|.
+_LEAST_BETA = 1e-16
 
-# Double-exponential quadrature: spacing and end of its abscissae; integrals are good to 1e-3, with ghosts to 5 %.
-_STEP, _REACH = 0.4, 2.8
+# Spacing and last abscissa of double-exponential quadrature; its relative error is 1e-3, with ghosts 5 %.
+_STEP, _LAST = 0.4, 2.8
 
-RAW = BlockAxis()
+LINEAR = BlockAxis()
 
-# Elements of the tridiagonal matrices that are solved at once, at most.
+# Largest number of elements of the tridiagonal matrices that are solved in one call.
 _CHUNK = 2**22
 
 
 def exact(quadrature: Quadrature) -> Tensor:
-    """Return which recurrences are exact, (n_probes, n_blocks) bool: those that exhausted their Krylov space."""
+    """Return which recurrences are exact, (n_probes, n_blocks) bool: those with an exhausted Krylov space."""
     q = quadrature
-    kept = torch.tensor([how != "none" for how in q.reorthogonalize])
-    complete = kept & (q.steps == torch.tensor(q.dims))
-    return _exhausted(q.beta, q.steps, _sizes(q.alpha, q.beta, q.steps), q.dtype) | complete
+    last = q.beta.gather(-1, (q.steps[..., None] - 1).clamp(min=0))[..., 0]
+    rounding = EXHAUSTED_EPS * torch.finfo(getattr(torch, q.dtype)).eps * _norms(q.alpha, q.beta, q.steps)
+    orthogonal = torch.tensor([mode != "none" for mode in q.reorthogonalize])
+    return ((q.steps > 0) & (last <= rounding)) | (orthogonal & (q.steps == torch.tensor(q.dims)))
 
 
-def _exhausted(beta: Tensor, steps: Tensor, sizes: Tensor, dtype: str) -> Tensor:
-    """Whether the residual is rounding: beta (..., m), the others (...)."""
-    last = beta.gather(-1, (steps[..., None] - 1).clamp(min=0))[..., 0]
-    return (steps > 0) & (last <= EXHAUSTED_EPS * torch.finfo(getattr(torch, dtype)).eps * sizes)
-
-
-def _sizes(alpha: Tensor, beta: Tensor, steps: Tensor) -> Tensor:
-    """A bound of |T|, its largest row sum: alpha, beta (..., m), steps (...)."""
+def _norms(alpha: Tensor, beta: Tensor, steps: Tensor) -> Tensor:
+    """Return the largest row sums of T (...), bounds of |T|; alpha, beta (..., m), steps (...)."""
     j = torch.arange(alpha.shape[-1])
     diagonal = torch.where(j < steps[..., None], alpha.abs(), 0.0)
     couplings = torch.where(j < steps[..., None] - 1, beta.abs(), 0.0)
@@ -66,25 +62,24 @@ def _sizes(alpha: Tensor, beta: Tensor, steps: Tensor) -> Tensor:
 
 
 class Recurrence:
-    """The coefficients of the recurrences of one block that made a step, ready for their polynomials.
+    """The recurrences of one block with at least one step.
 
     Attributes:
         alpha, beta: (n_known, m) float64.
         steps: (n_known,) int64, at least 1.
         nodes, weights: (n_known, m) float64, padded with the last node and 0.
         exact: (n_known,) bool.
-        size: (n_known,) float64, a bound of |T|.
+        norm: (n_known,) float64, a bound of |T|.
     """
 
     def __init__(self, quadrature: Quadrature, block: int) -> None:
-        known = quadrature.steps[:, block] > 0
+        q = quadrature.select_blocks([block])
+        known = q.steps[:, 0] > 0
         self.alpha, self.beta, nodes, weights, self.steps = (
-            getattr(quadrature, name)[known, block] for name in ("alpha", "beta", "nodes", "weights", "steps")
+            getattr(q, name)[known, 0] for name in ("alpha", "beta", "nodes", "weights", "steps")
         )
-        self.size = _sizes(self.alpha, self.beta, self.steps)
-        self.exact = _exhausted(self.beta, self.steps, self.size, quadrature.dtype)
-        if quadrature.reorthogonalize[block] != "none":
-            self.exact |= self.steps == quadrature.dims[block]
+        self.norm = _norms(self.alpha, self.beta, self.steps)
+        self.exact = exact(q)[known, 0]
         valid = torch.arange(self.alpha.shape[1]) < self.steps[:, None]
         last = nodes.gather(1, self.steps[:, None] - 1)
         self.nodes, weights = torch.where(valid, nodes, last), torch.where(valid, weights, 0.0)
@@ -96,14 +91,14 @@ class Recurrence:
         Args:
             x: (n_known, n_points) float64.
         """
-        # A running recurrence has larger couplings; this only keeps 0 / 0 out of exhausted and zero ones.
-        beta = torch.maximum(self.beta, _LEAST_COUPLING * self.size[:, None]).clamp(min=1e-300)
+        # Avoids 0 / 0 for exhausted and zero recurrences; every other beta is larger.
+        beta = torch.maximum(self.beta, _LEAST_BETA * self.norm[:, None]).clamp(min=1e-300)
         christoffel, before, now = torch.ones_like(x), torch.zeros_like(x), torch.ones_like(x)
         residual = torch.zeros_like(x)
         steps = self.steps.tolist()
         for j in range(max(steps, default=0)):
             r = (x - self.alpha[:, j, None]) * now - (beta[:, j - 1, None] * before if j else 0.0)
-            # p_j and the sum of squares grow without bound: both are kept divided by the root of that sum.
+            # p_j and the sum of squares can overflow: p_j is divided by the square root of the sum.
             after = r / beta[:, j, None]
             shrink = torch.hypot(after, torch.ones_like(x)).reciprocal()
             if j + 1 < min(steps):
@@ -116,7 +111,7 @@ class Recurrence:
         return christoffel, now, residual
 
     def cdf(self, x: Tensor) -> Tensor:
-        """Return the weight of the nodes <= x of every recurrence, (n_known, n_points); exactly 1 beyond them all.
+        """Return the weight of the nodes <= x of every recurrence, (n_known, n_points), exactly 1 beyond the last.
 
         Args:
             x: (n_points,) float64.
@@ -131,29 +126,28 @@ class Recurrence:
         Args:
             x: (n_points,) float64.
         """
-        m = self.alpha.shape[1]
         lower = self.cdf(x)
         upper = lower.clone()
-        open_ = (~self.exact).nonzero().squeeze(1)
-        for rows in torch.split(open_, max(1, _CHUNK // (len(x) * (m + 1)))):
+        inexact = (~self.exact).nonzero().squeeze(1)
+        for rows in torch.split(inexact, max(1, _CHUNK // (len(x) * (self.alpha.shape[1] + 1)))):
             lower[rows], upper[rows] = self._radau(rows, x)
         return lower, upper
 
     def _radau(self, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         points = x.expand(len(self.steps), -1)
         _, p, r = (part[rows] for part in self.polynomials(points))
-        steps, size = self.steps[rows, None, None], self.size[rows, None]
+        steps, norm = self.steps[rows, None, None], self.norm[rows, None]
         beta = self.beta[rows].gather(1, steps[:, 0] - 1)
-        far = _FAR * torch.maximum(size, x.abs()).clamp(min=1e-290)
+        largest = _LARGEST_NODE * torch.maximum(norm, x.abs()).clamp(min=1e-290)
         corner = torch.nan_to_num(x - beta**2 * (p / r), nan=0.0, posinf=math.inf, neginf=-math.inf)
-        corner = torch.minimum(torch.maximum(corner, -far), far)
+        corner = torch.minimum(torch.maximum(corner, -largest), largest)
 
         shape = (len(rows), len(x), 1)
         alpha = torch.nn.functional.pad(self.alpha[rows, None, :].expand(-1, len(x), -1), (0, 1))
         alpha = alpha.scatter(2, steps.expand(shape), corner[..., None])
-        couplings = torch.nn.functional.pad(self.beta[rows, None, :].expand(-1, len(x), -1), (0, 1)).contiguous()
+        betas = torch.nn.functional.pad(self.beta[rows, None, :].expand(-1, len(x), -1), (0, 1)).contiguous()
         counts = (steps[..., 0] + 1).expand(-1, len(x)).flatten().contiguous()
-        nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1).contiguous(), couplings.flatten(0, 1), counts)
+        nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1).contiguous(), betas.flatten(0, 1), counts)
         valid = torch.arange(nodes.shape[1]) < counts[:, None]
         distance = torch.where(valid, (nodes - x.repeat(len(rows))[:, None]).abs(), math.inf)
         at = distance.argmin(1, keepdim=True)
@@ -162,17 +156,17 @@ class Recurrence:
         lower, upper = sums.gather(1, at), sums.gather(1, at + 1)
         return lower.view(shape[:2]), upper.view(shape[:2])
 
-    def bracket(self, longest: float = math.inf, axis: BlockAxis = RAW) -> tuple[Tensor, Tensor]:
-        """Return points x and masses christoffel(x) dx, (n_known, n_points) each, that integrate over the line.
+    def bracket(self, longest: float = math.inf, axis: BlockAxis = LINEAR) -> tuple[Tensor, Tensor]:
+        """Return points x and masses christoffel(x) dx of a quadrature on the line, (n_known, n_points) each.
 
-        Between two nodes, and beyond the outer ones, by double-exponential quadrature, which resolves the narrow peaks
+        It is double-exponential between neighboring nodes and beyond the outer ones, which resolves the narrow peaks
         of christoffel at converged nodes. Masses are 0 for exact recurrences.
 
         Args:
-            longest: gaps are cut into at most 64 pieces, equal on the axis, so that none is longer there.
-            axis: on which.
+            longest: largest length of an interval on the axis; longer gaps are divided into at most 64 equal parts.
+            axis: axis on which lengths are measured.
         """
-        t = torch.arange(-_REACH, _REACH + _STEP / 2, _STEP, dtype=torch.float64)
+        t = torch.arange(-_LAST, _LAST + _STEP / 2, _STEP, dtype=torch.float64)
         arc = math.pi / 2 * t.sinh()
         share, d_share = (2 * arc).sigmoid(), _STEP * math.pi * t.cosh() * (2 * arc).sigmoid() * (-2 * arc).sigmoid()
 
@@ -189,21 +183,17 @@ class Recurrence:
         left, width = edges[:, :-1, None], edges.diff(dim=1).clamp(min=0.0)[..., None]
         inside, d_inside = left + width * share, width * d_share
 
-        # Beyond the outer nodes x = node +- |T| exp(arc), up to 2e5 |T|: christoffel falls as x^(-2 (m - 1)).
+        # Beyond the outer nodes x = node +- |T| exp(arc), up to 2e5 |T|, as christoffel decays as x^(-2 (m - 1)).
         away, d_away = arc.exp(), _STEP * math.pi / 2 * t.cosh() * arc.exp()
         last = self.nodes.gather(1, self.steps[:, None] - 1)
-        scale = self.size[:, None]
+        scale = self.norm[:, None]
         x = torch.cat([self.nodes[:, :1] - scale * away, inside.flatten(1), last + scale * away], 1)
         d_x = torch.cat([scale * d_away, d_inside.flatten(1), scale * d_away], 1)
         return x, (self.polynomials(x)[0] * d_x).masked_fill(self.exact[:, None], 0.0)
 
 
-def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = RAW) -> Tensor:
+def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = LINEAR) -> Tensor:
     """Bound the Wasserstein-1 distance between the quadrature of every recurrence and the measure of its probe.
-
-    Args:
-        recurrence: those of one block.
-        axis: on which to measure.
 
     Returns:
         (n_known,) float64, in units of the axis: 0 for exact recurrences, infinite for others with one step.
@@ -216,40 +206,40 @@ def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = RAW) -> Tensor:
     return bound
 
 
-def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float, axis: BlockAxis = RAW) -> Tensor:
-    """Bound the error that the steps leave in the density of a block smoothed by a Gaussian g on an axis y(x).
+def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float, axis: BlockAxis = LINEAR) -> Tensor:
+    """Bound the error due to finite steps of the density of a block, smoothed by a Gaussian g on an axis y(x).
 
-    The smaller of two bounds. From the bracket of the distribution function, by parts: int |g'(t - y(x))| y'(x)
-    christoffel(x) dx, for any spectrum. From the exactness for polynomials of degree 2 m - 1: twice the coefficients of
-    g(t - y(x)) from degree 2 m on in Chebyshev polynomials on the range of the spectrum, which falls fast once m
-    resolves sigma. That range is not known: it is taken from the first to the last node of all probes, and on until
-    christoffel, which bounds what a probe may still hide there, falls below 1e-6.
+    It is the smaller of two bounds. Integration by parts and the bracket of the distribution function give
+    int |g'(t - y(x))| y'(x) christoffel(x) dx, for any spectrum. Exactness for polynomials of degree 2 m - 1 gives
+    twice the sum of |Chebyshev coefficients| of g(t - y(x)) from degree 2 m on, on the range of the spectrum, which
+    decays fast once m resolves sigma. The range is that of the nodes of all probes, extended until christoffel, a bound
+    of the mass of the probe's measure there, is below 1e-6.
 
     Args:
-        quadrature: of all blocks.
+        quadrature: quadrature of all blocks.
         block: index.
         grid: (n_points,) float64, on the axis.
-        sigma: width of the Gaussian, on the axis.
+        sigma: standard deviation of the Gaussian on the axis.
         axis: y(x).
 
     Returns:
-        (n_points,) float64, mean over probes; never above the peak of g.
+        (n_points,) float64, mean over probes, at most the peak of g.
 
     Source: Chen, Trogdon, Ubaru 2021; Trefethen 2008 (Gauss quadrature and Chebyshev coefficients).
     """
     recurrence = Recurrence(quadrature, block)
     peak = 1 / (sigma * math.sqrt(2 * math.pi))
-    open_ = ~recurrence.exact
-    if not bool(open_.any()):
+    inexact = ~recurrence.exact
+    if not bool(inexact.any()):
         return torch.zeros_like(grid)
-    x, mass = (part[open_] for part in recurrence.bracket(3 * sigma, axis))
+    x, mass = (part[inexact] for part in recurrence.bracket(3 * sigma, axis))
     by_parts = _by_parts(axis.place(x), mass * axis.slope(x), grid, sigma)
     bound = torch.minimum(by_parts, _chebyshev_tail(recurrence, grid, sigma, axis))
-    return bound.clamp(max=peak).sum(0) / len(open_)
+    return bound.clamp(max=peak).sum(0) / len(inexact)
 
 
 def _by_parts(x: Tensor, mass: Tensor, grid: Tensor, sigma: float) -> Tensor:
-    """int |g'(t - x)| dmass(x) of every recurrence, x on the axis, (n_open, n_points); none from beyond the grid."""
+    """Return int |g'(t - x)| dmass(x) of every inexact recurrence, x on the axis, (n_inexact, n_points)."""
     bound = torch.zeros(len(x), len(grid), dtype=torch.float64)
     for row in range(len(x)):
         near = (mass[row] > 0) & (x[row] >= grid[0] - WINDOW * sigma) & (x[row] <= grid[-1] + WINDOW * sigma)
@@ -265,12 +255,12 @@ def _by_parts(x: Tensor, mass: Tensor, grid: Tensor, sigma: float) -> Tensor:
 
 
 def _chebyshev_tail(recurrence: Recurrence, grid: Tensor, sigma: float, axis: BlockAxis) -> Tensor:
-    """2 sum_{k >= 2 m} |c_k(t)|, (n_points,), with g(t - y(x)) = sum_k c_k(t) T_k(x) on the range of the spectrum."""
-    low, high = _range(recurrence)
+    """Return 2 sum_{k >= 2 m} |c_k(t)|, (n_points,), with g(t - y(x)) = sum_k c_k(t) T_k(x) on the spectral range."""
+    low, high = _spectral_range(recurrence)
     middle, half = (low + high) / 2, (high - low) / 2
     degree = 2 * int(recurrence.steps[~recurrence.exact].min())
     finest = axis.finest(sigma)
-    if degree * finest < half:  # c_k falls as exp(-(k sigma / half)^2 / 2): no bound below the peak
+    if degree * finest < half:  # c_k decays as exp(-(k sigma / half)^2 / 2): the bound exceeds the peak
         return torch.full_like(grid, math.inf)
     size = 2 ** math.ceil(math.log2(max(2 * degree, 12 * half / finest, 32)))
     angles = (torch.arange(size, dtype=torch.float64) + 0.5) * (math.pi / size)
@@ -284,13 +274,13 @@ def _chebyshev_tail(recurrence: Recurrence, grid: Tensor, sigma: float, axis: Bl
     return tail
 
 
-def _range(recurrence: Recurrence) -> tuple[float, float]:
-    """Ends of the spectrum: of the nodes, and beyond them as far as a probe may still hide 1e-6 of its mass."""
+def _spectral_range(recurrence: Recurrence) -> tuple[float, float]:
+    """Return the range of the nodes, extended as far as the measure of a probe may have mass 1e-6 at a point."""
     ends = []
     for side, index in ((-1.0, torch.zeros_like(recurrence.steps)), (1.0, recurrence.steps - 1)):
         node = recurrence.nodes.gather(1, index[:, None])
-        away = recurrence.size[:, None] * torch.logspace(-12, 1, 131, dtype=torch.float64)
-        hidden = (recurrence.polynomials(node + side * away)[0] > 1e-6) & ~recurrence.exact[:, None]
-        reach = torch.where(hidden, away, 0.0).amax(1, keepdim=True)
+        away = recurrence.norm[:, None] * torch.logspace(-12, 1, 131, dtype=torch.float64)
+        possible = (recurrence.polynomials(node + side * away)[0] > 1e-6) & ~recurrence.exact[:, None]
+        reach = torch.where(possible, away, 0.0).amax(1, keepdim=True)
         ends.append(float((side * (node + side * reach)).max()) * side)
     return ends[0], ends[1]

@@ -21,10 +21,9 @@ from blockhess._version import __version__
 from blockhess.analysis.axes import Axis
 from blockhess.analysis.comparison import compare
 from blockhess.analysis.errors.error_bars import resolved_sigma
-from blockhess.analysis.selection import comparable_blocks
+from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.html.highlights import findings
 from blockhess.report.rows import block_records
-from blockhess.report.text import weights_only
 from blockhess.results.data import SpectraData
 from blockhess_ext import Quadrature
 

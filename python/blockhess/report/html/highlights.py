@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockhess.analysis.comparison import compare
-from blockhess.analysis.selection import comparable_blocks
-from blockhess.report.text import curvature_range, weights_only
+from blockhess.analysis.selection import comparable_blocks, weights_only
+from blockhess.analysis.statistics import curvature_range
 from blockhess.results.data import SpectraData
 
 # A share of negative eigenvalues that is worth a word, and as many names as one sentence takes.

@@ -1,6 +1,6 @@
-// Densities from nodes and weights: sum_k w_k exp(-(t - y_k)^2 / (2 sigma^2)) / (sigma sqrt(2 pi)), as blockhess.density.
+// Densities from nodes and weights: sum_k w_k exp(-(t - y_k)^2 / (2 sigma^2)) / (sigma sqrt(2 pi)), as analysis/density.py.
 
-// A node is left out beyond so many sigma, where it has fallen to 1e-14 of its peak.
+// Gaussians are truncated at this many sigma, where they are 1e-14 of their peak.
 const WINDOW = 8;
 
 const PEAK = 1 / Math.sqrt(2 * Math.PI);
@@ -9,7 +9,7 @@ function bytes(base64) {
   return Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer;
 }
 
-// Where eigenvalue x lies on an axis: x itself, or asinh(x / scale), and back.
+// The map from an eigenvalue x to the axis, x or asinh(x / scale), and its inverse.
 function place(x, scale) {
   return scale === null ? x : Math.asinh(x / scale);
 }
@@ -18,7 +18,7 @@ function unplace(y, scale) {
   return scale === null ? y : scale * Math.sinh(y);
 }
 
-// The median of the blocks' root mean squares, the lower one of two, as axes.default_scale.
+// The (lower) median of the blocks' root mean square eigenvalues, as axes.default_scale.
 function defaultScale(blocks) {
   const sizes = blocks.map((b) => b.rms).filter((s) => s > 0).sort((a, b) => a - b);
   return sizes.length ? sizes[(sizes.length - 1) >> 1] : 1;
@@ -42,7 +42,7 @@ function extent(lists) {
   return low <= high ? [low, high] : [0, 0];
 }
 
-// 1 % of the range, or of the size of the nodes where they are one, as density.default_sigma.
+// 1 % of the range, or of the largest |node| if all nodes are equal, as density.default_sigma.
 function defaultSigma([low, high]) {
   const size = Math.max(Math.abs(low), Math.abs(high));
   const tiny = Math.max(1e-290, 2 ** -40 * size);
@@ -60,8 +60,8 @@ function densityAt(nodes, weights, t, sigma) {
   return (sum * PEAK) / sigma;
 }
 
-// Standard errors of a block's `values` of density() from its random probes: the variance that theory knows of Gaussian
-// probes, block.known (mean f^2 - (mean f)^2), or the sample's where that is more, as error_bars.density_band for one sigma.
+// Standard errors of a block's `values` of density() due to its random probes: the larger of the sample variance and the
+// theoretical variance of Gaussian probes, block.unit_variance (mean f^2 - (mean f)^2), as error_bars.density_band.
 function densityErrors(block, nodes, values, start, step, count, sigma) {
   const probes = block.probes.length;
   const sums = new Float64Array(count);
@@ -74,8 +74,8 @@ function densityErrors(block, nodes, values, start, step, count, sigma) {
   const half = sigma / Math.SQRT2; // g^2 is a Gaussian of this width
   const squares = density(nodes, block.weights, start, step, count, half);
   const factor = (0.5 * PEAK) / half;
-  const known = (i) => block.known * (factor * squares[i] - values[i] ** 2);
-  return sums.map((sum, i) => Math.sqrt(Math.max(sum / (probes - 1), known(i)) / probes));
+  const theory = (i) => block.unit_variance * (factor * squares[i] - values[i] ** 2);
+  return sums.map((sum, i) => Math.sqrt(Math.max(sum / (probes - 1), theory(i)) / probes));
 }
 
 // The density at start, start + step, ...: each Gaussian by the recurrence g(t + h) = g(t) r(t), r(t + h) = r(t) q.

@@ -1,4 +1,4 @@
-// One quantity over the checkpoints: JS0 in its comparisons, or a number of each chosen block.
+// One quantity over the checkpoints: JS0 in every comparison, or a statistic of each chosen block.
 
 const BLOCK_QUANTITIES = [
   ["largest eigenvalue", "lambda_max", "lambda_max_error"],
@@ -37,7 +37,7 @@ class Evolution {
       const titles = [...new Set(results.flatMap((r) => r.comparisons.map((c) => c.title)))];
       return titles.map((title, i) => ({
         name: title,
-        stroke: colour(`c${i}`),
+        stroke: color(`c${i}`),
         dash: [],
         points: results.map((r) => {
           const found = r.comparisons.find((c) => c.title === title);
@@ -88,7 +88,7 @@ class Evolution {
     );
     for (const i of [this.page.current, this.cursor]) {
       if (i === null) continue;
-      ctx.fillStyle = colour("accent");
+      ctx.fillStyle = color("accent");
       ctx.globalAlpha = i === this.page.current ? 0.16 : 0.08;
       ctx.fillRect(x(i) - 8, box.top, 16, box.bottom - box.top);
       ctx.globalAlpha = 1;
@@ -120,7 +120,7 @@ class Evolution {
     }
     this.drawLegend(series);
     if (!series.length) {
-      ctx.fillStyle = colour("quiet");
+      ctx.fillStyle = color("quiet");
       ctx.textAlign = "center";
       ctx.fillText("No block is chosen.", (box.left + box.right) / 2, (box.top + box.bottom) / 2);
     }
@@ -128,7 +128,7 @@ class Evolution {
   }
 
   drawLegend(series) {
-    const shown = series.length <= MOST_COLOURS ? series : [];
+    const shown = series.length <= MOST_COLORS ? series : [];
     $("history-legend").replaceChildren(
       ...shown.map(({ name, stroke }) => {
         const swatch = element("span", { class: "swatch" });
@@ -168,7 +168,7 @@ class Evolution {
         const from = this.cursor === null ? this.page.current : this.cursor;
         this.cursor = Math.min(Math.max(from + move, 0), this.positions.length - 1);
         const [label, rows] = this.read();
-        $("history-said").textContent = [label, ...rows.map(([, name, value]) => `${name} ${value}`)].join("; ");
+        $("history-readout").textContent = [label, ...rows.map(([, name, value]) => `${name} ${value}`)].join("; ");
         this.draw();
       } else if (event.key === "Enter" && this.cursor !== null) this.page.show(this.cursor);
       else return;

@@ -1,6 +1,6 @@
-// What all pictures share: colours, crisp canvases, axes with ticks, numbers as text, and the tip beside the pointer.
+// Shared by all plots: colors, canvases at the resolution of the screen, axes with ticks, number formats, the tooltip.
 
-const MOST_COLOURS = 8;
+const MOST_COLORS = 8;
 
 const DASHES = [[], [6, 3], [2, 3]];
 
@@ -16,21 +16,21 @@ function $(id) {
 
 // An element with text children; text is never parsed.
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null) made.setAttribute(name, value);
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value !== null) node.setAttribute(name, value);
   }
-  made.append(...children);
-  return made;
+  node.append(...children);
+  return node;
 }
 
 function bdi(text) {
   return element("bdi", { title: text }, text);
 }
 
-function colour(name) {
+function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
 
@@ -40,10 +40,10 @@ function viridis(share) {
   return VIRIDIS[i].map((v, c) => Math.round(v + (at - i) * (VIRIDIS[i + 1][c] - v)));
 }
 
-// Colour and dashes of curve i of n: distinct ones for a few, viridis in order for many.
+// Color and dashes of curve i of n: distinct ones for a few, viridis in order for many.
 function curveStyle(i, n) {
-  if (n <= MOST_COLOURS) return { stroke: colour(`c${i}`), dash: [] };
-  // The end of viridis that is near the page's colour is left out.
+  if (n <= MOST_COLORS) return { stroke: color(`c${i}`), dash: [] };
+  // Skip the end of viridis that is close to the background color.
   const [first, last] = matchMedia("(prefers-color-scheme: dark)").matches ? [0.25, 1] : [0, 0.92];
   return { stroke: `rgb(${viridis(first + (last - first) * (i / (n - 1))).join(" ")})`, dash: n <= 24 ? DASHES[i % 3] : [] };
 }
@@ -57,7 +57,7 @@ function number(value, digits = 3) {
   return text.replace("-", "−").replace("e-", "e−").replace("e+", "e");
 }
 
-// A tick's number; powers of ten far from 1 as such.
+// Text of a tick: 10^p for powers of ten far from 1.
 function tickText(value) {
   const power = Math.log10(Math.abs(value));
   if (value === 0 || Math.abs(power) < 3.5 || Math.abs(power - Math.round(power)) > 1e-9) return number(value, 2);
@@ -69,7 +69,7 @@ function percent(share) {
   return share === null ? "–" : share === 0 ? "0" : `${number(100 * share, 2)} %`;
 }
 
-// A canvas context in CSS pixels, cleared.
+// Clear a canvas; return its context, scaled to CSS pixels.
 function context(canvas) {
   const ratio = window.devicePixelRatio || 1;
   const { width, height } = canvas.getBoundingClientRect();
@@ -114,11 +114,11 @@ function powerTicks(low, high, count) {
   return ticks.length > 1 ? ticks : roundTicks(low, high, count);
 }
 
-// A frame with ticks and labels. x and y: { ticks, at(value), label, text(value) }; the line at x.origin is a stronger one.
+// Draw axes with ticks and labels. x and y: { ticks, at(value), label, text(value) }; the line at x.origin is darker.
 function drawAxes(ctx, box, x, y) {
   ctx.lineWidth = 1;
-  ctx.fillStyle = colour("quiet");
-  ctx.strokeStyle = colour("grid");
+  ctx.fillStyle = color("quiet");
+  ctx.strokeStyle = color("grid");
   ctx.textBaseline = "middle";
   ctx.textAlign = "right";
   let lastTop = Infinity;
@@ -138,7 +138,7 @@ function drawAxes(ctx, box, x, y) {
   let lastRight = -Infinity;
   for (const value of x.ticks) {
     const px = x.at(value);
-    ctx.strokeStyle = colour(value === x.origin ? "quiet" : "grid");
+    ctx.strokeStyle = color(value === x.origin ? "quiet" : "grid");
     ctx.globalAlpha = value === x.origin ? 0.6 : 1;
     ctx.beginPath();
     ctx.moveTo(px, box.top);
@@ -152,7 +152,7 @@ function drawAxes(ctx, box, x, y) {
       lastRight = middle + half;
     }
   }
-  ctx.strokeStyle = colour("line");
+  ctx.strokeStyle = color("line");
   ctx.beginPath();
   ctx.moveTo(box.left, box.bottom + 0.5);
   ctx.lineTo(box.right, box.bottom + 0.5);
@@ -163,7 +163,7 @@ function drawAxes(ctx, box, x, y) {
   ctx.fillText(y.label, box.left - 44, box.top - 9);
 }
 
-// The tip near the pointer: a heading and [colour, name, value] rows; none hides it.
+// Show a tooltip at the pointer: a heading and rows of [color, name, value]. The heading null hides it.
 function showTip(event, heading, rows = []) {
   const tip = $("tip");
   tip.hidden = heading === null;
@@ -181,7 +181,7 @@ function showTip(event, heading, rows = []) {
   tip.style.top = `${Math.max(8, top)}px`;
 }
 
-// Calls at most once a frame.
+// Return a function that runs `call` at most once per animation frame.
 function throttled(call) {
   let waiting = false;
   return () => {

@@ -1,6 +1,6 @@
 // The matrix of Jensen-Shannon distances between the blocks, in clustered order or the model's.
 
-// Names stand beside the rows where these are so high.
+// Minimum row height, in pixels, for block names beside the rows.
 const LABEL_HEIGHT = 11;
 const LARGEST_SIDE = 560;
 const LEGEND_HEIGHT = 34;
@@ -9,7 +9,7 @@ class Heatmap {
   constructor(page) {
     this.page = page;
     this.canvas = $("heatmap");
-    this.cell = null; // [row, column] under the pointer or the keys
+    this.cell = null; // [row, column] under the pointer, or moved to by keys
     this.drawSoon = throttled(() => this.draw());
     $("compared-on").addEventListener("change", () => this.update());
     $("order").addEventListener("change", () => this.update());
@@ -37,15 +37,15 @@ class Heatmap {
       const [i, j] = [this.order[row], this.order[column]].sort((a, b) => a - b);
       return i === j ? 0 : upper[i * n - (i * (i + 1)) / 2 + (j - i - 1)] / 65535;
     };
-    this.top = $("stretch").checked ? upper.reduce((a, b) => Math.max(a, b), 1) / 65535 : 1; // where the colours end
+    this.top = $("stretch").checked ? upper.reduce((a, b) => Math.max(a, b), 1) / 65535 : 1; // upper end of the color scale
     this.picture = this.paint(n);
     $("js0").textContent = comparison.text;
     this.cell = null;
-    $("heatmap-said").textContent = "";
+    $("heatmap-readout").textContent = "";
     this.draw();
   }
 
-  // One pixel a cell, to be scaled up.
+  // Draw one pixel per cell; drawImage scales it.
   paint(n) {
     const picture = element("canvas", { width: n, height: n });
     const ctx = picture.getContext("2d");
@@ -78,11 +78,11 @@ class Heatmap {
       ctx.textAlign = "right";
       this.names.forEach((name, row) => {
         const isChosen = this.page.chosen.includes(this.rows[row]);
-        ctx.fillStyle = colour(isChosen ? "accent" : "quiet");
+        ctx.fillStyle = color(isChosen ? "accent" : "quiet");
         ctx.fillText(shortened(ctx, name, left - 8), left - 6, (row + 0.5) * size);
       });
     } else {
-      ctx.fillStyle = colour("accent");
+      ctx.fillStyle = color("accent");
       this.rows.forEach((block, row) => {
         if (this.page.chosen.includes(block)) ctx.fillRect(left + side + 2, row * size, 4, Math.max(2, size));
       });
@@ -108,10 +108,10 @@ class Heatmap {
       ctx.fillStyle = `rgb(${viridis(i / barWidth).join(" ")})`;
       ctx.fillRect(i, top, 1.5, 8);
     }
-    ctx.fillStyle = colour("quiet");
+    ctx.fillStyle = color("quiet");
     ctx.textAlign = "left";
-    const end = this.top === 1 ? "1 nothing in common" : `${number(this.top, 2)}, the largest here`;
-    ctx.fillText(`0 alike … ${end}`, barWidth + 8, top + 5);
+    const end = this.top === 1 ? "1 disjoint" : `${number(this.top, 2)}, the largest here`;
+    ctx.fillText(`0 identical … ${end}`, barWidth + 8, top + 5);
   }
 
   listen() {
@@ -126,7 +126,7 @@ class Heatmap {
       find(event);
       if (this.cell) {
         const [value, ...names] = this.read();
-        showTip(event, value, names.map((name, i) => [i ? colour("c1") : colour("c0"), name, ""]));
+        showTip(event, value, names.map((name, i) => [i ? color("c1") : color("c0"), name, ""]));
       } else showTip(null, null);
       this.drawSoon();
     });
@@ -145,7 +145,7 @@ class Heatmap {
       if (move) {
         const last = this.rows.length - 1;
         this.cell = (this.cell || [0, 0]).map((v, i) => Math.min(Math.max(v + move[i], 0), last));
-        $("heatmap-said").textContent = this.read().join(", ");
+        $("heatmap-readout").textContent = this.read().join(", ");
         this.draw();
       } else if (event.key === "Enter" || event.key === " ") this.choose();
       else return;
@@ -162,13 +162,13 @@ class Heatmap {
   choose() {
     if (!this.cell) return;
     const pair = [...new Set(this.cell.map((i) => this.rows[i]))];
-    $("heatmap-said").textContent = `Showing ${this.read().join(", ")}`;
+    $("heatmap-readout").textContent = `Showing ${this.read().join(", ")}`;
     this.page.choose(pair);
     if ($("spectra").getBoundingClientRect().top < 0) $("spectra").scrollIntoView({ block: "start" });
   }
 }
 
-// Both ends of a name that is too wide.
+// Keep both ends of a name that is too wide.
 function shortened(ctx, name, width) {
   if (ctx.measureText(name).width <= width) return name;
   let keep = name.length;

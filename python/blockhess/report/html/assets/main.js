@@ -1,4 +1,4 @@
-// The page: unpacks the data, holds what is chosen, and tells every part when that changes.
+// The page: unpacks the data, holds the chosen blocks and result, and updates every part when these change.
 
 const FIRST_CHOICE = 6;
 
@@ -16,7 +16,7 @@ class Page {
     $("checkpoint-control").hidden = this.results.length < 2;
     if (this.condensed) {
       $("condensed").hidden = false;
-      $("condensed").textContent = `To keep this page small, each spectrum is drawn from about ${this.condensed} points, merged so that mass and trace are unchanged; the result files hold all.`;
+      $("condensed").textContent = `To keep this page small, each spectrum is drawn from about ${this.condensed} points, merged so that mass and trace are unchanged; the result files hold all nodes.`;
     }
     this.spectra = new SpectraPlot(this);
     this.heatmap = new Heatmap(this);
@@ -36,7 +36,7 @@ class Page {
     return this.results[this.current];
   }
 
-  // Show another checkpoint, with the same blocks as far as it has them.
+  // Show another checkpoint, with those of the chosen blocks that it has.
   show(index) {
     this.current = index;
     $("checkpoint").value = String(index);
@@ -98,9 +98,9 @@ class Page {
         ),
       ),
     );
-    $("findings").replaceChildren(...result.findings.map((text) => element("li", {}, text)));
-    $("made").replaceChildren(
-      ...result.made.map(([key, value]) =>
+    $("highlights").replaceChildren(...result.highlights.map((text) => element("li", {}, text)));
+    $("provenance").replaceChildren(
+      ...result.provenance.map(([key, value]) =>
         element("div", {}, element("dt", {}, key.replaceAll("_", " ")), element("dd", {}, value)),
       ),
     );
@@ -122,7 +122,7 @@ function unpack(result) {
   return result;
 }
 
-// A few blocks spread over the clusters, or the first ones where nothing was compared.
+// A few blocks spread over the clusters, or over the model if there is no comparison.
 function representative({ comparisons, blocks }) {
   const order = comparisons.length ? comparisons[0].order.map((i) => comparisons[0].blocks[i]) : blocks.map((_, i) => i);
   const count = Math.min(FIRST_CHOICE, order.length);

@@ -1,6 +1,6 @@
 // The spectra of the chosen blocks on one axis, smoothed in the page.
 
-// Sliders count hundredths of a decade from the default. Many curves are sampled less densely than a few.
+// Slider values are hundredths of a decade relative to the default. Many curves are sampled on a coarser grid than a few.
 const POINTS_PER_SIGMA = 6;
 const POINTS_PER_SIGMA_OF_MANY = 2;
 const MANY = 24;
@@ -49,7 +49,7 @@ class SpectraPlot {
     return document.querySelector('input[name="height"]:checked').value === "log";
   }
 
-  // After a change of the blocks, the axis or a slider: nodes on the axis, sigma, what the controls say.
+  // After a change of the blocks, the axis or a slider: compute nodes on the axis and sigma, set the texts.
   update() {
     const result = this.page.result();
     const blocks = this.page.chosen.map((i) => result.blocks[i]).filter((b) => b && b.nodes.length);
@@ -63,11 +63,11 @@ class SpectraPlot {
     const factor = 10 ** (Number($("sigma").value) / 100);
     this.sigma = defaultSigma(this.range) * factor;
     $("scale-row").hidden = !this.isAsinh;
-    $("bands-row").hidden = !(blocks.length <= MOST_COLOURS && blocks.some((b) => b.probes.length > 1));
-    $("sigma-said").textContent = `${number(this.sigma)}, ${number(factor, 2)} % of the range`;
+    $("bands-row").hidden = !(blocks.length <= MOST_COLORS && blocks.some((b) => b.probes.length > 1));
+    $("sigma-readout").textContent = `${number(this.sigma)}, ${number(factor, 2)} % of the range`;
     $("scale").setAttribute("aria-valuetext", number(this.scale));
-    $("sigma").setAttribute("aria-valuetext", $("sigma-said").textContent);
-    $("scale-said").textContent = this.isAsinh ? `|eigenvalue| ${number(this.scale)}` : "";
+    $("sigma").setAttribute("aria-valuetext", $("sigma-readout").textContent);
+    $("scale-readout").textContent = this.isAsinh ? `|eigenvalue| ${number(this.scale)}` : "";
     this.drawLegend();
     this.draw();
   }
@@ -122,7 +122,7 @@ class SpectraPlot {
     }
     const floor = 0.1 / Math.max(10, ...this.curves.map((c) => c.block.dim));
     const yTop = this.isLog ? 2 : Math.max(top * 1.08, 1e-12);
-    // What is below the floor runs under the frame.
+    // Draw values below the floor just below the frame.
     const y = this.isLog
       ? (v) => (v > floor ? box.bottom - (Math.log(v / floor) / Math.log(yTop / floor)) * (box.bottom - box.top) : box.bottom + 3)
       : (v) => box.bottom - (v / yTop) * (box.bottom - box.top);
@@ -157,7 +157,7 @@ class SpectraPlot {
       ctx.globalAlpha = isMany ? 0.6 : 1;
       ctx.stroke();
       if (curve.errors) this.shade(ctx, curve, (i) => x(low + i * step), y);
-      else if (this.curves.length <= MOST_COLOURS) {
+      else if (this.curves.length <= MOST_COLORS) {
         ctx.lineTo(box.right + 2, box.bottom);
         ctx.lineTo(box.left - 2, box.bottom);
         ctx.globalAlpha = 0.07;
@@ -167,7 +167,7 @@ class SpectraPlot {
     }
     ctx.setLineDash([]);
     ctx.globalAlpha = 1;
-    ctx.fillStyle = ctx.strokeStyle = colour("ink");
+    ctx.fillStyle = ctx.strokeStyle = color("ink");
     if (this.cursor !== null) {
       ctx.globalAlpha = 0.5;
       ctx.beginPath();
@@ -183,9 +183,9 @@ class SpectraPlot {
     this.frame = { box, low, high, y };
   }
 
-  // Whether standard errors are drawn around a curve: of a few, where there are two probes or more.
+  // Whether to draw standard errors around a curve: if there are few curves and the block has two probes or more.
   hasBand({ block }) {
-    return $("bands").checked && this.curves.length <= MOST_COLOURS && block.probes.length > 1;
+    return $("bands").checked && this.curves.length <= MOST_COLORS && block.probes.length > 1;
   }
 
   // The band of one standard error.
@@ -198,7 +198,7 @@ class SpectraPlot {
     ctx.fill();
   }
 
-  // A path through the values; where several fall on one pixel, through the least and the largest of them.
+  // Add a path through the values; of several values in one pixel column, through their minimum and maximum.
   trace(ctx, values, x, y) {
     ctx.beginPath();
     let column = null;
@@ -233,7 +233,7 @@ class SpectraPlot {
       this.cursor = at(event);
       if (this.drag) this.drag.to = this.cursor;
       const { heading, rows } = this.read(event.clientY - canvas.getBoundingClientRect().top);
-      if (event.pointerType === "touch") this.say(heading, rows); // a finger would hide the tip
+      if (event.pointerType === "touch") this.announce(heading, rows); // a finger would cover the tooltip
       else showTip(event, heading, rows);
       this.drawSoon();
     };
@@ -264,7 +264,7 @@ class SpectraPlot {
         const from = this.cursor === null ? (low + high) / 2 : this.cursor;
         this.cursor = Math.min(Math.max(from + (move * (high - low)) / (event.shiftKey ? 20 : 100), low), high);
         const { heading, rows } = this.read(null);
-        this.say(heading, rows);
+        this.announce(heading, rows);
         this.draw();
       } else if (event.key === "+" || event.key === "=") this.zoomBy(0.5);
       else if (event.key === "-") this.zoomBy(2);
@@ -274,8 +274,8 @@ class SpectraPlot {
     });
   }
 
-  say(heading, rows) {
-    $("density-said").textContent = [heading, ...rows.map(([, name, value]) => `${name} ${value}`)].join("; ");
+  announce(heading, rows) {
+    $("density-readout").textContent = [heading, ...rows.map(([, name, value]) => `${name} ${value}`)].join("; ");
   }
 
   // Narrow or widen the view around the cursor; null shows all.
@@ -286,7 +286,7 @@ class SpectraPlot {
     this.draw();
   }
 
-  // What the curves are at the cursor, those nearest to the pointer first.
+  // The values of the curves at the cursor, those nearest to the pointer first.
   read(py) {
     const { y } = this.frame;
     const share = this.sigma / PEAK;
@@ -294,12 +294,12 @@ class SpectraPlot {
       const { block, nodes, stroke } = curve;
       const height = densityAt(nodes, block.weights, this.cursor, this.sigma);
       const value = share * height;
-      let said = number(value);
+      let reading = number(value);
       if (this.hasBand(curve)) {
         const [error] = densityErrors(block, nodes, [height], this.cursor, this.sigma, 1, this.sigma);
-        said += ` ± ${number(share * error, 2)}`;
+        reading += ` ± ${number(share * error, 2)}`;
       }
-      return { value, far: py === null ? -value : Math.abs(y(value) - py), row: [stroke, block.block, said] };
+      return { value, far: py === null ? -value : Math.abs(y(value) - py), row: [stroke, block.block, reading] };
     });
     rows.sort((a, b) => a.far - b.far);
     const more = rows.length > TIP_ROWS ? `, nearest ${TIP_ROWS} of ${rows.length}` : "";

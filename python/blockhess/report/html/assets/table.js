@@ -116,7 +116,7 @@ class Table {
     for (const { block, row } of this.rows) row.hidden = !block.block.toLowerCase().includes(wanted);
   }
 
-  // After a change of the choice.
+  // After a change of the chosen blocks.
   mark() {
     const chosen = new Set(this.page.chosen);
     for (const { index, row, box } of this.rows) {
@@ -125,7 +125,7 @@ class Table {
     }
   }
 
-  // Log-density over the block's own range, blurred as far as its steps resolve.
+  // Draw the log-density over the range of the block, with the sigma that its steps resolve.
   spark(canvas) {
     const { block } = canvas;
     const { ctx, width, height } = context(canvas);
@@ -141,12 +141,12 @@ class Table {
     const x = (t) => ((t - low + margin) / (high - low + 2 * margin)) * width;
     const y = (v) => height - 1 - (Math.log(Math.max(v * share, floor) / floor) / Math.log(2 / floor)) * (height - 3);
     if (low - margin < 0 && high + margin > 0) {
-      ctx.fillStyle = colour("line");
+      ctx.fillStyle = color("line");
       ctx.fillRect(Math.round(x(0)), 0, 1, height);
     }
     ctx.beginPath();
     values.forEach((v, i) => ctx.lineTo((i / (SPARK.points - 1)) * width, y(v)));
-    ctx.strokeStyle = ctx.fillStyle = colour("accent");
+    ctx.strokeStyle = ctx.fillStyle = color("accent");
     ctx.lineWidth = 1.2;
     ctx.stroke();
     ctx.lineTo(width, height);
