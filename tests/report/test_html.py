@@ -18,7 +18,7 @@ import torch
 from blockhess.cli.main import main
 from blockhess.report import html
 from blockhess.report.html.contents import MOST_NODES, condense, page_contents
-from blockhess.report.html.highlights import findings
+from blockhess.report.html.highlights import highlights
 from blockhess.report.rows import block_records
 from blockhess.spectra import Spectra
 from tests.helpers.spectra_cases import make_spectra, random_spectra
@@ -55,7 +55,7 @@ class Elements(HTMLParser):
 
 
 def data_of(html: str) -> dict[str, Any]:
-    """What the page's script gets."""
+    """The data of the page."""
     ((_, text),) = [(a, t) for a, t in Elements(html).all("script") if a.get("type") == "application/json"]
     data: dict[str, Any] = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     return data
@@ -157,10 +157,10 @@ def test_blocks_of_which_nothing_is_known() -> None:
     (result,) = data_of(html.render(page_contents([spectra])))["results"]
     assert [block["lambda_max"] for block in result["blocks"]] == [2.0, None]
     assert result["blocks"][1]["probes"] == [] and result["comparisons"] == []
-    assert any("not finite: block1." in text for text in result["findings"])
+    assert any("not finite: block1." in text for text in result["highlights"])
 
 
-def test_findings_follow_from_the_numbers() -> None:
+def test_highlights_follow_from_the_numbers() -> None:
     spectra = make_spectra(
         [[[-1.0, 4.0], [0.0, 0.002], [0.0, 0.0]]] * 2,
         [[[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]]] * 2,
@@ -169,19 +169,19 @@ def test_findings_follow_from_the_numbers() -> None:
         notes=["", "unused", "zero within HVP error"],
         batchnorm="eval",
     )
-    told = "\n".join(findings(spectra, block_records(spectra), {"linear axis": 0.5, "signed-log axis": 0.25}))
-    assert "JS0 is 0.5 (linear axis), 0.25 (signed-log axis)" in told
-    assert "1 of 3 blocks have more than 1 % negative eigenvalues, the most in block0: 25 %" in told
-    assert "Unused blocks, on which the loss does not depend: block1." in told
-    assert "cannot be told from zero: block2" in told and 'batchnorm="batch"' in told
+    text = "\n".join(highlights(spectra, block_records(spectra), {"linear axis": 0.5, "signed-log axis": 0.25}))
+    assert "JS0 is 0.5 (linear axis), 0.25 (signed-log axis)" in text
+    assert "1 of 3 blocks have more than 1 % negative eigenvalues, the most in block0: 25 %" in text
+    assert "Unused blocks, on which the loss does not depend: block1." in text
+    assert "are zero within the error of their Hessian-vector products: block2" in text and 'batchnorm="batch"' in text
     one = make_spectra([[[1.0, 2.0]] * 2], [[[0.5, 0.5]] * 2])
-    told = "\n".join(findings(one, block_records(one), {}))
+    text = "\n".join(highlights(one, block_records(one), {}))
     assert (
-        "With one random probe" in told
-        and "Most unlike the other blocks: block0, block1." in told
-        and "No block has more than 1 % negative" in told
+        "With one random probe" in text
+        and "Most different from the other blocks: block0, block1." in text
+        and "No block has more than 1 % negative" in text
     )
-    assert "BatchNorm" not in told
+    assert "BatchNorm" not in text
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,14 +197,14 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(data_of((tmp_path / "method.html").read_text())["results"][0]["blocks"]) == len(one)
 
 
-def test_an_unfinished_run_is_told() -> None:
+def test_an_unfinished_run_is_reported() -> None:
     def said(**provenance: Any) -> Any:
         return page_contents([random_spectra(**provenance)])["results"][0]["unfinished"]
 
     assert said() is None and said(partial=False, hvps=3) is None
     assert said(partial=True).startswith("This run is not finished: ")
-    told = said(partial=True, hvps=1200, hvps_planned=5000, blocks_missing=2)
-    assert told.endswith("1,200 of at most 5,000 Hessian-vector products are done. 2 of 6 blocks have no spectrum yet.")
+    text = said(partial=True, hvps=1200, hvps_planned=5000, blocks_missing=2)
+    assert text.endswith("1,200 of at most 5,000 Hessian-vector products are done. 2 of 6 blocks have no spectrum yet.")
     assert said(partial=True, hvps="<b>", hvps_planned=[], blocks_missing="many") == said(partial=True)
 
 
@@ -225,8 +225,8 @@ def test_report_refuses(arguments: list[str], message: str, tmp_path: Path, caps
     np.savez(newer, **arrays | {"header": np.frombuffer(header, np.uint8)})
     given = [argument.format(file=file, newer=newer) for argument in arguments]
     assert main(["report", *given]) == 2
-    told = capsys.readouterr().err
-    assert message in told.replace("FILES", "files") and told.count("\n") == 1
+    text = capsys.readouterr().err
+    assert message in text.replace("FILES", "files") and text.count("\n") == 1
 
 
 def test_contents_refuses() -> None:

@@ -58,14 +58,15 @@ def test_every_block_has_a_panel_with_all_its_eigenvalues(options: dict[str, Any
     assert "not finite" in texts(figure) and "of Net" in texts(figure)
 
 
-def test_the_caption_says_how_wide_the_blur_is() -> None:
+def test_the_caption_states_sigma() -> None:
     spectra = mixed_spectra()
-    assert "blurred by Gaussians of about each block's range / steps, for pictures only" in texts(plot_density(spectra))
+    default = texts(plot_density(spectra))
+    assert "smoothed by Gaussians of sigma about range / steps of each block, for plots only" in default
     assert "sigma 0.5" in texts(plot_density(spectra, sigma=0.5))
     assert "sigma 1e+03" in texts(plot_density(spectra, share_x=True))
 
 
-def test_the_blur_is_what_the_steps_resolve() -> None:
+def test_the_default_sigma_is_what_the_steps_resolve() -> None:
     few, many, fewest = (
         make_spectra([[list(range(m))]], [[[1 / m] * m]], dims=[1000], steps=[[m]]) for m in (30, 200, 4)
     )
@@ -82,7 +83,7 @@ def test_bands_are_drawn_around_the_curve() -> None:
 
     spectra = random_spectra(n_probes=3, dims=[50] * 4)
     figure = plot_density(spectra, sigma=0.1)
-    assert "95 % bands: dark from the random probes, light with what the steps leave open" in texts(figure)
+    assert "95 % bands: dark for the random probes, light for probes and steps" in texts(figure)
     areas = figure.axes[0].findobj(PolyCollection)
     assert len(areas) == 3  # under the curve, total, statistical
     band = spectra.density_band(0.1, blocks=["block0"])
@@ -118,7 +119,7 @@ def test_ticks_are_no_finer_than_the_picture() -> None:
     assert ticks(7.3e-6, 7.3e-6) == ["7.3e-6"]
 
 
-def test_bands_on_a_normalised_axis() -> None:
+def test_bands_on_a_normalized_axis() -> None:
     from matplotlib.collections import PolyCollection
 
     spectra = random_spectra(n_probes=3, dims=[50] * 4)
@@ -185,7 +186,7 @@ def test_heatmap_of_equal_spectra_and_a_chosen_range() -> None:
 
 
 def overlaps(figure: Any, which: str) -> bool:
-    """Whether neighbouring tick labels of the heat map overlap, once drawn."""
+    """Whether neighboring tick labels of the heat map overlap, once drawn."""
     figure.draw_without_rendering()
     axes = figure.axes[0]
     boxes = [label.get_window_extent() for label in getattr(axes, f"get_{which}ticklabels")()]
@@ -206,7 +207,7 @@ def test_heatmap_labels_stay_readable(n_blocks: int, most_labels: int, monkeypat
     assert_inside(figure)
 
 
-def test_saves_where_told(tmp_path: Path) -> None:
+def test_saves_to_the_path(tmp_path: Path) -> None:
     spectra = random_spectra()
     for name, start in (("a.png", b"\x89PNG"), ("b.pdf", b"%PDF"), ("c.svg", b"<?xml")):
         spectra.plot(tmp_path / name, blocks=["block0"])

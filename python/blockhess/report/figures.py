@@ -1,7 +1,6 @@
-"""Figures for a paper, of the data that the HTML page shows: spectra, heat map, JS0 over checkpoints.
+"""Figures for papers: spectra, heat map, JS0 over checkpoints.
 
-Widths are those of journals' columns, letters have 6 to 9 points, titles are left to the caption. Fonts are embedded
-by plots.save_figure; PNG has 600 dots an inch.
+Widths are those of journal columns, font sizes 6 to 9 points; there are no titles. Fonts are embedded, PNG has 600 dpi.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ if TYPE_CHECKING:
 
 FORMATS = ("pdf", "svg", "png")
 
-# One, one and a half and two columns of a journal, in inches: 89, 120 and 183 mm.
+# Widths of one, one and a half and two journal columns in inches: 89, 120 and 183 mm.
 SINGLE, MIDDLE, DOUBLE = 3.5, 4.7, 7.2
 
-# Panels that fill a page two columns wide.
+# Panels of a full page of width DOUBLE.
 MOST_PANELS = 24
 
-# Apart for color-blind readers: Okabe and Ito 2008.
+# Distinct for color-blind readers: Okabe and Ito 2008.
 COLORS = ("#0072b2", "#d55e00", "#009e73")
 
 STYLE: dict[Any, float] = {"font.size": 8.5, "savefig.dpi": 600, "axes.linewidth": 0.6}
 
 
 def write(results: Sequence[SpectraData], stem: Path, suffix: str, labels: Sequence[str]) -> list[Path]:
-    """Write the figures of a result, or of checkpoints: of the last one, and of JS0 over all.
+    """Write the figures of the last result, and of JS0 over all results: STEM_spectra, STEM_heatmap, STEM_js0.
 
     Args:
         results: at least one.
-        stem: path of the figures, without what tells them apart: STEM_spectra.pdf, STEM_heatmap.pdf, STEM_js0.pdf.
+        stem: path and common part of the file names.
         suffix: one of FORMATS.
-        labels: what each result is called.
+        labels: names of the results.
 
     Returns:
-        paths. Without two blocks that can be compared there is no heat map; without two results, no JS0 over them.
+        paths; there is no heat map without two comparable blocks, and no figure of JS0 without two results.
 
     Raises:
-        ValueError: another suffix, or a file cannot be written.
+        ValueError: the suffix is unknown, or a file cannot be written.
         ImportError: matplotlib is missing.
 
     Example:
@@ -76,25 +75,22 @@ def write(results: Sequence[SpectraData], stem: Path, suffix: str, labels: Seque
 
 
 def shown(spectra: SpectraData) -> list[str]:
-    """Return the blocks of a figure of one page: all, or MOST_PANELS evenly spread over the model."""
+    """Return the blocks of a figure that fits on a page: all, or MOST_PANELS at regular intervals."""
     names = spectra.names
     count = min(len(names), MOST_PANELS)
     return [names[i * len(names) // count] for i in range(count)]
 
 
 def plot_js0(results: Sequence[SpectraData], labels: Sequence[str], width: float = SINGLE) -> Figure:
-    """Draw JS0 of every result, in the page's comparisons.
+    """Draw JS0 of every result, for the comparisons of the HTML page.
 
     Args:
-        results: of one model, in order.
-        labels: what each is called; where all know their training step, that is the axis.
-        width: of the figure, in inches.
-
-    Raises:
-        ImportError: matplotlib is missing.
+        results: results of one model, in order.
+        labels: names of the results, shown unless the training steps of all are known.
+        width: width of the figure in inches.
 
     Example:
-        >>> plot_js0([spectra, trained], ["at initialisation", "trained"]).savefig("js0.pdf")
+        >>> plot_js0([spectra, trained], ["at initialization", "trained"]).savefig("js0.pdf")
     """
     figure = new_figure(width, 0.7 * width)
     axes = figure.subplots()
@@ -102,15 +98,14 @@ def plot_js0(results: Sequence[SpectraData], labels: Sequence[str], width: float
     known = all(isinstance(step, int | float) for step in steps)
     positions: list[Any] = steps if known else list(range(len(results)))
     for (title, options), marker, color in zip(COMPARISONS.items(), "osv", COLORS):
-        found = [
+        points = [
             (x, comparison.js0(spectra, **options).value)
             for x, spectra in zip(positions, results)
             if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
         ]
-        if found:
-            axes.plot(
-                *zip(*found), marker=marker, color=color, markersize=3.5, linewidth=1.2, label=title, clip_on=False
-            )
+        if points:
+            style: dict[str, Any] = {"marker": marker, "color": color, "markersize": 3.5, "linewidth": 1.2, "clip_on": False}
+            axes.plot(*zip(*points), label=title, **style)
     if not known:
         axes.set_xticks(positions, labels, rotation=20, ha="right")
     axes.set_xlabel("training step" if known else "checkpoint")

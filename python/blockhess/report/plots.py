@@ -1,7 +1,7 @@
-"""Pictures of spectra: log-densities block by block (the paper's Figure 3) and the heat map of js_matrix (Figure 4).
+"""Plots of spectra: log-densities of the blocks (Figure 3 of the paper) and heat map of js_matrix (Figure 4).
 
-Every function returns a matplotlib Figure of its own, free of pyplot and of any display; matplotlib is imported on
-first use. Colors stay distinct for color-blind readers and in gray print.
+Every function returns a new matplotlib Figure, without pyplot and any display; matplotlib is imported on first use.
+Colors are distinct for color-blind readers and in grayscale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blockhess import _checks
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.comparison import compare
 from blockhess.analysis.density import check_sigma_in_range, default_sigma, node_grid, smooth
@@ -35,27 +34,24 @@ if TYPE_CHECKING:
 LINE, AREA, QUIET, FAINT = "#08519c", "#9ecae1", "#555555", "#cccccc"
 DARK, LIGHT = "#f16913", "#fdd0a2"
 
-# Panels of plot_density, in inches, and how many stand side by side at most.
+# Size of the panels of plot_density in inches, and largest number of columns.
 PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
 
-# The heat map writes the values into its cells up to the first number of blocks, and every name up to the second.
-MOST_VALUES, MOST_LABELS = 14, 150
+# Largest numbers of blocks for which the heat map shows values and all names, and least width of a cell with a value.
+MOST_VALUES, MOST_LABELS, LEAST_CELL = 14, 150, 0.3
 
-# Of a figure whose width is given: panels are so wide at least, and labels stand so far apart, in inches; names beside
-# a heat map take this share of the width at most, and its color bar so many inches.
+# For figures of given width, in inches: least width of a panel, least distance of labels, largest share of the width
+# for the names beside a heat map, width for its color bar.
 LEAST_PANEL, LABEL_PITCH, NAMES_SHARE, BAR = 1.7, 0.1, 0.35, 0.95
 
-# Letters of names in points, at most, and how wide they are on average, as a share of that.
+# Largest font size of names in points, and mean width of a letter relative to it.
 FONT, LETTER = 8.0, 0.55
 
-# A cell that holds a value is so wide at least, in inches.
-LEAST_CELL = 0.3
-
-MISSING = 'pictures need matplotlib; type: pip install "blockhess[plot]"'
+MISSING = 'plots need matplotlib; type: pip install "blockhess[plot]"'
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of this size in inches, free of any display."""
+    """Return a figure of this size in inches, without a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -66,10 +62,10 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     """Write a figure to a file in the format of its suffix, unless path is None, and return it.
 
-    Fonts are embedded: as TrueType in PDF and PostScript, which publishers ask for, as outlines in SVG.
+    Fonts are embedded, as TrueType in PDF and PostScript, as publishers require, and as outlines in SVG.
 
     Raises:
-        ValueError: the suffix is no picture format, or the file cannot be written.
+        ValueError: the suffix is not an image format, or the file cannot be written.
     """
     if path is not None:
         formats = figure.canvas.get_supported_filetypes()
@@ -91,27 +87,22 @@ def plot_density(
     axis: str | Axis = "linear",
     width: float | None = None,
 ) -> Figure:
-    """Draw the log-density of every block in a panel of its own.
+    """Draw the log-density of every block, one panel per block.
 
-    The height is density x sigma sqrt(2 pi): a lone eigenvalue stands as high as its share of the spectrum. Panels
-    with axes of their own are blurred in proportion to them, which suits pictures, never comparisons.
+    The height is density x sigma sqrt(2 pi): that of an isolated eigenvalue is its share of the spectrum.
 
     Args:
-        spectra: what to draw.
         blocks: names, in order; None means all that can be normalized.
-        sigma: width of the Gaussian on the axis, one for all blocks; None means what each block's nodes resolve, or
-            DEFAULT_RELATIVE_SIGMA of the range of all of them with share_x.
-        share_x: one axis of eigenvalues for all panels; otherwise each spans its own block.
-        confidence: of the error bands: dark what the random probes, light what probes and steps leave open, see
-            Spectra.density_band. None means no bands; blocks with one probe, and those written out, have none.
+        sigma: standard deviation of the Gaussian on the axis, the same for all blocks; None means resolved_sigma, or
+            default_sigma of the blocks with share_x.
+        share_x: whether panels share the axis of eigenvalues; otherwise it spans the eigenvalues of the block.
+        confidence: probability of the error bands, dark for the random probes, light for probes and steps, see
+            Spectra.density_band. None means no bands; blocks with one probe, and exact ones, have none.
         axis: see Spectra.js_matrix.
-        width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
-
-    Returns:
-        Figure.
+        width: width of the figure in inches, which then has no title; None means a width that fits.
 
     Raises:
-        ValueError: a name is unknown, none is given, or sigma breaks its rule.
+        ValueError: a block cannot be normalized, or sigma exceeds the range of the nodes.
         ImportError: matplotlib is missing.
 
     Source: Zhang et al. 2024, Figure 3.
@@ -120,11 +111,11 @@ def plot_density(
         >>> plot_density(spectra, sigma=0.01).savefig("density.png")
     """
     axis = as_axis("plot_density", axis)
-    names = normalizable(spectra, axis) if blocks is None else _checks.names(blocks)
-    where = resolved_axis("plot_density", spectra, names, axis)
-    rows = spectra.rows(names)
-    nodes, weights = distributions(spectra, names, where)
-    # Heights below a tenth of one eigenvalue's share are no information.
+    blocks = normalizable(spectra, axis) if blocks is None else blocks
+    axis = resolved_axis("plot_density", spectra, blocks, axis)
+    rows = spectra.rows(blocks)
+    nodes, weights = distributions(spectra, blocks, axis)
+    # A tenth of the share of one eigenvalue.
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
 
     columns = min(MOST_COLUMNS, math.ceil(math.sqrt(len(rows) / 2)))
@@ -136,18 +127,15 @@ def plot_density(
     figure = new_figure(width or max(5.6, PANEL_WIDTH * columns + 0.3), panel_height * lines + 1.1)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
     if sigma is not None:
-        widths = [check_sigma_in_range("plot_density", sigma, nodes)] * len(rows)
-        blur = f"sigma {sigma:.3g}"
+        sigmas = [check_sigma_in_range("plot_density", sigma, nodes)] * len(rows)
     elif share_x:
-        widths = [default_sigma(nodes)] * len(rows)
-        blur = f"sigma {widths[0]:.3g}"
+        sigmas = [default_sigma(nodes)] * len(rows)
     else:
-        widths = resolved_sigma(spectra, names, where).tolist()
-        blur = "about each block's range / steps, for pictures only"
-    for panel, row, x, w, one in zip(panels.flatten(), rows, nodes, weights, widths):
-        _draw_density(panel, spectra.names[row], x, w, one)
+        sigmas = resolved_sigma(spectra, blocks, axis).tolist()
+    for panel, row, x, w, block_sigma in zip(panels.flatten(), rows, nodes, weights, sigmas):
+        _draw_density(panel, spectra.names[row], x, w, block_sigma)
         if confidence is not None:
-            _draw_bands(panel, spectra, row, node_grid(x, one), one, confidence, where)
+            _draw_bands(panel, spectra, row, node_grid(x, block_sigma), block_sigma, confidence, axis)
     for panel in panels.flatten()[len(rows) :]:
         panel.remove()
 
@@ -157,17 +145,19 @@ def plot_density(
     first.yaxis.get_major_locator().set_params(numticks=5)
     first.minorticks_off()
     if share_x:
-        _span(first, float(nodes.min()), float(nodes.max()), max(widths))
+        _set_range(first, float(nodes.min()), float(nodes.max()), max(sigmas))
     model, policy = spectra.provenance.get("model"), spectra.provenance.get("batchnorm")
     title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
     title += f", {BATCHNORM_POLICIES[policy]}" if policy in ("eval", "batch") else ""
     if width is None:
         figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontweight="bold", fontsize="large")
-    what = "eigenvalue" if where == Axis() else textwrap.fill(str(where), int(10 * figure.get_figwidth()))
-    below = f"{what} (gray line: 0)\nblurred by Gaussians of {blur}"
+    label = "eigenvalue" if axis == Axis() else textwrap.fill(str(axis), int(10 * figure.get_figwidth()))
+    common = sigma is not None or share_x
+    text = f"sigma {sigmas[0]:.3g}" if common else "sigma about range / steps of each block, for plots only"
+    label += f" (gray line: 0)\nsmoothed by Gaussians of {text}"
     if confidence is not None:
-        below += f"\n{100 * confidence:g} % bands: dark from the random probes, light with what the steps leave open"
-    figure.supxlabel(below, fontsize="medium")
+        label += f"\n{100 * confidence:g} % bands: dark for the random probes, light for probes and steps"
+    figure.supxlabel(label, fontsize="medium")
     figure.supylabel("share of eigenvalues", fontsize="medium")
     return figure
 
@@ -181,7 +171,7 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
     if not bool((weights > 0).any()):
         panel.text(0.5, 0.5, "not finite", transform=panel.transAxes, ha="center", color=QUIET)
 
-    _span(panel, float(nodes.min()), float(nodes.max()), sigma)
+    _set_range(panel, float(nodes.min()), float(nodes.max()), sigma)
     panel.tick_params(labelsize="x-small", colors=QUIET)
     panel.set_title(_shorten(name, 40), fontsize="small", loc="left", pad=3)
     for side in ("top", "right"):
@@ -191,7 +181,7 @@ def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma:
 def _draw_bands(
     panel: Axes, spectra: SpectraData, row: int, grid: Tensor, sigma: float, confidence: float, axis: Axis
 ) -> None:
-    """Shade the error bands of the density that _draw_density drew; a block written out has none but rounding's."""
+    """Shade the error bands of the density of an estimated block."""
     check_confidence("plot_density", confidence)
     if spectra.quadrature.is_exact(row) or int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
         return
@@ -202,9 +192,9 @@ def _draw_bands(
         panel.fill_between(x, low, high, color=color, linewidth=0, zorder=1.5)
 
 
-def _span(panel: Axes, low: float, high: float, sigma: float) -> None:
-    """Show the eigenvalues from low to high, and label these two, to a hundredth of what is between them."""
-    # A block with a single eigenvalue shows as what it is, a narrow peak.
+def _set_range(panel: Axes, low: float, high: float, sigma: float) -> None:
+    """Show the eigenvalues from low to high, with ticks at both ends, rounded to a hundredth of the range."""
+    # A single eigenvalue is a narrow peak.
     spread = high - low > 10 * sigma
     reach = 6 * sigma if spread else 50 * sigma
     panel.set_xlim(low - reach, high + reach)
@@ -214,7 +204,7 @@ def _span(panel: Axes, low: float, high: float, sigma: float) -> None:
 
 
 def _brief(value: float) -> str:
-    """Two digits, without the zeros that pad an exponent."""
+    """Return the value with two digits and an exponent without leading zeros."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{value:.2g}" if -3 <= int(exponent) <= 3 or value == 0 else f"{mantissa}e{int(exponent)}"
 
@@ -222,20 +212,15 @@ def _brief(value: float) -> str:
 def plot_heatmap(
     spectra: SpectraData, vmax: float | None = None, width: float | None = None, **comparison: Any
 ) -> Figure:
-    """Draw the matrix of Jensen-Shannon values between all pairs of blocks.
+    """Draw js_matrix as a heat map.
 
     Args:
-        spectra: what to compare.
-        vmax: where the colors end; None means the largest possible value of the kind, so that pictures of different
-            models compare at a glance.
-        width: of the figure in inches, which then has no title: for a column of a journal. None means what fits.
-        comparison: kind, base, sigma, axis, blocks of Spectra.js_matrix.
-
-    Returns:
-        Figure.
+        vmax: upper end of the color scale; None means the upper bound of the kind, the same for all models.
+        width: width of the figure in inches, which then has no title; None means a width that fits.
+        comparison: arguments of Spectra.js_matrix, by name.
 
     Raises:
-        ValueError: an argument of the comparison breaks its rule.
+        ValueError: vmax is not positive, or an argument of js_matrix is invalid.
         ImportError: matplotlib is missing.
 
     Source: Zhang et al. 2024, Figure 4.
@@ -262,8 +247,8 @@ def plot_heatmap(
     font = min(FONT, 0.78 * 72 * side / min(n, most_labels))
     margin = LETTER * font / 72 * longest
     side = side if width is None else width - margin - BAR
-    found = f"pairs from {float(pairs.min()):.2g} to {float(pairs.max()):.2g}"
-    caption = textwrap.wrap(f"{js0}; {found}", int(14 * caption_width))
+    pair_range = f"pairs from {float(pairs.min()):.2g} to {float(pairs.max()):.2g}"
+    caption = textwrap.wrap(f"{js0}; {pair_range}", int(14 * caption_width))
     model = spectra.provenance.get("model")
     title = textwrap.wrap(f"Block spectra{f' of {model}' if model else ''}, compared", int(8 * side))
     title = title if width is None else []
@@ -284,26 +269,18 @@ def plot_heatmap(
                 text = f"{float(matrix[i, j]):.2g}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=font, color="white" if dark else "black")
 
-    # Placed by the matrix, which an equal aspect makes smaller than its cell of the figure.
+    # Placed relative to the matrix, which an equal aspect makes smaller than its axes.
     bar = figure.colorbar(image, cax=axes.inset_axes((1 + 0.08 / side, 0.1, 0.12 / side, 0.8)))
     kind = textwrap.fill(f"{KINDS[js0.kind]}, base {js0.base:.3g}", max(16, int(12 * side)))
     bar.set_label(kind, fontsize="small")
     bar.ax.tick_params(labelsize="small")
     bar.outline.set_visible(False)
     below = axes.set_title("\n".join(caption), fontsize="small", loc="left")
-    axes.annotate(
-        "\n".join(title),
-        xy=(0, 1),
-        xycoords=below,
-        xytext=(0, 4),
-        textcoords="offset points",
-        fontweight="bold",
-        fontsize="large",
-        annotation_clip=False,
-    )
+    place: dict[str, Any] = {"xycoords": below, "xytext": (0, 4), "textcoords": "offset points"}
+    axes.annotate("\n".join(title), (0, 1), **place, annotation_clip=False, fontweight="bold", fontsize="large")
     return figure
 
 
 def _shorten(name: str, length: int) -> str:
-    """Keep both ends of a long name, which tell the layer and the parameter."""
+    """Keep both ends of a long name, the layer and the parameter."""
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"

@@ -1,4 +1,4 @@
-"""The numbers of a result as plain records, one a block or a pair: for data frames, JSON and the HTML page."""
+"""Records of a result, one dict per block or pair, for data frames, JSON and the HTML page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from blockhess.results.data import SpectraData
 
 
 def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
-    """Return one record a block, in order.
-
-    Args:
-        spectra: a result.
+    """Return one record per block, in order.
 
     Returns:
-        records with block, shape, dim; lambda_min, lambda_max and their standard errors over the probes (jackknife);
-        trace and frobenius with standard errors; negative and zero (shares of eigenvalues); w1_probes and w1_steps
-        (wasserstein_error); steps (the most that a probe made); note. NaN where nothing is known, inf for an error of
-        which one probe tells nothing.
+        records with block, shape, dim; lambda_min, lambda_max and their standard errors (range_error); trace and
+        frobenius with standard errors; negative and zero (shares of eigenvalues); w1_probes and w1_steps
+        (wasserstein_error); steps (maximum over probes); note. Unknown values are NaN, unknown errors inf.
 
     Example:
         >>> [(r["block"], r["lambda_max"]) for r in block_records(spectra)]
@@ -64,17 +60,13 @@ def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
 
 
 def pair_records(spectra: SpectraData, **comparison: Any) -> list[dict[str, Any]]:
-    """Return one record a pair of compared blocks, with the value of js_matrix.
+    """Return one record per pair of compared blocks, with the value of js_matrix.
 
     Args:
-        spectra: a result.
-        comparison: arguments of Spectra.js_matrix, by name.
+        comparison: arguments of js_matrix, by name.
 
     Returns:
-        records with block_a, block_b and value, named as the kind ("distance" by default).
-
-    Raises:
-        ValueError: as js_matrix.
+        records with block_a, block_b and the value, whose key is the kind ("distance" by default).
 
     Example:
         >>> most_different = max(pair_records(spectra), key=lambda r: r["distance"])
@@ -88,7 +80,7 @@ def pair_records(spectra: SpectraData, **comparison: Any) -> list[dict[str, Any]
 
 
 def finite(value: Any) -> Any:
-    """Return a JSON value with None in place of every NaN and infinity, which JSON does not have.
+    """Return a JSON value with NaN and infinity replaced by None.
 
     Example:
         >>> finite({"a": [1.0, float("nan")]})
@@ -102,5 +94,5 @@ def finite(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Return strict, indented ASCII JSON of what `finite` makes of a value."""
+    """Return a value as indented ASCII JSON, with NaN and infinity replaced by null."""
     return json.dumps(finite(value), indent=1, allow_nan=False)

@@ -1,4 +1,4 @@
-"""A result in words: where it comes from, the table of its blocks, its JS0 with all that it depends on."""
+"""Text reports of a result: provenance, table of the blocks, JS0."""
 
 from __future__ import annotations
 
@@ -17,28 +17,11 @@ from blockhess.report.rows import block_records
 from blockhess.results.data import SpectraData
 from blockhess_ext.arguments import choice
 
-# sort key -> whether the largest value comes first.
-SORT_KEYS = {
-    "order": False,
-    "name": False,
-    "dim": True,
-    "lambda_min": False,
-    "lambda_max": True,
-    "trace": True,
-    "negative": True,
-}
+SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negative")
 
 
 def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
-    """Return the names of all blocks by one column of the table; unknown values (NaN) come last.
-
-    Args:
-        spectra: a result.
-        key: one of SORT_KEYS.
-
-    Raises:
-        ValueError: another key.
-    """
+    """Return the names of all blocks, sorted by one of SORT_KEYS; NaN comes last, and all but lambda_min descend."""
     choice("sort", key, SORT_KEYS, op="show")
     if key == "order":
         return spectra.names
@@ -52,19 +35,18 @@ def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
         "trace": statistics.trace(spectra)[0].tolist(),
         "negative": statistics.negative_mass(spectra).tolist(),
     }[key]
-    sign = -1.0 if SORT_KEYS[key] else 1.0
+    sign = 1.0 if key == "lambda_min" else -1.0
     ranks = [math.inf if math.isnan(value) else sign * value for value in values]
     return tuple(name for _, name in sorted(zip(ranks, spectra.names), key=lambda pair: pair[0]))
 
 
 def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
-    """Return a plain-text table, one block a line: shape, extreme eigenvalues, trace +- its error, ...
+    """Return a plain-text table with one block per line: shape, extreme eigenvalues, trace +- its error, ...
 
-    "W1 probes" and "W1 steps" are wasserstein_error(): how far the random probes, and at most the steps, may have
-    left the spectrum from the truth. Where the first is larger, more probes help, else more steps.
+    "W1 probes" and "W1 steps" are wasserstein_error(): if the first is larger, more probes help, else more steps.
 
     Args:
-        blocks: names, in the order wanted; None means all, in the order of the model.
+        blocks: names, in order; None means all.
     """
     header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,zero,W1 probes,W1 steps,steps,note"
     zero, (from_probes, from_steps) = statistics.zero_mass(spectra).tolist(), error_bars.wasserstein_error(spectra)
@@ -105,15 +87,7 @@ def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
 
 
 def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
-    """Return what `describe` tells as a JSON value, NaN and infinity among its numbers.
-
-    Args:
-        spectra: a result.
-        sort: order of the blocks, one of SORT_KEYS.
-
-    Raises:
-        ValueError: another sort.
-    """
+    """Return the contents of `describe` as JSON values, NaN and infinity included."""
     names = sorted_names(spectra, sort)
     by_name = {record["block"]: record for record in block_records(spectra)}
     weights = weights_only(spectra)
@@ -127,35 +101,27 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
 
 
 def describe(spectra: SpectraData, sort: str = "order") -> str:
-    """Return the whole report of one result as plain text.
+    """Return a plain-text report of a result.
 
     Args:
-        spectra: a result.
-        sort: order of the table's rows, one of SORT_KEYS.
-
-    Raises:
-        ValueError: another sort.
+        sort: order of the rows of the table, one of SORT_KEYS.
 
     Example:
         >>> print(describe(blockhess.load("gpt.npz"), sort="lambda_max"))
     """
     names = sorted_names(spectra, sort)
-    made = spectra.provenance
+    p = spectra.provenance
     lines = [repr(spectra)]
-    if isinstance(made.get("loss_value"), int | float):
-        lines.append(f"loss {made['loss_value']:.6g} ({made.get('loss')}), BatchNorm: {made.get('batchnorm')}")
-    if isinstance(made.get("hvps"), int) and isinstance(made.get("seconds"), int | float):
-        lines.append(
-            f"{made['hvps']} Hessian-vector products in {made['seconds']:.1f} s, "
-            f"blockhess {made.get('blockhess')}, torch {made.get('torch')}"
-        )
-    if made.get("hvps_saved") and made.get("tol"):
-        lines.append(f"{made['hvps_saved']} products saved by the tolerance {made['tol']:g}")
-    if made.get("ghosts"):
-        lines.append(
-            f"{sum(made['ghosts'].values())} nodes in {len(made['ghosts'])} blocks are ghosts: no reorthogonalization "
-            "there; densities lose nothing by them"
-        )
+    if isinstance(p.get("loss_value"), int | float):
+        lines.append(f"loss {p['loss_value']:.6g} ({p.get('loss')}), BatchNorm: {p.get('batchnorm')}")
+    if isinstance(p.get("hvps"), int) and isinstance(p.get("seconds"), int | float):
+        versions = f"blockhess {p.get('blockhess')}, torch {p.get('torch')}"
+        lines.append(f"{p['hvps']} Hessian-vector products in {p['seconds']:.1f} s, {versions}")
+    if p.get("hvps_saved") and p.get("tol"):
+        lines.append(f"{p['hvps_saved']} products saved by the tolerance {p['tol']:g}")
+    if p.get("ghosts"):
+        count = f"{sum(p['ghosts'].values())} nodes in {len(p['ghosts'])} blocks"
+        lines.append(f"{count} are ghosts, as they are not reorthogonalized; ghosts do not bias densities")
     lines = [*map(printable, lines), "", table(spectra, names)]
 
     weights = weights_only(spectra)

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of a result, or of a training's checkpoints: `blockhess report`.
+"""Self-contained HTML page of a result, or of the checkpoints of a training run.
 
-Promises: the page asks for nothing over the network, and its content security policy forbids it to; what stands in
-result files, names of blocks above all, reaches it as JSON that cannot end its script element, and is shown as text.
+The page makes no network requests, and its content security policy forbids them. Contents of result files, such as
+block names, are embedded as JSON that cannot end its script element, and are displayed as text.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from blockhess.report.rows import finite
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable, write_text
 
-# In this order: each uses those before it.
+# In order of dependence.
 SCRIPTS = ("density.js", "figure.js", "spectra.js", "heatmap.js", "evolution.js", "table.js", "main.js")
 
 
 def write(results: Sequence[SpectraData], path: str | PathLike[str], labels: Sequence[str] | None = None) -> Path:
-    """Write the page of one result, or of several: checkpoints of one model, in order.
+    """Write the page of one result, or of several checkpoints of a model.
 
     Args:
-        results: what to show.
-        path: of the page, ".html" by custom; an older file of that name is replaced.
-        labels: what each result is called; None numbers them.
+        results: at least one, in order.
+        path: file of the page, overwritten if it exists.
+        labels: names of the results; None numbers them.
 
     Returns:
         path.
 
     Raises:
-        ValueError: no result, labels of another number, results of other blocks, or the file cannot be written.
+        ValueError: there is no result, the numbers of labels and results differ, the results have different blocks, or
+            the file cannot be written.
 
     Example:
         >>> write([spectra], "report.html")
@@ -46,11 +47,7 @@ def write(results: Sequence[SpectraData], path: str | PathLike[str], labels: Seq
 
 
 def render(page: dict[str, Any]) -> str:
-    """Return the HTML of a page's contents.
-
-    Args:
-        page: from contents.page_contents.
-    """
+    """Return the HTML of the page with these contents: see contents.page_contents."""
     style = _asset("page.css")
     script = '"use strict";\n(() => {\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
     data = json.dumps(finite(page), allow_nan=False, separators=(",", ":"))
@@ -59,7 +56,7 @@ def render(page: dict[str, Any]) -> str:
         "SCRIPT": script,
         "STYLE_HASH": _hash(style),
         "SCRIPT_HASH": _hash(script),
-        # No "<" means no </script>, no <!--, no <script.
+        # Without "<" there is no </script>, <!-- or <script.
         "DATA": data.replace("<", "\\u003c"),
     }
     pieces = _asset("page.html").split("%%")

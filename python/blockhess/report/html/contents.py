@@ -1,8 +1,8 @@
-"""What the HTML page shows, as one JSON value.
+"""Contents of the HTML page, as a JSON value.
 
-Nodes and weights go into the page as they are (float32, nodes relative to the block's largest), and the page smooths
-them itself. Where that would be too much, each block's measure is condensed: nodes that are neighbours on a linear and
-on a logarithmic lattice become one at their weighted mean, so mass and trace stay exact.
+The page smooths nodes and weights itself; they are embedded in float32, nodes relative to the largest of the block. If
+there are too many, the measure of each block is condensed: nodes in the same cell of a linear and of a logarithmic
+lattice are replaced by their weighted mean, so that mass and trace stay exact.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from blockhess.analysis.axes import Axis
 from blockhess.analysis.comparison import compare
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.selection import comparable_blocks, weights_only
-from blockhess.report.html.highlights import findings
+from blockhess.report.html.highlights import highlights
 from blockhess.report.rows import block_records
 from blockhess.results.data import SpectraData
 from blockhess_ext import Quadrature
 
-# Nodes in a page, at most; about 11 bytes each.
+# Largest number of nodes in a page, about 11 bytes each.
 MOST_NODES = 360_000
 
-# Condensed blocks keep details down to this share of their spectral radius on the logarithmic lattice.
+# Where the logarithmic lattice becomes linear, relative to the spectral radius.
 SMALLEST_SHARE = 1e-4
 
-# Of provenance, what is long or shown elsewhere.
+# Entries of provenance that are long or shown elsewhere, and the largest length of a value.
 NOT_SHOWN = ("partial", "hvp_error", "plan", "model", "ghosts")
 LONGEST_VALUE = 300
 
-# title -> arguments of Spectra.compare
+# title -> arguments of comparison.compare
 COMPARISONS: dict[str, dict[str, Any]] = {
     "linear axis": {},
     "signed-log axis": {"axis": "asinh"},
@@ -48,17 +48,14 @@ Floats = NDArray[np.float64]
 
 
 def page_contents(results: Sequence[SpectraData], labels: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the page's data.
+    """Return the contents of the page as JSON values, NaN and infinity included.
 
     Args:
         results: one result, or checkpoints in order.
-        labels: one a result; None numbers them.
-
-    Returns:
-        JSON values, NaN and infinity among them.
+        labels: names of the results; None numbers them.
 
     Raises:
-        ValueError: no result, labels of another number, or results of other blocks.
+        ValueError: there is no result, the numbers of labels and results differ, or the results have different blocks.
     """
     if not results:
         raise ValueError("report: results must hold at least one, got none")
@@ -76,13 +73,13 @@ def page_contents(results: Sequence[SpectraData], labels: Sequence[str] | None =
 
 
 def _check_same_blocks(results: Sequence[SpectraData], labels: Sequence[str]) -> None:
-    """Refuse what are no checkpoints of one model; of an unfinished run, blocks may be missing."""
+    """Raise ValueError unless the results have the same blocks; blocks of unfinished runs may be missing."""
     sizes = [dict(zip(spectra.names, spectra.dims)) for spectra in results]
     first = max(range(len(results)), key=lambda i: len(sizes[i]))
     for i, spectra in enumerate(results):
-        found, wanted = sizes[i], sizes[first]
-        others = [name for name, dim in found.items() if wanted.get(name) != dim]
-        missing = [] if spectra.provenance.get("partial") else [name for name in wanted if name not in found]
+        actual, expected = sizes[i], sizes[first]
+        others = [name for name, dim in actual.items() if expected.get(name) != dim]
+        missing = [] if spectra.provenance.get("partial") else [name for name in expected if name not in actual]
         for what, names in (("other blocks than", others), ("not all blocks of", missing)):
             if names:
                 raise ValueError(
@@ -93,15 +90,19 @@ def _check_same_blocks(results: Sequence[SpectraData], labels: Sequence[str]) ->
 
 
 def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any]:
-    comparisons = [comparison for title in COMPARISONS if (comparison := _comparison(spectra, title))]
+    comparisons = [
+        _comparison(spectra, title, options)
+        for title, options in COMPARISONS.items()
+        if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
+    ]
     records = block_records(spectra)
     widths, weights = resolved_sigma(spectra).tolist(), set(weights_only(spectra))
     blocks: list[dict[str, Any]] = []
     nodes, shares = [], []
     for record, x, w, width in zip(records, *(part.numpy() for part in spectra.merged), widths):
-        carried = w > 0
-        probes = [count for count in carried.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
-        x, w = x[carried], w[carried]
+        positive = w > 0
+        probes = [count for count in positive.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
+        x, w = x[positive], w[positive]
         if most is not None and len(x) > most:
             x, w = condense(x, w, most)
             probes = [len(x)]
@@ -116,7 +117,7 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
                 "rms": radius * math.sqrt(float((w * relative**2).sum())),
                 "sigma": width,
                 "probes": probes,
-                "known": _known_variance(spectra.quadrature, len(blocks)),
+                "unit_variance": _unit_variance(spectra.quadrature, len(blocks)),
                 "is_weight": record["block"] in weights,
             }
         )
@@ -126,8 +127,8 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
         "model": str(spectra.provenance.get("model") or "a model"),
         "summary": repr(spectra),
         "unfinished": _unfinished(spectra),
-        "findings": findings(spectra, records, {c["title"]: c["value"] for c in comparisons}),
-        "made": _made(spectra),
+        "highlights": highlights(spectra, records, {c["title"]: c["value"] for c in comparisons}),
+        "provenance": _provenance(spectra),
         "blocks": blocks,
         "nodes": _packed(np.concatenate(nodes), "<f4"),
         "weights": _packed(np.concatenate(shares), "<f4"),
@@ -135,18 +136,18 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
     }
 
 
-def _known_variance(q: Quadrature, block: int) -> float:
-    """Variance of v^T f(H) v in units of that of f over the eigenvalues, as probe_error.variance_of_probes."""
+def _unit_variance(q: Quadrature, block: int) -> float:
+    """Return the theoretical variance of v^T f(H) v over that of f: see errors.probes.variance_of_probes."""
     return 2 / (q.dims[block] + 2) if q.distribution == "gaussian" and not q.is_exact(block) else 0.0
 
 
 def _unfinished(spectra: SpectraData) -> str | None:
-    """What is missing in the spectra so far of a run, as runs.status.partial gives them."""
-    made = spectra.provenance
-    if not made.get("partial"):
+    """Return what an unfinished run lacks, None for a finished one."""
+    provenance = spectra.provenance
+    if not provenance.get("partial"):
         return None
     text = "This run is not finished: the page shows what it has saved so far; probes and steps differ between blocks."
-    done, planned, missing = (made.get(key) for key in ("hvps", "hvps_planned", "blocks_missing"))
+    done, planned, missing = (provenance.get(key) for key in ("hvps", "hvps_planned", "blocks_missing"))
     if isinstance(done, int) and isinstance(planned, int):
         text += f" {done:,} of at most {planned:,} Hessian-vector products are done."
     if isinstance(missing, int) and missing > 0:
@@ -155,13 +156,13 @@ def _unfinished(spectra: SpectraData) -> str | None:
 
 
 def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:
-    """Return a measure of about `most` nodes or fewer, with the same mass and mean.
+    """Return a measure of at most about `most` nodes, with the same mass and mean.
 
-    Nodes that share a cell of a linear lattice and one of a logarithmic lattice, of most / 2 cells each, become one.
+    Nodes in the same cells of a linear and of a logarithmic lattice, of most / 2 cells each, are merged.
 
     Args:
         x, w: (K,) nodes in any order, and their positive weights.
-        most: nodes to keep, at least 2.
+        most: number of nodes, at least 2.
     """
     order = np.argsort(x)
     x, w = x[order], w[order]
@@ -177,10 +178,7 @@ def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:
     return radius * (np.add.reduceat(w * relative, starts) / mass), mass
 
 
-def _comparison(spectra: SpectraData, title: str) -> dict[str, Any] | None:
-    options = COMPARISONS[title]
-    if len(comparable_blocks(spectra, options.get("axis", "linear"))) < 2:
-        return None
+def _comparison(spectra: SpectraData, title: str, options: dict[str, Any]) -> dict[str, Any]:
     matrix, js0 = compare(spectra, **options)
     upper = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
     return {
@@ -194,10 +192,10 @@ def _comparison(spectra: SpectraData, title: str) -> dict[str, Any] | None:
 
 
 def _clustered(distances: Floats) -> list[int]:
-    """Order of the blocks that puts similar ones side by side: leaves of average linkage, neighbours closest.
+    """Return the order of the blocks by average linkage, with the optimal order of the leaves.
 
     Args:
-        distances: (L (L - 1) / 2,) of the pairs, row by row.
+        distances: (L (L - 1) / 2,), row by row.
 
     Source: Bar-Joseph, Gifford, Jaakkola 2001 (the order of the leaves).
     """
@@ -207,7 +205,7 @@ def _clustered(distances: Floats) -> list[int]:
     return order
 
 
-def _made(spectra: SpectraData) -> list[tuple[str, str]]:
+def _provenance(spectra: SpectraData) -> list[tuple[str, str]]:
     pairs = []
     for key, value in spectra.provenance.items():
         if key in NOT_SHOWN or value in (None, [], {}):

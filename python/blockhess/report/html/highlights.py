@@ -1,4 +1,4 @@
-"""What stands out in a result, in sentences that follow from its numbers, and what would make it better."""
+"""Highlights of a result, as sentences."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.analysis.statistics import curvature_range
 from blockhess.results.data import SpectraData
 
-# A share of negative eigenvalues that is worth a word, and as many names as one sentence takes.
+# Smallest share of negative eigenvalues that is reported, and largest number of names in a sentence.
 NOTABLE_NEGATIVE = 0.01
 MOST_NAMES = 4
 
 
-def findings(spectra: SpectraData, records: Sequence[Mapping[str, Any]], js0: Mapping[str, float]) -> list[str]:
-    """Return one sentence or two a finding.
+def highlights(spectra: SpectraData, records: Sequence[Mapping[str, Any]], js0: Mapping[str, float]) -> list[str]:
+    """Return the highlights, in one or two sentences each.
 
     Args:
-        spectra: a result.
-        records: records.block_records of it.
-        js0: comparison -> its JS0, the default first.
+        records: rows.block_records of the result.
+        js0: title of a comparison -> JS0, the default comparison first.
     """
-    told = [
+    texts = [
         _heterogeneity(js0),
-        _most_unlike(spectra),
+        _most_different(spectra),
         _curvature(spectra),
         _precision(spectra, records),
         _negative(records),
-        *_troubles(spectra, records),
+        *_problems(spectra, records),
         _batchnorm(spectra),
     ]
-    return [text for text in told if text]
+    return [text for text in texts if text]
 
 
-def _most_unlike(spectra: SpectraData) -> str:
+def _most_different(spectra: SpectraData) -> str:
     if len(comparable_blocks(spectra)) < 2:
         return ""
     matrix, js0 = compare(spectra)
     order = matrix.sum(1).argsort(descending=True, stable=True).tolist()
-    return f"Most unlike the other blocks: {', '.join(js0.blocks[i] for i in order[:MOST_NAMES])}."
+    return f"Most different from the other blocks: {', '.join(js0.blocks[i] for i in order[:MOST_NAMES])}."
 
 
 def _heterogeneity(js0: Mapping[str, float]) -> str:
     if len(js0) < 2:
         return ""
     values = ", ".join(f"{value:.3g} ({title})" for title, value in js0.items())
-    return f"How much the blocks differ depends on how they are compared. JS0 is {values}: quote it with its axis."
+    return f"The heterogeneity of the blocks depends on the comparison. JS0 is {values}: quote it with its axis."
 
 
 def _curvature(spectra: SpectraData) -> str:
@@ -67,15 +66,15 @@ def _precision(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> st
     if spectra.quadrature.num_probes == 1:
         return "With one random probe the statistical errors are unknown. Take two or more."
     known = [r for r in records if math.isfinite(r["w1_probes"]) and math.isfinite(r["w1_steps"])]
-    open_blocks = [r for r in known if r["w1_probes"] > 0 or r["w1_steps"] > 0]
-    if not open_blocks:
-        return "Every block was written out exactly." if known else ""
-    by_steps = sum(r["w1_steps"] > r["w1_probes"] for r in open_blocks)
-    advice = "more steps help most" if 2 * by_steps > len(open_blocks) else "more probes help most"
+    estimated = [r for r in known if r["w1_probes"] > 0 or r["w1_steps"] > 0]
+    if not estimated:
+        return "Every block was computed exactly." if known else ""
+    by_steps = sum(r["w1_steps"] > r["w1_probes"] for r in estimated)
+    advice = "more steps help most" if 2 * by_steps > len(estimated) else "more probes help most"
     if not by_steps:
-        return f"In every block the random probes leave more open than the finite number of steps: {advice}."
-    blocks = f"{by_steps} of {len(open_blocks)} estimated blocks"
-    return f"The finite number of steps may leave more open than the random probes in {blocks}: {advice}."
+        return f"In every block the error of the random probes exceeds that of the finite number of steps: {advice}."
+    blocks = f"{by_steps} of {len(estimated)} estimated blocks"
+    return f"The error of the finite number of steps may exceed that of the random probes in {blocks}: {advice}."
 
 
 def _negative(records: Sequence[Mapping[str, Any]]) -> str:
@@ -89,13 +88,13 @@ def _negative(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _troubles(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _problems(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = {r["block"]: str(r["note"]).split("; ") for r in records}
     groups = {
         "Blocks whose Hessian-vector products were not finite": [n for n, t in notes.items() if "non-finite" in t],
         "Blocks that did not reach the tolerance": [n for n, t in notes.items() if "tolerance not reached" in t],
         "Unused blocks, on which the loss does not depend": [n for n, t in notes.items() if "unused" in t],
-        "Blocks that cannot be told from zero": list(spectra.zero_blocks),
+        "Blocks that are zero within the error of their Hessian-vector products": list(spectra.zero_blocks),
     }
     return [
         f"{what}: {', '.join(names[:MOST_NAMES])}"
@@ -109,6 +108,6 @@ def _batchnorm(spectra: SpectraData) -> str:
     if spectra.provenance.get("batchnorm") != "eval":
         return ""
     return (
-        "BatchNorm used its running statistics. At initialisation they are the identity, so this is a network without "
-        'normalisation; batchnorm="batch" is what training differentiates.'
+        "BatchNorm used its running statistics. At initialization they are the identity, so this is a network without "
+        'normalization; batchnorm="batch" is what training differentiates.'
     )
