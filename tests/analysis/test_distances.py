@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp, wasserstein_distance
 
 from blockhess.analysis.distances import METRICS, distance_matrix
-from tests.helpers.spectra_cases import float64, random_spectra
+from tests.helpers.spectra_cases import float64
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,17 +48,3 @@ def test_by_hand() -> None:
     nodes, weights = float64([[0.0, 1.0], [0.0, 3.0], [0.0, 0.0]]), float64([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
     assert distance_matrix(nodes, weights).tolist() == [[0, 1, 0.5], [1, 0, 1.5], [0.5, 1.5, 0]]
     assert distance_matrix(nodes, weights, "kolmogorov").tolist() == [[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
-
-
-def test_of_spectra() -> None:
-    spectra = random_spectra(notes=["", "unused", "", ""])
-    matrix = spectra.distance_matrix()
-    assert matrix.shape == (3, 3)
-    nodes, weights = spectra.merged
-    assert torch.equal(matrix, distance_matrix(nodes[[0, 2, 3]], weights[[0, 2, 3]]))
-    pair = spectra.distance_matrix("kolmogorov", blocks=["block3", "block0"])
-    assert pair.shape == (2, 2) and 0 < pair[0, 1] <= 1
-    with pytest.raises(
-        ValueError, match="distance_matrix: metric must be one of wasserstein, kolmogorov, got 'energy'"
-    ):
-        spectra.distance_matrix("energy")

@@ -175,7 +175,7 @@ def test_js0_says_all_it_depends_on() -> None:
     assert str(js0) == (
         "JS0 = 0.5: Jensen-Shannon divergence, base 2.71828; sigma 1 on the linear axis; "
         "mean over 1 pair of 2 blocks; BatchNorm policy not recorded; "
-        "left out: " + ", ".join(["x (unused)"] * 6) + " and 3 more"
+        "excluded: " + ", ".join(["x (unused)"] * 6) + " and 3 more"
     )
 
 

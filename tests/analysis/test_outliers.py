@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from blockhess.analysis.outliers import eigenvalues, residuals
-from tests.analysis.errors.test_bands import as_spectra
 from tests.helpers.dense_measures import lanczos, spectra
-from tests.helpers.spectra_cases import float64, make_spectra, random_spectra
+from tests.helpers.spectra_cases import as_spectra, float64, make_spectra
 
 SPECTRA = spectra()
 
@@ -62,41 +60,3 @@ def test_nothing_known_nothing_found() -> None:
     assert broken.outliers("block0") == []
     with pytest.raises(ValueError, match="no block is called"):
         broken.outliers("w")
-
-
-def test_mass_at_zero_is_the_rank_deficiency() -> None:
-    for dtype in (torch.float32, torch.float64):
-        q = lanczos(SPECTRA["low rank"] + 0.5 * (SPECTRA["low rank"] > 0), num_probes=20, num_steps=40, dtype=dtype)
-        assert as_spectra(q.quadrature).zero_mass().item() == pytest.approx(0.9, abs=0.03)
-    assert as_spectra(lanczos(SPECTRA["arcsine"]).quadrature).zero_mass().item() == 0
-    hand = make_spectra([[[-0.1, 0.0, 2.0]]], [[[0.25, 0.5, 0.25]]])
-    assert hand.zero_mass().item() == 0.5 and hand.zero_mass(0.1).item() == 0.75
-    assert "0.5000" in hand.table().splitlines()[2].split()
-    with pytest.raises(ValueError, match="zero_mass: tolerance must not be negative, got -1"):
-        hand.zero_mass(-1)
-
-
-def test_histogram_equals_numpy() -> None:
-    result = random_spectra(dims=[40, 30, 20, 15])
-    nodes, weights = (part.numpy() for part in result.merged)
-    for bins in (7, [-1.0, -0.5, 0.0, 0.01, 2.0]):
-        edges, counts = result.histogram(bins)
-        for row, dim in enumerate(result.dims):
-            expected, _ = np.histogram(nodes[row], edges.numpy(), weights=dim * weights[row])
-            np.testing.assert_allclose(counts[row].numpy(), expected, atol=1e-12)
-    assert result.histogram()[1].sum(1).tolist() == pytest.approx([40, 30, 20, 15])
-    constant = make_spectra([[[3.0]]], [[[1.0]]], dims=[8])
-    assert constant.histogram(1)[1].tolist() == [[8.0]]
-
-
-@pytest.mark.parametrize(("bins", "text"), [(0, "at least 1, got 0"), ([1.0], "two edges"), ([1.0, 0.0], "ascend")])
-def test_histogram_refusals(bins: object, text: str) -> None:
-    with pytest.raises(ValueError, match=f"histogram: .*{text}"):
-        random_spectra().histogram(bins)  # type: ignore[arg-type]
-
-
-def test_histogram_of_nothing_known_needs_edges() -> None:
-    nothing = make_spectra([[[0.0]]], [[[0.0]]], steps=[[0]], nonfinite=[[True]])
-    with pytest.raises(ValueError, match="histogram: bins must be edges where nothing is known of any block, got 50"):
-        nothing.histogram()
-    assert bool(nothing.histogram([0.0, 1.0])[1].isnan().all())

@@ -63,3 +63,23 @@ def random_spectra(n_probes: int = 3, n_blocks: int = 4, m: int = 12, seed: int 
     weights = torch.rand(n_probes, n_blocks, m, generator=generator, dtype=torch.float64) ** 4
     weights /= weights.sum(-1, keepdim=True)
     return make_spectra(nodes.tolist(), weights.tolist(), **options)
+
+
+# Two probes, three blocks: a plain one, a single eigenvalue 4 (of one element), an all-zero one.
+HAND = {
+    "nodes": [
+        [[-1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]],
+        [[-1.0, 1.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]],
+    ],
+    "weights": [[[0.5, 0.25, 0.25], [1.0, 0, 0], [1.0, 0, 0]], [[0.25, 0.25, 0.5], [1.0, 0, 0], [1.0, 0, 0]]],
+    "dims": [10, 1, 7],
+    "steps": [[3, 1, 1], [3, 1, 1]],
+}
+
+
+def hand(**options: object) -> Spectra:
+    return make_spectra(**{**HAND, **options})  # type: ignore[arg-type]
+
+
+def as_spectra(q: Quadrature) -> Spectra:
+    return Spectra([BlockInfo(f"b{i}", (dim,), dim, (f"b{i}",)) for i, dim in enumerate(q.dims)], q, {})

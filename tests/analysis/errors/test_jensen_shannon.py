@@ -6,16 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from blockhess.analysis.axes import Axis
 from blockhess.analysis.errors.intervals import jackknife, leave_one_out
 from blockhess.analysis.jensen_shannon import js_matrix
 from blockhess_ext import batched_slq
-from tests.analysis.errors.test_bands import N_RUNS, as_spectra, runs
+from tests.analysis.errors.test_bands import N_RUNS, runs
 from tests.helpers.dense_measures import spectra
-from tests.helpers.spectra_cases import make_spectra, random_spectra
+from tests.helpers.spectra_cases import as_spectra, make_spectra
 
 
 def three_blocks(n_probes: int) -> object:
@@ -85,41 +82,3 @@ def test_one_probe_gives_the_widest_interval() -> None:
         [[[1.0], [2.0]], [[1.0], [0.0]]], [[[1.0], [1.0]], [[1.0], [0.0]]], steps=[[1, 1], [1, 0]], dims=[5, 5]
     )
     assert one_left.js_matrix_error(blocks=["block0", "block1"])[1].isnan().any()
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    seed=st.integers(0, 1000), axis=st.sampled_from(["linear", "asinh"]), normalize=st.sampled_from(["none", "radius"])
-)
-def test_a_metric_on_every_axis(seed: int, axis: str, normalize: str) -> None:
-    result = random_spectra(seed=seed)
-    d = result.js_matrix(axis=Axis(axis, normalize))
-    assert torch.equal(d, d.T) and not d.diagonal().any() and (d >= 0).all() and (d <= 1).all()
-    assert (d[:, None, :] <= d[:, :, None] + d[None, :, :] + 1e-9).all()
-
-
-def test_sensitivity_is_the_table_of_single_calls() -> None:
-    result = random_spectra(batchnorm="eval", dims=[40] * 4)
-    table = result.sensitivity(sigmas=[0.5, 1.0], normalizations=["none", "radius", 3], base=math.e)
-    assert len(table.rows) == 2 * 2 * 3
-    for row in table.rows:
-        default = result.js0(base=math.e, axis=Axis(row.axis.name, row.axis.normalize))
-        axis = Axis(row.axis.name, row.axis.normalize, default.scale)
-        expected = result.js0(base=math.e, sigma=row.relative_sigma * default.sigma, axis=axis)
-        assert row.js0 == expected and row.sigma == row.js0.sigma
-    text = str(table)
-    low, high = table.range()
-    assert f"from {low:.4g} to {high:.4g}" in text and "base 2.71828" in text and "BatchNorm in eval mode" in text
-    assert text.count("asinh") == 6 and "eigenvalue 3" in text and low < high
-
-
-def test_sensitivity_of_blocks_that_cannot_be_normalized() -> None:
-    result = make_spectra([[[-1.0, 1.0], [-3.0, 2.0], [0.0, 4.0]]], [[[0.5, 0.5]] * 3], dims=[2, 2, 2])
-    table = result.sensitivity(sigmas=[1.0], axes=["linear"])
-    by_kind = {row.axis.normalize: row for row in table.rows}
-    assert by_kind["none"].js0 is not None and by_kind["trace"].js0 is None and by_kind[10].js0 is None
-    assert " - " in str(table)
-    with pytest.raises(ValueError, match="cannot be divided by the block's trace"):
-        result.sensitivity(blocks=["block0", "block1"], normalizations=["trace"])
-    with pytest.raises(ValueError, match="name must be one of"):
-        result.sensitivity(axes=["log"])
