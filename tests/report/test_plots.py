@@ -61,7 +61,7 @@ def test_every_block_has_a_panel_with_all_its_eigenvalues(options: dict[str, Any
 def test_the_caption_states_sigma() -> None:
     spectra = mixed_spectra()
     default = texts(plot_density(spectra))
-    assert "smoothed by Gaussians of sigma about range / steps of each block, for plots only" in default
+    assert "smoothed with sigma about range / steps of each block, for plots only" in default
     assert "sigma 0.5" in texts(plot_density(spectra, sigma=0.5))
     assert "sigma 1e+03" in texts(plot_density(spectra, share_x=True))
 

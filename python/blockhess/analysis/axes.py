@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blockhess import _checks
 from blockhess.analysis import distribution
+from blockhess_ext.arguments import choice
 
 AXES = ("linear", "asinh")
 
@@ -51,8 +52,7 @@ class Axis:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or self.name not in AXES:
-            raise ValueError(f"Axis: name must be one of {', '.join(AXES)}, got {self.name!r}")
+        choice("name", self.name, AXES, op="Axis")
         k = self.normalize
         whole = isinstance(k, int) and not isinstance(k, bool) and 1 <= k < 2**62
         if not (whole or (isinstance(k, str) and k in NORMALIZATIONS)):
@@ -67,9 +67,8 @@ class Axis:
 
     def __str__(self) -> str:
         scale = "" if self.scale is None else f" (linear below {self.scale:.3g})"
-        return f"{self.name} axis{scale}" + (
-            f" of eigenvalues divided by {self.divisor_name}" if self.divisor_name else ""
-        )
+        divisor = f" of eigenvalues divided by {self.divisor_name}" if self.divisor_name else ""
+        return f"{self.name} axis{scale}{divisor}"
 
     @property
     def divisor_name(self) -> str:

@@ -20,11 +20,9 @@ from blockhess.results.data import SpectraData
 def rates(spectra: SpectraData, factor: float = 1.0) -> dict[str, float | None]:
     """Return block -> factor / lambda_max; None if lambda_max is unknown, or not positive beyond rounding.
 
-    Raises:
-        ValueError: factor is not positive.
-
     Example:
-        >>> rates(spectra)["0.weight"]
+        >>> rates(spectra)["0.weight"] == 1 / spectra["0.weight"].lambda_max
+        True
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"rates: factor must be positive, got {factor}")

@@ -123,9 +123,6 @@ def default_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, axi
     Args:
         blocks: names; None means comparable_blocks(axis).
         axis: see Axis.
-
-    Raises:
-        ValueError: a block cannot be normalized.
     """
     if blocks is None:
         blocks = comparable_blocks(spectra, as_axis("default_sigma", axis)) or None

@@ -51,20 +51,19 @@ class Sensitivity:
 
     def __str__(self) -> str:
         header = ["axis", "divided by", "scale", "sigma", "of default", "JS0", "blocks", "excluded"]
-        lines = []
-        for row in self.rows:
-            lines.append(
-                [
-                    row.axis.name,
-                    f"eigenvalue {row.axis.normalize}" if isinstance(row.axis.normalize, int) else row.axis.normalize,
-                    "" if row.axis.scale is None else f"{row.axis.scale:.3g}",
-                    f"{row.sigma:.3g}",
-                    f"{row.relative_sigma:.3g}",
-                    f"{row.js0.value:.4g}" if row.js0 else "-",
-                    str(len(row.js0.blocks)) if row.js0 else "-",
-                    str(len(row.js0.excluded)) if row.js0 and row.js0.excluded else "",
-                ]
-            )
+        lines = [
+            [
+                row.axis.name,
+                f"eigenvalue {row.axis.normalize}" if isinstance(row.axis.normalize, int) else row.axis.normalize,
+                "" if row.axis.scale is None else f"{row.axis.scale:.3g}",
+                f"{row.sigma:.3g}",
+                f"{row.relative_sigma:.3g}",
+                f"{row.js0.value:.4g}" if row.js0 else "-",
+                str(len(row.js0.blocks)) if row.js0 else "-",
+                str(len(row.js0.excluded)) if row.js0 and row.js0.excluded else "",
+            ]
+            for row in self.rows
+        ]
         known = [row.js0 for row in self.rows if row.js0]
         if not known:
             return format_table(header, lines, left=2)
@@ -89,9 +88,6 @@ def sensitivity(
         sigmas: multiples of the default sigma of each axis.
         axes, normalizations: names and normalizations of axes, see Axis.
         kind, base, blocks: see js_matrix.
-
-    Raises:
-        ValueError: a named block cannot be normalized.
 
     Example:
         >>> table = spectra.sensitivity(sigmas=[0.5, 1.0], axes=["linear"], normalizations=["none", "radius"])

@@ -125,9 +125,6 @@ def cdf(spectra: SpectraData, x: Tensor | Sequence[float] | float | None = None)
     Returns:
         x (n_points,), share of eigenvalues <= x (n_blocks, n_points).
 
-    Raises:
-        ValueError: x has more than one dimension or is NaN.
-
     Example:
         >>> _, share = spectra.cdf(0.0)
     """
@@ -147,9 +144,6 @@ def quantiles(spectra: SpectraData, q: Tensor | Sequence[float] | float) -> Tens
 
     Returns:
         (n_blocks, n_quantiles).
-
-    Raises:
-        ValueError: a share is outside [0, 1].
 
     Example:
         >>> median = spectra.quantiles(0.5)
@@ -217,11 +211,8 @@ def zero_mass(spectra: SpectraData, tolerance: float | None = None) -> Tensor:
     The share is too small unless the other eigenvalues are well separated from zero.
 
     Args:
-        tolerance: largest |node| that counts as zero; None means the larger of the block's hvp_error and
+        tolerance: largest |node| that counts as zero, not negative; None means the larger of the block's hvp_error and
             64 eps(dtype of the vectors) of its largest |node|.
-
-    Raises:
-        ValueError: tolerance is negative.
     """
     if tolerance is not None and not _checks.real("zero_mass", "tolerance", tolerance) >= 0:
         raise ValueError(f"zero_mass: tolerance must not be negative, got {tolerance}")
@@ -234,7 +225,7 @@ def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tu
     """Estimate the k-th largest eigenvalue of every block, where dim (1 - cdf) crosses k - 1/2.
 
     Args:
-        k: counted from 1.
+        k: at least 1.
         confidence: probability of the interval, in (0, 1).
 
     Returns:
@@ -242,9 +233,6 @@ def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tu
         the crossings of k - 1/2 -+ z sqrt(2 k / n_probes), sqrt(2 k / n_probes) being the standard error of the count
         of the k largest eigenvalues with Gaussian probes. It has width 0 for blocks computed exactly, and does not
         include the error of finite steps.
-
-    Raises:
-        ValueError: k is below 1, or confidence is not between 0 and 1.
 
     Example:
         >>> tenth, lower, upper = spectra.kth_eigenvalue(10)

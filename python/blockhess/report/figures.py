@@ -104,7 +104,13 @@ def plot_js0(results: Sequence[SpectraData], labels: Sequence[str], width: float
             if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
         ]
         if points:
-            style: dict[str, Any] = {"marker": marker, "color": color, "markersize": 3.5, "linewidth": 1.2, "clip_on": False}
+            style: dict[str, Any] = {
+                "marker": marker,
+                "color": color,
+                "markersize": 3.5,
+                "linewidth": 1.2,
+                "clip_on": False,
+            }
             axes.plot(*zip(*points), label=title, **style)
     if not known:
         axes.set_xticks(positions, labels, rotation=20, ha="right")

@@ -154,7 +154,7 @@ def plot_density(
     label = "eigenvalue" if axis == Axis() else textwrap.fill(str(axis), int(10 * figure.get_figwidth()))
     common = sigma is not None or share_x
     text = f"sigma {sigmas[0]:.3g}" if common else "sigma about range / steps of each block, for plots only"
-    label += f" (gray line: 0)\nsmoothed by Gaussians of {text}"
+    label += f" (gray line: 0)\nsmoothed with {text}"
     if confidence is not None:
         label += f"\n{100 * confidence:g} % bands: dark for the random probes, light for probes and steps"
     figure.supxlabel(label, fontsize="medium")
