@@ -44,8 +44,8 @@ def quantiles(nodes: Tensor, weights: Tensor, q: Tensor) -> Tensor:
         tensor([[1., 2.]])
     """
     nodes, shares = _steps(nodes, weights)
-    wanted = (q - _SHARE_TOLERANCE).expand(len(nodes), -1).contiguous()
-    index = torch.searchsorted(shares[:, 1:].contiguous(), wanted).clamp(max=nodes.shape[1] - 1)
+    targets = (q - _SHARE_TOLERANCE).expand(len(nodes), -1).contiguous()
+    index = torch.searchsorted(shares[:, 1:].contiguous(), targets).clamp(max=nodes.shape[1] - 1)
     return nodes.gather(1, index).masked_fill(shares[:, -1:].isnan(), math.nan)
 
 

@@ -21,7 +21,7 @@ def _not_normalizable(spectra: SpectraData, axis: Axis) -> dict[str, str]:
     reasons = {}
     for name, dim, known, value, least in zip(spectra.names, spectra.dims, spectra.known.tolist(), values, zero):
         if not known:
-            reasons[name] = "nothing is known of them"
+            reasons[name] = "no Lanczos step"
         elif name in spectra.zero_blocks:
             reasons[name] = "zero"
         elif isinstance(axis.normalize, int) and dim < axis.normalize:
@@ -84,11 +84,7 @@ def compared(spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis) -> 
 
 
 def resolved_axis(op: str, spectra: SpectraData, blocks: Sequence[str] | None, axis: str | Axis) -> Axis:
-    """Return the axis for these blocks, with the default scale if it needs one; None means all blocks.
-
-    Raises:
-        ValueError: axis or a name is unknown, there is no block, or a block cannot be normalized.
-    """
+    """Return the axis for these blocks (None: all), with its scale; raise ValueError if it cannot normalize a block."""
     axis, names = as_axis(op, axis), [spectra.names[row] for row in spectra.rows(blocks)]
     if not names:
         which = f" that can be divided by {axis.divisor_name}" if axis.divisor_name else ""

@@ -269,7 +269,7 @@ def histogram(spectra: SpectraData, bins: int | Tensor | Sequence[float] = 50) -
     if isinstance(bins, int):
         bins = integer("bins", bins, 1, op="histogram")
         if not bool(spectra.known.any()):
-            raise ValueError(f"histogram: bins must be edges where nothing is known of any block, got {bins}")
+            raise ValueError(f"histogram: bins must be edges if no block has a Lanczos step, got {bins}")
         low, high = float(nodes[spectra.known].min()), float(nodes[spectra.known].max())
         half = 0.5 if low == high else 0.0
         edges = torch.linspace(low - half, high + half, bins + 1, dtype=torch.float64)

@@ -28,7 +28,7 @@ from blockhess.analysis.errors.normalized_block import BlockOnAxis
 from blockhess.analysis.errors.probes import variance_of_probes
 from blockhess_ext import Quadrature
 
-RAW = Axis()
+LINEAR = Axis()
 
 _ONE_SIGMA = 0.6827  # confidence of an interval of one standard error
 
@@ -60,7 +60,7 @@ def _stack(x: Tensor, bands: Iterable[tuple[Tensor, ...]], confidence: float) ->
 
 
 def density_band(
-    q: Quadrature, blocks: Sequence[int], grid: Tensor, sigma: float, confidence: float, axis: Axis = RAW
+    q: Quadrature, blocks: Sequence[int], grid: Tensor, sigma: float, confidence: float, axis: Axis = LINEAR
 ) -> Band:
     """Return the smoothed densities of the blocks with these indices, and their bands.
 
@@ -102,7 +102,7 @@ def _density_band(
     return value, lower, upper, (lower - bound).clamp(min=0.0), (upper + bound).clamp(max=peak)
 
 
-def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float, axis: Axis = RAW) -> Band:
+def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float, axis: Axis = LINEAR) -> Band:
     """Return the shares of eigenvalues <= x of the blocks with these indices, and their bands.
 
     The cdf of a quadrature is a step function. Close to a node, few probes may all have their node on the same side of
@@ -192,7 +192,7 @@ def _share_interval(q: Quadrature, block: int, shares: Tensor, confidence: float
     )
 
 
-def wasserstein_error(q: Quadrature, blocks: Sequence[int], axis: Axis = RAW) -> tuple[Tensor, Tensor]:
+def wasserstein_error(q: Quadrature, blocks: Sequence[int], axis: Axis = LINEAR) -> tuple[Tensor, Tensor]:
     """Return the Wasserstein-1 errors of the spectra of the blocks with these indices, due to probes and to steps.
 
     Returns:

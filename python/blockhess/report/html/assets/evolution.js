@@ -32,20 +32,20 @@ class Evolution {
   // [{ name, stroke, dash, points: [[value, error] or null of each checkpoint] }]
   series() {
     const { results, chosen } = this.page;
-    const wanted = $("quantity").value;
-    if (wanted === "js0") {
+    const quantity = $("quantity").value;
+    if (quantity === "js0") {
       const titles = [...new Set(results.flatMap((r) => r.comparisons.map((c) => c.title)))];
       return titles.map((title, i) => ({
         name: title,
         stroke: color(`c${i}`),
         dash: [],
         points: results.map((r) => {
-          const found = r.comparisons.find((c) => c.title === title);
-          return found ? [found.value, 0] : null;
+          const comparison = r.comparisons.find((c) => c.title === title);
+          return comparison ? [comparison.value, 0] : null;
         }),
       }));
     }
-    const [, key, error] = BLOCK_QUANTITIES.find(([, name]) => name === wanted);
+    const [, key, error] = BLOCK_QUANTITIES.find(([, name]) => name === quantity);
     return chosen.map((index, i) => {
       const name = this.page.result().blocks[index].block;
       return {

@@ -23,9 +23,9 @@ class Heatmap {
     $("comparison").hidden = !comparisons.length;
     if (!comparisons.length) return;
     const select = $("compared-on");
-    const wanted = select.value;
+    const selected = select.value;
     select.replaceChildren(...comparisons.map((c) => element("option", { value: c.title }, c.title)));
-    const comparison = comparisons.find((c) => c.title === wanted) || comparisons[0];
+    const comparison = comparisons.find((c) => c.title === selected) || comparisons[0];
     select.value = comparison.title;
     const n = comparison.blocks.length;
     const clustered = document.querySelector('input[name="order"]:checked').value === "clustered";
@@ -38,7 +38,7 @@ class Heatmap {
       return i === j ? 0 : upper[i * n - (i * (i + 1)) / 2 + (j - i - 1)] / 65535;
     };
     this.top = $("stretch").checked ? upper.reduce((a, b) => Math.max(a, b), 1) / 65535 : 1; // upper end of the color scale
-    this.picture = this.paint(n);
+    this.pixels = this.paint(n);
     $("js0").textContent = comparison.text;
     this.cell = null;
     $("heatmap-readout").textContent = "";
@@ -47,8 +47,8 @@ class Heatmap {
 
   // Draw one pixel per cell; drawImage scales it.
   paint(n) {
-    const picture = element("canvas", { width: n, height: n });
-    const ctx = picture.getContext("2d");
+    const pixels = element("canvas", { width: n, height: n });
+    const ctx = pixels.getContext("2d");
     const image = ctx.createImageData(n, n);
     for (let row = 0; row < n; row++) {
       for (let column = 0; column < n; column++) {
@@ -56,11 +56,11 @@ class Heatmap {
       }
     }
     ctx.putImageData(image, 0, 0);
-    return picture;
+    return pixels;
   }
 
   draw() {
-    if (!this.picture) return;
+    if (!this.pixels) return;
     const n = this.rows.length;
     const { width } = this.canvas.parentElement.querySelector(".head").getBoundingClientRect();
     const room = Math.round(Math.min(0.4 * width, 210));
@@ -72,7 +72,7 @@ class Heatmap {
     ctx.font = ctx.font.replace("12px", "11px");
     const size = side / n;
     ctx.imageSmoothingEnabled = false;
-    ctx.drawImage(this.picture, left, 0, side, side);
+    ctx.drawImage(this.pixels, left, 0, side, side);
     ctx.textBaseline = "middle";
     if (fits) {
       ctx.textAlign = "right";

@@ -112,8 +112,8 @@ class Table {
   }
 
   filter() {
-    const wanted = $("filter").value.toLowerCase();
-    for (const { block, row } of this.rows) row.hidden = !block.block.toLowerCase().includes(wanted);
+    const text = $("filter").value.toLowerCase();
+    for (const { block, row } of this.rows) row.hidden = !block.block.toLowerCase().includes(text);
   }
 
   // After a change of the chosen blocks.
