@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from typing import Any, overload
 
@@ -37,7 +38,6 @@ from blockhess.run.merge import load_run
 from blockhess.run.options import Options
 from blockhess.run.plan import Plan
 from blockhess.run.progress import check_progress, progress_bar
-from blockhess.run.recorder import Recorder
 from blockhess.run.storage import directory
 from blockhess.run.storage.directory import RunDirectory
 from blockhess.spectra import Spectra, as_spectra
@@ -180,25 +180,22 @@ def spectrum(
             "torch": str(torch.__version__),
             "blockhess": __version__,
         }
-        identity = _identity(problem, options, made, seed)
-        identity |= {"parallel": parallel if parallel is None else str(parallel)}
+        identity = _identity(problem, options, made, seed) | {"parallel": parallel and str(parallel)}
         ranks.agree(identity)
         options = dataclasses.replace(options, memory_budget=budget)
-        spectra = _run_job(
-            lambda records, plan: Job(problem, options, records, plan),
-            seed, made, start, progress, run, identity, ranks,
-        )  # fmt: skip
+        job = partial(Job, problem, options)
+        spectra = _run_job(job, seed, made, start, progress, run, identity, ranks)
     return _checked(spectra, on_nonfinite)
 
 
 def _budget(memory_budget: int | str | None, run: RunDirectory | None) -> int | str | None:
     """Return memory_budget, or by default that of the recorded run."""
-    begun = None if run is None else run.plan
-    return memory_budget if begun is None or memory_budget is not None else begun.memory_budget
+    default = run.plan.memory_budget if run is not None and run.plan else None
+    return default if memory_budget is None else memory_budget
 
 
 def _run_job(
-    make: Callable[[Recorder | None, Plan | None], Job],
+    make: Callable[..., Job],
     seed: int | None,
     made: dict[str, Any],
     start: float,
@@ -213,18 +210,16 @@ def _run_job(
         make: returns the job, given the recorder, and the plan of a recorded run.
         made: provenance that the job itself does not provide; its "seconds" are added to those of the run.
         start: time.perf_counter() at the beginning of the call.
-        identity: see `_identity`.
-        ranks: processes of the job.
     """
     if run is None:
-        job = make(None, None)
+        job = make()
     else:
         run.check(identity)
         result = run.result()
         if result is not None:
             return as_spectra(result)
         fresh = ranks.gather(probe_seed(seed))[0]
-        seed = fresh if run.run is None else run.run["seed"]
+        seed = run.run["seed"] if run.run else fresh
         job = make(run, run.plan)
         run.begin(identity, job.plan, seed, job.infos, identity["keep_vectors"], max(job.plan.hvps - job.hvps, 0))
         made = made | {"same_bits_on_resume": identity["deterministic"]}
@@ -295,10 +290,10 @@ def extend(
     if not isinstance(spectra, Spectra):
         raise TypeError(f"extend: spectra must be Spectra or the path of a run, got {type(spectra).__name__}")
     first, made = spectra.provenance, spectra.quadrature
-    missing = [name for name in ("num_steps", *_SAME, "fingerprints", "plan") if name not in first]
+    missing = ", ".join(name for name in ("num_steps", *_SAME, "fingerprints", "plan") if name not in first)
     if missing:
         raise ValueError(
-            f"extend: spectra must be computed by this version of spectrum, whose provenance has {', '.join(missing)}"
+            f"extend: spectra must be computed by this version of spectrum, whose provenance has {missing}"
         )
     for name, value in same.items():
         if name not in _SAME:
@@ -329,14 +324,11 @@ def extend(
             _check_same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
         if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
             _check_same("value of the loss", problem.loss_value, first["loss_value"])
+        extends = fingerprint.of_data([(made.alpha, made.beta, made.steps)])
         now = first | {"torch": str(torch.__version__), "blockhess": __version__}
-        identity = _identity(problem, options, now, made.seed)
-        identity |= {"extends": fingerprint.of_data([(made.alpha, made.beta, made.steps)])}
-
-        def make(records: Recorder | None, plan: Plan | None) -> Job:
-            return Job(problem, options, records, plan, spectra, more_probes=num_probes is not None)
-
-        longer = _run_job(make, made.seed, first, start, progress, run, identity)
+        identity = _identity(problem, options, now, made.seed) | {"extends": extends}
+        job = partial(Job, problem, options, first=spectra, more_probes=num_probes is not None)
+        longer = _run_job(job, made.seed, first, start, progress, run, identity)
     return _checked(longer, on_nonfinite)
 
 
@@ -351,7 +343,7 @@ def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: in
     return {
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
         "seed": None if seed is None else probe_seed(seed),
-        **{name: made[name] for name in ("batchnorm", "matmul_precision", "model", "loss")},
+        **{name: made[name] for name in ("batchnorm", "matmul_precision", "model", "loss", "torch", "blockhess")},
         "value of the loss": made["loss_value"],
         "parameters": made["fingerprints"]["model"],
         "data": made["fingerprints"]["data"],
@@ -361,8 +353,6 @@ def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: in
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
-        "torch": made["torch"],
-        "blockhess": made["blockhess"],
     }
 
 

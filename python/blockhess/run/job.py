@@ -22,7 +22,7 @@ from blockhess.results.unit import Unit
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, make_plan, with_autograd
+from blockhess.run.plan import Plan, make_plan
 from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
@@ -94,22 +94,18 @@ class Job:
         """States after the last step, of every unit whose state was kept."""
         return self._records.vectors
 
-    @property
-    def exact_names(self) -> list[str]:
-        """Names of the blocks that are computed exactly."""
-        return [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
-
     def provenance(self, result: Quadrature) -> dict[str, Any]:
         """Return the entries of the result's provenance that the job determines."""
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(Options)}
         del options["memory_budget"]  # in the plan, as bytes
         bare = [l for l, mode in enumerate(result.reorthogonalize) if mode == "none"]
         ghosts = result.select_blocks(bare).ghosts().sum(0).tolist()
+        exact = [info.name for info, exact in zip(self.infos, self.plan.exact) if exact]
         return options | {
             "dtype": result.dtype,
             "seed": result.seed,
             "engine": self.plan.engine,
-            "plan": dataclasses.asdict(self.plan) | {"exact": self.exact_names},
+            "plan": dataclasses.asdict(self.plan) | {"exact": exact},
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
             "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
@@ -150,12 +146,9 @@ class Job:
                 for unit in units:
                     keep(compute(unit))
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
-        whole = Quadrature.concatenate([_whole(parts) for parts in found], 1)
+        whole = Quadrature.concatenate([Quadrature.concatenate(parts, 0) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
-        self._note(
-            ZERO_NOTE,
-            [noise is not None and radius <= noise for radius, noise in zip(radii, self._zero_within)],
-        )
+        self._note(ZERO_NOTE, [noise is not None and r <= noise for r, noise in zip(radii, self._zero_within)])
         if options.tol is not None:
             few = adaptive.missed(whole, options.tol, options.tol_sigma)
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
@@ -251,11 +244,13 @@ class Job:
             yield units
             if options.tol is not None and adapts:
                 for l in together:
-                    (needed,) = adaptive.probes_needed(_whole(found[l]), options.tol, options.tol_sigma)
+                    block = Quadrature.concatenate(found[l], 0)
+                    (needed,) = adaptive.probes_needed(block, options.tol, options.tol_sigma)
                     needs[l] = min(needed, options.num_probes)
         exact = tuple(l for l, e in enumerate(self.plan.exact) if e and not found[l])
         if exact:
-            self._exact_rows = max((_whole(p).num_probes for p in found if p), default=options.num_probes)
+            rows = [sum(part.num_probes for part in parts) for parts in found if parts]
+            self._exact_rows = max(rows, default=options.num_probes)
             yield [Unit(options.first_probe, 0, exact)]
 
     def _finish(
@@ -366,7 +361,8 @@ class Job:
             failure = str(error)
         failure = next(filter(None, ranks.gather(failure)), None)
         if failure is not None:
-            self.plan = with_autograd(self.plan, f"no trace: {failure}")
+            why = f"no trace: {failure}"
+            self.plan = dataclasses.replace(self.plan, engine="autograd", rows=1, compiled=False, why=why)
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine)
         accuracy = ranks.gather(accuracy)[0]
@@ -385,10 +381,6 @@ class Job:
         # A random unit vector v has |E v| of about |E|_F / sqrt(dim).
         shares = 1 if self._problem.loss.averaged else self._problem.n_batches
         return float(10 * error * self._problem.dims[number] ** 0.5 * shares)
-
-
-def _whole(parts: Sequence[Quadrature]) -> Quadrature:
-    return Quadrature.concatenate(parts, 0)
 
 
 def _blocks_of(data: SpectraData) -> list[Quadrature]:

@@ -16,11 +16,11 @@ from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
+from blockhess.run.costs import FLOPS_PER_SECOND
 
 # Orders of magnitude from bench/results/hvp_cpu.json, which decide about tracing and compiling. A product takes about
 # PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS per block and operation of the gradient's graph and saves
 # the fraction TRACE_SAVES of the time; compiling takes COMPILE_SECONDS per block on a CPU and saves COMPILE_SAVES.
-FLOPS_PER_SECOND = {"cpu": 3e10, "cuda": 1e13}
 PRODUCT_FORWARDS = 1.3
 TRACE_SECONDS, TRACE_SAVES = 5e-4, 0.2
 COMPILE_SECONDS, COMPILE_SAVES = 20.0, 0.15
@@ -82,26 +82,25 @@ class Plan:
         names = ("first_probe", "num_probes", "blocks")
         return {**dataclasses.asdict(self), "passes": [dict(zip(names, each)) for each in self.passes]}
 
-    def _products(self) -> str:
-        least = f", at least {self.least_hvps:,}," if self.least_hvps < self.hvps else ""
-        return f"{'at most ' if least else ''}{self.hvps:,}{least}"
-
     def __str__(self) -> str:
+        products = f"{self.hvps:,}"
+        if self.least_hvps < self.hvps:
+            products = f"at most {products}, at least {self.least_hvps:,},"
         lines = [
             f"engine        {self.engine}{', compiled' if self.compiled else ''} ({self.why})",
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
-            f"products      {self._products()} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
+            f"products      {products} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
             f"{time_text(self.seconds)}",
-            f"together      {max(p[1] for p in self.passes) if self.passes else 0} probes of "
+            f"together      {max((p[1] for p in self.passes), default=0)} probes of "
             f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
             f"memory        {size_text(self.vector_bytes)} vectors, {size_text(self.engine_bytes)} {self.engine}, "
             f"of {size_text(self.memory_budget)}",
         ]
         if self.kept_bytes:
-            lines.append(
+            lines += [
                 f"kept          {size_text(self.kept_bytes)} of vectors after the last step, for more steps later"
-            )
+            ]
         return "\n".join(lines)
 
 
@@ -133,11 +132,11 @@ def make_plan(
     """
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
+    room = budget // 2
     if exact is None:
-        exact = _exact_blocks(problem, engine, num_probes, num_steps, budget // 2)
+        exact = _exact_blocks(problem, engine, num_probes, num_steps, room)
     # The vectors of one probe: v, v_prev, H v, and the basis.
     sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
-    room = budget // 2
     largest = max(range(len(dims)), key=lambda l: sizes[l])
     needed = 2 * max(sizes[largest], problem.graph_bytes)
     if needed > budget:
@@ -148,42 +147,37 @@ def make_plan(
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
+    def products(probes: int, steps: int) -> int:
+        of_blocks = (d if e else min(probes, num_probes) * min(steps, d) for d, e, u in zip(dims, exact, used) if u)
+        return problem.n_batches * sum(of_blocks)
+
     n_batches = len(problem.batches)  # of this rank
-    per_block = [d if e else num_probes * min(num_steps, d) for d, e in zip(dims, exact)]
-    hvps = problem.n_batches * sum(count for count, u in zip(per_block, used) if u)
-    fewest_probes, fewest_steps = least or (num_probes, num_steps)
-    fewest = [d if e else min(fewest_probes, num_probes) * min(fewest_steps, num_steps, d) for d, e in zip(dims, exact)]
-    least_hvps = problem.n_batches * sum(count for count, u in zip(fewest, used) if u)
+    hvps = products(num_probes, num_steps)
     chosen, why = _engine(problem, engine, hvps)
     graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
     retain = n_batches * graph <= room
     forwards = hvps * PRODUCT_FORWARDS
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
+    compiled = chosen == "traced" and problem.device.type == "cpu"  # not measured on a GPU
+    kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
     return Plan(
         engine=chosen,
         exact=exact,
         passes=passes,
         rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
-        compiled=_compiling_pays(problem, chosen, hvps, sum(used)),
+        compiled=compiled and COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * sum(used),
         retain=retain,
         batches=problem.n_batches,
         hvps=hvps,
-        least_hvps=least_hvps,
+        least_hvps=products(*least) if least else hvps,
         flops=forwards * problem.forward_flops,
         seconds=forwards * problem.forward_seconds,
         vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
         engine_bytes=graph * (n_batches if retain else 1),
-        kept_bytes=keep_vectors
-        * num_probes
-        * sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e),
+        kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
     )
-
-
-def with_autograd(plan: Plan, why: str) -> Plan:
-    """Return the plan with the engine "autograd" instead of "traced"."""
-    return dataclasses.replace(plan, engine="autograd", rows=1, compiled=False, why=why)
 
 
 def _engine(problem: Problem, engine: str, hvps: int) -> tuple[str, str]:
@@ -194,12 +188,6 @@ def _engine(problem: Problem, engine: str, hvps: int) -> tuple[str, str]:
     if saved > tracing:
         return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
     return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
-
-
-def _compiling_pays(problem: Problem, engine: str, hvps: int, n_blocks: int) -> bool:
-    if engine != "traced" or problem.device.type != "cpu":  # not measured on a GPU
-        return False
-    return bool(COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * n_blocks)
 
 
 def _product_seconds(problem: Problem, hvps: int) -> float:
@@ -236,16 +224,13 @@ def _passes(
     if not blocks:
         return []
     together = min(num_probes, room // max(1, sum(sizes[l] for l in blocks)))
-    groups: list[list[int]] = [blocks]
+    groups = [blocks]
     if together == 0:
-        together, groups, used = 1, [[]], 0
+        together, groups = 1, []
         for l in blocks:
-            if used + sizes[l] > room:
+            if not groups or sum(sizes[k] for k in groups[-1]) + sizes[l] > room:
                 groups.append([])
-                used = 0
             groups[-1].append(l)
-            used += sizes[l]
-        groups = [g for g in groups if g]
     return [
         (first, min(together, num_probes - first), tuple(group))
         for group in groups
