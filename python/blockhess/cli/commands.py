@@ -104,12 +104,11 @@ def demo(
     minutes on 2 cores.
     """
     from blockhess.cli.demo import run
-    from blockhess.report.rows import to_json
 
     with text_on_stderr(as_json):
         found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, tol_sigma=tol_sigma)
     if as_json:
-        print(to_json(found))
+        _print(found, "", as_json)
 
 
 @app.command()
@@ -131,7 +130,6 @@ def plan(
     """
     import blockhess
     from blockhess.cli.job_file import load
-    from blockhess.report.rows import to_json
 
     options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": tol_sigma, "engine": engine}
     options |= {"memory_budget": memory_budget}
@@ -141,7 +139,7 @@ def plan(
             raise ValueError(f"plan: --data-parallel must divide --gpus, got {data_parallel} and {gpus}")
         arguments["processes"] = gpus // data_parallel, data_parallel
     made = blockhess.plan(**arguments)
-    print(to_json(made.to_dict()) if as_json else made)
+    _print(made.to_dict(), made, as_json)
 
 
 @app.command()
@@ -157,10 +155,10 @@ def run(
     """
     import blockhess
     from blockhess.cli.job_file import load
-    from blockhess.run.storage.directory import RESULT, RunMismatch, holds_run
+    from blockhess.run.storage.directory import RESULT, RunMismatch, begun_run
     from blockhess.run.storage.signals import Interrupted
 
-    if holds_run(out) and not resume:
+    if begun_run(out) is not None and not resume:
         raise ValueError(f"run: {out} already holds a run; add --resume to continue it, or choose another --out")
     try:
         spectra = blockhess.spectrum(**load(job) | {"run_dir": out})
@@ -181,11 +179,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show the progress of a run: products done, rate, time left; draw or write the spectra computed so far."""
-    from blockhess.report.rows import to_json
     from blockhess.run.status import status
 
     found = status(directory)
-    print(to_json(found.to_dict()) if as_json else found)
+    _print(found.to_dict(), found, as_json)
     with text_on_stderr(as_json):
         if plot is not None:
             _draw(_load("status", directory), plot)
@@ -218,11 +215,11 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print the provenance, the table of blocks and JS0 of a result; of an unfinished run, those computed so far."""
-    from blockhess.report.rows import to_json
     from blockhess.report.text import describe, to_dict
 
     spectra = _load("show", file)
-    print(to_json(to_dict(spectra, sort)) if as_json else describe(spectra, sort))
+    shown = (to_dict if as_json else describe)(spectra, sort)
+    _print(shown, shown, as_json)
     if plot is not None:
         with text_on_stderr(as_json):
             _draw(spectra, plot)
@@ -240,7 +237,6 @@ def report(
     Of an unfinished run the page shows what is computed so far, and says so.
     """
     from blockhess.report import html
-    from blockhess.report.rows import to_json
 
     results = [_load("report", file) for file in files]
     labels = [file.stem for file in files]
@@ -255,17 +251,16 @@ def report(
         if len(shown(results[-1])) < len(results[-1]):
             lines.append(f"Spectra are those of {len(shown(results[-1]))} of its {len(results[-1])} blocks")
     record = {"written": str(path), "figures": list(map(str, drawn)), "results": [repr(spectra) for spectra in results]}
-    print(to_json(record) if as_json else "\n".join(lines))
+    _print(record, "\n".join(lines), as_json)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check the installation, and test it on known eigenvalues. Exit code 1 if a check fails."""
     from blockhess.cli.doctor import examine, format_checks, to_dict
-    from blockhess.report.rows import to_json
 
     checks = examine()
-    print(to_json(to_dict(checks)) if as_json else format_checks(checks))
+    _print(to_dict(checks), format_checks(checks), as_json)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -273,12 +268,12 @@ def doctor(as_json: AsJson = False) -> None:
 def _load(op: str, path: Path) -> Spectra:
     import blockhess
     from blockhess.run.status import partial
-    from blockhess.run.storage.directory import holds_run
+    from blockhess.run.storage.directory import begun_run
     from blockhess.spectra import as_spectra
 
     if not path.is_dir():
         return blockhess.load(path)
-    if not holds_run(path):
+    if begun_run(path) is None:
         raise ValueError(
             f"{op}: each path must be a result file or the directory of a run, got {path}, which holds no run; "
             f"name the result files in it: blockhess {op} {path / 'NAME.npz'}"
@@ -292,7 +287,13 @@ def _draw(spectra: Spectra, path: Path) -> None:
 
 
 def _print_written(spectra: Spectra, path: Path, as_json: bool) -> None:
-    from blockhess.report.rows import to_json
     from blockhess.report.text import to_dict
 
-    print(to_json({"written": str(path), **to_dict(spectra)}) if as_json else f"{spectra!r}\nwritten to {path}")
+    record = {"written": str(path), **to_dict(spectra)} if as_json else None
+    _print(record, f"{spectra!r}\nwritten to {path}", as_json)
+
+
+def _print(record: Any, text: object, as_json: bool) -> None:
+    from blockhess.report.rows import to_json
+
+    print(to_json(record) if as_json else text)

@@ -27,6 +27,7 @@ from blockhess.analysis.selection import weights_only
 from blockhess.analysis.statistics import curvature_range
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+from blockhess.problem.model_state import setting
 from blockhess.report.rows import to_json
 from blockhess.report.text import describe
 from blockhess.results.files import writable_folder
@@ -229,12 +230,8 @@ def one_thread() -> Iterator[None]:
     These tensors are too small to gain from more, and on a busy machine threads that wait for each other in every
     operation are several times slower than one.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with setting(torch.get_num_threads, torch.set_num_threads, 1):
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -318,10 +315,9 @@ def run(
     num_probes = size.num_probes if num_probes is None else num_probes
     num_steps = size.num_steps if num_steps is None else num_steps
     for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"demo: {name} must be at least {least}, got {value}")
-        if value >= 2**63:
-            raise ValueError(f"demo: {name} must be below 2^63, got {value}")
+        if not least <= value < 2**63:
+            rule = f"at least {least}" if value < least else "below 2^63"
+            raise ValueError(f"demo: {name} must be {rule}, got {value}")
     folder = writable_folder(out)
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('demo: pictures need matplotlib; type: pip install "blockhess[cli]"')
@@ -330,9 +326,8 @@ def run(
     results: dict[str, Spectra] = {}
     for subject in (todo := subjects(size, seed)):
         print(f"[{len(results) + 1}/{len(todo)}] {subject.title}", flush=True)
-        spectra = blockhess.spectrum(
-            **subject.arguments(num_probes, num_steps), tol=tol, tol_sigma=tol_sigma, seed=seed
-        )
+        arguments = subject.arguments(num_probes, num_steps)
+        spectra = blockhess.spectrum(**arguments, tol=tol, tol_sigma=tol_sigma, seed=seed)
         spectra.save(folder / f"{subject.stem}.npz")
         text = describe(spectra)
         print(f"{text}\n", flush=True)

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from blockhess._version import __version__
+
 # Optional package -> the extra that installs it.
 OPTIONAL = {"typer": "cli", "tqdm": "cli", "matplotlib": "plot", "pandas": "frames"}
 
@@ -85,12 +87,10 @@ def _python() -> Outcome:
 
 
 def _packages() -> Outcome:
-    import blockhess
-
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     ok = tuple(int(part) for part in versions["torch"].split("+")[0].split(".")[:2]) >= (2, 10)
     advice = "" if ok else "torch 2.10 or newer is needed: pip install 'torch>=2.10', then build blockhess again"
-    versions = {"blockhess": blockhess.__version__, **versions}
+    versions = {"blockhess": __version__, **versions}
     return ok, ", ".join(f"{name} {version}" for name, version in versions.items()), advice
 
 
@@ -145,23 +145,15 @@ def _terminal() -> Outcome:
 def _known_operator(device: str) -> Outcome:
     import torch
 
-    from blockhess_ext import batched_slq
+    import blockhess_ext
 
+    if device == "cuda" and not (torch.cuda.is_available() and blockhess_ext.build_info()["cuda"]):
+        return True, "not run: no GPU, or no kernels for it", ""
     eigenvalues = torch.arange(1, 21, dtype=torch.float64, device=device)
-    q = batched_slq(lambda v: v * eigenvalues, [20], num_probes=4, dtype=torch.float64, device=device)
+    q = blockhess_ext.batched_slq(lambda v: v * eigenvalues, [20], num_probes=4, dtype=torch.float64, device=device)
     largest, logarithm = float(q.nodes.max()), float((q.nodes[0, 0]).log().sum())
     error = max(float((q.nodes - eigenvalues).abs().max()) / 20, abs(logarithm - LOG_FACTORIAL_20) / LOG_FACTORIAL_20)
     return _compared(f"largest eigenvalue {largest:.12g} (20), log-determinant {logarithm:.12g} (42.3356164608)", error)
-
-
-def _known_operator_on_gpu() -> Outcome:
-    import torch
-
-    import blockhess_ext
-
-    if not (torch.cuda.is_available() and blockhess_ext.build_info()["cuda"]):
-        return True, "not run: no GPU, or no kernels for it", ""
-    return _known_operator("cuda")
 
 
 def _known_network() -> Outcome:
@@ -210,6 +202,6 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
     "CUDA": _cuda,
     "terminal": _terminal,
     "self-test: operator": lambda: _known_operator("cpu"),
-    "self-test: GPU": _known_operator_on_gpu,
+    "self-test: GPU": lambda: _known_operator("cuda"),
     "self-test: network": _known_network,
 }

@@ -29,14 +29,9 @@ class SpectrumCallback(Callback):  # type: ignore[misc]
     def __init__(self, watch: SpectrumMonitor) -> None:
         self.watch = watch
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Call the monitor before the first step."""
-        self._call(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Call the monitor after a batch; with accumulated gradients, some batches end without a new step."""
-        self._call(trainer, pl_module)
-
-    def _call(self, trainer: Any, module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Call the monitor, which ignores batches that end without a new step, as with accumulated gradients."""
         if trainer.is_global_zero:
-            self.watch(module, trainer.global_step)
+            self.watch(pl_module, trainer.global_step)
+
+    on_train_batch_end = on_train_start

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 def block_dataframe(spectra: Spectra) -> DataFrame:
     """Return one row per block, indexed by its name, with the columns of report.rows.block_records.
 
-    Args:
-        spectra: result.
-
     Raises:
         ImportError: pandas is missing.
 

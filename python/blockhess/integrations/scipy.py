@@ -141,15 +141,9 @@ def operator_spectra(
     diagonal = _BlockDiagonal(list(linear.values()))
     options: dict[str, Any] = {"num_probes": num_probes, "num_steps": num_steps, "distribution": distribution}
     quadrature = batched_slq(
-        diagonal,
-        diagonal.dims,
-        **options,
-        seed=seed,
-        reorthogonalize=reorthogonalize,
-        block_ids=[block_id(name) for name in linear],
-        dtype=diagonal.dtype,
-        on_nonfinite=on_nonfinite,
-    )
+        diagonal, diagonal.dims, **options, seed=seed, reorthogonalize=reorthogonalize, dtype=diagonal.dtype,
+        block_ids=[block_id(name) for name in linear], on_nonfinite=on_nonfinite,
+    )  # fmt: skip
     blocks = [BlockInfo(name, (dim,), dim, ()) for name, dim in zip(linear, diagonal.dims)]
     provenance = {"model": "linear operators", "seed": quadrature.seed, "dtype": quadrature.dtype, **options}
     provenance |= {"hvps": diagonal.products, "torch": str(torch.__version__), "blockhess": blockhess.__version__}

@@ -28,14 +28,9 @@ class SpectrumCallback(TrainerCallback):
     def __init__(self, watch: SpectrumMonitor) -> None:
         self.watch = watch
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call the monitor before the first step."""
-        self._call(state, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call the monitor after an optimizer step."""
-        self._call(state, **kwargs)
-
-    def _call(self, state: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Call the monitor."""
         if state.is_world_process_zero:
             self.watch(model, state.global_step)
+
+    on_step_end = on_train_begin

@@ -42,14 +42,8 @@ WEIGHT_TOLERANCE = 1e-6
 LARGEST_NODE = 1e140
 
 # array -> (dtype, number of dimensions)
-_ARRAYS = {
-    "nodes": ("<f8", 3),
-    "weights": ("<f8", 3),
-    "alpha": ("<f8", 3),
-    "beta": ("<f8", 3),
-    "steps": ("<i8", 2),
-    "nonfinite": ("|b1", 2),
-}
+_ARRAYS = {name: ("<f8", 3) for name in ("nodes", "weights", "alpha", "beta")}
+_ARRAYS |= {"steps": ("<i8", 2), "nonfinite": ("|b1", 2)}
 
 
 def check_writable(path: str | PathLike[str]) -> Path:
@@ -111,13 +105,8 @@ def write(
     """
     path = Path(path)
     labels = {f.name: getattr(quadrature, f.name) for f in dataclasses.fields(quadrature) if f.name not in _ARRAYS}
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "blocks": [dataclasses.asdict(block) for block in blocks],
-        "quadrature": labels,
-        "provenance": provenance,
-    }
+    header = {"format": FORMAT, "version": VERSION, "blocks": [dataclasses.asdict(block) for block in blocks]}
+    header |= {"quadrature": labels, "provenance": provenance}
     arrays = {"header": np.frombuffer(json.dumps(header, indent=1).encode(), np.uint8)}
     for name, (dtype, _) in _ARRAYS.items():
         arrays[name] = getattr(quadrature, name).numpy().astype(dtype)
@@ -157,8 +146,7 @@ def read(path: str | PathLike[str]) -> tuple[list[BlockInfo], Quadrature, dict[s
 
 
 def _short(error: Exception) -> str:
-    """Return an error's text, which may quote the file, as one printable line."""
-    text = printable(str(error))
+    text = printable(str(error))  # it may quote the file
     return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
@@ -230,17 +218,11 @@ def _result(
     _check_arrays(arrays, dims)
     num_steps = _get(made, "num_steps", int)
     _require(1 <= num_steps < 2**62, "num_steps must be in 1 ... 2^62")
-    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    quadrature = Quadrature(
-        **tensors,
-        dims=dims,
-        block_ids=block_ids,
-        num_steps=num_steps,
-        seed=None if made.get("seed") is None else _get(made, "seed", int),
-        distribution=_get(made, "distribution", str),
-        reorthogonalize=reorthogonalize,
-        dtype=dtype,
-    )
+    fields: dict[str, Any] = {"dims": dims, "block_ids": block_ids, "num_steps": num_steps, "dtype": dtype}
+    fields |= {"distribution": _get(made, "distribution", str), "reorthogonalize": reorthogonalize}
+    fields["seed"] = None if made.get("seed") is None else _get(made, "seed", int)
+    fields |= {name: torch.from_numpy(array) for name, array in arrays.items()}
+    quadrature = Quadrature(**fields)
     provenance = with_current_names(_get(header, "provenance", dict))
     _check_provenance(provenance)
     return blocks, quadrature, provenance
@@ -251,12 +233,10 @@ def with_current_names(made: dict[str, Any]) -> dict[str, Any]:
     made = dict(made)
     if made.keys() >= {"tol", "sigma"}:
         made["tol_sigma"] = made.pop("sigma")
-    for name, before, now in (
-        ("batchnorm", "frozen-batch-stats", "frozen_batch_stats"),
-        ("parallel", "work", "recurrences"),
-    ):
-        if made.get(name) == before:
-            made[name] = now
+    if made.get("batchnorm") == "frozen-batch-stats":
+        made["batchnorm"] = "frozen_batch_stats"
+    if made.get("parallel") == "work":
+        made["parallel"] = "recurrences"
     return made
 
 
@@ -279,13 +259,8 @@ def _block(entry: dict[str, Any]) -> BlockInfo:
     _require(dim >= 1, f"dim of a block must be at least 1, got {dim}")
     _require(dim < 2**62, "dim of a block must be below 2^62")
     _require(min(shape, default=1) >= 1 and math.prod(shape) == dim, "shape of a block must have dim elements")
-    return BlockInfo(
-        name=_get(entry, "name", str),
-        shape=shape,
-        dim=dim,
-        parameters=tuple(_list(entry, "parameters", str)),
-        note=_get(entry, "note", str),
-    )
+    parameters = tuple(_list(entry, "parameters", str))
+    return BlockInfo(_get(entry, "name", str), shape, dim, parameters, _get(entry, "note", str))
 
 
 def _check_arrays(arrays: dict[str, np.ndarray[Any, Any]], dims: tuple[int, ...]) -> None:

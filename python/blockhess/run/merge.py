@@ -19,20 +19,12 @@ from blockhess.results.data import SpectraData
 from blockhess.run.storage.directory import finished
 from blockhess_ext import Quadrature
 
-# Entries of provenance that must be equal -> their names in messages.
-SHARED = {
-    "model": "model",
-    "fingerprints": "fingerprints of parameters and data",
-    "loss": "loss",
-    "batchnorm": "batchnorm",
-    "dtype": "dtype",
-    "matmul_precision": "matmul_precision",
-    "seed": "seed",
-    "distribution": "distribution",
-    "num_steps": "num_steps",
-    "tol": "tol",
-    "tol_sigma": "tol_sigma",
-}
+# Entries of provenance that must be equal.
+SHARED = (
+    "model", "fingerprints", "loss", "batchnorm", "dtype", "matmul_precision", "seed", "distribution", "num_steps",
+    "tol", "tol_sigma",
+)  # fmt: skip
+_TEXTS = {"fingerprints": "fingerprints of parameters and data"}
 # Entries that may differ; the result lists those of every run.
 _OWN = ("first_probe", "num_probes", "engine", "torch", "blockhess", "hvps", "seconds")
 _NEEDED = (*SHARED, *_OWN, "loss_value", "plan")
@@ -65,17 +57,15 @@ def merge(runs: Sequence[SpectraData | str | PathLike[str]]) -> SpectraData:
 
 
 def _check_compatible(label: str, first: dict[str, Any], other_label: str, other: dict[str, Any]) -> None:
-    differing = [
-        f"{text} ({first[name]!r} and {other[name]!r})" for name, text in SHARED.items() if first[name] != other[name]
-    ]
+    different = [name for name in SHARED if first[name] != other[name]]
+    differing = [f"{_TEXTS.get(name, name)} ({first[name]!r} and {other[name]!r})" for name in different]
     if not math.isclose(first["loss_value"], other["loss_value"], rel_tol=LOSS_TOLERANCE):
         differing.append(f"value of the loss ({first['loss_value']!r} and {other['loss_value']!r})")
     if (first["engine"] == "ggn") != (other["engine"] == "ggn"):
         differing.append(f"matrix ({first['engine']!r} and {other['engine']!r})")
     if differing:
-        raise ValueError(
-            f"merge: runs must belong together, {label} and {other_label} differ in {'; '.join(differing)}"
-        )
+        text = "; ".join(differing)
+        raise ValueError(f"merge: runs must belong together, {label} and {other_label} differ in {text}")
 
 
 def _of_probes(labels: list[str], runs: list[SpectraData]) -> SpectraData:

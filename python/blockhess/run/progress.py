@@ -12,11 +12,7 @@ from contextlib import contextmanager
 
 
 def check_progress(enabled: bool | str) -> None:
-    """Check a `progress` argument.
-
-    Raises:
-        ValueError: it is not True, False or "auto".
-    """
+    """Raise ValueError unless `enabled` is True, False or "auto"."""
     if enabled not in (True, False, "auto"):
         raise ValueError(f"spectrum: progress must be True, False or 'auto', got {enabled!r}")
 

@@ -82,9 +82,8 @@ class Status:
             f"rate          {self.rate:.3g} products a second, {self.seconds:.3g} s so far",
         ]
         if self.unit is not None:
-            which = f"{self.unit.num_probes} probes of {len(self.unit.blocks)} blocks" if self.unit.num_probes else (
-                f"{len(self.unit.blocks)} blocks, computed exactly"
-            )  # fmt: skip
+            probes, blocks = self.unit.num_probes, f"{len(self.unit.blocks)} blocks"
+            which = f"{probes} probes of {blocks}" if probes else f"{blocks}, computed exactly"
             lines.append(f"current       {which}, step {self.step}")
         if not self.finished:
             lines.append(f"left          {'unknown' if left is None else f'{left:.3g} s at most'}")
@@ -99,12 +98,9 @@ def status(path: str | PathLike[str]) -> Status:
     """
     path = Path(path)
     working = holder(path)
-    if working is not None and not directory.holds_run(path):
-        nothing: dict[str, Any] = {"parts": 0, "unit": None, "step": 0, "hvps": 0, "most": 0, "seconds": 0.0}
-        return Status(path, {}, None, **nothing, finished=False, holder=working, age=math.nan)
-    run = _run(path, "status")
-    parts = directory.parts(path, run["id"])
-    state = _in_work(path, run, parts)
+    if working is not None and directory.begun_run(path) is None:
+        return Status(path, {}, None, 0, None, 0, 0, 0, 0.0, finished=False, holder=working, age=math.nan)
+    run, parts, state = _saved(path, "status")
     files = [path / directory.RUN, path / directory.STATE, *(path / directory.PARTS).iterdir()]
     saved = [file.stat().st_mtime for file in files if file.exists()]
     return Status(
@@ -137,15 +133,13 @@ def partial(path: str | PathLike[str], op: str = "partial") -> SpectraData:
         ValueError: path is not the directory of a run, or nothing has been saved.
     """
     path = Path(path)
-    run = _run(path, op)
-    if (path / directory.RESULT).exists():
+    if directory.begun_run(path) is not None and (path / directory.RESULT).exists():
         return directory.finished(path)
+    run, saved, working = _saved(path, op)
     lists = ("shape", "parameters")
     blocks = [BlockInfo(**block | {name: tuple(block[name]) for name in lists}) for block in run["blocks"]]
     found: list[list[Quadrature]] = [[] for _ in blocks]
-    saved = directory.parts(path, run["id"])
     pieces = [(done.unit, done.part) for _, done, _ in saved]
-    working = _in_work(path, run, saved)
     if working is not None and working[0].num_probes:
         unit, state, *_ = working
         pieces.append((unit, _quadrature(run, [blocks[l] for l in unit.blocks], unit, state)))
@@ -156,14 +150,8 @@ def partial(path: str | PathLike[str], op: str = "partial") -> SpectraData:
     if not known:
         raise ValueError(f"{op}: {path} holds no step of any block yet")
     quadrature = Quadrature.concatenate([Quadrature.concatenate(found[l], 0) for l in known], 1)
-    made = {
-        "model": run["identity"]["model"],
-        "loss": run["identity"]["loss"],
-        "partial": True,
-        "hvps": _hvps(saved, working),
-        "hvps_planned": run["hvps"],
-        "blocks_missing": len(blocks) - len(known),
-    }
+    made = {name: run["identity"][name] for name in ("model", "loss")} | {"partial": True}
+    made |= {"hvps": _hvps(saved, working), "hvps_planned": run["hvps"], "blocks_missing": len(blocks) - len(known)}
     return SpectraData([blocks[l] for l in known], quadrature, made)
 
 
@@ -174,37 +162,25 @@ def _quadrature(run: dict[str, Any], blocks: list[BlockInfo], unit: Unit, state:
     def none(v: torch.Tensor) -> torch.Tensor:
         raise AssertionError("no step is left")
 
+    options = {name: identity[name] for name in ("tol", "distribution")} | {"sigma": identity["tol_sigma"]}
     part = batched_slq(
-        none,
-        [block.dim for block in blocks],
-        num_probes=unit.num_probes,
-        num_steps=state.step,
-        tol=identity["tol"],
-        sigma=identity["tol_sigma"],
-        distribution=identity["distribution"],
-        seed=run["seed"],
-        dtype=getattr(torch, identity["dtype"]),
-        on_nonfinite="mark",
-        state=state,
-    )
+        none, [block.dim for block in blocks], num_probes=unit.num_probes, num_steps=state.step, seed=run["seed"],
+        dtype=getattr(torch, identity["dtype"]), on_nonfinite="mark", state=state, **options,
+    )  # fmt: skip
     ids = tuple(block_id(block.name) for block in blocks)
     return replace(part, num_steps=identity["num_steps"], block_ids=ids)
 
 
-def _run(path: Path, op: str) -> dict[str, Any]:
+def _saved(
+    path: Path, op: str
+) -> tuple[dict[str, Any], list[tuple[int, UnitResult, float]], tuple[Unit, State, int, float] | None]:
+    """Return run.json, the computed units, and the saved state unless its unit is already computed."""
     run = directory.begun_run(path)
     if run is None:
         raise ValueError(f"{op}: {path} must be the directory of a run; start one with: blockhess run JOB --out {path}")
-    return run
+    parts, state = directory.parts(path, run["id"]), directory.state_of(path / directory.STATE, run["id"])
+    return run, parts, None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state
 
 
 def _hvps(parts: list[tuple[int, UnitResult, float]], state: tuple[Unit, State, int, float] | None) -> int:
     return sum(done.hvps for _, done, _ in parts) + (state[2] if state else 0)
-
-
-def _in_work(
-    path: Path, run: dict[str, Any], parts: list[tuple[int, UnitResult, float]]
-) -> tuple[Unit, State, int, float] | None:
-    """Return the saved state, unless its unit is already computed."""
-    state = directory.state_of(path / directory.STATE, run["id"])
-    return None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state

@@ -90,11 +90,7 @@ class RunDirectory(Recorder):
         return None if self.run is None else plan_of(self.run)
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Check that a recorded run is the one of this identity.
-
-        Raises:
-            RunMismatch: with a table of the differences.
-        """
+        """Raise RunMismatch, with a table of the differences, unless a recorded run is the one of this identity."""
         differing = [] if self.run is None else differences(self.run["identity"], identity)
         if differing:
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
@@ -134,7 +130,7 @@ class RunDirectory(Recorder):
         self._seconds = max([seconds for *_, seconds in found] + ([self._state[3]] if self._state else []), default=0.0)
         for number, done, _ in found:
             if keep_vectors and done.unit.num_probes:
-                last = _state_in(_file(self.path, VECTORS, number), self.run["id"])
+                last = state_of(_file(self.path, VECTORS, number), self.run["id"])
                 if last is None:
                     store.disk.unlink(_file(self.path, PARTS, number))
                     continue
@@ -172,8 +168,7 @@ class RunDirectory(Recorder):
         return None if self._state is None else self._state[0]
 
     def is_cut(self, unit: Unit) -> bool:
-        begun = [*self._done, *([self._state[0]] if self._state else [])]
-        return any(unit.holds(other) for other in begun)
+        return any(unit.holds(other) for other in [*self._done, self.in_work()] if other)
 
     def state(self, unit: Unit) -> tuple[State | None, int]:
         if self._state is None or self._state[0] != unit:
@@ -238,13 +233,8 @@ def opened(path: str | PathLike[str], ranks: ProcessGroup = SINGLE_PROCESS) -> I
         yield run
 
 
-def holds_run(path: str | PathLike[str]) -> bool:
-    """Return whether path is the directory of a run; False for a file or another folder."""
-    return begun_run(Path(path)) is not None
-
-
 def begun_run(path: Path) -> dict[str, Any] | None:
-    """Return the content of run.json, or None if path is not the directory of a run.
+    """Return the content of run.json, or None if path is a file, or a folder that holds no run.
 
     Raises:
         ValueError: run.json is damaged or of another version.
@@ -304,12 +294,9 @@ def parts(path: Path, run: str) -> list[tuple[int, UnitResult, float]]:
 
 def state_of(file: Path, run: str) -> tuple[Unit, State, int, float] | None:
     """Return unit, state, number of products and seconds of the run in a state file, or None if it is not readable."""
-    return _state_in(file, run) if _any_generation(file) else None
-
-
-def _state_in(file: Path, run: str) -> tuple[Unit, State, int, float] | None:
-    with _warned(file):
-        return read_state(file, run)
+    if _any_generation(file):
+        with _warned(file):
+            return read_state(file, run)
     return None
 
 
@@ -333,7 +320,7 @@ def finished(path: str | PathLike[str]) -> SpectraData:
         ValueError: the run is not finished, or a file is damaged.
     """
     path = Path(path)
-    if not (path / RESULT).exists() and holds_run(path):
+    if not (path / RESULT).exists() and begun_run(path) is not None:
         raise ValueError(f"run_dir: run must be finished, {path} is not; resume it with the same arguments first")
     result = files.read(path / RESULT)
     run = ((path / VECTORS).is_dir() and read_run(path)) or {}

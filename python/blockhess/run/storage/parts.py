@@ -21,8 +21,7 @@ def write_part(path: str | PathLike[str], run: str, done: UnitResult, seconds: f
     """Write the result of a unit and the seconds that the run has taken so far."""
     values = {f.name: getattr(done.part, f.name) for f in dataclasses.fields(done.part)}
     tensors = {name: values.pop(name) for name in Quadrature.TENSORS}
-    header = {"run": run, "unit": dataclasses.asdict(done.unit), "hvps": done.hvps, "seconds": seconds}
-    store.write(path, tensors, header | {"quadrature": values})
+    store.write(path, tensors, _header(run, done.unit, done.hvps, seconds) | {"quadrature": values})
 
 
 def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
@@ -40,14 +39,7 @@ def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
 
 def write_state(path: str | PathLike[str], run: str, unit: Unit, state: State, hvps: int, seconds: float) -> None:
     """Write the state of a unit, the number of products computed for it, and the seconds that the run has taken."""
-    header = {
-        "run": run,
-        "unit": dataclasses.asdict(unit),
-        "hvps": hvps,
-        "seconds": seconds,
-        "step": state.step,
-        "reorthogonalize": state.reorthogonalize,
-    }
+    header = _header(run, unit, hvps, seconds) | {"step": state.step, "reorthogonalize": state.reorthogonalize}
     store.write(path, state.tensors, header)
 
 
@@ -73,6 +65,10 @@ def _check(path: str | PathLike[str], header: dict[str, Any], run: str, what: st
         yield
     except (TypeError, LookupError, ValueError) as error:
         raise ValueError(f"read: {path} is not {what} of a run: {error}") from None
+
+
+def _header(run: str, unit: Unit, hvps: int, seconds: float) -> dict[str, Any]:
+    return {"run": run, "unit": dataclasses.asdict(unit), "hvps": hvps, "seconds": seconds}
 
 
 def _unit(header: dict[str, Any]) -> Unit:

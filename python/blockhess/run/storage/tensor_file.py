@@ -14,25 +14,16 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 2**24  # bytes; a parsed header takes about 20 times as much memory
@@ -47,14 +38,8 @@ class Damaged(Exception):
     """The file is damaged; the text says how and follows the file's name."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Position of a tensor in the bytes after the header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+# Tensor's dtype, shape, and first and last offset in the bytes after the header.
+Entry: TypeAlias = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
 def checksum(parts: Iterable[bytes | memoryview]) -> bytes:
@@ -134,7 +119,7 @@ def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]
     stop = 0
     for name, entry in entries.items():
         found[name] = _entry(name, entry, stop)
-        stop = found[name].stop
+        stop = found[name][-1]
     if stop != data_size:
         raise Damaged(f"its tensors must take the {data_size} bytes that follow the header, got {stop}")
     return found, header
@@ -170,7 +155,7 @@ def _entry(name: str, entry: Any, start: int) -> Entry:
     dtype = DTYPES[code]
     if start % dtype.itemsize or offsets != [start, start + math.prod(shape) * dtype.itemsize]:
         raise Damaged(f"tensor {brief(name)} of shape {brief(shape)} does not fit its offsets {offsets}")
-    return Entry(dtype, tuple(shape), *offsets)
+    return dtype, tuple(shape), *offsets
 
 
 def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -183,12 +168,12 @@ def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Ent
     if checksum([start, text[:at], text[at + DIGITS :], memoryview(data)]) != text[at : at + DIGITS]:
         raise Damaged("its checksum is wrong: it was damaged or changed")
     tensors = {}
-    for name, entry in entries.items():
-        if entry.start == entry.stop:
-            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+    for name, (dtype, shape, start_at, stop) in entries.items():
+        if start_at == stop:
+            tensors[name] = torch.empty(shape, dtype=dtype)
             continue
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start)
-        if entry.dtype == torch.bool and int(flat.max()) > 1:
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - start_at, offset=start_at)
+        if dtype == torch.bool and int(flat.max()) > 1:
             raise Damaged(f"tensor {brief(name)} must hold 0 and 1 alone")
-        tensors[name] = flat.view(entry.dtype).reshape(entry.shape)
+        tensors[name] = flat.view(dtype).reshape(shape)
     return tensors
