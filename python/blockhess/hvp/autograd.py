@@ -30,50 +30,48 @@ class AutogradEngine:
 
     def __init__(self, problem: Problem, retain: bool = True) -> None:
         self._problem = problem
-        self._gradients = PerBatch(lambda index: problem.gradients(index, create_graph=True), retain)
+        self._graphs = PerBatch(self._graph, retain)
+
+    def _graph(self, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Return the tensors in the graph of a batch that a product differentiates, one per parameter, and others."""
+        gradients = self._problem.gradients(index, create_graph=True)
+        # The loss is linear in a parameter whose gradient requires no gradient.
+        return {name: g for name, g in gradients.items() if g.requires_grad}, ()
 
     def prepare(self, index: int) -> None:
-        """See `Engine`."""
-        self._gradients.select(index)
+        self._graphs.select(index)
 
     def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        """See `Engine`."""
-        block, parameters, gradients = self._problem.blocks[number], self._problem.parameters, self._gradients.value
-        # The loss is linear in a parameter whose gradient requires no gradient.
-        live = [name for name in block.parameters if name in gradients and gradients[name].requires_grad]
+        block, parameters, (graph, _) = self._problem.blocks[number], self._problem.parameters, self._graphs.value
+        live = [name for name in block.parameters if name in graph]
         if not live:
             return None
-        outputs = [gradients[name] for name in live]
-        inputs = [parameters[name] for name in block.parameters]
+        outputs, inputs = [graph[name] for name in live], [parameters[name] for name in block.parameters]
         result = torch.zeros_like(vectors)
         for vector, row in zip(vectors, result):
             tangents = block.spread(vector, parameters)
-            products = second_derivative(self._problem, number, outputs, inputs, [tangents[name] for name in live])
+            products = self._multiply(number, outputs, inputs, [tangents[name] for name in live])
             block.gather(dict(zip(block.parameters, products)), into=row)
         return result
 
+    def _multiply(
+        self, number: int, outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the derivatives of sum_i <outputs_i, directions_i> by the inputs, for block `number`.
 
-def second_derivative(
-    problem: Problem,
-    number: int,
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    directions: Sequence[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """Return the derivatives of sum_i <outputs_i, directions_i> by the inputs, for block `number`; retain the graph.
-
-    Raises:
-        NotImplementedError: an operation in the graph has no second derivative; names it and its module.
-    """
-    try:
-        return problem.differentiate(outputs, inputs, directions, retain_graph=True)
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        if "not implemented" in text or "double backward" in text:
-            found = re.search(r"(?:aten::|')(\w+)", text)
-            where, advice = problem.locate(found[1] if found else "")
-            raise NotImplementedError(
-                f"spectrum: block {problem.infos[number].name!r} needs a second derivative that an operation "
-                f"{where}lacks ({text}); {advice}"
-            ) from error
-        raise
+        Raises:
+            NotImplementedError: an operation in the graph has no second derivative; names it and its module.
+        """
+        problem = self._problem
+        try:
+            return problem.differentiate(outputs, inputs, directions, retain_graph=True)
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            if "not implemented" in text or "double backward" in text:
+                found = re.search(r"(?:aten::|')(\w+)", text)
+                where, advice = problem.locate(found[1] if found else "")
+                raise NotImplementedError(
+                    f"spectrum: block {problem.infos[number].name!r} needs a second derivative that an operation "
+                    f"{where}lacks ({text}); {advice}"
+                ) from error
+            raise

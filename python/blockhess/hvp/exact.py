@@ -48,20 +48,16 @@ def exact_quadratures(
     dense = [torch.zeros(dim, dim, dtype=problem.dtype) for dim in dims]
     if state is not None:
         dense = [state.tensors[str(l)] for l in range(len(dims))]
-    starts = [sum(dims[:l]) for l in range(len(dims))]
     for first in range(0 if state is None else state.step, max(dims), rows):
         v = torch.zeros(rows, sum(dims), dtype=problem.dtype, device=problem.device)
         finished = torch.ones(rows, len(dims), dtype=torch.bool)
-        for l, dim in enumerate(dims):
-            for row in range(min(rows, dim - first)):
-                v[row, starts[l] + first + row] = 1
-                finished[row, l] = False
+        for l, (dim, vectors) in enumerate(zip(dims, torch.split(v, dims, dim=1))):
+            vectors[:, first:].diagonal().fill_(1)
+            finished[: max(0, dim - first), l] = False
         operator.mark_finished(finished)
-        products = operator(v)
-        for l, dim in enumerate(dims):
-            k = min(rows, dim - first)
-            if k > 0:
-                dense[l][first : first + k] = products[:k, starts[l] : starts[l] + dim].cpu()
+        for matrix, products in zip(dense, torch.split(operator(v), dims, dim=1)):
+            part = matrix[first : first + rows]
+            part.copy_(products[: len(part)])
         on_state(State(first + rows, ("exact",) * len(dims), {str(l): matrix for l, matrix in enumerate(dense)}))
     dtype = str(problem.dtype).removeprefix("torch.")
     return [

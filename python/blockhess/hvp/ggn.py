@@ -8,15 +8,16 @@ the derivative of the linear map s -> J^T s, whose graph is built once per batch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from blockhess.hvp.autograd import second_derivative
-from blockhess.hvp.operator import PerBatch
+from blockhess.hvp.autograd import AutogradEngine
 from blockhess.problem.problem import Problem
 
 
-class GaussNewtonEngine:
+class GaussNewtonEngine(AutogradEngine):
     """Gauss-Newton products by torch.autograd, one vector at a time.
 
     Args:
@@ -28,50 +29,26 @@ class GaussNewtonEngine:
     """
 
     name = "ggn"
-    rows = 1
 
     def __init__(self, problem: Problem, retain: bool = True) -> None:
-        self._problem = problem
-        self._graphs = PerBatch(lambda index: _Graph(problem, index), retain)
+        super().__init__(problem, retain)
         problem.outputs(0)  # raises for an unsuitable loss before any product
 
-    def prepare(self, index: int) -> None:
-        """See `Engine`."""
-        self._graphs.select(index)
-
-    def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        """See `Engine`."""
-        problem, graph, block = self._problem, self._graphs.value, self._problem.blocks[number]
-        live = [name for name in block.parameters if name in graph.pullback]
-        if not live:
-            return None
-        pullback = [graph.pullback[name] for name in live]
-        inputs = [problem.parameters[name] for name in live]
-        result = torch.zeros_like(vectors)
-        for vector, row in zip(vectors, result):
-            tangents = block.spread(vector, problem.parameters)
-            directions = [tangents[name] for name in live]
-            (jv,) = second_derivative(problem, number, pullback, [graph.cotangent], directions)
-            if jv is None:
-                continue
-            (hjv,) = second_derivative(problem, number, [graph.slope], [graph.outputs], [jv])
-            if hjv is None:
-                continue
-            products = second_derivative(problem, number, [graph.outputs], inputs, [hjv])
-            block.gather(dict(zip(live, products)), into=row)
-        return result
-
-
-class _Graph:
-    """Outputs z of one batch, slope = dloss/dz, and pullback = J^T s as a function of the cotangent s."""
-
-    def __init__(self, problem: Problem, index: int) -> None:
-        self.outputs, loss = problem.outputs(index)
-        slope = problem.differentiate(loss, self.outputs, create_graph=True)[0]
+    def _graph(self, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Return J^T s by parameter, and the outputs z, dloss/dz and the cotangent s."""
+        problem = self._problem
+        outputs, loss = problem.outputs(index)
+        slope = problem.differentiate(loss, outputs, create_graph=True)[0]
         if slope is None:
             raise TypeError("spectrum: loss_fn must compute the loss from the model's logits for engine='ggn'")
-        self.slope = slope
-        self.cotangent = torch.zeros_like(self.outputs, requires_grad=True)
-        parameters = problem.parameters
-        found = problem.differentiate(self.outputs, list(parameters.values()), self.cotangent, create_graph=True)
-        self.pullback = {name: p for name, p in zip(parameters, found) if p is not None}
+        cotangent = torch.zeros_like(outputs, requires_grad=True)
+        pullback = problem.differentiate(outputs, list(problem.parameters.values()), cotangent, create_graph=True)
+        return {n: p for n, p in zip(problem.parameters, pullback) if p is not None}, (outputs, slope, cotangent)
+
+    def _multiply(
+        self, number: int, pullback: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        outputs, slope, cotangent = self._graphs.value[1]
+        (jv,) = super()._multiply(number, pullback, [cotangent], directions)
+        (hjv,) = (None,) if jv is None else super()._multiply(number, [slope], [outputs], [jv])
+        return () if hjv is None else super()._multiply(number, [outputs], inputs, [hjv])

@@ -20,17 +20,10 @@ Batch: TypeAlias = Any  # anything the loss accepts: (inputs, targets), a mappin
 
 
 def as_batches(data: Any, *, pairs: bool) -> list[Batch]:
-    """Return the batches in `data`.
+    """Return the batches in `data`, at least one.
 
     A tensor, a tuple or a mapping is one batch; a list, a DataLoader or any other iterable holds batches. If the loss
-    takes pairs, a list of exactly two tensors is one (inputs, targets) batch.
-
-    Args:
-        data: one batch or a collection of batches.
-        pairs: whether the loss takes (inputs, targets).
-
-    Returns:
-        The batches, at least one.
+    takes pairs (inputs, targets), a list of exactly two tensors is one batch.
 
     Raises:
         ValueError: no batch, an empty batch, an iterator (which may be infinite), a map-style Dataset (which holds
@@ -73,11 +66,8 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     """Yield the tensors in a batch, depth first."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
+    elif isinstance(batch, Mapping | tuple | list):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
             yield from tensors(value)
 
 

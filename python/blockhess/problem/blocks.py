@@ -80,10 +80,11 @@ BlockSpec: TypeAlias = "str | Mapping[str, Selection] | list[tuple[str, str]]"
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter tensor, or the slice of it that belongs to a block."""
+    """A parameter tensor under its first name, or the slice of it that belongs to a block."""
 
     name: str
     tensor: Tensor
+    aliases: tuple[str, ...] = ()
     part: ParameterSlice | None = None
 
     @property
@@ -122,10 +123,10 @@ class Block:
             values = part.reshape(*lead, *piece.shape).to(like.dtype)
             if piece.part is None:
                 spread[piece.name] = values
-                continue
-            if piece.name not in spread:
-                spread[piece.name] = values.new_zeros(*lead, *like.shape)
-            piece.of(spread[piece.name]).copy_(values)
+            else:
+                if piece.name not in spread:
+                    spread[piece.name] = values.new_zeros(*lead, *like.shape)
+                piece.of(spread[piece.name]).copy_(values)
         return spread
 
     def gather(self, tensors: Mapping[str, Tensor | None], into: Tensor) -> None:
@@ -238,8 +239,7 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
                 f"spectrum: blocks must be 'parameter', 'full', a dict of block names or a list of (regex, group) "
                 f"pairs, got {blocks!r}"
             )
-        pieces = [Piece(n.name, n.tensor) for n in trainable]
-        groups = {"full": pieces} if blocks == "full" else {p.name: [p] for p in pieces}
+        groups = {"full": trainable} if blocks == "full" else {n.name: [n] for n in trainable}
     elif isinstance(blocks, Mapping):
         for name in blocks:
             if not isinstance(name, str):
@@ -252,27 +252,17 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
     if not groups:
         raise ValueError(f"spectrum: blocks must name at least one block, got {blocks!r}")
 
-    tied = {n.name: n.aliases for n in named if n.aliases}
-    made = tuple(_block(name, tuple(pieces), tied) for name, pieces in groups.items())
-    return Partition(made, tuple(n.name for n in named if n.name in frozen), tied)
+    made = tuple(_block(name, tuple(pieces)) for name, pieces in groups.items())
+    return Partition(
+        made, tuple(n.name for n in named if n.name in frozen), {n.name: n.aliases for n in named if n.aliases}
+    )
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A parameter tensor, its first name and its other names."""
-
-    name: str
-    tensor: Tensor
-    aliases: tuple[str, ...] = ()
-
-
-def _names(model: nn.Module) -> list[_Named]:
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
+def _names(model: nn.Module) -> list[Piece]:
+    names: dict[Tensor, list[str]] = {}  # tensors are compared by identity
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(_canonical(name))
-        tensors[id(tensor)] = tensor
-    return [_Named(first, tensors[key], tuple(rest)) for key, (first, *rest) in names.items()]
+        names.setdefault(tensor, []).append(_canonical(name))
+    return [Piece(first, tensor, tuple(rest)) for tensor, (first, *rest) in names.items()]
 
 
 def _canonical(name: str) -> str:
@@ -280,7 +270,7 @@ def _canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _lookup(named: Sequence[_Named], name: str) -> _Named:
+def _lookup(named: Sequence[Piece], name: str) -> Piece:
     every = {alias: n for n in named for alias in (n.name, *n.aliases)}
     wanted = _canonical(name)
     for candidate in (wanted, wanted.removeprefix("module.")):
@@ -291,7 +281,7 @@ def _lookup(named: Sequence[_Named], name: str) -> _Named:
     raise ValueError(f"spectrum: blocks: the model has no parameter {name!r}{hint}")
 
 
-def _select(named: Sequence[_Named], frozen: set[str], block: str, selection: Selection) -> list[Piece]:
+def _select(named: Sequence[Piece], frozen: set[str], block: str, selection: Selection) -> list[Piece]:
     items = [selection] if isinstance(selection, (str, ParameterSlice)) else selection
     if not isinstance(items, Sequence) or not items or not all(isinstance(i, (str, ParameterSlice)) for i in items):
         raise ValueError(
@@ -303,13 +293,12 @@ def _select(named: Sequence[_Named], frozen: set[str], block: str, selection: Se
         found = _lookup(named, item.name if isinstance(item, ParameterSlice) else item)
         if found.name in frozen:
             raise ValueError(f"spectrum: blocks[{block!r}]: parameter {found.name!r} is frozen (requires_grad=False)")
-        part = None
         if isinstance(item, ParameterSlice):
-            part = ParameterSlice(found.name, item.start, item.stop, item.dim)
-            shape = tuple(found.tensor.shape)
+            part, shape = replace(item, name=found.name), found.shape
             if not 0 <= part.dim < len(shape) or not 0 <= part.start < part.stop <= shape[part.dim]:
                 raise ValueError(f"spectrum: blocks[{block!r}]: {part!r} must lie within shape {shape}")
-        pieces.append(Piece(found.name, found.tensor, part))
+            found = replace(found, part=part)
+        pieces.append(found)
     _refuse_overlap(block, pieces)
     return pieces
 
@@ -328,7 +317,7 @@ def _refuse_overlap(block: str, pieces: Sequence[Piece]) -> None:
                 )
 
 
-def _match(trainable: Sequence[_Named], pairs: Sequence[tuple[str, str]]) -> dict[str, list[Piece]]:
+def _match(trainable: Sequence[Piece], pairs: Sequence[tuple[str, str]]) -> dict[str, list[Piece]]:
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(s, str) for s in pair):
             raise ValueError(f"spectrum: blocks must be a list of (regex, group) pairs of strings, got {pair!r}")
@@ -342,7 +331,7 @@ def _match(trainable: Sequence[_Named], pairs: Sequence[tuple[str, str]]) -> dic
             except (re.error, IndexError) as error:
                 raise ValueError(f"spectrum: blocks: pair {(regex, template)!r} must be a regex, {error}") from None
             if found:
-                groups.setdefault(group, []).append(Piece(n.name, n.tensor))
+                groups.setdefault(group, []).append(n)
                 unmatched.discard(regex)
                 break
     if unmatched:
@@ -354,17 +343,17 @@ def _match(trainable: Sequence[_Named], pairs: Sequence[tuple[str, str]]) -> dic
     return groups
 
 
-def _block(name: str, pieces: tuple[Piece, ...], tied: Mapping[str, tuple[str, ...]]) -> Block:
+def _block(name: str, pieces: tuple[Piece, ...]) -> Block:
     for piece in pieces:
         _check_dtype(piece)
-    parameters = tuple(dict.fromkeys(p.name for p in pieces))
+    aliases = {p.name: p.aliases for p in pieces}
     dim = sum(prod(p.shape) for p in pieces)
     if dim == 0:
         raise ValueError(f"spectrum: block {name!r} must have at least one entry, got shape {pieces[0].shape}")
-    aliases = [alias for p in parameters for alias in tied.get(p, ())]
-    note = f"tied with {', '.join(aliases)}" if aliases else ""
+    others = [alias for names in aliases.values() for alias in names]
+    note = f"tied with {', '.join(others)}" if others else ""
     shape = pieces[0].shape if len(pieces) == 1 else (dim,)
-    return Block(BlockInfo(name, shape, dim, parameters, note), pieces)
+    return Block(BlockInfo(name, shape, dim, tuple(aliases), note), pieces)
 
 
 def _check_dtype(piece: Piece) -> None:
@@ -373,8 +362,10 @@ def _check_dtype(piece: Piece) -> None:
     dtype = piece.tensor.dtype
     if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return
+    advice = "it cannot be trained: make it a buffer"
     if dtype.is_complex:
-        advice = "give its real and imaginary part as two real parameters, or name the other parameters in blocks="
-    else:
-        advice = "it cannot be trained: make it a buffer, or name the other parameters in blocks="
-    raise ValueError(f"spectrum: parameter {piece.name!r} must be a real floating-point number, got {dtype}; {advice}")
+        advice = "give its real and imaginary part as two real parameters"
+    raise ValueError(
+        f"spectrum: parameter {piece.name!r} must be a real floating-point number, got {dtype}; {advice}, or name the "
+        "other parameters in blocks="
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,17 @@ from blockhess.problem.batches import Batch, batch_size
 Weight = Tensor | float | int | None
 
 
-class Loss(Protocol):
-    """Interface of the losses that `make_loss` returns."""
+class Loss:
+    """Base class of the losses that `make_loss` returns."""
 
     name: str
-    pairs: bool  # batches are (inputs, targets)
-    averaged: bool  # the total loss is the weighted mean over batches, otherwise the sum
-    calls_model: bool  # the batch is passed to the model unchanged, so it must be on the model's device
+    pairs = False  # batches are (inputs, targets)
+    averaged = True  # the total loss is the weighted mean over batches, otherwise the sum
+    calls_model = True  # the batch is passed to the model unchanged, so it must be on the model's device
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
         """Return the loss of the batch, and its weight or None if that is unknown."""
-        ...
+        raise NotImplementedError
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the outputs of the model, and the loss computed from them.
@@ -38,7 +38,10 @@ class Loss(Protocol):
         Raises:
             TypeError: the outputs are not accessible.
         """
-        ...
+        raise TypeError(
+            f"spectrum: loss_fn must be a criterion such as nn.CrossEntropyLoss(), or None for a Transformers model, "
+            f"where the model's outputs matter (engine='ggn'), got {self.name}"
+        )
 
 
 def make_loss(loss_fn: Callable[..., Any] | None) -> Loss:
@@ -62,22 +65,19 @@ def make_loss(loss_fn: Callable[..., Any] | None) -> Loss:
         return TransformersLoss()
     if not callable(loss_fn):
         raise TypeError(f"spectrum: loss_fn must be callable or None, got {type(loss_fn).__name__}")
-    function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
     if isinstance(loss_fn, nn.Module):
         counts_targets = isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss)
         options = vars(loss_fn) | dict(loss_fn.named_buffers())
         return CriterionLoss(loss_fn, type(loss_fn).__name__, options, counts_targets)
+    function, options = (loss_fn.func, loss_fn.keywords) if isinstance(loss_fn, functools.partial) else (loss_fn, {})
     if getattr(function, "__module__", None) == F.__name__:
-        options = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
         return CriterionLoss(loss_fn, function.__name__, options, function in (F.cross_entropy, F.nll_loss))
     return ClosureLoss(loss_fn)
 
 
-class ClosureLoss:
+class ClosureLoss(Loss):
     """`loss_fn(model, batch)` -> mean loss or (mean loss, weight)."""
 
-    pairs = False
-    averaged = True
     calls_model = False
 
     def __init__(self, loss_fn: Callable[..., Any]) -> None:
@@ -90,15 +90,8 @@ class ClosureLoss:
             return result
         return result, batch_size(batch)
 
-    def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Raise a TypeError: a closure does not expose the outputs."""
-        raise TypeError(
-            f"spectrum: loss_fn must be a criterion such as nn.CrossEntropyLoss(), or None for a Transformers model, "
-            f"where the model's outputs matter (engine='ggn'), got {self.name}"
-        )
 
-
-class CriterionLoss:
+class CriterionLoss(Loss):
     """`criterion(model(inputs), targets)`.
 
     Args:
@@ -108,7 +101,6 @@ class CriterionLoss:
     """
 
     pairs = True
-    calls_model = True
 
     def __init__(
         self, criterion: Callable[..., Any], name: str, options: Mapping[str, Any], counts_targets: bool
@@ -116,11 +108,8 @@ class CriterionLoss:
         reduction = options.get("reduction", "mean")
         if reduction == "none":
             raise ValueError(f"spectrum: loss_fn must return one number, got {name} with reduction='none'")
-        self.name = name
-        self.averaged = reduction != "sum"
-        self._criterion = criterion
-        self._options = options
-        self._counts_targets = counts_targets
+        self.name, self.averaged = name, reduction != "sum"
+        self._criterion, self._options, self._counts_targets = criterion, options, counts_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
         inputs, targets = self._pair(batch)
@@ -128,7 +117,6 @@ class CriterionLoss:
         return loss, self._count(targets) if self._counts_targets else batch_size(batch)
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As in `Loss`."""
         inputs, targets = self._pair(batch)
         outputs = model(inputs)
         if not isinstance(outputs, Tensor):
@@ -141,8 +129,7 @@ class CriterionLoss:
                 f"spectrum: data must hold pairs (inputs, targets) for {self.name}, got {_describe(batch)}; "
                 "for other batches pass loss_fn(model, batch)"
             )
-        inputs, targets = batch
-        return inputs, targets
+        return batch[0], batch[1]
 
     def _count(self, targets: Tensor) -> Weight:
         """Return the denominator of the mean in cross-entropy."""
@@ -153,13 +140,10 @@ class CriterionLoss:
         return kept.numel() if class_weights is None else class_weights[kept].sum()
 
 
-class TransformersLoss:
+class TransformersLoss(Loss):
     """`model(**batch).loss`, the loss that Transformers models compute from `labels`."""
 
     name = "model(**batch).loss"
-    pairs = False
-    averaged = True
-    calls_model = True
 
     def __init__(self) -> None:
         self._shifted: bool | None = None  # position t is compared with label t + 1
@@ -174,7 +158,6 @@ class TransformersLoss:
         return loss, (labels[:, 1:] if self._shifted else labels).ne(-100).sum()
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As in `Loss`; the outputs are the logits."""
         output, loss = self._run(model, batch)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):

@@ -10,9 +10,6 @@ from torch import nn
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
-# Default memory budget as a share of the device's memory.
-DEFAULT_SHARE = 0.5
-
 
 def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
     """Return the memory budget in bytes.
@@ -25,10 +22,8 @@ def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
     """
     if memory_budget is None:
         if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-        else:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(DEFAULT_SHARE * total)
+            return torch.cuda.get_device_properties(device).total_memory // 2
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     text = str(memory_budget).strip()
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
     if isinstance(memory_budget, bool) or not match:

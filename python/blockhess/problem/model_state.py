@@ -12,15 +12,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
 T = TypeVar("T")
-
-# Attention implementations of Transformers that have a second derivative.
-_TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 BATCHNORM = ("eval", "batch", "frozen_batch_stats")
 
@@ -83,7 +80,8 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         if "torch._dynamo" in sys.modules:  # loaded if a module is compiled; importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_restored_buffers(modules))
+        buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+        stack.callback(_restore_buffers, buffers)
         for module in modules:
             # Not by train() and eval(), which some models override with side effects, such as merging LoRA weights.
             _set(stack, module, "training", False)
@@ -152,32 +150,25 @@ def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
 
     stack.callback(restore)
     for owner, name in named:
-        if name not in _TWICE_DIFFERENTIABLE:
+        if name not in ("eager", "sdpa"):  # these have a second derivative
             owner._attn_implementation = "sdpa"
 
 
-@contextmanager
-def _restored_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    saved = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in saved:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+@torch.no_grad()
+def _restore_buffers(saved: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    for module, name, buffer, value in saved:
+        module._buffers[name] = buffer
+        if not torch.equal(buffer, value):
+            buffer.copy_(value)
 
 
 def refuse_sharded(model: nn.Module) -> None:
     """Raise a NotImplementedError if this process holds only shards of the model's parameters."""
-    sharded = next((n for n, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")), None)
-    if sharded is None:
-        sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    if sharded is not None:
-        raise NotImplementedError(
-            f"spectrum: model must hold whole parameters, got {sharded!r} as a shard (FSDP or tensor parallelism); "
-            "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-            "StateDictOptions(full_state_dict=True)), load them into a plain model on every rank, and pass that with "
-            "parallel='recurrences' or 'data'"
-        )
+    for name, parameter in model.named_parameters():
+        if {type(parameter).__name__, type(parameter.data).__name__} & {"DTensor", "FlatParameter"}:
+            raise NotImplementedError(
+                f"spectrum: model must hold whole parameters, got {name!r} as a shard (FSDP or tensor parallelism); "
+                "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+                "StateDictOptions(full_state_dict=True)), load them into a plain model on every rank, and pass that "
+                "with parallel='recurrences' or 'data'"
+            )

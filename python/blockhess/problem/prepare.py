@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockhess.problem import fingerprint
+from blockhess.problem import fingerprint, model_state
 from blockhess.problem.batches import as_batches, batch_size, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.problem.losses import make_loss
 from blockhess.problem.memory import budget_bytes
-from blockhess.problem.model_state import (
-    batchnorm_policy,
-    fixed_state,
-    freeze_batch_statistics,
-    refuse_sharded,
-    setting,
-)
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 from blockhess_ext.arguments import choice
@@ -53,18 +46,18 @@ def prepared_problem(
         raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
     choice("matmul_precision", matmul_precision, ("highest", "high", "medium"), "spectrum")
     model = unwrap(model)
-    refuse_sharded(model)
+    model_state.refuse_sharded(model)
     cut = partition(model, blocks)
     loss = make_loss(loss_fn)
-    precision = setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, matmul_precision)
-    with fixed_state(model, batchnorm), precision:
-        policy = batchnorm_policy(model, batchnorm)
+    get_precision, set_precision = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    with model_state.fixed_state(model, batchnorm), model_state.setting(get_precision, set_precision, matmul_precision):
+        policy = model_state.batchnorm_policy(model, batchnorm)
         # Inside fixed_state, which restores the random number generator that a shuffling DataLoader advances.
         batches = as_batches(data, pairs=loss.pairs)
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
         if policy == "frozen_batch_stats":
-            freeze_batch_statistics(model, lambda batch: loss(model, batch), batches, ranks)
+            model_state.freeze_batch_statistics(model, lambda batch: loss(model, batch), batches, ranks)
         try:
             problem = Problem(model, loss, batches, cut.blocks, dtype, several=ranks.data_size > 1)
         except torch.OutOfMemoryError:

@@ -17,16 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from blockhess.problem import graph
 from blockhess.problem.batches import Batch, check_device, map_tensors, tensors
 from blockhess.problem.blocks import Block, with_note
-from blockhess.problem.graph import (
-    FlopCounter,
-    OperationRecorder,
-    alternative,
-    differentiable_nodes,
-    refuse_third_derivatives,
-    saved_bytes,
-)
 from blockhess.problem.losses import Loss, checked, checked_weight
 from blockhess.problem.model_state import setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
@@ -97,8 +90,7 @@ class Problem:
         self.parameters = {name: self._converted.get(self._places[name][0], p) for name, p in pieces.items()}
         self._data_dtype = next((t.dtype for t in self._converted.values() if t.is_floating_point()), None)
         self.dtype = max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize)
-        if self.dtype.itemsize < 4:
-            self.dtype = torch.float32
+        self.dtype = self.dtype if self.dtype.itemsize >= 4 else torch.float32
         self._survey(batches, several)
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -162,9 +154,8 @@ class Problem:
         used: set[str] = set()
         self.batches: list[Batch] = []
         for index, batch in enumerate(batches):
-            with contextlib.ExitStack() as stack:
-                if not self.batches:
-                    flops = stack.enter_context(FlopCounter())
+            flops = graph.FlopCounter()
+            with contextlib.nullcontext() if self.batches else flops:
                 loss, raw_weight = self._call(self.loss, batch)
             loss = checked(loss, index)
             weight = checked_weight(raw_weight, index, len(batches) + several) if self.loss.averaged else 1.0
@@ -174,28 +165,24 @@ class Problem:
                 raise ValueError(f"spectrum: loss_fn must return a finite loss, got {loss.item()} for batch {index}")
             value = loss.item()
             if self.batches:
-                gradients = self._differentiate(loss, create_graph=False)
+                used.update(self._differentiate(loss, create_graph=False))
             else:
-                refuse_third_derivatives(differentiable_nodes([loss.grad_fn]))
+                graph.refuse_third_derivatives(graph.differentiable_nodes([loss.grad_fn]))
                 gradients = self._differentiate(loss, create_graph=True)
-                nodes = differentiable_nodes(g.grad_fn for g in gradients.values())
+                nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
                 self.graph_nodes = len(nodes)
                 others = (*self.parameters.values(), *tensors(batch))
-                self.graph_bytes = self._call(lambda *_: saved_bytes(nodes, others), ())  # noqa: B023
+                self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), ())  # noqa: B023
                 del nodes
                 self.forward_flops = flops.total
                 gradients = {name: g.detach() for name, g in gradients.items()}
                 del loss  # frees its graph before the next one is built
                 self._check_repeatable(batch, index, value, gradients)
-            used.update(gradients)
-            del gradients
+                used.update(gradients)
+                del gradients
             self.batches.append(batch)
             weights.append(weight)
             values.append(value)
-        if self.batches:
-            sizes = [sum(t.numel() for t in tensors(batch)) for batch in self.batches]
-            self.graph_bytes = int(self.graph_bytes * max(sizes) / max(1, sizes[0]))
-        self.weight, self.n_batches = sum(weights), len(self.batches)
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
         if not used:
@@ -203,6 +190,9 @@ class Problem:
                 "spectrum: loss_fn must depend on the parameters in blocks, got a loss that depends on none of "
                 + ", ".join(list(self.parameters)[:5])
             )
+        sizes = [sum(t.numel() for t in tensors(batch)) for batch in self.batches]
+        self.graph_bytes = int(self.graph_bytes * max(sizes) / max(1, sizes[0]))
+        self.weight, self.n_batches = sum(weights), len(self.batches)
         self.shares = [w / self.weight if self.loss.averaged else 1.0 for w in weights]
         self.loss_value = sum(share * value for share, value in zip(self.shares, values))
         self._use(frozenset(used))
@@ -239,17 +229,17 @@ class Problem:
     def locate(self, backward: str) -> tuple[str, str]:
         """Return where the operation with this backward function is called, as "in ... ", and what to use instead."""
         stem = backward.removesuffix("_backward")
-        with OperationRecorder(self.model) as operations, torch.no_grad():
+        with graph.OperationRecorder(self.model) as operations, torch.no_grad():
             self.evaluate(self.batches[0])
         place = next((where for name, where in operations.places.items() if name.removesuffix("_forward") == stem), "")
-        return f"in {place} " if place else "of the model ", alternative(stem)
+        return f"in {place} " if place else "of the model ", graph.alternative(stem)
 
     def _differentiate(self, loss: Tensor, create_graph: bool) -> dict[str, Tensor]:
         gradients = self.differentiate(loss, list(self.parameters.values()), create_graph=create_graph)
         return {name: g for name, g in zip(self.parameters, gradients) if g is not None}
 
     def _check_repeatable(self, batch: Batch, index: int, value: float, gradients: dict[str, Tensor]) -> None:
-        with OperationRecorder(self.model) as operations:
+        with graph.OperationRecorder(self.model) as operations:
             start = time.perf_counter()
             again = checked(self.evaluate(batch), index)
             _ = again.item()  # synchronizes with a GPU
@@ -283,14 +273,14 @@ class _Computation(nn.Module):
 
 
 def _one_device(parameters: Mapping[str, Tensor]) -> torch.device:
-    first, *others = parameters.items()
-    for name, parameter in others:
-        if parameter.device != first[1].device:
+    (first, device), *others = ((name, parameter.device) for name, parameter in parameters.items())
+    for name, other in others:
+        if other != device:
             raise ValueError(
-                f"spectrum: all parameters in blocks must be on one device, got {first[0]!r} on {first[1].device} "
-                f"and {name!r} on {parameter.device}"
+                f"spectrum: all parameters in blocks must be on one device, got {first!r} on {device} "
+                f"and {name!r} on {other}"
             )
-    return first[1].device
+    return device
 
 
 def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
