@@ -64,9 +64,7 @@ class CharText:
         """Draw windows at random offsets; the target of each character is the one that follows it.
 
         Args:
-            num_batches: number of batches.
-            batch_size: windows per batch.
-            context: characters per window.
+            num_batches, batch_size, context: numbers of batches, windows per batch and characters per window.
             seed: of the offsets.
 
         Returns:
@@ -87,11 +85,7 @@ class CharText:
 def windows(
     tokens: Tensor | np.ndarray[Any, Any], num_batches: int, *, batch_size: int, context: int, seed: int, op: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Draw batches for language models from tokens (n,), which may be a memory-mapped array; see CharText.batches.
-
-    Raises:
-        ValueError: a size is below 1, or there are no more than `context` tokens; the message names `op`.
-    """
+    """Draw batches from tokens (n,), which may be a memory-mapped array; see CharText.batches. Errors name `op`."""
     for name, value in (("num_batches", num_batches), ("batch_size", batch_size), ("context", context)):
         if value < 1:
             raise ValueError(f"{op}: {name} must be at least 1, got {value}")

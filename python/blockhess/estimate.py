@@ -206,10 +206,8 @@ def _run_job(
 ) -> Spectra:
     """Run a job, recorded in the run directory if there is one, or return the result that the directory holds.
 
-    Args:
-        make: returns the job, given the recorder, and the plan of a recorded run.
-        made: provenance that the job itself does not provide; its "seconds" are added to those of the run.
-        start: time.perf_counter() at the beginning of the call.
+    `make` returns the job, given the recorder and the plan of a recorded run. `made` is the provenance that the job
+    itself does not provide; its "seconds" are added to those since `start`.
     """
     if run is None:
         job = make()
@@ -221,13 +219,15 @@ def _run_job(
         fresh = ranks.gather(probe_seed(seed))[0]
         seed = run.run["seed"] if run.run else fresh
         job = make(run, run.plan)
-        run.begin(identity, job.plan, seed, job.infos, identity["keep_vectors"], max(job.plan.hvps - job.hvps, 0))
+        run.begin(identity, job.plan, seed, job.infos, max(job.plan.hvps - job.hvps, 0))
         made = made | {"same_bits_on_resume": identity["deterministic"]}
     most = max(job.plan.hvps - job.hvps, 0) // ranks.size
     with progress_bar(most, "HVP", progress if ranks.rank == 0 else False) as on_hvp:
         quadrature = job.run(seed, on_hvp)
     seconds = made.get("seconds", 0.0) + (time.perf_counter() - start if run is None else run.seconds)
-    spectra = Spectra(job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": seconds}, job.vectors)
+    spectra = Spectra(
+        job.infos, quadrature, made | job.provenance(quadrature) | {"seconds": seconds}, job.records.vectors
+    )
     if run is not None:
         run.finish(spectra)
     return spectra

@@ -142,11 +142,6 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
 
     The divergence is convex, so random probes increase a distance on average; by the triangle inequality, by at most
     about this much. NaN with a single probe.
-
-    Args:
-        spectra: result with at least two probes.
-        sigma: standard deviation of the Gaussian.
-        blocks: names.
     """
     half = spectra.quadrature.num_probes // 2
     if half == 0:

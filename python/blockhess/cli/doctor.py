@@ -33,19 +33,12 @@ Outcome = tuple[bool, str, str]  # ok, found, advice: see Check
 
 @dataclass(frozen=True)
 class Check:
-    """One check of the installation.
-
-    Attributes:
-        name: what is checked.
-        ok: whether it passed.
-        found: what was found.
-        advice: what to do, or "".
-    """
+    """One check of the installation."""
 
     name: str
-    ok: bool
+    ok: bool  # whether it passed
     found: str
-    advice: str = ""
+    advice: str = ""  # what to do
 
 
 def examine() -> list[Check]:

@@ -19,10 +19,7 @@ from blockhess.estimate import spectrum
 
 
 def load(job: str) -> dict[str, Any]:
-    """Call the function that a job names and return the arguments of `spectrum`.
-
-    Args:
-        job: FILE.py:FUNCTION or MODULE:FUNCTION.
+    """Call the function that a job, FILE.py:FUNCTION or MODULE:FUNCTION, names and return the arguments of `spectrum`.
 
     Raises:
         ValueError: there is no such file, module or function, or it does not return arguments of `spectrum`.

@@ -28,11 +28,7 @@ SYMMETRY_TOLERANCE = 10.0
 
 
 class HessianOperator(LinearOperator):  # type: ignore[misc]
-    """The Hessian of one block; made by `block_operators`.
-
-    Attributes:
-        name: name of the block.
-    """
+    """The Hessian of the block `name`; made by `block_operators`."""
 
     def __init__(self, problem: Problem, engine: Engine, number: int, is_open: Callable[[], bool]) -> None:
         self.name = problem.infos[number].name

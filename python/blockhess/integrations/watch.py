@@ -68,11 +68,7 @@ class SpectrumMonitor:
         self._last: int | None = None
 
     def __call__(self, model: nn.Module, step: int) -> Spectra | None:
-        """Compute the spectra of the model if the step is a multiple of `every`.
-
-        Args:
-            model: model at its present parameters.
-            step: of the training.
+        """Compute the spectra of the model if the training's step is a multiple of `every`.
 
         Returns:
             The spectra, with "step" in their provenance; None at other steps, or if the step is that of the last call.

@@ -200,9 +200,6 @@ def check_tokens(model: nn.Module, *tokens: Tensor) -> None:
     """Check tokens against `model.config.vocab_size`, since an embedding on a GPU would abort the process.
 
     Fake and meta tensors, which hold no values, pass.
-
-    Raises:
-        ValueError: a token is not below the vocabulary size.
     """
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is None or any(type(t) is not Tensor or t.is_meta for t in tokens):

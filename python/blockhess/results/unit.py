@@ -7,16 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """Probes first_probe ... first_probe + num_probes - 1 of some blocks.
-
-    Attributes:
-        first_probe: index of the first probe.
-        num_probes: number of probes; 0 for blocks whose Hessians are computed exactly.
-        blocks: indices of the blocks.
-    """
+    """Probes first_probe ... first_probe + num_probes - 1 of some blocks, given by their indices."""
 
     first_probe: int
-    num_probes: int
+    num_probes: int  # 0 for blocks whose Hessians are computed exactly
     blocks: tuple[int, ...]
 
     @property

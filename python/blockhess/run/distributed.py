@@ -64,7 +64,7 @@ class Processes(ProcessGroup):
                 self._data = group
 
     def gather(self, value: Any) -> list[Any]:
-        self._meet(f"meeting {next(self._meetings)}")
+        self.meet(f"meeting {next(self._meetings)}")
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._control)
         return found
@@ -87,12 +87,8 @@ class Processes(ProcessGroup):
             if group is not None:
                 dist.destroy_process_group(group)
 
-    def leave(self) -> None:
-        """Wait until all ranks have finished."""
-        self._meet("end")
-
-    def _meet(self, name: str) -> None:
-        """Wait until all ranks have called this."""
+    def meet(self, name: str) -> None:
+        """Wait until all ranks have called this with the name."""
         present = self._store.add(name, 1)
         while present < self.size:
             self.check()
@@ -133,15 +129,14 @@ def process_group(parallel: Parallel) -> Iterator[ProcessGroup]:
             f"spectrum: parallel={parallel!r} needs torch.distributed.init_process_group() before, in processes that "
             "torchrun starts; see docs/distributed.md"
         )
-    world = dist.get_world_size()
-    shape = _mesh(parallel, world)
+    shape = _mesh(parallel, dist.get_world_size())
     assert dist.group.WORLD is not None
     ranks = Processes(*shape, dist.group.WORLD.get_group_store())
     try:
         ranks.agree({"parallel": str(parallel), "torch": str(torch.__version__)})
         ranks.connect()
         yield ranks
-        ranks.leave()
+        ranks.meet("end")
     except BaseException as error:
         ranks.fail(error)
         raise

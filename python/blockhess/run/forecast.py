@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +147,7 @@ def product_seconds(
     for number in range(len(problem.dims)) if numbers is None else numbers:
         dim = problem.dims[number]
         rows = torch.ones(engine.rows, dim, dtype=problem.dtype, device=problem.device)
-
-        def product(number: int = number, rows: torch.Tensor = rows) -> None:
-            engine.product(number, rows)
-
+        product = partial(engine.product, number, rows)
         found.append(_median(product, clock, problem) / engine.rows if problem.is_used(number) else 0.0)
     return found
 
@@ -168,7 +166,7 @@ def _step_seconds(problem: Problem, clock: Callable[[], float]) -> list[float]:
     return [seconds * dim / sum(problem.dims) for dim in problem.dims]
 
 
-def _median(call: Callable[[], None], clock: Callable[[], float], problem: Problem) -> float:
+def _median(call: Callable[[], object], clock: Callable[[], float], problem: Problem) -> float:
     times = []
     for _ in range(1 + REPEATS):  # the first one is a warm-up
         start = clock()

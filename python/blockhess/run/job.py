@@ -45,6 +45,7 @@ class Job:
     Attributes:
         plan: the plan, updated if tracing fails.
         infos: information on the blocks, with notes.
+        records: the recorder; its `vectors` are the states after the last step, of every unit whose state was kept.
         hvps: number of products computed, including those of `first`.
         hvp_error: block -> error of H v for a random unit vector v; None if it could not be measured.
         shrunk: messages about units that were split because memory ran out.
@@ -60,7 +61,7 @@ class Job:
         more_probes: bool = True,
     ) -> None:
         self._problem, self._options, self._first, self._more_probes = problem, options, first, more_probes
-        self._records = Recorder(options.keep_vectors) if records is None else records
+        self.records = Recorder(options.keep_vectors) if records is None else records
         dims, itemsize = problem.dims, problem.dtype.itemsize
         exact = None
         if first is None:
@@ -72,13 +73,10 @@ class Job:
             exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
         self.plan = plan or make_plan(
             problem,
-            engine=options.engine,
-            num_probes=options.num_probes,
-            num_steps=options.num_steps,
+            **{name: getattr(options, name) for name in ("engine", "num_probes", "num_steps", "keep_vectors")},
             basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
             budget=budget_bytes(options.memory_budget, problem.device),
             exact=exact,
-            keep_vectors=options.keep_vectors,
             least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
         )
         self.infos = problem.infos
@@ -88,11 +86,6 @@ class Job:
         self._too_large, self._exact_rows = math.inf, options.num_probes
         self._zero_within: list[float | None] = [None] * len(self.infos)
         self._ids = [block_id(info.name) for info in problem.infos]
-
-    @property
-    def vectors(self) -> list[tuple[Unit, State]]:
-        """States after the last step, of every unit whose state was kept."""
-        return self._records.vectors
 
     def provenance(self, result: Quadrature) -> dict[str, Any]:
         """Return the entries of the result's provenance that the job determines."""
@@ -155,12 +148,8 @@ class Job:
         return whole
 
     def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[UnitResult]]:
-        """Return a function that divides units among the ranks and returns all results on all of them.
-
-        Raises:
-            ValueError: there are more ranks than recurrences.
-        """
-        problem, records, ranks = self._problem, self._records, self._problem.ranks
+        """Return a function that divides units among the ranks and returns all results on all of them."""
+        problem, records, ranks = self._problem, self.records, self._problem.ranks
         n_exact = sum(self.plan.exact)
         recurrences = n_exact + (len(problem.dims) - n_exact) * self._options.num_probes
         if recurrences < ranks.work_size:
@@ -257,17 +246,17 @@ class Job:
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None
     ) -> Iterator[UnitResult]:
         """Yield the result of the unit, or those of its parts if memory was too small for it."""
-        done = self._records.done(unit)
+        done = self.records.done(unit)
         if done is not None:
             for _ in range(done.hvps):
                 on_hvp()
             yield done
             return
-        if not (unit.halves() and (self._records.is_cut(unit) or self._size(unit) >= self._too_large)):
+        if not (unit.halves() and (self.records.is_cut(unit) or self._size(unit) >= self._too_large)):
             try:
-                with self._records.working():
+                with self.records.working():
                     done = self._compute(unit, engine, seed, on_hvp, state)
-                    self._records.add(done)
+                    self.records.add(done)
             except torch.OutOfMemoryError as error:
                 if self._problem.ranks.data_size > 1:  # all ranks that sum their products would have to split
                     raise torch.OutOfMemoryError(
@@ -291,7 +280,7 @@ class Job:
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None
     ) -> UnitResult:
         """Compute a unit, starting from its recorded state if there is one."""
-        options, problem, records = self._options, self._problem, self._records
+        options, problem, records = self._options, self._problem, self.records
         last, before = records.state(unit)
         last = last or state
         for _ in range(before):
@@ -311,23 +300,11 @@ class Job:
             part, last = Quadrature.concatenate(exact, 1).to(problem.device), None
         else:
             part = blockhess_ext.batched_slq(
-                operator,
-                operator.dims,
-                num_probes=unit.num_probes,
-                first_probe=unit.first_probe,
-                num_steps=options.num_steps,
-                tol=options.tol,
-                sigma=options.tol_sigma,
-                block_ids=ids,
-                distribution=options.distribution,
-                reorthogonalize=[self._basis[l] for l in unit.blocks],
-                seed=seed,
-                dtype=problem.dtype,
-                device=problem.device,
-                on_nonfinite="mark",
-                state=last,
-                on_state=on_state,
-            )
+                operator, operator.dims, num_probes=unit.num_probes, first_probe=unit.first_probe, block_ids=ids,
+                num_steps=options.num_steps, tol=options.tol, sigma=options.tol_sigma, seed=seed,
+                distribution=options.distribution, reorthogonalize=[self._basis[l] for l in unit.blocks],
+                dtype=problem.dtype, device=problem.device, on_nonfinite="mark", state=last, on_state=on_state,
+            )  # fmt: skip
         return UnitResult(unit, part, before + operator.hvps, last if records.keep_vectors else None)
 
     def _size(self, unit: Unit) -> int:

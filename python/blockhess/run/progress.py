@@ -28,10 +28,6 @@ def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterato
 
     Yields:
         A function to call after every item.
-
-    Raises:
-        ImportError: `enabled` is True and tqdm is missing.
-        ValueError: `enabled` is none of these.
     """
     check_progress(enabled)
     try:

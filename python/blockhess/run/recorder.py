@@ -12,31 +12,19 @@ from blockhess_ext import Quadrature, State
 
 @dataclass(frozen=True)
 class UnitResult:
-    """The result of a unit.
-
-    Attributes:
-        unit: the unit.
-        part: its quadrature, whose blocks are in the unit's order.
-        hvps: number of Hessian-vector products computed.
-        last: the state after the last step, if vectors are kept.
-    """
+    """The result of a unit."""
 
     unit: Unit
-    part: Quadrature
-    hvps: int
-    last: State | None = None
+    part: Quadrature  # its blocks are in the unit's order
+    hvps: int  # number of Hessian-vector products computed
+    last: State | None = None  # the state after the last step, if vectors are kept
 
 
 @dataclass
 class Recorder:
-    """Records the work of a job in memory; nothing is known of earlier work.
+    """Records the work of a job in memory; nothing is known of earlier work."""
 
-    Attributes:
-        keep_vectors: whether to keep the state after the last step of every unit.
-        vectors: these states.
-    """
-
-    keep_vectors: bool = False
+    keep_vectors: bool = False  # whether to keep the state after the last step of every unit
     vectors: list[tuple[Unit, State]] = field(default_factory=list)
 
     def done(self, unit: Unit) -> UnitResult | None:

@@ -36,15 +36,7 @@ def copied(state: State) -> tuple[State, Event | None]:
 
 
 class Checkpoints:
-    """Saves states periodically.
-
-    Args:
-        save: writes a state, given with the number of products computed.
-
-    Attributes:
-        seconds: spent saving.
-        count: number of saves.
-    """
+    """Saves states periodically by save(state, number of products); took `seconds` for `count` saves so far."""
 
     def __init__(self, save: Callable[[State, int], None]) -> None:
         self._save = save

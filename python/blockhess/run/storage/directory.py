@@ -19,7 +19,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -96,17 +96,9 @@ class RunDirectory(Recorder):
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
             raise RunMismatch(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
 
-    def begin(
-        self,
-        identity: Mapping[str, Any],
-        plan: Plan,
-        seed: int,
-        blocks: tuple[BlockInfo, ...],
-        keep_vectors: bool,
-        hvps: int,
-    ) -> None:
+    def begin(self, identity: Mapping[str, Any], plan: Plan, seed: int, blocks: Sequence[BlockInfo], hvps: int) -> None:
         """Write run.json of a new run, which needs at most `hvps` products, or read the results of a recorded one."""
-        self.keep_vectors = keep_vectors
+        self.keep_vectors = identity["keep_vectors"]
         if self.run is None:
             self.run = {
                 "version": VERSION,
@@ -120,7 +112,7 @@ class RunDirectory(Recorder):
             if self._ranks.rank:
                 return
             with _explained(self.path):
-                for folder in (PARTS, VECTORS) if keep_vectors else (PARTS,):
+                for folder in (PARTS, VECTORS) if self.keep_vectors else (PARTS,):
                     (self.path / folder).mkdir(exist_ok=True)
                 store.write_json(self.path / RUN, self.run)
             return
@@ -129,7 +121,7 @@ class RunDirectory(Recorder):
         self._next_file = max((number for number, *_ in found), default=-1) + 1 + self._ranks.rank
         self._seconds = max([seconds for *_, seconds in found] + ([self._state[3]] if self._state else []), default=0.0)
         for number, done, _ in found:
-            if keep_vectors and done.unit.num_probes:
+            if self.keep_vectors and done.unit.num_probes:
                 last = state_of(_file(self.path, VECTORS, number), self.run["id"])
                 if last is None:
                     store.disk.unlink(_file(self.path, PARTS, number))
@@ -234,11 +226,7 @@ def opened(path: str | PathLike[str], ranks: ProcessGroup = SINGLE_PROCESS) -> I
 
 
 def begun_run(path: Path) -> dict[str, Any] | None:
-    """Return the content of run.json, or None if path is a file, or a folder that holds no run.
-
-    Raises:
-        ValueError: run.json is damaged or of another version.
-    """
+    """Return the content of run.json, or None if path is a file, or a folder that holds no run."""
     return read_run(path) if path.is_dir() and _any_generation(path / RUN) else None
 
 
@@ -278,11 +266,7 @@ def plan_of(run: Mapping[str, Any]) -> Plan:
 def parts(path: Path, run: str) -> list[tuple[int, UnitResult, float]]:
     """Return number of the file, result, and seconds of the run so far, of every computed unit in order.
 
-    Files that are damaged or of another run are skipped with a warning; their units are computed again.
-
-    Args:
-        path: of the directory.
-        run: id in run.json.
+    Files that are damaged or do not have the id `run` are skipped with a warning; their units are computed again.
     """
     names = (re.match(r"(\d+)\.safetensors", file.name, re.ASCII) for file in (path / PARTS).iterdir())
     found = []

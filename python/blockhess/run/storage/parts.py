@@ -25,11 +25,7 @@ def write_part(path: str | PathLike[str], run: str, done: UnitResult, seconds: f
 
 
 def read_part(path: str | PathLike[str], run: str) -> tuple[UnitResult, float]:
-    """Read a file of `write_part`.
-
-    Raises:
-        ValueError: the file is damaged, of another run, or not the result of a unit.
-    """
+    """Return what `write_part` wrote; a ValueError names a file that is damaged, of another run or of another kind."""
     tensors, header = store.read(path)
     with _check(path, header, run, "a part"):
         labels: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in header["quadrature"].items()}
@@ -44,11 +40,7 @@ def write_state(path: str | PathLike[str], run: str, unit: Unit, state: State, h
 
 
 def read_state(path: str | PathLike[str], run: str) -> tuple[Unit, State, int, float]:
-    """Read a file of `write_state`.
-
-    Raises:
-        ValueError: the file is missing, damaged, of another run, or not the state of a unit.
-    """
+    """Return what `write_state` wrote; raises like `read_part`."""
     tensors, header = store.read(path)
     if "calm" in tensors:  # name of "converged" in earlier files
         tensors["converged"] = tensors.pop("calm")

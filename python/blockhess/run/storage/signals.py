@@ -15,11 +15,7 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end.
-
-    Attributes:
-        signal: number of the signal. Shells expect the exit code 128 + signal.
-    """
+    """A signal, `signal`, asked the process to end. Shells expect the exit code 128 + signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -27,11 +23,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Catcher:
-    """Signal handler.
-
-    Attributes:
-        pending: number of the signal that waits for the end of a step, or None.
-    """
+    """Signal handler; `pending` is the number of the signal that waits for the end of a step, or None."""
 
     def __init__(self) -> None:
         self.pending: int | None = None

@@ -79,13 +79,7 @@ def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_json(path: str | PathLike[str], content: Any) -> None:
-    """Write JSON values to path as `write` does; any JSON reader can read the file.
-
-    Raises:
-        OSError: see write.
-        TypeError: content holds something JSON cannot.
-        ValueError: the text exceeds MAX_HEADER.
-    """
+    """Write JSON values to path as `write` does, up to MAX_HEADER bytes; any JSON reader can read the file."""
     text = json.dumps(content, indent=1).encode()
     if len(text) > MAX_HEADER:
         raise ValueError(f"write_json: text must take at most {MAX_HEADER} bytes, got {len(text)}")

@@ -86,11 +86,7 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> list[bytes
 
 
 def header_length(start: bytes, file_size: int) -> int:
-    """Return the size of the JSON text from the first 8 bytes of a file.
-
-    Raises:
-        Damaged: the file is shorter, or the size is invalid.
-    """
+    """Return the size of the JSON text from the first 8 bytes of a file, or raise Damaged."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > file_size - 8:
         raise Damaged("it is truncated, or no state file")
@@ -100,11 +96,7 @@ def header_length(start: bytes, file_size: int) -> int:
 
 
 def parse(text: bytes, data_size: int) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Return the entries and the header of a file whose tensors take data_size bytes.
-
-    Raises:
-        Damaged: the text or an entry is invalid, or the entries do not cover data_size bytes.
-    """
+    """Return the entries and the header of a file whose tensors take data_size bytes, or raise Damaged."""
     if not text.startswith(_PREFIX):
         raise Damaged("it is no state file")
     try:
