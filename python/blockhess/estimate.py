@@ -183,8 +183,7 @@ def spectrum(
         identity = _identity(problem, options, made, seed) | {"parallel": parallel and str(parallel)}
         ranks.agree(identity)
         options = dataclasses.replace(options, memory_budget=budget)
-        job = partial(Job, problem, options)
-        spectra = _run_job(job, seed, made, start, progress, run, identity, ranks)
+        spectra = _run_job(partial(Job, problem, options), seed, made, start, progress, run, identity, ranks)
     return _checked(spectra, on_nonfinite)
 
 

@@ -35,9 +35,7 @@ from blockhess.spectra import Spectra
 
 PAPER_SIGMA = 1e-5**0.5  # of the paper's code, whatever the scale of the loss
 
-# The ratio above which the curvature factors of two models are called different.
-CLEAR_FACTOR = 10
-
+CLEAR_FACTOR = 10  # the ratio above which the curvature factors of two models are called different
 TEXT_WIDTH = 110
 
 BATCHNORM_MEANINGS = {
@@ -112,20 +110,13 @@ QUICK = Size(
 
 @dataclass(frozen=True)
 class Comparison:
-    """JS0 of the GPT and of the ResNet for one sigma, one set of blocks and one choice of BatchNorm statistics.
-
-    Attributes:
-        sigma, blocks: descriptions of the sigma and of the set of blocks.
-        batchnorm: BatchNorm statistics of the ResNet.
-        gpt, resnet: JS0.
-        gpt_noise, resnet_noise: upper estimates of what the random probes add to JS0; NaN if unknown.
-    """
+    """JS0 of the GPT and of the ResNet for one sigma, one set of blocks and one choice of BatchNorm statistics."""
 
     sigma: str
     blocks: str
-    batchnorm: str
+    batchnorm: str  # of the ResNet
     gpt: float
-    gpt_noise: float
+    gpt_noise: float  # upper estimate of what the random probes add to JS0; NaN if unknown
     resnet: float
     resnet_noise: float
 
@@ -212,10 +203,8 @@ def summarize(comparisons: Sequence[Comparison], ranges: Mapping[str, tuple[floa
     header = ["largest |eigenvalue|", "flattest block", "sharpest block", "factor"]
     table = format_table(header, [[stem, *map(number, r), _brief(_factor(r))] for stem, r in ranges.items()])
     of_gpt, *of_resnets = ranges.values()
-    verdict = textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH)
-    return "\n\n".join(
-        [JS0_TITLE, js0_table, CURVATURE_TITLE, table, PAPERS_READING, js0_verdict(comparisons), verdict, CAVEATS]
-    )
+    verdicts = [js0_verdict(comparisons), textwrap.fill(curvature_verdict(of_gpt, of_resnets), TEXT_WIDTH)]
+    return "\n\n".join([JS0_TITLE, js0_table, CURVATURE_TITLE, table, PAPERS_READING, *verdicts, CAVEATS])
 
 
 @contextmanager
@@ -255,13 +244,10 @@ def subjects(size: Size, seed: int) -> list[Subject]:
         gpt, resnet = GPT(size.gpt), ResNet(size.resnet)
     on_text = f"GPT on {size.windows * size.gpt.context} characters of Shakespeare"
     on_images = f"ResNet on {size.images} images of Fashion-MNIST, BatchNorm"
-    return [
-        Subject("gpt", on_text, gpt, windows, next_token_loss),
-        *(
-            Subject(f"resnet_{batchnorm}", f"{on_images} {batchnorm!r}: {meaning}", resnet, images, loss, batchnorm)
-            for batchnorm, meaning in BATCHNORM_MEANINGS.items()
-        ),
-    ]
+    found = [Subject("gpt", on_text, gpt, windows, next_token_loss)]
+    for policy, meaning in BATCHNORM_MEANINGS.items():
+        found += [Subject(f"resnet_{policy}", f"{on_images} {policy!r}: {meaning}", resnet, images, loss, policy)]
+    return found
 
 
 def gpt_job() -> dict[str, Any]:

@@ -22,9 +22,7 @@ from blockhess._version import __version__
 
 # Optional package -> the extra that installs it.
 OPTIONAL = {"typer": "cli", "tqdm": "cli", "matplotlib": "plot", "pandas": "frames"}
-
 LOG_FACTORIAL_20 = 42.3356164607535
-
 # Largest relative error of a self-test: some hundred roundings in float64.
 TOLERANCE = 1e-11
 

@@ -37,10 +37,8 @@ VERSION = 1
 
 # Largest deviation from 1 of the sum of a recurrence's weights.
 WEIGHT_TOLERANCE = 1e-6
-
 # Largest absolute value of a node: sums of 2^62 squares of such nodes are finite in float64.
 LARGEST_NODE = 1e140
-
 # array -> (dtype, number of dimensions)
 _ARRAYS = {name: ("<f8", 3) for name in ("nodes", "weights", "alpha", "beta")}
 _ARRAYS |= {"steps": ("<i8", 2), "nonfinite": ("|b1", 2)}

@@ -37,11 +37,8 @@ class RankError(RuntimeError):
 class Processes(ProcessGroup):
     """Several processes, those of torch.distributed's default group.
 
-    Every call has groups and store keys of its own, so that a failed call does not affect the next.
-
-    Args:
-        work_size, data_size: shape of the mesh; their product is the world size.
-        root: store of the default group.
+    Every call has groups and store keys of its own, in the default group's store `root`, so that a failed call does not
+    affect the next.
     """
 
     def __init__(self, work_size: int, data_size: int, root: Any) -> None:

@@ -92,7 +92,6 @@ def forecast(
 
     Args:
         prepared: the problem, from `prepared_problem`.
-        options: of the job.
         work, data: number of processes that share recurrences, and that share batches.
         bandwidth: bytes per second between processes.
         clock: returns seconds; time.process_time if the machine has other load.

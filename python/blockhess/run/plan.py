@@ -69,11 +69,7 @@ class Plan:
     why: str
 
     def make(self, problem: Problem) -> Engine:
-        """Return the engine of this plan.
-
-        Raises:
-            NotTraceable: the engine is "traced" and the problem cannot be traced.
-        """
+        """Return the engine of this plan; raises NotTraceable if it is "traced" and the problem cannot be traced."""
         options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
 

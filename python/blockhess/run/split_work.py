@@ -22,16 +22,13 @@ def items_of(unit: Unit) -> list[Item]:
 def shared(
     units: Sequence[Unit], cost: Callable[[int, int], float], size: int, done: Collection[Item] = ()
 ) -> list[list[Unit]]:
-    """Return the units of each of `size` ranks.
+    """Return one list of units for each of `size` ranks; together they hold all recurrences but those in `done`.
 
     Args:
         units: without common recurrences.
         cost: of a recurrence, given block and probe; probe -1 stands for the exact computation of the block.
         size: number of ranks.
         done: recurrences to omit.
-
-    Returns:
-        One list per rank; together they hold all recurrences but those in done.
 
     Example:
         >>> shared([Unit(0, 3, (0, 1))], lambda block, probe: 1.0, 2)

@@ -56,15 +56,7 @@ class RunDirectory(Recorder):
     """Records a run on disk.
 
     Ranks that share recurrences write their own results and states and read those of all ranks. Of the ranks that share
-    batches, which have the same results, the first one writes.
-
-    Args:
-        path: of the directory.
-        signals: handler of the signals that end the run.
-        ranks: processes of the run.
-
-    Attributes:
-        run: content of run.json, or None for a new run.
+    batches, which have the same results, the first one writes. `run` is the content of run.json, None for a new run.
     """
 
     def __init__(self, path: Path, signals: Catcher, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
