@@ -42,15 +42,15 @@ class Status:
     path: Path
     run: dict[str, Any]
     plan: Plan | None
-    parts: int
-    unit: Unit | None
-    step: int
-    hvps: int
-    most: int
-    seconds: float
-    finished: bool
-    holder: str | None
-    age: float
+    parts: int = 0
+    unit: Unit | None = None
+    step: int = 0
+    hvps: int = 0
+    most: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    holder: str | None = None
+    age: float = math.nan
 
     @property
     def rate(self) -> float:
@@ -99,7 +99,7 @@ def status(path: str | PathLike[str]) -> Status:
     path = Path(path)
     working = holder(path)
     if working is not None and directory.begun_run(path) is None:
-        return Status(path, {}, None, 0, None, 0, 0, 0, 0.0, finished=False, holder=working, age=math.nan)
+        return Status(path, {}, None, holder=working)
     run, parts, state = _saved(path, "status")
     files = [path / directory.RUN, path / directory.STATE, *(path / directory.PARTS).iterdir()]
     saved = [file.stat().st_mtime for file in files if file.exists()]

@@ -38,7 +38,7 @@ class Damaged(Exception):
     """The file is damaged; the text says how and follows the file's name."""
 
 
-# Tensor's dtype, shape, and first and last offset in the bytes after the header.
+# A tensor's dtype, shape, and first and past-the-end offset in the bytes after the header.
 Entry: TypeAlias = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
@@ -160,11 +160,11 @@ def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Ent
     if checksum([start, text[:at], text[at + DIGITS :], memoryview(data)]) != text[at : at + DIGITS]:
         raise Damaged("its checksum is wrong: it was damaged or changed")
     tensors = {}
-    for name, (dtype, shape, start_at, stop) in entries.items():
-        if start_at == stop:
+    for name, (dtype, shape, first, stop) in entries.items():
+        if first == stop:
             tensors[name] = torch.empty(shape, dtype=dtype)
             continue
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - start_at, offset=start_at)
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - first, offset=first)
         if dtype == torch.bool and int(flat.max()) > 1:
             raise Damaged(f"tensor {brief(name)} must hold 0 and 1 alone")
         tensors[name] = flat.view(dtype).reshape(shape)
