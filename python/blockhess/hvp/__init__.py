@@ -10,12 +10,6 @@ ENGINES = {"autograd": AutogradEngine, "traced": TracedEngine, "ggn": GaussNewto
 CHOICES = ("auto", *ENGINES, "exact")
 
 __all__ = [
-    "AutogradEngine",
-    "BlockOperator",
-    "CHOICES",
-    "ENGINES",
-    "Engine",
-    "GaussNewtonEngine",
-    "NotTraceable",
+    "AutogradEngine", "BlockOperator", "CHOICES", "ENGINES", "Engine", "GaussNewtonEngine", "NotTraceable",
     "TracedEngine",
-]
+]  # fmt: skip

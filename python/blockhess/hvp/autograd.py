@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,11 +31,12 @@ class AutogradEngine:
 
     def __init__(self, problem: Problem, retain: bool = True) -> None:
         self._problem = problem
-        self._graphs = PerBatch(self._graph, retain)
+        self._graphs = PerBatch(partial(self._graph, problem), retain)  # no cycle: graphs are freed with the engine
 
-    def _graph(self, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    @staticmethod
+    def _graph(problem: Problem, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Return the tensors in the graph of a batch that a product differentiates, one per parameter, and others."""
-        gradients = self._problem.gradients(index, create_graph=True)
+        gradients = problem.gradients(index, create_graph=True)
         # The loss is linear in a parameter whose gradient requires no gradient.
         return {name: g for name, g in gradients.items() if g.requires_grad}, ()
 

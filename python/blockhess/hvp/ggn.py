@@ -34,9 +34,9 @@ class GaussNewtonEngine(AutogradEngine):
         super().__init__(problem, retain)
         problem.outputs(0)  # raises for an unsuitable loss before any product
 
-    def _graph(self, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    @staticmethod
+    def _graph(problem: Problem, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Return J^T s by parameter, and the outputs z, dloss/dz and the cotangent s."""
-        problem = self._problem
         outputs, loss = problem.outputs(index)
         slope = problem.differentiate(loss, outputs, create_graph=True)[0]
         if slope is None:

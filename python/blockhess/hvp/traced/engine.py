@@ -44,10 +44,9 @@ class TracedEngine:
         self.rows = rows
         self._problem, self._compiled = problem, compiled
         self._traces: list[_Trace] = []
-        self._trace_of: dict[int, _Trace] = {}
-        self._values = PerBatch(lambda index: self._find(index).constants(problem.batches[index]), retain)
-        for index in range(len(problem.batches)):  # raises NotTraceable before any product
-            self._find(index)
+        # Raises NotTraceable before any product.
+        self._trace_of = trace_of = [self._find(index) for index in range(len(problem.batches))]
+        self._values = PerBatch(lambda index: trace_of[index].constants(problem.batches[index]), retain)
 
     @property
     def constant_bytes(self) -> int:
@@ -55,12 +54,10 @@ class TracedEngine:
         return self._traces[0].nbytes
 
     def prepare(self, index: int) -> None:
-        """See `Engine`."""
-        self._trace = self._find(index)
+        self._trace = self._trace_of[index]
         self._values.select(index)
 
     def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        """See `Engine`."""
         trace, k = self._trace, len(vectors)
         program = trace.program(number)
         if program is None:
@@ -83,17 +80,15 @@ class TracedEngine:
         return result
 
     def _find(self, index: int) -> _Trace:
-        if index not in self._trace_of:
-            batch = self._problem.batches[index]
-            fitting = [t for t in self._traces if t.reusable and t.signature == _signature(batch)]
-            found = next((trace for trace in fitting if self._agrees(trace, index)), None)
-            if found is None:
-                found = _Trace(self._problem, batch)
-                if not self._agrees(found, index):
-                    raise NotTraceable("the gradient that was traced is not that of autograd")
-                self._traces.append(found)
-            self._trace_of[index] = found
-        return self._trace_of[index]
+        batch = self._problem.batches[index]
+        fitting = [t for t in self._traces if t.reusable and t.signature == _signature(batch)]
+        found = next((trace for trace in fitting if self._agrees(trace, index)), None)
+        if found is None:
+            found = _Trace(self._problem, batch)
+            if not self._agrees(found, index):
+                raise NotTraceable("the gradient that was traced is not that of autograd")
+            self._traces.append(found)
+        return found
 
     def _agrees(self, trace: _Trace, index: int) -> bool:
         gradients = self._problem.gradients(index, create_graph=False)
@@ -106,11 +101,11 @@ class TracedEngine:
         # Some models compute part of their loss in float32, whatever the dtype of their parameters.
         eps = torch.finfo(torch.float32).eps
         noise = 100 * eps * max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
-        return all(_agree(traced[name], g, eps**0.5, noise) for name, g in gradients.items())
-
-
-def _agree(a: Tensor, b: Tensor, rtol: float, atol: float) -> bool:
-    return a.shape == b.shape and float((a - b).norm()) <= rtol * float(b.norm()) + atol * b.numel() ** 0.5
+        return all(
+            traced[name].shape == g.shape
+            and float((traced[name] - g).norm()) <= eps**0.5 * float(g.norm()) + noise * g.numel() ** 0.5
+            for name, g in gradients.items()
+        )
 
 
 class _Trace:
@@ -126,20 +121,19 @@ class _Trace:
         self._problem = problem
         self.names = list(problem.parameters)
         self.signature = _signature(batch)
+        self.reusable = _is_plain(batch)
         self._gradient_names: list[str] = []
         try:
-            self.reusable = _is_plain(batch)
-            traced = self._traced(batch, as_input=self.reusable)
+            self._gradient = self._traced(batch)
         except NotTraceable:
             if not self.reusable:
                 raise
             # Control flow may depend on the batch; then the trace is for this batch only, as a constant.
             self.reusable = False
-            traced = self._traced(batch, as_input=False)
-        self._gradient = traced
-        order = {name: i for i, name in enumerate(self.names)}
+            self._gradient = self._traced(batch)
         outputs = {name: i for i, name in enumerate(self._gradient_names)}
-        linearizer = Linearizer(traced, len(self.names), [outputs.get(name) for name in self.names])
+        linearizer = Linearizer(self._gradient, len(self.names), [outputs.get(name) for name in self.names])
+        order = {name: i for i, name in enumerate(self.names)}
         self._keys = [tuple(order[name] for name in block.parameters) for block in problem.blocks]
         self._programs = {key: linearizer.program(key) for key in dict.fromkeys(self._keys)}
         self._needed = list(dict.fromkeys(c for p in self._programs.values() for c in p.constants))
@@ -149,15 +143,14 @@ class _Trace:
         self._constants = fx.GraphModule(builder.attributes, builder.graph)
         self._functions: dict[Any, Callable[..., Sequence[Tensor | None]]] = {}
 
-    def _traced(self, batch: Any, as_input: bool) -> fx.GraphModule:
+    def _traced(self, batch: Any) -> fx.GraphModule:
         def gradient(parameters: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-            given = _with_tensors(batch, tensors) if as_input else batch
+            given = _with_tensors(batch, tensors) if self.reusable else batch
             found = self._problem.gradients_at(given, dict(zip(self.names, parameters)))
             self._gradient_names = list(found)
             return list(found.values())
 
-        parameters = [self._problem.parameters[name].detach() for name in self.names]
-        return trace_gradient(gradient, parameters, _tensors(batch) if as_input else [], values=not as_input)
+        return trace_gradient(gradient, *self._inputs(batch), values=not self.reusable)
 
     def program(self, number: int) -> Program | None:
         """Return the program of a block, None if its Hessian is zero."""
@@ -179,18 +172,18 @@ class _Trace:
 
     def constants(self, batch: Any) -> dict[fx.Node, Tensor]:
         """Evaluate the constants for a batch."""
+        parameters, tensors = self._inputs(batch)
         with torch.no_grad():
-            return dict(zip(self._needed, self._constants(*self._inputs(batch))))
+            return dict(zip(self._needed, self._constants(*parameters, *tensors)))
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """Evaluate the traced gradient for a batch."""
         with torch.no_grad():
-            inputs, count = self._inputs(batch), len(self.names)
-            return dict(zip(self._gradient_names, self._gradient(inputs[:count], inputs[count:])))
+            return dict(zip(self._gradient_names, self._gradient(*self._inputs(batch))))
 
-    def _inputs(self, batch: Any) -> list[Tensor]:
-        parameters = [self._problem.parameters[name].detach() for name in self.names]
-        return parameters + (_tensors(batch) if self.reusable else [])
+    def _inputs(self, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+        parameters = [p.detach() for p in self._problem.parameters.values()]
+        return parameters, _tensors(batch) if self.reusable else []
 
     def function(self, program: Program, rows: int, compiled: bool) -> Callable[..., Sequence[Tensor | None]]:
         """Return a program as a function of tangents, with a leading dimension if rows > 1, and of constants."""
@@ -226,7 +219,7 @@ def _compiled(module: Callable[..., Any]) -> Callable[..., Any]:
 
 def _batched(program: Program, rows: int) -> Callable[..., Any]:
     """Return the program with a leading dimension of tangents, vectorized by vmap and traced again."""
-    placeholders = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+    placeholders = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder")]
     moving = len(program.parameters)
     module = fx.GraphModule({}, program.graph)
 

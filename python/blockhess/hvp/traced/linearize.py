@@ -14,9 +14,9 @@ Programs do not modify their constants. The same model and batch give the same g
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,47 +30,25 @@ from blockhess.hvp.traced.operations import CONSTANT, DYNAMIC, RESHAPED, SAME, N
 from blockhess.hvp.traced.program import Combination, GraphBuilder, Program, ProgramBuilder, is_node, same_call_key
 from blockhess.hvp.traced.trace import make_functional
 
-
-def _softmax_tangent(y: Tensor, t: Tensor, dim: int) -> Tensor:
-    return y * (t - (y * t).sum(dim, keepdim=True))
-
-
-def _rule_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
-    return _softmax_tangent(aten._softmax.default(x, dim, half_to_float), t, dim)
-
-
-def _rule_safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, t: Tensor) -> Tensor:
-    return _softmax_tangent(aten._safe_softmax.default(x, dim, dtype), t, dim)
-
-
-def _rule_log_softmax(x: Tensor, dim: int, half_to_float: bool, *, t: Tensor) -> Tensor:
-    y = aten._log_softmax.default(x, dim, half_to_float)
-    tangent: Tensor = t - (aten.exp.default(y) * t).sum(dim, keepdim=True)
-    return tangent
-
-
-# Tangents of op(x, ...) for the tangent t of x that are cheaper than those of torch.func.jvp.
-_RULES: dict[Any, Callable[..., Tensor]] = {
-    aten._softmax.default: _rule_softmax,
-    aten._safe_softmax.default: _rule_safe_softmax,
-    aten._log_softmax.default: _rule_log_softmax,
+# Tangents of y = op(x, dim, ...) for the tangent t of x that are cheaper than those of torch.func.jvp.
+_RULES: dict[Any, Callable[[Tensor, Tensor, int], Tensor]] = {
+    aten._softmax.default: lambda y, t, dim: y * (t - (y * t).sum(dim, keepdim=True)),
+    aten._safe_softmax.default: lambda y, t, dim: y * (t - (y * t).sum(dim, keepdim=True)),
+    aten._log_softmax.default: lambda y, t, dim: t - (y.exp() * t).sum(dim, keepdim=True),
 }
 
 
 @dataclass(frozen=True)
 class _Template:
-    """The tangent of one operation as a graph of primals and input tangents.
+    """The tangent of one operation as a function of primals and input tangents.
 
     Attributes:
         linear: nodes that depend on the tangents.
         outputs: tangent of every output of the operation, None where it has none.
     """
 
-    graph: fx.Graph
-    attributes: dict[str, Tensor]
-    primals: tuple[fx.Node, ...]
-    tangents: tuple[fx.Node, ...]
-    linear: frozenset[fx.Node]
+    traced: fx.GraphModule
+    linear: set[fx.Node]
     outputs: tuple[fx.Node | None, ...]
 
 
@@ -91,19 +69,12 @@ class Linearizer:
         (outputs,) = next(n.args for n in reversed(traced.graph.nodes) if n.op == "output")
         flat, _ = tree_flatten(outputs)
         self._gradient = [None if index is None else flat[index] for index in gradients]
-        self._primal: dict[fx.Node, Any] = {}
-        self._copy(traced)
         self._parameters = [n for n in self._nodes if n.op == "placeholder"][:num_parameters]
-        self._below = self._reach(self._nodes, {n: 1 << i for i, n in enumerate(self._parameters)}, forward=True)
-        ends: dict[fx.Node, int] = {}
-        for i, node in enumerate(self._gradient):
-            if is_node(node):
-                ends[node] = ends.get(node, 0) | 1 << i
-        self._above = self._reach(self._nodes, ends, forward=False)
-
-    def _copy(self, traced: fx.GraphModule) -> None:
-        """Copy P into the graph of constants, which thus contains all primal values."""
-        for node in self._nodes:
+        edges = [(source, node) for node in self._nodes for source in node.all_input_nodes]
+        self._below = self._reach(self._parameters, edges)
+        self._above = self._reach(self._gradient, [(node, source) for source, node in reversed(edges)])
+        self._primal: dict[fx.Node, Any] = {}
+        for node in self._nodes:  # copies P into the graph of constants, which thus contains all primal values
             if node.op == "placeholder":
                 self._primal[node] = self.constants.placeholder(node.name, self._empty(node.meta["val"]))
             elif node.op == "get_attr":
@@ -120,7 +91,7 @@ class Linearizer:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
     def _mapped(self, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
+        return fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
 
     def _constant(self, target: Any, args: Any, kwargs: Any, like: Any = None) -> Any:
         """Return the node of a call with constant arguments."""
@@ -131,15 +102,14 @@ class Linearizer:
         return self.constants.call(target, args, kwargs, like)
 
     @staticmethod
-    def _reach(nodes: list[fx.Node], ends: dict[fx.Node, int], forward: bool) -> dict[fx.Node, int]:
-        """Return bit masks: bit i of a node is set if it depends on end i (forward), or end i depends on it."""
-        bits = dict.fromkeys(nodes, 0) | ends
-        for node in nodes if forward else reversed(nodes):
-            for other in node.all_input_nodes:
-                if forward:
-                    bits[node] |= bits[other]
-                elif other in bits:
-                    bits[other] |= bits[node]
+    def _reach(starts: Sequence[Any], edges: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, int]:
+        """Return bit masks: bit i of a node is set if edges, in topological order, lead from `starts[i]` to it."""
+        bits: defaultdict[fx.Node, int] = defaultdict(int)
+        for i, start in enumerate(starts):
+            if is_node(start):
+                bits[start] |= 1 << i
+        for source, target in edges:
+            bits[target] |= bits[source]
         return bits
 
     def program(self, parameters: Sequence[int]) -> Program:
@@ -150,30 +120,25 @@ class Linearizer:
         for i in parameters:
             tangents[self._parameters[i]] = program.tangent(self._parameters[i].meta["val"])
         for node in self._nodes:
-            if node in tangents or node.op != "call_function":
+            if node.op != "call_function" or not self._below[node] & mask or not self._above[node] & mask:
                 continue
-            if not self._below[node] & mask or not self._above[node] & mask:
-                continue
-            tangents[node] = self._tangent(node, tangents, program)
-            value = tangents[node]
+            value = self._tangent(node, tangents, program)
             if isinstance(value, Combination) and len(value.terms) > 1:
                 users = [u for u in node.users if self._above.get(u, 0) & mask]
-                if len(users) > 1:
-                    tangents[node] = program.materialize(value)
+                value = program.materialize(value) if len(users) > 1 else value
+            tangents[node] = value
         ends = [self._gradient[i] for i in parameters]
         return program.finish(tuple(parameters), [tangents.get(end) if is_node(end) else None for end in ends])
 
     def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], program: ProgramBuilder) -> Any:
         given: Any = node.args
-        if node.target is operator.getitem:
+        target = node.target
+        if target is operator.getitem:
             whole = tangents.get(given[0])
             return None if whole is None else whole[given[1]]
         leaves, spec = tree_flatten((given, dict(node.kwargs)))
         positions = [i for i, leaf in enumerate(leaves) if is_node(leaf) and tangents.get(leaf) is not None]
-        if not positions:
-            return None
-        target = node.target
-        if target is CONSTANT:
+        if not positions or target is CONSTANT:
             return None
         if target in SAME:
             return tangents[given[0]]
@@ -206,19 +171,19 @@ class Linearizer:
         differentiable: list[bool] = []  # outputs with a tangent
 
         def tangent(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
-            def call(function: Callable[..., Any], moving: Sequence[Tensor] = ()) -> Any:
+            def call(moving: Sequence[Tensor] = ()) -> Any:
                 values = list(leaves)
                 for i, value in (*zip(where, primals), *zip(positions, moving)):
                     values[i] = value
                 args, kwargs = tree_unflatten(values, spec)
-                return function(*args, **kwargs)
+                return target(*args, **kwargs)
 
             if rule is not None and positions == [0]:
                 differentiable[:] = [True]
-                return [call(partial(rule, t=tangents[0]))]
+                return [rule(call(), tangents[0], leaves[1])]
 
             def run(*moving: Tensor) -> list[Tensor]:
-                out = call(target, moving)
+                out = call(moving)
                 outs = list(out) if isinstance(out, (tuple, list)) else [out]
                 if any(isinstance(o, Tensor) and o.is_complex() for o in outs):
                     raise NotTraceable(f"{target} computes with complex numbers")
@@ -248,19 +213,16 @@ class Linearizer:
         (returned,) = nodes[-1].args
         found = iter(returned)
         outputs = tuple(next(found) if has_tangent else None for has_tangent in differentiable)
-        attributes = {n.target: getattr(traced, n.target) for n in nodes if n.op == "get_attr"}
-        split = len(where)
-        return _Template(
-            traced.graph, attributes, tuple(inputs[:split]), tuple(inputs[split:]), frozenset(linear), outputs
-        )
+        return _Template(traced, linear, outputs)
 
     def _inline(
         self, template: _Template, primals: list[fx.Node], tangents: list[Combination], program: ProgramBuilder
     ) -> list[Combination | None]:
-        values: dict[fx.Node, Any] = dict(zip(template.primals, primals)) | dict(zip(template.tangents, tangents))
-        for node in template.graph.nodes:
+        graph = template.traced.graph
+        values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), [*primals, *tangents]))
+        for node in graph.nodes:
             if node.op == "get_attr":
-                value = template.attributes[node.target]
+                value = getattr(template.traced, node.target)
                 if isinstance(value, FakeTensor):
                     raise NotTraceable("an operation's tangent holds a tensor of the trace")
                 values[node] = self.constants.attribute(value)

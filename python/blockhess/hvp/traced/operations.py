@@ -28,35 +28,19 @@ SAME = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_f
 RESHAPED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 # Rearrangements of elements.
 VIEWS = {
-    aten.reshape.default,
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-}
+    aten.reshape.default, aten.permute.default, aten.t.default, aten.transpose.int, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int,
+}  # fmt: skip
 # Operations that return disjoint views of their argument.
 SPLITS = {
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.unsafe_split.Tensor,
-    aten.chunk.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unsafe_split.Tensor, aten.chunk.default,
     aten.unsafe_chunk.default,
-}
+}  # fmt: skip
 # Operations that use only the shape of their argument -> the value they return.
 SHAPE_ONLY = {
-    aten.zeros_like.default: 0.0,
-    aten.new_zeros.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.empty_like.default: 0.0,
-    aten.new_empty.default: 0.0,
-    aten._new_zeros_with_same_feature_meta.default: 0.0,
-}
+    aten.zeros_like.default: 0.0, aten.new_zeros.default: 0.0, aten._new_zeros_with_same_feature_meta.default: 0.0,
+    aten.empty_like.default: 0.0, aten.new_empty.default: 0.0, aten.ones_like.default: 1.0,
+}  # fmt: skip
 
 
 def functional(target: Any) -> tuple[Any, bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -60,6 +60,14 @@ class GraphBuilder:
         with self.fakes:
             return target(*args, **kwargs)
 
+    def expanded(self, node: fx.Node, shape: torch.Size) -> fx.Node:
+        """Return the node broadcast to a shape."""
+        return node if node.meta["val"].shape == shape else self.call(aten.expand.default, (node, list(shape)))
+
+    def full(self, like: Tensor | Combination, value: float, device: torch.device) -> fx.Node:
+        """Return a constant tensor."""
+        return self.call(aten.full.default, (list(like.shape), value), {"dtype": like.dtype, "device": device})
+
     def contiguous(self, x: Tensor) -> Tensor:
         """Return a contiguous fake tensor of the same shape."""
         with self.fakes:
@@ -104,8 +112,8 @@ class Program:
 
     parameters: tuple[int, ...]
     graph: fx.Graph
-    constants: list[fx.Node] = field(default_factory=list)
-    live: tuple[bool, ...] = ()
+    constants: list[fx.Node]
+    live: tuple[bool, ...]
 
 
 # Operations that can accumulate into their first argument, and operations whose result is not a view.
@@ -129,9 +137,8 @@ class ProgramBuilder:
         return self._of(node)
 
     @staticmethod
-    def _of(node: fx.Node) -> Combination:
-        value = node.meta["val"]
-        return Combination(((node, 1.0),), value.shape, value.dtype)
+    def _of(node: fx.Node, factor: fx.Node | float = 1.0) -> Combination:
+        return Combination(((node, factor),), node.meta["val"].shape, node.meta["val"].dtype)
 
     def _import(self, value: Any) -> Any:
         """Return the placeholder of a constant in this program."""
@@ -154,10 +161,7 @@ class ProgramBuilder:
             return args[0][args[1]] if isinstance(args[0], tuple) else self._emit(target, args, kwargs, like)
         target = RESHAPED.get(target, target)
         if target in SHAPE_ONLY:
-            fill = SHAPE_ONLY[target]
-            return self._constants.call(
-                aten.full.default, (list(like.shape), fill), {"dtype": like.dtype, "device": like.device}
-            )
+            return self._constants.full(like, SHAPE_ONLY[target], like.device)
         if target in VIEWS and isinstance(args[0], Combination):
             return self._view(target, args, kwargs, like)
         if target is aten.expand.default:  # terms are broadcast when they are used
@@ -169,16 +173,14 @@ class ProgramBuilder:
         return self._emit(target, args, kwargs, like)
 
     def _view(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
-        combination = args[0]
-        terms = []
-        for base, coefficient in combination.terms:
-            if base.meta["val"].shape != combination.shape:
-                base = self._program.call(aten.expand.default, (base, list(combination.shape)))
-            if is_node(coefficient):
-                if coefficient.meta["val"].shape != combination.shape:
-                    coefficient = self._constants.call(aten.expand.default, (coefficient, list(combination.shape)))
-                coefficient = self._constants.call(target, (coefficient, *args[1:]), kwargs, like)
-            terms.append((self._program.call(target, (base, *args[1:]), kwargs, like), coefficient))
+        combination, *options = args
+
+        def view(builder: GraphBuilder, node: fx.Node) -> fx.Node:
+            return builder.call(target, (builder.expanded(node, combination.shape), *options), kwargs, like)
+
+        terms = [
+            (view(self._program, base), view(self._constants, c) if is_node(c) else c) for base, c in combination.terms
+        ]
         return Combination(tuple(terms), like.shape, combination.dtype)
 
     def _pointwise(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
@@ -203,31 +205,20 @@ class ProgramBuilder:
                 sign = -float(alpha)
             elif target is aten.add.Tensor and i == 1:
                 sign = float(alpha)
-            return c if sign == 1 else self._times(c, sign)
+            return self._times(c, sign)
         if target in (aten.mul.Tensor, aten.mul.Scalar) and not isinstance(leaves[1 - i], Combination):
             return self._times(c, leaves[1 - i])
         if target in (aten.div.Tensor, aten.div.Scalar) and isinstance(leaves[1], (int, float)) and len(leaves) == 2:
             return self._times(c, 1.0 / leaves[1])
-        values = []
+        device, values = self._tangents[0].meta["val"].device, list(leaves)
         for j, leaf in enumerate(leaves):
             if isinstance(leaf, Combination):
                 # Some elementwise operations do not broadcast and take no scalars.
                 value: Any = c if j == i else 0.0
-                if not is_node(value):
-                    value = self._full(leaf, value)
-                elif value.meta["val"].shape != leaf.shape:
-                    value = self._constants.call(aten.expand.default, (value, list(leaf.shape)))
-                values.append(value)
-            else:
-                values.append(leaf)
+                value = value if is_node(value) else self._constants.full(leaf, value, device)
+                values[j] = self._constants.expanded(value, leaf.shape)
         args, kwargs = tree_unflatten(values, spec)
         return self._constants.call(target, args, kwargs)
-
-    def _full(self, like: Combination, value: float) -> fx.Node:
-        device = self._tangents[0].meta["val"].device
-        return self._constants.call(
-            aten.full.default, (list(like.shape), value), {"dtype": like.dtype, "device": device}
-        )
 
     def _times(self, a: Any, b: Any) -> fx.Node | float:
         if not is_node(a):
@@ -261,7 +252,7 @@ class ProgramBuilder:
         node = self._program.call(target, args, kwargs, like)
         value = node.meta["val"]
         if not isinstance(value, (tuple, list)):
-            return Combination(((node, factor),), value.shape, value.dtype)
+            return self._of(node, factor)
         return tuple(
             self._of(self._program.call(operator.getitem, (node, i))) if isinstance(part, Tensor) else None
             for i, part in enumerate(value)
@@ -286,9 +277,7 @@ class ProgramBuilder:
         assert total is not None
         if total.meta["val"].dtype != combination.dtype:
             total = self._program.call(aten._to_copy.default, (total,), {"dtype": combination.dtype})
-        if total.meta["val"].shape != combination.shape:
-            total = self._program.call(aten.expand.default, (total, list(combination.shape)))
-        return total
+        return self._program.expanded(total, combination.shape)
 
     def finish(self, parameters: tuple[int, ...], results: list[Combination | None]) -> Program:
         """Return the program with these products, one per parameter."""
@@ -296,18 +285,13 @@ class ProgramBuilder:
         graph.output([None if r is None else self._node(r) for r in results])
         graph.eliminate_dead_code()
         used = [(c, n) for c, n in self._inputs.items() if n.users]
-        ordered = _with_inputs_first(graph, self._tangents + [n for _, n in used])
+        # A copy with the placeholders first, the tangents before the constants, and without unused constants.
+        ordered = fx.Graph()
+        copies = {n: ordered.node_copy(n) for n in (*self._tangents, *(n for _, n in used))}
+        for node in graph.nodes:
+            if node.op != "placeholder":
+                copies[node] = ordered.node_copy(node, copies.__getitem__)
         return Program(parameters, ordered, [c for c, _ in used], tuple(r is not None for r in results))
-
-
-def _with_inputs_first(graph: fx.Graph, inputs: list[fx.Node]) -> fx.Graph:
-    """Return the graph with these placeholders first, in this order, and no others."""
-    ordered = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {n: ordered.node_copy(n) for n in inputs}
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            copies[node] = ordered.node_copy(node, copies.__getitem__)
-    return ordered
 
 
 def accumulate_in_place(graph: fx.Graph) -> fx.Graph:

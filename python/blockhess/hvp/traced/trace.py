@@ -22,26 +22,15 @@ from blockhess.hvp.traced.operations import CONSTANT, SPLITS, NotTraceable, aten
 
 # Composite operations that are not decomposed, because their own tangent is cheaper than that of their parts.
 _NOT_DECOMPOSED = (
-    aten.embedding_dense_backward.default,
-    aten._softmax.default,
-    aten._log_softmax.default,
-    aten._safe_softmax.default,
-    aten.gelu.default,
-    aten.gelu_backward.default,
-    aten.silu.default,
-)
+    aten.embedding_dense_backward.default, aten._softmax.default, aten._log_softmax.default,
+    aten._safe_softmax.default, aten.gelu.default, aten.gelu_backward.default, aten.silu.default,
+)  # fmt: skip
 
 # Core operations that are decomposed nevertheless, so that forward and backward share the tangents of the statistics.
 _DECOMPOSED = (
-    aten.native_layer_norm,
-    aten.native_layer_norm_backward,
-    aten.native_group_norm,
-    aten.native_group_norm_backward,
-    aten.native_batch_norm,
-    aten.native_batch_norm_backward,
-    aten.cudnn_batch_norm,
-    aten.cudnn_batch_norm_backward,
-)
+    aten.native_layer_norm, aten.native_layer_norm_backward, aten.native_group_norm, aten.native_group_norm_backward,
+    aten.native_batch_norm, aten.native_batch_norm_backward, aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward,
+)  # fmt: skip
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
@@ -154,9 +143,8 @@ def trace_gradient(
 
 def _refuse_changed_constants(traced: fx.GraphModule) -> None:
     """Raise NotTraceable if a constant that was overwritten during tracing has other users, who need its old value."""
-    memory = {
-        n: getattr(traced, n.target).untyped_storage().data_ptr() for n in traced.graph.nodes if n.op == "get_attr"
-    }
+    constants = traced.graph.find_nodes(op="get_attr")
+    memory = {n: getattr(traced, n.target).untyped_storage().data_ptr() for n in constants}
     for node in traced.graph.nodes:
         if node.op == "call_function" and functional(node.target)[1] and node.args[0] in memory:
             others = [n for n, at in memory.items() if at == memory[node.args[0]]]
