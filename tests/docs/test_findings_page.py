@@ -24,6 +24,7 @@ def test_results_are_of_full_runs() -> None:
         assert content["quick"] is False and content["environment"]["commit"] != "unknown"
 
 
+@pytest.mark.slow
 def test_typed_words_of_section_1_follow_from_the_numbers() -> None:
     words = findings_page.against_gpt()
     for seed in SEEDS:

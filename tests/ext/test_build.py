@@ -39,6 +39,7 @@ def test_a_build_is_decided(tmp_path):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+@pytest.mark.slow
 def test_cuda_that_cannot_be_met_is_refused(tmp_path):
     done = setup_py(tmp_path, BLOCKHESS_CUDA="1")
     assert done.returncode == 1

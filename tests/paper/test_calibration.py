@@ -242,6 +242,7 @@ def test_quick_calibration(tmp_path: Path) -> None:
     assert Calibration.from_json(json.dumps(numbers["calibration"])).subjects[0].name == "cnn"
 
 
+@pytest.mark.slow
 def test_quick_figures(tmp_path: Path) -> None:
     with one_thread():
         evolution = figure1.run(quick=True, folder=tmp_path)

@@ -37,7 +37,7 @@ def test_the_files_of_a_result_and_of_checkpoints(tmp_path: Path, capsys: pytest
     assert [path.name for path in figures.write([one], tmp_path / "one", "svg", ["one"])] == ["one_spectra.svg"]
 
 
-@pytest.mark.parametrize("n_blocks", [1, 3, 30])
+@pytest.mark.parametrize("n_blocks", [1, 3, pytest.param(30, marks=pytest.mark.slow)])
 def test_they_fit_a_journals_columns(n_blocks: int, tmp_path: Path) -> None:
     spectra = random_spectra(
         n_blocks=n_blocks, n_probes=2, names=[f"layers.{i}.attention.weight" for i in range(n_blocks)]

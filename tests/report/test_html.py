@@ -120,6 +120,7 @@ def test_the_page_loads_nothing_and_may_not() -> None:
         assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script_file.read_text())
 
 
+@pytest.mark.slow
 def test_two_hundred_blocks_fit() -> None:
     generator = torch.Generator().manual_seed(0)
     # 1,000 nodes a block; error bars cost a matrix of all pairs for every probe, so they come from few.
