@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,17 +60,10 @@ def exact_quadratures(
             part = matrix[first : first + rows]
             part.copy_(products[: len(part)])
         on_state(State(first + rows, ("exact",) * len(dims), {str(l): matrix for l, matrix in enumerate(dense)}))
-    dtype = str(problem.dtype).removeprefix("torch.")
+    metadata: dict[str, Any] = {"seed": seed, "distribution": distribution, "num_steps": num_steps}
+    metadata |= {"reorthogonalize": ("exact",), "dtype": str(problem.dtype).removeprefix("torch.")}
     return [
-        replace(
-            _quadrature(_eigenvalues(matrix), num_probes),
-            block_ids=(block_id,),
-            seed=seed,
-            distribution=distribution,
-            reorthogonalize=("exact",),
-            num_steps=num_steps,
-            dtype=dtype,
-        )
+        replace(_quadrature(_eigenvalues(matrix), num_probes), block_ids=(block_id,), **metadata)
         for matrix, block_id in zip(dense, block_ids)
     ]
 
@@ -96,12 +90,8 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
 def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
     """Return the Gauss quadrature of the spectral density, by Lanczos on diag(eigenvalues) from (1, ..., 1)."""
     dim = len(eigenvalues)
+    ones = torch.ones(1, dim, dtype=torch.float64)
     one = batched_slq(
-        lambda v: v * eigenvalues,
-        [dim],
-        num_steps=dim,
-        probes=torch.ones(1, dim, dtype=torch.float64),
-        reorthogonalize="full",
-        on_nonfinite="mark",
+        lambda v: v * eigenvalues, [dim], num_steps=dim, probes=ones, reorthogonalize="full", on_nonfinite="mark"
     )
     return Quadrature.concatenate([one] * num_probes, 0)

@@ -22,8 +22,6 @@ from blockhess_ext.arguments import LIMIT, integer
 # Note of blocks whose Hessian is zero within the error of its products.
 ZERO_NOTE = "zero within HVP error"
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
 
 @dataclass(frozen=True)
 class BlockInfo:
@@ -158,7 +156,7 @@ class Partition:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
-        if isinstance(model, _WRAPPERS):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -241,9 +239,6 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
             )
         groups = {"full": trainable} if blocks == "full" else {n.name: [n] for n in trainable}
     elif isinstance(blocks, Mapping):
-        for name in blocks:
-            if not isinstance(name, str):
-                raise TypeError(f"spectrum: blocks must have strings for names, got {name!r}")
         groups = {name: _select(named, frozen, name, selection) for name, selection in blocks.items()}
     elif isinstance(blocks, list):
         groups = _match(trainable, blocks)
@@ -253,9 +248,8 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
         raise ValueError(f"spectrum: blocks must name at least one block, got {blocks!r}")
 
     made = tuple(_block(name, tuple(pieces)) for name, pieces in groups.items())
-    return Partition(
-        made, tuple(n.name for n in named if n.name in frozen), {n.name: n.aliases for n in named if n.aliases}
-    )
+    tied = {n.name: n.aliases for n in named if n.aliases}
+    return Partition(made, tuple(n.name for n in named if n.name in frozen), tied)
 
 
 def _names(model: nn.Module) -> list[Piece]:
@@ -282,6 +276,8 @@ def _lookup(named: Sequence[Piece], name: str) -> Piece:
 
 
 def _select(named: Sequence[Piece], frozen: set[str], block: str, selection: Selection) -> list[Piece]:
+    if not isinstance(block, str):
+        raise TypeError(f"spectrum: blocks must have strings for names, got {block!r}")
     items = [selection] if isinstance(selection, (str, ParameterSlice)) else selection
     if not isinstance(items, Sequence) or not items or not all(isinstance(i, (str, ParameterSlice)) for i in items):
         raise ValueError(
@@ -306,11 +302,10 @@ def _select(named: Sequence[Piece], frozen: set[str], block: str, selection: Sel
 def _refuse_overlap(block: str, pieces: Sequence[Piece]) -> None:
     for i, a in enumerate(pieces):
         for b in pieces[:i]:
-            if a.tensor is not b.tensor:
-                continue
-            # Slices along different dimensions always overlap.
-            apart = a.part and b.part and a.part.dim == b.part.dim
-            if not apart or (a.part.start < b.part.stop and b.part.start < a.part.stop):  # type: ignore[union-attr]
+            apart = a.tensor is not b.tensor
+            if a.part and b.part and a.part.dim == b.part.dim:  # slices along different dimensions always overlap
+                apart = apart or a.part.stop <= b.part.start or b.part.stop <= a.part.start
+            if not apart:
                 raise ValueError(
                     f"spectrum: blocks[{block!r}] must not hold the same entries twice, got "
                     f"{b.part or b.name} and {a.part or a.name}"

@@ -84,9 +84,8 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         stack.callback(_restore_buffers, buffers)
         for module in modules:
             # Not by train() and eval(), which some models override with side effects, such as merging LoRA weights.
-            _set(stack, module, "training", False)
-            if batchnorm == "batch" and _is_batchnorm(module):
-                _set(stack, module, "training", True)  # updates running statistics, restored on exit
+            # With batch statistics, BatchNorm updates its running statistics, which are restored on exit.
+            _set(stack, module, "training", batchnorm == "batch" and _is_batchnorm(module))
             if isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
         _switch_attention(stack, modules)
@@ -142,13 +141,9 @@ def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
     """Select PyTorch's attention in Transformers models, which look up the implementation at every call."""
     owners: dict[int, Any] = {id(owner): owner for m in modules for owner in (getattr(m, "config", None), m)}
     named = [(owner, name) for owner in owners.values() if (name := getattr(owner, "_attn_implementation", None))]
-
-    def restore() -> None:
-        # In this order, since setting the name in a configuration also sets it in its parts.
-        for owner, name in named:
-            owner._attn_implementation = name
-
-    stack.callback(restore)
+    for owner, name in reversed(named):
+        # Restored in the order of `named`, since setting the name in a configuration also sets it in its parts.
+        stack.callback(setattr, owner, "_attn_implementation", name)
     for owner, name in named:
         if name not in ("eager", "sdpa"):  # these have a second derivative
             owner._attn_implementation = "sdpa"

@@ -88,13 +88,10 @@ class ProcessGroup:
 
     def sums(self) -> Sums:
         """Return a reduction over the ranks that share batches."""
-        return Sums(None, self._wait)
+        return Sums()
 
     def check(self) -> None:
         """Raise a RankError if another rank has failed."""
-
-    def _wait(self, work: Any) -> None:
-        raise NotImplementedError
 
 
 SINGLE_PROCESS = ProcessGroup()
@@ -108,7 +105,7 @@ class Sums:
         wait: waits for a collective operation.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, wait: Callable[[Any], None]) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, wait: Callable[[Any], None] = lambda _: None) -> None:
         self._group, self._wait = group, wait
         self._bucket: list[Tensor] = []
         self._last: Tensor | None = None
@@ -127,8 +124,7 @@ class Sums:
         """Wait for all sums and return the sum of `count` over the ranks."""
         if self._last is None:
             return count
-        counts = self._last.new_full((1,), count)
-        self._bucket.append(counts)
+        self._bucket.append(counts := self._last.new_full((1,), count))
         self._reduce_bucket()
         while self._pending:
             self._complete()

@@ -116,9 +116,8 @@ class Linearizer:
         """Return the program of the Hessian of these parameters (indices), with all others fixed."""
         mask = sum(1 << i for i in parameters)
         program = ProgramBuilder(self.constants)
-        tangents: dict[fx.Node, Any] = {}
-        for i in parameters:
-            tangents[self._parameters[i]] = program.tangent(self._parameters[i].meta["val"])
+        inputs = [self._parameters[i] for i in parameters]
+        tangents: dict[fx.Node, Any] = {node: program.tangent(node.meta["val"]) for node in inputs}
         for node in self._nodes:
             if node.op != "call_function" or not self._below[node] & mask or not self._above[node] & mask:
                 continue

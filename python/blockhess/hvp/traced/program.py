@@ -50,15 +50,13 @@ class GraphBuilder:
         key = (target, same_call_key(args), same_call_key(kwargs))
         if key not in self._calls:
             node = self.graph.call_function(target, tuple(args), kwargs)
-            node.meta["val"] = self._value(node) if like is None else like
+            if like is None:
+                fake_args, fake_kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                with self.fakes:
+                    like = target(*fake_args, **fake_kwargs)
+            node.meta["val"] = like
             self._calls[key] = node
         return self._calls[key]
-
-    def _value(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        target: Any = node.target
-        with self.fakes:
-            return target(*args, **kwargs)
 
     def expanded(self, node: fx.Node, shape: torch.Size) -> fx.Node:
         """Return the node broadcast to a shape."""

@@ -33,11 +33,6 @@ _DECOMPOSED = (
 )  # fmt: skip
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(core_aten_decompositions()) | get_decompositions(_DECOMPOSED)
-    return {operation: rule for operation, rule in table.items() if operation not in _NOT_DECOMPOSED}
-
-
 # Outputs saved for a backward function, which accounts for their derivatives; autograd does not differentiate them.
 _STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "buffer"}
 
@@ -119,15 +114,16 @@ def trace_gradient(
         with _GradientStops(values):
             return gradient(tracked, batch)
 
+    rules: dict[Any, Any] = dict(core_aten_decompositions()) | get_decompositions(_DECOMPOSED)
+    rules = {operation: rule for operation, rule in rules.items() if operation not in _NOT_DECOMPOSED}
     mode: Any = {} if values else {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
     try:
-        traced = make_fx(differentiated, decomposition_table=_decompositions(), **mode)(parameters, batch)
+        traced = make_fx(differentiated, decomposition_table=rules, **mode)(parameters, batch)
     except NotTraceable:
         raise
     except Exception as error:  # of any kind: the gradient has been computed without a trace before
-        raise NotTraceable(
-            f"the gradient cannot be traced: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        ) from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise NotTraceable(f"the gradient cannot be traced: {reason}") from error
     if values:
         _refuse_changed_constants(traced)
     make_functional(traced.graph)
