@@ -196,12 +196,7 @@ def _labels_are_shifted(output: Any, labels: Tensor) -> bool:
 
 
 def checked(loss: Any, batch: int) -> Tensor:
-    """Return `loss` after checking that it has a Hessian.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: not a real scalar, or without a graph.
-    """
+    """Return `loss`; raise a TypeError or ValueError unless it is a real scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"spectrum: loss_fn must return a tensor, got {type(loss).__name__} for batch {batch}")
     if loss.dim() != 0:
@@ -220,11 +215,10 @@ def checked(loss: Any, batch: int) -> Tensor:
 
 
 def checked_weight(weight: Weight, batch: int, batches: int) -> float:
-    """Return `weight` as a float; an unknown weight is 1 if there is a single batch.
+    """Return `weight` as a float, 1 if it is None and the batch is the only one.
 
     Raises:
-        TypeError: not a number.
-        ValueError: negative, not finite, or unknown with several batches.
+        TypeError, ValueError: not a number, negative, not finite, or None with several batches.
     """
     if weight is None:
         if batches > 1:
