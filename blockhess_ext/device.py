@@ -74,7 +74,7 @@ def check_device(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def explain_out_of_memory(sets: int, set_bytes: int, basis_bytes: int) -> Iterator[None]:
-    """Release memory after an OutOfMemoryError, and raise one that states what was needed and how to need less."""
+    """Release memory after an OutOfMemoryError, and raise one that states the bytes needed and how to reduce them."""
     try:
         yield
     except torch.OutOfMemoryError as error:

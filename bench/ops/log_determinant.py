@@ -70,7 +70,7 @@ def logdet(machine: Machine) -> Row:
 
     makers = {
         "blockhess": partial(blockhess_logdet, A, "full"),
-        "blockhess, no reorthogonalisation": partial(blockhess_logdet, A, "none"),
+        "blockhess, no reorthogonalization": partial(blockhess_logdet, A, "none"),
         "imate": partial(imate_logdet, A),
         "matfree (JAX)": partial(matfree_logdet, A),
     }

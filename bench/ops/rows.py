@@ -275,7 +275,7 @@ ROWS: Rows = {
             Target("no temporary larger than the result", "memory beside the result, in results", 1.0, False),
         ],
     ),
-    "peak memory of `batched_slq` without reorthogonalisation": (
+    "peak memory of `batched_slq` without reorthogonalization": (
         memory,
         [Target("at most 3 vector sets of n_probes x n (within 1 %)", "vector sets", 3.03, False)],
     ),

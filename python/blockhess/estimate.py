@@ -411,7 +411,10 @@ def plan(
     """
     arguments, settings = job_arguments(model, data, loss_fn, **options)
     if processes is not None:
-        return forecast(prepared_problem(**arguments), settings, *processes)
+        if not isinstance(processes, tuple) or len(processes) != 2:
+            raise TypeError(f"plan: processes must be (recurrences, data), got {processes!r}")
+        sizes = (integer("processes", size, 1, op="plan") for size in processes)
+        return forecast(prepared_problem(**arguments), settings, *sizes)
     with prepared_problem(**arguments) as (problem, *_):
         return Job(problem, settings).plan
 

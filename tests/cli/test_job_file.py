@@ -58,6 +58,7 @@ def test_a_file_and_a_module(file: Path) -> None:
         ("job.py:", "must be FILE.py:FUNCTION or MODULE:FUNCTION, got 'job.py:'"),
         ("job.toml", "TOML files are not supported, got 'job.toml'; write FILE.py with a function that returns"),
         ("missing.toml", "TOML files are not supported"),
+        ("job.toml:make", "TOML files are not supported"),
         ("other.py:make", "no such file: other.py"),
         ("folder.py:make", "no such file: folder.py"),
         ("no_such_module:make", "cannot import 'no_such_module': No module named 'no_such_module'"),
@@ -66,14 +67,11 @@ def test_a_file_and_a_module(file: Path) -> None:
         ("needs:make", "'needs' imports the module 'no_such_dependency', which must be installed"),
         ("job.py:other", "'job.py' must define a function 'other', got None"),
         ("job.py:number", "'job.py' must define a function 'number', got 3"),
-        ("job.py:nothing", "'job.py:nothing' must return a mapping with 'model', 'data'"),
-        ("job.py:no_data", "'job.py:no_data' must return a mapping with 'model', 'data'"),
-        ("job.py:unknown_argument", "other arguments of spectrum, got ['data', 'loss_fn', 'model', 'num_step', "),
-        ("job.py:keys_of_other_types", "other arguments of spectrum, got ['1', 'None', 'data', "),
-        (
-            "os:getcwd",
-            "'os:getcwd' must return a mapping with 'model', 'data' and other arguments of spectrum, got str",
-        ),
+        ("job.py:nothing", "'job.py:nothing' must return a mapping with 'model' and 'data'"),
+        ("job.py:no_data", "'job.py:no_data' must return a mapping with 'model' and 'data'"),
+        ("job.py:unknown_argument", "must return arguments of spectrum only, got ['num_step'"),
+        ("job.py:keys_of_other_types", "must return arguments of spectrum only, got ['1', 'None'"),
+        ("os:getcwd", "'os:getcwd' must return a mapping with 'model' and 'data', got str"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "plan"])

@@ -130,7 +130,7 @@ BLOCKS: dict[str, Any] = {
 def test_groups_and_parts(blocks: BlockSpec) -> None:
     with prepared_problem("mlp", blocks) as problem:
         vectors = torch.randn(4, sum(problem.dims))
-        expected = products(problem, AutogradEngine(problem), vectors)  # against dense Hessians in test_hvp.py
+        expected = products(problem, AutogradEngine(problem), vectors)  # against dense Hessians in test_operator.py
         engine = TracedEngine(problem)
         assert max(errors(problem, engine, vectors, expected)) <= TOLERANCE[torch.float64]
         engine.rows = 3

@@ -1,6 +1,6 @@
 """Models of torchvision and timm against ours: sizes, initialization; same weights, same Hessian blocks.
 
-Those of Transformers are in test_paper_models.py.
+Those of Transformers are in test_models.py.
 """
 
 from __future__ import annotations

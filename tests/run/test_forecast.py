@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import blockhess
 from blockhess.cli.main import main
 from blockhess.estimate import job_arguments
 from blockhess.problem.prepare import prepared_problem
@@ -73,3 +76,18 @@ def test_the_page_shows_the_kept_measurement():
     kept = (root / "bench" / "results" / "distributed_cpu.txt").read_text().splitlines()
     page = (root / "docs" / "distributed.md").read_text()
     assert kept and all(f"    {line}".rstrip() in page for line in kept)
+
+
+@pytest.mark.parametrize(
+    ("processes", "error", "message"),
+    [
+        (3, TypeError, "plan: processes must be (recurrences, data), got 3"),
+        ((2,), TypeError, "plan: processes must be (recurrences, data), got (2,)"),
+        ((0, 2), ValueError, "plan: processes must be an integer of at least 1, got 0"),
+    ],
+)
+def test_no_mesh_of_processes(processes: object, error: type[Exception], message: str) -> None:
+    data = torch.randn(4, 2), torch.randint(2, (4,))
+    with pytest.raises(error) as caught:
+        blockhess.plan(nn.Linear(2, 2), data, nn.CrossEntropyLoss(), processes=processes)
+    assert str(caught.value) == message

@@ -28,7 +28,7 @@ def load(job: str) -> dict[str, Any]:
         >>> sorted(load("blockhess.cli.demo:gpt_job"))
         ['batchnorm', 'data', 'loss_fn', 'model', 'num_probes', 'num_steps']
     """
-    if job.endswith(".toml"):
+    if job.partition(":")[0].endswith(".toml"):
         raise ValueError(
             f"job: TOML files are not supported, got {job!r}; write FILE.py with a function that returns a dict of "
             "the arguments of spectrum, and pass FILE.py:FUNCTION"
@@ -40,12 +40,11 @@ def load(job: str) -> dict[str, Any]:
     if not callable(function):
         raise ValueError(f"job: {place!r} must define a function {name!r}, got {function!r}")
     arguments = function()
-    known = inspect.signature(spectrum).parameters
-    if not isinstance(arguments, Mapping) or not {"model", "data"} <= arguments.keys() <= known.keys():
+    if not isinstance(arguments, Mapping) or not {"model", "data"} <= arguments.keys():
         got = sorted(map(str, arguments)) if isinstance(arguments, Mapping) else type(arguments).__name__
-        raise ValueError(
-            f"job: {job!r} must return a mapping with 'model', 'data' and other arguments of spectrum, got {got}"
-        )
+        raise ValueError(f"job: {job!r} must return a mapping with 'model' and 'data', got {got}")
+    if unknown := arguments.keys() - inspect.signature(spectrum).parameters.keys():
+        raise ValueError(f"job: {job!r} must return arguments of spectrum only, got {sorted(map(str, unknown))}")
     return dict(arguments)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -196,14 +197,21 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Ten
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten()), float(targets.numel())
 
 
+_CHECKED = WeakTensorKeyDictionary()  # tensor -> its version and the vocab_size that it was checked against
+
+
 def check_tokens(model: nn.Module, *tokens: Tensor) -> None:
     """Check tokens against `model.config.vocab_size`, since an embedding on a GPU would abort the process.
 
-    Fake and meta tensors, which hold no values, pass.
+    A tensor is checked once, as its maximum waits for the device. Fake and meta tensors, which hold no values, pass.
     """
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is None or any(type(t) is not Tensor or t.is_meta for t in tokens):
         return
-    largest = max(int(t.max()) for t in tokens)
-    if largest >= vocab_size:
-        raise ValueError(f"tokens in data must be below the model's vocab_size = {vocab_size}, got {largest}")
+    for t in tokens:
+        check = None if t.is_inference() else (t._version, vocab_size)
+        if check is not None and _CHECKED.get(t) == check:
+            continue
+        if (largest := int(t.max())) >= vocab_size:
+            raise ValueError(f"tokens in data must be below the model's vocab_size = {vocab_size}, got {largest}")
+        _CHECKED[t] = check

@@ -105,7 +105,7 @@ def test_wasserstein_bound(name: str, dtype: torch.dtype, how: str) -> None:
             assert 0.1 * bound < true
 
 
-def test_bounds_without_reorthogonalisation_hold_up_to_rounding() -> None:
+def test_bounds_without_reorthogonalization_hold_up_to_rounding() -> None:
     # 120 steps in float32 on 300 eigenvalues of a steep spectrum: orthogonality is lost many times over.
     seen = lanczos(SPECTRA["power law"], num_steps=120, dtype=torch.float32, reorthogonalize="none")
     nodes = seen.quadrature.nodes[0, 0]

@@ -198,7 +198,7 @@ def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = LINEAR) -> Tenso
     Returns:
         (n_known,) float64, in units of the axis: 0 for exact recurrences, infinite for others with one step.
 
-    Source: Chen, Trogdon, Ubaru 2021, section 3, with the Christoffel function instead of two neighbouring weights.
+    Source: Chen, Trogdon, Ubaru 2021, section 3, with the Christoffel function instead of two neighboring weights.
     """
     x, mass = recurrence.bracket()
     bound = (mass * axis.slope(x)).sum(1)
