@@ -83,7 +83,7 @@ def test_the_page_shows_the_kept_measurement():
     [
         (3, TypeError, "plan: processes must be (recurrences, data), got 3"),
         ((2,), TypeError, "plan: processes must be (recurrences, data), got (2,)"),
-        ((0, 2), ValueError, "plan: processes must be an integer of at least 1, got 0"),
+        ((0, 2), ValueError, "plan: processes must be an integer at least 1, got 0"),
     ],
 )
 def test_no_mesh_of_processes(processes: object, error: type[Exception], message: str) -> None:

@@ -9,6 +9,7 @@ needs a deterministic loss. The logits of token t depend on tokens 0..t only.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -197,7 +198,8 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Ten
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten()), float(targets.numel())
 
 
-_CHECKED = WeakTensorKeyDictionary()  # tensor -> its version and the vocab_size that it was checked against
+# Tensor -> its version and the vocab_size that it was checked against.
+_CHECKED: MutableMapping[Tensor, tuple[int, int] | None] = WeakTensorKeyDictionary()
 
 
 def check_tokens(model: nn.Module, *tokens: Tensor) -> None:
