@@ -79,10 +79,11 @@ class Processes(ProcessGroup):
             self._store.set("failed", f"rank {self.rank} failed with {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Destroy the groups."""
+        """Destroy the groups, now: where the garbage collector does it, torch may wait for its threads forever."""
         for group in (self._data, self._control):
             if group is not None:
                 dist.destroy_process_group(group)
+        del self._data, self._control
 
     def meet(self, name: str) -> None:
         """Wait until all ranks have called this with the name."""
