@@ -1,9 +1,9 @@
 """Spectra: eigenvalue densities of every block of a model, their statistics and comparisons.
 
-SpectraData (results/data.py)     nodes and weights, names, provenance
-+ analysis/                       statistics, error bars, comparisons
-+ report/                         table, plots, HTML page
-= Spectra                         all of these as methods, and files
+    SpectraData (results/data.py)     nodes and weights, names, provenance
+    + analysis/                       statistics, error bars, comparisons
+    + report/                         table, plots, HTML page
+    = Spectra                         all of these as methods, and files
 """
 
 from __future__ import annotations
