@@ -4,6 +4,8 @@
     + analysis/                       statistics, error bars, comparisons
     + report/                         table, plots, HTML page
     = Spectra                         all of these as methods, and files
+
+The methods assigned below are functions of a SpectraData, documented where they are defined.
 """
 
 from __future__ import annotations
