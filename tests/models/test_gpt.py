@@ -115,3 +115,21 @@ def test_the_vocabulary_ends_before_its_size(token: int, refused: bool) -> None:
     model = GPT(GPTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
     with pytest.raises(ValueError, match="got 65") if refused else contextlib.nullcontext():
         check_tokens(model, torch.full((1, 8), token))
+
+
+def test_tokens_are_checked_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(GPTConfig(65, context=8, num_layers=1, num_heads=1, width=4))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    maxima, maximum = [], torch.Tensor.max
+    monkeypatch.setattr(torch.Tensor, "max", lambda t: maxima.append(t) or maximum(t))
+    for _ in range(3):
+        check_tokens(model, tokens)
+    assert len(maxima) == 1
+    tokens[0, 0] = 65
+    with pytest.raises(ValueError, match="got 65"):
+        check_tokens(model, tokens)
+    check_tokens(GPT(GPTConfig(66, context=8, num_layers=1, num_heads=1, width=4)), tokens)
+    with pytest.raises(ValueError, match="got 65"):
+        check_tokens(model, tokens)
+    with torch.inference_mode():
+        check_tokens(model, torch.zeros(1, 8, dtype=torch.int64))

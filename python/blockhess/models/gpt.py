@@ -199,7 +199,7 @@ def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 # Tensor -> its version and the vocab_size that it was checked against.
-_CHECKED: MutableMapping[Tensor, tuple[int, int] | None] = WeakTensorKeyDictionary()
+_CHECKED: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
 
 
 def check_tokens(model: nn.Module, *tokens: Tensor) -> None:
@@ -212,8 +212,9 @@ def check_tokens(model: nn.Module, *tokens: Tensor) -> None:
         return
     for t in tokens:
         check = None if t.is_inference() else (t._version, vocab_size)
-        if check is not None and _CHECKED.get(t) == check:
+        if check is not None and check == _CHECKED.get(t):
             continue
         if (largest := int(t.max())) >= vocab_size:
             raise ValueError(f"tokens in data must be below the model's vocab_size = {vocab_size}, got {largest}")
-        _CHECKED[t] = check
+        if check is not None:
+            _CHECKED[t] = check

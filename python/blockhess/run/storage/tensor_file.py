@@ -31,7 +31,6 @@ MAX_DIMS = 16
 DIGITS = 64
 
 _PREFIX = b'{"__metadata__":{"checksum":"'
-_DIGITS_AT = 8 + len(_PREFIX)
 
 
 class Damaged(Exception):
