@@ -8,13 +8,13 @@ One backward pass builds the graph of g. The product of block l then traverses o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from blockhess.hvp.operator import PerBatch
+from blockhess.hvp.operator import Column, PerBatch
 from blockhess.problem.problem import Problem
 
 
@@ -27,7 +27,6 @@ class AutogradEngine:
     """
 
     name = "autograd"
-    rows = 1
 
     def __init__(self, problem: Problem, retain: bool = True) -> None:
         self._problem = problem
@@ -43,20 +42,22 @@ class AutogradEngine:
     def prepare(self, index: int) -> None:
         self._graphs.select(index)
 
-    def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        block, parameters, (graph, _) = self._problem.blocks[number], self._problem.parameters, self._graphs.value
-        live = [name for name in block.parameters if name in graph]
-        if not live:
-            return None
-        outputs, inputs = [graph[name] for name in live], [parameters[name] for name in block.parameters]
-        result = torch.zeros_like(vectors)
-        for vector, row in zip(vectors, result):
-            tangents = block.spread(vector, parameters)
-            products = self._multiply(number, outputs, inputs, [tangents[name] for name in live])
-            block.gather(dict(zip(block.parameters, products)), into=row)
-        return result
+    def multiply(self, columns: Sequence[Column], share: float) -> Iterator[int]:
+        graph, _ = self._graphs.value
+        parameters = self._problem.parameters
+        for column in columns:
+            block = self._problem.blocks[column.number]
+            live = [name for name in block.parameters if name in graph]
+            if not live:
+                continue
+            outputs, inputs = [graph[name] for name in live], [parameters[name] for name in block.parameters]
+            for vector, into in zip(column.vectors, column.products):
+                tangents = block.spread(vector, parameters)
+                products = self._differentiate(column.number, outputs, inputs, [tangents[name] for name in live])
+                block.accumulate(dict(zip(block.parameters, products)), into, share)
+                yield 1
 
-    def _multiply(
+    def _differentiate(
         self, number: int, outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """Return the derivatives of sum_i <outputs_i, directions_i> by the inputs, for block `number`.

@@ -45,10 +45,10 @@ class GaussNewtonEngine(AutogradEngine):
         pullback = problem.differentiate(outputs, list(problem.parameters.values()), cotangent, create_graph=True)
         return {n: p for n, p in zip(problem.parameters, pullback) if p is not None}, (outputs, slope, cotangent)
 
-    def _multiply(
+    def _differentiate(
         self, number: int, pullback: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         outputs, slope, cotangent = self._graphs.value[1]
-        (jv,) = super()._multiply(number, pullback, [cotangent], directions)
-        (hjv,) = (None,) if jv is None else super()._multiply(number, [slope], [outputs], [jv])
-        return () if hjv is None else super()._multiply(number, [outputs], inputs, [hjv])
+        (jv,) = super()._differentiate(number, pullback, [cotangent], directions)
+        (hjv,) = (None,) if jv is None else super()._differentiate(number, [slope], [outputs], [jv])
+        return () if hjv is None else super()._differentiate(number, [outputs], inputs, [hjv])

@@ -7,7 +7,9 @@ The input is not modified. The result is the only allocation of the input's size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -19,28 +21,37 @@ from blockhess_ext import huge_pages
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Column:
+    """Vectors of one block, and where their products go.
+
+    Attributes:
+        number: index of the block.
+        vectors: (k, dim).
+        products: (k, dim).
+    """
+
+    number: int
+    vectors: Tensor
+    products: Tensor
+
+
 class Engine(Protocol):
     """Computes products with the block Hessians of one problem, batch by batch.
 
     Attributes:
         name: value of `engine=` that selects it.
-        rows: largest number of vectors per call of `product`.
     """
 
     name: str
-    rows: int
 
     def prepare(self, index: int) -> None:
         """Select batch `index` for the next products."""
 
-    def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        """Return H_l v of the selected batch for block `number`.
+    def multiply(self, columns: Sequence[Column], share: float) -> Iterator[int]:
+        """Add share * H_l v of the selected batch to the products; yield the number of vectors after every part.
 
-        Args:
-            vectors: (k, dim), k <= rows.
-
-        Returns:
-            (k, dim); None if the Hessian is zero.
+        Blocks whose Hessian is zero are not counted.
         """
 
 
@@ -113,31 +124,32 @@ class BlockOperator:
             (n_probes, sum(dims)), zero for finished recurrences.
         """
         result = huge_pages.zeros_like(v)
-        columns = list(zip(torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
+        pieces = list(zip(self.numbers, torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
         sums, last, before = self.problem.ranks.sums(), len(self.problem.shares) - 1, self.hvps
+        columns = []
+        for column, (number, vectors, products) in enumerate(pieces):
+            if self.problem.is_used(number):
+                columns += self._running(column, Column(number, vectors, products))
         for index, share in enumerate(self.problem.shares):
             self._engine.prepare(index)
-            for column, (number, (vectors, products)) in enumerate(zip(self.numbers, columns)):
-                if not self.problem.is_used(number):
-                    continue
-                running = [p for p in range(len(v)) if self._finished is None or not self._finished[p][column]]
-                for start in range(0, len(running), self._engine.rows):
-                    self._add(number, vectors, products, running[start : start + self._engine.rows], share)
-                if index == last:
-                    sums.add(products)
+            for made in self._engine.multiply(columns, share):
+                self.hvps += made
+                for _ in range(made):
+                    self.on_hvp()
+        for number, _, products in pieces:
+            if self.problem.is_used(number):
+                sums.add(products)
         self.hvps = before + sums.finish(self.hvps - before)
         return result
 
-    def _add(self, number: int, vectors: Tensor, products: Tensor, probes: list[int], share: float) -> None:
-        first, last = probes[0], probes[-1] + 1
-        contiguous = last - first == len(probes)
-        product = self._engine.product(number, vectors[first:last] if contiguous else vectors[probes])
-        if product is None:
-            return
-        if contiguous:
-            products[first:last].add_(product, alpha=share)
-        else:
-            products[probes] += share * product
-        self.hvps += len(probes)
-        for _ in probes:
-            self.on_hvp()
+    def _running(self, column: int, whole: Column) -> Iterator[Column]:
+        """Yield the vectors of a column that are not finished, in consecutive ranges."""
+        finished = [False] * len(whole.vectors)
+        if self._finished is not None:
+            finished = [row[column] for row in self._finished]
+        first = 0
+        for over, group in itertools.groupby(finished):
+            last = first + len(list(group))
+            if not over:
+                yield Column(whole.number, whole.vectors[first:last], whole.products[first:last])
+            first = last

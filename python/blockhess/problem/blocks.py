@@ -127,15 +127,13 @@ class Block:
                 piece.of(spread[piece.name]).copy_(values)
         return spread
 
-    def gather(self, tensors: Mapping[str, Tensor | None], into: Tensor) -> None:
-        """Copy parameters (..., *shape) by name into vectors (..., dim), zero for missing ones: inverse of `spread`."""
+    def accumulate(self, tensors: Mapping[str, Tensor | None], into: Tensor, share: float = 1.0) -> None:
+        """Add share * parameters (..., *shape), by name, to vectors (..., dim): the adjoint of `spread`."""
         lead = into.shape[:-1]
         for piece, part in zip(self.pieces, torch.split(into, [prod(p.shape) for p in self.pieces], dim=-1)):
             tensor = tensors.get(piece.name)
-            if tensor is None:
-                part.zero_()
-            else:
-                part.view(*lead, *piece.shape).copy_(piece.of(tensor))
+            if tensor is not None:
+                part.view(*lead, *piece.shape).add_(piece.of(tensor), alpha=share)
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,31 @@ other batches get their own trace. Constants are evaluated once per batch.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from blockhess.hvp.operator import PerBatch
+from blockhess.hvp.operator import Column, PerBatch
 from blockhess.hvp.traced.linearize import Linearizer
-from blockhess.hvp.traced.operations import RESHAPED, VIEWS, NotTraceable, aten
-from blockhess.hvp.traced.program import Program, accumulate_in_place
+from blockhess.hvp.traced.operations import VIEWS, NotTraceable, aten
+from blockhess.hvp.traced.rows import Evaluation, Pool
 from blockhess.hvp.traced.trace import trace_gradient
 from blockhess.problem.batches import map_tensors
 from blockhess.problem.problem import Problem
 
 
 class TracedEngine:
-    """Products by linear programs.
+    """Products with all blocks and vectors at once, by a linear program.
 
     Args:
         problem: model, loss, data, blocks.
         retain: keep the constants of all batches; otherwise evaluate them again whenever a batch is selected.
-        rows: number of vectors per run of a program.
-        compiled: compile the programs with torch.compile.
+        rows: largest number of vectors, of one block each, per evaluation of the program.
 
     Raises:
         NotTraceable: the gradient cannot be traced, or contains an operation without a tangent.
@@ -40,9 +38,10 @@ class TracedEngine:
 
     name = "traced"
 
-    def __init__(self, problem: Problem, retain: bool = True, rows: int = 1, compiled: bool = False) -> None:
+    def __init__(self, problem: Problem, retain: bool = True, rows: int = 1) -> None:
         self.rows = rows
-        self._problem, self._compiled = problem, compiled
+        self._problem = problem
+        self._pool = Pool()
         self._traces: list[_Trace] = []
         # Raises NotTraceable before any product.
         self._trace_of = trace_of = [self._find(index) for index in range(len(problem.batches))]
@@ -57,27 +56,50 @@ class TracedEngine:
         self._trace = self._trace_of[index]
         self._values.select(index)
 
-    def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        trace, k = self._trace, len(vectors)
-        program = trace.program(number)
-        if program is None:
-            return None
-        result = torch.zeros_like(vectors)
-        # A program takes exactly `rows` vectors, without a leading dimension if that is 1.
-        if self.rows == 1:
-            vectors = vectors[0]
-        elif k < self.rows:
-            vectors = torch.cat([vectors, vectors.new_zeros(self.rows - k, vectors.shape[1])])
-        block = self._problem.blocks[number]
-        tangents = block.spread(vectors, self._problem.parameters)
-        names = [trace.names[i] for i in program.parameters]
-        constants = [self._values.value[node] for node in program.constants]
-        products = trace.function(program, self.rows, self._compiled)(*(tangents[n] for n in names), *constants)
-        if self.rows == 1:
-            block.gather(dict(zip(names, products)), into=result[0])
-        else:
-            block.gather({n: p[:k] for n, p in zip(names, products) if p is not None}, into=result)
-        return result
+    def multiply(self, columns: Sequence[Column], share: float) -> Iterator[int]:
+        trace = self._trace
+        order = sorted((c for c in columns if trace.live[c.number]), key=lambda c: trace.position[c.number])
+        for chunk in _chunks(order, self.rows):
+            counts = [0] * len(trace.position)
+            for column, (first, last) in chunk:
+                counts[trace.position[column.number]] = last - first
+            evaluation = trace.evaluation(tuple(counts), self._pool)
+            given = [(c, c.vectors[first:last], c.products[first:last]) for c, (first, last) in chunk]
+            tangents = self._tangents(evaluation, [(c, v) for c, v, _ in given])
+            products = evaluation([*tangents, *self._values.value])
+            row = 0
+            for column, _, into in given:
+                block, found = self._problem.blocks[column.number], {}
+                for name in block.parameters:
+                    product = products[trace.order[name]]
+                    if product is not None:
+                        first, tensor = product
+                        found[name] = tensor[row - first : row - first + len(into)]
+                block.accumulate(found, into, share)
+                row += len(into)
+            yield row
+
+    def _tangents(self, evaluation: Evaluation, vectors: Sequence[tuple[Column, Tensor]]) -> list[Tensor | None]:
+        """Return the rows of vectors as tangents of the parameters."""
+        trace, parameters = self._trace, self._problem.parameters
+        parts: list[list[tuple[int, Tensor]]] = [[] for _ in parameters]
+        row = 0
+        for column, rows in vectors:
+            for name, tangent in self._problem.blocks[column.number].spread(rows, parameters).items():
+                parts[trace.order[name]].append((row, tangent))
+            row += len(rows)
+        tangents: list[Tensor | None] = []
+        for span, own in zip(evaluation.spans, parts):
+            if span is None:
+                tangents.append(None)
+            elif len(own) == 1:
+                tangents.append(own[0][1])
+            else:
+                whole = own[0][1].new_zeros(span[1] - span[0], *own[0][1].shape[1:])
+                for row, tangent in own:
+                    whole[row - span[0] : row - span[0] + len(tangent)] = tangent
+                tangents.append(whole)
+        return tangents
 
     def _find(self, index: int) -> _Trace:
         batch = self._problem.batches[index]
@@ -133,15 +155,32 @@ class _Trace:
             self._gradient = self._traced(batch)
         outputs = {name: i for i, name in enumerate(self._gradient_names)}
         linearizer = Linearizer(self._gradient, len(self.names), [outputs.get(name) for name in self.names])
-        order = {name: i for i, name in enumerate(self.names)}
-        self._keys = [tuple(order[name] for name in block.parameters) for block in problem.blocks]
-        self._programs = {key: linearizer.program(key) for key in dict.fromkeys(self._keys)}
-        self._needed = list(dict.fromkeys(c for p in self._programs.values() for c in p.constants))
+        self.order = {name: i for i, name in enumerate(self.names)}
+        first_use = linearizer.first_uses
+        numbers = sorted(
+            range(len(problem.blocks)),
+            key=lambda l: min(first_use[self.order[name]] for name in problem.blocks[l].parameters),
+        )
+        self.position = {number: i for i, number in enumerate(numbers)}
+        bits = [0] * len(self.names)
+        for number, block in enumerate(problem.blocks):
+            for name in block.parameters:
+                bits[self.order[name]] |= 1 << self.position[number]
+        self._program = linearizer.program(bits)
+        live = functools.reduce(operator.or_, (n.meta["blocks"] for n in self._program.products if n is not None), 0)
+        self.live = [bool(live >> self.position[l] & 1) for l in range(len(problem.blocks))]
+        self._needed = list(self._program.constants.values())
         builder = linearizer.constants
         builder.graph.output(self._needed)
         builder.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self._constants = fx.GraphModule(builder.attributes, builder.graph)
-        self._functions: dict[Any, Callable[..., Sequence[Tensor | None]]] = {}
+        self._evaluations: dict[tuple[int, ...], Evaluation] = {}
+
+    def evaluation(self, counts: tuple[int, ...], pool: Pool) -> Evaluation:
+        """Return the program for these numbers of rows of every block."""
+        if counts not in self._evaluations:
+            self._evaluations[counts] = Evaluation(self._program, counts, pool)
+        return self._evaluations[counts]
 
     def _traced(self, batch: Any) -> fx.GraphModule:
         def gradient(parameters: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -151,11 +190,6 @@ class _Trace:
             return list(found.values())
 
         return trace_gradient(gradient, *self._inputs(batch), values=not self.reusable)
-
-    def program(self, number: int) -> Program | None:
-        """Return the program of a block, None if its Hessian is zero."""
-        program = self._programs[self._keys[number]]
-        return program if any(program.live) else None
 
     @property
     def nbytes(self) -> int:
@@ -170,11 +204,11 @@ class _Trace:
                 sizes[node] = sum(v.numel() * v.itemsize for v in tree_flatten(value)[0] if isinstance(v, Tensor))
         return sum(sizes.values())
 
-    def constants(self, batch: Any) -> dict[fx.Node, Tensor]:
+    def constants(self, batch: Any) -> list[Tensor]:
         """Evaluate the constants for a batch."""
         parameters, tensors = self._inputs(batch)
         with torch.no_grad():
-            return dict(zip(self._needed, self._constants(*parameters, *tensors)))
+            return list(self._constants(*parameters, *tensors))
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """Evaluate the traced gradient for a batch."""
@@ -185,66 +219,23 @@ class _Trace:
         parameters = [p.detach() for p in self._problem.parameters.values()]
         return parameters, _tensors(batch) if self.reusable else []
 
-    def function(self, program: Program, rows: int, compiled: bool) -> Callable[..., Sequence[Tensor | None]]:
-        """Return a program as a function of tangents, with a leading dimension if rows > 1, and of constants."""
-        key = (program.parameters, rows)
-        if key not in self._functions:
-            module = _batched(program, rows) if rows > 1 else _single(program)
-            self._functions[key] = torch.no_grad()(_compiled(module) if compiled else module)
-        return self._functions[key]
 
-
-def _single(program: Program) -> Callable[..., Any]:
-    graph = fx.Graph()  # a copy, since accumulate_in_place modifies it
-    graph.output(graph.graph_copy(program.graph, {}))
-    return fx.GraphModule({}, accumulate_in_place(graph))
-
-
-def _compiled(module: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a program at its first call; fall back to the program itself if compilation fails."""
-    compiled = torch.compile(module, dynamic=False)
-
-    def run(*inputs: Tensor) -> Any:
-        nonlocal compiled
-        try:
-            with torch.compiler.set_stance("default"):  # `fixed_state` disables compilation of the model
-                return compiled(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            warnings.warn(f"blockhess: torch.compile failed, going on without: {error}".splitlines()[0], stacklevel=2)
-            compiled = module
-            return module(*inputs)
-
-    return run
-
-
-def _batched(program: Program, rows: int) -> Callable[..., Any]:
-    """Return the program with a leading dimension of tangents, vectorized by vmap and traced again."""
-    placeholders = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder")]
-    moving = len(program.parameters)
-    module = fx.GraphModule({}, program.graph)
-
-    def batched(*inputs: Tensor) -> list[Tensor]:
-        def single(*tangents: Tensor) -> list[Tensor]:
-            return [p for p in module(*tangents, *inputs[moving:]) if p is not None]
-
-        return vmap(single)(*inputs[:moving])
-
-    with placeholders[0].fake_mode:
-        inputs = [
-            torch.empty((rows, *p.shape) if i < moving else p.shape, dtype=p.dtype, device=p.device)
-            for i, p in enumerate(placeholders)
-        ]
-        graph = make_fx(batched)(*inputs)
-    for node in graph.graph.nodes:
-        node.target = RESHAPED.get(node.target, node.target)  # strides may differ from those of the trace
-    accumulate_in_place(graph.graph)
-    graph.recompile()
-
-    def run(*inputs: Tensor) -> list[Tensor | None]:
-        found = iter(graph(*inputs))
-        return [next(found) if live else None for live in program.live]
-
-    return run
+def _chunks(columns: Sequence[Column], size: int) -> Iterator[list[tuple[Column, tuple[int, int]]]]:
+    """Yield columns with ranges of their vectors, of `size` vectors together."""
+    chunk: list[tuple[Column, tuple[int, int]]] = []
+    room = size
+    for column in columns:
+        first = 0
+        while first < len(column.vectors):
+            last = min(len(column.vectors), first + room)
+            chunk.append((column, (first, last)))
+            room -= last - first
+            first = last
+            if not room:
+                yield chunk
+                chunk, room = [], size
+    if chunk:
+        yield chunk
 
 
 def _flatten(batch: Any) -> tuple[list[Any], Any]:

@@ -1,21 +1,23 @@
 """Linearization of a traced gradient: forward-mode differentiation, with all constants folded.
 
     P : w -> dL/dw            gradient of one batch, traced into a graph of tensor operations
-    v -> dP_l/dw_l v          product with block l, the tangent of P: a graph that is linear in v
+    v -> dP/dw v              the tangent of P: a graph that is linear in v
 
-Only nodes between w_l and its gradient take part. Everything that does not depend on v (activations, second derivatives
-of nonlinearities, masks, softmax outputs) goes into one graph of constants, shared by all blocks and evaluated once per
-batch. A chain of elementwise operations on tangents is linear and diagonal and collapses to sum_i c_i * t_i with
-constants c_i. The program of a block then consists of matrix products, few reductions and a multiply-add per operand.
+Every tangent belongs to the blocks whose parameters it depends on and whose gradient depends on it, so that one pass
+through the graph gives the products with all blocks. Everything that does not depend on v (activations, second
+derivatives of nonlinearities, masks, softmax outputs) goes into a graph of constants, evaluated once per batch. A chain
+of elementwise operations on tangents is linear and diagonal and collapses to sum_i c_i * t_i with constants c_i. The
+program then consists of matrix products, few reductions and such sums.
 
 Programs do not modify their constants. The same model and batch give the same graphs.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,29 @@ from torch.func import jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from blockhess.hvp.traced.operations import CONSTANT, DYNAMIC, RESHAPED, SAME, NotTraceable, aten, refuse
+from blockhess.hvp.traced.operations import (
+    CONSTANT,
+    DYNAMIC,
+    RESHAPED,
+    SAME,
+    SPLITS,
+    VIEWS,
+    NotTraceable,
+    aten,
+    refuse,
+)
 from blockhess.hvp.traced.program import Combination, GraphBuilder, Program, ProgramBuilder, is_node, same_call_key
 from blockhess.hvp.traced.trace import make_functional
+
+# Operations that are linear in all their floating-point tensors together, or in each of them.
+_LINEAR = VIEWS | SPLITS | set(RESHAPED) | {
+    aten.expand.default, aten.neg.default, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default,
+    aten.cat.default, aten.stack.default, aten.index.Tensor, aten.embedding.default, aten._to_copy.default,
+    aten.embedding_dense_backward.default, aten.slice_backward.default, aten.select_backward.default,
+    aten.constant_pad_nd.default, aten.gather.default,
+}  # fmt: skip
+_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}
 
 # Tangents of y = op(x, dim, ...) for the tangent t of x that are cheaper than those of torch.func.jvp.
 _RULES: dict[Any, Callable[[Tensor, Tensor, int], Tensor]] = {
@@ -53,7 +75,7 @@ class _Template:
 
 
 class Linearizer:
-    """Derives the programs of blocks from a traced gradient.
+    """Derives a linear program from a traced gradient.
 
     Args:
         traced: from `trace_gradient`, a function of (parameters, batch).
@@ -70,9 +92,6 @@ class Linearizer:
         flat, _ = tree_flatten(outputs)
         self._gradient = [None if index is None else flat[index] for index in gradients]
         self._parameters = [n for n in self._nodes if n.op == "placeholder"][:num_parameters]
-        edges = [(source, node) for node in self._nodes for source in node.all_input_nodes]
-        self._below = self._reach(self._parameters, edges)
-        self._above = self._reach(self._gradient, [(node, source) for source, node in reversed(edges)])
         self._primal: dict[fx.Node, Any] = {}
         for node in self._nodes:  # copies P into the graph of constants, which thus contains all primal values
             if node.op == "placeholder":
@@ -102,32 +121,43 @@ class Linearizer:
         return self.constants.call(target, args, kwargs, like)
 
     @staticmethod
-    def _reach(starts: Sequence[Any], edges: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, int]:
-        """Return bit masks: bit i of a node is set if edges, in topological order, lead from `starts[i]` to it."""
+    def _reach(starts: Iterable[tuple[Any, int]], edges: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, int]:
+        """Return the bits of all starts from which edges, in topological order, lead to a node."""
         bits: defaultdict[fx.Node, int] = defaultdict(int)
-        for i, start in enumerate(starts):
+        for start, own in starts:
             if is_node(start):
-                bits[start] |= 1 << i
+                bits[start] |= own
         for source, target in edges:
             bits[target] |= bits[source]
         return bits
 
-    def program(self, parameters: Sequence[int]) -> Program:
-        """Return the program of the Hessian of these parameters (indices), with all others fixed."""
-        mask = sum(1 << i for i in parameters)
+    @property
+    def first_uses(self) -> list[int]:
+        """Position of the first operation that uses each parameter."""
+        order = {node: i for i, node in enumerate(self._nodes)}
+        return [min((order.get(user, len(order)) for user in p.users), default=len(order)) for p in self._parameters]
+
+    def program(self, blocks: Sequence[int]) -> Program:
+        """Return the program of the products with all blocks.
+
+        Args:
+            blocks: bits of the blocks that contain each parameter.
+        """
         program = ProgramBuilder(self.constants)
-        inputs = [self._parameters[i] for i in parameters]
-        tangents: dict[fx.Node, Any] = {node: program.tangent(node.meta["val"]) for node in inputs}
+        tangents: dict[fx.Node, Any] = {node: program.tangent(node.meta["val"]) for node in self._parameters}
+        edges = [(source, node) for node in self._nodes for source in node.all_input_nodes]
+        active = self._reach(zip(self._parameters, blocks), edges)
+        above = self._reach(zip(self._gradient, blocks), [(node, source) for source, node in reversed(edges)])
         for node in self._nodes:
-            if node.op != "call_function" or not self._below[node] & mask or not self._above[node] & mask:
+            active[node] &= above[node]
+        for node in self._nodes:
+            if node.op != "call_function" or not active[node]:
                 continue
             value = self._tangent(node, tangents, program)
             if isinstance(value, Combination) and len(value.terms) > 1:
-                users = [u for u in node.users if self._above.get(u, 0) & mask]
-                value = program.materialize(value) if len(users) > 1 else value
+                value = program.materialize(value) if sum(map(bool, map(active.get, node.users))) > 1 else value
             tangents[node] = value
-        ends = [self._gradient[i] for i in parameters]
-        return program.finish(tuple(parameters), [tangents.get(end) if is_node(end) else None for end in ends])
+        return program.finish([tangents.get(end) if is_node(end) else None for end in self._gradient], blocks)
 
     def _tangent(self, node: fx.Node, tangents: dict[fx.Node, Any], program: ProgramBuilder) -> Any:
         given: Any = node.args
@@ -145,6 +175,17 @@ class Linearizer:
             like, source = self._primal[node].meta["val"], tangents.get(given[1])
             return None if source is None else Combination(source.terms, like.shape, like.dtype)
         primals = [self._primal[leaf] if is_node(leaf) else leaf for leaf in leaves]
+        like = node.meta["val"]
+        floating = [i for i, leaf in enumerate(leaves) if is_node(leaf) and leaf.meta["val"].is_floating_point()]
+        if target in _SUMS or (target in _LINEAR and floating == positions):
+            whole = [tangents[leaf] if i in positions else primals[i] for i, leaf in enumerate(leaves)]
+            return program.call(target, *tree_unflatten(whole, spec), like)
+        if target in _PRODUCTS and is_node(leaves[1]):
+            parts = []
+            for i in positions:
+                whole = [tangents[leaf] if i == j else primals[j] for j, leaf in enumerate(leaves)]
+                parts.append(program.call(target, *tree_unflatten(whole, spec), like))
+            return functools.reduce(lambda a, b: program.call(aten.add.Tensor, (a, b), {}, like), parts)
         inputs = [tangents[leaves[i]] for i in positions]
         template = self._template(target, primals, spec, positions)
         results = self._inline(template, [p for p in primals if is_node(p)], inputs, program)

@@ -1,12 +1,17 @@
-"""Linear programs: graphs that are linear in tangents t, with coefficients from a separate graph of constants.
+"""A linear program: a graph that is linear in tangents t, with coefficients from a separate graph of constants.
 
 An elementwise operation is not emitted: it changes the constants c_i of a linear combination sum_i c_i * t_i, which
-becomes a tensor only where another operation needs it.
+becomes a tensor only where another operation needs it, by one call of `combine`.
+
+A tangent belongs to a set of blocks, kept as bits: those whose parameters it depends on and whose product depends on it.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -18,8 +23,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, aten, refuse
 
+_MEANS = {aten.mean.dim: aten.sum.dim_IntList, aten.mean.default: aten.sum.default}
+
 # A combination of more terms than this becomes a tensor, so that its users do not repeat the sum.
-MOST_TERMS = 3
+MOST_TERMS = 8
 
 
 def is_node(value: object) -> TypeGuard[fx.Node]:
@@ -97,30 +104,41 @@ class Combination:
     dtype: torch.dtype
 
 
+def combine(bases: Sequence[Tensor], coefficients: Sequence[Tensor | None], scalars: Sequence[float]) -> Tensor:
+    """Return sum_i scalars_i * coefficients_i * bases_i, broadcast together."""
+    total: Tensor | None = None
+    for base, coefficient, scalar in zip(bases, coefficients, scalars):
+        if total is None:
+            total = base if coefficient is None else base * coefficient
+            total = total if scalar == 1.0 else scalar * total
+        elif coefficient is None:
+            total = torch.add(total, base, alpha=scalar)
+        else:
+            total = torch.addcmul(total, base, coefficient, value=scalar)
+    assert total is not None
+    return total
+
+
 @dataclass
 class Program:
-    """The Hessian of some parameters, as a graph from tangents of the parameters and constants to products.
+    """The products with all blocks, as a graph from tangents of the parameters and constants.
 
     Attributes:
-        parameters: indices of the parameters, in the order of the tangents.
-        graph: its placeholders are one tangent per parameter, then the constants.
-        constants: nodes of the graph of constants, in the order of the placeholders.
-        live: whether the product is not identically zero, per parameter.
+        graph: its placeholders are one tangent per parameter, then the constants. A node's meta["blocks"] has bit l set
+            if block l needs its tangent.
+        tangents: placeholders of the tangents, None for parameters whose tangent no product needs.
+        constants: placeholder of a constant -> node of the graph of constants.
+        products: node of the product per parameter; None if it is zero.
     """
 
-    parameters: tuple[int, ...]
     graph: fx.Graph
-    constants: list[fx.Node]
-    live: tuple[bool, ...]
-
-
-# Operations that can accumulate into their first argument, and operations whose result is not a view.
-_IN_PLACE = {aten.addcmul.default: aten.addcmul_.default, aten.add.Tensor: aten.add_.Tensor}
-_FRESH = {aten.mul.Tensor, *_IN_PLACE, *_IN_PLACE.values(), aten.mm.default, aten.bmm.default}
+    tangents: list[fx.Node | None]
+    constants: dict[fx.Node, fx.Node]
+    products: list[fx.Node | None]
 
 
 class ProgramBuilder:
-    """Builds the program of one block. Constants go to the graph that all blocks share."""
+    """Builds a linear program, next to a graph of constants."""
 
     def __init__(self, constants: GraphBuilder) -> None:
         self._constants = constants
@@ -164,6 +182,10 @@ class ProgramBuilder:
             return self._view(target, args, kwargs, like)
         if target is aten.expand.default:  # terms are broadcast when they are used
             return Combination(args[0].terms, like.shape, like.dtype)
+        if target in _MEANS:
+            total = self.call(_MEANS[target], args, kwargs, like)
+            part = like.numel() / max(1, math.prod(args[0].shape))
+            return replace(total, terms=tuple((base, self._times(c, part)) for base, c in total.terms))
         if target is aten.as_strided.default:
             raise NotTraceable(f"{target} depends on how a tensor lies in memory")
         if isinstance(like, Tensor) and torch.Tag.pointwise in target.tags:
@@ -172,9 +194,23 @@ class ProgramBuilder:
 
     def _view(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
         combination, *options = args
+        if target is aten.squeeze.default:
+            target, options = aten.squeeze.dims, [[i for i, n in enumerate(combination.shape) if n == 1]]
 
         def view(builder: GraphBuilder, node: fx.Node) -> fx.Node:
-            return builder.call(target, (builder.expanded(node, combination.shape), *options), kwargs, like)
+            shape = node.meta["val"].shape
+            if target is aten.reshape.default:
+                new = reshaped(shape, combination.shape, like.shape)
+                if new is None:
+                    node, new = builder.expanded(node, combination.shape), like.shape
+                return node if node.meta["val"].shape == new else builder.call(target, (node, list(new)))
+            full = (1,) * (len(combination.shape) - len(shape)) + tuple(shape)
+            node = builder.call(aten.reshape.default, (node, list(full))) if full != tuple(shape) else node
+            if target in (aten.slice.Tensor, aten.select.int) and full[options[0] if options else 0] == 1:
+                if target is aten.slice.Tensor:
+                    return node
+                return builder.call(target, (node, options[0], 0))
+            return builder.call(target, (node, *options), kwargs)
 
         terms = [
             (view(self._program, base), view(self._constants, c) if is_node(c) else c) for base, c in combination.terms
@@ -262,42 +298,69 @@ class ProgramBuilder:
 
     def _node(self, combination: Combination) -> fx.Node:
         """Return the node of the combination as a tensor."""
-        terms = sorted(combination.terms, key=lambda term: (is_node(term[1]), term[1] != 1.0))
-        total: fx.Node | None = None
-        for base, coefficient in terms:
-            c = self._import(coefficient)
-            if total is None:
-                total = base if c == 1.0 else self._program.call(aten.mul.Tensor, (base, c))
-            elif is_node(c):
-                total = self._program.call(aten.addcmul.default, (total, base, c))
-            else:
-                total = self._program.call(aten.add.Tensor, (total, base), {} if c == 1.0 else {"alpha": c})
-        assert total is not None
+        bases = [base for base, _ in combination.terms]
+        factors = [(None, c) if not is_node(c) else (self._import(c), 1.0) for _, c in combination.terms]
+        total = bases[0]
+        if len(bases) > 1 or factors[0] != (None, 1.0):
+            values = [n.meta["val"] for n in (*bases, *(c for c, _ in factors)) if n is not None]
+            shape = torch.broadcast_shapes(*(v.shape for v in values))
+            dtype = functools.reduce(torch.promote_types, (v.dtype for v in values))
+            with self._program.fakes:
+                like = torch.empty(shape, dtype=dtype, device=values[0].device)
+            arguments = (tuple(bases), tuple(c for c, _ in factors), tuple(float(x) for _, x in factors))
+            total = self._program.call(combine, arguments, like=like)
         if total.meta["val"].dtype != combination.dtype:
             total = self._program.call(aten._to_copy.default, (total,), {"dtype": combination.dtype})
         return self._program.expanded(total, combination.shape)
 
-    def finish(self, parameters: tuple[int, ...], results: list[Combination | None]) -> Program:
-        """Return the program with these products, one per parameter."""
-        graph = self._program.graph
-        graph.output([None if r is None else self._node(r) for r in results])
-        graph.eliminate_dead_code()
-        used = [(c, n) for c, n in self._inputs.items() if n.users]
-        # A copy with the placeholders first, the tangents before the constants, and without unused constants.
-        ordered = fx.Graph()
-        copies = {n: ordered.node_copy(n) for n in (*self._tangents, *(n for _, n in used))}
-        for node in graph.nodes:
-            if node.op != "placeholder":
-                copies[node] = ordered.node_copy(node, copies.__getitem__)
-        return Program(parameters, ordered, [c for c, _ in used], tuple(r is not None for r in results))
+    def finish(self, results: Sequence[Combination | None], blocks: Sequence[int]) -> Program:
+        """Return the program.
+
+        Args:
+            results: the product per parameter.
+            blocks: bits of the blocks that contain each parameter.
+        """
+        products = [None if r is None else self._node(r) for r in results]
+        needed: dict[fx.Node, int] = defaultdict(int)
+        for node, bits in zip(products, blocks):
+            if node is not None:
+                needed[node] |= bits
+        given = dict(zip(self._tangents, blocks))
+        for node in self._program.graph.nodes:
+            node.meta["blocks"] = given.get(node, 0)
+            for source in node.all_input_nodes:
+                node.meta["blocks"] |= source.meta["blocks"]
+        for node in reversed(self._program.graph.nodes):
+            node.meta["blocks"] &= needed[node]
+            for source in node.all_input_nodes:
+                needed[source] |= node.meta["blocks"]
+        products = [n if n is not None and n.meta["blocks"] & bits else None for n, bits in zip(products, blocks)]
+        tangents = [n if n.meta["blocks"] else None for n in self._tangents]
+        constants = {n: c for c, n in self._inputs.items() if any(user.meta["blocks"] for user in n.users)}
+        return Program(self._program.graph, tangents, constants, products)
 
 
-def accumulate_in_place(graph: fx.Graph) -> fx.Graph:
-    """Let sums accumulate in place, in tensors without other users."""
-    for node in graph.nodes:
-        if node.target in _IN_PLACE and is_node(node.args[0]):
-            first = node.args[0]
-            fresh = first.target in _FRESH and len(first.users) == 1 and first not in node.args[1:]
-            if fresh and first.meta["val"].shape == node.meta["val"].shape:
-                node.target = _IN_PLACE[node.target]
-    return graph
+def reshaped(shape: Sequence[int], full: Sequence[int], new: Sequence[int]) -> torch.Size | None:
+    """Return the shape of a tensor after a reshape from `full` to `new` of what it broadcasts to.
+
+    None if a dimension of size 1 is merged with others, so that the tensor must be expanded first.
+    """
+    sizes = [1] * (len(full) - len(shape)) + list(shape)
+    found: list[int] = []
+    i = j = 0
+    while i < len(full) or j < len(new):
+        start_i, start_j, before, after = i, j, 1, 1
+        while i == start_i or j == start_j or before != after:  # the smallest groups of dimensions of equal size
+            if i < len(full) and (before <= after or j == len(new)):
+                before, i = before * full[i], i + 1
+            elif j < len(new):
+                after, j = after * new[j], j + 1
+            else:
+                break
+        if 0 in (before, after) or before != after:
+            return None
+        whole = sizes[start_i:i] == list(full[start_i:i])
+        if not whole and any(n != 1 for n in sizes[start_i:i]):
+            return None
+        found += list(new[start_j:j]) if whole else [1] * (j - start_j)
+    return torch.Size(found)

@@ -1,0 +1,634 @@
+"""Evaluation of a linear program for many rows at once: one row per block and probe, in the order of the blocks.
+
+A tangent of the program, of shape S, becomes a tensor (rows, *S) with the rows of the blocks that it belongs to. Those
+are consecutive or nearly so; rows in between, of blocks that it does not belong to, are zero where anything reads them.
+
+The first evaluation chooses a method for every operation and a buffer for every result, and records the calls. Later
+ones repeat the calls: the same kernels on the same addresses, without views and allocations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import vmap
+
+from blockhess.hvp.traced.operations import SPLITS, VIEWS, aten
+from blockhess.hvp.traced.program import Program, combine, is_node
+from blockhess_ext import ops
+
+# Input 0 ... n-1 are tangents and constants, later ones results that are not in buffers.
+Slots = list[Any]
+
+_LARGEST_SUM = 16  # terms of ops.linear_combination
+
+
+class Pool:
+    """Buffers that evaluations share, since only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._all: list[Tensor] = []
+        self._free: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(buffer) for buffer in self._all)
+
+    def reset(self) -> None:
+        """Take all buffers back."""
+        self._free = list(self._all)
+
+    def take(self, nbytes: int, device: torch.device) -> Tensor:
+        """Return a buffer of at least this size: the one used last that is not much larger, or a new one."""
+        for i in reversed(range(len(self._free))):
+            if nbytes <= len(self._free[i]) <= 2 * nbytes:
+                return self._free.pop(i)
+        self._all.append(torch.empty(max(512, nbytes), dtype=torch.uint8, device=device))
+        return self._all[-1]
+
+    def give(self, buffer: Tensor) -> None:
+        """Take one buffer back."""
+        self._free.append(buffer)
+
+
+class _Value:
+    """A tensor during the recording.
+
+    Attributes:
+        tensor: its value.
+        first: its first row; 0 for constants.
+        get: returns its value in a repetition; None if it is the same tensor.
+        buffer: memory of the pool or number of the slot that it lies in, and the number of values that lie there.
+    """
+
+    __slots__ = ("tensor", "first", "get", "buffer")
+
+    def __init__(
+        self, tensor: Tensor, first: int = 0, get: Callable[[Slots], Tensor] | None = None, buffer: list[Any] | None = None
+    ) -> None:
+        self.tensor, self.first, self.get, self.buffer = tensor, first, get, buffer
+
+    def view(self, function: Callable[[Tensor], Tensor], first: int | None = None) -> _Value:
+        """Return a view of the same memory."""
+        get = self.get
+        again = None if get is None else lambda slots: function(get(slots))
+        return _Value(function(self.tensor), self.first if first is None else first, again, self.buffer)
+
+
+class Evaluation:
+    """A program for fixed numbers of rows of every block.
+
+    Args:
+        program: the program.
+        counts: number of rows of every block, in the order of bits.
+        pool: memory.
+
+    Attributes:
+        spans: first and last + 1 row of the tangent of every parameter; None if it has none.
+    """
+
+    def __init__(self, program: Program, counts: Sequence[int], pool: Pool) -> None:
+        self._program, self._pool = program, pool
+        self._starts = [0, *itertools.accumulate(counts)]
+        self._present = sum(1 << i for i, count in enumerate(counts) if count)
+        self.spans = [None if n is None or not self._active(n) else self._span(n) for n in program.tangents]
+        self._steps: list[Callable[[Slots], Any]] = []
+        self._results: list[_Value | None] = []
+        self._size = 0
+
+    def _active(self, node: fx.Node) -> bool:
+        return bool(node.meta["blocks"] & self._present)
+
+    def _span(self, node: fx.Node) -> tuple[int, int]:
+        bits = node.meta["blocks"] & self._present
+        lowest = (bits & -bits).bit_length() - 1
+        return self._starts[lowest], self._starts[bits.bit_length()]
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Tensor | None]) -> list[tuple[int, Tensor] | None]:
+        """Return first row and rows of the product per parameter, None if it is zero; valid until the next evaluation.
+
+        Args:
+            inputs: tangents of the parameters, (rows of spans, *shape), then the constants.
+        """
+        if not self._size:
+            return self._record(inputs)
+        slots = [*inputs, *[None] * (self._size - len(inputs))]
+        for step in self._steps:
+            step(slots)
+        return [
+            None if r is None else (r.first, r.tensor if r.get is None else r.get(slots)) for r in self._results
+        ]
+
+    def _record(self, inputs: Sequence[Tensor | None]) -> list[tuple[int, Tensor] | None]:
+        self._pool.reset()
+        self._slots: Slots = list(inputs)
+        self._env: dict[fx.Node, Any] = {}
+        program = self._program
+        for i, (node, span) in enumerate(zip(program.tangents, self.spans)):
+            if node is not None and span is not None:
+                self._env[node] = _Value(inputs[i], span[0], operator.itemgetter(i))  # type: ignore[arg-type]
+        for i, node in enumerate(program.constants, len(program.tangents)):
+            self._env[node] = _Value(inputs[i], 0, operator.itemgetter(i))  # type: ignore[arg-type]
+        nodes = [n for n in program.graph.nodes if n.op == "call_function" and self._active(n)]
+        fused = {source for n in nodes if (source := _summed(n)) is not None}
+        nodes = [n for n in nodes if n not in fused]
+        products = [n if n is not None and self._active(n) else None for n in program.products]
+        self._left: dict[fx.Node, int] = {}
+        sources = {n: [*_summed(n).all_input_nodes] if _summed(n) in fused else n.all_input_nodes for n in nodes}
+        for used in (*sources.values(), [n for n in products if n is not None]):
+            for source in used:
+                self._left[source] = self._left.get(source, 0) + 1
+        for node in nodes:
+            self._fresh: list[list[Any]] = []
+            value = self._evaluate(node)
+            self._env[node] = value
+            for each in value if isinstance(value, list) else [value]:
+                if each is not None and each.buffer is not None:
+                    each.buffer[1] += 1
+            for buffer in self._fresh:
+                self._free(buffer)
+            for source in sources[node]:
+                self._left[source] -= 1
+                if not self._left[source]:
+                    self._release(source)
+        self._results = [None if n is None else self._env[n] for n in products]
+        found = [None if r is None else (r.first, r.tensor) for r in self._results]
+        self._size = len(self._slots)
+        del self._env, self._left, self._slots
+        return found
+
+    def _release(self, node: fx.Node) -> None:
+        value = self._env.pop(node, None)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each.buffer is not None:
+                each.buffer[1] -= 1
+                self._free(each.buffer)
+
+    def _free(self, buffer: list[Any]) -> None:
+        """Let memory be used again if no value lies in it."""
+        memory, values = buffer
+        if values == 0 and isinstance(memory, Tensor):
+            self._pool.give(memory)
+        elif values == 0:
+            self._slots[memory] = None
+            self._steps.append(lambda slots: slots.__setitem__(memory, None))
+
+    # Calls.
+
+    def _buffer(self, shape: Sequence[int], like: Tensor, first: int) -> _Value:
+        """Return an uninitialized value."""
+        nbytes = prod(shape) * like.itemsize
+        memory = self._pool.take(nbytes, like.device)
+        self._fresh.append([memory, 0])
+        return _Value(memory[:nbytes].view(like.dtype).view(tuple(shape)), first, None, self._fresh[-1])
+
+    def _do(self, function: Callable[..., Any], *values: _Value, **options: Any) -> None:
+        """Call a function of tensors that writes into a buffer, now and in repetitions."""
+        function(*(v.tensor for v in values), **options)
+        given = [(v.tensor, v.get) if v.get is None else (None, v.get) for v in values]
+        if all(get is None for _, get in given):
+            tensors = [tensor for tensor, _ in given]
+            self._steps.append(lambda slots: function(*tensors, **options))
+        else:
+            self._steps.append(
+                lambda slots: function(*[t if get is None else get(slots) for t, get in given], **options)
+            )
+
+    def _new(self, function: Callable[..., Any], first: int, *values: _Value) -> Any:
+        """Call a function that returns new tensors, now and in repetitions."""
+        index = len(self._slots)
+        self._slots.append(function(*(v.tensor for v in values)))
+        getters = [v.get or (lambda slots, tensor=v.tensor: tensor) for v in values]
+
+        def step(slots: Slots) -> None:
+            slots[index] = function(*[get(slots) for get in getters])
+
+        self._steps.append(step)
+        found = self._slots[index]
+        buffer = [index, 0]
+        self._fresh.append(buffer)
+        if isinstance(found, (tuple, list)):
+            return [
+                None if part is None else _Value(part, first, lambda slots, i=i: slots[index][i], buffer)
+                for i, part in enumerate(found)
+            ]
+        return _Value(found, first, operator.itemgetter(index), buffer)
+
+    # Operands.
+
+    def _rows(self, node: fx.Node, span: tuple[int, int]) -> _Value:
+        """Return rows first ... last - 1 of a tangent, which has them."""
+        value: _Value = self._env[node]
+        first, last = span
+        if value.first == first and len(value.tensor) == last - first:
+            return value
+        start = value.first
+        if start <= first and last <= start + len(value.tensor):
+            return value.view(lambda t: t[first - start : last - start], first)
+        padded = self._buffer((last - first, *value.tensor.shape[1:]), value.tensor, first)
+        self._do(torch.Tensor.zero_, padded)
+        low, high = max(first, start), min(last, start + len(value.tensor))
+        part, target = self._rows(node, (low, high)), padded.tensor[low - first : high - first]
+        self._do(lambda t: target.copy_(t), part)
+        return padded
+
+    def _moves(self, value: Any) -> bool:
+        """Return whether an argument is a tangent."""
+        return is_node(value) and value not in self._program.constants
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        target, args, span = node.target, node.args, self._span(node)
+        if target is operator.getitem:
+            return self._env[args[0]][args[1]]
+        if target is combine:
+            return self._combine(node, span)
+        if target in (aten.sum.dim_IntList, aten.sum.default):
+            return self._sum(node, span)
+        if target is aten.mm.default:
+            return self._mm(*args, span)
+        if target is aten.bmm.default:
+            return self._bmm(*args, span)
+        if target in VIEWS or target is aten.expand.default:
+            return self._view(node, self._rows(args[0], span))
+        if target in SPLITS and (len(args) > 2 or "dim" in node.kwargs):
+            return self._split(node, self._rows(args[0], span))
+        rule = {
+            aten.embedding.default: self._embedding,
+            aten.embedding_dense_backward.default: self._embedding_backward,
+            aten.convolution.default: self._convolution,
+            aten.convolution_backward.default: self._convolution_backward,
+            aten.cat.default: self._cat,
+        }.get(target)
+        found = None if rule is None else rule(node, span)
+        return self._any(node, span) if found is None else found
+
+    # Sums of products with constants.
+
+    def _combine(self, node: fx.Node, span: tuple[int, int], summed: fx.Node | None = None) -> _Value:
+        """Evaluate a combination, or its sum over the last dimension."""
+        first, last = span
+        shape = node.meta["val"].shape
+        bases: list[_Value] = []
+        coefficients: list[_Value | None] = []
+        scalars: list[float] = []
+        for base, coefficient, scalar in zip(*node.args):
+            if base not in self._env:  # it belongs to other blocks
+                continue
+            value = self._env[base]
+            low, high = max(first, value.first), min(last, value.first + len(value.tensor))
+            if low >= high:
+                continue
+            lead = (high - low, *(1,) * (len(shape) - value.tensor.dim() + 1))
+            value = self._rows(base, (low, high))
+            if len(lead) > 1:
+                value = value.view(lambda t, lead=lead: t.reshape(*lead, *t.shape[1:]))
+            bases.append(value)
+            scalars.append(scalar)
+            coefficients.append(None)
+            if coefficient is not None:
+                constant = self._env[coefficient]
+                ones = (1,) * (len(shape) - constant.tensor.dim())
+                coefficients[-1] = constant.view(lambda t, ones=ones: t.reshape(*ones, *t.shape)) if ones else constant
+        like = node.meta["val"]
+        if summed is not None:
+            out = self._buffer((last - first, *shape[:-1], 1), like, first)
+        else:
+            out = self._in_place(node, bases, span) or self._like(bases, (last - first, *shape), like, first)
+        offsets = [value.first - first for value in bases]
+        function = ops.linear_combination if summed is None else ops.linear_combination_sum
+        values = [*bases, *(c for c in coefficients if c is not None)]
+        tensors = [v.tensor for v in values]
+        has = [c is not None for c in coefficients]
+        if any(t.dtype != like.dtype for t in tensors) or len(bases) > _LARGEST_SUM:
+            function = _combined if summed is None else _combined_sum
+        n, target = len(bases), out.tensor
+
+        def call(*given: Tensor) -> None:
+            rest = iter(given[n:])
+            function(target, list(given[:n]), [next(rest) if h else None for h in has], scalars, offsets)
+
+        if all(v.get is None for v in values):
+            constants = iter(tensors[n:])
+            arguments = (tensors[:n], [next(constants) if h else None for h in has], scalars, offsets)
+            self._do(lambda: function(target, *arguments))
+        else:
+            self._do(call, *values)
+        if summed is not None and not summed.meta["val"].dim() == len(shape):
+            return out.view(lambda t: t[..., 0])
+        return out
+
+    def _in_place(self, node: fx.Node, bases: Sequence[_Value], span: tuple[int, int]) -> _Value | None:
+        """Return a base that nothing else reads, of the shape of the result, to be overwritten."""
+        for name, value in zip((b for b in node.args[0] if b in self._env), bases):
+            whole = value.buffer is not None and value.buffer[1] == 1 and self._left[name] == 1
+            if whole and value.get is None and value.tensor.shape == (span[1] - span[0], *node.meta["val"].shape):
+                if 0 not in value.tensor.stride() and value.tensor.dtype == node.meta["val"].dtype:
+                    return _Value(value.tensor, value.first, None, value.buffer)
+        return None
+
+    def _like(self, bases: Sequence[_Value], shape: tuple[int, ...], like: Tensor, first: int) -> _Value:
+        """Return a buffer whose dimensions lie in memory in the same order as those of a base of full size."""
+        for value in bases:
+            if value.tensor.shape[1:] == shape[1:] and not value.tensor.is_contiguous():
+                strides = value.tensor.stride()
+                order = sorted(range(len(shape)), key=lambda d: -strides[d])
+                back = sorted(range(len(shape)), key=order.__getitem__)
+                return self._buffer([shape[d] for d in order], like, first).view(lambda t: t.permute(back))
+        return self._buffer(shape, like, first)
+
+    def _sum(self, node: fx.Node, span: tuple[int, int]) -> _Value:
+        source = _summed(node)
+        if source is not None:
+            return self._combine(source, span, node)
+        value, like = self._rows(node.args[0], span), node.meta["val"]
+        dims = [d % (value.tensor.dim() - 1) + 1 for d in (node.args[1] if len(node.args) > 1 else [])]
+        keep = len(node.args) > 2 and node.args[2]
+        out = self._buffer((len(value.tensor), *like.shape), like, value.first)
+        if value.tensor.dim() == 1:
+            self._do(lambda t, out: out.copy_(t), value, out)
+        else:
+            target, dims = out.tensor, dims or list(range(1, value.tensor.dim()))
+            self._do(lambda t: torch.sum(t, dims, keepdim=keep, dtype=target.dtype, out=target), value)
+        return out
+
+    # Matrix products.
+
+    def _mm(self, a: fx.Node, b: fx.Node, span: tuple[int, int]) -> _Value:
+        rows = span[1] - span[0]
+        if self._moves(a):
+            x, w = self._rows(a, span), self._env[b]
+            _, m, k = x.tensor.shape
+            out = self._buffer((rows, m, w.tensor.shape[1]), x.tensor, span[0])
+            if rows == 1:
+                self._do(torch.mm, x.view(lambda t: t[0]), w, out=out.tensor[0])
+            elif x.tensor.is_contiguous():
+                self._do(torch.mm, x.view(lambda t: t.view(-1, k)), w, out=out.tensor.view(rows * m, -1))
+            else:
+                self._do(torch.bmm, x, w.view(lambda t: t.expand(rows, *t.shape)), out=out.tensor)
+        else:
+            w, x = self._env[a], self._rows(b, span)
+            out = self._buffer((rows, w.tensor.shape[0], x.tensor.shape[2]), x.tensor, span[0])
+            if rows == 1:
+                self._do(torch.mm, w, x.view(lambda t: t[0]), out=out.tensor[0])
+            else:
+                self._do(torch.bmm, w.view(lambda t: t.expand(rows, *t.shape)), x, out=out.tensor)
+        return out
+
+    def _bmm(self, a: fx.Node, b: fx.Node, span: tuple[int, int]) -> _Value:
+        """Multiply (rows, B, M, K) by (B, K, N), or (B, M, K) by (rows, B, K, N): the rows join dimension M or N."""
+        rows = span[1] - span[0]
+        if self._moves(a):
+            x, w = self._rows(a, span), self._env[b]
+            (_, n_batch, m, k), n = x.tensor.shape, w.tensor.shape[2]
+            if rows == 1:
+                out = self._buffer((1, n_batch, m, n), x.tensor, span[0])
+                self._do(torch.bmm, x.view(lambda t: t[0]), w, out=out.tensor[0])
+                return out
+            flat = (n_batch, rows * m, k)
+            if _can_view(x.tensor.mT.permute(1, 2, 0, 3), (n_batch, k, rows * m)) and k > 1:
+                out = self._buffer((n_batch, rows, m, n), x.tensor, span[0])
+                joined = x.view(lambda t: t.mT.permute(1, 2, 0, 3).view(n_batch, k, rows * m).mT)
+                back = (1, 0, 2, 3)
+            else:
+                if not _can_view(x.tensor.permute(1, 2, 0, 3), flat):
+                    x = self._copied(x, (1, 2, 0, 3))
+                out = self._buffer((n_batch, m, rows, n), x.tensor, span[0])
+                joined, back = x.view(lambda t: t.permute(1, 2, 0, 3).view(flat)), (2, 0, 1, 3)
+            self._do(torch.bmm, joined, w, out=out.tensor.view(n_batch, rows * m, n))
+            return out.view(lambda t: t.permute(back))
+        w, x = self._env[a], self._rows(b, span)
+        (n_batch, m, k), n = w.tensor.shape, x.tensor.shape[3]
+        if rows == 1:
+            out = self._buffer((1, n_batch, m, n), x.tensor, span[0])
+            self._do(torch.bmm, w, x.view(lambda t: t[0]), out=out.tensor[0])
+            return out
+        if not _can_view(x.tensor.permute(1, 2, 0, 3), (n_batch, k, rows * n)):
+            x = self._copied(x, (1, 2, 0, 3))
+        out = self._buffer((n_batch, m, rows, n), x.tensor, span[0])
+        joined = x.view(lambda t: t.permute(1, 2, 0, 3).view(n_batch, k, rows * n))
+        self._do(torch.bmm, w, joined, out=out.tensor.view(n_batch, m, rows * n))
+        return out.view(lambda t: t.permute(2, 0, 1, 3))
+
+    def _copied(self, x: _Value, order: tuple[int, ...]) -> _Value:
+        """Return a copy whose dimensions lie in this order in memory."""
+        out = self._buffer([x.tensor.shape[d] for d in order], x.tensor, x.first)
+        target, back = out.tensor, sorted(range(len(order)), key=order.__getitem__)
+        self._do(lambda t: target.copy_(t.permute(order)), x)
+        return out.view(lambda t: t.permute(back))
+
+    # Rearrangements.
+
+    def _view(self, node: fx.Node, value: _Value) -> _Value:
+        like = node.meta["val"]
+        function = _row_view(node, like)
+        found = function(value.tensor)
+        if found.untyped_storage().data_ptr() == value.tensor.untyped_storage().data_ptr():
+            return value.view(function)
+        rows, old = len(value.tensor), value.tensor.shape
+        out = self._buffer((rows, *like.shape), like, value.first)
+        if rows > 1 and like.dim() == 3 and _feeds_bmm(node):
+            out.tensor = out.tensor.view(*like.shape[:2], rows, like.shape[2]).permute(2, 0, 1, 3)
+        if not _can_view(out.tensor, old):
+            out.tensor = self._contiguous(out)
+        target = out.tensor.view(old)
+        self._do(lambda t: target.copy_(t), value)
+        return out
+
+    @staticmethod
+    def _contiguous(value: _Value) -> Tensor:
+        shape = value.tensor.shape
+        return value.buffer[0][: value.tensor.nbytes].view(value.tensor.dtype).view(shape)  # type: ignore[index]
+
+    def _split(self, node: fx.Node, value: _Value) -> list[_Value]:
+        target = node.target
+        args, kwargs = list(node.args[1:]), dict(node.kwargs)
+        number, dims = (0, value.tensor.dim() - 1) if target is aten.unbind.int else (1, value.tensor.dim() - 1)
+        dim = kwargs.pop("dim") if "dim" in kwargs else args[number]
+        given = [] if target is aten.unbind.int else [args[0]]
+        parts = target(value.tensor, *given, dim % dims + 1)
+        return [value.view(lambda t, i=i: target(t, *given, dim % dims + 1)[i]) for i in range(len(parts))]
+
+    def _cat(self, node: fx.Node, span: tuple[int, int]) -> _Value | None:
+        dim = node.args[1] if len(node.args) > 1 else 0
+        if any(not self._moves(part) or part not in self._env for part in node.args[0]):
+            return None
+        parts = [self._rows(part, span) for part in node.args[0]]
+        out = self._buffer((span[1] - span[0], *node.meta["val"].shape), node.meta["val"], span[0])
+        n, target = node.meta["val"].dim(), out.tensor
+        self._do(lambda *tensors: torch.cat(tensors, dim % n + 1, out=target), *parts)
+        return out
+
+    # Other operations.
+
+    def _embedding(self, node: fx.Node, span: tuple[int, int]) -> _Value | None:
+        if not self._moves(node.args[0]) or self._moves(node.args[1]):
+            return None
+        table, index = self._rows(node.args[0], span), self._env[node.args[1]]
+        width, shape = table.tensor.shape[2], index.tensor.shape
+        out = self._buffer((span[1] - span[0], shape.numel(), width), table.tensor, span[0])
+        target = out.tensor
+        self._do(lambda t, i: torch.index_select(t, 1, i.reshape(-1), out=target), table, index)
+        return out.view(lambda t: t.view(len(t), *shape, width))
+
+    def _embedding_backward(self, node: fx.Node, span: tuple[int, int]) -> _Value | None:
+        gradient, index, size, padding, scaled = node.args
+        rows = span[1] - span[0]
+        if rows > 1 and (padding >= 0 or scaled):
+            return None
+
+        def call(g: Tensor, i: Tensor) -> Tensor:
+            offsets = torch.arange(rows, device=i.device).mul_(size).view(-1, *(1,) * i.dim())
+            target = aten.embedding_dense_backward.default
+            return target(g, i + offsets, rows * size, padding, scaled).view(rows, size, g.shape[-1])
+
+        return self._new(call, span[0], self._rows(gradient, span), self._env[index])  # type: ignore[no-any-return]
+
+    def _convolution(self, node: fx.Node, span: tuple[int, int]) -> _Value | None:
+        x, w, bias, *options = node.args
+        rows, groups, transposed = span[1] - span[0], options[5], options[3]
+        target = aten.convolution.default
+        if bias is not None:
+            return None
+        if self._moves(x) and not self._moves(w):
+
+            def of_input(x: Tensor, w: Tensor) -> Tensor:
+                return target(x.flatten(0, 1), w, None, *options).unflatten(0, (rows, -1))
+
+            return self._new(of_input, span[0], self._rows(x, span), self._env[w])  # type: ignore[no-any-return]
+        if not self._moves(x) and rows > 1 and groups == 1 and not transposed:
+
+            def of_weight(x: Tensor, w: Tensor) -> Tensor:
+                return target(x, w.flatten(0, 1), None, *options).unflatten(1, (rows, -1)).transpose(0, 1)
+
+            return self._new(of_weight, span[0], self._env[x], self._rows(w, span))  # type: ignore[no-any-return]
+        return None
+
+    def _convolution_backward(self, node: fx.Node, span: tuple[int, int]) -> Any:
+        gradient, x, w, sizes, *options = node.args
+        rows, mask = span[1] - span[0], options[-1]
+        if not self._moves(gradient) or self._moves(w) or self._moves(x) or tuple(mask) != (True, False, False):
+            return None
+        shape = x.meta["val"].shape
+
+        def call(g: Tensor, w: Tensor) -> list[Tensor | None]:
+            like = g.new_empty(()).expand(rows * shape[0], *shape[1:])
+            found = aten.convolution_backward.default(g.flatten(0, 1), like, w, sizes, *options)
+            return [found[0].unflatten(0, (rows, -1)), None, None]
+
+        return self._new(call, span[0], self._rows(gradient, span), self._env[w])
+
+    def _any(self, node: fx.Node, span: tuple[int, int]) -> Any:
+        """Evaluate an operation by vmap, or row by row."""
+        leaves, spec = torch.utils._pytree.tree_flatten((node.args, dict(node.kwargs)))
+        where = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+        moving = [i for i in where if self._moves(leaves[i])]
+        missing = [i for i in moving if leaves[i] not in self._env]
+        values = [
+            self._rows(leaves[i], span) if i in moving else self._env[leaves[i]] for i in where if i not in missing
+        ]
+        places = [i for i in where if i not in missing]
+        dims = [0 if i in moving else None for i in places]
+        empty = {i: leaves[i].meta["val"] for i in missing}
+        rows, target = span[1] - span[0], node.target
+        one_by_one = rows == 1 or target is aten.convolution_backward.default or missing
+
+        def single(*tensors: Tensor) -> Any:
+            whole = list(leaves)
+            for i, like in empty.items():
+                whole[i] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            for i, tensor in zip(places, tensors):
+                whole[i] = tensor
+            args, kwargs = torch.utils._pytree.tree_unflatten(whole, spec)
+            return target(*args, **kwargs)
+
+        def call(*tensors: Tensor) -> Any:
+            if not one_by_one:
+                return vmap(single, tuple(dims))(*tensors)
+            found = [single(*(t if d is None else t[r] for t, d in zip(tensors, dims))) for r in range(rows)]
+            if isinstance(found[0], Tensor):
+                return found[0][None] if rows == 1 else torch.stack(found)
+            return [None if part[0] is None else torch.stack(part) for part in zip(*found)]
+
+        return self._new(call, span[0], *values)
+
+
+def _summed(node: fx.Node) -> fx.Node | None:
+    """Return the combination that only this sum over the last dimension reads, which then is never stored."""
+    if node.target is not aten.sum.dim_IntList or node.kwargs or not is_node(node.args[0]):
+        return None
+    source, dims = node.args[0], node.args[1]
+    if source.target is not combine or len(source.users) > 1 or not source.meta["val"].dim():
+        return None
+    return source if [d % source.meta["val"].dim() for d in dims] == [source.meta["val"].dim() - 1] else None
+
+
+def _combined(
+    out: Tensor, bases: list[Tensor], coefficients: list[Tensor | None], scalars: list[float], rows: list[int]
+) -> None:
+    total = torch.zeros_like(out)
+    for base, coefficient, scalar, row in zip(bases, coefficients, scalars, rows):
+        total[row : row + len(base)] += combine([base], [coefficient], [scalar])
+    out.copy_(total)
+
+
+def _combined_sum(
+    out: Tensor, bases: list[Tensor], coefficients: list[Tensor | None], scalars: list[float], rows: list[int]
+) -> None:
+    size = max(t.shape[-1] for t in (*bases, *coefficients) if t is not None)
+    total = out.new_empty(*out.shape[:-1], size)
+    _combined(total, bases, coefficients, scalars, rows)
+    torch.sum(total, -1, keepdim=True, out=out)
+
+
+def _can_view(tensor: Tensor, shape: Sequence[int]) -> bool:
+    try:
+        tensor.view(tuple(shape))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _feeds_bmm(node: fx.Node) -> bool:
+    users = list(node.users)
+    users += [again for user in users if user.target is aten.permute.default for again in user.users]
+    return any(user.target is aten.bmm.default for user in users)
+
+
+def _row_view(node: fx.Node, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a view operation for tensors with a leading dimension of rows."""
+    target, args = node.target, node.args[1:]
+    dims = node.args[0].meta["val"].dim()
+
+    def axis(d: int, n: int = dims) -> int:
+        return d % max(n, 1) + 1
+
+    if target is aten.reshape.default:
+        return lambda t: t.reshape(len(t), *like.shape)
+    if target is aten.expand.default:
+        lead = (1,) * (like.dim() - dims)
+        return lambda t: t.reshape(len(t), *lead, *t.shape[1:]).expand(len(t), *like.shape)
+    if target is aten.permute.default:
+        order = (0, *(axis(d) for d in args[0]))
+        return lambda t: t.permute(order)
+    if target is aten.t.default:
+        return lambda t: t.mT if dims == 2 else t
+    if target is aten.transpose.int:
+        return lambda t: t.transpose(axis(args[0]), axis(args[1]))
+    if target is aten.unsqueeze.default:
+        return lambda t: t.unsqueeze(axis(args[0], dims + 1))
+    if target in (aten.squeeze.dim, aten.squeeze.dims):
+        removed = tuple(axis(d) for d in (args[0] if isinstance(args[0], (list, tuple)) else [args[0]]))
+        return lambda t: t.squeeze(removed)
+    if target is aten.select.int:
+        return lambda t: t.select(axis(args[0]), args[1])
+    if target is aten.slice.Tensor:
+        dim, *bounds = args or (0,)
+        return lambda t: aten.slice.Tensor(t, axis(dim), *bounds)
+    raise AssertionError(target)
