@@ -1,6 +1,6 @@
 """Python functions of the compiled ops; `blockhess_ext.reference` implements the same functions in plain PyTorch.
 
-All take contiguous tensors on one device. Vectors are float32 or float64; alpha, beta, nodes and weights are float64.
+All take tensors on one device, contiguous ones except `linear_combination` and `linear_combination_sum`. Vectors are float32 or float64; alpha, beta, nodes and weights are float64.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from blockhess_ext.recurrences import Recurrences
 DISTRIBUTIONS = ("gaussian", "rademacher")
 
 _ops = torch.ops.blockhess_ext
+# Without the overload resolution, which costs a microsecond.
+_linear_combination = _ops.linear_combination.default
+_linear_combination_sum = _ops.linear_combination_sum.default
 
 
 def lanczos_step(
@@ -178,6 +181,58 @@ def random_probes(
     return probes
 
 
+def linear_combination(
+    out: Tensor,
+    bases: list[Tensor],
+    coefficients: list[Tensor | None],
+    scalars: list[float],
+    first_rows: list[int],
+) -> None:
+    """Write a linear combination of up to 16 tensors with coefficients shared by the rows.
+
+        out[r, i] = sum_k scalars[k] coefficients[k][i] bases[k][r - first_rows[k], i]
+
+    A term contributes to the rows r for which r - first_rows[k] is a row of its base; rows without terms become 0.
+
+    Args:
+        out: (R, *shape), float32 or float64, at most 8 dimensions, of any strides without overlap; overwritten. It may
+            be one of the bases that has all R rows.
+        bases: (R_k, *shape_k), where shape_k has the number of dimensions of shape and broadcasts to it, of any strides.
+        coefficients: each of the dimensions of shape and broadcasting to it, of any strides, or None for 1.
+        scalars: one per base.
+        first_rows: row of out that corresponds to row 0 of the base.
+
+    Raises:
+        RuntimeError: a number of terms, a shape, a dtype or a device does not fit.
+
+    Example:
+        >>> out = torch.empty(2, 3)
+        >>> linear_combination(out, [torch.ones(1, 3)], [torch.tensor([1.0, 2.0, 3.0])], [10.0], [1])
+        >>> out
+        tensor([[ 0.,  0.,  0.],
+                [10., 20., 30.]])
+    """
+    _linear_combination(out, bases, coefficients, scalars, first_rows)
+
+
+def linear_combination_sum(
+    out: Tensor,
+    bases: list[Tensor],
+    coefficients: list[Tensor | None],
+    scalars: list[float],
+    first_rows: list[int],
+) -> None:
+    """Write the sum of a linear combination over the last dimension.
+
+        out[r, i, 0] = sum_j sum_k scalars[k] coefficients[k][i, j] bases[k][r - first_rows[k], i, j]
+
+    Args:
+        out: (R, *shape[:-1], 1), where the last size of shape is the largest of all terms; not one of the bases.
+        bases, coefficients, scalars, first_rows: as in `linear_combination`. Sums accumulate in their dtype.
+    """
+    _linear_combination_sum(out, bases, coefficients, scalars, first_rows)
+
+
 def _nothing(*args: object) -> None:
     """Do nothing: the op only writes to its arguments."""
 
@@ -197,6 +252,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "random_probes": _nothing,
     "tridiag_quadrature": _quadrature_shapes,
     "gaussian_density": _density_shape,
+    "linear_combination": _nothing,
+    "linear_combination_sum": _nothing,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"blockhess_ext::{_name}", _fake)

@@ -107,6 +107,36 @@ def gaussian_density(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: Tensor
     return (weights[:, None, :] * gauss).sum(-1)
 
 
+def linear_combination(
+    out: Tensor,
+    bases: list[Tensor],
+    coefficients: list[Tensor | None],
+    scalars: list[float],
+    first_rows: list[int],
+) -> None:
+    """Equivalent to `ops.linear_combination`."""
+    total = torch.zeros_like(out)
+    for base, coefficient, scalar, first in zip(bases, coefficients, scalars, first_rows, strict=True):
+        begin, end = max(0, first), max(0, min(len(out), first + len(base)))
+        rows = base[max(0, -first) : max(0, end - first)] * scalar
+        total[begin:end] += rows if coefficient is None else rows * coefficient
+    out.copy_(total)
+
+
+def linear_combination_sum(
+    out: Tensor,
+    bases: list[Tensor],
+    coefficients: list[Tensor | None],
+    scalars: list[float],
+    first_rows: list[int],
+) -> None:
+    """Equivalent to `ops.linear_combination_sum`."""
+    sizes = {x.shape[-1] for x in [*bases, *coefficients] if x is not None and x.shape[-1] != 1}
+    total = out.new_empty(*out.shape[:-1], *(sizes or {1}))
+    linear_combination(total, bases, coefficients, scalars, first_rows)
+    out.copy_(total.sum(-1, keepdim=True))
+
+
 def _philox(counter: Tensor, key: Tensor) -> Tensor:
     """Return Philox4x32-10 of counters (..., 4) and keys (..., 2), 32-bit words stored as int64."""
     low = 0xFFFFFFFF

@@ -26,6 +26,10 @@ struct Cpu {
   void run(const RandomProbes<T>& op) const {
     random_probes_cpu(op, torch_parallel_for);
   }
+  template <class T>
+  void run(const LinearCombination<T>& op) const {
+    linear_combination_cpu(op, torch_parallel_for);
+  }
   void run(const GaussianDensity& op) const { gaussian_density_cpu(op, torch_parallel_for); }
   void run(const TridiagQuadrature& op) const {
     for (int64_t b = 0; b < op.n_problems; ++b)
@@ -54,6 +58,12 @@ STABLE_TORCH_LIBRARY(blockhess_ext, m) {
   m.def(
       "random_probes(Tensor(a!) probes, int seed, int first_probe, int distribution, Tensor block_ids, "
       "Tensor offsets, Tensor tiles, Tensor tile_offsets, Tensor(b!) partial) -> ()");
+  m.def(
+      "linear_combination(Tensor(a!) out, Tensor[] bases, Tensor?[] coefficients, float[] scalars, int[] first_rows) "
+      "-> ()");
+  m.def(
+      "linear_combination_sum(Tensor(a!) out, Tensor[] bases, Tensor?[] coefficients, float[] scalars, "
+      "int[] first_rows) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blockhess_ext, CPU, m) {
@@ -62,4 +72,6 @@ STABLE_TORCH_LIBRARY_IMPL(blockhess_ext, CPU, m) {
   m.impl("tridiag_quadrature", TORCH_BOX(&blockhess::tridiag_quadrature<blockhess::Cpu>));
   m.impl("gaussian_density", TORCH_BOX(&blockhess::gaussian_density<blockhess::Cpu>));
   m.impl("random_probes", TORCH_BOX(&blockhess::random_probes<blockhess::Cpu>));
+  m.impl("linear_combination", TORCH_BOX(&blockhess::linear_combination<blockhess::Cpu>));
+  m.impl("linear_combination_sum", TORCH_BOX(&blockhess::linear_combination_sum<blockhess::Cpu>));
 }

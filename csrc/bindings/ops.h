@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "combination.h"
 #include "ops/gaussian_density.h"
 #include "ops/lanczos_step.h"
 #include "ops/random_probes.h"
@@ -119,6 +120,28 @@ void random_probes(Tensor probes, int64_t seed, int64_t first_probe, int64_t dis
                        args.array<T>("probes", probes, {layout.n_probes, layout.n}),
                        args.array<double>("partial", partial, {layout.n_probes, layout.n_tiles})};
     device.run(op);
+  });
+}
+
+template <class Device>
+void linear_combination(const Tensor& out, const std::vector<Tensor>& bases,
+                        const std::vector<std::optional<Tensor>>& coefficients, const std::vector<double>& scalars,
+                        const std::vector<int64_t>& first_rows) {
+  const char* name = "linear_combination";
+  const Device device(name, out);
+  dispatch_vectors(name, out, [&](auto zero) {
+    device.run(combination<decltype(zero)>(name, false, out, bases, coefficients, scalars, first_rows));
+  });
+}
+
+template <class Device>
+void linear_combination_sum(const Tensor& out, const std::vector<Tensor>& bases,
+                            const std::vector<std::optional<Tensor>>& coefficients, const std::vector<double>& scalars,
+                            const std::vector<int64_t>& first_rows) {
+  const char* name = "linear_combination_sum";
+  const Device device(name, out);
+  dispatch_vectors(name, out, [&](auto zero) {
+    device.run(combination<decltype(zero)>(name, true, out, bases, coefficients, scalars, first_rows));
   });
 }
 

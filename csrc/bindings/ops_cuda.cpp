@@ -26,6 +26,10 @@ class Cuda {
   void run(const RandomProbes<T>& op) const {
     check(random_probes_cuda(op, queue_));
   }
+  template <class T>
+  void run(const LinearCombination<T>& op) const {
+    check(linear_combination_cuda(op, queue_));
+  }
   void run(const GaussianDensity& op) const { check(gaussian_density_cuda(op, queue_)); }
   void run(const TridiagQuadrature& op) const { check(tridiag_quadrature_cuda(op, queue_)); }
 
@@ -49,4 +53,6 @@ STABLE_TORCH_LIBRARY_IMPL(blockhess_ext, CUDA, m) {
   m.impl("tridiag_quadrature", TORCH_BOX(&blockhess::tridiag_quadrature<blockhess::Cuda>));
   m.impl("gaussian_density", TORCH_BOX(&blockhess::gaussian_density<blockhess::Cuda>));
   m.impl("random_probes", TORCH_BOX(&blockhess::random_probes<blockhess::Cuda>));
+  m.impl("linear_combination", TORCH_BOX(&blockhess::linear_combination<blockhess::Cuda>));
+  m.impl("linear_combination_sum", TORCH_BOX(&blockhess::linear_combination_sum<blockhess::Cuda>));
 }
