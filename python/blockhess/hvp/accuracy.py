@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.ggn import GaussNewtonEngine
-from blockhess.hvp.operator import Engine
+from blockhess.hvp.operator import Engine, product
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.problem import Problem
 
@@ -79,8 +79,7 @@ def _products(problem: Problem, engine: Engine) -> list[Tensor]:
     for number, dim in enumerate(problem.dims):
         v = torch.randn(1, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
         rows = (v / v.norm()).to(problem.device, problem.dtype)
-        product = engine.product(number, rows) if problem.is_used(number) else None
-        found.append(torch.zeros_like(rows) if product is None else product)
+        found.append(product(engine, number, rows) if problem.is_used(number) else torch.zeros_like(rows))
     return found
 
 

@@ -55,6 +55,14 @@ class Engine(Protocol):
         """
 
 
+def product(engine: Engine, number: int, vectors: Tensor) -> Tensor:
+    """Return H_l v of the selected batch for block `number` and vectors (k, dim)."""
+    products = torch.zeros_like(vectors)
+    for _ in engine.multiply([Column(number, vectors, products)], 1.0):
+        pass
+    return products
+
+
 class PerBatch(Generic[T]):
     """One value per batch, such as a graph, computed when its batch is selected.
 

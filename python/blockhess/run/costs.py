@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from blockhess.hvp.operator import Engine
+from blockhess.hvp.operator import Engine, product
 from blockhess.problem.problem import Problem
 
 FLOPS_PER_SECOND = {"cpu": 3e10, "cuda": 1e13}
@@ -51,7 +51,7 @@ def product_costs(problem: Problem, engine: Engine) -> list[float]:
         counted = _Counted(problem.device.type)
         if problem.is_used(number):
             with counted:
-                engine.product(number, torch.ones(1, dim, dtype=problem.dtype, device=problem.device))
+                product(engine, number, torch.ones(1, dim, dtype=problem.dtype, device=problem.device))
         costs.append(counted.seconds)
     return costs
 

@@ -62,7 +62,7 @@ class TracedEngine:
         for chunk in _chunks(order, self.rows):
             counts = [0] * len(trace.position)
             for column, (first, last) in chunk:
-                counts[trace.position[column.number]] = last - first
+                counts[trace.position[column.number]] += last - first
             evaluation = trace.evaluation(tuple(counts), self._pool)
             given = [(c, c.vectors[first:last], c.products[first:last]) for c, (first, last) in chunk]
             tangents = self._tangents(evaluation, [(c, v) for c, v, _ in given])

@@ -265,6 +265,8 @@ class Evaluation:
             aten.convolution.default: self._convolution,
             aten.convolution_backward.default: self._convolution_backward,
             aten.cat.default: self._cat,
+            aten.slice_backward.default: self._embedded,
+            aten.select_backward.default: self._embedded,
         }.get(target)
         found = None if rule is None else rule(node, span)
         return self._any(node, span) if found is None else found
@@ -465,6 +467,17 @@ class Evaluation:
         self._do(lambda *tensors: torch.cat(tensors, dim % n + 1, out=target), *parts)
         return out
 
+    def _embedded(self, node: fx.Node, span: tuple[int, int]) -> _Value:
+        """Evaluate the adjoint of a slice or selection: a part of a tensor that is zero elsewhere."""
+        value, like = self._rows(node.args[0], span), node.meta["val"]
+        out = self._buffer((span[1] - span[0], *like.shape), value.tensor, span[0])
+        _, _, dim, *bounds = node.args
+        forward = aten.slice.Tensor if node.target is aten.slice_backward.default else aten.select.int
+        part = forward(out.tensor, dim % like.dim() + 1, *bounds)
+        self._do(torch.Tensor.zero_, out)
+        self._do(lambda t: part.copy_(t), value)
+        return out
+
     # Other operations.
 
     def _embedding(self, node: fx.Node, span: tuple[int, int]) -> _Value | None:
@@ -549,8 +562,12 @@ class Evaluation:
             return target(*args, **kwargs)
 
         def call(*tensors: Tensor) -> Any:
+            nonlocal one_by_one
             if not one_by_one:
-                return vmap(single, tuple(dims))(*tensors)
+                try:
+                    return vmap(single, tuple(dims))(*tensors)
+                except RuntimeError:  # no rule for this operation
+                    one_by_one = True
             found = [single(*(t if d is None else t[r] for t, d in zip(tensors, dims))) for r in range(rows)]
             if isinstance(found[0], Tensor):
                 return found[0][None] if rows == 1 else torch.stack(found)
