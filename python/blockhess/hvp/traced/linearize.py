@@ -181,10 +181,10 @@ class Linearizer:
             whole = [tangents[leaf] if i in positions else primals[i] for i, leaf in enumerate(leaves)]
             return program.call(target, *tree_unflatten(whole, spec), like)
         if target in _PRODUCTS and is_node(leaves[1]):
-            parts = []
-            for i in positions:
-                whole = [tangents[leaf] if i == j else primals[j] for j, leaf in enumerate(leaves)]
-                parts.append(program.call(target, *tree_unflatten(whole, spec), like))
+            pairs = [tuple(tangents[leaves[j]] if i == j else primals[j] for j in (0, 1)) for i in positions]
+            if target is not aten.mul.Tensor:
+                return program.multiply(pairs, like)
+            parts = [program.call(target, pair, {}, like) for pair in pairs]
             return functools.reduce(lambda a, b: program.call(aten.add.Tensor, (a, b), {}, like), parts)
         inputs = [tangents[leaves[i]] for i in positions]
         template = self._template(target, primals, spec, positions)

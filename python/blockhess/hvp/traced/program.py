@@ -119,6 +119,11 @@ def combine(bases: Sequence[Tensor], coefficients: Sequence[Tensor | None], scal
     return total
 
 
+def multiply(pairs: Sequence[tuple[Tensor, Tensor]], scalars: Sequence[float]) -> Tensor:
+    """Return sum_i scalars_i * a_i @ b_i of pairs of matrices or of batches of matrices."""
+    return functools.reduce(operator.add, (scalar * (a @ b) for (a, b), scalar in zip(pairs, scalars)))
+
+
 @dataclass
 class Program:
     """The products with all blocks, as a graph from tangents of the parameters and constants.
@@ -291,6 +296,24 @@ class ProgramBuilder:
             self._of(self._program.call(operator.getitem, (node, i))) if isinstance(part, Tensor) else None
             for i, part in enumerate(value)
         )
+
+    def multiply(self, pairs: Sequence[tuple[Any, Any]], like: Tensor) -> Combination:
+        """Return the sum of the matrix products of pairs of a Combination and a constant, in either order."""
+        found, scalars = [], []
+        for pair in pairs:
+            scalar, given = 1.0, []
+            for factor in pair:
+                if isinstance(factor, Combination):
+                    if len(factor.terms) == 1 and not is_node(factor.terms[0][1]):
+                        scalar, factor = factor.terms[0][1], replace(factor, terms=((factor.terms[0][0], 1.0),))
+                    given.append(self._node(factor))
+                else:
+                    given.append(self._import(factor))
+            found.append(tuple(given))
+            scalars.append(scalar)
+        common = scalars[0] if scalars.count(scalars[0]) == len(scalars) and scalars[0] else 1.0
+        node = self._program.call(multiply, (tuple(found), tuple(s / common for s in scalars)), like=like)
+        return self._of(node, common)
 
     def materialize(self, combination: Combination) -> Combination:
         """Return the combination as one tensor with coefficient 1."""

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.func import vmap
 
 from blockhess.hvp.traced.operations import SPLITS, VIEWS, aten
-from blockhess.hvp.traced.program import Program, combine, is_node
+from blockhess.hvp.traced.program import Program, combine, is_node, multiply
 from blockhess_ext import ops
 
 # Input 0 ... n-1 are tangents and constants, later ones results that are not in buffers.
@@ -251,10 +251,8 @@ class Evaluation:
             return self._combine(node, span)
         if target in (aten.sum.dim_IntList, aten.sum.default):
             return self._sum(node, span)
-        if target is aten.mm.default:
-            return self._mm(*args, span)
-        if target is aten.bmm.default:
-            return self._bmm(*args, span)
+        if target is multiply:
+            return self._multiply(node, span)
         if target in VIEWS or target is aten.expand.default:
             return self._view(node, self._rows(args[0], span))
         if target in SPLITS and (len(args) > 2 or "dim" in node.kwargs):
@@ -362,61 +360,69 @@ class Evaluation:
 
     # Matrix products.
 
-    def _mm(self, a: fx.Node, b: fx.Node, span: tuple[int, int]) -> _Value:
-        rows = span[1] - span[0]
-        if self._moves(a):
-            x, w = self._rows(a, span), self._env[b]
-            _, m, k = x.tensor.shape
-            out = self._buffer((rows, m, w.tensor.shape[1]), x.tensor, span[0])
-            if rows == 1:
-                self._do(torch.mm, x.view(lambda t: t[0]), w, out=out.tensor[0])
-            elif x.tensor.is_contiguous():
-                self._do(torch.mm, x.view(lambda t: t.view(-1, k)), w, out=out.tensor.view(rows * m, -1))
-            else:
-                self._do(torch.bmm, x, w.view(lambda t: t.expand(rows, *t.shape)), out=out.tensor)
-        else:
-            w, x = self._env[a], self._rows(b, span)
-            out = self._buffer((rows, w.tensor.shape[0], x.tensor.shape[2]), x.tensor, span[0])
-            if rows == 1:
-                self._do(torch.mm, w, x.view(lambda t: t[0]), out=out.tensor[0])
-            else:
-                self._do(torch.bmm, w.view(lambda t: t.expand(rows, *t.shape)), x, out=out.tensor)
+    def _multiply(self, node: fx.Node, span: tuple[int, int]) -> _Value:
+        pairs = [(a, b, scalar) for (a, b), scalar in zip(*node.args) if (a if self._moves(a) else b) in self._env]
+        if node.meta["val"].dim() == 3 and span[1] - span[0] > 1:
+            return self._bmm(node, pairs, span)
+        out = self._buffer((span[1] - span[0], *node.meta["val"].shape), node.meta["val"], span[0])
+        written = [False] * (span[1] - span[0])
+        for a, b, scalar in pairs:
+            value = self._env[a if self._moves(a) else b]
+            low, high = max(span[0], value.first), min(span[1], value.first + len(value.tensor))
+            for first, last, old in _runs(written, low - span[0], high - span[0]):
+                rows, target = (first + span[0], last + span[0]), out.tensor[first:last]
+                x, y = (self._rows(f, rows) if self._moves(f) else self._env[f] for f in (a, b))
+                self._product(x, y, self._moves(a), target, old, scalar)
+                written[first:last] = [True] * (last - first)
+        for first, last, old in _runs(written, 0, len(written)):
+            if not old:
+                target = out.tensor[first:last]
+                self._do(target.zero_)
         return out
 
-    def _bmm(self, a: fx.Node, b: fx.Node, span: tuple[int, int]) -> _Value:
+    def _product(self, a: _Value, b: _Value, left: bool, out: Tensor, add: bool, scalar: float) -> None:
+        """Write or add a matrix product for some rows; `left` tells which factor has rows."""
+        rows = len(out)
+        if rows == 1:
+            a, b = (f.view(lambda t: t[0]) if moves else f for f, moves in ((a, left), (b, not left)))
+            out = out[0]
+        elif left and a.tensor.is_contiguous():
+            k = a.tensor.shape[-1]
+            a, out = a.view(lambda t: t.view(-1, k)), out.view(-1, out.shape[-1])
+        else:
+            a, b = (f if moves else f.view(lambda t: t.expand(rows, *t.shape)) for f, moves in ((a, left), (b, not left)))
+        if not add and scalar == 1.0:
+            self._do(torch.mm if out.dim() == 2 else torch.bmm, a, b, out=out)
+        else:
+            function = torch.addmm if out.dim() == 2 else torch.baddbmm
+            self._do(lambda a, b: function(out, a, b, beta=int(add), alpha=scalar, out=out), a, b)
+
+    def _bmm(self, node: fx.Node, pairs: Sequence[tuple[fx.Node, fx.Node, float]], span: tuple[int, int]) -> _Value:
         """Multiply (rows, B, M, K) by (B, K, N), or (B, M, K) by (rows, B, K, N): the rows join dimension M or N."""
         rows = span[1] - span[0]
-        if self._moves(a):
-            x, w = self._rows(a, span), self._env[b]
-            (_, n_batch, m, k), n = x.tensor.shape, w.tensor.shape[2]
-            if rows == 1:
-                out = self._buffer((1, n_batch, m, n), x.tensor, span[0])
-                self._do(torch.bmm, x.view(lambda t: t[0]), w, out=out.tensor[0])
-                return out
-            flat = (n_batch, rows * m, k)
-            if _can_view(x.tensor.mT.permute(1, 2, 0, 3), (n_batch, k, rows * m)) and k > 1:
-                out = self._buffer((n_batch, rows, m, n), x.tensor, span[0])
-                joined = x.view(lambda t: t.mT.permute(1, 2, 0, 3).view(n_batch, k, rows * m).mT)
-                back = (1, 0, 2, 3)
+        n_batch, m, n = node.meta["val"].shape
+        out = self._buffer((n_batch, m, rows, n), node.meta["val"], span[0])
+        back = (2, 0, 1, 3)
+        for i, (a, b, scalar) in enumerate(pairs):
+            x, w = (self._rows(a, span), self._env[b]) if self._moves(a) else (self._rows(b, span), self._env[a])
+            k = x.tensor.shape[3] if self._moves(a) else x.tensor.shape[2]
+            if self._moves(a) and len(pairs) == 1 and _can_view(x.tensor.permute(1, 3, 0, 2), (n_batch, k, rows * m)):
+                joined = x.view(lambda t: t.permute(1, 3, 0, 2).view(n_batch, k, rows * m).mT)
+                target, factors, back = out.tensor.view(n_batch, rows * m, n), (joined, w), (1, 0, 2, 3)
+                out = out.view(lambda t: t.view(n_batch, rows, m, n))
             else:
-                if not _can_view(x.tensor.permute(1, 2, 0, 3), flat):
+                shape = (n_batch, m * rows, k) if self._moves(a) else (n_batch, k, rows * n)
+                if not _can_view(x.tensor.permute(1, 2, 0, 3), shape):
                     x = self._copied(x, (1, 2, 0, 3))
-                out = self._buffer((n_batch, m, rows, n), x.tensor, span[0])
-                joined, back = x.view(lambda t: t.permute(1, 2, 0, 3).view(flat)), (2, 0, 1, 3)
-            self._do(torch.bmm, joined, w, out=out.tensor.view(n_batch, rows * m, n))
-            return out.view(lambda t: t.permute(back))
-        w, x = self._env[a], self._rows(b, span)
-        (n_batch, m, k), n = w.tensor.shape, x.tensor.shape[3]
-        if rows == 1:
-            out = self._buffer((1, n_batch, m, n), x.tensor, span[0])
-            self._do(torch.bmm, w, x.view(lambda t: t[0]), out=out.tensor[0])
-            return out
-        if not _can_view(x.tensor.permute(1, 2, 0, 3), (n_batch, k, rows * n)):
-            x = self._copied(x, (1, 2, 0, 3))
-        out = self._buffer((n_batch, m, rows, n), x.tensor, span[0])
-        joined = x.view(lambda t: t.permute(1, 2, 0, 3).view(n_batch, k, rows * n))
-        self._do(torch.bmm, w, joined, out=out.tensor.view(n_batch, m, rows * n))
-        return out.view(lambda t: t.permute(2, 0, 1, 3))
+                joined = x.view(lambda t: t.permute(1, 2, 0, 3).view(shape))
+                factors = (joined, w) if self._moves(a) else (w, joined)
+                target = out.tensor.view((n_batch, m * rows, n) if self._moves(a) else (n_batch, m, rows * n))
+            if i == 0 and scalar == 1.0:
+                self._do(torch.bmm, *factors, out=target)
+            else:
+                options = {"beta": int(i > 0), "alpha": scalar, "out": target}
+                self._do(lambda a, b, t=target, o=options: torch.baddbmm(t, a, b, **o), *factors)
+        return out.view(lambda t: t.permute(back))
 
     def _copied(self, x: _Value, order: tuple[int, ...]) -> _Value:
         """Return a copy whose dimensions lie in this order in memory."""
@@ -604,6 +610,16 @@ def _combined_sum(
     torch.sum(total, -1, keepdim=True, out=out)
 
 
+def _runs(flags: Sequence[bool], first: int, last: int) -> list[tuple[int, int, bool]]:
+    """Return start, stop and flag of the ranges of equal flags among first ... last - 1."""
+    runs, start = [], first
+    for flag, group in itertools.groupby(flags[first:last]):
+        stop = start + len(list(group))
+        runs.append((start, stop, flag))
+        start = stop
+    return runs
+
+
 def _can_view(tensor: Tensor, shape: Sequence[int]) -> bool:
     try:
         tensor.view(tuple(shape))
@@ -615,7 +631,7 @@ def _can_view(tensor: Tensor, shape: Sequence[int]) -> bool:
 def _feeds_bmm(node: fx.Node) -> bool:
     users = list(node.users)
     users += [again for user in users if user.target is aten.permute.default for again in user.users]
-    return any(user.target is aten.bmm.default for user in users)
+    return any(user.target is multiply for user in users)
 
 
 def _row_view(node: fx.Node, like: Tensor) -> Callable[[Tensor], Tensor]:
