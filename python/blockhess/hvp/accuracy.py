@@ -7,6 +7,7 @@ ratio of the machine epsilons.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +22,15 @@ from blockhess.problem.problem import Problem
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Error of the product with a random unit vector v, per block.
+    """Error of the product with a random unit vector v, by index of the block.
 
     Attributes:
         norms: |H_l v|, computed in float64.
         errors: norm of the error of H_l v.
     """
 
-    norms: tuple[float, ...]
-    errors: tuple[float, ...]
+    norms: Mapping[int, float]
+    errors: Mapping[int, float]
 
     def is_zero(self, number: int) -> bool:
         """Return whether a block is zero within the error."""
@@ -40,8 +41,8 @@ class EngineMismatch(ArithmeticError):
     """The products of an engine differ from those of autograd."""
 
 
-def measure(problem: Problem, engine: Engine) -> Accuracy | None:
-    """Estimate the error of the products of an engine. Traced products are also compared with those of autograd.
+def measure(problem: Problem, engine: Engine, numbers: Sequence[int]) -> Accuracy | None:
+    """Estimate the error of products with some blocks. Traced products are also compared with those of autograd.
 
     Returns:
         None if the model does not run in the other precision.
@@ -51,7 +52,7 @@ def measure(problem: Problem, engine: Engine) -> Accuracy | None:
         NotTraceable: a traced program does not run.
     """
     try:
-        own = _products(problem, engine)
+        own = _products(problem, engine, numbers)
     except RuntimeError as error:
         if engine.name != "traced" or isinstance(error, NotImplementedError):
             raise
@@ -59,7 +60,7 @@ def measure(problem: Problem, engine: Engine) -> Accuracy | None:
     lower = problem.dtype == torch.float64
     try:
         other = problem.in_dtype(torch.float32 if lower else torch.float64)
-        repeat = _products(other, (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other))
+        repeat = _products(other, (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other), numbers)
     except (RuntimeError, ValueError, TypeError):  # a model that runs in one precision only
         repeat = None
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
@@ -67,19 +68,20 @@ def measure(problem: Problem, engine: Engine) -> Accuracy | None:
         _check(problem, own, repeat)
     if repeat is None:
         return None
-    errors = [scale * _distance(a, b) for a, b in zip(own, repeat)]
-    norms = [float((a if lower else b).norm()) for a, b in zip(own, repeat)]
-    return Accuracy(tuple(norms), tuple(errors)) if all(map(math.isfinite, errors)) else None
+    errors = {l: scale * _distance(own[l], repeat[l]) for l in numbers}
+    norms = {l: float((own if lower else repeat)[l].norm()) for l in numbers}
+    return Accuracy(norms, errors) if all(map(math.isfinite, errors.values())) else None
 
 
-def _products(problem: Problem, engine: Engine) -> list[Tensor]:
-    """Return H_l v of every block, with the same v in every precision."""
+def _products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
+    """Return H_l v of some blocks, with the same v in every precision."""
     engine.prepare(0)
-    found = []
-    for number, dim in enumerate(problem.dims):
+    found = {}
+    for number in numbers:
+        dim = problem.dims[number]
         v = torch.randn(1, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
         rows = (v / v.norm()).to(problem.device, problem.dtype)
-        found.append(product(engine, number, rows) if problem.is_used(number) else torch.zeros_like(rows))
+        found[number] = product(engine, number, rows) if problem.is_used(number) else torch.zeros_like(rows)
     return found
 
 
@@ -87,14 +89,14 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm())
 
 
-def _check(problem: Problem, traced: list[Tensor], repeat: list[Tensor] | None) -> None:
+def _check(problem: Problem, traced: dict[int, Tensor], repeat: dict[int, Tensor] | None) -> None:
     # Some models compute part of their loss in float32, whatever the dtype of their parameters.
     eps = torch.finfo(torch.float32).eps
-    expected = _products(problem, AutogradEngine(problem))
-    largest = max(float(e.norm()) for e in expected)
-    for number, (found, right) in enumerate(zip(traced, expected)):
+    expected = _products(problem, AutogradEngine(problem), list(traced))
+    largest = max(float(e.norm()) for e in expected.values())
+    for number, right in expected.items():
         noise = max(eps * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
-        error, size = _distance(found, right), float(right.norm())
+        error, size = _distance(traced[number], right), float(right.norm())
         if error > eps**0.5 * size + 100 * noise:
             raise EngineMismatch(
                 f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"

@@ -72,14 +72,14 @@ class PerBatch(Generic[T]):
     """
 
     def __init__(self, compute: Callable[[int], T], retain: bool) -> None:
-        self._compute, self._retain = compute, retain
+        self._compute, self.retain = compute, retain
         self._values: dict[int, T] = {}
         self._index = 0
 
     def select(self, index: int) -> None:
         """Compute the value of batch `index` unless it is stored."""
         if index not in self._values:
-            if not self._retain:
+            if not self.retain:
                 self._values.clear()
             self._values[index] = self._compute(index)
         self._index = index

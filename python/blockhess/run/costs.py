@@ -1,45 +1,72 @@
-"""Cost of a product with each block, counted instead of timed, so that the same job is always partitioned alike.
+"""Work of Hessian-vector products, counted instead of timed, so that the same job is always computed in the same way.
 
-    seconds = FLOPs / rate + bytes / bandwidth + operations * overhead,   at nominal rates of the device
+    FLOPs / rate, bytes / bandwidth, launches * time of a launch,   at nominal rates of the device
 
-Only ratios between blocks matter.
+A GPU does the three at once, so that the largest counts; a CPU one after the other, so that their sum does.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from blockhess.hvp.operator import Engine, product
 from blockhess.problem.problem import Problem
 
-FLOPS_PER_SECOND = {"cpu": 3e10, "cuda": 1e13}
-BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 1e12}
-SECONDS_PER_OPERATION = {"cpu": 5e-6, "cuda": 1e-5}
+FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e13}
+BYTES_PER_SECOND = {"cpu": 2e10, "cuda": 1e12}
+SECONDS_PER_LAUNCH = {"cpu": 5e-6, "cuda": 1e-5}
 
 
-class _Counted(TorchDispatchMode):
-    """Sums the cost of all operations."""
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products and convolutions, bytes moved and kernels launched."""
 
-    def __init__(self, device_type: str) -> None:
+    flops: float
+    bytes: float
+    launches: float
+
+    def times(self, factor: float) -> Work:
+        """Return the work repeated `factor` times."""
+        return Work(factor * self.flops, factor * self.bytes, factor * self.launches)
+
+    def seconds(self, device: str) -> float:
+        """Return the time at nominal rates of a device type."""
+        parts = (
+            self.flops / FLOPS_PER_SECOND[device],
+            self.bytes / BYTES_PER_SECOND[device],
+            self.launches * SECONDS_PER_LAUNCH[device],
+        )
+        return max(parts) if device == "cuda" else sum(parts)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the work of all operations."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self._device_type = device_type
-        self.seconds = 0.0
+        self._flops = self._bytes = self._launches = 0
+
+    @property
+    def work(self) -> Work:
+        return Work(self._flops, self._bytes, self._launches)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        device = self._device_type
-        self.seconds += SECONDS_PER_OPERATION[device]
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.seconds += count(*args, **(kwargs or {}), out_val=out) / FLOPS_PER_SECOND[device]
+            self._flops += count(*args, **{k: v for k, v in kwargs.items() if k != "out"}, out_val=out)
         if not func.is_view:
-            tensors = [t for t in (*args, out) if isinstance(t, Tensor)]
-            self.seconds += sum(t.numel() * t.itemsize for t in tensors) / BYTES_PER_SECOND[device]
+            self._launches += 1
+            tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+            self._bytes += sum(t.numel() * t.itemsize for t in tensors.values())
         return out
 
 
@@ -48,11 +75,10 @@ def product_costs(problem: Problem, engine: Engine) -> list[float]:
     engine.prepare(0)
     costs = []
     for number, dim in enumerate(problem.dims):
-        counted = _Counted(problem.device.type)
-        if problem.is_used(number):
-            with counted:
+        with Counted() as counted:
+            if problem.is_used(number):
                 product(engine, number, torch.ones(1, dim, dtype=problem.dtype, device=problem.device))
-        costs.append(counted.seconds)
+        costs.append(counted.work.seconds(problem.device.type))
     return costs
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from blockhess.hvp import Engine
+from blockhess.hvp import Engine, TracedEngine
+from blockhess.hvp.operator import product
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import product_costs
@@ -142,12 +143,12 @@ def product_seconds(
 ) -> list[float]:
     """Return the measured seconds of one product with each block, or with those numbered, for the first batch."""
     engine.prepare(0)
+    rows = engine.rows if isinstance(engine, TracedEngine) else 1
     found = []
     for number in range(len(problem.dims)) if numbers is None else numbers:
-        dim = problem.dims[number]
-        rows = torch.ones(engine.rows, dim, dtype=problem.dtype, device=problem.device)
-        product = partial(engine.product, number, rows)
-        found.append(_median(product, clock, problem) / engine.rows if problem.is_used(number) else 0.0)
+        vectors = torch.ones(rows, problem.dims[number], dtype=problem.dtype, device=problem.device)
+        multiply = partial(product, engine, number, vectors)
+        found.append(_median(multiply, clock, problem) / rows if problem.is_used(number) else 0.0)
     return found
 
 

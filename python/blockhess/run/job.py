@@ -71,7 +71,7 @@ class Job:
         else:
             self._basis = list(first.quadrature.reorthogonalize)
             exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
-        self.plan = plan or make_plan(
+        self.plan, self._engine = (plan, None) if plan else make_plan(
             problem,
             **{name: getattr(options, name) for name in ("engine", "num_probes", "num_steps", "keep_vectors")},
             basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
@@ -328,27 +328,24 @@ class Job:
 
     def make_engine(self) -> Engine:
         """Return the planned engine after checking its products, or autograd if "auto" chose a trace that fails."""
-        ranks, failure = self._problem.ranks, None
+        ranks, failure, checked = self._problem.ranks, None, self.plan.checked
         try:
-            engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine)
+            engine, self._engine = self._engine or self.plan.make(self._problem), None
+            accuracy = measure(self._problem, engine, checked)
         except (NotTraceable, EngineMismatch) as error:
-            if self._options.engine == "traced":
-                raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {error}") from error
             failure = str(error)
         failure = next(filter(None, ranks.gather(failure)), None)
         if failure is not None:
-            why = f"no trace: {failure}"
-            self.plan = dataclasses.replace(self.plan, engine="autograd", rows=1, compiled=False, why=why)
+            if self._options.engine == "traced":
+                raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
+            self.plan = dataclasses.replace(self.plan, engine="autograd", rows=1, why=f"no trace: {failure}")
             engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine)
+            accuracy = measure(self._problem, engine, checked)
         accuracy = ranks.gather(accuracy)[0]
         if accuracy is not None:
-            self.hvp_error = {info.name: error for info, error in zip(self.infos, accuracy.errors)}
-            self._zero_within = [
-                self._noise(l, error) if self._problem.is_used(l) and accuracy.is_zero(l) else None
-                for l, error in enumerate(accuracy.errors)
-            ]
+            self.hvp_error = {self.infos[l].name: error for l, error in accuracy.errors.items()}
+            for l, error in accuracy.errors.items():
+                self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
         return engine
 
     def _noise(self, number: int, error: float) -> float:

@@ -2,6 +2,7 @@
 
 It follows from counted products, operations and bytes, not from timings or the memory that is currently free, so the
 same job is always computed in the same way; of the machine it depends on the memory budget only, which is recorded.
+Memory of tangents is that of a dry run of the linear program.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockhess.hvp import ENGINES
+import torch
+
+from blockhess.hvp import ENGINES, NotTraceable, TracedEngine
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
-from blockhess.run.costs import FLOPS_PER_SECOND
+from blockhess.run.costs import Work
 
-# Orders of magnitude from bench/results/hvp_cpu.json, which decide about tracing and compiling. A product takes about
-# PRODUCT_FORWARDS forward passes. Tracing takes TRACE_SECONDS per block and operation of the gradient's graph and saves
-# the fraction TRACE_SAVES of the time; compiling takes COMPILE_SECONDS per block on a CPU and saves COMPILE_SAVES.
-PRODUCT_FORWARDS = 1.3
-TRACE_SECONDS, TRACE_SAVES = 5e-4, 0.2
-COMPILE_SECONDS, COMPILE_SAVES = 20.0, 0.15
-# Bytes of a trace's constants per byte of autograd's graph.
-TRACED_BYTES = 2.0
+# Work of one product, in FLOPs of a forward pass, bytes of the gradient's graph and operations in it, and seconds of
+# tracing per operation: orders of magnitude from bench/results, which decide whether tracing pays.
+PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.1)}
+TRACE_SECONDS = 4e-3
+# Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
+CACHE_BYTES = 2**24
+# Checks of products take at most this share of the planned products, but compare one block at least. In products, they
+# need two gradients with graphs, one of them in float64, and one and two products a block.
+CHECK_SHARE, CHECK_FIXED, CHECK_BLOCK = 0.1, 9, 3
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Plan:
         engine: "autograd", "traced" or "ggn".
         exact: for every block, whether it is computed exactly; the others are estimated.
         passes: (first probe, number of probes, indices of the blocks) of the recurrences that run together.
-        rows: number of vectors per call of the engine.
-        compiled: whether linear programs are compiled, which pays for the longest jobs only.
+        rows: number of vectors, of one block each, that are multiplied together.
+        checked: indices of the blocks whose products are checked.
         retain: whether graphs or constants of all batches are retained between steps.
         batches: number of batches, after splitting large ones.
         hvps: upper limit of the number of products, of one block, vector and batch each.
@@ -45,7 +49,8 @@ class Plan:
         flops: of all products, approximately.
         seconds: of all products, estimated from one measured forward pass.
         vector_bytes: largest memory of vectors or exactly computed blocks at a time.
-        engine_bytes: largest memory of graphs or constants at a time.
+        engine_bytes: largest memory of graphs, or of constants and tangents, at a time.
+        check_bytes: memory of the checks, before the first step.
         kept_bytes: size of the vectors kept after the last step, on the host.
         memory_budget: in bytes.
         why: reason for the choice of the engine.
@@ -55,7 +60,7 @@ class Plan:
     exact: tuple[bool, ...]
     passes: tuple[tuple[int, int, tuple[int, ...]], ...]
     rows: int
-    compiled: bool
+    checked: tuple[int, ...]
     retain: bool
     batches: int
     hvps: int
@@ -64,13 +69,19 @@ class Plan:
     seconds: float = field(compare=False)
     vector_bytes: int
     engine_bytes: int
+    check_bytes: int
     kept_bytes: int
     memory_budget: int
     why: str
 
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory of the run, beside that of the model and the data."""
+        return max(self.vector_bytes + self.engine_bytes, self.check_bytes)
+
     def make(self, problem: Problem) -> Engine:
         """Return the engine of this plan; raises NotTraceable if it is "traced" and the problem cannot be traced."""
-        options = {"rows": self.rows, "compiled": self.compiled} if self.engine == "traced" else {}
+        options = {"rows": self.rows} if self.engine == "traced" else {}
         return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,15 +94,16 @@ class Plan:
         if self.least_hvps < self.hvps:
             products = f"at most {products}, at least {self.least_hvps:,},"
         lines = [
-            f"engine        {self.engine}{', compiled' if self.compiled else ''} ({self.why})",
+            f"engine        {self.engine} ({self.why})",
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
             f"products      {products} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
             f"{time_text(self.seconds)}",
             f"together      {max((p[1] for p in self.passes), default=0)} probes of "
-            f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es)",
+            f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es), "
+            f"{self.rows} vector(s) multiplied together",
             f"memory        {size_text(self.vector_bytes)} vectors, {size_text(self.engine_bytes)} {self.engine}, "
-            f"of {size_text(self.memory_budget)}",
+            f"{size_text(self.check_bytes)} checks before, of {size_text(self.memory_budget)}",
         ]
         if self.kept_bytes:
             lines += [
@@ -111,8 +123,8 @@ def make_plan(
     exact: tuple[bool, ...] | None = None,
     least: tuple[int, int] | None = None,
     keep_vectors: bool = False,
-) -> Plan:
-    """Plan a run.
+) -> tuple[Plan, Engine | None]:
+    """Plan a run; returns also the engine, if it had to be made for that.
 
     Args:
         engine: one of `blockhess.hvp.CHOICES`; "auto" computes small blocks exactly, "exact" all of them.
@@ -125,6 +137,7 @@ def make_plan(
 
     Raises:
         ValueError: one probe of the largest block, or the blocks to compute exactly, exceed the budget.
+        NotImplementedError: engine is "traced" and the problem cannot be traced.
     """
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
@@ -149,46 +162,90 @@ def make_plan(
 
     n_batches = len(problem.batches)  # of this rank
     hvps = products(num_probes, num_steps)
+    rows, made = 1, None
     chosen, why = _engine(problem, engine, hvps)
-    graph = int(problem.graph_bytes * (TRACED_BYTES if chosen == "traced" else 1.0))
-    retain = n_batches * graph <= room
-    forwards = hvps * PRODUCT_FORWARDS
+    graph, tangents = problem.graph_bytes, 0
+    if chosen == "traced":
+        made, failure, graph, tangents = _trace(problem)
+        if made and graph + tangents > room:
+            text = f"memory_budget must be at least {size_text(2 * (graph + tangents))} for one vector of the traced engine"
+            if engine == "traced":
+                raise ValueError(f"spectrum: {text}, got {size_text(budget)}")
+            made, failure = None, text
+        if engine == "traced" and failure:
+            raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
+        if failure:
+            chosen, why, graph, tangents = "autograd", f"no trace: {failure}", problem.graph_bytes, 0
+    retain = n_batches * graph + tangents <= room
+    engine_bytes = graph * (n_batches if retain else 1)
+    if made:
+        limit = room - engine_bytes if problem.device.type == "cuda" else min(CACHE_BYTES, room - engine_bytes)
+        most = max((count * len(blocks) for _, count, blocks in passes), default=num_probes)
+        rows = made.rows = max(1, min(most, limit // max(1, tangents)))
+        made.retain = retain
+        engine_bytes += rows * tangents
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
-    compiled = chosen == "traced" and problem.device.type == "cpu"  # not measured on a GPU
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
-    return Plan(
+    checked = _checked([l for l, u in enumerate(used) if u], hvps)
+    parameters = 8 * sum(p.numel() for p in problem.model.parameters()) if problem.dtype == torch.float32 else 0
+    plan = Plan(
         engine=chosen,
         exact=exact,
         passes=passes,
-        rows=num_probes if chosen == "traced" and problem.device.type == "cuda" else 1,
-        compiled=compiled and COMPILE_SAVES * _product_seconds(problem, hvps) > 2 * COMPILE_SECONDS * sum(used),
+        rows=rows,
+        checked=checked,
         retain=retain,
         batches=problem.n_batches,
         hvps=hvps,
         least_hvps=products(*least) if least else hvps,
-        flops=forwards * problem.forward_flops,
-        seconds=forwards * problem.forward_seconds,
+        flops=hvps * PRODUCT[chosen if made else "autograd"].flops * problem.forward_flops,
+        seconds=hvps * PRODUCT[chosen if made else "autograd"].flops * problem.forward_seconds,
         vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
-        engine_bytes=graph * (n_batches if retain else 1),
+        engine_bytes=engine_bytes,
+        check_bytes=parameters + graph + tangents + 2 * problem.graph_bytes,
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
     )
+    return plan, made
 
 
 def _engine(problem: Problem, engine: str, hvps: int) -> tuple[str, str]:
     if engine not in ("auto", "exact"):
         return engine, "as asked"
-    saved = TRACE_SAVES * _product_seconds(problem, hvps)
-    tracing = TRACE_SECONDS * problem.graph_nodes * len(problem.blocks)
+    times = {name: _seconds(problem, work, hvps) for name, work in PRODUCT.items()}
+    tracing = TRACE_SECONDS * problem.graph_nodes
+    saved = times["autograd"] - times["traced"]
     if saved > tracing:
-        return "traced", f"saves about {saved:.0f} s of products for {tracing:.0f} s of tracing"
-    return "autograd", f"tracing would take about {tracing:.1f} s and save {saved:.1f} s of products"
+        return "traced", f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing"
+    return "autograd", f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products"
 
 
-def _product_seconds(problem: Problem, hvps: int) -> float:
-    """Return the seconds of all products at the nominal rate of the device, which are reproducible."""
-    return float(hvps * PRODUCT_FORWARDS * problem.forward_flops / FLOPS_PER_SECOND[problem.device.type])
+def _seconds(problem: Problem, product: Work, hvps: int) -> float:
+    """Return the seconds of all products at nominal rates of the device, which are reproducible."""
+    one = Work(
+        product.flops * problem.forward_flops, product.bytes * problem.graph_bytes, product.launches * problem.graph_nodes
+    )
+    return one.times(hvps).seconds(problem.device.type)
+
+
+def _trace(problem: Problem) -> tuple[TracedEngine | None, str, int, int]:
+    """Return the traced engine or why there is none, and its memory of constants and of the tangents of a vector."""
+    made, failure, constants, tangents = None, "", 0, 0
+    try:
+        made = TracedEngine(problem)
+        constants, tangents = made.constant_bytes, made.tangent_bytes
+    except NotTraceable as error:
+        failure = str(error)
+    failures, *sizes = zip(*problem.ranks.gather((failure, constants, tangents)))
+    failure = next(filter(None, failures), "")
+    return None if failure else made, failure, *map(max, sizes)
+
+
+def _checked(used: Sequence[int], hvps: int) -> tuple[int, ...]:
+    """Return blocks to check, evenly spaced, in a share of the time of the products."""
+    count = min(len(used), max(1, int((CHECK_SHARE * hvps - CHECK_FIXED) / CHECK_BLOCK)))
+    return tuple(used[(2 * i + 1) * len(used) // (2 * count)] for i in range(count))
 
 
 def _exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:

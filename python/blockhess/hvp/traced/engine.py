@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,36 @@ class TracedEngine:
         self._values = PerBatch(lambda index: trace_of[index].constants(problem.batches[index]), retain)
 
     @property
+    def retain(self) -> bool:
+        """Whether the constants of all batches are kept."""
+        return self._values.retain
+
+    @retain.setter
+    def retain(self, value: bool) -> None:
+        self._values.retain = value
+
+    @property
     def constant_bytes(self) -> int:
-        """Size of the constants of the first batch."""
-        return self._traces[0].nbytes
+        """Size of the constants of the largest batch."""
+        return max(trace.nbytes for trace in self._traces)
+
+    @property
+    def tangent_bytes(self) -> int:
+        """Memory of the tangents of one vector of the block that is used first."""
+        trace = self._traces[0]
+        live = [number for number, is_live in enumerate(trace.live) if is_live]
+        return self.dry_run({min(live, key=trace.position.__getitem__): 1}) if live else 0
+
+    def dry_run(self, counts: Mapping[int, int]) -> int:
+        """Evaluate a product without data, on tensors of the device "meta", for the largest batch.
+
+        Args:
+            counts: number of vectors by number of the block.
+
+        Returns:
+            Memory of tangents in bytes.
+        """
+        return max(self._traces, key=lambda trace: trace.nbytes).dry_run(counts)
 
     def prepare(self, index: int) -> None:
         self._trace = self._trace_of[index]
@@ -192,6 +219,26 @@ class _Trace:
         return trace_gradient(gradient, *self._inputs(batch), values=not self.reusable)
 
     @property
+    def tangent_bytes(self) -> int:
+        """Memory of the tangents of one vector of the block that is used first."""
+        trace = self._traces[0]
+        live = [number for number, is_live in enumerate(trace.live) if is_live]
+        return self.dry_run({min(live, key=trace.position.__getitem__): 1}) if live else 0
+
+    def dry_run(self, counts: Mapping[int, int]) -> int:
+        given = [0] * len(self.position)
+        for number, count in counts.items():
+            given[self.position[number]] = count if self.live[number] else 0
+        pool = Pool()
+        evaluation = Evaluation(self._program, given, pool)
+        inputs: list[Tensor | None] = [
+            None if node is None or span is None else _meta(node.meta["val"], (span[1] - span[0],))
+            for node, span in zip(self._program.tangents, evaluation.spans)
+        ]
+        evaluation([*inputs, *(_meta(node.meta["val"]) for node in self._needed)])
+        return pool.nbytes + evaluation.other_bytes
+
+    @property
     def nbytes(self) -> int:
         """Size of the constants, without parameters and data."""
         sizes: dict[fx.Node, int] = {}
@@ -218,6 +265,10 @@ class _Trace:
     def _inputs(self, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
         parameters = [p.detach() for p in self._problem.parameters.values()]
         return parameters, _tensors(batch) if self.reusable else []
+
+
+def _meta(like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
+    return torch.empty(*lead, *like.shape, dtype=like.dtype, device="meta")
 
 
 def _chunks(columns: Sequence[Column], size: int) -> Iterator[list[tuple[Column, tuple[int, int]]]]:

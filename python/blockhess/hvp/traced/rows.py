@@ -91,6 +91,7 @@ class Evaluation:
 
     Attributes:
         spans: first and last + 1 row of the tangent of every parameter; None if it has none.
+        other_bytes: largest memory of tangents outside of the pool, known after the first evaluation.
     """
 
     def __init__(self, program: Program, counts: Sequence[int], pool: Pool) -> None:
@@ -100,7 +101,7 @@ class Evaluation:
         self.spans = [None if n is None or not self._active(n) else self._span(n) for n in program.tangents]
         self._steps: list[Callable[[Slots], Any]] = []
         self._results: list[_Value | None] = []
-        self._size = 0
+        self._size = self.other_bytes = self._outside = 0
 
     def _active(self, node: fx.Node) -> bool:
         return bool(node.meta["blocks"] & self._present)
@@ -129,6 +130,7 @@ class Evaluation:
     def _record(self, inputs: Sequence[Tensor | None]) -> list[tuple[int, Tensor] | None]:
         self._pool.reset()
         self._slots: Slots = list(inputs)
+        self._device = next(t.device for t in inputs if t is not None)
         self._env: dict[fx.Node, Any] = {}
         program = self._program
         for i, (node, span) in enumerate(zip(program.tangents, self.spans)):
@@ -177,6 +179,7 @@ class Evaluation:
         if values == 0 and isinstance(memory, Tensor):
             self._pool.give(memory)
         elif values == 0:
+            self._outside -= _nbytes(self._slots[memory])
             self._slots[memory] = None
             self._steps.append(lambda slots: slots.__setitem__(memory, None))
 
@@ -185,7 +188,7 @@ class Evaluation:
     def _buffer(self, shape: Sequence[int], like: Tensor, first: int) -> _Value:
         """Return an uninitialized value."""
         nbytes = prod(shape) * like.itemsize
-        memory = self._pool.take(nbytes, like.device)
+        memory = self._pool.take(nbytes, self._device)
         self._fresh.append([memory, 0])
         return _Value(memory[:nbytes].view(like.dtype).view(tuple(shape)), first, None, self._fresh[-1])
 
@@ -212,6 +215,8 @@ class Evaluation:
 
         self._steps.append(step)
         found = self._slots[index]
+        self._outside += _nbytes(found)
+        self.other_bytes = max(self.other_bytes, self._outside)
         buffer = [index, 0]
         self._fresh.append(buffer)
         if isinstance(found, (tuple, list)):
@@ -437,7 +442,7 @@ class Evaluation:
         like = node.meta["val"]
         function = _row_view(node, like)
         found = function(value.tensor)
-        if found.untyped_storage().data_ptr() == value.tensor.untyped_storage().data_ptr():
+        if found.untyped_storage()._cdata == value.tensor.untyped_storage()._cdata:
             return value.view(function)
         rows, old = len(value.tensor), value.tensor.shape
         out = self._buffer((rows, *like.shape), like, value.first)
@@ -561,7 +566,7 @@ class Evaluation:
         def single(*tensors: Tensor) -> Any:
             whole = list(leaves)
             for i, like in empty.items():
-                whole[i] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+                whole[i] = torch.zeros(like.shape, dtype=like.dtype, device=self._device)
             for i, tensor in zip(places, tensors):
                 whole[i] = tensor
             args, kwargs = torch.utils._pytree.tree_unflatten(whole, spec)
@@ -580,6 +585,11 @@ class Evaluation:
             return [None if part[0] is None else torch.stack(part) for part in zip(*found)]
 
         return self._new(call, span[0], *values)
+
+
+def _nbytes(value: Any) -> int:
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 def _summed(node: fx.Node) -> fx.Node | None:

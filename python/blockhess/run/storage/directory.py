@@ -252,7 +252,7 @@ def plan_of(run: Mapping[str, Any]) -> Plan:
     """Return the plan in run.json."""
     plan = dict(run["plan"])
     passes = tuple((first, count, tuple(blocks)) for first, count, blocks in plan["passes"])
-    return Plan(**plan | {"exact": tuple(plan["exact"]), "passes": passes})
+    return Plan(**plan | {"exact": tuple(plan["exact"]), "checked": tuple(plan["checked"]), "passes": passes})
 
 
 def parts(path: Path, run: str) -> list[tuple[int, UnitResult, float]]:
