@@ -351,9 +351,11 @@ def test_blocks(blocks: dict[str, Any]) -> None:
         for block in cut.blocks:
             rows = torch.randn(2, block.info.dim)
             spread = block.spread(rows, dict(model.named_parameters()))
-            back = torch.empty_like(rows)
-            block.gather(spread, back)
-            assert torch.equal(back, rows) and sum(int((t != 0).sum()) for t in spread.values()) == rows.numel()
+            back = torch.zeros_like(rows)
+            block.accumulate(spread, back)
+            assert torch.equal(back, rows)
+            block.accumulate(spread, back, -0.5)
+            assert torch.equal(back, 0.5 * rows) and sum(int((t != 0).sum()) for t in spread.values()) == rows.numel()
 
 
 @examples(100)

@@ -7,7 +7,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import blockhess
 import blockhess.estimate
 from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.operator import Column
 from blockhess.run.storage import directory
 
 TENSORS = ("nodes", "weights", "alpha", "beta", "steps")
@@ -141,44 +143,44 @@ def one_bad_option(rank: int) -> Any:
     return values(blockhess.spectrum(model(), batches(), LOSS, parallel="recurrences", **options))
 
 
+@contextmanager
+def _after_products(count: int, act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` after that many products of AutogradEngine."""
+    left, multiply = count, AutogradEngine.multiply
+
+    def counting(self: AutogradEngine, columns: Sequence[Column], share: float) -> Iterator[int]:
+        nonlocal left
+        for made in multiply(self, columns, share):
+            left -= made
+            if left == 0:
+                act()
+            yield made
+
+    AutogradEngine.multiply = counting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AutogradEngine.multiply = multiply  # type: ignore[method-assign]
+
+
 def _failing(parallel: Any, failure: type[Exception] = OverflowError) -> Callable[[int], Any]:
     """Rank 1 fails in the middle of Lanczos."""
 
     def case(rank: int) -> Any:
-        left, product = 30, AutogradEngine.product  # the check of the products takes 12 of them
-
-        def failing(self: AutogradEngine, number: int, vectors: Tensor) -> Tensor | None:
-            nonlocal left
-            left -= 1
-            if rank == 1 and left == 0:
+        def fail() -> None:
+            if rank == 1:
                 raise failure("on rank 1")
-            return product(self, number, vectors)
 
-        AutogradEngine.product = failing  # type: ignore[method-assign]
-        try:
+        with _after_products(30, fail):  # the check of the products takes 12 of them
             return values(blockhess.spectrum(model(), batches(), LOSS, parallel=parallel, **OPTIONS))
-        finally:
-            AutogradEngine.product = product  # type: ignore[method-assign]
 
     return case
 
 
 def slow_rank(rank: int) -> Any:
     """Rank 1 keeps the others waiting for longer than they wait without looking around."""
-    left, product = 30, AutogradEngine.product
-
-    def slow(self: AutogradEngine, number: int, vectors: Tensor) -> Tensor | None:
-        nonlocal left
-        left -= 1
-        if rank == 1 and left == 0:
-            time.sleep(2.5)
-        return product(self, number, vectors)
-
-    AutogradEngine.product = slow  # type: ignore[method-assign]
-    try:
+    with _after_products(30, lambda: time.sleep(2.5 if rank == 1 else 0)):
         return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data", **DOUBLE))
-    finally:
-        AutogradEngine.product = product  # type: ignore[method-assign]
 
 
 def posing_fails(rank: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import blockhess
 from blockhess.analysis.axes import Axis
 from blockhess.hvp import AutogradEngine, TracedEngine
 from blockhess.hvp.accuracy import EngineMismatch, measure
+from blockhess.hvp.operator import Column
 from tests.helpers.dense_hessian import problem
 from tests.helpers.tiny_models import SelfAttention, labeled, mlp
 
@@ -49,9 +51,9 @@ def test_a_key_bias_is_zero_within_the_error() -> None:
 class Wrong(AutogradEngine):
     name = "traced"
 
-    def product(self, number: int, vectors: Tensor) -> Tensor | None:
-        product = super().product(number, vectors)
-        return product if product is None or number != 2 else 1.05 * product
+    def multiply(self, columns: Sequence[Column], share: float) -> Iterator[int]:
+        for column in columns:
+            yield from super().multiply([column], 1.05 * share if column.number == 2 else share)
 
 
 def test_wrong_products_are_noticed() -> None:

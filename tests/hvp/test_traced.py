@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 import blockhess
 from blockhess.hvp import AutogradEngine, BlockOperator, NotTraceable, TracedEngine
 from blockhess.hvp.accuracy import EngineMismatch, measure
+from blockhess.hvp.operator import product
 from blockhess.hvp.traced import trace
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
@@ -256,37 +257,6 @@ def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, t
     assert len(engine._traces) == traces
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_compiled_programs(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
-    """They run compiled although the model around them must not be, and eagerly where there is no compiler."""
-    prepared_problem = problem(mlp(), labeled(7), nn.CrossEntropyLoss())
-    plain = TracedEngine(prepared_problem)
-    plain.prepare(0)
-    stances = []
-
-    def compiler(module: Any, dynamic: bool) -> Any:
-        def run(*inputs: Tensor) -> Any:
-            stances.append(torch._dynamo.eval_frame._stance.stance)
-            if not works:
-                raise torch._dynamo.exc.InternalTorchDynamoError("no working C++ compiler")
-            return module(*inputs)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compiler)
-    engine = TracedEngine(prepared_problem, compiled=True)
-    v = torch.randn(1, 12)
-    with fixed_state(mlp()):
-        engine.prepare(0)
-        if works:
-            assert torch.equal(engine.product(0, v), plain.product(0, v))
-        else:
-            with pytest.warns(UserWarning, match="torch.compile failed, going on without: no working"):
-                assert torch.equal(engine.product(0, v), plain.product(0, v))
-        assert torch.equal(engine.product(0, v), plain.product(0, v))
-    assert stances == ["default"] * (2 if works else 1)
-
-
 def test_a_program_may_run_single_and_batched() -> None:
     model = SelfAttention()
     with fixed_state(model):
@@ -294,9 +264,9 @@ def test_a_program_may_run_single_and_batched() -> None:
         engine = TracedEngine(prepared_problem, rows=3)
         engine.prepare(0)
         v = torch.randn(3, prepared_problem.dims[0])
-        together = engine.product(0, v)
+        together = product(engine, 0, v)
         engine.rows = 1
         for row in range(3):
-            torch.testing.assert_close(engine.product(0, v[row : row + 1])[0], together[row], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(product(engine, 0, v[row : row + 1])[0], together[row], rtol=1e-9, atol=1e-12)
         engine.rows = 3
-        assert torch.equal(engine.product(0, v), together)
+        assert torch.equal(product(engine, 0, v), together)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_where_it_was_and_does_nothing_twice(given, count, tmp_pat
     done, calls = before.hvps, []
     with pytest.MonkeyPatch.context() as patch:
         original = store.write
-        patch.setattr("blockhess.hvp.autograd.AutogradEngine.product", counting(calls))
+        patch.setattr("blockhess.hvp.autograd.AutogradEngine.multiply", counting(calls))
         patch.setattr(store, "write", original)
         resumed = blockhess.spectrum(*given, run_dir=tmp_path / "run", **OPTIONS)
     assert same_bits(resumed, expected)
@@ -93,13 +93,14 @@ def test_a_run_goes_on_where_it_was_and_does_nothing_twice(given, count, tmp_pat
 def counting(calls: list[int]) -> Callable[..., Any]:
     from blockhess.hvp.autograd import AutogradEngine
 
-    original = AutogradEngine.product
+    original = AutogradEngine.multiply
 
-    def product(self: Any, number: int, vectors: Tensor) -> Any:
-        calls.append(number)
-        return original(self, number, vectors)
+    def multiply(self: Any, columns: Any, share: float) -> Iterator[int]:
+        for made in original(self, columns, share):
+            calls.append(made)
+            yield made
 
-    return product
+    return multiply
 
 
 def test_what_differs_is_told(given, tmp_path):
