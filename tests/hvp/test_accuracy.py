@@ -28,7 +28,7 @@ def test_errors_are_of_the_order_of_rounding(engine: type, dtype: torch.dtype) -
     accuracy = measure(prepared_problem, engine(prepared_problem))
     assert accuracy is not None
     eps = torch.finfo(dtype).eps
-    for norm, error in zip(accuracy.norms, accuracy.errors):
+    for norm, error in zip(accuracy.norms.values(), accuracy.errors.values()):
         assert 0 < error < 1e3 * eps * norm
 
 

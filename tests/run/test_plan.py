@@ -25,7 +25,7 @@ def planned(**options: Any) -> Plan:
         mlp().float(), tuple(t.float() if t.is_floating_point() else t for t in labeled(7)), nn.CrossEntropyLoss()
     )
     defaults = {"num_probes": 3, "num_steps": 5, "basis_dims": [0] * 4, "budget": 2**30}
-    return make_plan(prepared_problem, **(defaults | options))
+    return make_plan(prepared_problem, **(defaults | options))[0]
 
 
 def test_products_are_counted() -> None:
@@ -41,10 +41,9 @@ def test_products_are_counted() -> None:
 def test_the_engine_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     short = planned(num_probes=2)
     assert short.engine == "autograd" and "tracing would take" in short.why
-    monkeypatch.setattr(planning, "FLOPS_PER_SECOND", {"cpu": 1.0})
+    monkeypatch.setattr(planning, "TRACE_SECONDS", 1e-9)
     long = planned()
     assert long.engine == "traced" and "saves about" in long.why
-    assert long.compiled and not short.compiled and not planned(engine="autograd").compiled
     assert planned(engine="ggn").engine == "ggn"
 
 

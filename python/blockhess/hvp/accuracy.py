@@ -41,8 +41,8 @@ class EngineMismatch(ArithmeticError):
     """The products of an engine differ from those of autograd."""
 
 
-def measure(problem: Problem, engine: Engine, numbers: Sequence[int]) -> Accuracy | None:
-    """Estimate the error of products with some blocks. Traced products are also compared with those of autograd.
+def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None) -> Accuracy | None:
+    """Estimate the error of products with some blocks, by default all. Traced products are also compared with autograd.
 
     Returns:
         None if the model does not run in the other precision.
@@ -51,6 +51,7 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int]) -> Accurac
         EngineMismatch: traced products differ from those of autograd by more than rounding.
         NotTraceable: a traced program does not run.
     """
+    numbers = range(len(problem.dims)) if numbers is None else numbers
     try:
         own = _products(problem, engine, numbers)
     except RuntimeError as error:

@@ -23,8 +23,10 @@ from blockhess.run.costs import Work
 
 # Work of one product, in FLOPs of a forward pass, bytes of the gradient's graph and operations in it, and seconds of
 # tracing per operation: orders of magnitude from bench/results, which decide whether tracing pays.
-PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.1)}
+PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
 TRACE_SECONDS = 4e-3
+# Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
+TANGENTS = 0.35
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
 # Checks of products take at most this share of the planned products, but compare one block at least. In products, they
@@ -163,7 +165,8 @@ def make_plan(
     n_batches = len(problem.batches)  # of this rank
     hvps = products(num_probes, num_steps)
     rows, made = 1, None
-    chosen, why = _engine(problem, engine, hvps)
+    most = max((count * len(blocks) for _, count, blocks in passes), default=num_probes)
+    chosen, why = _engine(problem, engine, hvps, most, room)
     graph, tangents = problem.graph_bytes, 0
     if chosen == "traced":
         made, failure, graph, tangents = _trace(problem)
@@ -180,7 +183,6 @@ def make_plan(
     engine_bytes = graph * (n_batches if retain else 1)
     if made:
         limit = room - engine_bytes if problem.device.type == "cuda" else min(CACHE_BYTES, room - engine_bytes)
-        most = max((count * len(blocks) for _, count, blocks in passes), default=num_probes)
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
@@ -210,10 +212,13 @@ def make_plan(
     return plan, made
 
 
-def _engine(problem: Problem, engine: str, hvps: int) -> tuple[str, str]:
+def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[str, str]:
     if engine not in ("auto", "exact"):
         return engine, "as asked"
-    times = {name: _seconds(problem, work, hvps) for name, work in PRODUCT.items()}
+    room = CACHE_BYTES if problem.device.type == "cpu" else room
+    rows = max(1, min(most, int(room / (TANGENTS * max(1, problem.graph_bytes)))))  # of the traced engine, roughly
+    traced = dataclasses.replace(PRODUCT["traced"], launches=PRODUCT["traced"].launches / rows)
+    times = {name: _seconds(problem, work, hvps) for name, work in (PRODUCT | {"traced": traced}).items()}
     tracing = TRACE_SECONDS * problem.graph_nodes
     saved = times["autograd"] - times["traced"]
     if saved > tracing:
