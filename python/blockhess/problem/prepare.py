@@ -22,6 +22,9 @@ from blockhess_ext.arguments import choice
 # Relative difference up to which two values of the loss are taken as equal.
 LOSS_TOLERANCE = 1e-4
 
+# Largest memory of a batch between steps, in sizes of its gradient's graph: constants and tangents of a linear program.
+KEPT = 2.25
+
 
 @contextmanager
 def prepared_problem(
@@ -66,8 +69,9 @@ def prepared_problem(
                 f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
-        # The largest graph may take half of the budget.
-        parts = -(-2 * problem.graph_bytes // budget_bytes(memory_budget, problem.device))
+        # What an engine keeps of a batch may take half of the budget.
+        needed = 2 * KEPT * problem.graph_bytes
+        parts = math.ceil(needed / budget_bytes(memory_budget, problem.device))
         # Closures may do anything with a batch, and batch statistics depend on all of its samples.
         if parts > 1 and loss.calls_model and policy != "batch":
             problem = _split(problem, parts, cut, dtype)
