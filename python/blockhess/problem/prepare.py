@@ -23,7 +23,7 @@ from blockhess_ext.arguments import choice
 LOSS_TOLERANCE = 1e-4
 
 # Largest memory of a batch between steps, in sizes of its gradient's graph: constants and tangents of a linear program.
-KEPT = 2.25
+KEPT = 3.5
 
 
 @contextmanager
