@@ -1,6 +1,7 @@
 """Python functions of the compiled ops; `blockhess_ext.reference` implements the same functions in plain PyTorch.
 
-All take tensors on one device, contiguous ones except `linear_combination` and `linear_combination_sum`. Vectors are float32 or float64; alpha, beta, nodes and weights are float64.
+All take tensors on one device, contiguous ones except in linear combinations. Vectors are float32 or float64; alpha,
+beta, nodes and weights are float64.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ def linear_combination(
     Args:
         out: (R, *shape), float32 or float64, at most 8 dimensions, of any strides without overlap; overwritten. It may
             be one of the bases that has all R rows.
-        bases: (R_k, *shape_k), where shape_k has the number of dimensions of shape and broadcasts to it, of any strides.
-        coefficients: each of the dimensions of shape and broadcasting to it, of any strides, or None for 1.
+        bases: (R_k, *shape_k) of any strides, where shape_k has as many dimensions as shape and broadcasts to it.
+        coefficients: (*shape_k) of any strides, with as many dimensions as shape and broadcasting to it; None for 1.
         scalars: one per base.
         first_rows: row of out that corresponds to row 0 of the base.
 

@@ -81,18 +81,38 @@ void write(T* out, T constant, const Product<T>* products, int n, int64_t length
   for (; i < length; ++i) out[i] = add(constant, products, n, i);
 }
 
-// lanes += the sum of products of unit stride
+// The sum of the lanes of a vector, folded in half until two are left.
+#if BLOCKHESS_LEVEL == 4
+BLOCKHESS_INLINE auto fold(const __m512& x) { return _mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1); }
+BLOCKHESS_INLINE auto fold(const __m512d& x) { return _mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1); }
+#endif
+#if BLOCKHESS_LEVEL >= 3
+BLOCKHESS_INLINE auto fold(const __m256& x) { return _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1); }
+BLOCKHESS_INLINE auto fold(const __m256d& x) { return _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1); }
+#endif
+template <class T, class V>
+BLOCKHESS_INLINE T total(const V& x) {
+  if constexpr (sizeof(V) > 16)
+    return total<T>(fold(x));
+  else if constexpr (sizeof(T) == 4)
+    return (x[0] + x[2]) + (x[1] + x[3]);
+  else
+    return x[0] + x[1];
+}
+
+// sum += the products of unit stride; element i goes to lane i % kLanes.
 template <class T>
-void accumulate(typename Vector<T>::Type* lanes, const Product<T>* products, int n, int64_t length) {
-  using V = typename Vector<T>::Type;
-  V sum[kVectors];
-  std::memcpy(sum, lanes, sizeof sum);
+BLOCKHESS_INLINE void accumulate(typename Vector<T>::Type* sum, const Product<T>* products, int n, int64_t length) {
   int64_t i = 0;
   for (; i + kLanes<T> <= length; i += kLanes<T>) add<kVectors>(sum, products, n, i);
-  std::memcpy(lanes, sum, sizeof sum);
-  for (int64_t k = 0; i + k < length; ++k) {
-    T& lane = reinterpret_cast<T*>(lanes)[k];
-    lane = add(lane, products, n, i + k);
+#pragma GCC unroll 16
+  for (int64_t v = 0; v < kVectors; ++v, i += kWidth<T>) {
+    if (i + kWidth<T> <= length) {
+      add<1>(&sum[v], products, n, i);
+    } else {
+      for (int64_t k = 0; i + k < length; ++k) sum[v][k] = add(sum[v][k], products, n, i + k);
+      return;
+    }
   }
 }
 
@@ -132,17 +152,19 @@ void run(T* out, int64_t out_stride, T constant, const Product<T>* products, int
 
 template <class T>
 void run_sum(T* out, T constant, const Product<T>* products, int n, int64_t length, bool packed) {
-  typename Vector<T>::Type lanes[kVectors] = {};
+  typename Vector<T>::Type sum[kVectors] = {};
   if (packed)
-    accumulate(lanes, products, n, length);
+    accumulate(sum, products, n, length);
   else
-    in_chunks(products, n, length,
-              [&](const Product<T>* chunk, int64_t, int64_t size) { accumulate(lanes, chunk, n, size); });
-  T lane[kLanes<T>];
-  std::memcpy(lane, lanes, sizeof lane);
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int64_t k = 0; k < half; ++k) lane[k] += lane[k + half];
-  *out = lane[0] + constant * T(length);
+    in_chunks(products, n, length, [&](const Product<T>* chunk, int64_t, int64_t size) {
+      typename Vector<T>::Type more[kVectors] = {};
+      accumulate(more, chunk, n, size);
+      for (int64_t v = 0; v < kVectors; ++v) sum[v] += more[v];
+    });
+  for (int64_t half = kVectors / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int64_t v = 0; v < half; ++v) sum[v] += sum[v + half];
+  *out = total<T>(sum[0]) + constant * T(length);
 }
 
 // A term at the start of a run: pointers, strides along the run, and steps to the next run.

@@ -1,9 +1,11 @@
 // C functions called by emulator.py: guarded memory, and the CUDA implementation of every op on plain pointers.
+#include <algorithm>
 #include <cstdlib>
 
 #include "cuda_runtime.h"
 #include "ops/gaussian_density.h"
 #include "ops/lanczos_step.h"
+#include "ops/linear_combination.h"
 #include "ops/random_probes.h"
 #include "ops/reorthogonalize.h"
 #include "ops/tridiag_quadrature.h"
@@ -61,6 +63,31 @@ const char* random_probes(const int64_t* sizes, void** a, const CudaQueue& queue
                             queue);
 }
 
+// sizes: sum, terms, dims, rows, then shape and strides of out; of each term its rows, whether it has a coefficient,
+// and the strides of both. arrays: out, scalars, then base and coefficient of each term.
+template <class T>
+const char* linear_combination(const int64_t* sizes, void** a, const CudaQueue& queue) {
+  LinearCombination<T> op{sizes[0] != 0, int(sizes[1]), int(sizes[2]), sizes[3], sizes[4], at<T>(a, 0), {}, {}, {}};
+  sizes += 5;
+  const auto read = [&](int64_t* to) { std::copy_n(sizes, op.n_dims, to), sizes += op.n_dims; };
+  read(op.sizes);
+  read(op.strides);
+  for (int k = 0; k < op.n_terms; ++k) {
+    Term<T>& term = op.terms[k];
+    term.base = at<T>(a, 2 + 2 * k);
+    term.coefficient = sizes[3] ? at<T>(a, 3 + 2 * k) : nullptr;
+    term.scalar = T(at<double>(a, 1)[k]);
+    term.first_row = sizes[0];
+    term.end_row = sizes[1];
+    term.row_stride = sizes[2];
+    sizes += 4;
+    read(term.strides);
+    read(term.coefficient_strides);
+  }
+  merge_dimensions(op);
+  return linear_combination_cuda(op, queue);
+}
+
 }  // namespace
 
 extern "C" {
@@ -92,6 +119,10 @@ const char* run_reorthogonalize(int is_double, const int64_t* sizes, void** arra
 
 const char* run_random_probes(int is_double, const int64_t* sizes, void** arrays, int64_t max_grid) {
   return (is_double ? random_probes<double> : random_probes<float>)(sizes, arrays, {nullptr, max_grid});
+}
+
+const char* run_linear_combination(int is_double, const int64_t* sizes, void** arrays, int64_t max_grid) {
+  return (is_double ? linear_combination<double> : linear_combination<float>)(sizes, arrays, {nullptr, max_grid});
 }
 
 const char* run_tridiag_quadrature(int, const int64_t* sizes, void** a, int64_t max_grid) {

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +187,47 @@ class Emulator:
         sizes = [*shape(layout, num_probes), seed, first_probe, DISTRIBUTIONS.index(distribution)]
         self.call("random_probes", sizes, [*tables(layout), block_ids, probes, partial], [probes, partial])
         return probes
+
+    def linear_combination(
+        self,
+        out: Tensor,
+        bases: list[Tensor],
+        coefficients: list[Tensor | None],
+        scalars: list[float],
+        first_rows: list[int],
+        summed: bool = False,
+    ) -> None:
+        lasts = {x.shape[-1] for x in [*bases, *coefficients] if x is not None and x.shape[-1] != 1} if summed else ()
+        shape = [*out.shape[1:-1], *lasts] if lasts else list(out.shape[1:])
+        whole = out.expand(-1, *shape)
+        sizes, arrays = [len(out), whole.stride(0), *shape, *strides(whole)[1:]], [memory(out)]
+        used = []
+        for base, coefficient, scalar, first in zip(bases, coefficients, scalars, first_rows, strict=True):
+            begin, end = max(0, first), min(len(out), first + len(base))
+            if begin >= end or 0 in shape:
+                continue
+            base = base[begin - first : end - first].expand(-1, *shape)
+            factor = torch.zeros((), dtype=out.dtype) if coefficient is None else coefficient
+            sizes += [begin, end, base.stride(0), coefficient is not None]
+            sizes += [*strides(base)[1:], *strides(factor.expand(shape))]
+            arrays += [memory(base), memory(factor)]
+            used.append(scalar)
+        arrays.insert(1, torch.tensor(used, dtype=torch.float64))
+        self.call("linear_combination", [summed, len(used), len(shape), *sizes], arrays, arrays[:1])
+
+    def linear_combination_sum(self, *arguments: Any) -> None:
+        self.linear_combination(*arguments, summed=True)
+
+
+def memory(x: Tensor) -> Tensor:
+    """Return the elements from the first to the last one of a tensor, as one row."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
+    return x.as_strided((1, span), (span, 1))
+
+
+def strides(x: Tensor) -> list[int]:
+    """Return the strides, 0 in dimensions of size 1."""
+    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]
 
 
 def tables(layout: Layout) -> list[Tensor]:

@@ -14,6 +14,7 @@ from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
 from tests.cuda_on_cpu import emulator
 from tests.cuda_on_cpu.emulator import Emulator
+from tests.helpers.combination_cases import random_combination
 
 pytestmark = pytest.mark.skipif(emulator.obstacle() is not None, reason=str(emulator.obstacle()))
 
@@ -277,6 +278,15 @@ def test_gaussian_density_of_every_size(size):
     weights, sigma = torch.ones(1, size, dtype=torch.float64) / size, torch.tensor([0.1], dtype=torch.float64)
     got = Emulator().gaussian_density(x[None].contiguous(), weights, x, sigma)
     torch.testing.assert_close(got, reference.gaussian_density(x[None], weights, x, sigma), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_linear_combination(seed, dtype):
+    case = random_combination(seed, dtype, least_dims=1)
+    results = [[case.after(e)] for e in EMULATORS]
+    assert_same_bits(results)
+    for backend in (ops, reference):
+        assert ((results[0][0] - case.after(backend)).abs() <= case.rounding()).all()
 
 
 @pytest.mark.parametrize("distribution", ops.DISTRIBUTIONS)
