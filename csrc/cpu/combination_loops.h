@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kVectorBytes = BLOCKHESS_LEVEL == 4 ? 64 : BLOCKHESS_LEVEL == 3 ? 32 : 16;
 constexpr int64_t kVectors = 256 / kVectorBytes;
 template <class T>
-constexpr int64_t kLanes = 256 / sizeof(T);  // also the number of partial sums, the same on every instruction set
+constexpr int64_t kLanes = 256 / sizeof(T);
 template <class T>
 constexpr int64_t kWidth = kVectorBytes / sizeof(T);
 constexpr int64_t kChunk = 256;  // elements of strided operands copied at a time
@@ -81,39 +81,26 @@ void write(T* out, T constant, const Product<T>* products, int n, int64_t length
   for (; i < length; ++i) out[i] = add(constant, products, n, i);
 }
 
-// The sum of the lanes of a vector, folded in half until two are left.
-#if BLOCKHESS_LEVEL == 4
-BLOCKHESS_INLINE auto fold(const __m512& x) { return _mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1); }
-BLOCKHESS_INLINE auto fold(const __m512d& x) { return _mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1); }
-#endif
-#if BLOCKHESS_LEVEL >= 3
-BLOCKHESS_INLINE auto fold(const __m256& x) { return _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1); }
-BLOCKHESS_INLINE auto fold(const __m256d& x) { return _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1); }
-#endif
-template <class T, class V>
-BLOCKHESS_INLINE T total(const V& x) {
-  if constexpr (sizeof(V) > 16)
-    return total<T>(fold(x));
-  else if constexpr (sizeof(T) == 4)
-    return (x[0] + x[2]) + (x[1] + x[3]);
-  else
-    return x[0] + x[1];
-}
-
-// sum += the products of unit stride; element i goes to lane i % kLanes.
+// The sum of the elements begin : end of products of unit stride, in kLanes partial sums.
 template <class T>
-BLOCKHESS_INLINE void accumulate(typename Vector<T>::Type* sum, const Product<T>* products, int n, int64_t length) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= length; i += kLanes<T>) add<kVectors>(sum, products, n, i);
+T block_sum(const Product<T>* products, int n, int64_t begin, int64_t end) {
+  typename Vector<T>::Type sum[kVectors] = {};
+  int64_t i = begin;
+  for (; i + kLanes<T> <= end; i += kLanes<T>) add<kVectors>(sum, products, n, i);
+  for (; i + kWidth<T> <= end; i += kWidth<T>) add<1>(sum, products, n, i);
+  T rest = 0;
+  for (; i < end; ++i) rest = add(rest, products, n, i);
+#pragma GCC unroll 4
+  for (int64_t half = kVectors / 2; half > 0; half /= 2)
 #pragma GCC unroll 16
-  for (int64_t v = 0; v < kVectors; ++v, i += kWidth<T>) {
-    if (i + kWidth<T> <= length) {
-      add<1>(&sum[v], products, n, i);
-    } else {
-      for (int64_t k = 0; i + k < length; ++k) sum[v][k] = add(sum[v][k], products, n, i + k);
-      return;
-    }
-  }
+    for (int64_t v = 0; v < half; ++v) sum[v] += sum[v + half];
+  T lane[kWidth<T>];
+  std::memcpy(lane, sum, sizeof lane);
+#pragma GCC unroll 4
+  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < half; ++k) lane[k] += lane[k + half];
+  return lane[0] + rest;
 }
 
 template <class T>
@@ -152,19 +139,14 @@ void run(T* out, int64_t out_stride, T constant, const Product<T>* products, int
 
 template <class T>
 void run_sum(T* out, T constant, const Product<T>* products, int n, int64_t length, bool packed) {
-  typename Vector<T>::Type sum[kVectors] = {};
+  constexpr int64_t kBlock = 4096;
+  T sum = constant * T(length);
   if (packed)
-    accumulate(sum, products, n, length);
+    for (int64_t i = 0; i < length; i += kBlock) sum += block_sum(products, n, i, std::min(i + kBlock, length));
   else
-    in_chunks(products, n, length, [&](const Product<T>* chunk, int64_t, int64_t size) {
-      typename Vector<T>::Type more[kVectors] = {};
-      accumulate(more, chunk, n, size);
-      for (int64_t v = 0; v < kVectors; ++v) sum[v] += more[v];
-    });
-  for (int64_t half = kVectors / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
-    for (int64_t v = 0; v < half; ++v) sum[v] += sum[v + half];
-  *out = total<T>(sum[0]) + constant * T(length);
+    in_chunks(products, n, length,
+              [&](const Product<T>* chunk, int64_t, int64_t size) { sum += block_sum(chunk, n, 0, size); });
+  *out = sum;
 }
 
 // A term at the start of a run: pointers, strides along the run, and steps to the next run.
