@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 tree=build/sanitizers
-tests=(tests/ext/test_{lanczos_step,reorthogonalize,tridiag_quadrature,gaussian_density,random_probes,slq,quadrature,arguments,breakdown})
+tests=(tests/ext/test_{lanczos_step,reorthogonalize,tridiag_quadrature,gaussian_density,random_probes,linear_combination,slq,quadrature,arguments,breakdown})
 
 mkdir -p "$tree"
 # cp -u leaves unchanged files alone, so that only changed sources are compiled again.

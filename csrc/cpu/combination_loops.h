@@ -1,7 +1,8 @@
 // The loops of linear_combination, compiled per instruction set (see simd_dispatch.h).
 //
 // A run is a range of the last dimension at one index of the others. Along a run a term is a constant, a scaled vector
-// or a scaled product of two vectors. A block of kLanes elements stays in registers while all terms are added.
+// or a scaled product of two vectors. A block of kLanes elements stays in registers while all terms are added. Operands
+// of other strides than 0 and 1 are copied in tiles of kRuns runs first, so that transposed ones are read by the line.
 
 namespace blockhess {
 namespace BLOCKHESS_NAMESPACE {
@@ -13,7 +14,7 @@ template <class T>
 constexpr int64_t kLanes = 256 / sizeof(T);
 template <class T>
 constexpr int64_t kWidth = kVectorBytes / sizeof(T);
-constexpr int64_t kChunk = 256;  // elements of strided operands copied at a time
+constexpr int64_t kRuns = 16;
 
 template <class T>
 struct Vector {
@@ -27,11 +28,10 @@ BLOCKHESS_INLINE typename Vector<T>::Type load(const T* x) {
   return vector;
 }
 
-// factor x, or factor x y unless y is null, along a run.
+// factor x, or factor x y unless y is null, along a run; x and y are contiguous.
 template <class T>
 struct Product {
   const T *x, *y;
-  int64_t x_stride, y_stride;
   T factor;
 };
 
@@ -60,7 +60,7 @@ BLOCKHESS_INLINE T add(T sum, const Product<T>* products, int n, int64_t i) {
   return sum;
 }
 
-// out_i = constant + the sum of products of unit stride
+// out_i = constant + the sum of products
 template <class T>
 void write(T* out, T constant, const Product<T>* products, int n, int64_t length) {
   using V = typename Vector<T>::Type;
@@ -81,150 +81,150 @@ void write(T* out, T constant, const Product<T>* products, int n, int64_t length
   for (; i < length; ++i) out[i] = add(constant, products, n, i);
 }
 
-// The sum of the elements begin : end of products of unit stride, in kLanes partial sums.
+// Adds the elements of the products, in kLanes partial sums, to the kWidth ones of all tiles.
 template <class T>
-T block_sum(const Product<T>* products, int n, int64_t begin, int64_t end) {
+void accumulate(T* sums, const Product<T>* products, int n, int64_t length) {
   typename Vector<T>::Type sum[kVectors] = {};
-  int64_t i = begin;
-  for (; i + kLanes<T> <= end; i += kLanes<T>) add<kVectors>(sum, products, n, i);
-  for (; i + kWidth<T> <= end; i += kWidth<T>) add<1>(sum, products, n, i);
-  T rest = 0;
-  for (; i < end; ++i) rest = add(rest, products, n, i);
+  int64_t i = 0;
+  for (; i + kLanes<T> <= length; i += kLanes<T>) add<kVectors>(sum, products, n, i);
+  for (; i + kWidth<T> <= length; i += kWidth<T>) add<1>(sum, products, n, i);
 #pragma GCC unroll 4
   for (int64_t half = kVectors / 2; half > 0; half /= 2)
 #pragma GCC unroll 16
     for (int64_t v = 0; v < half; ++v) sum[v] += sum[v + half];
-  T lane[kWidth<T>];
-  std::memcpy(lane, sum, sizeof lane);
-#pragma GCC unroll 4
-  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
-    for (int64_t k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0] + rest;
+  sum[0] += load(sums);
+  std::memcpy(sums, sum, sizeof sum[0]);
+  for (; i < length; ++i) sums[0] = add(sums[0], products, n, i);
 }
 
+// A base or coefficient from the start of a range of runs on: run j begins at x + j step.
 template <class T>
-const T* packed(T* buffer, const T* x, int64_t stride, int64_t start, int64_t length) {
-  if (stride == 1) return x + start;
-  for (int64_t i = 0; i < length; ++i) buffer[i] = x[(start + i) * stride];
-  return buffer;
-}
+struct Operand {
+  const T* x;  // nullptr for 1
+  int64_t stride, step;
+  T* tile;  // (kRuns, kLanes) copy of the current tile, nullptr if none is needed
 
-// Calls use(products of unit stride, start, length) on chunks of a run.
-template <class T, class Use>
-void in_chunks(const Product<T>* products, int n, int64_t length, const Use& use) {
-  T buffer[2 * kMaxTerms][kChunk];
-  Product<T> chunk[kMaxTerms];
-  for (int64_t start = 0; start < length; start += kChunk) {
-    const int64_t size = std::min(kChunk, length - start);
-    for (int k = 0; k < n; ++k) {
-      const Product<T>& p = products[k];
-      chunk[k] = {packed(buffer[2 * k], p.x, p.x_stride, start, size),
-                  p.y ? packed(buffer[2 * k + 1], p.y, p.y_stride, start, size) : nullptr, 1, 1, p.factor};
-    }
-    use(chunk, start, size);
+  // Run j of the tile whose first run is `first` and whose elements start at i.
+  const T* run(int64_t j, int64_t first, int64_t i) const {
+    return tile ? tile + (j - first) * kLanes<T> : x + j * step + i * stride;
   }
-}
 
-template <class T>
-void run(T* out, int64_t out_stride, T constant, const Product<T>* products, int n, int64_t length, bool packed) {
-  if (packed) return write(out, constant, products, n, length);
-  in_chunks(products, n, length, [&](const Product<T>* chunk, int64_t start, int64_t size) {
-    T result[kChunk];
-    write(out_stride == 1 ? out + start : result, constant, chunk, n, size);
-    if (out_stride != 1)
-      for (int64_t i = 0; i < size; ++i) out[(start + i) * out_stride] = result[i];
-  });
-}
-
-template <class T>
-void run_sum(T* out, T constant, const Product<T>* products, int n, int64_t length, bool packed) {
-  constexpr int64_t kBlock = 4096;
-  T sum = constant * T(length);
-  if (packed)
-    for (int64_t i = 0; i < length; i += kBlock) sum += block_sum(products, n, i, std::min(i + kBlock, length));
-  else
-    in_chunks(products, n, length,
-              [&](const Product<T>* chunk, int64_t, int64_t size) { sum += block_sum(chunk, n, 0, size); });
-  *out = sum;
-}
-
-// A term at the start of a run: pointers, strides along the run, and steps to the next run.
-template <class T>
-struct Position {
-  const T *base, *coefficient;
-  T scalar;
-  int64_t base_stride, coefficient_stride, base_step, coefficient_step;
+  void copy(int64_t first, int64_t last, int64_t start, int64_t size) const {
+    if (tile == nullptr) return;
+    const T* from = x + first * step + start * stride;
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < last - first; ++j) tile[j * kLanes<T> + i] = from[j * step + i * stride];
+  }
 };
 
-// Runs begin : end in the order (row, outer dimensions, range of the last dimension, second last dimension); each
-// range has at most max_length elements.
+// Runs of `length` elements at one index of the row and the dimensions before the last two.
 template <class T>
-void combine(const LinearCombination<T>& op, int64_t max_length, int64_t begin, int64_t end) {
-  const int inner = op.n_dims - 1, next = inner > 0 ? inner - 1 : inner;
-  const int64_t n = op.sizes[inner], n_ranges = op.sum ? 1 : (n + max_length - 1) / max_length;
-  const int64_t n_next = inner > 0 ? op.sizes[next] : 1;
-  const auto step = [&](const int64_t* strides) { return inner > 0 ? strides[next] : 0; };
+struct Runs {
+  int64_t length, tile_length;
+  T* out;
+  int64_t out_stride, out_step;
+  int n_terms = 0;
+  T scalars[kMaxTerms];
+  Operand<T> bases[kMaxTerms], coefficients[kMaxTerms];
+
+  // Combines the elements start : start + size of run j of the tile whose first run is `first`. Writes them if sums is
+  // null, otherwise adds them to kWidth partial sums.
+  void combine(int64_t j, int64_t first, int64_t start, int64_t size, T* sums) const {
+    Product<T> products[kMaxTerms];
+    int n = 0;
+    T constant = 0;
+    for (int k = 0; k < n_terms; ++k) {
+      const T *x = bases[k].run(j, first, start), *y = nullptr;
+      T factor = scalars[k];
+      if (coefficients[k].x) y = coefficients[k].run(j, first, start);
+      if (y && coefficients[k].stride == 0) factor *= *y, y = nullptr;
+      if (bases[k].stride == 0) factor *= *x, x = y, y = nullptr;
+      if (x)
+        products[n++] = {x, y, factor};
+      else
+        constant += factor;
+    }
+    T* to = out + j * out_step + start * out_stride;
+    if (sums) {
+      accumulate(sums, products, n, size);
+      sums[0] += constant * T(size);  // after the vector store: a vector load right after a scalar store would stall
+    } else if (out_stride == 1 || size == 1) {
+      write(to, constant, products, n, size);
+    } else {
+      T result[kLanes<T>];
+      write(result, constant, products, n, size);
+      for (int64_t i = 0; i < size; ++i) to[i * out_stride] = result[i];
+    }
+  }
+
+  void combine(int64_t count, bool sum) const {
+    for (int64_t first = 0; first < count; first += kRuns) {
+      const int64_t last = std::min(first + kRuns, count);
+      T sums[kRuns][kWidth<T>];
+      for (int64_t j = 0; sum && j < last - first; ++j) std::fill_n(sums[j], kWidth<T>, T(0));
+      for (int64_t start = 0; start < length; start += tile_length) {
+        const int64_t size = std::min(tile_length, length - start);
+        for (int k = 0; k < n_terms; ++k) {
+          bases[k].copy(first, last, start, size);
+          coefficients[k].copy(first, last, start, size);
+        }
+        for (int64_t j = first; j < last; ++j) combine(j, first, start, size, sum ? sums[j - first] : nullptr);
+      }
+      for (int64_t half = kWidth<T> / 2; sum && half > 0; half /= 2)
+        for (int64_t j = 0; j < last - first; ++j)
+          for (int64_t k = 0; k < half; ++k) sums[j][k] += sums[j][k + half];
+      for (int64_t j = first; sum && j < last; ++j) out[j * out_step] = sums[j - first][0];
+    }
+  }
+};
+
+// Whether an operand is copied.
+inline bool strided(int64_t stride) { return stride != 0 && stride != 1; }
+
+// Runs begin : end in the order (row, outer dimensions, range of the last dimension, second last dimension). A range
+// has tile_length elements, at most kLanes if an operand or out is strided; a sum has one range.
+template <class T>
+void combine(const LinearCombination<T>& op, int64_t tile_length, int64_t begin, int64_t end) {
+  const int inner = op.n_dims - 1;
+  const int64_t n = op.sizes[inner], n_ranges = op.sum ? 1 : (n + tile_length - 1) / tile_length;
+  const int64_t n_next = inner > 0 ? op.sizes[inner - 1] : 1;
+  const auto step = [&](const int64_t* strides) { return inner > 0 ? strides[inner - 1] : 0; };
+  std::vector<T> tiles(2 * op.n_terms * (tile_length <= kLanes<T> ? kRuns * kLanes<T> : 0));
   for (int64_t task = begin; task < end;) {
     const int64_t first = task % n_next, count = std::min(n_next - first, end - task);
     int64_t rest = task / n_next, index[kMaxDims];
-    const int64_t start = rest % n_ranges * max_length, length = std::min(max_length, n - start);
+    index[inner] = rest % n_ranges * tile_length;
     rest /= n_ranges;
-    index[inner] = start;
-    if (inner > 0) index[next] = first;
+    if (inner > 0) index[inner - 1] = first;
     for (int d = inner - 2; d >= 0; --d) index[d] = rest % op.sizes[d], rest /= op.sizes[d];
-    const int64_t row = rest;
     const auto offset = [&](const int64_t* strides) {
       int64_t sum = 0;
       for (int d = 0; d <= inner; ++d) sum += index[d] * strides[d];
       return sum;
     };
-    T* out = op.out + row * op.row_stride + offset(op.strides);
-    Position<T> positions[kMaxTerms];
-    int n_terms = 0;
+    Runs<T> runs;
+    runs.length = op.sum ? n : std::min(tile_length, n - index[inner]);
+    runs.tile_length = tile_length;
+    runs.out = op.out + rest * op.row_stride + offset(op.strides);
+    runs.out_stride = op.strides[inner];
+    runs.out_step = step(op.strides);
+    T* tile = tiles.data();
+    const auto operand = [&](const T* x, const int64_t* strides) {
+      Operand<T> result{x + offset(strides), strides[inner], step(strides), nullptr};
+      if (strided(result.stride)) result.tile = tile, tile += kRuns * kLanes<T>;
+      return result;
+    };
     for (int k = 0; k < op.n_terms; ++k) {
       const Term<T>& term = op.terms[k];
-      if (row < term.first_row || row >= term.end_row) continue;
-      Position<T>& p = positions[n_terms++];
-      p = {term.base + (row - term.first_row) * term.row_stride + offset(term.strides),
-           nullptr,
-           term.scalar,
-           term.strides[inner],
-           0,
-           step(term.strides),
-           0};
-      if (term.coefficient == nullptr) continue;
-      p.coefficient = term.coefficient + offset(term.coefficient_strides);
-      p.coefficient_stride = term.coefficient_strides[inner];
-      p.coefficient_step = step(term.coefficient_strides);
+      if (rest < term.first_row || rest >= term.end_row) continue;
+      const int i = runs.n_terms++;
+      runs.scalars[i] = term.scalar;
+      runs.bases[i] = operand(term.base + (rest - term.first_row) * term.row_stride, term.strides);
+      runs.coefficients[i] = {nullptr, 0, 0, nullptr};
+      if (term.coefficient) runs.coefficients[i] = operand(term.coefficient, term.coefficient_strides);
     }
+    runs.combine(count, op.sum);
     task += count;
-    for (int64_t j = 0; j < count; ++j, out += step(op.strides)) {
-      Product<T> products[kMaxTerms];
-      int n_products = 0;
-      T constant = 0;
-      bool packed = op.sum || op.strides[inner] == 1 || length == 1;
-      for (int k = 0; k < n_terms; ++k) {
-        Position<T>& p = positions[k];
-        const T* x = p.base;
-        const T* y = p.coefficient;
-        T factor = p.scalar;
-        int64_t x_stride = p.base_stride, y_stride = p.coefficient_stride;
-        p.base += p.base_step, p.coefficient += p.coefficient_step;
-        if (y_stride == 0) factor *= y == nullptr ? T(1) : *y, y = nullptr;
-        if (x_stride == 0) factor *= *x, x = y, x_stride = y_stride, y = nullptr;
-        if (x == nullptr) {
-          constant += factor;
-          continue;
-        }
-        packed = packed && x_stride == 1 && (y == nullptr || y_stride == 1);
-        products[n_products++] = {x, y, x_stride, y_stride, factor};
-      }
-      if (op.sum)
-        run_sum(out, constant, products, n_products, length, packed);
-      else
-        run(out, op.strides[inner], constant, products, n_products, length, packed);
-    }
   }
 }
 

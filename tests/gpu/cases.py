@@ -1,4 +1,4 @@
-"""Arguments for every op, and a uniform call of each for tests that apply to all five."""
+"""Arguments for every op, and a uniform call of each for tests that apply to all of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from blockhess_ext import ops
 from blockhess_ext.layout import Layout
 from tests.gpu.device import misaligned, on
+from tests.helpers.combination_cases import Combination
 from tests.helpers.recurrence_cases import STEPS, Case, mid_flight
 
 # One element, ends at every position of a 16-byte pack, exactly one tile, one tile and more, several tiles.
@@ -113,6 +114,20 @@ def density_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return nodes, weights, grid, torch.tensor([1e-3, 0.02, 1.0, 1e-6], dtype=torch.float64)
 
 
+def combinations(dtype: torch.dtype, device: str = "cpu", by: int = 0) -> list[Combination]:
+    """Return linear combinations and a sum of one; all tensors start `by` elements after an aligned address."""
+    rng = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> Tensor:
+        return misaligned(torch.randn(*shape, generator=rng, dtype=torch.float64).to(device, dtype), by)
+
+    bases = [random(3, 70, 128), random(2, 70, 1), random(3, 128, 70).mT]
+    terms = bases, [random(70, 128), random(1, 128), None], [1.0, -0.3, 2.0], [0, 1, 0]
+    aligned = [random(3, 70, 128), random(2, 70, 1)], [random(70, 128), random(1, 128)], [0.5, 0.2], [0, 1]
+    sum_, whole = random(3, 70, 1), random(3, 70, 128)
+    return [Combination(False, whole, *aligned), Combination(True, sum_, *terms), Combination(False, whole, *terms)]
+
+
 def probes_of(device: str, distribution: str, dtype: torch.dtype, backend: ModuleType = ops) -> Tensor:
     """Return probes of the ragged layout for large seeds and ids."""
     ids = torch.arange(len(RAGGED), device=device) + 2**40
@@ -149,8 +164,19 @@ def call_of(op: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[C
     if op == "gaussian_density":
         arguments = on(device, density_arguments())
         return lambda: [raw.gaussian_density(*arguments)], None
+    if op.startswith("linear_combination"):
+        combination = combinations(dtype, device)[op.endswith("sum")]
+        return lambda: [combination.after(ops)], None
     ids, layout = torch.arange(len(RAGGED), device=device), Layout.of(RAGGED, device)
     return lambda: [ops.random_probes(layout, N_PROBES, seed=1, block_ids=ids, dtype=dtype)], None
 
 
-OPS = ("lanczos_step", "reorthogonalize", "tridiag_quadrature", "gaussian_density", "random_probes")
+OPS = (
+    "lanczos_step",
+    "reorthogonalize",
+    "tridiag_quadrature",
+    "gaussian_density",
+    "random_probes",
+    "linear_combination",
+    "linear_combination_sum",
+)

@@ -1,4 +1,4 @@
-"""Run all five ops once on small ragged batches and compare them with the CPU implementation, for compute-sanitizer.
+"""Run all ops once on small ragged batches and compare them with the CPU implementation, for compute-sanitizer.
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck --error-exitcode 86 python -m tests.gpu.sanitizer_case
@@ -16,7 +16,7 @@ import torch
 
 from blockhess_ext import ops
 from blockhess_ext.layout import Layout
-from tests.gpu.cases import SHORT, density_arguments, projection, shifted, state, step_case, tridiagonals
+from tests.gpu.cases import SHORT, combinations, density_arguments, projection, shifted, state, step_case, tridiagonals
 from tests.gpu.device import assert_near, on
 
 # Blocks of one tile with odd tails, and one of more than a tile.
@@ -40,6 +40,9 @@ def main() -> None:
         for each in (moved, start):
             each.run(ops)
         assert_near(moved.results(), start.results(), rtol)
+        for by in (0, 1):
+            for combination, expected in zip(combinations(dtype, device, by), combinations(dtype)):
+                assert_near([combination.after(ops)], [expected.after(ops)], 64 * rtol)
         for distribution in ops.DISTRIBUTIONS:
             made = []
             for where in (device, "cpu"):

@@ -10,7 +10,7 @@ import torch
 from blockhess_ext import batched_slq, ops
 from blockhess_ext.layout import Layout
 from tests.gpu import device
-from tests.gpu.cases import SHORT, density_arguments, projection, step_case, tridiagonals
+from tests.gpu.cases import SHORT, combinations, density_arguments, projection, step_case, tridiagonals
 from tests.gpu.device import on
 
 device.require()
@@ -87,6 +87,10 @@ def test_wrong_shapes():
     nodes, weights, grid, sigma = on("cuda", density_arguments())
     with pytest.raises(RuntimeError, match="gaussian_density: grid must be on the device of the first argument"):
         ops.gaussian_density(nodes, weights, grid.cpu(), sigma)
+    combination = combinations(torch.float32, "cuda")[0]
+    combination.bases[1] = combination.bases[1].cpu()
+    with pytest.raises(RuntimeError, match=r"linear_combination: bases\[1\] must be on the device of out"):
+        combination.after(ops)
     layout = Layout.of(SHORT, "cuda")
     with pytest.raises(RuntimeError, match="random_probes: block_ids must be on the device of the first argument"):
         ops.random_probes(layout, 2, seed=0, block_ids=torch.arange(len(SHORT)))

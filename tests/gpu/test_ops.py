@@ -14,6 +14,7 @@ from tests.gpu.cases import (
     RAGGED,
     SHORT,
     VECTORS,
+    combinations,
     density_arguments,
     probes_of,
     projection,
@@ -23,6 +24,7 @@ from tests.gpu.cases import (
     tridiagonals,
 )
 from tests.gpu.device import DEVICE, assert_near, assert_same_bits, on
+from tests.helpers.combination_cases import random_combination
 
 device.require(cuda=False)
 
@@ -97,6 +99,19 @@ def test_gaussian_density():
     sigma = arguments[-1]
     for expected in (ops.gaussian_density(*arguments), reference.gaussian_density(*arguments)):
         assert ((got - expected).abs().amax(1) <= 1e-12 / sigma).all()
+
+
+def test_linear_combination(dtype):
+    for case in [*combinations(dtype), *(random_combination(seed, dtype) for seed in range(100))]:
+        got = on(DEVICE, case).after(ops).cpu()
+        for backend in (ops, reference):
+            assert ((got - case.after(backend)).abs() <= case.rounding()).all()
+
+
+@pytest.mark.parametrize("by", [1, 2, 3])
+def test_linear_combination_off_alignment_has_the_same_bits(by, dtype):
+    aligned, moved = ([case.after(ops) for case in combinations(dtype, DEVICE, shift)] for shift in (0, by))
+    assert_same_bits(moved, aligned)
 
 
 @pytest.mark.parametrize("distribution", ops.DISTRIBUTIONS)
