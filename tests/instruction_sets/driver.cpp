@@ -1,6 +1,7 @@
 // The CPU kernels as C functions on one thread, built for the instruction set of the compiler's flags.
 #include "cpu/vector_kernels.h"
 #include "ops/gaussian_density.h"
+#include "ops/linear_combination.h"
 #include "ops/tridiag_quadrature.h"
 
 using namespace blockhess;
@@ -31,6 +32,15 @@ double run_gram_schmidt(float* x, const float* basis, int64_t count, int64_t n, 
 void run_gaussian_density(int64_t rows, int64_t n_nodes, int64_t n_grid, const double* nodes, const double* weights,
                           const double* grid, const double* sigma, double* density) {
   gaussian_density_cpu({rows, n_nodes, n_grid, nodes, weights, grid, sigma, density}, serial);
+}
+
+// out = x y + 0.5 x - 2 x^T, (n, n), or with sum (n) its sums over rows
+void run_linear_combination(const float* x, const float* y, int64_t n, int64_t sum, float* out) {
+  LinearCombination<float> op{sum != 0, 3, 2, 1, 0, out, {n, n}, {sum ? 1 : n, sum ? 0 : 1}, {}};
+  op.terms[0] = {x, y, 1.0f, 0, 1, 0, {n, 1}, {n, 1}};
+  op.terms[1] = {x, nullptr, 0.5f, 0, 1, 0, {n, 1}, {}};
+  op.terms[2] = {x, nullptr, -2.0f, 0, 1, 0, {1, n}, {}};
+  linear_combination_cpu(op, serial);
 }
 
 int64_t run_tridiag_quadrature(int64_t n_problems, int64_t m, const double* alpha, const double* beta,

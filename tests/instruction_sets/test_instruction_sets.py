@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-Wall", "-fPIC", "-shared", "-DBLOCKHESS_ONE_VERSION"]
-SOURCES = ("vector_kernels", "tridiag_lanes", "tridiag_quadrature", "gaussian_density")
+SOURCES = ("vector_kernels", "tridiag_lanes", "tridiag_quadrature", "gaussian_density", "linear_combination")
 LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4")
 EPS, EPS32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
@@ -146,6 +146,19 @@ def test_gaussian_density(builds, rng):
         assert ((first - other).abs() <= 8 * EPS * peak[:, None]).all()
     if others:  # the builds are not the same code: only the newer ones fuse multiplications with additions
         assert not torch.equal(first, others[0][0])
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 133])
+def test_linear_combination(builds, n, rng):
+    x, y = vectors(rng, n, n), vectors(rng, n, n)
+    expected = x.double() * y.double() + 0.5 * x.double() - 2 * x.double().T
+    size = (x * y).abs() + 0.5 * x.abs() + 2 * x.abs().T
+    for build in builds:
+        out, sums = torch.empty_like(x), torch.empty(n)
+        build("linear_combination", x, y, n, 0, out)
+        build("linear_combination", x, y, n, 1, sums)
+        assert ((out - expected).abs() <= 4 * EPS32 * size).all()
+        assert ((sums - expected.sum(1)).abs() <= 16 * EPS32 * size.sum(1)).all()
 
 
 def test_the_library_agrees_with_the_newest(builds, rng):
