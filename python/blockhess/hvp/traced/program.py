@@ -298,7 +298,7 @@ class ProgramBuilder:
             for i, part in enumerate(value)
         )
 
-    def multiply(self, pairs: Sequence[tuple[Any, Any]], like: Tensor) -> Combination:
+    def multiply(self, pairs: Sequence[tuple[Any, Any]], like: TensorInfo) -> Combination:
         """Return the sum of the matrix products of pairs of a Combination and a constant, in either order."""
         found, scalars = [], []
         for pair in pairs:

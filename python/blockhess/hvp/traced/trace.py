@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):
         target = aten.lift_fresh_copy.default if func is aten.lift_fresh.default else func
         if func is aten.as_strided.default and _is_reshape(args[0], results):
             target, args = aten.reshape.default, args[:2]
-        node = self.graph.call_function(target, self._mapped(args), self._mapped(kwargs))
+        node = self.graph.call_function(target, tuple(self._mapped(args)), self._mapped(kwargs))
         node.meta["val"] = tree_map(_described, results)
         if isinstance(results, Tensor):
             self._nodes[results] = node
@@ -185,8 +185,10 @@ class Recorder(TorchDispatchMode):
         """Return arguments with nodes for tensors."""
         if isinstance(value, Tensor):
             return self._node(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.graph.get_attr("unknown")  # must not be left in the end
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self._mapped, value)) if type(value) in (list, tuple) else value
+            return [self._mapped(v) for v in value]
         return {name: self._mapped(v) for name, v in value.items()} if isinstance(value, dict) else value
 
     def _node(self, value: Any) -> fx.Node:
@@ -279,6 +281,8 @@ def trace_gradient(
     for node in traced.graph.nodes:
         if node.target is aten.as_strided.default:
             raise NotTraceable(f"{node.target} depends on how a tensor lies in memory")
+        if node.op == "get_attr" and node.target not in traced.attributes:
+            raise NotTraceable("a number depends on values")
         for value in tree_leaves(node.meta.get("val")):
             if any(isinstance(size, torch.SymInt) for size in getattr(value, "shape", ())):
                 raise NotTraceable(f"the shape that {node.target} returns depends on values")
