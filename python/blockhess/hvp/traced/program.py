@@ -84,14 +84,13 @@ class GraphBuilder:
         return node
 
     def attribute(self, value: Tensor) -> fx.Node:
-        for name, known in self.attributes.items():
-            if known is value:
-                return self._calls[name]
+        if id(value) in self._calls:
+            return self._calls[id(value)]
         name = f"constant_{len(self.attributes)}"
         self.attributes[name] = value
         node = self.graph.get_attr(name)
         node.meta["val"] = TensorInfo.of(value) if isinstance(value, Tensor) else value
-        self._calls[name] = node
+        self._calls[id(value)] = node
         return node
 
 

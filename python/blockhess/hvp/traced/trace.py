@@ -93,6 +93,7 @@ class Recorder(TorchDispatchMode):
         self.attributes: dict[str, Tensor] = {}
         self._rules, self._values, self._marks = rules, values, stops
         self._nodes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._without_graph: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def placeholder(self, value: Tensor) -> None:
@@ -120,6 +121,8 @@ class Recorder(TorchDispatchMode):
             return result
         if self._values and not func._schema.is_mutable and not any(map(self._is_traced, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
+        if self._values and torch.Tag.data_dependent_output in func.tags:
+            raise NotTraceable(f"the gradient cannot be traced: {func} reads a value")
         if not self._marks or func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
             return self._call(func, args, kwargs)
         if func is aten.copy_.default:  # its result does not depend on the first argument
@@ -195,9 +198,9 @@ class Recorder(TorchDispatchMode):
         """Return the node of a tensor; a tensor from elsewhere becomes an attribute."""
         node: fx.Node | None = self._nodes.get(value)
         if node is None:
-            name = f"constant_{len(self.attributes)}"
+            name = self._names.setdefault(value, f"constant_{len(self.attributes)}")
             self.attributes[name] = value
-            self._nodes[value] = node = self.graph.get_attr(name)
+            node = self.graph.get_attr(name)
             node.meta["val"] = TensorInfo.of(value)
         return node
 
