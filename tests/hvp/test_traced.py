@@ -84,7 +84,7 @@ def test_gradients_stop_where_autograd_stops_them(forward: Forward) -> None:
 
 
 def test_the_check_catches_a_trace_that_ignores_a_stopped_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace._GradientStops, "_operand", lambda self, value: value)
+    monkeypatch.setattr(trace.Recorder, "_stopped", lambda self, value: value)
     prepared_problem = problem(mlp(), labeled(5), loss_of(STOPPED["detach()"]))
     engine = TracedEngine(prepared_problem)
     assert disagreement(prepared_problem, engine) > 1e-3
@@ -93,7 +93,7 @@ def test_the_check_catches_a_trace_that_ignores_a_stopped_gradient(monkeypatch: 
 
 
 def test_the_check_works_where_the_model_insists_on_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace._GradientStops, "_operand", lambda self, value: value)
+    monkeypatch.setattr(trace.Recorder, "_stopped", lambda self, value: value)
 
     def loss_fn(m: nn.Sequential, batch: tuple[Tensor, Tensor]) -> Tensor:
         if m[0].weight.dtype != torch.float64:

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.hvp.operator import Column, PerBatch
 from blockhess.hvp.traced.linearize import Linearizer
-from blockhess.hvp.traced.operations import VIEWS, NotTraceable, aten
+from blockhess.hvp.traced.operations import VIEWS, NotTraceable, TensorInfo, aten
 from blockhess.hvp.traced.rows import Evaluation, Pool
-from blockhess.hvp.traced.trace import trace_gradient
+from blockhess.hvp.traced.trace import Trace, eliminate_dead_code, trace_gradient
 from blockhess.problem.batches import map_tensors
 from blockhess.problem.problem import Problem
 
@@ -199,8 +199,8 @@ class _Trace:
         self._needed = list(self._program.constants.values())
         builder = linearizer.constants
         builder.graph.output(self._needed)
-        builder.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-        self._constants = fx.GraphModule(builder.attributes, builder.graph)
+        eliminate_dead_code(builder.graph)
+        self._constants = Trace(builder.graph, builder.attributes)
         self._evaluations: dict[tuple[int, ...], Evaluation] = {}
 
     def evaluation(self, counts: tuple[int, ...], pool: Pool) -> Evaluation:
@@ -209,7 +209,7 @@ class _Trace:
             self._evaluations[counts] = Evaluation(self._program, counts, pool)
         return self._evaluations[counts]
 
-    def _traced(self, batch: Any) -> fx.GraphModule:
+    def _traced(self, batch: Any) -> Trace:
         def gradient(parameters: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
             given = _with_tensors(batch, tensors) if self.reusable else batch
             found = self._problem.gradients_at(given, dict(zip(self.names, parameters)))
@@ -248,7 +248,7 @@ class _Trace:
                 node = node.args[0]
             if node.op == "call_function":
                 value = node.meta["val"]
-                sizes[node] = sum(v.numel() * v.itemsize for v in tree_flatten(value)[0] if isinstance(v, Tensor))
+                sizes[node] = sum(v.numel() * v.itemsize for v in tree_flatten(value)[0] if isinstance(v, TensorInfo))
         return sum(sizes.values())
 
     def constants(self, batch: Any) -> list[Tensor]:
@@ -260,7 +260,8 @@ class _Trace:
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """Evaluate the traced gradient for a batch."""
         with torch.no_grad():
-            return dict(zip(self._gradient_names, self._gradient(*self._inputs(batch))))
+            parameters, tensors = self._inputs(batch)
+            return dict(zip(self._gradient_names, self._gradient(*parameters, *tensors)))
 
     def _inputs(self, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
         parameters = [p.detach() for p in self._problem.parameters.values()]

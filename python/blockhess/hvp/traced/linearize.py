@@ -21,16 +21,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import jvp
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.hvp.traced.operations import (
     CONSTANT,
-    DYNAMIC,
     RESHAPED,
     SAME,
     SPLITS,
@@ -40,7 +37,7 @@ from blockhess.hvp.traced.operations import (
     refuse,
 )
 from blockhess.hvp.traced.program import Combination, GraphBuilder, Program, ProgramBuilder, is_node, same_call_key
-from blockhess.hvp.traced.trace import make_functional
+from blockhess.hvp.traced.trace import Recorder, Trace, fake_mode
 
 # Operations that are linear in all their floating-point tensors together, or in each of them.
 _LINEAR = VIEWS | SPLITS | set(RESHAPED) | {
@@ -69,7 +66,7 @@ class _Template:
         outputs: tangent of every output of the operation, None where it has none.
     """
 
-    traced: fx.GraphModule
+    traced: Trace
     linear: set[fx.Node]
     outputs: tuple[fx.Node | None, ...]
 
@@ -83,9 +80,9 @@ class Linearizer:
         gradients: index of the gradient of each parameter among the outputs, None if it has none.
     """
 
-    def __init__(self, traced: fx.GraphModule, num_parameters: int, gradients: Sequence[int | None]) -> None:
-        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        self.constants = GraphBuilder(self._fakes)
+    def __init__(self, traced: Trace, num_parameters: int, gradients: Sequence[int | None]) -> None:
+        self._fakes = fake_mode()
+        self.constants = GraphBuilder()
         self._templates: dict[Any, _Template] = {}
         self._nodes = [n for n in traced.graph.nodes if n.op != "output"]
         (outputs,) = next(n.args for n in reversed(traced.graph.nodes) if n.op == "output")
@@ -95,24 +92,17 @@ class Linearizer:
         self._primal: dict[fx.Node, Any] = {}
         for node in self._nodes:  # copies P into the graph of constants, which thus contains all primal values
             if node.op == "placeholder":
-                self._primal[node] = self.constants.placeholder(node.name, self._empty(node.meta["val"]))
+                self._primal[node] = self.constants.placeholder(node.name, node.meta["val"])
             elif node.op == "get_attr":
-                self._primal[node] = self.constants.attribute(getattr(traced, node.target))
+                self._primal[node] = self.constants.attribute(traced.attributes[node.target])
             else:
                 args, kwargs = self._mapped(node, self._primal)
-                like = tree_map(self._empty, node.meta["val"]) if DYNAMIC in getattr(node.target, "tags", ()) else None
-                self._primal[node] = self._constant(node.target, args, kwargs, like)
-
-    def _empty(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        with self._fakes:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                self._primal[node] = self._constant(node.target, args, kwargs, node.meta["val"])
 
     def _mapped(self, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
 
-    def _constant(self, target: Any, args: Any, kwargs: Any, like: Any = None) -> Any:
+    def _constant(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         """Return the node of a call with constant arguments."""
         if target in SAME:
             return args[0]
@@ -176,7 +166,7 @@ class Linearizer:
             return None if source is None else Combination(source.terms, like.shape, like.dtype)
         primals = [self._primal[leaf] if is_node(leaf) else leaf for leaf in leaves]
         like = node.meta["val"]
-        floating = [i for i, leaf in enumerate(leaves) if is_node(leaf) and leaf.meta["val"].is_floating_point()]
+        floating = [i for i, leaf in enumerate(leaves) if is_node(leaf) and leaf.meta["val"].dtype.is_floating_point]
         if target in _SUMS or (target in _LINEAR and floating == positions):
             whole = [tangents[leaf] if i in positions else primals[i] for i, leaf in enumerate(leaves)]
             return program.call(target, *tree_unflatten(whole, spec), like)
@@ -195,8 +185,7 @@ class Linearizer:
         def described(leaf: Any) -> Any:
             if not is_node(leaf):
                 return same_call_key(leaf)
-            val = leaf.meta["val"]
-            return (tuple(val.shape), val.dtype, str(val.device)) if isinstance(val, Tensor) else None
+            return leaf.meta["val"]
 
         key = (target, tuple(map(described, leaves)), str(spec), tuple(positions))
         if key not in self._templates:
@@ -233,26 +222,27 @@ class Linearizer:
             moving = tuple(primals[where.index(i)] for i in positions)
             return list(jvp(run, moving, tuple(tangents))[1]) if run(*moving) else []
 
-        primals = [self._empty(leaves[i].meta["val"]) for i in where]
-        tangents = [self.constants.contiguous(leaves[i].meta["val"]) for i in positions]
+        recorder = Recorder({}, stops=False)
+        with self._fakes:
+            inputs = [leaves[i].meta["val"].empty() for i in (*where, *positions)]
+        for value in inputs:
+            recorder.placeholder(value)
         try:
-            with self._fakes:
-                traced = make_fx(tangent, decomposition_table={})(primals, tangents)
-            make_functional(traced.graph)
+            with self._fakes, recorder:
+                found = tangent(inputs[: len(where)], inputs[len(where) :])
+            traced = recorder.finish(found)
         except NotTraceable:
             raise
         except (NotImplementedError, RuntimeError) as error:
             raise NotTraceable(f"{target} has no tangent: {str(error).splitlines()[0]}") from error
-        traced.graph.eliminate_dead_code()
         nodes = list(traced.graph.nodes)
-        inputs = [n for n in nodes if n.op == "placeholder"]
-        linear = set(inputs[len(where) :])
+        linear = set(nodes[len(where) : len(inputs)])
         for node in nodes:
             if node.op == "call_function" and any(n in linear for n in node.all_input_nodes):
                 linear.add(node)
         (returned,) = nodes[-1].args
-        found = iter(returned)
-        outputs = tuple(next(found) if has_tangent else None for has_tangent in differentiable)
+        results = iter(returned)
+        outputs = tuple(next(results) if has_tangent else None for has_tangent in differentiable)
         return _Template(traced, linear, outputs)
 
     def _inline(
@@ -262,7 +252,7 @@ class Linearizer:
         values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), [*primals, *tangents]))
         for node in graph.nodes:
             if node.op == "get_attr":
-                value = getattr(template.traced, node.target)
+                value = template.traced.attributes[node.target]
                 if isinstance(value, FakeTensor):
                     raise NotTraceable("an operation's tangent holds a tensor of the trace")
                 values[node] = self.constants.attribute(value)

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 aten = torch.ops.aten
-
-DYNAMIC = torch.Tag.dynamic_output_shape
 
 
 class NotTraceable(NotImplementedError):
     """The gradient of a model cannot be traced or linearized; the message gives the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape, dtype and device of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorInfo:
+        return TensorInfo(tensor.shape, tensor.dtype, tensor.device)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def empty(self, device: torch.device | str | None = None) -> Tensor:
+        """Return an uninitialized tensor."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device or self.device)
 
 
 # Identity that marks, in a trace, a tensor that autograd treats as a constant.

@@ -18,10 +18,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, aten, refuse
+from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, TensorInfo, aten, refuse
 
 _MEANS = {aten.mean.dim: aten.sum.dim_IntList, aten.mean.default: aten.sum.default}
 
@@ -43,40 +42,41 @@ def same_call_key(value: Any) -> Any:
 
 
 class GraphBuilder:
-    """Builds an fx graph with fake values and common subexpression elimination."""
+    """Builds an fx graph with common subexpression elimination. A node's meta["val"] describes its value."""
 
-    def __init__(self, fakes: FakeTensorMode) -> None:
+    def __init__(self) -> None:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
-        self.fakes = fakes
         self._calls: dict[Any, fx.Node] = {}
 
     def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Any = None) -> fx.Node:
-        """Return the node of a call. `like` is its fake value, if known."""
+        """Return the node of a call. `like` describes its value, if that is known."""
         kwargs = kwargs or {}
         key = (target, same_call_key(args), same_call_key(kwargs))
         if key not in self._calls:
             node = self.graph.call_function(target, tuple(args), kwargs)
-            if like is None:
-                fake_args, fake_kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                with self.fakes:
-                    like = target(*fake_args, **fake_kwargs)
-            node.meta["val"] = like
+            node.meta["val"] = self._inferred(node) if like is None else like
             self._calls[key] = node
         return self._calls[key]
 
+    @staticmethod
+    def _inferred(node: fx.Node) -> TensorInfo:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"].empty("meta"))
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return TensorInfo(value.shape, value.dtype, node.all_input_nodes[0].meta["val"].device)
+
     def expanded(self, node: fx.Node, shape: torch.Size) -> fx.Node:
         """Return the node broadcast to a shape."""
-        return node if node.meta["val"].shape == shape else self.call(aten.expand.default, (node, list(shape)))
+        val = node.meta["val"]
+        if val.shape == shape:
+            return node
+        return self.call(aten.expand.default, (node, list(shape)), like=replace(val, shape=shape))
 
-    def full(self, like: Tensor | Combination, value: float, device: torch.device) -> fx.Node:
+    def full(self, like: TensorInfo, value: float) -> fx.Node:
         """Return a constant tensor."""
-        return self.call(aten.full.default, (list(like.shape), value), {"dtype": like.dtype, "device": device})
-
-    def contiguous(self, x: Tensor) -> Tensor:
-        """Return a contiguous fake tensor of the same shape."""
-        with self.fakes:
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        options = {"dtype": like.dtype, "device": like.device}
+        return self.call(aten.full.default, (list(like.shape), value), options, like)
 
     def placeholder(self, name: str, value: Any) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -84,14 +84,13 @@ class GraphBuilder:
         return node
 
     def attribute(self, value: Tensor) -> fx.Node:
-        for name, known in self.attributes.items():
-            if known is value:
-                return self._calls[name]
+        if id(value) in self._calls:
+            return self._calls[id(value)]
         name = f"constant_{len(self.attributes)}"
         self.attributes[name] = value
         node = self.graph.get_attr(name)
-        node.meta["val"] = self.fakes.from_tensor(value) if isinstance(value, Tensor) else value
-        self._calls[name] = node
+        node.meta["val"] = TensorInfo.of(value) if isinstance(value, Tensor) else value
+        self._calls[id(value)] = node
         return node
 
 
@@ -147,13 +146,13 @@ class ProgramBuilder:
 
     def __init__(self, constants: GraphBuilder) -> None:
         self._constants = constants
-        self._program = GraphBuilder(constants.fakes)
+        self._program = GraphBuilder()
         self._inputs: dict[fx.Node, fx.Node] = {}
         self._tangents: list[fx.Node] = []
 
-    def tangent(self, value: Tensor) -> Combination:
+    def tangent(self, value: TensorInfo) -> Combination:
         """Add the tangent of a parameter as an input."""
-        node = self._program.placeholder(f"tangent_{len(self._tangents)}", self._program.contiguous(value))
+        node = self._program.placeholder(f"tangent_{len(self._tangents)}", value)
         self._tangents.append(node)
         return self._of(node)
 
@@ -172,7 +171,7 @@ class ProgramBuilder:
     def call(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         """Return target(*args), which is jointly linear in the Combinations among its arguments.
 
-        `like` has the shape and dtype of the result.
+        `like` describes the result.
         """
         if target in SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
             return args[0]
@@ -182,7 +181,7 @@ class ProgramBuilder:
             return args[0][args[1]] if isinstance(args[0], tuple) else self._emit(target, args, kwargs, like)
         target = RESHAPED.get(target, target)
         if target in SHAPE_ONLY:
-            return self._constants.full(like, SHAPE_ONLY[target], like.device)
+            return self._constants.full(like, SHAPE_ONLY[target])
         if target in VIEWS and isinstance(args[0], Combination):
             return self._view(target, args, kwargs, like)
         if target is aten.expand.default:  # terms are broadcast when they are used
@@ -193,11 +192,11 @@ class ProgramBuilder:
             return replace(total, terms=tuple((base, self._times(c, part)) for base, c in total.terms))
         if target is aten.as_strided.default:
             raise NotTraceable(f"{target} depends on how a tensor lies in memory")
-        if isinstance(like, Tensor) and torch.Tag.pointwise in target.tags:
+        if isinstance(like, TensorInfo) and torch.Tag.pointwise in target.tags:
             return self._pointwise(target, args, kwargs, like)
         return self._emit(target, args, kwargs, like)
 
-    def _view(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
+    def _view(self, target: Any, args: Any, kwargs: Any, like: TensorInfo) -> Combination:
         combination, *options = args
         if target is aten.squeeze.default:
             target, options = aten.squeeze.dims, [[i for i, n in enumerate(combination.shape) if n == 1]]
@@ -222,7 +221,7 @@ class ProgramBuilder:
         ]
         return Combination(tuple(terms), like.shape, combination.dtype)
 
-    def _pointwise(self, target: Any, args: Any, kwargs: Any, like: Tensor) -> Combination:
+    def _pointwise(self, target: Any, args: Any, kwargs: Any, like: TensorInfo) -> Combination:
         leaves, spec = tree_flatten((args, kwargs))
         terms: dict[fx.Node, list[fx.Node | float]] = {}
         for i, leaf in enumerate(leaves):
@@ -254,7 +253,8 @@ class ProgramBuilder:
             if isinstance(leaf, Combination):
                 # Some elementwise operations do not broadcast and take no scalars.
                 value: Any = c if j == i else 0.0
-                value = value if is_node(value) else self._constants.full(leaf, value, device)
+                info = TensorInfo(leaf.shape, leaf.dtype, device)
+                value = value if is_node(value) else self._constants.full(info, value)
                 values[j] = self._constants.expanded(value, leaf.shape)
         args, kwargs = tree_unflatten(values, spec)
         return self._constants.call(target, args, kwargs)
@@ -281,7 +281,7 @@ class ProgramBuilder:
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
-        if len(moving) == 1 and len(leaves[moving[0]].terms) == 1 and isinstance(like, Tensor):
+        if len(moving) == 1 and len(leaves[moving[0]].terms) == 1 and isinstance(like, TensorInfo):
             ((base, c),) = leaves[moving[0]].terms
             if not is_node(c):  # a scalar commutes with linear operations, up to the next constant
                 factor, leaves[moving[0]] = c, replace(leaves[moving[0]], terms=((base, 1.0),))
@@ -293,11 +293,11 @@ class ProgramBuilder:
         if not isinstance(value, (tuple, list)):
             return self._of(node, factor)
         return tuple(
-            self._of(self._program.call(operator.getitem, (node, i))) if isinstance(part, Tensor) else None
+            None if part is None else self._of(self._program.call(operator.getitem, (node, i), like=part))
             for i, part in enumerate(value)
         )
 
-    def multiply(self, pairs: Sequence[tuple[Any, Any]], like: Tensor) -> Combination:
+    def multiply(self, pairs: Sequence[tuple[Any, Any]], like: TensorInfo) -> Combination:
         """Return the sum of the matrix products of pairs of a Combination and a constant, in either order."""
         found, scalars = [], []
         for pair in pairs:
@@ -328,12 +328,12 @@ class ProgramBuilder:
             values = [n.meta["val"] for n in (*bases, *(c for c, _ in factors)) if n is not None]
             shape = torch.broadcast_shapes(*(v.shape for v in values))
             dtype = functools.reduce(torch.promote_types, (v.dtype for v in values))
-            with self._program.fakes:
-                like = torch.empty(shape, dtype=dtype, device=values[0].device)
+            like = TensorInfo(shape, dtype, values[0].device)
             arguments = (tuple(bases), tuple(c for c, _ in factors), tuple(float(x) for _, x in factors))
             total = self._program.call(combine, arguments, like=like)
         if total.meta["val"].dtype != combination.dtype:
-            total = self._program.call(aten._to_copy.default, (total,), {"dtype": combination.dtype})
+            like = replace(total.meta["val"], dtype=combination.dtype)
+            total = self._program.call(aten._to_copy.default, (total,), {"dtype": combination.dtype}, like)
         return self._program.expanded(total, combination.shape)
 
     def finish(self, results: Sequence[Combination | None], blocks: Sequence[int]) -> Program:

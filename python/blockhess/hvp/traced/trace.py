@@ -6,19 +6,23 @@ the custom derivative of a torch.autograd.Function.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from blockhess.hvp.traced.operations import CONSTANT, SPLITS, NotTraceable, aten, functional
+from blockhess.hvp.traced.operations import CONSTANT, SPLITS, NotTraceable, TensorInfo, aten, functional
 
 # Composite operations that are not decomposed, because their own tangent is cheaper than that of their parts.
 _NOT_DECOMPOSED = (
@@ -37,70 +41,222 @@ _DECOMPOSED = (
 _STATISTICS = {"mean", "rstd", "save_mean", "save_invstd", "save_var", "buffer"}
 
 
-class _GradientStops(TorchDispatchMode):
-    """Marks as CONSTANT, in a trace, the tensors where autograd stops: from detach(), no_grad(), .data and new leaves.
+@dataclass(frozen=True)
+class Trace:
+    """A graph of tensor operations, evaluated node by node.
 
-    The parameters must not be leaves. Results of an autograd.Function are refused, since its derivative is arbitrary.
+    Attributes:
+        graph: a node's meta["val"] describes its value by a TensorInfo, or a list or tuple of them.
+        attributes: tensors that get_attr nodes stand for, by target.
     """
 
-    def __init__(self, values: bool) -> None:
+    graph: fx.Graph
+    attributes: dict[str, Any]
+
+    @functools.cached_property
+    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        """The values that are read for the last time by each node."""
+        last = {source: node for node in self.graph.nodes for source in node.all_input_nodes}
+        return {node: [n for n in node.all_input_nodes if last[n] is node] for node in self.graph.nodes}
+
+    def __call__(self, *inputs: Any) -> Any:
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "get_attr":
+                values[node] = self.attributes[node.target]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                if node.op == "output":
+                    return args[0]
+                values[node] = node.target(*args, **kwargs)
+                for done in self._last_uses[node]:
+                    del values[done]
+        raise AssertionError("the graph has no output")
+
+
+class Recorder(TorchDispatchMode):
+    """Records operations in a graph.
+
+    Args:
+        rules: decompositions by operation.
+        stops: mark as CONSTANT the tensors where autograd stops: from detach(), no_grad(), .data and new leaves. The
+            parameters must not be leaves. Results of an autograd.Function are refused: its derivative is arbitrary.
+        values: evaluate, without recording them, the operations that do not depend on inputs.
+    """
+
+    def __init__(self, rules: Mapping[Any, Any], stops: bool, values: bool = False) -> None:
         super().__init__()
-        self._values = values
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Tensor] = {}
+        self._rules, self._values, self._marks = rules, values, stops
+        self._nodes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._without_graph: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def placeholder(self, value: Tensor) -> None:
+        """Add an input."""
+        self._nodes[value] = node = self.graph.placeholder(f"input_{len(self._nodes)}")
+        node.meta["val"] = TensorInfo.of(value)
+
+    def finish(self, outputs: Sequence[Any]) -> Trace:
+        """Return the recorded graph in functional operations."""
+        self.graph.output(self._mapped(list(outputs)))
+        if self._values:
+            self._refuse_changed_constants()
+        make_functional(self.graph)
+        eliminate_dead_code(self.graph)
+        return Trace(self.graph, self.attributes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves, spec = tree_flatten((args, kwargs))
-        target, in_place = functional(func)
-        if self._values and not func._schema.is_mutable and not any(map(_is_traced, leaves)):
-            with disable_proxy_modes_tracing():
-                return func(*args, **kwargs)
-        # Tensors saved for backward pass through detach; the other operations here compute nothing.
-        if func is aten.detach.default or func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
+        if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
+        if func is aten.detach.default or func is aten.alias.default:  # also of tensors saved for the backward pass
+            result = func(*args, **kwargs)
+            if self._is_traced(args[0]) or not self._values:
+                self._nodes[result] = self._node(args[0])
+            return result
+        if self._values and not func._schema.is_mutable and not any(map(self._is_traced, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        if self._values and torch.Tag.data_dependent_output in func.tags:
+            raise NotTraceable(f"the gradient cannot be traced: {func} reads a value")
+        if not self._marks or func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
+            return self._call(func, args, kwargs)
         if func is aten.copy_.default:  # its result does not depend on the first argument
-            return func(args[0], self._operand(args[1]), *args[2:], **kwargs)
-        if self._values and in_place and not _is_traced(args[0]):
-            with disable_proxy_modes_tracing():
-                leaves[0] = args[0].detach().clone()  # a constant of the trace, not to be overwritten
+            return self._call(func, (args[0], self._stopped(args[1]), *args[2:]), kwargs)
+        target, in_place = functional(func)
+        leaves, spec = tree_flatten((args, kwargs))
+        if self._values and in_place and not self._is_traced(args[0]):
+            leaves[0] = args[0].detach().clone()  # a constant of the trace, not to be overwritten
         arguments = func._schema.arguments if "backward" in func.name() else ()
         statistics = [args[i] for i, argument in enumerate(arguments) if argument.name in _STATISTICS]
-        operands = [leaf if any(leaf is s for s in statistics) else self._operand(leaf) for leaf in leaves]
+        operands = [leaf if any(leaf is s for s in statistics) else self._stopped(leaf) for leaf in leaves]
         args_now, kwargs_now = tree_unflatten(operands, spec)
-        results = target(*args_now, **kwargs_now)
+        results = self._call(target, args_now, kwargs_now)
         if in_place:
             self._without_graph.pop(args[0], None)
-            return aten.copy_.default(args[0], results)
+            return self._call(aten.copy_.default, (args[0], results), {})
         if not torch.is_grad_enabled():
-            for result in tree_flatten(results)[0]:
+            for result in tree_leaves(results):
                 if isinstance(result, Tensor):
                     self._without_graph[result] = True
         return results
 
-    def _operand(self, value: Any) -> Any:
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record an operation, or the operations that it decomposes into."""
+        rule = self._rules.get(func)
+        if rule is None and _is_composite(func):
+            rule = func.decompose
+        if rule is None:
+            return self._record(func, args, kwargs)
+        marks, self._marks = self._marks, False  # autograd knows only the operation as a whole
+        try:
+            with self:
+                return rule(*args, **kwargs)
+        finally:
+            self._marks = marks
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        results = func(*args, **kwargs)
+        tensors = [result for result in tree_leaves(results) if isinstance(result, Tensor)]
+        if func._schema.is_mutable and not functional(func)[1]:
+            raise NotTraceable(f"{func} changes a tensor in place")
+        if not tensors:
+            return results
+        # The argument of lift_fresh is a new tensor, which may be overwritten.
+        target = aten.lift_fresh_copy.default if func is aten.lift_fresh.default else func
+        if func is aten.as_strided.default and _is_reshape(args[0], results):
+            target, args = aten.reshape.default, args[:2]
+        node = self.graph.call_function(target, tuple(self._mapped(args)), self._mapped(kwargs))
+        node.meta["val"] = tree_map(_described, results)
+        if isinstance(results, Tensor):
+            self._nodes[results] = node
+        else:
+            for i, result in enumerate(results):
+                if isinstance(result, Tensor):
+                    self._nodes[result] = part = self.graph.call_function(operator.getitem, (node, i))
+                    part.meta["val"] = node.meta["val"][i]
+        return results
+
+    def _is_traced(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value in self._nodes
+
+    def _mapped(self, value: Any) -> Any:
+        """Return arguments with nodes for tensors."""
+        if isinstance(value, Tensor):
+            return self._node(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.graph.get_attr("unknown")  # must not be left in the end
+        if isinstance(value, (list, tuple)):
+            return [self._mapped(v) for v in value]
+        return {name: self._mapped(v) for name, v in value.items()} if isinstance(value, dict) else value
+
+    def _node(self, value: Any) -> fx.Node:
+        """Return the node of a tensor; a tensor from elsewhere becomes an attribute."""
+        node: fx.Node | None = self._nodes.get(value)
+        if node is None:
+            name = self._names.setdefault(value, f"constant_{len(self.attributes)}")
+            self.attributes[name] = value
+            node = self.graph.get_attr(name)
+            node.meta["val"] = TensorInfo.of(value)
+        return node
+
+    def _stopped(self, value: Any) -> Any:
         """Return the value, marked as CONSTANT if autograd does not differentiate it."""
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
         if not value.requires_grad or value.is_leaf:
-            return CONSTANT(value)
+            return self._record(CONSTANT, (value,), {})
         if value in self._without_graph:
             raise NotTraceable("a torch.autograd.Function has a derivative of its own")
         return value
 
+    def _refuse_changed_constants(self) -> None:
+        """Raise NotTraceable if a constant that was overwritten during tracing has other users, who need its value."""
+        constants = self.graph.find_nodes(op="get_attr")
+        memory = {n: self.attributes[n.target].untyped_storage().data_ptr() for n in constants}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and functional(node.target)[1] and node.args[0] in memory:
+                others = [n for n, at in memory.items() if at == memory[node.args[0]]]
+                if any(user is not node for other in others for user in other.users):
+                    raise NotTraceable(f"{node.target} changes in place what the gradient reads elsewhere")
 
-def _is_traced(value: Any) -> bool:
-    mode = get_proxy_mode()
-    return isinstance(value, Tensor) and mode is not None and has_proxy_slot(value, mode.tracer)
+
+def _described(value: Any) -> Any:
+    return TensorInfo.of(value) if isinstance(value, Tensor) else value
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Return whether an operation that is called below autograd consists of others."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    rules: dict[Any, Any] = dict(core_aten_decompositions()) | get_decompositions(_DECOMPOSED)
+    return {operation: rule for operation, rule in rules.items() if operation not in _NOT_DECOMPOSED}
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode in which tensors have shapes, but no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
 def trace_gradient(
-    gradient: Callable[[list[Tensor], Any], Any], parameters: list[Tensor], batch: Any, values: bool
-) -> fx.GraphModule:
-    """Return the graph of `gradient(parameters, batch)` in functional operations of torch.ops.
+    gradient: Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]],
+    parameters: list[Tensor],
+    tensors: list[Tensor],
+    values: bool,
+) -> Trace:
+    """Return the graph of `gradient(parameters, tensors)` in functional operations of torch.ops.
 
     Args:
         gradient: differentiates with create_graph=True.
-        parameters, batch: inputs of the graph.
+        parameters, tensors: inputs of the graph.
         values: trace with real instead of fake tensors, so that control flow may depend on other tensors than the
             inputs.
 
@@ -108,54 +264,45 @@ def trace_gradient(
         NotTraceable: the gradient draws random numbers, modifies a view in place, has control flow that depends on
             the values of its inputs, or a torch.autograd.Function.
     """
-
-    def differentiated(parameters: list[Tensor], batch: Any) -> Any:
-        tracked = [p.detach().requires_grad_().view_as(p) for p in parameters]
-        with _GradientStops(values):
-            return gradient(tracked, batch)
-
-    rules: dict[Any, Any] = dict(core_aten_decompositions()) | get_decompositions(_DECOMPOSED)
-    rules = {operation: rule for operation, rule in rules.items() if operation not in _NOT_DECOMPOSED}
-    mode: Any = {} if values else {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+    fakes = None if values else fake_mode()
+    recorder = Recorder(_decompositions(), stops=True, values=values)
+    inputs = [x if fakes is None else fakes.from_tensor(x) for x in (*parameters, *tensors)]
+    inputs = [x.detach() for x in inputs]
+    for i in range(len(parameters)):
+        inputs[i] = inputs[i].requires_grad_().view_as(inputs[i])
+    for x in inputs:
+        recorder.placeholder(x)
     try:
-        traced = make_fx(differentiated, decomposition_table=rules, **mode)(parameters, batch)
+        with fakes or contextlib.nullcontext(), recorder:
+            found = gradient(inputs[: len(parameters)], inputs[len(parameters) :])
+        traced = recorder.finish(found)
     except NotTraceable:
         raise
     except Exception as error:  # of any kind: the gradient has been computed without a trace before
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise NotTraceable(f"the gradient cannot be traced: {reason}") from error
-    if values:
-        _refuse_changed_constants(traced)
-    make_functional(traced.graph)
-    _without_strides(traced.graph)
-    traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
-        for value in tree_flatten(node.meta.get("val"))[0]:
+        if node.target is aten.as_strided.default:
+            raise NotTraceable(f"{node.target} depends on how a tensor lies in memory")
+        if node.op == "get_attr" and node.target not in traced.attributes:
+            raise NotTraceable("a number depends on values")
+        for value in tree_leaves(node.meta.get("val")):
             if any(isinstance(size, torch.SymInt) for size in getattr(value, "shape", ())):
                 raise NotTraceable(f"the shape that {node.target} returns depends on values")
-    traced.recompile()
     return traced
 
 
-def _refuse_changed_constants(traced: fx.GraphModule) -> None:
-    """Raise NotTraceable if a constant that was overwritten during tracing has other users, who need its old value."""
-    constants = traced.graph.find_nodes(op="get_attr")
-    memory = {n: getattr(traced, n.target).untyped_storage().data_ptr() for n in constants}
-    for node in traced.graph.nodes:
-        if node.op == "call_function" and functional(node.target)[1] and node.args[0] in memory:
-            others = [n for n, at in memory.items() if at == memory[node.args[0]]]
-            if any(user is not node for other in others for user in other.users):
-                raise NotTraceable(f"{node.target} changes in place what the gradient reads elsewhere")
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Remove the nodes without users."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
 
 
-def _without_strides(graph: fx.Graph) -> None:
-    """Replace as_strided by reshape; raise NotTraceable where the result depends on the strides of the input."""
-    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        (source, size), before, after = node.args[:2], node.args[0].meta["val"], node.meta["val"]
-        whole = before.is_contiguous() and after.is_contiguous() and before.numel() == after.numel()
-        if not whole or before.storage_offset() != after.storage_offset():
-            raise NotTraceable(f"{node.target} depends on how a tensor lies in memory")
-        node.target, node.args = aten.reshape.default, (source, size)
+def _is_reshape(source: Tensor, result: Tensor) -> bool:
+    """Return whether a result of as_strided has the elements of its source in the same order."""
+    whole = source.is_contiguous() and result.is_contiguous() and source.numel() == result.numel()
+    return whole and source.storage_offset() == result.storage_offset()
 
 
 def make_functional(graph: fx.Graph) -> None:
