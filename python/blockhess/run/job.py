@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 import blockhess_ext
-from blockhess.hvp import BlockOperator, Engine, NotTraceable
+from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
 from blockhess.hvp.accuracy import EngineMismatch, measure
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
@@ -138,6 +138,8 @@ class Job:
             else:
                 for unit in units:
                     keep(compute(unit))
+        if isinstance(engine, TracedEngine) and engine.rows < self.plan.rows:
+            self.shrunk.append(f"memory ran out: {engine.rows} instead of {self.plan.rows} vectors were multiplied together")
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.concatenate([Quadrature.concatenate(parts, 0) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()

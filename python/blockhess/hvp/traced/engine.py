@@ -85,36 +85,60 @@ class TracedEngine:
 
     def multiply(self, columns: Sequence[Column], share: float) -> Iterator[int]:
         trace = self._trace
-        order = sorted((c for c in columns if trace.live[c.number]), key=lambda c: trace.position[c.number])
-        for chunk in _chunks(order, self.rows):
-            counts = [0] * len(trace.position)
-            for column, (first, last) in chunk:
-                counts[trace.position[column.number]] += last - first
-            evaluation = trace.evaluation(tuple(counts), self._pool)
-            given = [(c, c.vectors[first:last], c.products[first:last]) for c, (first, last) in chunk]
-            tangents = self._tangents(evaluation, [(c, v) for c, v, _ in given])
-            products = evaluation([*tangents, *self._values.value])
-            row = 0
-            for column, _, into in given:
-                block, found = self._problem.blocks[column.number], {}
-                for name in block.parameters:
-                    product = products[trace.order[name]]
-                    if product is not None:
-                        first, tensor = product
-                        found[name] = tensor[row - first : row - first + len(into)]
-                block.accumulate(found, into, share)
-                row += len(into)
-            yield row
+        waiting = [column for column in columns if trace.live[column.number]]
+        waiting.sort(key=lambda column: trace.position[column.number])
+        while waiting:
+            chunk, rest = _divided(waiting, self.rows)
+            try:
+                self._multiply(chunk, share)
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                chunk = []
+            if chunk:
+                waiting = rest
+                yield sum(len(column.vectors) for column in chunk)
+            else:  # outside of the exception handler, whose traceback references tensors
+                self._shrink()
 
-    def _tangents(self, evaluation: Evaluation, vectors: Sequence[tuple[Column, Tensor]]) -> list[Tensor | None]:
+    def _multiply(self, columns: Sequence[Column], share: float) -> None:
+        trace = self._trace
+        counts = [0] * len(trace.position)
+        for column in columns:
+            counts[trace.position[column.number]] += len(column.vectors)
+        evaluation = trace.evaluation(tuple(counts), self._pool)
+        products = evaluation([*self._tangents(evaluation, columns), *self._values.value])
+        row = 0
+        for column in columns:
+            block, found = self._problem.blocks[column.number], {}
+            last = row + len(column.vectors)
+            for name in block.parameters:
+                product = products[trace.order[name]]
+                if product is not None and trace.has(column.number, trace.program.products[trace.order[name]]):
+                    first, tensor = product
+                    found[name] = tensor[row - first : last - first]
+            block.accumulate(found, column.products, share)
+            row = last
+
+    def _shrink(self) -> None:
+        """Multiply half as many vectors together from now on, since memory ran out."""
+        self.rows //= 2
+        self._pool = Pool()
+        for trace in self._traces:
+            trace.forget()
+        if self._problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _tangents(self, evaluation: Evaluation, columns: Sequence[Column]) -> list[Tensor | None]:
         """Return the rows of vectors as tangents of the parameters."""
         trace, parameters = self._trace, self._problem.parameters
         parts: list[list[tuple[int, Tensor]]] = [[] for _ in parameters]
         row = 0
-        for column, rows in vectors:
-            for name, tangent in self._problem.blocks[column.number].spread(rows, parameters).items():
-                parts[trace.order[name]].append((row, tangent))
-            row += len(rows)
+        for column in columns:
+            for name, tangent in self._problem.blocks[column.number].spread(column.vectors, parameters).items():
+                if trace.has(column.number, trace.program.tangents[trace.order[name]]):
+                    parts[trace.order[name]].append((row, tangent))
+            row += len(column.vectors)
         tangents: list[Tensor | None] = []
         for span, own in zip(evaluation.spans, parts):
             if span is None:
@@ -193,10 +217,10 @@ class _Trace:
         for number, block in enumerate(problem.blocks):
             for name in block.parameters:
                 bits[self.order[name]] |= 1 << self.position[number]
-        self._program = linearizer.program(bits)
-        live = functools.reduce(operator.or_, (n.meta["blocks"] for n in self._program.products if n is not None), 0)
+        self.program = linearizer.program(bits)
+        live = functools.reduce(operator.or_, (n.meta["blocks"] for n in self.program.products if n is not None), 0)
         self.live = [bool(live >> self.position[l] & 1) for l in range(len(problem.blocks))]
-        self._needed = list(self._program.constants.values())
+        self._needed = list(self.program.constants.values())
         builder = linearizer.constants
         builder.graph.output(self._needed)
         eliminate_dead_code(builder.graph)
@@ -206,8 +230,16 @@ class _Trace:
     def evaluation(self, counts: tuple[int, ...], pool: Pool) -> Evaluation:
         """Return the program for these numbers of rows of every block."""
         if counts not in self._evaluations:
-            self._evaluations[counts] = Evaluation(self._program, counts, pool)
+            self._evaluations[counts] = Evaluation(self.program, counts, pool)
         return self._evaluations[counts]
+
+    def has(self, number: int, node: fx.Node | None) -> bool:
+        """Return whether a node of the program belongs to a block."""
+        return node is not None and bool(node.meta["blocks"] >> self.position[number] & 1)
+
+    def forget(self) -> None:
+        """Free the recorded evaluations."""
+        self._evaluations.clear()
 
     def _traced(self, batch: Any) -> Trace:
         def gradient(parameters: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -230,10 +262,10 @@ class _Trace:
         for number, count in counts.items():
             given[self.position[number]] = count if self.live[number] else 0
         pool = Pool()
-        evaluation = Evaluation(self._program, given, pool)
+        evaluation = Evaluation(self.program, given, pool)
         inputs: list[Tensor | None] = [
             None if node is None or span is None else _meta(node.meta["val"], (span[1] - span[0],))
-            for node, span in zip(self._program.tangents, evaluation.spans)
+            for node, span in zip(self.program.tangents, evaluation.spans)
         ]
         evaluation([*inputs, *(_meta(node.meta["val"]) for node in self._needed)])
         return pool.nbytes + evaluation.other_bytes
@@ -272,22 +304,16 @@ def _meta(like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
     return torch.empty(*lead, *like.shape, dtype=like.dtype, device="meta")
 
 
-def _chunks(columns: Sequence[Column], size: int) -> Iterator[list[tuple[Column, tuple[int, int]]]]:
-    """Yield columns with ranges of their vectors, of `size` vectors together."""
-    chunk: list[tuple[Column, tuple[int, int]]] = []
-    room = size
-    for column in columns:
-        first = 0
-        while first < len(column.vectors):
-            last = min(len(column.vectors), first + room)
-            chunk.append((column, (first, last)))
-            room -= last - first
-            first = last
-            if not room:
-                yield chunk
-                chunk, room = [], size
-    if chunk:
-        yield chunk
+def _divided(columns: Sequence[Column], size: int) -> tuple[list[Column], list[Column]]:
+    """Return the first `size` vectors of columns, and the others."""
+    first: list[Column] = []
+    for i, column in enumerate(columns):
+        if len(column.vectors) > size:
+            parts = [Column(column.number, *pair) for pair in zip(*((t[:size], t[size:]) for t in (column.vectors, column.products)))]
+            return [*first, parts[0]] if size else first, [parts[1], *columns[i + 1 :]]
+        first.append(column)
+        size -= len(column.vectors)
+    return first, []
 
 
 def _flatten(batch: Any) -> tuple[list[Any], Any]:
