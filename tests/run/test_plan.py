@@ -44,7 +44,7 @@ def test_the_engine_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "TRACE_SECONDS", 1e-9)
     long = planned()
     assert long.engine == "traced" and "saves about" in long.why
-    assert planned(engine="ggn").engine == "ggn"
+    assert planned(engine="ggn").engine == "ggn" and planned(engine="ggn").traced
 
 
 @pytest.mark.parametrize("budget", [2**30, 2000, 800, 300])

@@ -16,6 +16,7 @@ from torch import Tensor
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.ggn import GaussNewtonEngine
 from blockhess.hvp.operator import Engine, product
+from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.problem import Problem
 
@@ -55,18 +56,19 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
     try:
         own = _products(problem, engine, numbers)
     except RuntimeError as error:
-        if engine.name != "traced" or isinstance(error, NotImplementedError):
+        if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
         raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
+    by_autograd = GaussNewtonEngine if engine.name == "ggn" else AutogradEngine
     lower = problem.dtype == torch.float64
     try:
         other = problem.in_dtype(torch.float32 if lower else torch.float64)
-        repeat = _products(other, (GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)(other), numbers)
+        repeat = _products(other, by_autograd(other), numbers)
     except (RuntimeError, ValueError, TypeError):  # a model that runs in one precision only
         repeat = None
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
-    if engine.name == "traced":
-        _check(problem, own, repeat)
+    if isinstance(engine, TracedEngine):
+        _check(problem, own, _products(problem, by_autograd(problem), numbers), repeat)
     if repeat is None:
         return None
     errors = {l: scale * _distance(own[l], repeat[l]) for l in numbers}
@@ -90,10 +92,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm())
 
 
-def _check(problem: Problem, traced: dict[int, Tensor], repeat: dict[int, Tensor] | None) -> None:
+def _check(
+    problem: Problem, traced: dict[int, Tensor], expected: dict[int, Tensor], repeat: dict[int, Tensor] | None
+) -> None:
     # Some models compute part of their loss in float32, whatever the dtype of their parameters.
     eps = torch.finfo(torch.float32).eps
-    expected = _products(problem, AutogradEngine(problem), list(traced))
     largest = max(float(e.norm()) for e in expected.values())
     for number, right in expected.items():
         noise = max(eps * largest, 0.0 if repeat is None else _distance(right, repeat[number]))

@@ -37,6 +37,7 @@ def prepared_problem(
     memory_budget: int | str | None,
     matmul_precision: str,
     ranks: ProcessGroup = SINGLE_PROCESS,
+    engine: str = "auto",
 ) -> Iterator[tuple[Problem, Partition, dict[str, str]]]:
     """Yield the problem, its blocks and the fingerprints of model and data, with the model in a fixed state.
 
@@ -70,7 +71,7 @@ def prepared_problem(
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
         # What an engine keeps of a batch may take half of the budget.
-        needed = 2 * KEPT * problem.graph_bytes
+        needed = 2 * problem.graph_bytes * (1 if engine == "autograd" else KEPT)
         parts = math.ceil(needed / budget_bytes(memory_budget, problem.device))
         # Closures may do anything with a batch, and batch statistics depend on all of its samples.
         if parts > 1 and loss.calls_model and policy != "batch":

@@ -106,8 +106,15 @@ class Problem:
         """Return the gradient of the loss of batch `index` by name, for the parameters that it depends on."""
         return self._differentiate(self.evaluate(self.batches[index]), create_graph)
 
-    def gradients_at(self, batch: Batch, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradient of the loss of a batch at other parameters, with its graph."""
+    def gradients_at(
+        self, batch: Batch, parameters: Mapping[str, Tensor], gauss_newton: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the gradient of the loss of a batch at other parameters, with its graph.
+
+        Args:
+            gauss_newton: return J^T dloss/dz with a constant Jacobian J of the model outputs z, whose derivative is the
+                generalized Gauss-Newton matrix.
+        """
 
         def differentiated(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             loss = self.loss(model, batch)[0]
@@ -115,7 +122,18 @@ class Problem:
             return {name: g for name, g in zip(parameters, found) if g is not None}
 
         # The backward pass, in which activation checkpointing runs the model again, needs these parameters too.
-        return self._call(differentiated, batch, parameters)
+        if not gauss_newton:
+            return self._call(differentiated, batch, parameters)
+        outputs, loss = self._call(self.loss.with_outputs, batch, parameters)
+        (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        fixed = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+        def pulled_back(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            outputs = self.loss.with_outputs(model, batch)[0]
+            found = torch.autograd.grad(outputs, list(fixed.values()), slope, create_graph=True, allow_unused=True)
+            return {name: g for name, g in zip(fixed, found) if g is not None}
+
+        return self._call(pulled_back, batch, fixed)
 
     def differentiate(self, outputs: Any, inputs: Any, directions: Any = None, **options: bool) -> tuple[Any, ...]:
         """Call torch.autograd.grad with allow_unused, and with the converted parameters in the model.

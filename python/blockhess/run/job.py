@@ -340,7 +340,9 @@ class Job:
         if failure is not None:
             if self._options.engine == "traced":
                 raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
-            self.plan = dataclasses.replace(self.plan, engine="autograd", rows=1, why=f"no trace: {failure}")
+            name = "ggn" if self.plan.engine == "ggn" else "autograd"
+            why = f"no trace: {failure}"
+            self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine, checked)
         accuracy = ranks.gather(accuracy)[0]

@@ -40,6 +40,7 @@ class Plan:
 
     Attributes:
         engine: "autograd", "traced" or "ggn".
+        traced: whether products are those of a linear program, for "traced" and "ggn".
         exact: for every block, whether it is computed exactly; the others are estimated.
         passes: (first probe, number of probes, indices of the blocks) of the recurrences that run together.
         rows: number of vectors, of one block each, that are multiplied together.
@@ -59,6 +60,7 @@ class Plan:
     """
 
     engine: str
+    traced: bool
     exact: tuple[bool, ...]
     passes: tuple[tuple[int, int, tuple[int, ...]], ...]
     rows: int
@@ -82,9 +84,10 @@ class Plan:
         return max(self.vector_bytes + self.engine_bytes, self.check_bytes)
 
     def make(self, problem: Problem) -> Engine:
-        """Return the engine of this plan; raises NotTraceable if it is "traced" and the problem cannot be traced."""
-        options = {"rows": self.rows} if self.engine == "traced" else {}
-        return ENGINES[self.engine](problem, retain=self.retain, **options)  # type: ignore[no-any-return]
+        """Return the engine of this plan; raises NotTraceable if it is traced and the problem cannot be traced."""
+        if self.traced:
+            return TracedEngine(problem, self.retain, self.rows, gauss_newton=self.engine == "ggn")
+        return ENGINES[self.engine](problem, retain=self.retain)  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a JSON value."""
@@ -96,7 +99,7 @@ class Plan:
         if self.least_hvps < self.hvps:
             products = f"at most {products}, at least {self.least_hvps:,},"
         lines = [
-            f"engine        {self.engine} ({self.why})",
+            f"engine        {self.engine}{', traced' if self.engine == 'ggn' and self.traced else ''} ({self.why})",
             f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
             f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
             f"products      {products} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
@@ -166,10 +169,10 @@ def make_plan(
     hvps = products(num_probes, num_steps)
     rows, made = 1, None
     most = max((count * len(blocks) for _, count, blocks in passes), default=num_probes)
-    chosen, why = _engine(problem, engine, hvps, most, room)
+    chosen, traced, why = _engine(problem, engine, hvps, most, room)
     graph, tangents = problem.graph_bytes, 0
-    if chosen == "traced":
-        made, failure, graph, tangents = _trace(problem)
+    if traced:
+        made, failure, graph, tangents = _trace(problem, gauss_newton=chosen == "ggn")
         if made and graph + tangents > room:
             text = f"memory_budget must be at least {size_text(2 * (graph + tangents))} for one vector of the traced engine"
             if engine == "traced":
@@ -178,7 +181,8 @@ def make_plan(
         if engine == "traced" and failure:
             raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
         if failure:
-            chosen, why, graph, tangents = "autograd", f"no trace: {failure}", problem.graph_bytes, 0
+            chosen, why = ("ggn" if engine == "ggn" else "autograd"), f"no trace: {failure}"
+            graph, tangents = problem.graph_bytes, 0
     retain = n_batches * graph + tangents <= room
     engine_bytes = graph * (n_batches if retain else 1)
     if made:
@@ -192,6 +196,7 @@ def make_plan(
     parameters = 8 * sum(p.numel() for p in problem.model.parameters()) if problem.dtype == torch.float32 else 0
     plan = Plan(
         engine=chosen,
+        traced=made is not None,
         exact=exact,
         passes=passes,
         rows=rows,
@@ -200,8 +205,8 @@ def make_plan(
         batches=problem.n_batches,
         hvps=hvps,
         least_hvps=products(*least) if least else hvps,
-        flops=hvps * PRODUCT[chosen if made else "autograd"].flops * problem.forward_flops,
-        seconds=hvps * PRODUCT[chosen if made else "autograd"].flops * problem.forward_seconds,
+        flops=hvps * PRODUCT["traced" if made else "autograd"].flops * problem.forward_flops,
+        seconds=hvps * PRODUCT["traced" if made else "autograd"].flops * problem.forward_seconds,
         vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
         engine_bytes=engine_bytes,
         check_bytes=parameters + graph + tangents + 2 * problem.graph_bytes,
@@ -212,9 +217,10 @@ def make_plan(
     return plan, made
 
 
-def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[str, str]:
-    if engine not in ("auto", "exact"):
-        return engine, "as asked"
+def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[str, bool, str]:
+    """Return the engine, whether to trace, and why."""
+    if engine in ("autograd", "traced"):
+        return engine, engine == "traced", "as asked"
     room = CACHE_BYTES if problem.device.type == "cpu" else room
     rows = max(1, min(most, int(room / (TANGENTS * max(1, problem.graph_bytes)))))  # of the traced engine, roughly
     traced = dataclasses.replace(PRODUCT["traced"], launches=PRODUCT["traced"].launches / rows)
@@ -222,8 +228,10 @@ def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> t
     tracing = TRACE_SECONDS * problem.graph_nodes
     saved = times["autograd"] - times["traced"]
     if saved > tracing:
-        return "traced", f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing"
-    return "autograd", f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products"
+        why = f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing"
+        return "ggn" if engine == "ggn" else "traced", True, why
+    why = f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products"
+    return "ggn" if engine == "ggn" else "autograd", False, why
 
 
 def _seconds(problem: Problem, product: Work, hvps: int) -> float:
@@ -234,11 +242,11 @@ def _seconds(problem: Problem, product: Work, hvps: int) -> float:
     return one.times(hvps).seconds(problem.device.type)
 
 
-def _trace(problem: Problem) -> tuple[TracedEngine | None, str, int, int]:
+def _trace(problem: Problem, gauss_newton: bool) -> tuple[TracedEngine | None, str, int, int]:
     """Return the traced engine or why there is none, and its memory of constants and of the tangents of a vector."""
     made, failure, constants, tangents = None, "", 0, 0
     try:
-        made = TracedEngine(problem)
+        made = TracedEngine(problem, gauss_newton=gauss_newton)
         constants, tangents = made.constant_bytes, made.tangent_bytes
     except NotTraceable as error:
         failure = str(error)

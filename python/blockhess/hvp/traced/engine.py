@@ -31,15 +31,17 @@ class TracedEngine:
         problem: model, loss, data, blocks.
         retain: keep the constants of all batches; otherwise evaluate them again whenever a batch is selected.
         rows: largest number of vectors, of one block each, per evaluation of the program.
+        gauss_newton: multiply by the generalized Gauss-Newton matrix instead of the Hessian, see ggn.py.
 
     Raises:
         NotTraceable: the gradient cannot be traced, or contains an operation without a tangent.
     """
 
-    name = "traced"
-
-    def __init__(self, problem: Problem, retain: bool = True, rows: int = 1) -> None:
-        self.rows = rows
+    def __init__(
+        self, problem: Problem, retain: bool = True, rows: int = 1, gauss_newton: bool = False
+    ) -> None:
+        self.name = "ggn" if gauss_newton else "traced"
+        self.rows, self._gauss_newton = rows, gauss_newton
         self._problem = problem
         self._pool = Pool()
         self._traces: list[_Trace] = []
@@ -157,7 +159,7 @@ class TracedEngine:
         fitting = [t for t in self._traces if t.reusable and t.signature == _signature(batch)]
         found = next((trace for trace in fitting if self._agrees(trace, index)), None)
         if found is None:
-            found = _Trace(self._problem, batch)
+            found = _Trace(self._problem, batch, self._gauss_newton)
             if not self._agrees(found, index):
                 raise NotTraceable("the gradient that was traced is not that of autograd")
             self._traces.append(found)
@@ -190,8 +192,8 @@ class _Trace:
         reusable: whether the batch is an input of the trace.
     """
 
-    def __init__(self, problem: Problem, batch: Any) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, batch: Any, gauss_newton: bool) -> None:
+        self._problem, self._gauss_newton = problem, gauss_newton
         self.names = list(problem.parameters)
         self.signature = _signature(batch)
         self.reusable = _is_plain(batch)
@@ -244,7 +246,7 @@ class _Trace:
     def _traced(self, batch: Any) -> Trace:
         def gradient(parameters: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
             given = _with_tensors(batch, tensors) if self.reusable else batch
-            found = self._problem.gradients_at(given, dict(zip(self.names, parameters)))
+            found = self._problem.gradients_at(given, dict(zip(self.names, parameters)), self._gauss_newton)
             self._gradient_names = list(found)
             return list(found.values())
 
