@@ -40,6 +40,7 @@ class TracedEngine:
 
     def __init__(self, problem: Problem, retain: bool = True, rows: int = 1) -> None:
         self.rows = rows
+        self.capturable = retain or len(problem.batches) == 1
         self._problem = problem
         self._pool = Pool()
         self._traces: list[_Trace] = []
@@ -252,10 +253,10 @@ class _Trace:
         return sum(sizes.values())
 
     def constants(self, batch: Any) -> list[Tensor]:
-        """Evaluate the constants for a batch."""
+        """Evaluate the constants for a batch, on the device of the parameters."""
         parameters, tensors = self._inputs(batch)
         with torch.no_grad():
-            return list(self._constants(*parameters, *tensors))
+            return [value.to(self._problem.device) for value in self._constants(*parameters, *tensors)]
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """Evaluate the traced gradient for a batch."""

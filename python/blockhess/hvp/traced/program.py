@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, TensorInfo, aten, refuse
 
+_INDEXED = {
+    aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default,
+}  # fmt: skip
 _MEANS = {aten.mean.dim: aten.sum.dim_IntList, aten.mean.default: aten.sum.default}
 
 # A combination of more terms than this becomes a tensor, so that its users do not repeat the sum.
@@ -121,6 +124,11 @@ def combine(bases: Sequence[Tensor], coefficients: Sequence[Tensor | None], scal
 def multiply(pairs: Sequence[tuple[Tensor, Tensor]], scalars: Sequence[float]) -> Tensor:
     """Return sum_i scalars_i * a_i @ b_i of pairs of matrices or of batches of matrices."""
     return functools.reduce(operator.add, (scalar * (a @ b) for (a, b), scalar in zip(pairs, scalars)))
+
+
+def positions(mask: Tensor, dim: int) -> Tensor:
+    """Return the indices in dimension `dim` of the elements of a mask that are not zero."""
+    return mask.nonzero()[:, dim]
 
 
 @dataclass
@@ -278,6 +286,8 @@ class ProgramBuilder:
 
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         refuse(target)
+        if target in _INDEXED:
+            args = (args[0], self._positions(args[1]), *args[2:])
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
@@ -314,6 +324,22 @@ class ProgramBuilder:
         common = scalars[0] if scalars.count(scalars[0]) == len(scalars) and scalars[0] else 1.0
         node = self._program.call(multiply, (tuple(found), tuple(s / common for s in scalars)), like=like)
         return self._of(node, common)
+
+    def _positions(self, indices: Sequence[fx.Node | None]) -> list[fx.Node | None]:
+        """Replace masks among the indices of a tensor by the positions of their elements.
+
+        These are constants, whereas indexing by a mask counts its elements, for which a GPU has to wait every time.
+        """
+        found: list[fx.Node | None] = []
+        for index in indices:
+            like = None if index is None else index.meta["val"]
+            if like is None or not like.dim() or like.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+                continue
+            with self._constants.fakes:
+                most = torch.empty(like.numel(), dtype=torch.int64, device=like.device)
+            found += [self._constants.call(positions, (index, d), like=most) for d in range(like.dim())]
+        return found
 
     def materialize(self, combination: Combination) -> Combination:
         """Return the combination as one tensor with coefficient 1."""
