@@ -170,7 +170,7 @@ def test_bad_policy() -> None:
 
 
 def float32_settings() -> list[object]:
-    """The settings of torch, older and newer; None where the newer contradict the older, which torch does not return."""
+    """The settings of torch, older and newer; None where torch refuses to return one."""
     b = torch.backends
     owners = (b, b.cudnn, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
     found: list[object] = [owner.fp32_precision for owner in owners]
@@ -208,7 +208,8 @@ try:
     with float32_precision({precision!r}):
         cuda, older = ("ieee", False) if {precision!r} == "highest" else ("tf32", True)
         cpu = dict(highest="ieee", high="tf32", medium="bf16")[{precision!r}]
-        assert float32_settings()[2:] == [*[cuda] * 3, cpu, "ieee", "ieee", {precision!r}, older, older], float32_settings()
+        found = float32_settings()[2:]
+        assert found == [*[cuda] * 3, cpu, "ieee", "ieee", {precision!r}, older, older], found
         with b.cudnn.flags(enabled=False):  # torch reads the older settings here
             pass
         raise KeyError

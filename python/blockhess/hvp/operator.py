@@ -41,12 +41,13 @@ class Engine(Protocol):
 
     Attributes:
         name: value of `engine=` that selects it.
-        capturable: whether repeated calls with the same columns do the same work on the same addresses, without waiting
-            for the device.
     """
 
     name: str
-    capturable: bool
+
+    @property
+    def capturable(self) -> bool:
+        """Whether calls with the same columns do the same work on the same addresses, without waiting for the device."""
 
     def prepare(self, index: int) -> None:
         """Select batch `index` for the next products."""

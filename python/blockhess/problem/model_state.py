@@ -141,7 +141,7 @@ def float32_precision(precision: str) -> Iterator[None]:
             products on CPUs with AMX-FP16. "medium": as "high" on CUDA, and bfloat16 in matrix products on CPUs with
             AVX-512 or AMX instructions for it. Convolutions on a CPU are always computed in float32.
     """
-    backends = torch.backends
+    backends: Any = torch.backends
     cuda, cpu = (backends.cudnn.conv, backends.cudnn.rnn), (backends.mkldnn.conv, backends.mkldnn.rnn)
     owners: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul, *cuda, *cpu]
     before = [owner.fp32_precision for owner in owners]

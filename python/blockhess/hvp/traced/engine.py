@@ -40,13 +40,16 @@ class TracedEngine:
 
     def __init__(self, problem: Problem, retain: bool = True, rows: int = 1) -> None:
         self.rows = rows
-        self.capturable = retain or len(problem.batches) == 1
         self._problem = problem
         self._pool = Pool()
         self._traces: list[_Trace] = []
         # Raises NotTraceable before any product.
         self._trace_of = trace_of = [self._find(index) for index in range(len(problem.batches))]
         self._values = PerBatch(lambda index: trace_of[index].constants(problem.batches[index]), retain)
+
+    @property
+    def capturable(self) -> bool:
+        return self.retain or len(self._problem.batches) == 1
 
     @property
     def retain(self) -> bool:
@@ -270,7 +273,7 @@ class _Trace:
 
 
 def _meta(like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
-    return torch.empty(*lead, *like.shape, dtype=like.dtype, device="meta")
+    return torch.empty((*lead, *like.shape), dtype=like.dtype, device="meta")
 
 
 def _chunks(columns: Sequence[Column], size: int) -> Iterator[list[tuple[Column, tuple[int, int]]]]:

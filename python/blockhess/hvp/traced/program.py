@@ -126,7 +126,7 @@ def multiply(pairs: Sequence[tuple[Tensor, Tensor]], scalars: Sequence[float]) -
     return functools.reduce(operator.add, (scalar * (a @ b) for (a, b), scalar in zip(pairs, scalars)))
 
 
-def positions(mask: Tensor, dim: int) -> Tensor:
+def positions_of(mask: Tensor, dim: int) -> Tensor:
     """Return the indices in dimension `dim` of the elements of a mask that are not zero."""
     return mask.nonzero()[:, dim]
 
@@ -287,7 +287,7 @@ class ProgramBuilder:
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         refuse(target)
         if target in _INDEXED:
-            args = (args[0], self._positions(args[1]), *args[2:])
+            args = self._without_masks(args, like)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
@@ -325,21 +325,28 @@ class ProgramBuilder:
         node = self._program.call(multiply, (tuple(found), tuple(s / common for s in scalars)), like=like)
         return self._of(node, common)
 
-    def _positions(self, indices: Sequence[fx.Node | None]) -> list[fx.Node | None]:
-        """Replace masks among the indices of a tensor by the positions of their elements.
+    def _without_masks(self, args: Sequence[Any], like: Tensor) -> tuple[Any, ...]:
+        """Replace the masks that index a tensor by the positions of their elements.
 
         These are constants, whereas indexing by a mask counts its elements, for which a GPU has to wait every time.
         """
+        x, indices, *rest = args
+        masks = [i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices]
+        taken = [i.meta["val"].dim() if is_mask else 1 for i, is_mask in zip(indices, masks)]
+        if not any(masks) or 0 in taken:
+            return tuple(args)
+        sizes, values = ([*v.shape] if hasattr(v, "shape") else v.meta["val"].shape for v in (x, (*rest, like)[0]))
+        kept = [sizes[sum(taken[:n])] for n, i in enumerate(indices) if i is None] + [*sizes[sum(taken) :]]
         found: list[fx.Node | None] = []
-        for index in indices:
-            like = None if index is None else index.meta["val"]
-            if like is None or not like.dim() or like.dtype not in (torch.bool, torch.uint8):
+        for index, is_mask, dims in zip(indices, masks, taken):
+            if not is_mask:
                 found.append(index)
                 continue
             with self._constants.fakes:
-                most = torch.empty(like.numel(), dtype=torch.int64, device=like.device)
-            found += [self._constants.call(positions, (index, d), like=most) for d in range(like.dim())]
-        return found
+                count = math.prod(values) // max(1, math.prod(kept))
+                positions = torch.empty(count, dtype=torch.int64, device=index.meta["val"].device)
+            found += [self._constants.call(positions_of, (index, d), like=positions) for d in range(dims)]
+        return (x, found, *rest)
 
     def materialize(self, combination: Combination) -> Combination:
         """Return the combination as one tensor with coefficient 1."""
