@@ -183,6 +183,8 @@ class ProgramBuilder:
         """
         if target in SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
             return args[0]
+        if target is aten._to_copy.default and like.device == self._tangents[0].meta["val"].device:
+            kwargs = {"dtype": like.dtype}  # a dry run is on another device
         if target is aten.copy.default and isinstance(args[1], Combination):
             return Combination(args[1].terms, like.shape, like.dtype)
         if target is operator.getitem:
@@ -337,15 +339,14 @@ class ProgramBuilder:
             return tuple(args)
         sizes, values = ([*v.shape] if hasattr(v, "shape") else v.meta["val"].shape for v in (x, (*rest, like)[0]))
         kept = [sizes[sum(taken[:n])] for n, i in enumerate(indices) if i is None] + [*sizes[sum(taken) :]]
+        count = math.prod(values) // max(1, math.prod(kept))
         found: list[fx.Node | None] = []
         for index, is_mask, dims in zip(indices, masks, taken):
-            if not is_mask:
+            if is_mask:
+                positions = TensorInfo(torch.Size([count]), torch.int64, index.meta["val"].device)
+                found += [self._constants.call(positions_of, (index, d), like=positions) for d in range(dims)]
+            else:
                 found.append(index)
-                continue
-            with self._constants.fakes:
-                count = math.prod(values) // max(1, math.prod(kept))
-                positions = torch.empty(count, dtype=torch.int64, device=index.meta["val"].device)
-            found += [self._constants.call(positions_of, (index, d), like=positions) for d in range(dims)]
         return (x, found, *rest)
 
     def materialize(self, combination: Combination) -> Combination:
