@@ -93,11 +93,24 @@ def recorder_of(device: torch.device) -> Recorder:
 
 
 class GraphedStep:
-    """A step whose two arguments are swapped from call to call; replayed from a graph from the third call on."""
+    """A step whose two arguments are swapped from call to call; replayed from a graph from the third call on.
 
-    def __init__(self, step: Step, recorder: Recorder) -> None:
-        self._step, self._recorder = step, recorder
-        self._graphs: list[Work] = []
+    Args:
+        step: makes one step.
+        recorder: recorder for the device.
+        replayed: called after every step that was made without calling `step`.
+    """
+
+    def __init__(self, step: Step, recorder: Recorder, replayed: Callable[[], object] = lambda: None) -> None:
+        self._step, self._recorder, self._replayed = step, recorder, replayed
+        self._graphs: dict[int, Work] = {}
+        self._calls = 0
+
+    def restart(self) -> None:
+        """Run the next two steps eagerly and record again, because the work of a step changes.
+
+        Until then the old graphs stay: the memory pool that they share with the new ones must not lose its last graph.
+        """
         self._calls = 0
 
     def __call__(self, v: Tensor, v_prev: Tensor) -> None:
@@ -106,13 +119,16 @@ class GraphedStep:
         def work() -> None:
             self._step(v, v_prev)
 
+        parity, new = self._calls % 2, self._calls < 4
         if self._calls < 2:
             self._recorder.warm_up(work)
         else:
-            if self._calls < 4:
-                self._graphs.append(self._recorder.record(work))
-            self._graphs[self._calls % 2]()
+            if new:
+                self._graphs[parity] = self._recorder.record(work)
+            self._graphs[parity]()
         self._calls += 1
+        if not new:
+            self._replayed()
 
 
 def graphed_step(
@@ -121,6 +137,7 @@ def graphed_step(
     advance: Callable[[Tensor, Tensor, Tensor], None],
     like: Tensor,
     with_product: bool,
+    replayed: Callable[[], object],
 ) -> Step:
     """Return the step advance(product(v), v, v_prev), replayed from CUDA graphs.
 
@@ -131,9 +148,10 @@ def graphed_step(
         like: a tensor of the vectors' shape.
         with_product: whether the graphs include the product. Otherwise it runs eagerly and its result is copied to a
             buffer that the graphs read: one more set of vectors, and one more read and write per element.
+        replayed: called after every step that was made without calling `product`.
     """
     if with_product:
-        return GraphedStep(lambda v, v_prev: advance(product(v), v, v_prev), recorder)
+        return GraphedStep(lambda v, v_prev: advance(product(v), v, v_prev), recorder, replayed)
     w = torch.empty_like(like)
     rest = GraphedStep(lambda v, v_prev: advance(w, v, v_prev), recorder)
 

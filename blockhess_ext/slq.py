@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blockhess_ext import arguments, completion, huge_pages, ops
-from blockhess_ext.cuda_graph import Recorder, Step, graphed_step, recorder_of
+from blockhess_ext.cuda_graph import GraphedStep, Recorder, Step, graphed_step, recorder_of
 from blockhess_ext.device import check_device, explain_out_of_memory
 from blockhess_ext.layout import Layout
 from blockhess_ext.quadrature import Quadrature
@@ -94,8 +94,10 @@ def batched_slq(
         cuda_graph: replay the steps from CUDA graphs, which pays off for batches so small that launching kernels takes
             longer than running them; results are bitwise the same. hvp itself runs eagerly and its result is copied to
             one more set of vectors, unless it has an attribute `capturable` equal to True. Such an hvp must do the same
-            work on the same addresses of the current stream in every call, regardless of `mark_finished`, must not
-            synchronize, and must not store tensors created in a call. The two captures synchronize with the device.
+            work on the same addresses of the current stream in every call, except that its first call after
+            `mark_finished` may change them, must not synchronize, and must not store tensors created in a call. If it
+            has a method `replayed`, that is called after every step that was made without calling hvp. The two captures
+            synchronize with the device, and are repeated after `mark_finished`.
         on_step: called after every step with the number of steps made and the number of recurrences still running, as
             far as the host knows; on a GPU this may be a few steps old.
         state: resume from this state instead of starting at step 0, with bitwise the same result as an uninterrupted
@@ -235,12 +237,15 @@ def _lanczos(
         finished = tracker.poll()
         if mark_finished is not None and int(finished.sum()) > n_finished:
             mark_finished(finished)
+            if isinstance(step, GraphedStep):
+                step.restart()
         n_finished = int(finished.sum())
         return finished.numel() - n_finished
 
     step: Step = eager
     if recorder:
-        step = graphed_step(recorder, product, advance, batch.v, _capturable(hvp))
+        replayed = getattr(hvp, "replayed", lambda: None)
+        step = graphed_step(recorder, product, advance, batch.v, _capturable(hvp), replayed)
     n_running = count_running()
     while n_running and batch.step < batch.num_steps:
         step(batch.v, batch.v_prev)

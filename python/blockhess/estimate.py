@@ -113,8 +113,9 @@ def spectrum(
             generalized Gauss-Newton matrix instead of the Hessian.
         dtype: of the computation. None means that of the parameters, and float32 for float16 and bfloat16 parameters.
             Conversions inside the model are unchanged: Transformers models compute their loss in float32.
-        matmul_precision: of float32 matrix products, as for torch.set_float32_matmul_precision: "highest", "high" (TF32
-            on CUDA) or "medium" (bfloat16). The resulting error is part of the result's `hvp_error`.
+        matmul_precision: of float32 matrix products and convolutions. "highest" is float32. "high" and "medium" are
+            TF32 on CUDA. On a CPU, "medium" is bfloat16 and "high" TF32 in matrix products if the CPU has instructions
+            for it, otherwise float32. The resulting error is part of the result's `hvp_error`.
         memory_budget: memory for vectors and graphs, in bytes or as a string such as "6 GiB"; by default half of the
             device's memory. Work that exceeds it is split into several passes, and large batches into parts.
         first_probe: index of the first random vector of every block. `merge` combines runs with different probes.

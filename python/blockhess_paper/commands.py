@@ -132,7 +132,7 @@ Corpora = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 ...")]
 Precision = Annotated[
-    str, typer.Option(help="Precision of float32 matrix products: highest, high (TF32 on CUDA) or medium (bfloat16).")
+    str, typer.Option(help="Precision of float32 matrix products: highest, high or medium (both TF32 on CUDA).")
 ]
 
 

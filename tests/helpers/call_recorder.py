@@ -20,12 +20,12 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op._schema.is_mutable:
-            result = args[0] if op._schema.returns else None
+            result = (kwargs or {}).get("out", args[0]) if op._schema.returns else None
         else:
             result = op(*args, **(kwargs or {}))
             given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             for x in tree_leaves(result):
-                if x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
+                if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in given:
                     x.fill_(torch.nan)
         self.calls.append((op, args, kwargs or {}, result))
         return result

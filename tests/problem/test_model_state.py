@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import blockhess
 from blockhess.problem.model_state import batchnorm_policy, fixed_state
 
 
@@ -164,3 +167,70 @@ def test_bad_policy() -> None:
     ):
         pass
     assert snapshot(model) == before
+
+
+def float32_settings() -> list[object]:
+    """The settings of torch, older and newer; None where torch refuses to return one."""
+    b = torch.backends
+    owners = (b, b.cudnn, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
+    found: list[object] = [owner.fp32_precision for owner in owners]
+    for older in (torch.get_float32_matmul_precision, lambda: b.cudnn.allow_tf32, lambda: b.cuda.matmul.allow_tf32):
+        try:
+            found.append(older())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+SETTINGS = {
+    "torch's own": "",
+    "older": "torch.set_float32_matmul_precision('high'); b.cudnn.allow_tf32 = False",
+    "newer": "b.cuda.matmul.fp32_precision = 'tf32'; b.cudnn.conv.fp32_precision = 'ieee'",
+    "for all": "b.fp32_precision = 'tf32'",
+    "for cuDNN": "b.cudnn.fp32_precision = 'ieee'",
+    "on the CPU": "b.mkldnn.matmul.fp32_precision = b.mkldnn.conv.fp32_precision = 'bf16'",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_precision(precision: str, setting: str) -> None:
+    """In a process of its own, since settings that were never made cannot be made again."""
+    program = f"""
+import torch
+import blockhess
+from blockhess.problem.model_state import float32_precision
+from tests.problem.test_model_state import float32_settings
+b = torch.backends
+{setting}
+before = float32_settings()
+try:
+    with float32_precision({precision!r}):
+        cuda, older = ("ieee", False) if {precision!r} == "highest" else ("tf32", True)
+        cpu = dict(highest="ieee", high="tf32", medium="bf16")[{precision!r}]
+        found = float32_settings()[2:]
+        assert found == [*[cuda] * 3, cpu, "ieee", "ieee", {precision!r}, older, older], found
+        with b.cudnn.flags(enabled=False):  # torch reads the older settings here
+            pass
+        raise KeyError
+except KeyError:
+    pass
+assert float32_settings() == before, (before, float32_settings())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_spectrum_sets_the_precision_of_convolutions() -> None:
+    seen = []
+
+    def loss_fn(m: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(float32_settings())
+        return m(batch).square().mean()
+
+    before = float32_settings()
+    for precision in ("highest", "high"):
+        blockhess.spectrum(nn.Conv1d(1, 1, 2), torch.randn(2, 1, 3), loss_fn, num_probes=1, num_steps=1,
+                           matmul_precision=precision)  # fmt: skip
+    assert [found[3] for found in (seen[0], seen[-1])] == ["ieee", "tf32"]
+    assert float32_settings() == before

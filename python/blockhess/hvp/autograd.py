@@ -27,6 +27,7 @@ class AutogradEngine:
     """
 
     name = "autograd"
+    capturable = False
 
     def __init__(self, problem: Problem, retain: bool = True) -> None:
         self._problem = problem

@@ -45,6 +45,10 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def capturable(self) -> bool:
+        """Whether calls with the same columns do the same work on the same addresses, without waiting for the device."""
+
     def prepare(self, index: int) -> None:
         """Select batch `index` for the next products."""
 
@@ -117,6 +121,21 @@ class BlockOperator:
         self.dims = [problem.dims[l] for l in self.numbers]
         self.problem, self._engine = problem, engine
         self._finished: list[list[bool]] | None = None
+        self._made = 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `batched_slq` may replay products from CUDA graphs."""
+        return self._engine.capturable and self.problem.ranks.data_size == 1
+
+    def replayed(self) -> None:
+        """Count the products of the last call once more, for a replay from a CUDA graph."""
+        self._count(self._made)
+
+    def _count(self, made: int) -> None:
+        self.hvps += made
+        for _ in range(made):
+            self.on_hvp()
 
     def mark_finished(self, finished: Tensor) -> None:
         """Skip the recurrences marked in a bool tensor (n_probes, n_blocks) from now on."""
@@ -141,13 +160,12 @@ class BlockOperator:
         for index, share in enumerate(self.problem.shares):
             self._engine.prepare(index)
             for made in self._engine.multiply(columns, share):
-                self.hvps += made
-                for _ in range(made):
-                    self.on_hvp()
+                self._count(made)
         for number, _, products in pieces:
             if self.problem.is_used(number):
                 sums.add(products)
-        self.hvps = before + sums.finish(self.hvps - before)
+        self._made = sums.finish(self.hvps - before)
+        self.hvps = before + self._made
         return result
 
     def _running(self, column: int, whole: Column) -> Iterator[Column]:

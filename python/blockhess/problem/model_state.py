@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -130,6 +130,43 @@ def setting(get: Callable[[], T], set_to: Callable[[T], None], value: T) -> Iter
         yield
     finally:
         set_to(before)
+
+
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Set the precision of float32 matrix products and convolutions within the context.
+
+    Args:
+        precision: "highest": all are computed in float32. "high": TF32 on CUDA, in convolutions too, and in matrix
+            products on CPUs with AMX-FP16. "medium": as "high" on CUDA, and bfloat16 in matrix products on CPUs with
+            AVX-512 or AMX instructions for it. Convolutions on a CPU are always computed in float32.
+    """
+    backends: Any = torch.backends
+    cuda, cpu = (backends.cudnn.conv, backends.cudnn.rnn), (backends.mkldnn.conv, backends.mkldnn.rnn)
+    owners: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul, *cuda, *cpu]
+    before = [owner.fp32_precision for owner in owners]
+    # The older settings, which torch refuses to read where the newer ones contradict them.
+    products, tf32 = "highest", True
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        tf32 = backends.cudnn.allow_tf32
+
+    def set_older(products: str, tf32: bool) -> None:
+        torch.set_float32_matmul_precision(products)
+        backends.cudnn.allow_tf32 = tf32
+
+    try:
+        set_older(precision, precision != "highest")
+        for owner in (*cuda, *cpu):
+            owner.fp32_precision = "tf32" if owner in cuda and precision != "highest" else "ieee"
+        yield
+    finally:
+        set_older(products, tf32)
+        for owner, value in zip(owners, before):
+            owner.fp32_precision = "none"  # inherits that of the backend
+            if owner.fp32_precision != value:
+                owner.fp32_precision = value
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -53,8 +53,7 @@ def prepared_problem(
     model_state.refuse_sharded(model)
     cut = partition(model, blocks)
     loss = make_loss(loss_fn)
-    get_precision, set_precision = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    with model_state.fixed_state(model, batchnorm), model_state.setting(get_precision, set_precision, matmul_precision):
+    with model_state.fixed_state(model, batchnorm), model_state.float32_precision(matmul_precision):
         policy = model_state.batchnorm_policy(model, batchnorm)
         # Inside fixed_state, which restores the random number generator that a shuffling DataLoader advances.
         batches = as_batches(data, pairs=loss.pairs)

@@ -306,6 +306,7 @@ class Job:
                 num_steps=options.num_steps, tol=options.tol, sigma=options.tol_sigma, seed=seed,
                 distribution=options.distribution, reorthogonalize=[self._basis[l] for l in unit.blocks],
                 dtype=problem.dtype, device=problem.device, on_nonfinite="mark", state=last, on_state=on_state,
+                cuda_graph=problem.device.type == "cuda" and operator.capturable,
             )  # fmt: skip
         return UnitResult(unit, part, before + operator.hvps, last if records.keep_vectors else None)
 

@@ -50,6 +50,10 @@ class TracedEngine:
         self._values = PerBatch(lambda index: trace_of[index].constants(problem.batches[index]), retain)
 
     @property
+    def capturable(self) -> bool:
+        return self.retain or len(self._problem.batches) == 1
+
+    @property
     def retain(self) -> bool:
         """Whether the constants of all batches are kept."""
         return self._values.retain
@@ -286,10 +290,10 @@ class _Trace:
         return sum(sizes.values())
 
     def constants(self, batch: Any) -> list[Tensor]:
-        """Evaluate the constants for a batch."""
+        """Evaluate the constants for a batch, on the device of the parameters."""
         parameters, tensors = self._inputs(batch)
         with torch.no_grad():
-            return list(self._constants(*parameters, *tensors))
+            return [value.to(self._problem.device) for value in self._constants(*parameters, *tensors)]
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """Evaluate the traced gradient for a batch."""
@@ -303,7 +307,7 @@ class _Trace:
 
 
 def _meta(like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
-    return torch.empty(*lead, *like.shape, dtype=like.dtype, device="meta")
+    return torch.empty((*lead, *like.shape), dtype=like.dtype, device="meta")
 
 
 def _divided(columns: Sequence[Column], size: int) -> tuple[list[Column], list[Column]]:

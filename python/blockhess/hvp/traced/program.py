@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, TensorInfo, aten, refuse
 
+_INDEXED = {
+    aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default,
+}  # fmt: skip
 _MEANS = {aten.mean.dim: aten.sum.dim_IntList, aten.mean.default: aten.sum.default}
 
 # A combination of more terms than this becomes a tensor, so that its users do not repeat the sum.
@@ -123,6 +126,11 @@ def multiply(pairs: Sequence[tuple[Tensor, Tensor]], scalars: Sequence[float]) -
     return functools.reduce(operator.add, (scalar * (a @ b) for (a, b), scalar in zip(pairs, scalars)))
 
 
+def positions_of(mask: Tensor, dim: int) -> Tensor:
+    """Return the indices in dimension `dim` of the elements of a mask that are not zero."""
+    return mask.nonzero()[:, dim]
+
+
 @dataclass
 class Program:
     """The products with all blocks, as a graph from tangents of the parameters and constants.
@@ -175,6 +183,8 @@ class ProgramBuilder:
         """
         if target in SAME or (target is aten._to_copy.default and args[0].dtype == like.dtype):
             return args[0]
+        if target is aten._to_copy.default and like.device == self._tangents[0].meta["val"].device:
+            kwargs = {"dtype": like.dtype}  # a dry run is on another device
         if target is aten.copy.default and isinstance(args[1], Combination):
             return Combination(args[1].terms, like.shape, like.dtype)
         if target is operator.getitem:
@@ -278,6 +288,8 @@ class ProgramBuilder:
 
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         refuse(target)
+        if target in _INDEXED:
+            args = self._without_masks(args, like)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
@@ -314,6 +326,28 @@ class ProgramBuilder:
         common = scalars[0] if scalars.count(scalars[0]) == len(scalars) and scalars[0] else 1.0
         node = self._program.call(multiply, (tuple(found), tuple(s / common for s in scalars)), like=like)
         return self._of(node, common)
+
+    def _without_masks(self, args: Sequence[Any], like: Tensor) -> tuple[Any, ...]:
+        """Replace the masks that index a tensor by the positions of their elements.
+
+        These are constants, whereas indexing by a mask counts its elements, for which a GPU has to wait every time.
+        """
+        x, indices, *rest = args
+        masks = [i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices]
+        taken = [i.meta["val"].dim() if is_mask else 1 for i, is_mask in zip(indices, masks)]
+        if not any(masks) or 0 in taken:
+            return tuple(args)
+        sizes, values = ([*v.shape] if hasattr(v, "shape") else v.meta["val"].shape for v in (x, (*rest, like)[0]))
+        kept = [sizes[sum(taken[:n])] for n, i in enumerate(indices) if i is None] + [*sizes[sum(taken) :]]
+        count = math.prod(values) // max(1, math.prod(kept))
+        found: list[fx.Node | None] = []
+        for index, is_mask, dims in zip(indices, masks, taken):
+            if is_mask:
+                positions = TensorInfo(torch.Size([count]), torch.int64, index.meta["val"].device)
+                found += [self._constants.call(positions_of, (index, d), like=positions) for d in range(dims)]
+            else:
+                found.append(index)
+        return (x, found, *rest)
 
     def materialize(self, combination: Combination) -> Combination:
         """Return the combination as one tensor with coefficient 1."""

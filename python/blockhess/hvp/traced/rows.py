@@ -70,7 +70,11 @@ class _Value:
     __slots__ = ("tensor", "first", "get", "buffer")
 
     def __init__(
-        self, tensor: Tensor, first: int = 0, get: Callable[[Slots], Tensor] | None = None, buffer: list[Any] | None = None
+        self,
+        tensor: Tensor,
+        first: int = 0,
+        get: Callable[[Slots], Tensor] | None = None,
+        buffer: list[Any] | None = None,
     ) -> None:
         self.tensor, self.first, self.get, self.buffer = tensor, first, get, buffer
 
@@ -123,9 +127,7 @@ class Evaluation:
         slots = [*inputs, *[None] * (self._size - len(inputs))]
         for step in self._steps:
             step(slots)
-        return [
-            None if r is None else (r.first, r.tensor if r.get is None else r.get(slots)) for r in self._results
-        ]
+        return [None if r is None else (r.first, r.tensor if r.get is None else r.get(slots)) for r in self._results]
 
     def _record(self, inputs: Sequence[Tensor | None]) -> list[tuple[int, Tensor] | None]:
         self._pool.reset()
@@ -395,7 +397,9 @@ class Evaluation:
             k = a.tensor.shape[-1]
             a, out = a.view(lambda t: t.view(-1, k)), out.view(-1, out.shape[-1])
         else:
-            a, b = (f if moves else f.view(lambda t: t.expand(rows, *t.shape)) for f, moves in ((a, left), (b, not left)))
+            a, b = (
+                f if moves else f.view(lambda t: t.expand(rows, *t.shape)) for f, moves in ((a, left), (b, not left))
+            )
         if not add and scalar == 1.0:
             self._do(torch.mm if out.dim() == 2 else torch.bmm, a, b, out=out)
         else:
