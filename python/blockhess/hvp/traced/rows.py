@@ -412,14 +412,14 @@ class Evaluation:
             x, w = (self._rows(a, span), self._env[b]) if self._moves(a) else (self._rows(b, span), self._env[a])
             k = x.tensor.shape[3] if self._moves(a) else x.tensor.shape[2]
             if self._moves(a) and len(pairs) == 1 and _can_view(x.tensor.permute(1, 3, 0, 2), (n_batch, k, rows * m)):
-                joined = x.view(lambda t: t.permute(1, 3, 0, 2).view(n_batch, k, rows * m).mT)
+                joined = x.view(lambda t, k=k: t.permute(1, 3, 0, 2).view(n_batch, k, rows * m).mT)
                 target, factors, back = out.tensor.view(n_batch, rows * m, n), (joined, w), (1, 0, 2, 3)
                 out = out.view(lambda t: t.view(n_batch, rows, m, n))
             else:
                 shape = (n_batch, m * rows, k) if self._moves(a) else (n_batch, k, rows * n)
                 if not _can_view(x.tensor.permute(1, 2, 0, 3), shape):
                     x = self._copied(x, (1, 2, 0, 3))
-                joined = x.view(lambda t: t.permute(1, 2, 0, 3).view(shape))
+                joined = x.view(lambda t, shape=shape: t.permute(1, 2, 0, 3).view(shape))
                 factors = (joined, w) if self._moves(a) else (w, joined)
                 target = out.tensor.view((n_batch, m * rows, n) if self._moves(a) else (n_batch, m, rows * n))
             if i == 0 and scalar == 1.0:
