@@ -187,7 +187,7 @@ def _split(net: Network, x: Tensor, c: int) -> Tensor:
     if c % 4 == 0:
         return torch.cat(x.chunk(2, d)[::-1], d)
     if c % 4 == 1:
-        return torch.stack(x.unbind(d), c % 2).sin()
+        return torch.stack(x.unbind(d), min(c // 4 % 2, x.dim() - 1)).sin()
     if c % 4 == 2:
         first, *rest = x.split(1, d)
         return torch.cat([first * 2, *rest, first], d)

@@ -241,8 +241,9 @@ class Evaluation:
         padded = self._buffer((last - first, *value.tensor.shape[1:]), value.tensor, first)
         self._do(torch.Tensor.zero_, padded)
         low, high = max(first, start), min(last, start + len(value.tensor))
-        part, target = self._rows(node, (low, high)), padded.tensor[low - first : high - first]
-        self._do(lambda t: target.copy_(t), part)
+        if low < high:
+            part, target = self._rows(node, (low, high)), padded.tensor[low - first : high - first]
+            self._do(lambda t: target.copy_(t), part)
         return padded
 
     def _moves(self, value: Any) -> bool:
