@@ -192,6 +192,10 @@ def _transformer(kind: str) -> tuple[nn.Module, Any, Any]:
         config = transformers.ViTConfig(**size, image_size=4, patch_size=2, num_channels=1, num_labels=3)
         model = transformers.ViTForImageClassification(config)
         return _livelier(model), {"pixel_values": torch.randn(3, 1, 4, 4), "labels": torch.randint(3, (3,))}, None
+    elif kind == "MambaForCausalLM":
+        config = transformers.MambaConfig(
+            vocab_size=7, hidden_size=4, state_size=3, num_hidden_layers=1, conv_kernel=2, time_step_rank=2
+        )
     else:
         config = transformers.BertConfig(**size, **text, type_vocab_size=1)
     return _livelier(getattr(transformers, kind)(config)), _tokens(), None
@@ -224,6 +228,12 @@ ZOO: dict[str, Case] = {
     "squared error": Case(lambda: (mlp(), (torch.randn(6, 3), torch.randn(6, 3)), nn.MSELoss())),
     **{
         kind: Case(lambda kind=kind: _transformer(kind), transformers=True)  # type: ignore[misc]
-        for kind in ("GPT2LMHeadModel", "BertForMaskedLM", "ViTForImageClassification", "LlamaForCausalLM")
+        for kind in (
+            "GPT2LMHeadModel",
+            "BertForMaskedLM",
+            "ViTForImageClassification",
+            "LlamaForCausalLM",
+            "MambaForCausalLM",
+        )
     },
 }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from blockhess.hvp.traced.operations import SPLITS, VIEWS, aten
 from blockhess.hvp.traced.program import Program, combine, is_node, multiply
@@ -242,8 +243,9 @@ class Evaluation:
         padded = self._buffer((last - first, *value.tensor.shape[1:]), value.tensor, first)
         self._do(torch.Tensor.zero_, padded)
         low, high = max(first, start), min(last, start + len(value.tensor))
-        part, target = self._rows(node, (low, high)), padded.tensor[low - first : high - first]
-        self._do(lambda t: target.copy_(t), part)
+        if low < high:
+            part, target = self._rows(node, (low, high)), padded.tensor[low - first : high - first]
+            self._do(lambda t: target.copy_(t), part)
         return padded
 
     def _moves(self, value: Any) -> bool:
@@ -262,7 +264,7 @@ class Evaluation:
             return self._multiply(node, span)
         if target in VIEWS or target is aten.expand.default:
             return self._view(node, self._rows(args[0], span))
-        if target in SPLITS and (len(args) > 2 or "dim" in node.kwargs):
+        if target in SPLITS:
             return self._split(node, self._rows(args[0], span))
         rule = {
             aten.embedding.default: self._embedding,
@@ -282,6 +284,7 @@ class Evaluation:
         """Evaluate a combination, or its sum over the last dimension."""
         first, last = span
         shape = node.meta["val"].shape
+        names: list[fx.Node] = []
         bases: list[_Value] = []
         coefficients: list[_Value | None] = []
         scalars: list[float] = []
@@ -296,6 +299,7 @@ class Evaluation:
             value = self._rows(base, (low, high))
             if len(lead) > 1:
                 value = value.view(lambda t, lead=lead: t.reshape(*lead, *t.shape[1:]))
+            names.append(base)
             bases.append(value)
             scalars.append(scalar)
             coefficients.append(None)
@@ -307,7 +311,7 @@ class Evaluation:
         if summed is not None:
             out = self._buffer((last - first, *shape[:-1], 1), like, first)
         else:
-            out = self._in_place(node, bases, span) or self._like(bases, (last - first, *shape), like, first)
+            out = self._in_place(node, dict(zip(names, bases)), span) or self._like(bases, (last - first, *shape), like, first)
         offsets = [value.first - first for value in bases]
         function = ops.linear_combination if summed is None else ops.linear_combination_sum
         values = [*bases, *(c for c in coefficients if c is not None)]
@@ -331,9 +335,9 @@ class Evaluation:
             return out.view(lambda t: t[..., 0])
         return out
 
-    def _in_place(self, node: fx.Node, bases: Sequence[_Value], span: tuple[int, int]) -> _Value | None:
+    def _in_place(self, node: fx.Node, bases: dict[fx.Node, _Value], span: tuple[int, int]) -> _Value | None:
         """Return a base that nothing else reads, of the shape of the result, to be overwritten."""
-        for name, value in zip((b for b in node.args[0] if b in self._env), bases):
+        for name, value in bases.items():
             whole = value.buffer is not None and value.buffer[1] == 1 and self._left[name] == 1
             if whole and value.get is None and value.tensor.shape == (span[1] - span[0], *node.meta["val"].shape):
                 if 0 not in value.tensor.stride() and value.tensor.dtype == node.meta["val"].dtype:
@@ -416,14 +420,14 @@ class Evaluation:
             x, w = (self._rows(a, span), self._env[b]) if self._moves(a) else (self._rows(b, span), self._env[a])
             k = x.tensor.shape[3] if self._moves(a) else x.tensor.shape[2]
             if self._moves(a) and len(pairs) == 1 and _can_view(x.tensor.permute(1, 3, 0, 2), (n_batch, k, rows * m)):
-                joined = x.view(lambda t: t.permute(1, 3, 0, 2).view(n_batch, k, rows * m).mT)
+                joined = x.view(lambda t, k=k: t.permute(1, 3, 0, 2).view(n_batch, k, rows * m).mT)
                 target, factors, back = out.tensor.view(n_batch, rows * m, n), (joined, w), (1, 0, 2, 3)
                 out = out.view(lambda t: t.view(n_batch, rows, m, n))
             else:
                 shape = (n_batch, m * rows, k) if self._moves(a) else (n_batch, k, rows * n)
                 if not _can_view(x.tensor.permute(1, 2, 0, 3), shape):
                     x = self._copied(x, (1, 2, 0, 3))
-                joined = x.view(lambda t: t.permute(1, 2, 0, 3).view(shape))
+                joined = x.view(lambda t, shape=shape: t.permute(1, 2, 0, 3).view(shape))
                 factors = (joined, w) if self._moves(a) else (w, joined)
                 target = out.tensor.view((n_batch, m * rows, n) if self._moves(a) else (n_batch, m, rows * n))
             if i == 0 and scalar == 1.0:
@@ -465,12 +469,11 @@ class Evaluation:
 
     def _split(self, node: fx.Node, value: _Value) -> list[_Value]:
         target = node.target
-        args, kwargs = list(node.args[1:]), dict(node.kwargs)
-        number, dims = (0, value.tensor.dim() - 1) if target is aten.unbind.int else (1, value.tensor.dim() - 1)
-        dim = kwargs.pop("dim") if "dim" in kwargs else args[number]
-        given = [] if target is aten.unbind.int else [args[0]]
-        parts = target(value.tensor, *given, dim % dims + 1)
-        return [value.view(lambda t, i=i: target(t, *given, dim % dims + 1)[i]) for i in range(len(parts))]
+        sizes, dims = [] if target is aten.unbind.int else [node.args[1]], value.tensor.dim() - 1
+        place = len(sizes) + 1
+        dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+        parts = target(value.tensor, *sizes, dim % dims + 1)
+        return [value.view(lambda t, i=i: target(t, *sizes, dim % dims + 1)[i]) for i in range(len(parts))]
 
     def _cat(self, node: fx.Node, span: tuple[int, int]) -> _Value | None:
         dim = node.args[1] if len(node.args) > 1 else 0
@@ -554,7 +557,7 @@ class Evaluation:
 
     def _any(self, node: fx.Node, span: tuple[int, int]) -> Any:
         """Evaluate an operation by vmap, or row by row."""
-        leaves, spec = torch.utils._pytree.tree_flatten((node.args, dict(node.kwargs)))
+        leaves, spec = tree_flatten((node.args, dict(node.kwargs)))
         where = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
         moving = [i for i in where if self._moves(leaves[i])]
         missing = [i for i in moving if leaves[i] not in self._env]
@@ -567,14 +570,17 @@ class Evaluation:
         rows, target = span[1] - span[0], node.target
         one_by_one = rows == 1 or target is aten.convolution_backward.default or missing
 
+        views = any(r.alias_info is not None for r in target._schema.returns)  # of memory that is used again
+
         def single(*tensors: Tensor) -> Any:
             whole = list(leaves)
             for i, like in empty.items():
                 whole[i] = torch.zeros(like.shape, dtype=like.dtype, device=self._device)
             for i, tensor in zip(places, tensors):
                 whole[i] = tensor
-            args, kwargs = torch.utils._pytree.tree_unflatten(whole, spec)
-            return target(*args, **kwargs)
+            args, kwargs = tree_unflatten(whole, spec)
+            found = target(*args, **kwargs)
+            return tree_map_only(Tensor, torch.clone, found) if views else found
 
         def call(*tensors: Tensor) -> Any:
             nonlocal one_by_one
