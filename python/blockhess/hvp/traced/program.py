@@ -3,7 +3,8 @@
 An elementwise operation is not emitted: it changes the constants c_i of a linear combination sum_i c_i * t_i, which
 becomes a tensor only where another operation needs it, by one call of `combine`.
 
-A tangent belongs to a set of blocks, kept as bits: those whose parameters it depends on and whose product depends on it.
+A tangent belongs to a set of blocks, kept as bits: those whose parameters it depends on and whose product depends on
+it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class GraphBuilder:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"].empty("meta"))
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-        return TensorInfo(value.shape, value.dtype, node.all_input_nodes[0].meta["val"].device)
+        largest = max((n.meta["val"] for n in node.all_input_nodes), key=TensorInfo.dim)  # numbers may be on the CPU
+        return TensorInfo(value.shape, value.dtype, largest.device)
 
     def expanded(self, node: fx.Node, shape: torch.Size) -> fx.Node:
         """Return the node broadcast to a shape."""
@@ -270,8 +272,8 @@ class ProgramBuilder:
 
     def _times(self, c: Coefficient, value: fx.Node | float) -> Coefficient:
         scalar, constant = c
-        if not is_node(value):
-            return scalar * float(value), constant
+        if not isinstance(value, fx.Node):
+            return scalar * value, constant
         factor, value = self._scaled(value)
         return scalar * factor, value if constant is None else self._constants.call(aten.mul.Tensor, (constant, value))
 
@@ -366,7 +368,7 @@ class ProgramBuilder:
         total = bases[0]
         if len(bases) > 1 or (scalars[0], constants[0]) != (1.0, None):
             values = [n.meta["val"] for n in (*bases, *constants) if n is not None]
-            shape = torch.broadcast_shapes(*(v.shape for v in values))
+            shape = torch.broadcast_shapes(*(v.shape for v in values))  # type: ignore[no-untyped-call]
             dtype = functools.reduce(torch.promote_types, (v.dtype for v in values))
             like = TensorInfo(shape, dtype, values[0].device)
             total = self._program.call(combine, (tuple(bases), tuple(constants), tuple(scalars)), like=like)
