@@ -16,6 +16,8 @@ from blockhess.hvp import AutogradEngine, BlockOperator, NotTraceable, TracedEng
 from blockhess.hvp.accuracy import EngineMismatch, measure
 from blockhess.hvp.operator import product
 from blockhess.hvp.traced import trace
+from blockhess.hvp.traced.operations import TensorInfo
+from blockhess.hvp.traced.program import GraphBuilder, ProgramBuilder
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
 from tests.helpers.dense_hessian import problem
@@ -270,3 +272,17 @@ def test_a_program_may_run_single_and_batched() -> None:
             torch.testing.assert_close(product(engine, 0, v[row : row + 1])[0], together[row], rtol=1e-9, atol=1e-12)
         engine.rows = 3
         assert torch.equal(product(engine, 0, v), together)
+
+
+def test_multiples_of_a_constant_are_one_constant() -> None:
+    info = TensorInfo(torch.Size([3]), torch.float32, torch.device("cpu"))
+    constants = GraphBuilder()
+    program, mul = ProgramBuilder(constants), torch.ops.aten.mul.Tensor
+    t, c, d = program.tangent(info), constants.placeholder("c", info), constants.placeholder("d", info)
+    ((_, (scalar, product)),) = program.call(mul, (program.call(mul, (t, c), {}, info), d), {}, info).terms
+    multiple = constants.call(mul, (constants.call(mul, (d, 3.0)), constants.call(torch.ops.aten.neg.default, (c,))))
+    ((_, (other_scalar, same)),) = program.call(mul, (t, multiple), {}, info).terms
+    assert (scalar, other_scalar) == (1.0, -3.0)
+    assert same is product
+    ((_, (_, different)),) = program.call(mul, (t, constants.call(mul, (d, d))), {}, info).terms
+    assert different is not product

@@ -135,9 +135,9 @@ class CriterionLoss(Loss):
         """Return the denominator of the mean in cross-entropy."""
         if targets.is_floating_point():  # class probabilities of shape (N, C, ...)
             return targets.numel() // targets.shape[1 if targets.dim() > 1 else 0]
-        kept = targets[targets != self._options.get("ignore_index", -100)]
+        kept = targets != self._options.get("ignore_index", -100)
         class_weights: Tensor | None = self._options.get("weight")
-        return kept.numel() if class_weights is None else class_weights[kept].sum()
+        return kept.sum() if class_weights is None else class_weights[targets[kept]].sum()
 
 
 class TransformersLoss(Loss):

@@ -169,7 +169,8 @@ class Linearizer:
         floating = [i for i, leaf in enumerate(leaves) if is_node(leaf) and leaf.meta["val"].dtype.is_floating_point]
         if target in _SUMS or (target in _LINEAR and floating == positions):
             whole = [tangents[leaf] if i in positions else primals[i] for i, leaf in enumerate(leaves)]
-            return program.call(target, *tree_unflatten(whole, spec), like)
+            args, kwargs = tree_unflatten(whole, spec)
+            return program.call(target, args, kwargs, like)
         if target in _PRODUCTS and is_node(leaves[1]):
             pairs = [tuple(tangents[leaves[j]] if i == j else primals[j] for j in (0, 1)) for i in positions]
             if target is not aten.mul.Tensor:

@@ -3,7 +3,8 @@
 An elementwise operation is not emitted: it changes the constants c_i of a linear combination sum_i c_i * t_i, which
 becomes a tensor only where another operation needs it, by one call of `combine`.
 
-A tangent belongs to a set of blocks, kept as bits: those whose parameters it depends on and whose product depends on it.
+A tangent belongs to a set of blocks, kept as bits: those whose parameters it depends on and whose product depends on
+it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class GraphBuilder:
     def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, like: Any = None) -> fx.Node:
         """Return the node of a call. `like` describes its value, if that is known."""
         kwargs = kwargs or {}
+        if target is aten.mul.Tensor and is_node(args[0]) and is_node(args[1]):
+            args = sorted(args, key=lambda node: node.name)
         key = (target, same_call_key(args), same_call_key(kwargs))
         if key not in self._calls:
             node = self.graph.call_function(target, tuple(args), kwargs)
@@ -67,7 +70,8 @@ class GraphBuilder:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"].empty("meta"))
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-        return TensorInfo(value.shape, value.dtype, node.all_input_nodes[0].meta["val"].device)
+        largest = max((n.meta["val"] for n in node.all_input_nodes), key=TensorInfo.dim)  # numbers may be on the CPU
+        return TensorInfo(value.shape, value.dtype, largest.device)
 
     def expanded(self, node: fx.Node, shape: torch.Size) -> fx.Node:
         """Return the node broadcast to a shape."""
@@ -97,11 +101,15 @@ class GraphBuilder:
         return node
 
 
+# A scalar times a constant. The constant None is 1.
+Coefficient = tuple[float, fx.Node | None]
+
+
 @dataclass(frozen=True)
 class Combination:
     """A tangent sum_i coefficient_i * base_i, broadcast to `shape`."""
 
-    terms: tuple[tuple[fx.Node, fx.Node | float], ...]
+    terms: tuple[tuple[fx.Node, Coefficient], ...]
     shape: torch.Size
     dtype: torch.dtype
 
@@ -157,6 +165,7 @@ class ProgramBuilder:
         self._program = GraphBuilder()
         self._inputs: dict[fx.Node, fx.Node] = {}
         self._tangents: list[fx.Node] = []
+        self._scales: dict[fx.Node, tuple[float, fx.Node]] = {}
 
     def tangent(self, value: TensorInfo) -> Combination:
         """Add the tangent of a parameter as an input."""
@@ -165,8 +174,8 @@ class ProgramBuilder:
         return self._of(node)
 
     @staticmethod
-    def _of(node: fx.Node, factor: fx.Node | float = 1.0) -> Combination:
-        return Combination(((node, factor),), node.meta["val"].shape, node.meta["val"].dtype)
+    def _of(node: fx.Node, scalar: float = 1.0) -> Combination:
+        return Combination(((node, (scalar, None)),), node.meta["val"].shape, node.meta["val"].dtype)
 
     def _import(self, value: Any) -> Any:
         """Return the placeholder of a constant in this program."""
@@ -227,13 +236,14 @@ class ProgramBuilder:
             return builder.call(target, (node, *options), kwargs)
 
         terms = [
-            (view(self._program, base), view(self._constants, c) if is_node(c) else c) for base, c in combination.terms
+            (view(self._program, base), (scalar, None if c is None else view(self._constants, c)))
+            for base, (scalar, c) in combination.terms
         ]
         return Combination(tuple(terms), like.shape, combination.dtype)
 
     def _pointwise(self, target: Any, args: Any, kwargs: Any, like: TensorInfo) -> Combination:
         leaves, spec = tree_flatten((args, kwargs))
-        terms: dict[fx.Node, list[fx.Node | float]] = {}
+        terms: dict[fx.Node, list[Coefficient]] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Combination):
                 for base, coefficient in leaf.terms:
@@ -243,7 +253,7 @@ class ProgramBuilder:
         result = Combination(summed, like.shape, like.dtype)
         return self.materialize(result) if len(summed) > MOST_TERMS else result
 
-    def _coefficient(self, target: Any, leaves: list[Any], spec: Any, i: int, c: fx.Node | float) -> fx.Node | float:
+    def _coefficient(self, target: Any, leaves: list[Any], spec: Any, i: int, c: Coefficient) -> Coefficient:
         """Return the coefficient after an elementwise operation: its value at c, with all other tangents zero."""
         if target in (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.neg.default, aten._to_copy.default):
             args, kwargs = tree_unflatten(leaves, spec)
@@ -258,33 +268,65 @@ class ProgramBuilder:
             return self._times(c, leaves[1 - i])
         if target in (aten.div.Tensor, aten.div.Scalar) and isinstance(leaves[1], (int, float)) and len(leaves) == 2:
             return self._times(c, 1.0 / leaves[1])
+        scalar, constant = c
         device, values = self._tangents[0].meta["val"].device, list(leaves)
         for j, leaf in enumerate(leaves):
             if isinstance(leaf, Combination):
                 # Some elementwise operations do not broadcast and take no scalars.
-                value: Any = c if j == i else 0.0
-                info = TensorInfo(leaf.shape, leaf.dtype, device)
-                value = value if is_node(value) else self._constants.full(info, value)
+                value = constant if j == i else None
+                if value is None:
+                    value = self._constants.full(TensorInfo(leaf.shape, leaf.dtype, device), float(j == i))
                 values[j] = self._constants.expanded(value, leaf.shape)
         args, kwargs = tree_unflatten(values, spec)
-        return self._constants.call(target, args, kwargs)
+        return self._times((scalar, None), self._constants.call(target, args, kwargs))
 
-    def _times(self, a: Any, b: Any) -> fx.Node | float:
-        if not is_node(a):
-            a, b = b, a
-        if not is_node(a):
-            return float(a) * float(b)
-        if is_node(b) or b != 1:
-            return self._constants.call(aten.mul.Tensor, (a, b if is_node(b) else float(b)))
-        return a
+    def _times(self, c: Coefficient, value: fx.Node | float) -> Coefficient:
+        scalar, constant = c
+        if not isinstance(value, fx.Node):
+            return scalar * value, constant
+        factor, value = self._scaled(value)
+        return scalar * factor, value if constant is None else self._constants.call(aten.mul.Tensor, (constant, value))
 
-    def _sum(self, coefficients: list[Any]) -> Any:
-        total = coefficients[0]
-        for c in coefficients[1:]:
-            if not is_node(total):
-                total, c = c, total
-            total = self._constants.call(aten.add.Tensor, (total, c)) if is_node(total) else total + c
-        return total
+    def _scaled(self, node: fx.Node) -> tuple[float, fx.Node]:
+        """Return a constant as a scalar times a constant, so that its multiples are evaluated and stored once."""
+        target, args = node.target, node.args
+        if node not in self._scales:
+            found = (1.0, node)
+            if target is aten.neg.default or (
+                target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+                and len(args) == 2
+                and type(args[1]) in (int, float)
+                and args[1] != 0
+                and not node.kwargs
+            ):
+                factor = -1.0 if target is aten.neg.default else float(args[1])  # type: ignore[arg-type]
+                factor = 1.0 / factor if target in (aten.div.Tensor, aten.div.Scalar) else factor
+                scalar, base = self._scaled(args[0])  # type: ignore[arg-type]
+                found = (scalar * factor, base)
+            elif target is aten.mul.Tensor and all(map(is_node, args)):
+                (a, left), (b, right) = map(self._scaled, args)  # type: ignore[arg-type]
+                found = (a * b, self._constants.call(target, (left, right)))
+            same = found[1].meta["val"].dtype == node.meta["val"].dtype
+            self._scales[node] = found if same else (1.0, node)
+        return self._scales[node]
+
+    def _sum(self, coefficients: list[Coefficient]) -> Coefficient:
+        scalars: dict[fx.Node | None, float] = {}
+        for scalar, c in coefficients:
+            scalars[c] = scalars.get(c, 0.0) + scalar
+        common = next((scalar for scalar in scalars.values() if scalar), 1.0)
+        rest = scalars.pop(None, None)
+        total: fx.Node | None = None
+        for c, scalar in scalars.items():
+            assert c is not None
+            if total is None:
+                total = c if scalar == common else self._constants.call(aten.mul.Tensor, (c, scalar / common))
+            else:
+                options = {"alpha": scalar / common} if scalar != common else {}
+                total = self._constants.call(aten.add.Tensor, (total, c), options)
+        if total is None:
+            return rest or 0.0, None
+        return common, total if rest is None else self._constants.call(aten.add.Tensor, (total, rest / common))
 
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
         refuse(target)
@@ -294,10 +336,8 @@ class ProgramBuilder:
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
         if len(moving) == 1 and len(leaves[moving[0]].terms) == 1 and isinstance(like, TensorInfo):
-            ((base, c),) = leaves[moving[0]].terms
-            if not is_node(c):  # a scalar commutes with linear operations, up to the next constant
-                factor, leaves[moving[0]] = c, replace(leaves[moving[0]], terms=((base, 1.0),))
-
+            ((base, (factor, c)),) = leaves[moving[0]].terms  # a scalar commutes with linear operations
+            leaves[moving[0]] = replace(leaves[moving[0]], terms=((base, (1.0, c)),))
         leaves = [self._node(leaf) if isinstance(leaf, Combination) else self._import(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         node = self._program.call(target, args, kwargs, like)
@@ -316,8 +356,9 @@ class ProgramBuilder:
             scalar, given = 1.0, []
             for factor in pair:
                 if isinstance(factor, Combination):
-                    if len(factor.terms) == 1 and not is_node(factor.terms[0][1]):
-                        scalar, factor = factor.terms[0][1], replace(factor, terms=((factor.terms[0][0], 1.0),))
+                    if len(factor.terms) == 1:
+                        ((base, (scalar, c)),) = factor.terms
+                        factor = replace(factor, terms=((base, (1.0, c)),))
                     given.append(self._node(factor))
                 else:
                     given.append(self._import(factor))
@@ -356,15 +397,15 @@ class ProgramBuilder:
     def _node(self, combination: Combination) -> fx.Node:
         """Return the node of the combination as a tensor."""
         bases = [base for base, _ in combination.terms]
-        factors = [(None, c) if not is_node(c) else (self._import(c), 1.0) for _, c in combination.terms]
+        constants = [self._import(c) for _, (_, c) in combination.terms]
+        scalars = [scalar for _, (scalar, _) in combination.terms]
         total = bases[0]
-        if len(bases) > 1 or factors[0] != (None, 1.0):
-            values = [n.meta["val"] for n in (*bases, *(c for c, _ in factors)) if n is not None]
-            shape = torch.broadcast_shapes(*(v.shape for v in values))
+        if len(bases) > 1 or (scalars[0], constants[0]) != (1.0, None):
+            values = [n.meta["val"] for n in (*bases, *constants) if n is not None]
+            shape = torch.broadcast_shapes(*(v.shape for v in values))  # type: ignore[no-untyped-call]
             dtype = functools.reduce(torch.promote_types, (v.dtype for v in values))
             like = TensorInfo(shape, dtype, values[0].device)
-            arguments = (tuple(bases), tuple(c for c, _ in factors), tuple(float(x) for _, x in factors))
-            total = self._program.call(combine, arguments, like=like)
+            total = self._program.call(combine, (tuple(bases), tuple(constants), tuple(scalars)), like=like)
         if total.meta["val"].dtype != combination.dtype:
             like = replace(total.meta["val"], dtype=combination.dtype)
             total = self._program.call(aten._to_copy.default, (total,), {"dtype": combination.dtype}, like)

@@ -108,7 +108,8 @@ class Recorder(TorchDispatchMode):
             self._refuse_changed_constants()
         make_functional(self.graph)
         eliminate_dead_code(self.graph)
-        return Trace(self.graph, self.attributes)
+        used = {node.target for node in self.graph.find_nodes(op="get_attr")}
+        return Trace(self.graph, {name: value for name, value in self.attributes.items() if name in used})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
