@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -244,6 +243,8 @@ def _decompositions() -> dict[Any, Any]:
 
 def fake_mode() -> FakeTensorMode:
     """Return a mode in which tensors have shapes, but no values."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # loads SymPy
+
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
