@@ -52,6 +52,15 @@ def test_hand_numbers() -> None:
     torch.testing.assert_close(blocks["bias"], torch.tensor([[2.0]]))
 
 
+@pytest.mark.parametrize("engine", ["autograd", "traced"])
+def test_a_parameter_without_dimensions(engine: str) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    hessian = operator(model, x, lambda m, batch: (m.scale * batch).square().mean() * m.weight[0, 0], engine=engine)
+    assert_close(operator_blocks(hessian)["scale"], 2 * x.square().mean().view(1, 1) * model.weight[0, 0].detach())
+
+
 def test_full_and_groups_and_parts_are_submatrices_of_the_hessian() -> None:
     model, (x, y) = mlp(), labeled(7)
     names = [name for name, _ in model.named_parameters()]

@@ -118,7 +118,7 @@ class Block:
         lead = vectors.shape[:-1]
         for piece, part in zip(self.pieces, torch.split(vectors, [prod(p.shape) for p in self.pieces], dim=-1)):
             like = parameters[piece.name]
-            values = part.reshape(*lead, *piece.shape).to(like.dtype)
+            values = part.reshape((*lead, *piece.shape)).to(like.dtype)
             if piece.part is None:
                 spread[piece.name] = values
             else:
@@ -133,7 +133,7 @@ class Block:
         for piece, part in zip(self.pieces, torch.split(into, [prod(p.shape) for p in self.pieces], dim=-1)):
             tensor = tensors.get(piece.name)
             if tensor is not None:
-                part.view(*lead, *piece.shape).add_(piece.of(tensor), alpha=share)
+                part.view((*lead, *piece.shape)).add_(piece.of(tensor), alpha=share)
 
 
 @dataclass(frozen=True)
