@@ -166,7 +166,9 @@ def spectrum(
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir, ranks))
         budget = shared_budget(_budget(memory_budget, run), model, ranks)
         settings = (blocks, batchnorm, dtype, budget, matmul_precision)
-        problem, cut, fingerprints = stack.enter_context(prepared_problem(model, data, loss_fn, *settings, ranks, engine))
+        problem, cut, fingerprints = stack.enter_context(
+            prepared_problem(model, data, loss_fn, *settings, ranks, engine)
+        )
         made = {
             "model": type(unwrap(model)).__name__,
             "loss": problem.loss.name,
@@ -316,7 +318,9 @@ def extend(
     with ExitStack() as stack:
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir))
         settings = (blocks, batchnorm, dtype, _budget(memory_budget, run), first["matmul_precision"])
-        problem, _, fingerprints = stack.enter_context(prepared_problem(model, data, loss_fn, *settings, engine=options.engine))
+        problem, _, fingerprints = stack.enter_context(
+            prepared_problem(model, data, loss_fn, *settings, engine=options.engine)
+        )
         _check_same("names of the blocks", [info.name for info in problem.infos], list(spectra.names))
         _check_same("sizes of the blocks", problem.dims, list(spectra.dims))
         _check_same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), made.dtype)

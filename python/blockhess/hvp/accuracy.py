@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.ggn import GaussNewtonEngine
-from blockhess.hvp.operator import Engine, product
+from blockhess.hvp.operator import Column, Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.problem import Problem
@@ -79,13 +79,14 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
 def _products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
     """Return H_l v of some blocks, with the same v in every precision."""
     engine.prepare(0)
-    found = {}
+    columns = []
     for number in numbers:
-        dim = problem.dims[number]
-        v = torch.randn(1, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-        rows = (v / v.norm()).to(problem.device, problem.dtype)
-        found[number] = product(engine, number, rows) if problem.is_used(number) else torch.zeros_like(rows)
-    return found
+        v = torch.randn(1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        vectors = (v / v.norm()).to(problem.device, problem.dtype)
+        columns.append(Column(number, vectors, torch.zeros_like(vectors)))
+    for _ in engine.multiply([column for column in columns if problem.is_used(column.number)], 1.0):
+        pass
+    return {column.number: column.products for column in columns}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -71,13 +71,17 @@ class Job:
         else:
             self._basis = list(first.quadrature.reorthogonalize)
             exact = tuple(name in first.provenance["plan"]["exact"] for name in first.names)
-        self.plan, self._engine = (plan, None) if plan else make_plan(
-            problem,
-            **{name: getattr(options, name) for name in ("engine", "num_probes", "num_steps", "keep_vectors")},
-            basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
-            budget=budget_bytes(options.memory_budget, problem.device),
-            exact=exact,
-            least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
+        self.plan, self._engine = (
+            (plan, None)
+            if plan
+            else make_plan(
+                problem,
+                **{name: getattr(options, name) for name in ("engine", "num_probes", "num_steps", "keep_vectors")},
+                basis_dims=[0 if basis in ("none", "exact") else dim for dim, basis in zip(dims, self._basis)],
+                budget=budget_bytes(options.memory_budget, problem.device),
+                exact=exact,
+                least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
+            )
         )
         self.infos = problem.infos
         self.hvps = 0 if first is None else first.provenance["hvps"]
@@ -139,7 +143,9 @@ class Job:
                 for unit in units:
                     keep(compute(unit))
         if isinstance(engine, TracedEngine) and engine.rows < self.plan.rows:
-            self.shrunk.append(f"memory ran out: {engine.rows} instead of {self.plan.rows} vectors were multiplied together")
+            self.shrunk.append(
+                f"memory ran out: {engine.rows} instead of {self.plan.rows} vectors were multiplied together"
+            )
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.concatenate([Quadrature.concatenate(parts, 0) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()

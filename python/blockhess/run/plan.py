@@ -237,7 +237,9 @@ def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> t
 def _seconds(problem: Problem, product: Work, hvps: int) -> float:
     """Return the seconds of all products at nominal rates of the device, which are reproducible."""
     one = Work(
-        product.flops * problem.forward_flops, product.bytes * problem.graph_bytes, product.launches * problem.graph_nodes
+        product.flops * problem.forward_flops,
+        product.bytes * problem.graph_bytes,
+        product.launches * problem.graph_nodes,
     )
     return one.times(hvps).seconds(problem.device.type)
 

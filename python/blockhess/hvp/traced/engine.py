@@ -24,6 +24,10 @@ from blockhess.problem.batches import map_tensors
 from blockhess.problem.problem import Problem
 
 
+# Recorded evaluations of a trace; each has about a thousand calls.
+MOST_EVALUATIONS = 1000
+
+
 class TracedEngine:
     """Products with all blocks and vectors at once, by a linear program.
 
@@ -37,9 +41,7 @@ class TracedEngine:
         NotTraceable: the gradient cannot be traced, or contains an operation without a tangent.
     """
 
-    def __init__(
-        self, problem: Problem, retain: bool = True, rows: int = 1, gauss_newton: bool = False
-    ) -> None:
+    def __init__(self, problem: Problem, retain: bool = True, rows: int = 1, gauss_newton: bool = False) -> None:
         self.name = "ggn" if gauss_newton else "traced"
         self.rows, self._gauss_newton = rows, gauss_newton
         self._problem = problem
@@ -236,6 +238,8 @@ class _Trace:
     def evaluation(self, counts: tuple[int, ...], pool: Pool) -> Evaluation:
         """Return the program for these numbers of rows of every block."""
         if counts not in self._evaluations:
+            if len(self._evaluations) >= MOST_EVALUATIONS:
+                del self._evaluations[next(iter(self._evaluations))]
             self._evaluations[counts] = Evaluation(self.program, counts, pool)
         return self._evaluations[counts]
 
@@ -315,7 +319,10 @@ def _divided(columns: Sequence[Column], size: int) -> tuple[list[Column], list[C
     first: list[Column] = []
     for i, column in enumerate(columns):
         if len(column.vectors) > size:
-            parts = [Column(column.number, *pair) for pair in zip(*((t[:size], t[size:]) for t in (column.vectors, column.products)))]
+            parts = [
+                Column(column.number, *pair)
+                for pair in zip(*((t[:size], t[size:]) for t in (column.vectors, column.products)))
+            ]
             return [*first, parts[0]] if size else first, [parts[1], *columns[i + 1 :]]
         first.append(column)
         size -= len(column.vectors)

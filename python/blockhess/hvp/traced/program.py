@@ -156,6 +156,28 @@ class Program:
     constants: dict[fx.Node, fx.Node]
     products: list[fx.Node | None]
 
+    @functools.cached_property
+    def schedule(self) -> list[tuple[fx.Node, list[fx.Node]]]:
+        """The calls in order, without combinations that only a sum reads, and the tangents that each of them reads."""
+        calls = [n for n in self.graph.nodes if n.op == "call_function" and n.meta["blocks"]]
+        inner = {n: summed(n) for n in calls}
+        skipped = set(inner.values())
+        return [
+            (n, [s for s in (inner[n] or n).all_input_nodes if s not in self.constants])
+            for n in calls
+            if n not in skipped
+        ]
+
+
+def summed(node: fx.Node) -> fx.Node | None:
+    """Return the combination that only this sum over the last dimension reads, which then is never stored."""
+    if node.target is not aten.sum.dim_IntList or node.kwargs or not is_node(node.args[0]):
+        return None
+    source, dims = node.args[0], node.args[1]
+    if source.target is not combine or len(source.users) > 1 or not source.meta["val"].dim():
+        return None
+    return source if [d % source.meta["val"].dim() for d in dims] == [source.meta["val"].dim() - 1] else None
+
 
 class ProgramBuilder:
     """Builds a linear program, next to a graph of constants."""

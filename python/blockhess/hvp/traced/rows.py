@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -21,7 +22,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from blockhess.hvp.traced.operations import SPLITS, VIEWS, aten
-from blockhess.hvp.traced.program import Program, combine, is_node, multiply
+from blockhess.hvp.traced.program import Program, combine, is_node, multiply, summed
 from blockhess_ext import ops
 
 # Input 0 ... n-1 are tangents and constants, later ones results that are not in buffers.
@@ -78,6 +79,10 @@ class _Value:
         buffer: list[Any] | None = None,
     ) -> None:
         self.tensor, self.first, self.get, self.buffer = tensor, first, get, buffer
+
+    @property
+    def rows(self) -> int:
+        return self.tensor.shape[0]
 
     def view(self, function: Callable[[Tensor], Tensor], first: int | None = None) -> _Value:
         """Return a view of the same memory."""
@@ -141,16 +146,13 @@ class Evaluation:
                 self._env[node] = _Value(inputs[i], span[0], operator.itemgetter(i))  # type: ignore[arg-type]
         for i, node in enumerate(program.constants, len(program.tangents)):
             self._env[node] = _Value(inputs[i], 0, operator.itemgetter(i))  # type: ignore[arg-type]
-        nodes = [n for n in program.graph.nodes if n.op == "call_function" and self._active(n)]
-        fused = {source for n in nodes if (source := _summed(n)) is not None}
-        nodes = [n for n in nodes if n not in fused]
+        schedule = [(n, sources) for n, sources in program.schedule if self._active(n)]
         products = [n if n is not None and self._active(n) else None for n in program.products]
-        self._left: dict[fx.Node, int] = {}
-        sources = {n: [*_summed(n).all_input_nodes] if _summed(n) in fused else n.all_input_nodes for n in nodes}
-        for used in (*sources.values(), [n for n in products if n is not None]):
+        self._left: dict[fx.Node, int] = defaultdict(int)
+        for used in (*(sources for _, sources in schedule), [n for n in products if n is not None]):
             for source in used:
-                self._left[source] = self._left.get(source, 0) + 1
-        for node in nodes:
+                self._left[source] += 1
+        for node, sources in schedule:
             self._fresh: list[list[Any]] = []
             value = self._evaluate(node)
             self._env[node] = value
@@ -159,7 +161,7 @@ class Evaluation:
                     each.buffer[1] += 1
             for buffer in self._fresh:
                 self._free(buffer)
-            for source in sources[node]:
+            for source in sources:
                 self._left[source] -= 1
                 if not self._left[source]:
                     self._release(source)
@@ -235,14 +237,14 @@ class Evaluation:
         """Return rows first ... last - 1 of a tangent, which has them."""
         value: _Value = self._env[node]
         first, last = span
-        if value.first == first and len(value.tensor) == last - first:
+        if value.first == first and value.rows == last - first:
             return value
         start = value.first
-        if start <= first and last <= start + len(value.tensor):
+        if start <= first and last <= start + value.rows:
             return value.view(lambda t: t[first - start : last - start], first)
         padded = self._buffer((last - first, *value.tensor.shape[1:]), value.tensor, first)
         self._do(torch.Tensor.zero_, padded)
-        low, high = max(first, start), min(last, start + len(value.tensor))
+        low, high = max(first, start), min(last, start + value.rows)
         if low < high:
             part, target = self._rows(node, (low, high)), padded.tensor[low - first : high - first]
             self._do(lambda t: target.copy_(t), part)
@@ -292,7 +294,7 @@ class Evaluation:
             if base not in self._env:  # it belongs to other blocks
                 continue
             value = self._env[base]
-            low, high = max(first, value.first), min(last, value.first + len(value.tensor))
+            low, high = max(first, value.first), min(last, value.first + value.rows)
             if low >= high:
                 continue
             lead = (high - low, *(1,) * (len(shape) - value.tensor.dim() + 1))
@@ -311,7 +313,9 @@ class Evaluation:
         if summed is not None:
             out = self._buffer((last - first, *shape[:-1], 1), like, first)
         else:
-            out = self._in_place(node, dict(zip(names, bases)), span) or self._like(bases, (last - first, *shape), like, first)
+            out = self._in_place(node, dict(zip(names, bases)), span) or self._like(
+                bases, (last - first, *shape), like, first
+            )
         offsets = [value.first - first for value in bases]
         function = ops.linear_combination if summed is None else ops.linear_combination_sum
         values = [*bases, *(c for c in coefficients if c is not None)]
@@ -355,13 +359,13 @@ class Evaluation:
         return self._buffer(shape, like, first)
 
     def _sum(self, node: fx.Node, span: tuple[int, int]) -> _Value:
-        source = _summed(node)
+        source = summed(node)
         if source is not None:
             return self._combine(source, span, node)
         value, like = self._rows(node.args[0], span), node.meta["val"]
         dims = [d % (value.tensor.dim() - 1) + 1 for d in (node.args[1] if len(node.args) > 1 else [])]
         keep = len(node.args) > 2 and node.args[2]
-        out = self._buffer((len(value.tensor), *like.shape), like, value.first)
+        out = self._buffer((value.rows, *like.shape), like, value.first)
         if value.tensor.dim() == 1:
             self._do(lambda t, out: out.copy_(t), value, out)
         else:
@@ -379,7 +383,7 @@ class Evaluation:
         written = [False] * (span[1] - span[0])
         for a, b, scalar in pairs:
             value = self._env[a if self._moves(a) else b]
-            low, high = max(span[0], value.first), min(span[1], value.first + len(value.tensor))
+            low, high = max(span[0], value.first), min(span[1], value.first + value.rows)
             for first, last, old in _runs(written, low - span[0], high - span[0]):
                 rows, target = (first + span[0], last + span[0]), out.tensor[first:last]
                 x, y = (self._rows(f, rows) if self._moves(f) else self._env[f] for f in (a, b))
@@ -452,7 +456,7 @@ class Evaluation:
         found = function(value.tensor)
         if found.untyped_storage()._cdata == value.tensor.untyped_storage()._cdata:
             return value.view(function)
-        rows, old = len(value.tensor), value.tensor.shape
+        rows, old = value.rows, value.tensor.shape
         out = self._buffer((rows, *like.shape), like, value.first)
         if rows > 1 and like.dim() == 3 and _feeds_bmm(node):
             out.tensor = out.tensor.view(*like.shape[:2], rows, like.shape[2]).permute(2, 0, 1, 3)
@@ -600,16 +604,6 @@ class Evaluation:
 def _nbytes(value: Any) -> int:
     parts = value if isinstance(value, (tuple, list)) else [value]
     return sum(part.nbytes for part in parts if part is not None)
-
-
-def _summed(node: fx.Node) -> fx.Node | None:
-    """Return the combination that only this sum over the last dimension reads, which then is never stored."""
-    if node.target is not aten.sum.dim_IntList or node.kwargs or not is_node(node.args[0]):
-        return None
-    source, dims = node.args[0], node.args[1]
-    if source.target is not combine or len(source.users) > 1 or not source.meta["val"].dim():
-        return None
-    return source if [d % source.meta["val"].dim() for d in dims] == [source.meta["val"].dim() - 1] else None
 
 
 def _combined(
