@@ -174,10 +174,10 @@ def make_plan(
     if traced:
         made, failure, graph, tangents = _trace(problem, gauss_newton=chosen == "ggn")
         if made and graph + tangents > room:
-            text = f"memory_budget must be at least {size_text(2 * (graph + tangents))} for one vector of the traced engine"
+            failure = f"memory_budget must be at least {size_text(2 * (graph + tangents))} for one traced vector"
             if engine == "traced":
-                raise ValueError(f"spectrum: {text}, got {size_text(budget)}")
-            made, failure = None, text
+                raise ValueError(f"spectrum: {failure}, got {size_text(budget)}")
+            made = None
         if engine == "traced" and failure:
             raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
         if failure:

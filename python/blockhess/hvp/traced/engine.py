@@ -260,13 +260,6 @@ class _Trace:
 
         return trace_gradient(gradient, *self._inputs(batch), values=not self.reusable)
 
-    @property
-    def tangent_bytes(self) -> int:
-        """Memory of the tangents of one vector of the block that is used first."""
-        trace = self._traces[0]
-        live = [number for number, is_live in enumerate(trace.live) if is_live]
-        return self.dry_run({min(live, key=trace.position.__getitem__): 1}) if live else 0
-
     def dry_run(self, counts: Mapping[int, int]) -> int:
         given = [0] * len(self.position)
         for number, count in counts.items():
