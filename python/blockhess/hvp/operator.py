@@ -47,7 +47,7 @@ class Engine(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether calls with the same columns do the same work on the same addresses, without waiting for the device."""
+        """Whether calls with the same columns do the same work on the same addresses and never wait for the device."""
 
     def prepare(self, index: int) -> None:
         """Select batch `index` for the next products."""
@@ -152,8 +152,8 @@ class BlockOperator:
         """
         result = huge_pages.zeros_like(v)
         pieces = list(zip(self.numbers, torch.split(v, self.dims, dim=1), torch.split(result, self.dims, dim=1)))
-        sums, last, before = self.problem.ranks.sums(), len(self.problem.shares) - 1, self.hvps
-        columns = []
+        sums, before = self.problem.ranks.sums(), self.hvps
+        columns: list[Column] = []
         for column, (number, vectors, products) in enumerate(pieces):
             if self.problem.is_used(number):
                 columns += self._running(column, Column(number, vectors, products))
