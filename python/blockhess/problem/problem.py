@@ -9,6 +9,7 @@ twice differentiable. The parameters of the model are only read.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -80,18 +81,25 @@ class Problem:
         self.ranks = SINGLE_PROCESS
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = _Computation(model)
-        pieces = {piece.name: piece.tensor for block in blocks for piece in block.pieces}
-        self.device = _one_device(pieces)
+        self.device = _one_device(self._pieces)
         if loss.calls_model:
             check_device(list(batches), self.device)
-        self._converted = _converted(model, pieces, dtype)
-        owned = _owned(model)
+        self._convert(dtype)
+        self._survey(batches, several)
+
+    @property
+    def _pieces(self) -> dict[str, Tensor]:
+        return {piece.name: piece.tensor for block in self.blocks for piece in block.pieces}
+
+    def _convert(self, dtype: torch.dtype | None) -> None:
+        """Set the parameters and the dtypes of vectors and data."""
+        pieces, owned = self._pieces, _owned(self.model)
+        self._converted = _converted(self.model, pieces, dtype)
         self._places = {name: owned[id(p)] for name, p in pieces.items()}
         self.parameters = {name: self._converted.get(self._places[name][0], p) for name, p in pieces.items()}
         self._data_dtype = next((t.dtype for t in self._converted.values() if t.is_floating_point()), None)
         self.dtype = max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize)
         self.dtype = self.dtype if self.dtype.itemsize >= 4 else torch.float32
-        self._survey(batches, several)
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss of a batch, with some parameters replaced by name."""
@@ -144,7 +152,10 @@ class Problem:
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """Return the problem of the first batch in another dtype."""
-        return Problem(self.model, self.loss, self.batches[:1], self.blocks, dtype)
+        other = copy.copy(self)
+        other.ranks, other.batches, other.shares, other.n_batches = SINGLE_PROCESS, self.batches[:1], [1.0], 1
+        other._convert(dtype)
+        return other
 
     def _call(
         self, compute: Callable[[nn.Module, Batch], T], batch: Batch, parameters: Mapping[str, Tensor] | None = None
