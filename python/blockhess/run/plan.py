@@ -27,6 +27,8 @@ PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
 TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
+# Share of the products that a run with a tolerance makes, roughly.
+TOLERANCE_SHARE = 0.1
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
 # Checks of products take at most this share of the planned products, but compare one block at least. In products, they
@@ -168,8 +170,9 @@ def make_plan(
     n_batches = len(problem.batches)  # of this rank
     hvps = products(num_probes, num_steps)
     rows, made = 1, None
-    most = max((count * len(blocks) for _, count, blocks in passes), default=num_probes)
-    chosen, traced, why = _engine(problem, engine, hvps, most, room)
+    most = max([num_probes * sum(exact), *(count * len(blocks) for _, count, blocks in passes)])
+    expected = max(products(*least), int(TOLERANCE_SHARE * hvps)) if least else hvps
+    chosen, traced, why = _engine(problem, engine, expected, most, room)
     graph, tangents = problem.graph_bytes, 0
     if traced:
         made, failure, graph, tangents = _trace(problem, gauss_newton=chosen == "ggn")
@@ -192,7 +195,7 @@ def make_plan(
         engine_bytes += rows * tangents
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
-    checked = _checked([l for l, u in enumerate(used) if u], hvps)
+    checked = _checked([l for l, u in enumerate(used) if u], expected)
     parameters = 8 * sum(p.numel() for p in problem.model.parameters()) if problem.dtype == torch.float32 else 0
     plan = Plan(
         engine=chosen,
