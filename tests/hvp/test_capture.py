@@ -6,6 +6,7 @@ A step computes nothing on the host and reads nothing from it. An emulation of C
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -184,6 +185,29 @@ def test_who_can_be_captured() -> None:
     assert not capturable(TracedEngine, 2, retain=False)  # its constants are evaluated in every product
     assert not capturable(TracedEngine, 1, data_size=2)  # sums over ranks wait for the device
     assert not capturable(AutogradEngine, 1)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_memory_that_runs_out_in_a_capture_is_an_error(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TracedEngine(where := posed(), rows=4)
+    operator = BlockOperator(where, engine)
+    v = torch.randn(3, sum(operator.dims))
+    operator(v)  # evaluates the constants
+    multiply, failed = engine._multiply, []
+
+    def once(*args: Any) -> None:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError
+        multiply(*args)
+
+    monkeypatch.setattr(engine, "_multiply", once)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    where.device = torch.device("cuda")
+    with pytest.raises(torch.OutOfMemoryError) if capturing else nullcontext():
+        operator(v)
+    assert engine.rows == (4 if capturing else 2)
 
 
 @pytest.mark.parametrize("engine", ["traced", "autograd"])

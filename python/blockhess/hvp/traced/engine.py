@@ -100,8 +100,9 @@ class TracedEngine:
             try:
                 self._multiply(chunk, share)
             except torch.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
+                on_gpu = self._problem.device.type == "cuda"
+                if self.rows == 1 or (on_gpu and torch.cuda.is_current_stream_capturing()):
+                    raise  # a capture can neither release memory nor start again
                 chunk = []
             if chunk:
                 waiting = rest
