@@ -213,7 +213,7 @@ def _lanczos(
     partial = recurrences.norm.new_empty(len(batch.v), layout.n_tiles)
     basis_partial = partial.new_empty(*partial.shape, len(basis) + 1)
     mark_finished = getattr(hvp, "mark_finished", None)
-    tracker = completion.track(recurrences)
+    tracker = completion.track(recurrences, batch.step)
     n_finished = 0
 
     def product(v: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _lanczos(
     def count_running() -> int:
         """Return how many recurrences are running, as far as the host knows; report finished ones to the operator."""
         nonlocal n_finished
-        finished = tracker.poll()
+        finished = tracker.poll(batch.step)
         if mark_finished is not None and int(finished.sum()) > n_finished:
             mark_finished(finished)
             if isinstance(step, GraphedStep):

@@ -1,4 +1,4 @@
-"""Completion on a device is known late on the host, and results do not depend on when."""
+"""Completion on a device is known late on the host, at the same step in every run; results do not depend on it."""
 
 from __future__ import annotations
 
@@ -10,50 +10,59 @@ from blockhess_ext.recurrences import FINISHED, Recurrences
 
 
 class Event:
-    """A device event that completes when `done` is set."""
+    """A device event; the copy before it arrives when the host waits for it."""
 
-    done = False
-
-    def query(self) -> bool:
-        return self.done
+    def __init__(self, arrive) -> None:
+        self.synchronize = arrive
 
 
 class Late(DeviceCompletion):
-    """A device's completion tracker whose copies arrive when the test sets their event."""
+    """A device's completion tracker whose copies arrive as late as they can."""
 
     def _allocate(self) -> torch.Tensor:
         return torch.zeros_like(self._status)
 
     def _copy(self) -> Event:
-        self.copies = getattr(self, "copies", 0) + 1
-        self._pinned_status.copy_(self._status)
-        self.event = Event()
-        return self.event
+        status = self._status.clone()
+        return Event(lambda: self._pinned_status.copy_(status))
 
 
-def test_a_copy_is_read_only_once_its_event_is_done():
+def test_a_copy_is_read_at_the_next_copy():
     recurrences = Recurrences.start(1, torch.tensor([9, 9]))
     tracker = Late(recurrences)
+    assert not tracker.poll(0).any()
     recurrences.status[0, 1] = FINISHED
-    for _ in range(3 * Late.EVERY):
-        assert not tracker.poll().any()
-    assert tracker.copies == 1  # no copy starts while another is in progress
-    tracker.event.done = True
-    assert tracker.poll().tolist() == [[False, True]]
+    known = [tracker.poll(step).tolist() for step in range(1, 2 * Late.EVERY + 1)]
+    assert known == [[[False, False]]] * (2 * Late.EVERY - 1) + [[[False, True]]]
 
 
 def test_a_returned_mask_does_not_change():
     recurrences = Recurrences.start(1, torch.tensor([9, 9]))
     tracker = Late(recurrences)
-    for _ in range(Late.EVERY):
-        before = tracker.poll()
-    tracker.event.done = True
+    before = tracker.poll(Late.EVERY)
     recurrences.status.fill_(FINISHED)
-    known = tracker.poll()
-    for _ in range(2 * Late.EVERY):
-        tracker.event.done = True
-        last = tracker.poll()
+    known = tracker.poll(2 * Late.EVERY)
+    last = tracker.poll(3 * Late.EVERY)
     assert not before.any() and not known.any() and last.all()
+
+
+def test_a_resumed_run_knows_the_same_at_every_step():
+    ends = torch.tensor([[2, 4, 5, 7, 8, 9, 12, 13]])
+    recurrences = Recurrences.start(1, torch.full((8,), 20))
+
+    def advance(step: int) -> None:
+        recurrences.steps.copy_(ends.clamp(max=step))
+        recurrences.status[ends <= step] = FINISHED
+
+    tracker, known = Late(recurrences), []
+    resumed: dict[int, Late] = {}
+    for step in range(20):
+        advance(step)
+        known.append(tracker.poll(step))
+        resumed[step] = Late(recurrences, step)
+        for start, other in resumed.items():
+            assert torch.equal(other.poll(step), known[-1]), (start, step)
+    assert known[-1].all() and not known[8].all()
 
 
 def test_results_do_not_depend_on_when_the_host_knows(monkeypatch):

@@ -30,7 +30,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CallRecorder:
 class NeverKnown(completion.Completion):
     """Completion that never reports a finished recurrence: the longest possible delay."""
 
-    def poll(self) -> Tensor:
+    def poll(self, step: int) -> Tensor:
         return torch.zeros(self._status.shape, dtype=torch.bool)
 
 
