@@ -42,7 +42,7 @@ class Completion:
 
 
 class DeviceCompletion(Completion):
-    """Completion of recurrences on a GPU: every few steps, the status is copied to pinned memory, to be read at the next.
+    """Completion of recurrences on a GPU: every few steps, its status is copied, to be read at the next copy.
 
     The host thus never is more than 2 * EVERY steps ahead of the device.
     """

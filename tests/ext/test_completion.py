@@ -56,7 +56,7 @@ def test_a_resumed_run_knows_the_same_at_every_step():
 
     tracker, known = Late(recurrences), []
     resumed: dict[int, Late] = {}
-    for step in range(20):
+    for step in range(21):
         advance(step)
         known.append(tracker.poll(step))
         resumed[step] = Late(recurrences, step)
