@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from blockhess.hvp import AutogradEngine, BlockOperator, NotTraceable, TracedEngine
+from blockhess.hvp.traced.rows import Evaluation
 from blockhess.problem.problem import Problem
 from tests.helpers.dense_hessian import problem
 from tests.helpers.random_networks import OPERATIONS, Network, Step, loss
@@ -78,6 +79,55 @@ def check(case: dict[str, Any]) -> str:
         error = float((found - expected).abs().max())
         assert error <= 1e6 * EPS * scale, (error, scale)
     return "equal"
+
+
+def known(steps: list[Step], shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    return {
+        "steps": steps,
+        "shape": shape,
+        "choice": 0,
+        "groups": [0, 1],
+        "rows": 1000,
+        "finished": 0,
+        "seed": 0,
+    } | options
+
+
+FOUND = {
+    "a batched product of both factors": known(
+        [Step("embedding", 0, 0, 0), Step("bmm with a parameter", 0, 0, 0)], (3,), groups=[0], rows=3
+    ),
+    "parts of a split along the first dimension": known(
+        [Step("pooled", 0, 0, 0), Step("embedding", 0, 0, 0), Step("attention", 0, 0, 0), Step("split", 0, 0, 42)], (3,)
+    ),
+    "operands of other blocks than the result": known(
+        [Step("attention", 0, 0, 0), Step("used often", 0, 0, 0), Step("linear", 1, 0, 1)],
+        (3,),
+        choice=1,
+        groups=[1, 1, 1, 2, 0, 3],
+        finished=932,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
+def test_products_that_were_wrong_once(case: dict[str, Any]) -> None:
+    assert check(case) == "equal"
+
+
+def test_wrong_products_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Evaluation._evaluate
+
+    def wrong(self: Evaluation, node: Any) -> Any:
+        value = evaluate(self, node)
+        if not isinstance(value, list):
+            value.tensor.mul_(1 + 1e-6)
+        return value
+
+    monkeypatch.setattr(Evaluation, "_evaluate", wrong)
+    for case in FOUND.values():
+        with pytest.raises(AssertionError):
+            check(case)
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])

@@ -80,6 +80,8 @@ def test_any_rows_of_any_blocks(name: str, dtype: torch.dtype) -> None:
         if dtype == torch.float32:
             if "checkpointing" in name or len(problem.batches) > 1:
                 pytest.skip("no other precision, as in test_engines.py")
+            if name == "LSTM":
+                pytest.skip("oneDNN's LSTM, which torch takes in float32, has no tangent")
             problem = problem.in_dtype(dtype)
         # Transformers models compute their loss in float32 whatever their weights are.
         tolerance = TOLERANCE[torch.float32 if ZOO[name].transformers else dtype]
