@@ -2,9 +2,9 @@
 
 Stochastic Lanczos quadrature of H_l = d2 Loss / d w_l^2 for every block l of the parameters (the paper's Algorithm 5).
 
-The model is left unchanged. The probes of a block do not depend on the other blocks, nor does its result, except that
-reorthogonalize="auto" shares one budget among the blocks. One seed gives the same bits as far as torch's kernels do:
-some backward passes (LayerNorm's) depend on the number of threads.
+The model is left unchanged. The probes of a block do not depend on the other blocks, nor does its result, up to
+rounding, except that reorthogonalize="auto" shares one budget among the blocks. The same call gives the same bits as
+far as torch's kernels do: some backward passes (LayerNorm's) depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -107,17 +107,20 @@ def spectrum(
         batchnorm: statistics used by BatchNorm layers: "eval" for the running statistics, "batch" for those of each
             batch, or "frozen_batch_stats" for the average over all batches, held constant. "batch" is recorded if no
             layer has running statistics.
-        engine: method of computing Hessian-vector products. "autograd" differentiates the gradient's graph, "traced"
-            converts it to linear programs first. "auto" chooses between them by operation counts, and computes small
-            blocks exactly if that takes fewer products; "exact" computes all blocks exactly. "ggn" uses the
-            generalized Gauss-Newton matrix instead of the Hessian.
+        engine: method of computing Hessian-vector products. "autograd" differentiates the gradient's graph, for one
+            vector at a time. "traced" converts the gradient to one linear program for all blocks and multiplies several
+            vectors together. "auto" chooses between them by counted work, and computes small blocks exactly if that
+            takes fewer products; "exact" computes all blocks exactly. "ggn" uses the generalized Gauss-Newton matrix
+            instead of the Hessian, with a linear program if that saves time.
         dtype: of the computation. None means that of the parameters, and float32 for float16 and bfloat16 parameters.
             Conversions inside the model are unchanged: Transformers models compute their loss in float32.
         matmul_precision: of float32 matrix products and convolutions. "highest" is float32. "high" and "medium" are
             TF32 on CUDA. On a CPU, "medium" is bfloat16 and "high" TF32 in matrix products if the CPU has instructions
-            for it, otherwise float32. The resulting error is part of the result's `hvp_error`.
-        memory_budget: memory for vectors and graphs, in bytes or as a string such as "6 GiB"; by default half of the
-            device's memory. Work that exceeds it is split into several passes, and large batches into parts.
+            for it, otherwise float32. The error that results is part of the errors of the products of checked blocks,
+            `provenance["hvp_error"]`.
+        memory_budget: memory for vectors and graphs, or constants and tangents of a linear program, in bytes or as a
+            string such as "6 GiB"; by default half of the device's memory. Work that exceeds it is split into several
+            passes, and large batches into parts. It also limits how many vectors are multiplied together.
         first_probe: index of the first random vector of every block. `merge` combines runs with different probes.
         keep_vectors: whether to keep the last two vectors of every probe, and its basis if there is one, in the
             result's `vectors` and in run_dir, so that `extend` can add steps. `plan` reports their size.
@@ -253,8 +256,9 @@ def extend(
 ) -> Spectra:
     """Add probes or steps to a finished run without repeating any.
 
-    The result is that of `spectrum` with as many probes or steps from the start and the first run's plan. To add
-    blocks, run `spectrum` on them and `merge` the results.
+    The result is that of `spectrum` with as many probes or steps from the start and the first run's choices, up to
+    rounding, or with the same bits if vectors are multiplied one at a time. To add blocks, run `spectrum` on them and
+    `merge` the results.
 
     Args:
         spectra: result of `spectrum` or `extend`, or the path of a result file or of a finished run's directory.

@@ -99,18 +99,27 @@ class Plan:
     def __str__(self) -> str:
         products = f"{self.hvps:,}"
         if self.least_hvps < self.hvps:
-            products = f"at most {products}, at least {self.least_hvps:,},"
+            products = f"at least {self.least_hvps:,}, at most {products},"
+        n_exact, n_passes = sum(self.exact), len(self.passes)
+        kept = "constants" if self.traced else "graphs"
         lines = [
             f"engine        {self.engine}{', traced' if self.engine == 'ggn' and self.traced else ''} ({self.why})",
-            f"blocks        {len(self.exact)}, of which {sum(self.exact)} exactly",
-            f"batches       {self.batches}, {'kept' if self.retain else 'rebuilt'} between steps",
-            f"products      {products} of one block, vector and batch, about {self.flops:.2g} FLOPs, "
-            f"{time_text(self.seconds)}",
-            f"together      {max((p[1] for p in self.passes), default=0)} probes of "
-            f"{max((len(p[2]) for p in self.passes), default=0)} blocks, in {len(self.passes)} pass(es), "
-            f"{self.rows} vector(s) multiplied together",
-            f"memory        {size_text(self.vector_bytes)} vectors, {size_text(self.engine_bytes)} {self.engine}, "
-            f"{size_text(self.check_bytes)} checks before, of {size_text(self.memory_budget)}",
+            f"blocks        {len(self.exact)}: {len(self.exact) - n_exact} by Lanczos, {n_exact} computed exactly",
+            f"batches       {self.batches}, {kept} {'kept between steps' if self.retain else 'computed in every step'}",
+            f"products      {products} of one block, vector and batch, {self.rows} at a time; "
+            f"about {self.flops:.2g} FLOPs, {time_text(self.seconds)}",
+        ]
+        if self.passes:
+            probes, blocks = max(p[1] for p in self.passes), max(len(p[2]) for p in self.passes)
+            lines += [
+                f"recurrences   {probes} probes of {blocks} blocks at a time, in {n_passes} pass{'es' * (n_passes > 1)}"
+            ]
+        lines += [
+            f"memory        {size_text(self.vector_bytes)} of vectors{' or exact blocks' * (n_exact > 0)}, "
+            f"{size_text(self.engine_bytes)} of {kept}{' and tangents' * self.traced}; "
+            f"the budget is {size_text(self.memory_budget)}",
+            f"checks        of products with {len(self.checked)} blocks before the first step, "
+            f"in {size_text(self.check_bytes)}",
         ]
         if self.kept_bytes:
             lines += [
@@ -231,9 +240,9 @@ def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> t
     tracing = TRACE_SECONDS * problem.graph_nodes
     saved = times["autograd"] - times["traced"]
     if saved > tracing:
-        why = f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing"
+        why = f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing, at nominal rates"
         return "ggn" if engine == "ggn" else "traced", True, why
-    why = f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products"
+    why = f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products, at nominal rates"
     return "ggn" if engine == "ggn" else "autograd", False, why
 
 
