@@ -65,7 +65,7 @@ Probes = Annotated[int | None, typer.Option(help="Random probes per block.")]
 Steps = Annotated[int | None, typer.Option(help="Lanczos steps per probe.")]
 Tol = Annotated[float | None, typer.Option(help="Error tolerance; --probes and --steps then are upper limits.")]
 Engine = Annotated[
-    str | None, typer.Option(help=f"For products: {', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
+    str | None, typer.Option(help=f"Engine for products: {', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
 ]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")]
 TolSigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
@@ -121,7 +121,7 @@ def plan(
     tol: Tol = None,
     tol_sigma: TolSigma = None,
     engine: Engine = None,
-    memory_budget: Annotated[str | None, typer.Option(help="Limit: bytes, or a size such as '6 GiB'.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="Memory limit: bytes, or a size such as '6 GiB'.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one per GPU.")] = None,
     data_parallel: Annotated[int, typer.Option(min=1, help="Of these, how many share the batches.")] = 1,
     as_json: AsJson = False,
