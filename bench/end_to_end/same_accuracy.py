@@ -22,7 +22,7 @@ from bench.end_to_end.slices import PEERS, PROBES, SEED, STEPS, of_rival, ours, 
 from bench.harness.machine import Machine
 from bench.harness.rows import Row, Rows, Target, faster
 from bench.harness.timing import now
-from bench.hvp import products
+from bench.hvp import cases
 from bench.hvp.rivals import Case
 from blockhess.models import GPTConfig
 from blockhess.problem.model_state import fixed_state
@@ -37,7 +37,7 @@ def large_blocks(machine: Machine) -> Case:
     """Return a GPT of one layer with nearly all parameters in blocks of 1e5 and more, and 32 tokens."""
     width, context = machine.pick(320, 16, 16), machine.pick(32, 8, 8)
     config = GPTConfig(context=context, num_layers=1, num_heads=4, width=width)
-    return products.gpt("GPT of one layer, width 320", config, 1, 1)
+    return cases.gpt("GPT of one layer, width 320", config, 1, 1)
 
 
 def part(spectra: blockhess.Spectra, probes: slice, steps: int) -> blockhess.Spectra:

@@ -1,8 +1,9 @@
 """Extrapolate the time of a whole job, ours and every rival's, from a part of it.
 
-10 probes of 100 steps take hours with every rival. Therefore the first steps of one probe are timed, of all blocks or
-of every n-th. The first step and everything before it count as set-up, since programs are traced, compiled and loaded
-then. From the later steps, the time of each block per product, including Lanczos, is multiplied by its number of
+10 probes of 100 steps take hours with every rival. Of our job, which multiplies all blocks and probes together, the
+first steps are timed. What the first one takes longer and everything before it count as set-up: tracing, checks,
+recording. Of a rival, which multiplies one vector of one block after the other, the first steps of one probe are timed,
+of all blocks or of every n-th; the time of each block per product, including Lanczos, is multiplied by its number of
 products.
 """
 
@@ -13,7 +14,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -63,53 +63,47 @@ def on_products(call: Callable[[], object]) -> Iterator[None]:
         yield
 
 
-def _arguments(case: Case, options: dict[str, Any]) -> dict[str, Any]:
+def arguments(case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a job with the blocks of a case."""
     problem = {"model": case.model, "data": case.batch, "loss_fn": case.criterion}
     return {**problem, "blocks": {name: [name] for name in case.blocks}, "reorthogonalize": "none", **options}
 
 
 def ours(case: Case, **options: Any) -> blockhess.Spectra:
     """Return the spectra of the blocks of a case by this package."""
-    return blockhess.spectrum(**_arguments(case, {"seed": SEED, "progress": False, **options}))
+    return blockhess.spectrum(**arguments(case, {"seed": SEED, "progress": False, **options}))
 
 
 def plan(case: Case, **options: Any) -> blockhess.Plan:
     """Return the plan of `ours`."""
-    return blockhess.plan(**_arguments(case, options))
+    return blockhess.plan(**arguments(case, options))
 
 
-def scale(case: Case, counts: Counts) -> float:
-    """Return the products of all blocks divided by those of the measured blocks."""
-    return sum(counts.values()) / sum(counts[name] for name in case.blocks)
-
-
-def of_ours(case: Case, counts: Counts, steps: int) -> Slice:
-    """Return the slice of `spectrum` with one probe of PROBES * STEPS steps, stopped after a few of them.
+def of_ours(case: Case, counts: Counts, together: int, steps: int) -> Slice:
+    """Return the slice of `spectrum` with PROBES x STEPS, stopped after a few steps.
 
     Args:
-        case: Case with the blocks to measure. Set-up is scaled to the number of all blocks.
+        case: Case with all blocks of the job.
         counts: Products of all blocks of the job.
+        together: Products of a step, of all blocks and probes that are estimated.
         steps: Steps to time after the first.
     """
     ends: list[float] = []
-    n = len(case.blocks)
 
     def count() -> None:
         ends.append(now())
-        if len(ends) == n * (steps + 1):
+        if len(ends) == together * (steps + 1):
             raise Stopped
 
     begin = now()
     try:
         with on_products(count):
-            ours(case, num_probes=1, num_steps=PROBES * STEPS)
+            ours(case, num_probes=PROBES, num_steps=STEPS)
     except Stopped:
         pass
-    each = [b - a for a, b in pairwise(ends[n - 1 :])]  # products of all steps; blocks take turns
-    of_block = [statistics.fmean(each[l::n]) for l in range(n)]
-    setup = (ends[n - 1] - begin - sum(of_block)) * len(counts) / n
-    work = sum(seconds * counts[name] for name, seconds in zip(case.blocks, of_block))
-    return Slice(setup, work * scale(case, counts))
+    first, last = ends[together - 1], ends[-1]
+    step = (last - first) / steps
+    return Slice(first - begin - step, step / together * sum(counts.values()))
 
 
 def of_rival(name: str, case: Case, counts: Counts, probes: Sequence[dict[str, Tensor]], num_steps: int) -> Slice:
@@ -139,9 +133,9 @@ def of_rival(name: str, case: Case, counts: Counts, probes: Sequence[dict[str, T
         begin = now()
         found.quadratures |= paper_procedure.lanczos(products, [{block: probe[block]} for probe in probes], num_steps)
         found.work += (now() - begin) / made * counts[block]
-    found.work *= scale(case, counts)
+    found.work *= sum(counts.values()) / sum(counts[name] for name in case.blocks)
     # The work of a step that all blocks share.
-    found.work += PROBES * STEPS * statistics.fmean(timed(rival.step) for _ in range(num_steps))
+    found.work += max(counts.values()) * statistics.fmean(timed(rival.step) for _ in range(num_steps))
     return found
 
 

@@ -8,10 +8,8 @@ python -m docs._generate.readme                              # rewrite the parts
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from bench.harness import result_file
 from bench.harness.environment import describe
 from bench.harness.report import ROWS, environment, judge_of, load, report, targets_of
 from bench.harness.rows import target_table
-from bench.hvp.products import Row
 from bench.ops import scaling
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +34,10 @@ JOBS = {
     "GPT2-nano 10.7M": ("cpu_end_to_end", "end to end, 10 x 100, GPT2-nano (10.7M), 1,024 tokens"),
 }
 SAME_ACCURACY = "cpu_same_accuracy", "end to end to the same accuracy (adaptive), nearly all in blocks of 1e5 elements"
-# Network -> its name in hvp_cpu.json.
+# Network -> file and row of products that are made one by one.
 PRODUCTS = {
-    "GPT 0.8M": "GPT 0.8M, 512 tokens",
-    "GPT2-nano 10.7M": "GPT2-nano 10.7M, 1024 tokens",
+    "GPT 0.8M": ("cpu_products", "one product, GPT 0.8M, 512 tokens"),
+    "GPT2-nano 10.7M": ("cpu_products", "one product, GPT2-nano 10.7M, 1,024 tokens"),
 }
 
 
@@ -81,13 +78,8 @@ def speed_part() -> str:
 
     table = {f"10 probes, 100 steps: {network}": ratios(*place, ", cold") for network, place in JOBS.items()}
     table["same accuracy, `tol=0.02`: GPT of one layer"] = ratios(*SAME_ACCURACY)
-    products = json.loads((RESULTS / "hvp_cpu.json").read_text())
-    results = {result["name"]: [Row(**row) for row in result["rows"]] for result in products["results"]}
-    for network, name in PRODUCTS.items():
-        ours, *others = results[name]
-        rounds = {row.rival: [a / b for a, b in zip(row.rounds, ours.rounds)] for row in others}
-        table[f"one product: {network}"] = [statistics.median(rounds[rival]) for rival in RIVALS]
-    used = [committed[file]["environment"] for file, _ in (*JOBS.values(), SAME_ACCURACY)] + [products["environment"]]
+    table |= {f"one product: {network}": ratios(*place) for network, place in PRODUCTS.items()}
+    used = [committed[file]["environment"] for file, _ in (*JOBS.values(), SAME_ACCURACY, *PRODUCTS.values())]
     (machine,) = {f"{e['cpu']}, {e['threads']} thread, torch {e['torch']}" for e in used}
     return "\n".join(
         [
@@ -151,8 +143,8 @@ def targets_part() -> str:
 
 def _made(result: dict[str, Any]) -> str:
     """Return where a run was made, and what that machine can do."""
-    triad, product = result["limits"]["triad"] / 1e9, result["limits"]["gemm"] / 1e9
-    limits = f"triad {triad:.1f} GB/s, matrix product {product:.0f} GFLOP/s"
+    units = {"triad": "GB/s", "gemm": "GFLOP/s"}
+    limits = ", ".join(f"{name} {x / 1e9:.0f} {units[name]}" for name, x in result["limits"].items() if name in units)
     return f"- {environment(result)}; {limits}; {load(result)}"
 
 

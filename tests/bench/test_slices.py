@@ -1,4 +1,4 @@
-"""bench/end_to_end/slices.py: jobs are stopped and extrapolated block by block."""
+"""bench/end_to_end/slices.py: jobs are stopped and extrapolated."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ class Counting:
         return self.time
 
 
-def test_our_job_is_stopped_and_extrapolated_block_by_block(monkeypatch):
-    """Set-up takes 7 s, a first product 100 s (compiling), a later one 2 s for one block and 3 s for the other."""
+def test_our_job_is_stopped_and_extrapolated_step_by_step(monkeypatch):
+    """Set-up takes 7 s, the first step 100 s more than a later one, in which products take 2 and 3 s."""
     case, clock = small_case(), Counting()
-    measured = dataclasses.replace(case, blocks=case.blocks[3:5])
 
     def spectrum(*_, blocks, num_probes, num_steps, **__):
-        assert list(blocks) == list(measured.blocks) and num_probes * num_steps == 1000
+        assert list(blocks) == list(case.blocks) and (num_probes, num_steps) == (10, 100)
         with estimate.progress_bar(1, "", False) as product:
             clock.time += 7
-            for step in range(1000):
+            for step in range(100):
+                clock.time += 100 if step == 0 else 0
                 for seconds in (2, 3):
-                    clock.time += 100 if step == 0 else seconds
-                    product()
+                    clock.time += num_probes * seconds
+                    for _ in range(num_probes):  # made together
+                        product()
 
     monkeypatch.setattr(slices, "now", clock)
     monkeypatch.setattr(slices.blockhess, "spectrum", spectrum)
     counts = dict.fromkeys(case.blocks, 10) | {case.blocks[3]: 20}
-    found = slices.of_ours(measured, counts, steps=3)
-    assert clock.time == 7 + 200 + 3 * 5
-    # Scaled from 2 to 11 blocks, and from 30 to 120 products.
-    assert found.setup == pytest.approx((7 + 200 - 5) * 11 / 2)
-    assert found.work == pytest.approx((20 * 2 + 10 * 3) * 120 / 30)
+    found = slices.of_ours(case, counts, 20, steps=3)
+    # Stopped by the first of the products that were made together with the last one.
+    assert clock.time == 7 + 100 + 4 * 50
+    assert found.setup == pytest.approx(7 + 100)
+    assert found.work == pytest.approx(2.5 * 120)
 
 
 def test_a_rival_is_extrapolated_block_by_block(monkeypatch):
@@ -75,5 +76,5 @@ def test_a_rival_is_extrapolated_block_by_block(monkeypatch):
     probe = {name: case.vector(name) for name in measured.blocks}
     found = slices.of_rival("slow", measured, counts, [probe], 3)
     assert found.setup == pytest.approx(1 + 2 * 0.5 * 11 / 2)
-    assert found.work == pytest.approx((20 * 2 + 10 * 3) * 120 / 30 + 1000 * 4)
+    assert found.work == pytest.approx((20 * 2 + 10 * 3) * 120 / 30 + 20 * 4)
     assert found.whole == found.setup + found.work and len(found.quadratures[case.blocks[3]][0][0]) == 3
