@@ -118,8 +118,8 @@ class Plan:
             f"memory        {size_text(self.vector_bytes)} of vectors{' or exact blocks' * (n_exact > 0)}, "
             f"{size_text(self.engine_bytes)} of {kept}{' and tangents' * self.traced}; "
             f"the budget is {size_text(self.memory_budget)}",
-            f"checks        of products with {len(self.checked)} block{'s' * (len(self.checked) != 1)} before the first "
-            f"step, in {size_text(self.check_bytes)}",
+            f"checks        of products with {len(self.checked)} block{'s' * (len(self.checked) != 1)} before the "
+            f"first step, in {size_text(self.check_bytes)}",
         ]
         if self.kept_bytes:
             lines += [
