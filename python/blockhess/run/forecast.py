@@ -1,6 +1,6 @@
 """Predicted time of a job on several processes, from rates measured in this one.
 
-seconds = fixed + max over ranks of (its products and Lanczos steps) * rate,   at least the traffic / bandwidth
+seconds = fixed + max over ranks of (its products and Lanczos steps) * rate + traffic / bandwidth
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Forecast:
                 f"balance       {self.balance:.0%} (mean load / largest)",
                 f"memory        {size_text(self.memory_bytes)} of vectors and graphs in every process",
                 f"traffic       {size_text(self.traffic_bytes)} sent by every process, "
-                f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s, hidden behind longer products",
+                f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s",
             ]
         )
 
@@ -127,7 +127,7 @@ def forecast(
             work=work,
             data=data,
             fixed_seconds=fixed,
-            seconds=fixed + max(max(ranks), traffic / bandwidth),
+            seconds=fixed + max(ranks) + traffic / bandwidth,
             alone_seconds=fixed + sum(loads(1, problem.n_batches)),
             balance=sum(ranks) / len(ranks) / max(ranks) if max(ranks) else 1.0,
             memory_bytes=plan.vector_bytes // work
