@@ -20,6 +20,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Wait until the device has reached it."""
 
+    def query(self) -> bool:
+        """Return whether the device has reached it."""
+
 
 class Completion:
     """Completion of recurrences on the CPU, known immediately.

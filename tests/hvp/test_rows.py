@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import blockhess
 from blockhess.hvp import AutogradEngine, BlockOperator, TracedEngine
-from blockhess.hvp.traced.rows import Evaluation, Pool
+from blockhess.hvp.traced.rows import Pool, Recording
 from blockhess.problem.blocks import BlockSpec, ParameterSlice
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
@@ -187,15 +187,15 @@ def test_a_block_depends_on_its_own_vectors_only(name: str, value: float) -> Non
 
 
 def test_a_program_that_mixes_rows_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = Evaluation._evaluate
+    evaluate = Recording._evaluate
 
-    def mixed(self: Evaluation, node: Any) -> Any:
+    def mixed(self: Recording, node: Any) -> Any:
         value = evaluate(self, node)
         if not isinstance(value, list) and len(value.tensor) > 1:
             value.tensor[1:].add_(value.tensor[:-1].clone(), alpha=1e-3)
         return value
 
-    monkeypatch.setattr(Evaluation, "_evaluate", mixed)
+    monkeypatch.setattr(Recording, "_evaluate", mixed)
     with pytest.raises(AssertionError):
         test_a_block_depends_on_its_own_vectors_only("tied embedding", 1.0)
 

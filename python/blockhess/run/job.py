@@ -354,9 +354,9 @@ class Job:
             accuracy = measure(self._problem, engine, checked)
         accuracy = ranks.gather(accuracy)[0]
         if accuracy is not None:
-            self.hvp_error = {self.infos[l].name: error for l, error in accuracy.errors.items()}
-            for l, error in accuracy.errors.items():
-                self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
+            self.hvp_error = {self.infos[l].name: size for l, size in accuracy.errors.items()}
+            for l, size in accuracy.errors.items():
+                self._zero_within[l] = self._noise(l, size) if accuracy.is_zero(l) else None
         return engine
 
     def _noise(self, number: int, error: float) -> float:

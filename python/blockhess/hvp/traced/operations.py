@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+
+# A torch.fx.Node. The annotations of its target and arguments are unions of all that a graph may contain.
+Node: TypeAlias = Any
 
 
 class NotTraceable(NotImplementedError):

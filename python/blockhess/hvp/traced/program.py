@@ -21,7 +21,17 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from blockhess.hvp.traced.operations import RESHAPED, SAME, SHAPE_ONLY, VIEWS, NotTraceable, TensorInfo, aten, refuse
+from blockhess.hvp.traced.operations import (
+    RESHAPED,
+    SAME,
+    SHAPE_ONLY,
+    VIEWS,
+    Node,
+    NotTraceable,
+    TensorInfo,
+    aten,
+    refuse,
+)
 
 _INDEXED = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default,
@@ -169,7 +179,7 @@ class Program:
         ]
 
 
-def summed(node: fx.Node) -> fx.Node | None:
+def summed(node: Node) -> fx.Node | None:
     """Return the combination that only this sum over the last dimension reads, which then is never stored."""
     if node.target is not aten.sum.dim_IntList or node.kwargs or not is_node(node.args[0]):
         return None
@@ -309,7 +319,7 @@ class ProgramBuilder:
         factor, value = self._scaled(value)
         return scalar * factor, value if constant is None else self._constants.call(aten.mul.Tensor, (constant, value))
 
-    def _scaled(self, node: fx.Node) -> tuple[float, fx.Node]:
+    def _scaled(self, node: Node) -> tuple[float, fx.Node]:
         """Return a constant as a scalar times a constant, so that its multiples are evaluated and stored once."""
         target, args = node.target, node.args
         if node not in self._scales:
@@ -321,12 +331,12 @@ class ProgramBuilder:
                 and args[1] != 0
                 and not node.kwargs
             ):
-                factor = -1.0 if target is aten.neg.default else float(args[1])  # type: ignore[arg-type]
+                factor = -1.0 if target is aten.neg.default else float(args[1])
                 factor = 1.0 / factor if target in (aten.div.Tensor, aten.div.Scalar) else factor
-                scalar, base = self._scaled(args[0])  # type: ignore[arg-type]
+                scalar, base = self._scaled(args[0])
                 found = (scalar * factor, base)
             elif target is aten.mul.Tensor and all(map(is_node, args)):
-                (a, left), (b, right) = map(self._scaled, args)  # type: ignore[arg-type]
+                (a, left), (b, right) = map(self._scaled, args)
                 found = (a * b, self._constants.call(target, (left, right)))
             same = found[1].meta["val"].dtype == node.meta["val"].dtype
             self._scales[node] = found if same else (1.0, node)
