@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from blockhess.hvp import AutogradEngine, BlockOperator, NotTraceable, TracedEngine
-from blockhess.hvp.traced.rows import Evaluation
+from blockhess.hvp.traced.rows import Recording
 from blockhess.problem.problem import Problem
 from tests.helpers.dense_hessian import problem
 from tests.helpers.random_networks import OPERATIONS, Network, Step, loss
@@ -116,15 +116,15 @@ def test_products_that_were_wrong_once(case: dict[str, Any]) -> None:
 
 
 def test_wrong_products_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = Evaluation._evaluate
+    evaluate = Recording._evaluate
 
-    def wrong(self: Evaluation, node: Any) -> Any:
+    def wrong(self: Recording, node: Any) -> Any:
         value = evaluate(self, node)
         if not isinstance(value, list):
             value.tensor.mul_(1 + 1e-6)
         return value
 
-    monkeypatch.setattr(Evaluation, "_evaluate", wrong)
+    monkeypatch.setattr(Recording, "_evaluate", wrong)
     for case in FOUND.values():
         with pytest.raises(AssertionError):
             check(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import blockhess
 from blockhess.hvp import AutogradEngine, BlockOperator, TracedEngine
-from blockhess.hvp.traced.rows import Pool, Recording
+from blockhess.hvp.traced.rows import Pool, Recording, Value
 from blockhess.problem.blocks import BlockSpec, ParameterSlice
 from blockhess.problem.model_state import fixed_state
 from blockhess.problem.problem import Problem
@@ -165,6 +166,16 @@ def test_buffers_that_change_during_an_evaluation_would_be_noticed() -> None:
         (evaluation,) = engine._traces[0]._evaluations.values()
         evaluation._steps.insert(len(evaluation._steps) // 2, lambda slots: poison(engine))
         assert operator(v).isnan().any()
+
+
+@pytest.mark.parametrize("name", [*BUSY, "attention", "PINN"])
+def test_nothing_of_a_recording_is_kept(name: str) -> None:
+    with prepared_problem(name) as problem:
+        engine = TracedEngine(problem, rows=2)
+        BlockOperator(problem, engine)(torch.randn(3, sum(problem.dims)))
+        gc.collect()
+        assert not [o for o in gc.get_objects() if type(o) in (Recording, Value)]
+        assert engine._traces[0]._evaluations
 
 
 @pytest.mark.parametrize("name", BUSY)

@@ -1,4 +1,4 @@
-"""Rules of combinations, sums and matrix products, which take nearly all of the time of a program; see rules.py."""
+"""Rules of combinations, sums and matrix products, of which programs mostly consist; see rules.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _LARGEST_SUM = 16  # terms of ops.linear_combination
 def combination(r: Recording, node: Node, span: Span, sum_node: Node | None = None) -> Value:
     """Evaluate sum_i scalar_i * coefficient_i * base_i, or, for a node `sum_node`, its sum over the last dimension.
 
-    Bases are (rows of their own, *shape) up to dimensions of size 1, coefficients broadcast to shape.
+    Every base is a tensor of its own rows, which are some of those of the result, (rows, *shape). Base and coefficient
+    broadcast to `shape`.
     """
     (first, last), like = span, node.meta["val"]
     shape, dims = (last - first, *like.shape), like.dim()
@@ -64,8 +65,10 @@ def combination(r: Recording, node: Node, span: Span, sum_node: Node | None = No
 def _with_dims(value: Value, dims: int, place: int) -> Value:
     """Return a value with this number of dimensions, of which those of size 1 are inserted at a place."""
     old = value.tensor.shape
+    if len(old) == dims:
+        return value
     shape = (*old[:place], *(1,) * (dims - len(old)), *old[place:])
-    return value if len(old) == dims else value.view(lambda t: t.reshape(shape))
+    return value.view(lambda t: t.reshape(shape))
 
 
 def _overwritten(
@@ -109,6 +112,7 @@ def _any_combination(
 def _any_combination_sum(
     out: Tensor, bases: list[Tensor], coefficients: list[Tensor | None], scalars: list[float], rows: list[int]
 ) -> None:
+    """Do what ops.linear_combination_sum does, for several dtypes and any number of terms."""
     size = max(t.shape[-1] for t in (*bases, *coefficients) if t is not None)
     total = out.new_empty(*out.shape[:-1], size)
     _any_combination(total, bases, coefficients, scalars, rows)
@@ -116,6 +120,7 @@ def _any_combination_sum(
 
 
 def total(r: Recording, node: Node, span: Span) -> Value:
+    """Evaluate a sum over some dimensions, (rows, *S) -> (rows, *T); one call if it is the sum of a combination."""
     source = summed(node)
     if source is not None:
         return combination(r, source, span, node)
@@ -218,7 +223,8 @@ def _batched(r: Recording, node: Node, pairs: Sequence[tuple[Node, Node, float]]
 def _copied(r: Recording, x: Value, order: tuple[int, ...]) -> Value:
     """Return a copy whose dimensions lie in this order in memory."""
     out = _permuted(r, x.tensor.shape, order, x.tensor, x.first)
-    r.do(lambda t: out.tensor.copy_(t), x)
+    target = out.tensor
+    r.do(lambda t: target.copy_(t), x)
     return out
 
 

@@ -281,9 +281,9 @@ class ProgramBuilder:
                 for base, coefficient in leaf.terms:
                     new = self._coefficient(target, leaves, spec, i, coefficient)
                     terms.setdefault(base, []).append(new)
-        summed = tuple((base, self._sum(coefficients)) for base, coefficients in terms.items())
-        result = Combination(summed, like.shape, like.dtype)
-        return self.materialize(result) if len(summed) > MOST_TERMS else result
+        together = tuple((base, self._sum(coefficients)) for base, coefficients in terms.items())
+        result = Combination(together, like.shape, like.dtype)
+        return self.materialize(result) if len(together) > MOST_TERMS else result
 
     def _coefficient(self, target: Any, leaves: list[Any], spec: Any, i: int, c: Coefficient) -> Coefficient:
         """Return the coefficient after an elementwise operation: its value at c, with all other tangents zero."""

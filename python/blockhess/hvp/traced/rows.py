@@ -99,6 +99,14 @@ class Value:
     def rows(self) -> int:
         return self.tensor.shape[0]
 
+    @property
+    def getter(self) -> Callable[[Slots], Tensor]:
+        """`get`, also for a tensor that is the same in every repetition."""
+        if self.get is not None:
+            return self.get
+        tensor = self.tensor
+        return lambda slots: tensor
+
     def view(self, function: Callable[[Tensor], Tensor], first: int | None = None) -> Value:
         """Return a view of the same memory."""
         get = self.get
@@ -136,7 +144,8 @@ class Evaluation:
         self._present = sum(1 << i for i, count in enumerate(counts) if count)
         self.spans = [None if n is None or not self.has(n) else self.span(n) for n in program.tangents]
         self._steps: list[Callable[[Slots], Any]] = []
-        self._results: list[Value | None] = []
+        # First row, and the rows as a function of the slots.
+        self._results: list[tuple[int, Callable[[Slots], Tensor]] | None] = []
         self._size = self.other_bytes = 0
 
     def has(self, node: Node) -> bool:
@@ -158,13 +167,14 @@ class Evaluation:
         """
         if not self._size:
             recording = Recording(self, inputs)
-            self._results = recording.run()
+            products = recording.run()
+            self._results = [None if p is None else (p.first, p.getter) for p in products]
             self._steps, self._size, self.other_bytes = recording.steps, len(recording.slots), recording.other_bytes
-            return [None if r is None else (r.first, r.tensor) for r in self._results]
+            return [None if p is None else (p.first, p.tensor) for p in products]
         slots = [*inputs, *[None] * (self._size - len(inputs))]
         for step in self._steps:
             step(slots)
-        return [None if r is None else (r.first, r.tensor if r.get is None else r.get(slots)) for r in self._results]
+        return [None if r is None else (r[0], r[1](slots)) for r in self._results]
 
 
 class Recording:
@@ -281,7 +291,7 @@ class Recording:
         """Call a function that returns a new tensor, or several, now and in repetitions."""
         index = len(self.slots)
         found = function(*(v.tensor for v in values))
-        getters = [v.get or (lambda slots, tensor=v.tensor: tensor) for v in values]
+        getters = [v.getter for v in values]
 
         def step(slots: Slots) -> None:
             slots[index] = function(*[get(slots) for get in getters])

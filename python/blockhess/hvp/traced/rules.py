@@ -25,6 +25,7 @@ from blockhess.hvp.traced.rows import Recording, Rule, Span, Value
 
 
 def _view(r: Recording, node: Node, span: Span) -> Value:
+    """Evaluate a rearrangement (rows, *S) -> (rows, *T), as a view if possible."""
     value, like = r.rows(node.args[0], span), node.meta["val"]
     rows, old = value.rows, value.tensor.shape
     viewed = value.view(_row_view(node, rows))
@@ -81,11 +82,13 @@ def _row_view(node: Node, rows: int) -> Callable[[Tensor], Tensor]:
 
 
 def _part(r: Recording, node: Node, span: Span) -> Any:
+    """Return one of several results."""
     source, index = node.args
     return r.values[source][index]
 
 
 def _split(r: Recording, node: Node, span: Span) -> list[Value]:
+    """Evaluate a split into views (rows, *part)."""
     target, value = node.target, r.rows(node.args[0], span)
     sizes = [] if target is aten.unbind.int else [node.args[1]]
     place = len(sizes) + 1
@@ -96,6 +99,7 @@ def _split(r: Recording, node: Node, span: Span) -> list[Value]:
 
 
 def _cat(r: Recording, node: Node, span: Span) -> Value:
+    """Evaluate the concatenation of tangents."""
     nodes, like = node.args[0], node.meta["val"]
     if any(not r.moves(part) or part not in r.values for part in nodes):
         return _by_vmap(r, node, span)  # type: ignore[no-any-return]
@@ -189,7 +193,7 @@ def _convolution_backward(r: Recording, node: Node, span: Span) -> Any:
 
 def _by_vmap(r: Recording, node: Node, span: Span) -> Any:
     """Evaluate any operation by vmap over the rows, or row by row if it has no rule for vmap."""
-    target, rows = node.target, span[1] - span[0]
+    target, rows, device = node.target, span[1] - span[0], r.device  # the calls must not keep the recording
     leaves, spec = tree_flatten((node.args, dict(node.kwargs)))
     places, values, dims, zeros = [], [], [], {}
     for i, leaf in enumerate(leaves):
@@ -205,7 +209,7 @@ def _by_vmap(r: Recording, node: Node, span: Span) -> Any:
     def single(*tensors: Tensor) -> Any:
         whole = list(leaves)
         for i, like in zeros.items():
-            whole[i] = torch.zeros(like.shape, dtype=like.dtype, device=r.device)
+            whole[i] = torch.zeros(like.shape, dtype=like.dtype, device=device)
         for i, tensor in zip(places, tensors):
             whole[i] = tensor
         args, kwargs = tree_unflatten(whole, spec)
