@@ -142,7 +142,7 @@ def job_row(machine: Machine, make: Callable[[Machine], Job]) -> Row:
         probe = probes_of(ours(measured, num_probes=1, num_steps=1, engine="autograd"))
         loop, comparison = without_products(case)
         slices: list[Slice] = []
-        together = PROBES * (len(dims) - sum(whole.exact))
+        together = max(1, PROBES * (len(dims) - sum(whole.exact)))
 
         def seconds_of(name: str) -> float:
             if name != "blockhess":

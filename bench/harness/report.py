@@ -8,20 +8,14 @@ from typing import Any
 from bench.end_to_end import fixed_budget, same_accuracy
 from bench.harness.environment import one_line
 from bench.harness.rows import Judge, Rows, Target, format_value, missing, short, target_table, verdict
-from bench.hvp import one_pass
+from bench.hvp import one_pass, products
 from bench.ops import log_determinant, rows, scaling
 
 # A load average above the number of threads by more than this means that other programs ran.
 SPARE_LOAD = 0.5
 
-ROWS: Rows = {
-    **rows.ROWS,
-    **log_determinant.ROWS,
-    **scaling.ROWS,
-    **fixed_budget.ROWS,
-    **same_accuracy.ROWS,
-    **one_pass.ROWS,
-}
+_MODULES: tuple[Any, ...] = (rows, log_determinant, scaling, products, one_pass, fixed_budget, same_accuracy)
+ROWS: Rows = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 
 
 def judge_of(rows: Mapping[str, Any], size: str = "full") -> Judge:
