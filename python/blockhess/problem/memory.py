@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 
@@ -45,6 +47,12 @@ def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: Proc
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     return int(min(ranks.gather(budget_bytes(None, device) // local)))
+
+
+def release_unused() -> None:
+    """Return freed memory of the C heap to the system, where the C library can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def time_text(seconds: float) -> str:

@@ -14,7 +14,7 @@ from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
 from blockhess.hvp.accuracy import EngineMismatch, measure
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
-from blockhess.problem.memory import budget_bytes, size_text
+from blockhess.problem.memory import budget_bytes, release_unused, size_text
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS
 from blockhess.results.data import SpectraData
@@ -352,6 +352,7 @@ class Job:
             self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine, checked)
+        release_unused()
         accuracy = ranks.gather(accuracy)[0]
         if accuracy is not None:
             self.hvp_error = {self.infos[l].name: size for l, size in accuracy.errors.items()}

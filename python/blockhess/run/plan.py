@@ -34,6 +34,8 @@ CACHE_BYTES = 2**24
 # Checks of products take at most this share of the planned products, but compare one block at least. In products, they
 # need two gradients with graphs, one of them in float64, and one and two products a block.
 CHECK_SHARE, CHECK_FIXED, CHECK_BLOCK = 0.1, 9, 3
+# Their memory: a graph in float64, and what its construction needs beside it, in sizes of the gradient's graph.
+CHECK_GRAPHS = 4
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def make_plan(
         seconds=hvps * PRODUCT["traced" if made else "autograd"].flops * problem.forward_seconds,
         vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
         engine_bytes=engine_bytes,
-        check_bytes=parameters + graph + tangents + 2 * problem.graph_bytes,
+        check_bytes=parameters + graph + tangents + CHECK_GRAPHS * problem.graph_bytes,
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
