@@ -189,7 +189,7 @@ def test_the_model_is_left_as_it_was(batchnorm: str, failure: type[BaseException
         blockhess.spectrum(model, [(x, y), (x, y)], loss_fn, num_probes=1, num_steps=5, batchnorm=batchnorm)
     except (RuntimeError, KeyboardInterrupt):
         assert calls == 8
-    assert calls >= 8
+    assert calls >= 6
     assert state(model) == before
 
 
