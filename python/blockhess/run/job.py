@@ -337,7 +337,8 @@ class Job:
 
     def make_engine(self) -> Engine:
         """Return the planned engine after checking its products, or autograd if "auto" chose a trace that fails."""
-        ranks, failure, checked = self._problem.ranks, None, self.plan.checked
+        ranks, failure = self._problem.ranks, None
+        checked = [l for l in self.plan.checked if self._problem.is_used(l)]
         try:
             engine, self._engine = self._engine or self.plan.make(self._problem), None
             accuracy = measure(self._problem, engine, checked)

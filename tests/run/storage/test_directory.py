@@ -143,11 +143,14 @@ def test_a_file_is_extended_too(given, tmp_path):  # noqa: F811
 
 
 def test_an_earlier_directory_is_resumed(given, tmp_path):  # noqa: F811
-    """Directories from before names in run.json and in states changed."""
+    """Directories from before names in run.json and in states changed, and from before plans counted traces."""
     options = {"tol": 0.01, "keep_vectors": True}
     stopped(given, tmp_path, 9, **options)
     run = store.read_json(tmp_path / "run.json")
     run["identity"]["sigma"] = run["identity"].pop("tol_sigma")
+    for name in ("traced", "checked", "check_bytes"):
+        del run["plan"][name]
+    run["plan"]["compiled"] = False
     store.write_json(tmp_path / "run.json", run)
     for path in (tmp_path / "state.safetensors", *(tmp_path / "vectors").iterdir()):
         tensors, header = store.read(path)

@@ -121,9 +121,11 @@ class TracedEngine:
         """Add the products of columns by one evaluation; their vectors are its rows, in the order of the blocks."""
         trace = self._trace
         counts = [0] * len(trace.position)
+        strides: list[tuple[int, ...]] = []  # of the rows that are read where they lie, see _tangents
         for column in columns:
             counts[trace.position[column.number]] += len(column.vectors)
-        evaluation = trace.evaluation(tuple(counts), self._pool)
+            strides.append((len(column.vectors), *column.vectors.stride()) if len(column.vectors) > 1 else (1,))
+        evaluation = trace.evaluation(tuple(counts), tuple(strides), self._pool)
         products = evaluation([*self._tangents(evaluation, columns), *self._values.value])
         row = 0
         for column in columns:
@@ -251,7 +253,7 @@ class _Trace:
         builder.graph.output(self._constant_nodes)
         eliminate_dead_code(builder.graph)
         self._constants = Trace(builder.graph, builder.attributes)
-        self._evaluations: dict[tuple[int, ...], Evaluation] = {}
+        self._evaluations: dict[tuple[tuple[Any, ...], ...], Evaluation] = {}
 
     def _sorted_blocks(self, first_uses: Sequence[int]) -> dict[int, int]:
         """Return the position of every block in the order of the first use of its parameters."""
@@ -287,13 +289,17 @@ class _Trace:
         """Return whether a node of the program belongs to a block."""
         return node is not None and bool(node.meta["blocks"] >> self.position[number] & 1)
 
-    def evaluation(self, counts: tuple[int, ...], pool: Pool) -> Evaluation:
-        """Return the evaluation for these numbers of rows of every block, by position."""
-        if counts not in self._evaluations:
+    def evaluation(self, counts: tuple[int, ...], strides: tuple[tuple[int, ...], ...], pool: Pool) -> Evaluation:
+        """Return the evaluation for these numbers of rows of every block, by position, and strides of the columns.
+
+        What is recorded holds for tangents that lie in memory as those of the first evaluation did.
+        """
+        key = counts, strides
+        if key not in self._evaluations:
             if len(self._evaluations) >= MOST_EVALUATIONS:
                 del self._evaluations[next(iter(self._evaluations))]
-            self._evaluations[counts] = Evaluation(self.program, evaluate, counts, pool)
-        return self._evaluations[counts]
+            self._evaluations[key] = Evaluation(self.program, evaluate, counts, pool)
+        return self._evaluations[key]
 
     def forget(self) -> None:
         """Free the recorded evaluations."""

@@ -13,7 +13,8 @@ from blockhess.hvp.traced.program import combine, summed
 from blockhess.hvp.traced.rows import Recording, Span, Value
 from blockhess_ext import ops
 
-_LARGEST_SUM = 16  # terms of ops.linear_combination
+# What ops.linear_combination takes.
+_MOST_TERMS, _MOST_DIMS, _DTYPES = 16, 8, (torch.float32, torch.float64)
 
 
 # Combinations and sums.
@@ -48,9 +49,13 @@ def combination(r: Recording, node: Node, span: Span, sum_node: Node | None = No
         out = r.buffer((*shape[:-1], 1), like, first)
     else:
         out = _overwritten(r, names, bases, shape, like.dtype) or _arranged_like(r, bases, shape, like, first)
+    if sum_node is not None and all(v.tensor.shape[-1] == 1 for v in (*bases, *coefficients)):
+        # Terms of other blocks, which these rows lack, may be what the others broadcast to.
+        scalars = [scalar * like.shape[-1] for scalar in scalars]
     offsets = [value.first - first for value in bases]
     function: Callable[..., None] = ops.linear_combination if sum_node is None else ops.linear_combination_sum
-    if len(bases) > _LARGEST_SUM or any(v.tensor.dtype != like.dtype for v in (*bases, *coefficients)):
+    fits = len(bases) <= _MOST_TERMS and dims < _MOST_DIMS and like.dtype in _DTYPES
+    if not fits or any(v.tensor.dtype != like.dtype for v in (*bases, *coefficients)):
         function = _any_combination if sum_node is None else _any_combination_sum
     n, target = len(bases), out.tensor
 
@@ -102,7 +107,7 @@ def _permuted(r: Recording, shape: Sequence[int], order: Sequence[int], like: Te
 def _any_combination(
     out: Tensor, bases: list[Tensor], coefficients: list[Tensor | None], scalars: list[float], rows: list[int]
 ) -> None:
-    """Do what ops.linear_combination does, for several dtypes and any number of terms."""
+    """Do what ops.linear_combination does, for any dtypes and numbers of terms and dimensions."""
     total = torch.zeros_like(out)
     for base, coefficient, scalar, row in zip(bases, coefficients, scalars, rows):
         total[row : row + len(base)] += combine([base], [coefficient], [scalar])
@@ -112,7 +117,7 @@ def _any_combination(
 def _any_combination_sum(
     out: Tensor, bases: list[Tensor], coefficients: list[Tensor | None], scalars: list[float], rows: list[int]
 ) -> None:
-    """Do what ops.linear_combination_sum does, for several dtypes and any number of terms."""
+    """Do what ops.linear_combination_sum does, for any dtypes and numbers of terms and dimensions."""
     size = max(t.shape[-1] for t in (*bases, *coefficients) if t is not None)
     total = out.new_empty(*out.shape[:-1], size)
     _any_combination(total, bases, coefficients, scalars, rows)
@@ -130,7 +135,8 @@ def total(r: Recording, node: Node, span: Span) -> Value:
     if n == 0:
         r.do(lambda t: target.copy_(t), value)
         return out
-    dims = [d % n + 1 for d in (node.args[1] if len(node.args) > 1 else [])] or list(range(1, n + 1))
+    given = node.args[1] if len(node.args) > 1 else None
+    dims = [d % n + 1 for d in given] if given else list(range(1, n + 1))
     keep = len(node.args) > 2 and node.args[2]
     r.do(lambda t: torch.sum(t, dims, keepdim=keep, dtype=target.dtype, out=target), value)
     return out

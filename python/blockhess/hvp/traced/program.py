@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from blockhess.hvp.traced.operations import (
     RESHAPED,
@@ -186,7 +186,8 @@ def summed(node: Node) -> fx.Node | None:
     source, dims = node.args[0], node.args[1]
     if source.target is not combine or len(source.users) > 1 or not source.meta["val"].dim():
         return None
-    return source if [d % source.meta["val"].dim() for d in dims] == [source.meta["val"].dim() - 1] else None
+    n = source.meta["val"].dim()
+    return source if [d % n for d in dims or range(n)] == [n - 1] else None
 
 
 class ProgramBuilder:
@@ -249,8 +250,14 @@ class ProgramBuilder:
 
     def _view(self, target: Any, args: Any, kwargs: Any, like: TensorInfo) -> Combination:
         combination, *options = args
-        if target is aten.squeeze.default:
-            target, options = aten.squeeze.dims, [[i for i, n in enumerate(combination.shape) if n == 1]]
+        if target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+            # Only dimensions of size 1 of the tangent: a base may have size 1 in others, where it is broadcast.
+            n = max(1, len(combination.shape))
+            given = tree_leaves(options) if options else range(n)
+            removed = [d % n for d in given if combination.shape[d % n : d % n + 1] == (1,)]
+            if not removed:
+                return combination
+            target, options = aten.squeeze.dims, [removed]
 
         def view(builder: GraphBuilder, node: fx.Node) -> fx.Node:
             shape = node.meta["val"].shape

@@ -49,10 +49,11 @@ class Pool:
 
     def take(self, nbytes: int, device: torch.device) -> Tensor:
         """Return a buffer of at least this size: the one used last that is not much larger, or a new one."""
+        nbytes = max(512, nbytes)
         for i in reversed(range(len(self._free))):
             if nbytes <= self._free[i].nbytes <= 2 * nbytes:
                 return self._free.pop(i)
-        self._all.append(torch.empty(max(512, nbytes), dtype=torch.uint8, device=device))
+        self._all.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
         return self._all[-1]
 
     def give(self, buffer: Tensor) -> None:

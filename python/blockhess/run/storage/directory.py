@@ -249,8 +249,10 @@ def _any_generation(file: Path) -> bool:
 
 
 def plan_of(run: Mapping[str, Any]) -> Plan:
-    """Return the plan in run.json."""
-    plan = dict(run["plan"])
+    """Return the plan in run.json, also of a run before all blocks had one linear program: it is continued by that."""
+    plan = {"traced": run["plan"]["engine"] == "traced", "checked": range(len(run["plan"]["exact"])), "check_bytes": 0}
+    plan |= run["plan"]
+    plan.pop("compiled", None)
     passes = tuple((first, count, tuple(blocks)) for first, count, blocks in plan["passes"])
     return Plan(**plan | {"exact": tuple(plan["exact"]), "checked": tuple(plan["checked"]), "passes": passes})
 
