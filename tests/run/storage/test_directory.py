@@ -143,14 +143,11 @@ def test_a_file_is_extended_too(given, tmp_path):  # noqa: F811
 
 
 def test_an_earlier_directory_is_resumed(given, tmp_path):  # noqa: F811
-    """Directories from before names in run.json and in states changed, and from before plans counted traces."""
+    """Directories from before names in run.json and in states changed."""
     options = {"tol": 0.01, "keep_vectors": True}
     stopped(given, tmp_path, 9, **options)
     run = store.read_json(tmp_path / "run.json")
     run["identity"]["sigma"] = run["identity"].pop("tol_sigma")
-    for name in ("traced", "checked", "check_bytes"):
-        del run["plan"][name]
-    run["plan"]["compiled"] = False
     store.write_json(tmp_path / "run.json", run)
     for path in (tmp_path / "state.safetensors", *(tmp_path / "vectors").iterdir()):
         tensors, header = store.read(path)
@@ -160,3 +157,18 @@ def test_an_earlier_directory_is_resumed(given, tmp_path):  # noqa: F811
     resumed = blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS | options)
     assert same_bits(resumed, expected) and resumed.provenance["same_bits_on_resume"]
     assert same_bits(blockhess.extend(resumed, *given, num_steps=9), blockhess.extend(expected, *given, num_steps=9))
+
+
+@pytest.mark.parametrize("engine", ["autograd", "traced"])
+def test_a_directory_from_before_plans_counted_traces_is_resumed(given, tmp_path, engine):  # noqa: F811
+    options = {"engine": engine, "memory_budget": "1 MiB"}
+    expected = blockhess.spectrum(*given, **OPTIONS | options)
+    stopped(given, tmp_path, 5, **options)
+    run = store.read_json(tmp_path / "run.json")
+    for name in ("traced", "checked", "check_bytes"):
+        del run["plan"][name]
+    run["plan"]["compiled"] = False
+    store.write_json(tmp_path / "run.json", run)
+    resumed = blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS | options)
+    assert torch.equal(resumed.quadrature.nodes, expected.quadrature.nodes) and resumed.blocks == expected.blocks
+    assert set(resumed.provenance["hvp_error"]) == set(resumed.names)  # as then, all blocks are checked

@@ -249,6 +249,7 @@ class ProgramBuilder:
         return self._emit(target, args, kwargs, like)
 
     def _view(self, target: Any, args: Any, kwargs: Any, like: TensorInfo) -> Combination:
+        combination: Combination
         combination, *options = args
         if target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
             # Only dimensions of size 1 of the tangent: a base may have size 1 in others, where it is broadcast.
