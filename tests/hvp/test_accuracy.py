@@ -107,3 +107,16 @@ def test_a_block_that_only_a_later_batch_uses_is_not_zero() -> None:
     x, y = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
     spectra = blockhess.spectrum(model, [(x, y), (-x, y)], loss_fn, num_probes=1, num_steps=3)
     assert spectra.zero_blocks == ("2.weight", "2.bias")
+
+
+def test_flat_blocks_are_checked_after_the_run() -> None:
+    """A bias before a BatchNorm of the batch's statistics has no effect: its eigenvalues are rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)
+    ).float()
+    data = torch.randn(16, 3), torch.randint(3, (16,))
+    options = {"batchnorm": "batch", "num_probes": 1, "num_steps": 2, "engine": "autograd", "dtype": torch.float32}
+    spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options)
+    assert len(spectra.provenance["plan"]["checked"]) == 1
+    assert spectra.zero_blocks == ("2.bias",) and "2.bias" in spectra.provenance["hvp_error"]

@@ -45,6 +45,8 @@ class EngineMismatch(ArithmeticError):
 def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None) -> Accuracy | None:
     """Estimate the error of products with some blocks, by default all. Traced products are also compared with autograd.
 
+    Traced products are made for every block alone, and for all of them together, as in a run.
+
     Returns:
         None if the model does not run in the other precision.
 
@@ -55,6 +57,9 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
     numbers = range(len(problem.dims)) if numbers is None else numbers
     try:
         own = _products(problem, engine, numbers)
+        alone = {}
+        if isinstance(engine, TracedEngine) and engine.rows > 1:
+            alone = {l: _products(problem, engine, [l])[l] for l in numbers}
     except RuntimeError as error:
         if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
@@ -68,7 +73,9 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
         repeat = None
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
     if isinstance(engine, TracedEngine):
-        _check(problem, own, _products(problem, by_autograd(problem), numbers), repeat)
+        expected = _products(problem, by_autograd(problem), numbers)
+        for traced in filter(None, (own, alone)):
+            _check(problem, traced, expected, repeat)
     if repeat is None:
         return None
     errors = {l: scale * _distance(own[l], repeat[l]) for l in numbers}

@@ -11,7 +11,7 @@ import torch
 
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
-from blockhess.hvp.accuracy import EngineMismatch, measure
+from blockhess.hvp.accuracy import Accuracy, EngineMismatch, measure
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
 from blockhess.problem.memory import budget_bytes, release_unused, size_text
@@ -27,6 +27,9 @@ from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
 from blockhess_ext.slq import reorthogonalization_modes
+
+# Blocks whose eigenvalues are below this share of the largest ones may be zero but for rounding.
+FLAT = 1e-4
 
 Compute: TypeAlias = Callable[[Unit], Iterator[UnitResult]]
 
@@ -47,7 +50,7 @@ class Job:
         infos: information on the blocks, with notes.
         records: the recorder; its `vectors` are the states after the last step, of every unit whose state was kept.
         hvps: number of products computed, including those of `first`.
-        hvp_error: block -> error of H v for a random unit vector v; None if it could not be measured.
+        hvp_error: checked block -> error of H v for a random unit vector v; None if it could not be measured.
         shrunk: messages about units that were split because memory ran out.
     """
 
@@ -149,6 +152,7 @@ class Job:
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.concatenate([Quadrature.concatenate(parts, 0) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
+        self._check_flat_blocks(engine, radii)
         self._note(ZERO_NOTE, [noise is not None and r <= noise for r, noise in zip(radii, self._zero_within)])
         if options.tol is not None:
             few = adaptive.missed(whole, options.tol, options.tol_sigma)
@@ -354,12 +358,28 @@ class Job:
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine, checked)
         release_unused()
-        accuracy = ranks.gather(accuracy)[0]
-        if accuracy is not None:
-            self.hvp_error = {self.infos[l].name: size for l, size in accuracy.errors.items()}
-            for l, size in accuracy.errors.items():
-                self._zero_within[l] = self._noise(l, size) if accuracy.is_zero(l) else None
+        self._record(ranks.gather(accuracy)[0])
         return engine
+
+    def _record(self, accuracy: Accuracy | None) -> None:
+        """Record the errors of products."""
+        if accuracy is not None:
+            found = {self.infos[l].name: error for l, error in accuracy.errors.items()}
+            self.hvp_error = (self.hvp_error or {}) | found
+            for l, error in accuracy.errors.items():
+                self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
+
+    def _check_flat_blocks(self, engine: Engine, radii: Sequence[float]) -> None:
+        """Check the products of blocks that may be zero, if they were not checked before.
+
+        Args:
+            radii: largest |eigenvalue| found in every block.
+        """
+        largest = max((r for r in radii if math.isfinite(r)), default=0.0)
+        flat = [l for l, r in enumerate(radii) if r <= FLAT * largest and l not in self.plan.checked]
+        flat = [l for l in flat if self._problem.is_used(l)]
+        if flat and self.hvp_error is not None:
+            self._record(self._problem.ranks.gather(measure(self._problem, engine, flat))[0])
 
     def _noise(self, number: int, error: float) -> float:
         """Return the largest eigenvalue that rounding gives a block that is zero in all batches, as in the first."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from blockhess.hvp import ENGINES, NotTraceable, TracedEngine
+from blockhess.hvp import ENGINES, TracedEngine
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
@@ -48,7 +48,8 @@ class Plan:
         exact: for every block, whether it is computed exactly; the others are estimated.
         passes: (first probe, number of probes, indices of the blocks) of the recurrences that run together.
         rows: number of vectors, of one block each, that are multiplied together.
-        checked: indices of the blocks whose products are checked.
+        checked: indices of the blocks whose products are checked: all, or those for which a tenth of the products is
+            enough.
         retain: whether graphs or constants of all batches are retained between steps.
         batches: number of batches, after splitting large ones.
         hvps: upper limit of the number of products, of one block, vector and batch each.
@@ -264,8 +265,8 @@ def _trace(problem: Problem, gauss_newton: bool) -> tuple[TracedEngine | None, s
     try:
         made = TracedEngine(problem, gauss_newton=gauss_newton)
         constants, tangents = made.constant_bytes, made.tangent_bytes
-    except NotTraceable as error:
-        failure = str(error)
+    except RuntimeError as error:  # NotTraceable, or an operation that fails in the dry run
+        failure = (str(error).strip() or repr(error)).splitlines()[0]
     failures, *sizes = zip(*problem.ranks.gather((failure, constants, tangents)))
     failure = next(filter(None, failures), "")
     return None if failure else made, failure, *map(max, sizes)

@@ -3,8 +3,8 @@
 A row is one vector of one block. The program is evaluated for all rows at once: a tangent of shape S is a tensor
 (rows, *S), whose entry i is the tangent for row i. Only the blocks that a tangent belongs to need rows of it. Rows are
 sorted by block, and blocks by the first use of their parameters, so that these rows are consecutive or nearly so. A
-tangent is stored as one tensor, from its first row to its last; rows in between, of other blocks, are zero where they
-are read.
+tangent is stored as one tensor, from its first row to its last. Rows in between, of other blocks, are zero if anything
+reads them, and may hold anything if not.
 
 The first evaluation records: it decides how every operation is computed for its rows (rules.py), takes a buffer of the
 pool for every result, calls the kernels and keeps these calls. Later evaluations only repeat the calls: the same

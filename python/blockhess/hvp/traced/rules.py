@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -20,6 +21,11 @@ from blockhess.hvp.traced.operations import SPLITS, VIEWS, Node, aten
 from blockhess.hvp.traced.products import can_view, combination, matrix_products, total
 from blockhess.hvp.traced.program import combine, is_node, multiply
 from blockhess.hvp.traced.rows import Recording, Rule, Span, Value
+from blockhess.problem.model_state import setting
+
+# Whether vmap may call an operation row by row, with a warning at every call.
+_FALLBACK = _functorch._is_vmap_fallback_enabled, _functorch._set_vmap_fallback_enabled  # type: ignore[attr-defined]
+
 
 # Rearrangements.
 
@@ -216,11 +222,17 @@ def _by_vmap(r: Recording, node: Node, span: Span) -> Any:
         found = target(*args, **kwargs)
         return tree_map_only(Tensor, torch.clone, found) if views else found
 
+    tried = False
+
     def call(*tensors: Tensor) -> Any:
-        nonlocal one_by_one
+        nonlocal one_by_one, tried
+        if not one_by_one and tried:
+            return vmap(single, tuple(dims))(*tensors)
         if not one_by_one:
+            tried = True
             try:
-                return vmap(single, tuple(dims))(*tensors)
+                with setting(*_FALLBACK, False):
+                    return vmap(single, tuple(dims))(*tensors)
             except RuntimeError:  # no rule for this operation
                 one_by_one = True
         found = [single(*(t if d is None else t[row] for t, d in zip(tensors, dims))) for row in range(rows)]
