@@ -145,7 +145,10 @@ def package_of(commit: str) -> Iterator[str]:
     name = f"blockhess_{commit}"
     with tempfile.TemporaryDirectory() as folder:
         archive = ["git", "-C", str(Path(__file__).parents[2]), "archive", f"{commit}:python"]
-        subprocess.run(["tar", "-x", "-C", folder], check=True, input=subprocess.check_output(archive))
+        found = subprocess.run(archive, capture_output=True)
+        if found.returncode:
+            raise LookupError(f"absent (commit {commit} is not in the history of this checkout)")
+        subprocess.run(["tar", "-x", "-C", folder], check=True, input=found.stdout)
         for path in Path(folder).rglob("*.py"):
             path.write_text(re.sub(r"\bblockhess(?!_ext)", name, path.read_text()))
         Path(folder, "blockhess").rename(Path(folder, name))
@@ -169,9 +172,17 @@ def operator_of(package: str, case: Case, rows: int) -> Callable[[Tensor], Tenso
 
 def step_time(machine: Machine, key: str, probes: int) -> Row:
     """Time products next to those of one linear program for every block, which multiplied vectors one by one."""
+    try:
+        with package_of(PER_BLOCK) as package:
+            return _step_time(machine, key, probes, package)
+    except LookupError as error:
+        return Row(0.0, {}, notes=[str(error)])
+
+
+def _step_time(machine: Machine, key: str, probes: int, package: str) -> Row:
     case, other = whole(key, machine.size), "a program for every block"
     rows = planned_rows(case, probes)
-    with fixed_state(case.model), package_of(PER_BLOCK) as package:
+    with fixed_state(case.model):
         v = vectors(probes, case.problem.dims)
         operators = {"blockhess": operator_of("blockhess", case, rows), other: operator_of(package, case, 1)}
         expected, scale = operators[other](v), 1 / (probes * len(case.blocks))
