@@ -239,3 +239,24 @@ def test_batches_of_several_shapes(model: Any, data: Any, dtype: torch.dtype) ->
             expected = BlockOperator(prepared, kept)(v)
             for _ in range(2):
                 assert torch.equal(BlockOperator(prepared, freed)(v), expected)
+
+
+def test_fewer_rows_take_no_more_memory() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)).double()
+    data = torch.randn(40, 3, dtype=torch.float64), torch.randint(3, (40,))
+    prepared_problem = problem(model, data, nn.CrossEntropyLoss())
+    engine = TracedEngine(prepared_problem, rows=60)
+    operator = BlockOperator(prepared_problem, engine)
+    v = torch.randn(10, sum(operator.dims), dtype=torch.float64)
+    expected = operator(v)
+    before = engine._pool.nbytes
+    finished = torch.zeros(10, 6, dtype=torch.bool)
+    for recurrence in torch.randperm(60)[:50:5]:
+        finished.view(-1)[recurrence] = True
+        operator.mark_finished(finished)
+        found = operator(v)
+        for l, (product, right) in enumerate(zip(found.split(operator.dims, 1), expected.split(operator.dims, 1))):
+            running = ~finished[:, l]
+            torch.testing.assert_close(product[running], right[running], rtol=1e-11, atol=1e-13)
+    assert engine._pool.nbytes == before

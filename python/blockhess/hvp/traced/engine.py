@@ -127,6 +127,7 @@ class TracedEngine:
             strides.append((len(column.vectors), *column.vectors.stride()) if len(column.vectors) > 1 else (1,))
         evaluation = trace.evaluation(tuple(counts), tuple(strides), self._pool)
         products = evaluation([*self._tangents(evaluation, columns), *self._values.value])
+        self._pool.full |= sum(counts) == self.rows
         row = 0
         for column in columns:
             block, found = self._problem.blocks[column.number], {}

@@ -33,9 +33,14 @@ Span: TypeAlias = tuple[int, int]
 
 
 class Pool:
-    """Buffers that evaluations share, since only one runs at a time."""
+    """Buffers that evaluations share, since only one runs at a time.
+
+    Attributes:
+        full: whether the largest evaluation has been recorded.
+    """
 
     def __init__(self) -> None:
+        self.full = False
         self._all: list[Tensor] = []
         self._free: list[Tensor] = []
 
@@ -48,11 +53,18 @@ class Pool:
         self._free = list(self._all)
 
     def take(self, nbytes: int, device: torch.device) -> Tensor:
-        """Return a buffer of at least this size: the one used last that is not much larger, or a new one."""
+        """Return a buffer of at least this size: the one used last that is not much larger, or a new one.
+
+        A full pool rather returns a much larger one than it grows.
+        """
         nbytes = max(512, nbytes)
         for i in reversed(range(len(self._free))):
             if nbytes <= self._free[i].nbytes <= 2 * nbytes:
                 return self._free.pop(i)
+        if self.full and (larger := [b for b in self._free if b.nbytes >= nbytes]):
+            smallest = min(larger, key=lambda buffer: buffer.nbytes)
+            self._free = [b for b in self._free if b is not smallest]
+            return smallest
         self._all.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
         return self._all[-1]
 
