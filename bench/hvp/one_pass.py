@@ -201,20 +201,16 @@ def matrix_share(machine: Machine) -> Row:
     """Measure the share of matrix products in the time of a step."""
     case = whole("fused", machine.size)
     rows = planned_rows(case, 3)
-    kernels, alone = [], []
-
-    def profiled() -> None:
-        with profile(activities=[ProfilerActivity.CPU]) as found:
-            step()
-        names = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
-        kernels.append(sum(e.self_cpu_time_total for e in found.key_averages() if e.key in names) / 1e6)
-
+    names = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
+    shares = []
     with fixed_state(case.model):
         step = later_step(case.problem, TracedEngine(case.problem, rows=rows), 3)
-        for _ in alternate({"profiled": profiled, "alone": lambda: alone.append(timed(step))}, 5):
-            pass
-    share = statistics.median(a / b for a, b in zip(kernels, alone))
-    return Row(0.0, {"share of matrix products": share}, notes=[f"{rows} rows together"])
+        for _ in range(5):
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                seconds = timed(step)
+            products = sum(e.self_cpu_time_total for e in found.key_averages() if e.key in names) / 1e6
+            shares.append(products / seconds)
+    return Row(0.0, {"share of matrix products": statistics.median(shares)}, notes=[f"{rows} rows together"])
 
 
 def _memory(key: str, size: str, probes: int) -> tuple[int, int]:

@@ -67,13 +67,13 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
     by_autograd = GaussNewtonEngine if engine.name == "ggn" else AutogradEngine
     lower = problem.dtype == torch.float64
     try:
-        other = problem.in_dtype(torch.float32 if lower else torch.float64)
+        other = problem.in_dtype(torch.float32 if lower else torch.float64).restricted(numbers)
         repeat = _products(other, by_autograd(other), numbers)
     except (RuntimeError, ValueError, TypeError):  # a model that runs in one precision only
         repeat = None
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
     if isinstance(engine, TracedEngine):
-        expected = _products(problem, by_autograd(problem), numbers)
+        expected = _products(problem, by_autograd(problem.restricted(numbers)), numbers)
         for traced in filter(None, (own, alone)):
             _check(problem, traced, expected, repeat)
     if repeat is None:

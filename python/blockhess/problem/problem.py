@@ -157,6 +157,13 @@ class Problem:
         other._convert(dtype)
         return other
 
+    def restricted(self, numbers: Sequence[int]) -> Problem:
+        """Return the problem of some blocks, whose engines differentiate with respect to their parameters only."""
+        other = copy.copy(self)
+        names = {name for number in numbers for name in self.blocks[number].parameters}
+        other.parameters = {name: p for name, p in self.parameters.items() if name in names}
+        return other
+
     def _call(
         self, compute: Callable[[nn.Module, Batch], T], batch: Batch, parameters: Mapping[str, Tensor] | None = None
     ) -> T:

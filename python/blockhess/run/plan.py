@@ -34,8 +34,9 @@ CACHE_BYTES = 2**24
 # Checks of products take at most this share of the planned products, but compare one block at least. In products, they
 # need two gradients with graphs, one of them in float64, and one and two products a block.
 CHECK_SHARE, CHECK_FIXED, CHECK_BLOCK = 0.1, 9, 3
-# Their memory: a graph in float64, and what its construction needs beside it, in sizes of the gradient's graph.
-CHECK_GRAPHS = 4
+# Their memory in sizes of the gradient's graph, that of a graph in float64 and of its products, from
+# `python -m bench --only "peak memory"`.
+CHECK_GRAPHS = 5.5
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def make_plan(
         seconds=hvps * PRODUCT["traced" if made else "autograd"].flops * problem.forward_seconds,
         vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
         engine_bytes=engine_bytes,
-        check_bytes=parameters + graph + tangents + CHECK_GRAPHS * problem.graph_bytes,
+        check_bytes=parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes),
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
