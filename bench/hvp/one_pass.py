@@ -34,7 +34,7 @@ from bench.end_to_end.slices import PEERS, PROBES, STEPS, arguments, of_rival, o
 from bench.harness.machine import Machine
 from bench.harness.memory import growth, in_fresh_process
 from bench.harness.rows import Row, Rows, Target, faster
-from bench.harness.timing import Entry, Rival, alternate, check, compare_and_time, difference, now, time_in_turn, timed
+from bench.harness.timing import Entry, Rival, check, compare_and_time, difference, now, time_in_turn, timed
 from bench.hvp.cases import QUICK, case_of
 from bench.hvp.products import LARGEST_ERROR
 from bench.hvp.rivals import Case
