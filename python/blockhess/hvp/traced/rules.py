@@ -184,10 +184,11 @@ def _convolution_backward(r: Recording, node: Node, span: Span) -> Any:
     gradient, x, w, sizes, *options = node.args
     if not r.moves(gradient) or r.moves(w) or r.moves(x) or tuple(options[-1]) != (True, False, False):
         return _by_vmap(r, node, span)
-    rows, shape = span[1] - span[0], x.meta["val"].shape
+    rows, info = span[1] - span[0], x.meta["val"]
+    # Only the shape of the input matters, but torch copies one that is not contiguous.
+    like = r.buffer((rows * info.shape[0], *info.shape[1:]), info, span[0]).tensor
 
     def call(g: Tensor, w: Tensor) -> list[Tensor | None]:
-        like = g.new_empty(()).expand(rows * shape[0], *shape[1:])
         found = aten.convolution_backward.default(g.flatten(0, 1), like, w, sizes, *options)
         return [found[0].unflatten(0, (rows, -1)), None, None]
 
