@@ -80,7 +80,7 @@ def test_what_cannot_be_traced_falls_back_to_autograd(monkeypatch: pytest.Monkey
     def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(Doubled.apply(m(batch[0])), batch[1])
 
-    monkeypatch.setattr("blockhess.run.plan._engine", lambda *_: ("traced", True, "for the test"))
+    monkeypatch.setattr("blockhess.run.plan._tracing_pays", lambda *_: (True, "for the test"))
     spectra = blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=3)
     assert spectra.provenance["engine"] == "autograd"
     assert spectra.provenance["plan"]["why"].startswith("no trace: ")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockhess.hvp import AutogradEngine, BlockOperator, TracedEngine
@@ -25,7 +26,7 @@ class TwoParameters(nn.Module):
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
-def posed(a: tuple[int, ...], b: tuple[int, ...], function: Function) -> Problem:
+def problem_of(a: tuple[int, ...], b: tuple[int, ...], function: Function) -> Problem:
     return problem(TwoParameters(a, b), [torch.zeros(1)], lambda model, batch: function(model.a, model.b))
 
 
@@ -37,6 +38,7 @@ def relative_error(right: BlockOperator, traced: BlockOperator, vectors: Tensor)
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Function]] = {
     "sum to which another block broadcasts": ((4, 1), (4, 6), lambda a, b: ((a.tanh() + b.tanh()).sum(-1) ** 2).sum()),
     "its dimension kept": ((4, 1), (4, 6), lambda a, b: ((a + b).sum(-1, keepdim=True).exp() * b).sum()),
+    "padding with a number": ((4, 3), (4, 5), lambda a, b: (F.pad(a, (1, 1), value=2.0).softmax(-1) * b.exp()).sum()),
     "sum over dim=None": ((4, 3), (3, 6), lambda a, b: (torch.sum((a @ b).tanh(), dim=None, keepdim=True) ** 2).sum()),
     "squeeze where it is broadcast": ((3, 1), (3, 3), lambda a, b: (a.exp().expand(3, 3).squeeze(1) * b).exp().sum()),
     "nine dimensions": ((2,) * 8, (2,) * 8, lambda a, b: (a * b.tanh()).exp().sum()),
@@ -46,7 +48,7 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Function]] = {
 @pytest.mark.parametrize("rows", [1, 2, 100])
 @pytest.mark.parametrize(("a", "b", "function"), CASES.values(), ids=CASES)
 def test_rare_shapes(a: tuple[int, ...], b: tuple[int, ...], function: Function, rows: int) -> None:
-    posed_problem = posed(a, b, function)
+    posed_problem = problem_of(a, b, function)
     engine = TracedEngine(posed_problem, rows=rows)
     for numbers in ([0], [1], [0, 1]):
         right = BlockOperator(posed_problem, AutogradEngine(posed_problem), numbers)
@@ -58,14 +60,14 @@ def test_bfloat16_inside_a_model() -> None:
     def function(a: Tensor, b: Tensor) -> Tensor:
         return ((a @ b).tanh().to(torch.bfloat16).exp().sum(-1) ** 2).double().sum()
 
-    posed_problem = posed((4, 3), (3, 6), function)
+    posed_problem = problem_of((4, 3), (3, 6), function)
     right = BlockOperator(posed_problem, AutogradEngine(posed_problem))
     traced = BlockOperator(posed_problem, TracedEngine(posed_problem, rows=100))
     assert relative_error(right, traced, torch.randn(3, sum(right.dims))) < 0.05
 
 
 def test_vectors_that_lie_elsewhere_in_memory_than_at_the_recording() -> None:
-    posed_problem = posed((4, 3), (3, 6), lambda a, b: ((a @ b).tanh() ** 2).sum())
+    posed_problem = problem_of((4, 3), (3, 6), lambda a, b: ((a @ b).tanh() ** 2).sum())
     engine, reference = TracedEngine(posed_problem, rows=100), AutogradEngine(posed_problem)
     for numbers in ([0, 1], [0], [1, 0]):
         right, traced = (BlockOperator(posed_problem, e, numbers) for e in (reference, engine))

@@ -185,10 +185,10 @@ def make_plan(
     rows, made = 1, None
     most = max([num_probes * sum(exact), *(count * len(blocks) for _, count, blocks in passes)])
     expected = max(products(*least), int(TOLERANCE_SHARE * hvps)) if least else hvps
-    chosen, traced, why = _engine(problem, engine, expected, most, room)
+    pays, why = _tracing_pays(problem, engine, expected, most, room)
     graph, tangents = problem.graph_bytes, 0
-    if traced:
-        made, failure, graph, tangents = _trace(problem, gauss_newton=chosen == "ggn")
+    if pays:
+        made, failure, graph, tangents = _trace(problem, gauss_newton=engine == "ggn")
         if made and graph + tangents > room:
             failure = f"memory_budget must be at least {size_text(2 * (graph + tangents))} for one traced vector"
             if engine == "traced":
@@ -197,8 +197,7 @@ def make_plan(
         if engine == "traced" and failure:
             raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
         if failure:
-            chosen, why = ("ggn" if engine == "ggn" else "autograd"), f"no trace: {failure}"
-            graph, tangents = problem.graph_bytes, 0
+            why, graph, tangents = f"no trace: {failure}", problem.graph_bytes, 0
     retain = n_batches * graph + tangents <= room
     engine_bytes = graph * (n_batches if retain else 1)
     if made:
@@ -211,7 +210,7 @@ def make_plan(
     checked = _checked([l for l, u in enumerate(used) if u], expected)
     parameters = 8 * sum(p.numel() for p in problem.model.parameters()) if problem.dtype == torch.float32 else 0
     plan = Plan(
-        engine=chosen,
+        engine="ggn" if engine == "ggn" else "traced" if made else "autograd",
         traced=made is not None,
         exact=exact,
         passes=passes,
@@ -233,10 +232,10 @@ def make_plan(
     return plan, made
 
 
-def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[str, bool, str]:
-    """Return the engine, whether to trace, and why."""
+def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[bool, str]:
+    """Return whether to trace, and why."""
     if engine in ("autograd", "traced"):
-        return engine, engine == "traced", "as asked"
+        return engine == "traced", "as asked"
     room = CACHE_BYTES if problem.device.type == "cpu" else room
     rows = max(1, min(most, int(room / (TANGENTS * max(1, problem.graph_bytes)))))  # of the traced engine, roughly
     traced = dataclasses.replace(PRODUCT["traced"], launches=PRODUCT["traced"].launches / rows)
@@ -244,10 +243,11 @@ def _engine(problem: Problem, engine: str, hvps: int, most: int, room: int) -> t
     tracing = TRACE_SECONDS * problem.graph_nodes
     saved = times["autograd"] - times["traced"]
     if saved > tracing:
-        why = f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing, at nominal rates"
-        return "ggn" if engine == "ggn" else "traced", True, why
-    why = f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products, at nominal rates"
-    return "ggn" if engine == "ggn" else "autograd", False, why
+        return True, f"saves about {time_text(saved)} of products for {time_text(tracing)} of tracing, at nominal rates"
+    return (
+        False,
+        f"tracing would take about {time_text(tracing)} and save {time_text(saved)} of products, at nominal rates",
+    )
 
 
 def _seconds(problem: Problem, product: Work, hvps: int) -> float:

@@ -39,12 +39,12 @@ from blockhess.hvp.traced.operations import (
 from blockhess.hvp.traced.program import Combination, GraphBuilder, Program, ProgramBuilder, is_node, same_call_key
 from blockhess.hvp.traced.trace import Recorder, Trace, fake_mode
 
-# Operations that are linear in all their floating-point tensors together, or in each of them.
+# Operations that are linear in all their floating-point tensors together. Padding is not, for it adds a constant.
 _LINEAR = VIEWS | SPLITS | set(RESHAPED) | {
     aten.expand.default, aten.neg.default, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default,
     aten.cat.default, aten.stack.default, aten.index.Tensor, aten.embedding.default, aten._to_copy.default,
     aten.embedding_dense_backward.default, aten.slice_backward.default, aten.select_backward.default,
-    aten.constant_pad_nd.default, aten.gather.default,
+    aten.gather.default,
 }  # fmt: skip
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}

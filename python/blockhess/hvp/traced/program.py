@@ -375,9 +375,8 @@ class ProgramBuilder:
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Combination))
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Combination)]
         factor = 1.0
-        if len(moving) == 1 and len(leaves[moving[0]].terms) == 1 and isinstance(like, TensorInfo):
-            ((base, (factor, c)),) = leaves[moving[0]].terms  # a scalar commutes with linear operations
-            leaves[moving[0]] = replace(leaves[moving[0]], terms=((base, (1.0, c)),))
+        if len(moving) == 1 and isinstance(like, TensorInfo):
+            factor, leaves[moving[0]] = _without_scalar(leaves[moving[0]])
         leaves = [self._node(leaf) if isinstance(leaf, Combination) else self._import(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         node = self._program.call(target, args, kwargs, like)
@@ -396,9 +395,7 @@ class ProgramBuilder:
             scalar, given = 1.0, []
             for factor in pair:
                 if isinstance(factor, Combination):
-                    if len(factor.terms) == 1:
-                        ((base, (scalar, c)),) = factor.terms
-                        factor = replace(factor, terms=((base, (1.0, c)),))
+                    scalar, factor = _without_scalar(factor)
                     given.append(self._node(factor))
                 else:
                     given.append(self._import(factor))
@@ -476,6 +473,14 @@ class ProgramBuilder:
         tangents = [n if n.meta["blocks"] else None for n in self._tangents]
         constants = {n: c for c, n in self._inputs.items() if any(user.meta["blocks"] for user in n.users)}
         return Program(self._program.graph, tangents, constants, products)
+
+
+def _without_scalar(combination: Combination) -> tuple[float, Combination]:
+    """Return a combination of one term as a scalar, which commutes with linear operations, times the rest."""
+    if len(combination.terms) > 1:
+        return 1.0, combination
+    ((base, (scalar, constant)),) = combination.terms
+    return scalar, replace(combination, terms=((base, (1.0, constant)),))
 
 
 def reshaped(shape: Sequence[int], full: Sequence[int], new: Sequence[int]) -> torch.Size | None:
