@@ -61,6 +61,21 @@ def test_wrong_products_are_noticed() -> None:
         measure(prepared_problem, Wrong(prepared_problem))
 
 
+class WrongAlone(TracedEngine):
+    """Its products are wrong where those with one block only are made."""
+
+    def multiply(self, columns: Sequence[Column], share: float) -> Iterator[int]:
+        return super().multiply(columns, 1.05 * share if len(columns) == 1 else share)
+
+
+def test_blocks_are_checked_alone_and_together() -> None:
+    torch.manual_seed(0)
+    prepared_problem = problem(mlp(), labeled(7), nn.CrossEntropyLoss())
+    assert measure(prepared_problem, TracedEngine(prepared_problem, rows=4)) is not None
+    with pytest.raises(EngineMismatch, match=r"products of block .* differ from autograd's"):
+        measure(prepared_problem, WrongAlone(prepared_problem, rows=4))
+
+
 class Doubled(torch.autograd.Function):
     """Twice x, with a derivative of its own."""
 

@@ -246,3 +246,10 @@ def test_activation_checkpointing_in_another_precision(engine: str) -> None:
     found, right = (blockhess.spectrum(m, (x, y), nn.CrossEntropyLoss(), **options) for m in (model, plain))
     assert found.provenance["hvp_error"] is not None
     torch.testing.assert_close(found["first"].nodes, right["first"].nodes, rtol=1e-4, atol=1e-6)
+
+
+def test_a_restricted_problem_differentiates_with_respect_to_its_blocks_only() -> None:
+    whole = problem(mlp(), labeled(5), nn.CrossEntropyLoss())
+    part = whole.restricted([1, 2])
+    assert list(part.gradients(0, create_graph=False)) == ["0.bias", "2.weight"]
+    assert len(whole.gradients(0, create_graph=False)) == 4 and part.dims == whole.dims

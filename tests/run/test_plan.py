@@ -13,6 +13,7 @@ from torch import nn
 
 import blockhess
 from blockhess.cli.main import main
+from blockhess.hvp import TracedEngine
 from blockhess.problem.memory import budget_bytes
 from blockhess.run import plan as planning
 from blockhess.run.plan import Plan, make_plan
@@ -45,6 +46,29 @@ def test_the_engine_follows_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     long = planned()
     assert long.engine == "traced" and "saves about" in long.why
     assert planned(engine="ggn").engine == "ggn" and planned(engine="ggn").traced
+
+
+def test_vectors_multiplied_together_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"engine": "traced", "num_probes": 5}
+    assert planned(**options).rows == 5 * 4
+    monkeypatch.setattr(planning, "CACHE_BYTES", 1)
+    assert planned(**options).rows == 1
+
+
+def test_constants_are_kept_where_they_fit() -> None:
+    prepared_problem = problem(mlp(), [labeled(64), labeled(64)], nn.CrossEntropyLoss())
+    engine = TracedEngine(prepared_problem)
+    one, both = (n * engine.constant_bytes + engine.tangent_bytes for n in (1, 2))
+    options = {"engine": "traced", "num_probes": 1, "num_steps": 2, "basis_dims": [0] * 4}
+    for budget, kept in ((2 * both, True), (2 * both - 2, False), (2 * one, False)):
+        plan, engine = make_plan(prepared_problem, budget=budget, **options)
+        assert (plan.retain, engine.retain) == (kept, kept)
+
+
+def test_a_tolerance_plans_for_a_tenth_of_the_products() -> None:
+    options = {"num_probes": 20, "num_steps": 5, "engine": "autograd"}
+    assert len(planned(**options).checked) == 4
+    assert len(planned(**options, least=(2, 1)).checked) < 4
 
 
 @pytest.mark.parametrize("budget", [2**30, 2000, 800, 300])
