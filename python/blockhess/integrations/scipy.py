@@ -18,7 +18,8 @@ from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import BlockInfo, BlockSpec, block_id, partition, unwrap
 from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import fixed_state
-from blockhess.problem.problem import Problem
+from blockhess.problem.problem import Computation, Problem
+from blockhess.problem.ranks import SINGLE_PROCESS
 from blockhess.spectra import Spectra
 from blockhess_ext import batched_slq
 from blockhess_ext.arguments import choice
@@ -87,8 +88,9 @@ def block_operators(
     model = unwrap(model)
     cut, loss = partition(model, blocks), make_loss(loss_fn)
     is_open = True
-    with fixed_state(model, batchnorm):
+    with fixed_state(Computation(model, loss), batchnorm):
         problem = Problem(model, loss, as_batches(data, pairs=loss.pairs), cut.blocks, dtype)
+        problem.join(SINGLE_PROCESS)
         products: Engine = ENGINES[engine](problem)
         try:
             yield {

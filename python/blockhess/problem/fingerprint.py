@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from blockhess.problem.batches import Batch, tensors
+from blockhess.problem.batches import Batch, dense_parts, tensors
 
 
 def of_model(model: nn.Module) -> str:
@@ -24,10 +24,12 @@ def of_data(batches: Iterable[Batch]) -> str:
 def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-        flat = dense.cpu().contiguous().flatten()
-        # A one-element slice may have any stride, but a view as bytes needs stride 1.
-        flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
-        digest.update(flat.view(torch.uint8).numpy().data)
+        if tensor.layout != torch.strided and not tensor.is_nested:
+            digest.update(repr((tensor.layout, tuple(tensor.shape))).encode())
+        for part in dense_parts(tensor.detach()):
+            digest.update(repr((name, part.dtype, tuple(part.shape))).encode())
+            flat = part.resolve_conj().resolve_neg().cpu().contiguous().flatten()
+            # A one-element slice may have any stride, but a view as bytes needs stride 1.
+            flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
