@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blockhess.problem.batches import batch_size
 from blockhess.problem.losses import TransformersLoss, checked_weight, make_loss
 
 C = 4
@@ -22,7 +23,8 @@ def of_all(loss_fn: Any, batches: list[Any], model: nn.Module) -> tuple[float, f
     """Loss and weight of all data, from those of the batches."""
     loss = make_loss(loss_fn)
     parts = [loss(model, batch) for batch in batches]
-    weights = [float(weight) for _, weight in parts]
+    rows = [batch_size(loss.averaged_over(batch)) for batch in batches]
+    weights = [float(row if weight is None else weight) for (_, weight), row in zip(parts, rows)]
     return sum(value.item() * w for (value, _), w in zip(parts, weights)) / sum(weights), sum(weights)
 
 
@@ -82,7 +84,7 @@ def test_a_function_of_model_and_batch() -> None:
 
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     value, weight = make_loss(squares)(model, x)
-    assert value == squares(model, x) and weight == 5
+    assert value == squares(model, x) and weight is None
     assert make_loss(lambda m, b: (squares(m, b), 17))(model, x)[1] == 17
     assert make_loss(squares).name.endswith("squares")
 

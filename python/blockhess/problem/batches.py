@@ -6,11 +6,12 @@ augments. Tensors stay on their device. A batch is never changed: operations ret
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
-from collections import Counter, UserDict, UserList, deque
+import weakref
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ _OUTSIDE = (
     type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, nn.Module, torch.optim.Optimizer, Dataset,
     DataLoader, Sampler, np.ndarray,
 )  # fmt: skip
-_CONTAINERS = (dict, tuple, list, deque, UserDict, UserList)
+_CONTAINERS = (dict, tuple, list, UserDict, UserList)
 
 
 def as_batches(data: Any, *, pairs: bool) -> list[Batch]:
@@ -136,20 +137,22 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _attributes(value: Any) -> list[Any]:
-    """Return the attributes of an object, without calling code of its class."""
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return what `__dict__` of an object holds, without calling code of its class."""
     try:
-        found = list(object.__getattribute__(value, "__dict__").values())
+        found: dict[str, Any] = object.__getattribute__(value, "__dict__")
+        return found
     except AttributeError:
-        found = []
+        return {}
+
+
+def _slots(value: Any) -> Iterator[tuple[MemberDescriptorType, Any]]:
+    """Yield descriptor and content of the slots of an object."""
     for owner in type(value).__mro__:
         for member in vars(owner).values() if "__slots__" in vars(owner) else ():
             if isinstance(member, MemberDescriptorType):
-                try:
-                    found.append(member.__get__(value))
-                except AttributeError:  # not set
-                    continue
-    return found
+                with suppress(AttributeError):  # not set
+                    yield member, member.__get__(value)
 
 
 def _parts(value: Any) -> list[Any]:
@@ -160,7 +163,9 @@ def _parts(value: Any) -> list[Any]:
         return [value.data]
     if isinstance(value, dict):
         return list(value.values())
-    return list(value) if isinstance(value, tuple | list | deque) else _attributes(value)
+    if isinstance(value, tuple | list):
+        return list(value)
+    return [*_attributes(value).values(), *(content for _, content in _slots(value))]
 
 
 def _walk(batch: Batch, atoms: bool = False) -> Iterator[tuple[Any, Any]]:
@@ -205,7 +210,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     in a PackedSequence, which torch wants on the CPU, are not changed.
 
     Raises:
-        TypeError: copy.deepcopy does not copy an object in the batch.
+        TypeError: an object in the batch cannot be copied, as it is not of a class written in Python.
     """
     links = list(_walk(batch))
     holders: dict[int, list[Any]] = {}
@@ -226,18 +231,45 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
             if holder is not None and id(holder) not in copied:
                 copied.add(id(holder))
                 changed.append(holder)
-    for value, _ in links:
-        if id(value) not in copied:
-            memo.setdefault(id(value), value)
-        elif isinstance(value, _CONTAINERS):  # attributes besides the items
-            memo |= {id(other): other for other in _attributes(value) if id(other) not in holders}
+    return _copy(batch, copied, memo)
+
+
+def _copy(value: Any, copied: set[int], memo: dict[int, Any]) -> Any:
+    """Return the copy of a value whose id is in `copied`, or the value, without calling code of its class.
+
+    Args:
+        memo: by id, what stands for a value in the copy; gets the copies.
+    """
+    if isinstance(value, weakref.ref) and id(value()) in copied:  # to the object that holds this one
+        return weakref.ref(_copy(value(), copied, memo))
+    if id(value) not in copied or id(value) in memo:
+        return memo.get(id(value), value)
+    new: Any
+    base: Any
     try:
-        return copy.deepcopy(batch, memo)
-    except Exception as error:
+        if isinstance(value, tuple):
+            items = [_copy(item, copied, memo) for item in value]
+            new = memo.get(id(value)) or tuple.__new__(type(value), items)  # in a cycle, an item holds the copy
+        else:
+            base = next(b for b in (OrderedDict, defaultdict, dict, list, object) if isinstance(value, b))
+            new = base.__new__(type(value))
+    except TypeError as error:
         raise TypeError(
-            f"spectrum: data must hold batches that copy.deepcopy copies, got {type(batch).__name__}: "
-            f"{first_line(error)}"
+            f"spectrum: data must hold objects that can be copied, got a {type(value).__name__}; convert its tensors, "
+            "or pass a mapping or a dataclass"
         ) from error
+    memo[id(value)] = new
+    if isinstance(value, defaultdict):
+        new.default_factory = value.default_factory
+    for key, item in value.items() if isinstance(value, dict) else ():
+        base.__setitem__(new, key, _copy(item, copied, memo))
+    if isinstance(value, list):
+        list.extend(new, (_copy(item, copied, memo) for item in value))
+    if _attributes(value):
+        _attributes(new).update({name: _copy(item, copied, memo) for name, item in _attributes(value).items()})
+    for member, item in _slots(value):
+        member.__set__(new, _copy(item, copied, memo))
+    return new
 
 
 def to_dtype(batch: Batch, dtype: torch.dtype) -> Batch:

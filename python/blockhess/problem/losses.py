@@ -103,6 +103,11 @@ class ClosureLoss(Loss):
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
         result = self._loss_fn(model, batch)
         if isinstance(result, tuple) and len(result) == 2:
+            if isinstance(result[1], Tensor) and result[1].requires_grad:  # the loss after the outputs, or another loss
+                raise TypeError(
+                    f"spectrum: loss_fn must return the mean loss or (mean loss, weight of the batch), got "
+                    f"{_kind(result)} whose second depends on the parameters; return the loss alone"
+                )
             return result
         return result, None
 
@@ -158,8 +163,8 @@ class CriterionLoss(Loss):
                 ) from error
             if self.module is not None and not type(self.module).__module__.startswith("torch."):
                 raise TypeError(
-                    f"spectrum: loss_fn {self.name} is a module, called as loss_fn(model(inputs), targets), got {took}; "
-                    "if its forward takes (model, batch), pass loss_fn.forward"
+                    f"spectrum: loss_fn {self.name} is a module, called as loss_fn(model(inputs), targets), got "
+                    f"{took}; if its forward takes (model, batch), pass loss_fn.forward"
                 ) from error
             raise
 
@@ -293,18 +298,11 @@ def checked_weight(weight: Weight, batch: int, batches: int) -> float:
             )
         return 1.0
     try:
-        if isinstance(weight, Tensor) and weight.requires_grad:  # a second loss, or the loss after the outputs
-            raise TypeError
         value = float(weight)
     except (TypeError, ValueError, RuntimeError):
-        got = (
-            "a tensor that requires a gradient"
-            if isinstance(weight, Tensor) and weight.requires_grad
-            else _kind(weight)
-        )
         raise TypeError(
-            f"spectrum: loss_fn must return a number as weight, got (loss, weight) with {got} as weight for batch "
-            f"{batch}; return the loss alone, or (mean loss, weight of the batch)"
+            f"spectrum: loss_fn must return a number as weight, got {_kind(weight)} for batch {batch}; "
+            "return the loss alone, or (mean loss, weight of the batch)"
         ) from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"spectrum: loss_fn must return a finite weight of at least 0, got {value} for batch {batch}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ from blockhess.problem.batches import (
     Batch,
     batch_size,
     check_device,
-    dense_parts,
     row_shapes,
     shapes,
     tensors,
@@ -79,6 +79,8 @@ class Problem:
         >>> problem.dims, problem.weight
         ([3, 1], 8.0)
     """
+
+    graph_bytes: int
 
     def __init__(
         self,
@@ -219,11 +221,9 @@ class Problem:
                     weight = checked_weight(raw_weight, index, len(batches) + several)
                 if weight == 0:  # all labels are ignored, so their mean is 0 / 0
                     continue
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"spectrum: loss_fn must return a finite loss, got {loss.item()} for batch {index}"
-                    )
                 value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(f"spectrum: loss_fn must return a finite loss, got {value} for batch {index}")
                 if self.batches:
                     used.update(self._differentiate(loss, create_graph=False))
                 else:
@@ -256,7 +256,7 @@ class Problem:
         gradients = self._differentiate(loss, create_graph=True)
         nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
         self.graph_nodes = len(nodes)
-        others = (*self.parameters.values(), *(part for t in tensors(batch) for part in dense_parts(t)))
+        others = (*self.parameters.values(), *tensors(batch))
         self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), ())
         return {name: g.detach() for name, g in gradients.items()}
 
