@@ -85,5 +85,5 @@ class AutogradEngine:
                 raise
             raise NotImplementedError(
                 f"spectrum: block {problem.infos[number].name!r} needs a second derivative that torch does not "
-                f"compute: {text}; write the operations in plain PyTorch, on strided tensors"
+                f"compute: {text}; write the operations in plain PyTorch"
             ) from error

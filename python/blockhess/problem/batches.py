@@ -30,7 +30,7 @@ MOST_BATCHES = 4096
 MOST_MEMORY = 0.25
 
 # Added to messages about data that are not those of an earlier run.
-DRAWN_ANEW = "a loader that shuffles or augments yields other batches every time: pass one list of batches to all runs"
+DRAWN_ANEW = "a loader that shuffles or augments yields other batches every time: pass the same list of batches"
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 # What a batch may refer to without holding it.

@@ -13,17 +13,19 @@ from blockhess.problem.batches import Batch, dense_parts, tensors
 
 def of_model(model: nn.Module) -> str:
     """Hash the names and values of all parameters and buffers."""
-    return _digest([*model.named_parameters(), *model.named_buffers()])
+    return _digest("model", [*model.named_parameters(), *model.named_buffers()])
 
 
 def of_data(batches: Iterable[Batch]) -> str:
     """Hash all tensors in the batches, in order."""
-    return _digest((str(index), tensor) for index, batch in enumerate(batches) for tensor in tensors(batch))
+    return _digest("data", ((str(i), tensor) for i, batch in enumerate(batches) for tensor in tensors(batch)))
 
 
-def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(argument: str, named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
+        if tensor.is_meta:
+            raise ValueError(f"spectrum: {argument} must hold values, got {name!r} on the meta device; load it first")
         if tensor.layout != torch.strided and not tensor.is_nested:
             digest.update(repr((tensor.layout, tuple(tensor.shape))).encode())
         for part in dense_parts(tensor.detach()):

@@ -270,7 +270,8 @@ def _kind(value: Any) -> str:
         return f"a {type(value).__name__} with keys {reprlib.repr(list(value))}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} ({', '.join(map(_kind, value[:5]))}{', ...' * (len(value) > 5)})"
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _instead(loss: Any) -> str:

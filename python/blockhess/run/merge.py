@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from blockhess.problem.batches import DRAWN_ANEW
 from blockhess.problem.blocks import BlockInfo, with_note
 from blockhess.problem.prepare import LOSS_TOLERANCE
 from blockhess.results import files
@@ -65,7 +66,8 @@ def _check_compatible(label: str, first: dict[str, Any], other_label: str, other
         differing.append(f"matrix ({first['engine']!r} and {other['engine']!r})")
     if differing:
         text = "; ".join(differing)
-        raise ValueError(f"merge: runs must belong together, {label} and {other_label} differ in {text}")
+        advice = f"; {DRAWN_ANEW}" if "fingerprints" in different else ""
+        raise ValueError(f"merge: runs must belong together, {label} and {other_label} differ in {text}{advice}")
 
 
 def _of_probes(labels: list[str], runs: list[SpectraData]) -> SpectraData:
