@@ -255,7 +255,7 @@ def _copy(value: Any, copied: set[int], memo: dict[int, Any]) -> Any:
             new = base.__new__(type(value))
     except TypeError as error:
         raise TypeError(
-            f"spectrum: data must hold objects that can be copied, got a {type(value).__name__}; convert its tensors, "
+            f"spectrum: data must hold objects that can be copied, got {type(value).__name__}; convert its tensors, "
             "or pass a mapping or a dataclass"
         ) from error
     memo[id(value)] = new

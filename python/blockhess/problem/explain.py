@@ -39,6 +39,8 @@ def explained(
     except Exception as error:
         if str(error).startswith("spectrum:"):
             raise
+        if "can't allocate memory" in str(error):  # on the CPU, a RuntimeError
+            raise torch.OutOfMemoryError(first_line(error)) from error
         where = _where(error, computation)
         text = _mismatch(error, repeat, where, index, batch, like) or (
             f"spectrum: {loss.call} must run on the data, got {type(error).__name__} in {where} for batch {index}: "
