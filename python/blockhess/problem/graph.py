@@ -47,6 +47,8 @@ class OperationRecorder(TorchDispatchMode):
     def __enter__(self) -> Any:
         self._handles = []
         for name, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+                continue
             label = f"{name or 'the model'} ({type(module).__name__})"
             self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._inside.append(label)))
             self._handles.append(module.register_forward_hook(lambda *_: self._inside.pop() and None, always_call=True))

@@ -33,7 +33,7 @@ from blockhess.problem.batches import (
 from blockhess.problem.blocks import Block, with_note
 from blockhess.problem.explain import explained
 from blockhess.problem.losses import Loss, checked, checked_weight
-from blockhess.problem.model_state import setting
+from blockhess.problem.model_state import apply_max_norm, setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 
 T = TypeVar("T")
@@ -102,6 +102,8 @@ class Problem:
         if loss.calls_model:
             check_device(list(batches), self.device)
         self._convert(dtype)
+        if apply_max_norm(model, lambda: [self.evaluate(batch) for batch in batches]):
+            self._convert(dtype)
         self._survey(batches, several)
 
     @property
@@ -165,7 +167,8 @@ class Problem:
 
         Activation checkpointing runs the model again in the backward pass.
         """
-        return self._call(lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), ())
+        found = self._call(lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), ())
+        return tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """Return the problem of the first batch in another dtype."""
