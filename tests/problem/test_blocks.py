@@ -183,12 +183,14 @@ def test_bad_blocks(blocks: object, text: str) -> None:
         (torch.arange(3), "a real floating-point number, got torch.int64; it cannot be trained"),
         (torch.ones(3, dtype=torch.complex64), "a real floating-point number, got torch.complex64; give its real"),
         (torch.eye(3).to_sparse(), "dense, got torch.sparse_coo"),
-        (torch.inference_mode()(torch.ones)(3), r"made outside of torch.inference_mode\(\)"),
+        (torch.inference_mode()(lambda: nn.Parameter(torch.ones(3)))(), "made outside torch.inference_mode"),
     ],
 )
 def test_bad_tensors(tensor: torch.Tensor, text: str) -> None:
     model = mlp()
-    model.extra = nn.Parameter(tensor, requires_grad=tensor.dtype != torch.int64)
+    model.extra = (
+        tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.dtype != torch.int64)
+    )
     for blocks in ("parameter", "full", {"a": "extra"}):
         if tensor.dtype == torch.int64 and isinstance(blocks, str):
             continue
@@ -215,7 +217,7 @@ def test_frozen_half_precision_is_not_in_the_way() -> None:
 
 def test_uninitialised_and_empty_parameters() -> None:
     for lazy in (nn.LazyLinear(3), nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False))):
-        with pytest.raises(ValueError, match="model must have run once, got '.*' that is not initialized yet"):
+        with pytest.raises(ValueError, match=r"model must have run once before, got '.*' uninitialized"):
             partition(lazy)
     model = mlp()
     model.extra = nn.Parameter(torch.ones(0, 3))

@@ -222,7 +222,7 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
-            raise ValueError(f"spectrum: model must have run once, got {_canonical(name)!r} that is not initialized yet")
+            raise ValueError(f"spectrum: model must have run once before, got {_canonical(name)!r} uninitialized")
     named = _names(unwrap(model))
     frozen = {n.name for n in named if not n.tensor.requires_grad}
     trainable = [n for n in named if n.name not in frozen]
@@ -356,7 +356,7 @@ def _check_dtype(piece: Piece) -> None:
         raise ValueError(f"spectrum: parameter {piece.name!r} must be dense, got {layout}; use its to_dense()")
     if piece.tensor.is_inference():
         raise ValueError(
-            f"spectrum: parameter {piece.name!r} must be made outside of torch.inference_mode(), got an inference tensor"
+            f"spectrum: parameter {piece.name!r} must be made outside torch.inference_mode(), got an inference tensor"
         )
     if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return

@@ -59,7 +59,7 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def fixed_state(model: nn.Module, batchnorm: str = "eval", *others: nn.Module) -> Iterator[None]:
+def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
     """Make a model deterministic and twice differentiable within the context.
 
     Every module is in eval mode, so dropout is off. Attention uses the math backend, compiled modules run eagerly and
@@ -71,7 +71,6 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval", *others: nn.Module) -
         batchnorm: "eval": BatchNorm uses its running statistics, where it has them. "batch": it uses the statistics
             of each batch, through which gradients flow. "frozen_batch_stats": as "eval", with running statistics from
             `freeze_batch_statistics`.
-        others: modules that are only restored, such as a criterion.
 
     Raises:
         ValueError: `batchnorm` is none of these.
@@ -92,7 +91,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval", *others: nn.Module) -
             stack.enter_context(torch.autocast(device_type, enabled=False))
         if "torch._dynamo" in sys.modules:  # loaded if a module is compiled; importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        snapshot = Snapshot([model, *others])
+        snapshot = Snapshot([model])
         stack.callback(snapshot.restore)
         snapshot.drop_gradients()
         for module in modules:
@@ -101,7 +100,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval", *others: nn.Module) -
             if hasattr(module, "training"):  # frozen ScriptModules have none
                 _set(stack, module, "training", batchnorm == "batch" and _is_batchnorm(module))
             if _is_embedding(module):
-                module.sparse = False
+                vars(module)["sparse"] = False
             if isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
         _switch_attention(stack, modules)
@@ -150,7 +149,9 @@ def apply_max_norm(model: nn.Module, evaluate: Callable[[], object]) -> bool:
 
             stack.callback(module.register_forward_pre_hook(rescale, with_kwargs=True).remove)
         if bounded:
+            before = Snapshot([model], tensors=False)
             evaluate()
+            before.restore()
     for module in bounded:
         module.max_norm = None
     return bool(bounded)
@@ -175,6 +176,7 @@ def freeze_batch_statistics(
     """
     layers: list[Any] = [m for m in model.modules() if _is_batchnorm(m)]
     with ExitStack() as stack, torch.no_grad():
+        stack.callback(Snapshot([model], tensors=False).restore)
         for layer in layers:
             _set(stack, layer, "training", True)
             _set(stack, layer, "momentum", None)  # cumulative mean over batches

@@ -35,6 +35,7 @@ from blockhess.problem.explain import explained
 from blockhess.problem.losses import Loss, checked, checked_weight
 from blockhess.problem.model_state import apply_max_norm, setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -102,9 +103,12 @@ class Problem:
         if loss.calls_model:
             check_device(list(batches), self.device)
         self._convert(dtype)
-        if apply_max_norm(model, lambda: [self.evaluate(batch) for batch in batches]):
+        self._start = Snapshot([self._wrapped], tensors=False)
+        if apply_max_norm(self._wrapped, lambda: self._run(batches)):
             self._convert(dtype)
+            self._start = Snapshot([self._wrapped], tensors=False)
         self._survey(batches, several)
+        self._start.restore()  # nothing is left for another problem of this model
 
     @property
     def _pieces(self) -> dict[str, Tensor]:
@@ -167,7 +171,9 @@ class Problem:
 
         Activation checkpointing runs the model again in the backward pass.
         """
-        found = self._call(lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), ())
+        found = self._call(
+            lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), (), fresh=False
+        )
         return tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
@@ -185,9 +191,19 @@ class Problem:
         return other
 
     def _call(
-        self, compute: Callable[[nn.Module, Batch], T], batch: Batch, parameters: Mapping[str, Tensor] | None = None
+        self,
+        compute: Callable[[nn.Module, Batch], T],
+        batch: Batch,
+        parameters: Mapping[str, Tensor] | None = None,
+        fresh: bool = True,
     ) -> T:
-        """Return compute(model, batch), with converted or replaced parameters in the model."""
+        """Return compute(model, batch), with converted or replaced parameters in the model.
+
+        Args:
+            fresh: first restore the attributes of modules, in which the last evaluation may have counted or cached.
+        """
+        if fresh:
+            self._start.restore()
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
             swapped |= dict.fromkeys(self._places[name], tensor)
@@ -201,6 +217,11 @@ class Problem:
             # `_places` has the names of tied parameters, one per module, also where a module is registered twice.
             found: T = functional_call(self._wrapped, swapped, (compute, batch), tie_weights=False)
             return found
+
+    def _run(self, batches: Sequence[Batch]) -> None:
+        for index, batch in enumerate(batches):
+            with self._explained(index, batch):
+                self.evaluate(batch)
 
     def _survey(self, batches: Sequence[Batch], several: bool) -> None:
         """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
@@ -260,7 +281,7 @@ class Problem:
         nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
         self.graph_nodes = len(nodes)
         others = (*self.parameters.values(), *tensors(batch))
-        self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), ())
+        self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
         return {name: g.detach() for name, g in gradients.items()}
 
     def _explained(self, index: int, batch: Batch) -> contextlib.AbstractContextManager[None]:

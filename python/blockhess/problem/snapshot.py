@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from blockhess.problem.batches import dense_parts
+
 # Integers of the sizes of numbers: equal as integers means equal to the bit, also for NaN and -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,7 +27,11 @@ _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Snapshot:
-    """The state of some modules at the time of the constructor, which copies the memory of their tensors.
+    """The state of some modules at the time of the constructor.
+
+    Args:
+        modules: what is in them, or reached from them, is restored.
+        tensors: also restore hooks, and the tensors themselves, whose memory is copied now.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -36,7 +42,7 @@ class Snapshot:
         torch.Size([2, 2])
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], tensors: bool = True) -> None:
         self._containers: list[tuple[Any, list[Any]]] = []
         self._tensors: list[_SavedTensor] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
@@ -45,18 +51,22 @@ class Snapshot:
         waiting: list[Any] = list(modules)
         while waiting:
             item = waiting.pop()
-            if id(item) in seen or not isinstance(item, _FOLLOWED) or nn.parameter.is_lazy(item):
+            if id(item) in seen or not isinstance(item, _FOLLOWED):
                 continue
             seen[id(item)] = item
             if isinstance(item, torch.Generator):
                 self._generators.append((item, item.get_state()))
             elif isinstance(item, Tensor):
+                if not tensors or nn.parameter.is_lazy(item):
+                    continue
                 self._tensors.append(_SavedTensor(item))
                 for bits in _memory(item):
                     self._memory.setdefault((bits.data_ptr(), bits.nbytes), (bits, bits.clone()))
                 waiting += [vars(item), *(getattr(item, name) for name in _HOOKS)]
             elif isinstance(item, nn.Module):
                 waiting.append(vars(item))
+                if not tensors:
+                    seen |= {id(value): value for name, value in vars(item).items() if "_hooks" in name}
                 if isinstance(item, torch.jit.ScriptModule):  # its tensors are not among its attributes
                     waiting += [*item.children(), *item.parameters(recurse=False), *item.buffers(recurse=False)]
             else:
@@ -150,15 +160,9 @@ def _memory(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the memory of a tensor as vectors of integers; nothing for tensors that have none of their own."""
     if is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
         return
-    if tensor.layout == torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    else:
-        parts = [tensor] if tensor.layout == torch.strided and not tensor.is_nested else []
-    for part in parts:
+    for part in dense_parts(tensor):
+        if part.layout != torch.strided:
+            continue
         unit = min(part.itemsize, 8)
         scale = part.itemsize // unit
         length = scale * (1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride()))) if part.numel() else 0
