@@ -346,6 +346,15 @@ def test_every_evaluation_starts_from_the_same_attributes() -> None:
     assert list(found) == names
 
 
+def test_randomness_of_a_models_own_generator_is_found() -> None:
+    class Noisy(Remembers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.rand(x.shape, generator=self.generator))
+
+    with pytest.raises(ValueError, match="must give the same loss for the same batch"):
+        blockhess.spectrum(Noisy(), labeled(5), nn.CrossEntropyLoss(), progress=False)
+
+
 JOBS: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (mlp, {"dtype": torch.float64}),
     (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)), {"batchnorm": "batch"}),

@@ -31,7 +31,7 @@ class Snapshot:
 
     Args:
         modules: what is in them, or reached from them, is restored.
-        tensors: also restore hooks, and the tensors themselves, whose memory is copied now.
+        tensors: also restore hooks, random number generators, and the tensors themselves, whose memory is copied now.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -55,7 +55,8 @@ class Snapshot:
                 continue
             seen[id(item)] = item
             if isinstance(item, torch.Generator):
-                self._generators.append((item, item.get_state()))
+                if tensors:
+                    self._generators.append((item, item.get_state()))
             elif isinstance(item, Tensor):
                 if not tensors or nn.parameter.is_lazy(item):
                     continue
