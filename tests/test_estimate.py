@@ -294,6 +294,18 @@ def test_drawing_the_data_leaves_no_trace() -> None:
     assert shuffled["0.weight"].trace == pytest.approx(whole["0.weight"].trace, rel=1e-9)
 
 
+def test_a_shuffling_loader_does_not_resume(tmp_path: Path) -> None:
+    model, data = mlp(), TensorDataset(*labeled(7))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loader = DataLoader(data, batch_size=3, shuffle=True)
+        if seed:
+            with pytest.raises(ValueError, match=r"differs:\n(.|\n)*\na loader that shuffles or augments yields other"):
+                blockhess.spectrum(model, loader, nn.CrossEntropyLoss(), num_probes=1, run_dir=tmp_path / "run")
+        else:
+            blockhess.spectrum(model, loader, nn.CrossEntropyLoss(), num_probes=1, run_dir=tmp_path / "run")
+
+
 def test_without_gradients_and_in_a_wrapper() -> None:
     model, data = mlp(), labeled(7)
     expected = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), num_steps=4)

@@ -66,7 +66,7 @@ def _check_compatible(label: str, first: dict[str, Any], other_label: str, other
         differing.append(f"matrix ({first['engine']!r} and {other['engine']!r})")
     if differing:
         text = "; ".join(differing)
-        advice = f"; {DRAWN_ANEW}" if "fingerprints" in different else ""
+        advice = f"; {DRAWN_ANEW}" if first["fingerprints"]["data"] != other["fingerprints"]["data"] else ""
         raise ValueError(f"merge: runs must belong together, {label} and {other_label} differ in {text}{advice}")
 
 
