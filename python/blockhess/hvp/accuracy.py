@@ -1,7 +1,8 @@
-"""Rounding error of Hessian-vector products, estimated from one random vector per block and the first batch.
+"""Checks of Hessian-vector products before a run, and their rounding error, with one random vector per block.
 
-float32 products are compared with float64 products. For float64, the difference to float32 products is scaled by the
-ratio of the machine epsilons.
+On the first batch, float32 products are compared with float64 products, if these are of the same function. For float64,
+the difference to float32 products is scaled by the ratio of the machine epsilons. Traced products are also compared
+with those of autograd, and these with differences of gradients, see differences.py.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.differences import Differences, unit_vector
 from blockhess.hvp.ggn import GaussNewtonEngine
 from blockhess.hvp.operator import Column, Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.problem import Problem
+
+EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -26,33 +30,36 @@ class Accuracy:
     """Error of the product with a random unit vector v, by index of the block.
 
     Attributes:
-        norms: |H_l v|, computed in float64.
-        errors: norm of the error of H_l v.
+        norms: |H_l v|, computed in float64 where that is the same function.
+        errors: norm of the error of H_l v; empty if it is unknown.
+        confirmed: the blocks whose gradient and product agree with differences; kinks and rounding leave others open.
+        unknown: why the errors are unknown, or "".
     """
 
     norms: Mapping[int, float]
     errors: Mapping[int, float]
+    confirmed: frozenset[int]
+    unknown: str = ""
 
     def is_zero(self, number: int) -> bool:
-        """Return whether a block is zero within the error."""
-        return self.norms[number] <= self.errors[number]
+        """Return whether a block is zero within the error, by products and by differences."""
+        return number in self.confirmed and self.norms[number] <= self.errors.get(number, -1.0)
 
 
 class EngineMismatch(ArithmeticError):
     """The products of an engine differ from those of autograd."""
 
 
-def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None) -> Accuracy | None:
-    """Estimate the error of products with some blocks, by default all. Traced products are also compared with autograd.
+def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None) -> Accuracy:
+    """Check products with some blocks, by default all, and estimate their error.
 
     Traced products are made for every block alone, and for all of them together, as in a run.
-
-    Returns:
-        None if the model does not run in the other precision.
 
     Raises:
         EngineMismatch: traced products differ from those of autograd by more than rounding.
         NotTraceable: a traced program does not run.
+        DerivativeMismatch: the gradient is not that of the loss, or products are not its derivatives.
+        ValueError: the parameters are converted, and the loss uses those that it captured.
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
     try:
@@ -64,23 +71,65 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
         if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
         raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
-    by_autograd = GaussNewtonEngine if engine.name == "ggn" else AutogradEngine
-    lower = problem.dtype == torch.float64
-    try:
-        other = problem.in_dtype(torch.float32 if lower else torch.float64).restricted(numbers)
-        repeat = _products(other, by_autograd(other), numbers)
-    except (RuntimeError, ValueError, TypeError):  # a model that runs in one precision only
-        repeat = None
-    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
+    here = Differences(problem)
+    if here.captured:
+        name, parameter = next(iter(here.captured.items()))
+        raise ValueError(
+            f"spectrum: dtype must be {parameter.dtype} where loss_fn uses parameters that it captured, such as "
+            f"{name!r}, got {problem.dtype}; use those of the model that loss_fn is given"
+        )
+    there, repeat, unknown = _repeat(problem, engine, numbers, here, own)
+    expected = own
     if isinstance(engine, TracedEngine):
-        expected = _products(problem, by_autograd(problem.restricted(numbers)), numbers)
+        expected = _by_autograd(problem, engine, numbers)
         for traced in filter(None, (own, alone)):
             _check(problem, traced, expected, repeat)
-    if repeat is None:
-        return None
-    errors = {l: scale * _distance(own[l], repeat[l]) for l in numbers}
-    norms = {l: float((own if lower else repeat)[l].norm()) for l in numbers}
-    return Accuracy(norms, errors) if all(map(math.isfinite, errors.values())) else None
+    noise = {} if repeat is None else {l: _distance(own[l], repeat[l]) for l in numbers}
+    if not all(map(math.isfinite, noise.values())):
+        noise, unknown = {}, "products are not finite"
+    double = problem.dtype == torch.float64
+    if there is None or repeat is None or double:
+        there, repeat = here, expected
+    confirmed = (
+        l for l in numbers if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS, engine.name != "ggn")
+    )
+    scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
+    return Accuracy(
+        {l: float(repeat[l].norm()) for l in numbers},
+        {l: scale * error for l, error in noise.items()},
+        frozenset(confirmed),
+        unknown,
+    )
+
+
+def _repeat(
+    problem: Problem, engine: Engine, numbers: Sequence[int], here: Differences, own: Mapping[int, Tensor]
+) -> tuple[Differences | None, dict[int, Tensor] | None, str]:
+    """Return differences and products in the other precision, or None for both and why they are not comparable."""
+    dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
+    try:
+        other = problem.in_dtype(dtype)
+        for name, parameter in problem.parameters.items():
+            for hook in (parameter._backward_hooks or {}).values():
+                other.parameters[name].register_hook(hook)
+        there = Differences(other)
+        if there.captured:
+            return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
+        # A gradient that vanishes has the rounding of its terms, which are of the size of H w.
+        terms = max(problem.dims[l] ** 0.5 * here.size(l) * float(own[l].norm()) for l in numbers)
+        found = here.other_gradient(there, terms)
+        if found:
+            return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
+        return there, _by_autograd(other, engine, numbers), ""
+    except (RuntimeError, ValueError, TypeError) as error:
+        return None, None, f"the loss cannot be computed in {dtype}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+
+
+def _by_autograd(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
+    """Return H_l v of some blocks by torch.autograd."""
+    restricted = problem.restricted(numbers)
+    make = GaussNewtonEngine if engine.name == "ggn" else AutogradEngine
+    return _products(restricted, make(restricted), numbers)
 
 
 def _products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
@@ -88,8 +137,7 @@ def _products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[
     engine.prepare(0)
     columns = []
     for number in numbers:
-        v = torch.randn(1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-        vectors = (v / v.norm()).to(problem.device, problem.dtype)
+        vectors = unit_vector(problem, number)
         columns.append(Column(number, vectors, torch.zeros_like(vectors)))
     for _ in engine.multiply([column for column in columns if problem.is_used(column.number)], 1.0):
         pass
@@ -104,12 +152,11 @@ def _check(
     problem: Problem, traced: dict[int, Tensor], expected: dict[int, Tensor], repeat: dict[int, Tensor] | None
 ) -> None:
     # Some models compute part of their loss in float32, whatever the dtype of their parameters.
-    eps = torch.finfo(torch.float32).eps
     largest = max(float(e.norm()) for e in expected.values())
     for number, right in expected.items():
-        noise = max(eps * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
+        noise = max(EPS * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
         error, size = _distance(traced[number], right), float(right.norm())
-        if error > eps**0.5 * size + 100 * noise:
+        if error > EPS**0.5 * size + 100 * noise:
             raise EngineMismatch(
                 f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -50,7 +51,8 @@ class Job:
         infos: information on the blocks, with notes.
         records: the recorder; its `vectors` are the states after the last step, of every unit whose state was kept.
         hvps: number of products computed, including those of `first`.
-        hvp_error: checked block -> error of H v for a random unit vector v; None if it could not be measured.
+        hvp_error: checked block -> error of H v for a random unit vector v; None if it is unknown.
+        error_unknown: why hvp_error is None, or "".
         shrunk: messages about units that were split because memory ran out.
     """
 
@@ -89,9 +91,11 @@ class Job:
         self.infos = problem.infos
         self.hvps = 0 if first is None else first.provenance["hvps"]
         self.hvp_error: dict[str, float] | None = None
+        self.error_unknown = ""
         self.shrunk: list[str] = []
         self._too_large, self._exact_rows = math.inf, options.num_probes
         self._zero_within: list[float | None] = [None] * len(self.infos)
+        self._confirmed: set[int] = set()
         self._ids = [block_id(info.name) for info in problem.infos]
 
     def provenance(self, result: Quadrature) -> dict[str, Any]:
@@ -108,6 +112,8 @@ class Job:
             "plan": dataclasses.asdict(self.plan) | {"exact": exact},
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
+            "hvp_error_unknown": self.error_unknown,
+            "unchecked": [info.name for l, info in enumerate(self.infos) if l not in self._confirmed],
             "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
@@ -361,13 +367,20 @@ class Job:
         self._record(ranks.gather(accuracy)[0])
         return engine
 
-    def _record(self, accuracy: Accuracy | None) -> None:
-        """Record the errors of products."""
-        if accuracy is not None:
-            found = {self.infos[l].name: error for l, error in accuracy.errors.items()}
-            self.hvp_error = (self.hvp_error or {}) | found
-            for l, error in accuracy.errors.items():
-                self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
+    def _record(self, accuracy: Accuracy) -> None:
+        """Record the errors of products, and which blocks were checked."""
+        self._confirmed |= accuracy.confirmed
+        if accuracy.unknown:
+            if not self.error_unknown:
+                warnings.warn(
+                    f"spectrum: errors of products are unknown, so no block is called zero: {accuracy.unknown}",
+                    stacklevel=2,
+                )
+            self.error_unknown = accuracy.unknown
+            return
+        self.hvp_error = (self.hvp_error or {}) | {self.infos[l].name: e for l, e in accuracy.errors.items()}
+        for l, error in accuracy.errors.items():
+            self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
 
     def _check_flat_blocks(self, engine: Engine, radii: Sequence[float]) -> None:
         """Check the products of blocks that may be zero, if they were not checked before.
