@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockhess.hvp.autograd import AutogradEngine
-from blockhess.hvp.differences import Differences, unit_vector
-from blockhess.hvp.ggn import GaussNewtonEngine
-from blockhess.hvp.operator import Column, Engine
+from blockhess.hvp.differences import Differences, unit_products
+from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.problem import Problem
@@ -50,10 +48,17 @@ class EngineMismatch(ArithmeticError):
     """The products of an engine differ from those of autograd."""
 
 
-def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None) -> Accuracy:
+def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None, together: bool = True) -> Accuracy:
     """Check products with some blocks, by default all, and estimate their error.
 
-    Traced products are made for every block alone, and for all of them together, as in a run.
+    Traced products are made for every block alone, and for all of them together, as in a run. Single blocks are
+    compared with differences if their products are zero within the error, or if the comparison of all parameters
+    together is undecided; then a third of the blocks are.
+
+    Args:
+        problem, engine: what to check.
+        numbers: indices of the blocks.
+        together: compare derivatives with all parameters with differences, also with those of other blocks.
 
     Raises:
         EngineMismatch: traced products differ from those of autograd by more than rounding.
@@ -63,85 +68,70 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
     try:
-        own = _products(problem, engine, numbers)
+        own = unit_products(problem, engine, numbers)
         alone = {}
         if isinstance(engine, TracedEngine) and engine.rows > 1:
-            alone = {l: _products(problem, engine, [l])[l] for l in numbers}
+            alone = {l: unit_products(problem, engine, [l])[l] for l in numbers}
     except RuntimeError as error:
         if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
         raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
-    here = Differences(problem)
+    here = Differences(problem, engine.name == "ggn")
     if here.captured:
         name, parameter = next(iter(here.captured.items()))
         raise ValueError(
             f"spectrum: dtype must be {parameter.dtype} where loss_fn uses parameters that it captured, such as "
             f"{name!r}, got {problem.dtype}; use those of the model that loss_fn is given"
         )
-    there, repeat, unknown = _repeat(problem, engine, numbers, here, own)
+    double = problem.dtype == torch.float64
+    whole = here.products([here.whole]) if together and double else {}
+    there, repeat, unknown = _repeat(problem, numbers, here, whole, together)
     expected = own
     if isinstance(engine, TracedEngine):
-        expected = _by_autograd(problem, engine, numbers)
+        expected = here.products(numbers)
         for traced in filter(None, (own, alone)):
             _check(problem, traced, expected, repeat)
-    noise = {} if repeat is None else {l: _distance(own[l], repeat[l]) for l in numbers}
+    noise = {l: _distance(own[l], repeat[l]) for l in numbers} if repeat else {}
     if not all(map(math.isfinite, noise.values())):
         noise, unknown = {}, "products are not finite"
-    double = problem.dtype == torch.float64
     if there is None or repeat is None or double:
-        there, repeat = here, expected
-    confirmed = (
-        l for l in numbers if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS, engine.name != "ggn")
-    )
+        there, repeat = here, expected | (whole or (here.products([here.whole]) if together else {}))
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
-    return Accuracy(
-        {l: float(repeat[l].norm()) for l in numbers},
-        {l: scale * error for l, error in noise.items()},
-        frozenset(confirmed),
-        unknown,
-    )
+    norms = {l: float(repeat[l].norm()) for l in numbers}
+    errors = {l: scale * error for l, error in noise.items()}
+    agreed = not together or there.all_agree(repeat[there.whole])
+    single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)} | set(() if agreed else numbers[::3])
+    confirmed = set(numbers) - single if agreed else set()
+    confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
+    return Accuracy(norms, errors, frozenset(confirmed), unknown)
 
 
 def _repeat(
-    problem: Problem, engine: Engine, numbers: Sequence[int], here: Differences, own: Mapping[int, Tensor]
+    problem: Problem, numbers: Sequence[int], here: Differences, whole: Mapping[int, Tensor], together: bool
 ) -> tuple[Differences | None, dict[int, Tensor] | None, str]:
-    """Return differences and products in the other precision, or None for both and why they are not comparable."""
+    """Return differences and products in the other precision, or None for both and why they are not comparable.
+
+    Args:
+        whole: the product of all parameters in float64, if that is the dtype of the problem.
+    """
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
         other = problem.in_dtype(dtype)
         for name, parameter in problem.parameters.items():
             for hook in (parameter._backward_hooks or {}).values():
-                other.parameters[name].register_hook(hook)
-        there = Differences(other)
+                other.parameters[name].register_hook(hook)  # type: ignore[no-untyped-call]
+        there = Differences(other, here.gauss_newton)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
-        # A gradient that vanishes has the rounding of its terms, which are of the size of H w.
-        terms = max(problem.dims[l] ** 0.5 * here.size(l) * float(own[l].norm()) for l in numbers)
-        found = here.other_gradient(there, terms)
-        if found:
-            return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
-        return there, _by_autograd(other, engine, numbers), ""
+        repeat = there.products([*numbers, there.whole] if together and not whole else numbers)
+        if together:
+            found = here.differs_from(there, there.terms(there.whole, (whole or repeat)[there.whole]))
+            if found:
+                return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
+        return there, repeat, ""
     except (RuntimeError, ValueError, TypeError) as error:
-        return None, None, f"the loss cannot be computed in {dtype}: {(str(error).strip() or repr(error)).splitlines()[0]}"
-
-
-def _by_autograd(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
-    """Return H_l v of some blocks by torch.autograd."""
-    restricted = problem.restricted(numbers)
-    make = GaussNewtonEngine if engine.name == "ggn" else AutogradEngine
-    return _products(restricted, make(restricted), numbers)
-
-
-def _products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
-    """Return H_l v of some blocks, with the same v in every precision."""
-    engine.prepare(0)
-    columns = []
-    for number in numbers:
-        vectors = unit_vector(problem, number)
-        columns.append(Column(number, vectors, torch.zeros_like(vectors)))
-    for _ in engine.multiply([column for column in columns if problem.is_used(column.number)], 1.0):
-        pass
-    return {column.number: column.products for column in columns}
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return None, None, f"the loss cannot be computed in {dtype}: {reason}"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -1,26 +1,31 @@
-"""Derivatives of the loss compared with central differences, along a random unit vector v of a block.
+"""Derivatives of the loss of the first batch compared with central differences, along a random unit vector v.
 
-    (L(w + e v) - L(w - e v)) / 2e      =  <g_l(w + e v) + g_l(w - e v), v> / 2  +  O(e^2)
-    (g_l(w + e v) - g_l(w - e v)) / 2e  =  H_l v                                 +  O(e^2)
+    (L(w + e v) - L(w - e v)) / 2e  =  <g(w + e v) + g(w - e v), v> / 2  +  O(e^2)
+    (g(w + e v) - g(w - e v)) / 2e  =  H v  +  O(e^2)
 
-The first equation holds if g_l is the gradient of the loss, the second if H_l v is the derivative of g_l. Where a
-derivative is wrong, the two sides differ by the same amount for every step e. Where a kink lies within the step, as of
-ReLU, they do not, and the comparison is undecided. The parameters are replaced, never written to.
+The first equation holds if g is the gradient of the loss, the second if H v is the derivative of g. Where one is wrong,
+its two sides differ by the same amount for every step e. Where the step crosses a kink, as of ReLU, they do not, and
+nothing follows. All parameters move together first, then those of single blocks. Parameters are replaced, never written
+to.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
+from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.causes import likely_cause
+from blockhess.hvp.ggn import GaussNewtonEngine
+from blockhess.hvp.operator import Column, Engine
 from blockhess.problem import graph
+from blockhess.problem.blocks import Block, BlockInfo, Piece
 from blockhess.problem.problem import Problem
 
 # Steps relative to the parameters, as powers of the machine epsilon. The first one suits smooth losses, the second one
@@ -31,113 +36,164 @@ GROWTH = 10
 
 
 class DerivativeMismatch(ValueError):
-    """A gradient is not that of the loss, or products are not derivatives of the gradient."""
+    """The gradient is not that of the loss, or products are not derivatives of the gradient."""
 
 
 class Differences:
-    """Central differences of the loss of the first batch and of its gradient.
+    """Central differences of the loss of the first batch and of its gradient, and products by autograd.
 
     Args:
         problem: model, loss, data, blocks.
+        gauss_newton: products are those with Gauss-Newton matrices, which are no derivatives and not compared.
 
     Attributes:
+        whole: number of an additional block of all parameters.
         eps: largest machine epsilon of the operations between parameters and loss.
-        gradients: gradient by name, for the parameters that the loss depends on.
         captured: converted parameters whose originals the loss depends on, by name.
+        gradients: gradient by name, for the parameters that the loss depends on.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, gauss_newton: bool = False) -> None:
+        self.gauss_newton = gauss_newton
         loss = problem.evaluate(problem.batches[0])
         self._loss = loss.item()
         nodes = graph.differentiable_nodes([loss.grad_fn])
-        dtypes = {made.dtype for node in nodes for made in node._input_metadata}  # type: ignore[attr-defined]
+        dtypes = {made.dtype for node in nodes for made in node._input_metadata}
         del nodes
         self.eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-        originals = {piece.name: piece.tensor for block in problem.blocks for piece in block.pieces}
-        replaced = {name: p for name, p in originals.items() if p is not problem.parameters[name]}
+        pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
+        replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}
         if replaced:
             found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
             self.captured = {name: p for (name, p), gradient in zip(replaced.items(), found) if gradient is not None}
         found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
-        self._largest = max(float(g.norm()) for g in self.gradients.values())
+        self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
         norms = [float(p.detach().norm()) for p in problem.parameters.values()]
-        self._rms = math.hypot(*norms) / sum(p.numel() for p in problem.parameters.values()) ** 0.5
+        self._rms = math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
+        dim = sum(piece.tensor.numel() for piece in pieces.values())
+        info = BlockInfo("all parameters", (dim,), dim, tuple(pieces))
+        self._problem, self.whole = copy.copy(problem), len(problem.blocks)
+        self._problem.blocks = (*problem.blocks, Block(info, tuple(pieces.values())))
+        self._problem.infos, self._problem.dims = (*problem.infos, info), [*problem.dims, dim]
 
-    def size(self, number: int) -> float:
-        """Return the norm of the parameters of a block, or one of usual size where they are nearly zero."""
-        norm = float(_flat(self._problem, number, self._problem.parameters).norm())
-        return max(norm, self._problem.dims[number] ** 0.5 * (1e-3 * self._rms or 1.0))
+    def products(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """Return H_l v of some blocks by torch.autograd, with v = `unit_vector`."""
+        problem = self._problem.restricted(numbers)
+        return unit_products(problem, (GaussNewtonEngine if self.gauss_newton else AutogradEngine)(problem), numbers)
 
-    def other_gradient(self, other: Differences, terms: float) -> str:
+    def terms(self, number: int, products: Tensor) -> float:
+        """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
+        terms = math.sqrt(self._problem.dims[number]) * float(products.norm()) * self._size(number)
+        return terms if math.isfinite(terms) else 0.0
+
+    def differs_from(self, other: Differences, terms: float) -> str:
         """Return how the gradient differs from that of the other precision by more than rounding, or "".
 
         Args:
-            terms: size of the terms of a gradient that vanishes.
+            terms: of all parameters. A gradient that vanishes has their rounding.
         """
         eps = max(self.eps, other.eps)
         if torch.get_float32_matmul_precision() != "highest":
             eps = max(eps, torch.finfo(torch.bfloat16).eps)
-        terms = max(terms, self._largest, other._largest)
+        least = 1e3 * eps * max(terms, self._largest, other._largest)
         for name in self.gradients.keys() | other.gradients.keys():
             given = [g[name].double() for g in (self.gradients, other.gradients) if name in g]
             difference = float((given[0] - given[1] if len(given) == 2 else given[0]).norm())
             size = float(given[0].norm())
-            if not difference <= eps**0.25 * size + 1e3 * eps * terms:
+            if not difference <= eps**0.25 * size + least:
                 return f"the gradient of {name!r} differs by {difference:.3g}, of {size:.3g}"
         return ""
 
-    def agree(self, number: int, product: Tensor, error: float = 0.0, hessian: bool = True) -> bool:
-        """Return whether the derivatives of a block agree with differences, up to rounding; False if undecided.
+    def all_agree(self, products: Tensor) -> bool:
+        """Return whether the derivatives with all parameters agree with differences; False if that is undecided.
+
+        Args:
+            products: H v (1, dim) of the block `whole`.
+
+        Raises:
+            DerivativeMismatch: those with a block do not.
+        """
+        found = self._compare(self.whole, products, 0.0)
+        if any(comparison.is_fault for comparison in found):
+            # In which block? If in none, only products of several blocks are wrong.
+            numbers = [l for l in range(self.whole) if self._problem.is_used(l)]
+            for number, own in self.products(numbers).items():
+                self.agree(number, own)
+        return all(comparison.agrees for comparison in found)
+
+    def agree(self, number: int, products: Tensor, error: float = 0.0) -> bool:
+        """Return whether the derivatives with a block agree with differences; False if that is undecided.
 
         Args:
             number: index of the block.
-            product: H_l v (1, dim), with v = `unit_vector`.
+            products: H_l v (1, dim), with v = `unit_vector`.
             error: norm of its rounding error.
-            hessian: whether to compare the product; a Gauss-Newton product is no derivative.
 
         Raises:
-            DerivativeMismatch: the gradient is not that of the loss, or the product is not its derivative.
+            DerivativeMismatch: they do not.
         """
-        problem, name, root = self._problem, self._problem.infos[number].name, self._problem.dims[number] ** 0.5
-        v, size, curvature = unit_vector(problem, number)[0].double(), self.size(number), float(product.norm())
-        tangents = problem.blocks[number].spread(v, problem.parameters)
-        rounding = GROWTH * self.eps * (self._largest + root * curvature * size)
-        slope = _Comparison(self.eps, f"the gradient of block {name!r} is not that of the loss")
-        second = _Comparison(self.eps, f"products of block {name!r} are not derivatives of its gradient")
+        found = self._compare(number, products, error)
+        for comparison in found:
+            if comparison.is_fault:
+                name, cause = self._problem.infos[number].name, likely_cause(self._problem, number)
+                raise DerivativeMismatch(f"spectrum: {comparison.text.format(repr(name))}: {cause}")
+        return all(comparison.agrees for comparison in found)
+
+    def _size(self, number: int) -> float:
+        """Return the norm of the parameters of a block, or one of usual size where they are nearly zero."""
+        norm = float(self._flat(number, self._problem.parameters).norm())
+        return max(norm, math.sqrt(self._problem.dims[number]) * (1e-3 * self._rms or 1.0))
+
+    def _compare(self, number: int, products: Tensor, error: float) -> list[_Comparison]:
+        """Compare with differences for the first step, and for the others until one agrees."""
+        v, size, curvature = unit_vector(self._problem, number)[0], self._size(number), float(products.norm())
+        tangents = self._problem.blocks[number].spread(v, self._problem.parameters)
+        v = v.double()
+        rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
+        first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
+        second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient")
+        compared = [first] if self.gauss_newton else [first, second]
         for power in STEPS:
             step = self.eps**power * size
             with suppress(RuntimeError, ValueError, ArithmeticError):  # beside w, the loss may be undefined
-                (loss, gradient), (loss_, gradient_) = (self._at(number, tangents, s) for s in (step, -step))
-                mean = (gradient + gradient_) / 2
-                error_of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
-                slope.add(step, (loss - loss_) / (2 * step) - mean @ v, float(mean.norm()) / root, error_of_loss)
-                if hessian:
-                    difference = (gradient - gradient_) / (2 * step) - product[0]
-                    second.add(step, difference, curvature, rounding / step + GROWTH * error)
-            if slope.agrees and (second.agrees or not hessian):
-                return True
-        for comparison in (slope, second):
-            if comparison.is_fault:
-                raise DerivativeMismatch(f"spectrum: {comparison}: {likely_cause(problem, number)}")
-        return False
+                (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
+                slope = (g @ v + g_ @ v) / 2
+                usual = float(g.norm() + g_.norm()) / (2 * math.sqrt(len(v)))
+                of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
+                first.add(step, (loss - loss_) / (2 * step) - slope, usual, of_loss)
+                g = g.sub_(g_).div_(2 * step).sub_(products[0])
+                second.add(step, g, curvature, rounding / step + GROWTH * error)
+            if all(comparison.agrees for comparison in compared):
+                break
+        return compared
 
     def _at(self, number: int, tangents: Mapping[str, Tensor], step: float) -> tuple[float, Tensor]:
-        """Return the loss, and its gradient (dim,) by a block, at w + step * tangents."""
+        """Return the loss, and its gradient (dim,) with respect to a block, at w + step * tangents."""
         problem, names = self._problem, self._problem.blocks[number].parameters
         with _moved(problem, tangents, step):
             loss = problem.evaluate(problem.batches[0])
             found = problem.differentiate(loss, [problem.parameters[name] for name in names])
-        return loss.item(), _flat(problem, number, dict(zip(names, found))).double()
+        return loss.item(), self._flat(number, dict(zip(names, found))).double()
+
+    def _flat(self, number: int, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """Return the entries of a block in tensors by name, (dim,)."""
+        flat = torch.zeros(1, self._problem.dims[number], dtype=self._problem.dtype, device=self._problem.device)
+        detached = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+        self._problem.blocks[number].accumulate(detached, flat)
+        return flat[0]
 
 
 class _Comparison:
-    """Differences minus derivatives, for several steps; `str` tells how much they differ."""
+    """Differences minus derivatives, for several steps.
+
+    Attributes:
+        agrees: whether they are equal up to rounding, for one of the steps.
+    """
 
     def __init__(self, eps: float, text: str) -> None:
-        self._text, self._tolerance = text, GROWTH * eps ** (1 / 3)
+        self._text, self._tolerance = text, GROWTH * eps**0.5
         self._found: dict[float, tuple[Tensor, float, float]] = {}
         self.agrees = False
 
@@ -150,73 +206,38 @@ class _Comparison:
     def is_fault(self) -> bool:
         """Whether the difference does not depend on the step: of the two smallest ones with little rounding."""
         ordered = [] if self.agrees else sorted(self._found)
-        for (smaller, _, rounding), (larger, _, _) in itertools.pairwise(self._found[step] for step in ordered):
-            clear = float(larger.norm()) / GROWTH
-            if rounding < clear:
-                return float((smaller - larger).norm()) < clear
+        for (smaller, size, rounding), (larger, *_) in itertools.pairwise(self._found[step] for step in ordered):
+            error = float(larger.norm())
+            if rounding < error / GROWTH:
+                return error > GROWTH * self._tolerance * size and float((smaller - larger).norm()) < error / GROWTH
         return False
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """What is wrong, and how much."""
         difference, size, _ = self._found[min(self._found)]
         return f"{self._text} (differ by {float(difference.norm()):.3g}, of {size:.3g})"
 
 
-def likely_cause(problem: Problem, number: int) -> str:
-    """Return what may give a block a wrong derivative, and what to do."""
-    block, causes = problem.blocks[number], []
-    causes += [f"the hook on {piece.name!r}" for piece in block.pieces if piece.tensor._backward_hooks]
-    for name, module in problem.model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            causes.append(f"the backward hook on {name or 'the model'!r} ({type(module).__name__})")
-    leaves = {problem.parameters[name] for name in block.parameters}
-    loss = problem.evaluate(problem.batches[0])
-    for node in _between(loss, leaves):
-        if isinstance(node, BackwardCFunction) and node.name() != "BackwardHookFunctionBackward":
-            function = getattr(type(node), "_forward_cls", type(node))
-            causes.append(f"the torch.autograd.Function {function.__qualname__}")
-    if causes:
-        found = " or ".join(dict.fromkeys(causes))
-        return f"the cause may be {found}; remove it, or write it in plain PyTorch"
-    return (
-        "the cause may be a detach(), .data or no_grad(), or a hook on a tensor, between this block and the loss; "
-        "write it in plain PyTorch"
-    )
-
-
-def _between(loss: Tensor, leaves: Iterable[Tensor]) -> list[Node]:
-    """Return the nodes of the graph of a loss from which a leaf is reached."""
-    wanted = {id(leaf) for leaf in leaves}
-    order: list[Node] = []
-    waiting = [(loss.grad_fn, False)]
-    reaches: dict[Node, bool] = {}
-    while waiting:  # depth first; a node is decided after those that it leads to
-        node, decided = waiting.pop()
-        if node is None:
-            continue
-        if decided:
-            variable = getattr(node, "variable", None)
-            following = any(reaches.get(next_node, False) for next_node, _ in node.next_functions if next_node)
-            reaches[node] = following or id(variable) in wanted
-            order += [node] * reaches[node]
-        elif node not in reaches:
-            reaches[node] = False
-            waiting.append((node, True))
-            waiting += [(next_node, False) for next_node, _ in node.next_functions]
-    return order
-
-
 def unit_vector(problem: Problem, number: int) -> Tensor:
     """Return the random unit vector (1, dim) of a block, the same in every precision."""
-    v = torch.randn(1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-    return (v / v.norm()).to(problem.device, problem.dtype)
+    v: Tensor = torch.randn(
+        1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+    )
+    v /= v.norm()
+    return v.to(problem.device, problem.dtype)
 
 
-def _flat(problem: Problem, number: int, tensors: Mapping[str, Tensor | None]) -> Tensor:
-    """Return the entries of a block in tensors by name, (dim,)."""
-    flat = torch.zeros(1, problem.dims[number], dtype=problem.dtype, device=problem.device)
-    detached = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-    problem.blocks[number].accumulate(detached, flat)
-    return flat[0]
+def unit_products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
+    """Return H_l v of some blocks by an engine of the problem, with v = `unit_vector`."""
+    engine.prepare(0)
+    columns = []
+    for number in numbers:
+        vectors = unit_vector(problem, number)
+        columns.append(Column(number, vectors, torch.zeros_like(vectors)))
+    for _ in engine.multiply([column for column in columns if problem.is_used(column.number)], 1.0):
+        pass
+    return {column.number: column.products for column in columns}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from blockhess.results.unit import Unit
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, make_plan
+from blockhess.run.plan import Plan, make_plan, most_checked
 from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
@@ -383,16 +383,18 @@ class Job:
             self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
 
     def _check_flat_blocks(self, engine: Engine, radii: Sequence[float]) -> None:
-        """Check the products of blocks that may be zero, if they were not checked before.
+        """Check the products of blocks that may be zero, if they were not checked before, flattest first.
 
         Args:
             radii: largest |eigenvalue| found in every block.
         """
         largest = max((r for r in radii if math.isfinite(r)), default=0.0)
         flat = [l for l, r in enumerate(radii) if r <= FLAT * largest and l not in self.plan.checked]
-        flat = [l for l in flat if self._problem.is_used(l)]
+        flat = sorted((l for l in flat if self._problem.is_used(l)), key=lambda l: radii[l])
+        count = most_checked(self.hvps, len(self.plan.checked))
         if flat and self.hvp_error is not None:
-            self._record(self._problem.ranks.gather(measure(self._problem, engine, flat))[0])
+            found = measure(self._problem, engine, flat[:count], together=False)
+            self._record(self._problem.ranks.gather(found)[0])
 
     def _noise(self, number: int, error: float) -> float:
         """Return the largest eigenvalue that rounding gives a block that is zero in all batches, as in the first."""

@@ -31,9 +31,10 @@ TANGENTS = 0.35
 TOLERANCE_SHARE = 0.1
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
-# Checks of products take at most this share of the planned products, but compare one block at least. In products, they
-# need two gradients with graphs, one of them in float64, and one and two products a block.
-CHECK_SHARE, CHECK_FIXED, CHECK_BLOCK = 0.1, 9, 3
+# Checks of products take at most this share of the planned products, but compare one block at least. In products, which
+# count twice in float64, they need gradients with and without a graph in both precisions, differences of gradients and
+# a product with all parameters; and a product a block in float64, with one more by autograd and two by a trace.
+CHECK_SHARE, CHECK_FIXED, CHECK_BLOCK = 0.1, 30, 5
 # Their memory in sizes of the gradient's graph, that of a graph in float64 and of its products, from
 # `python -m bench --only "peak memory"`.
 CHECK_GRAPHS = 5.5
@@ -273,9 +274,15 @@ def _trace(problem: Problem, gauss_newton: bool) -> tuple[TracedEngine | None, s
     return None if failure else made, failure, *map(max, sizes)
 
 
+def most_checked(hvps: int, before: int = 0) -> int:
+    """Return how many blocks to check in a share of the time of the products, after earlier checks of some."""
+    fixed = CHECK_FIXED * (1 + (before > 0)) + CHECK_BLOCK * before
+    return max(1, int((CHECK_SHARE * hvps - fixed) / CHECK_BLOCK))
+
+
 def _checked(used: Sequence[int], hvps: int) -> tuple[int, ...]:
     """Return blocks to check, evenly spaced, in a share of the time of the products."""
-    count = min(len(used), max(1, int((CHECK_SHARE * hvps - CHECK_FIXED) / CHECK_BLOCK)))
+    count = min(len(used), most_checked(hvps))
     return tuple(used[(2 * i + 1) * len(used) // (2 * count)] for i in range(count))
 
 
