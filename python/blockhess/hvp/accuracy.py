@@ -30,7 +30,7 @@ class Accuracy:
     Attributes:
         norms: |H_l v|, computed in float64 where that is the same function.
         errors: norm of the error of H_l v; empty if it is unknown.
-        confirmed: the blocks whose gradient and product agree with differences; kinks and rounding leave others open.
+        confirmed: the blocks whose derivatives agree with differences, also of others than those that were multiplied.
         unknown: why the errors are unknown, or "".
     """
 
@@ -48,17 +48,19 @@ class EngineMismatch(ArithmeticError):
     """The products of an engine differ from those of autograd."""
 
 
-def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None, together: bool = True) -> Accuracy:
+def measure(
+    problem: Problem, engine: Engine, numbers: Sequence[int] | None = None, groups: int | None = None
+) -> Accuracy:
     """Check products with some blocks, by default all, and estimate their error.
 
-    Traced products are made for every block alone, and for all of them together, as in a run. Single blocks are
-    compared with differences if their products are zero within the error, or if the comparison of all parameters
-    together is undecided; then a third of the blocks are.
+    Traced products are made for every block alone, and for all of them together, as in a run. Differences are taken
+    along all parameters of a group, along single blocks whose products are zero within their error, and along every
+    third block of groups that are undecided.
 
     Args:
         problem, engine: what to check.
         numbers: indices of the blocks.
-        together: compare derivatives with all parameters with differences, also with those of other blocks.
+        groups: how many groups of parameters to compare with differences, by default all.
 
     Raises:
         EngineMismatch: traced products differ from those of autograd by more than rounding.
@@ -84,8 +86,10 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
             f"{name!r}, got {problem.dtype}; use those of the model that loss_fn is given"
         )
     double = problem.dtype == torch.float64
-    whole = here.products([here.whole]) if together and double else {}
-    there, repeat, unknown = _repeat(problem, numbers, here, whole, together)
+    groups = len(here.groups) if groups is None else groups
+    chosen = [here.groups[(2 * i + 1) * len(here.groups) // (2 * groups)] for i in range(groups)]
+    moved = here.products(chosen) if double else {}
+    there, repeat, unknown = _repeat(problem, numbers, here, moved, chosen)
     expected = own
     if isinstance(engine, TracedEngine):
         expected = here.products(numbers)
@@ -95,24 +99,26 @@ def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = No
     if not all(map(math.isfinite, noise.values())):
         noise, unknown = {}, "products are not finite"
     if there is None or repeat is None or double:
-        there, repeat = here, expected | (whole or (here.products([here.whole]) if together else {}))
+        there, repeat = here, expected | (moved or here.products(chosen))
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
     norms = {l: float(repeat[l].norm()) for l in numbers}
     errors = {l: scale * error for l, error in noise.items()}
-    agreed = not together or there.all_agree(repeat[there.whole])
-    single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)} | set(() if agreed else numbers[::3])
-    confirmed = set(numbers) - single if agreed else set()
+    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group))]
+    single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
+    single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
+    confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
     confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
     return Accuracy(norms, errors, frozenset(confirmed), unknown)
 
 
 def _repeat(
-    problem: Problem, numbers: Sequence[int], here: Differences, whole: Mapping[int, Tensor], together: bool
+    problem: Problem, numbers: Sequence[int], here: Differences, moved: Mapping[int, Tensor], chosen: Sequence[int]
 ) -> tuple[Differences | None, dict[int, Tensor] | None, str]:
     """Return differences and products in the other precision, or None for both and why they are not comparable.
 
     Args:
-        whole: the product of all parameters in float64, if that is the dtype of the problem.
+        moved: the products with the chosen groups in float64, if that is the dtype of the problem.
+        chosen: groups of parameters to multiply also. If none, an earlier call has compared the gradients.
     """
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
@@ -123,9 +129,11 @@ def _repeat(
         there = Differences(other, here.gauss_newton)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
-        repeat = there.products([*numbers, there.whole] if together and not whole else numbers)
-        if together:
-            found = here.differs_from(there, there.terms(there.whole, (whole or repeat)[there.whole]))
+        repeat = there.products(numbers if moved else [*numbers, *chosen])
+        if chosen:
+            terms = max(there.terms(group, (moved or repeat)[group]) for group in chosen)
+            found = here.differs_from(there, terms)
+            here.gradients, there.gradients = {}, {}
             if found:
                 return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
         return there, repeat, ""

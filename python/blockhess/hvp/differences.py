@@ -5,8 +5,8 @@
 
 The first equation holds if g is the gradient of the loss, the second if H v is the derivative of g. Where one is wrong,
 its two sides differ by the same amount for every step e. Where the step crosses a kink, as of ReLU, they do not, and
-nothing follows. All parameters move together first, then those of single blocks. Parameters are replaced, never written
-to.
+nothing follows. Parameters move together first, in groups, then those of single blocks. They are replaced, never
+written to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -33,6 +33,8 @@ from blockhess.problem.problem import Problem
 STEPS = (3 / 8, 1 / 2, 1 / 4)
 # Factor between one rounding error and that of a sum of many.
 GROWTH = 10
+# Parameters move together up to this number of elements, or one at a time.
+LARGEST_GROUP = 2**25
 
 
 class DerivativeMismatch(ValueError):
@@ -47,7 +49,7 @@ class Differences:
         gauss_newton: products are those with Gauss-Newton matrices, which are no derivatives and not compared.
 
     Attributes:
-        whole: number of an additional block of all parameters.
+        groups: numbers of additional blocks, one for each group of parameters.
         eps: largest machine epsilon of the operations between parameters and loss.
         captured: converted parameters whose originals the loss depends on, by name.
         gradients: gradient by name, for the parameters that the loss depends on.
@@ -72,11 +74,11 @@ class Differences:
         self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
         norms = [float(p.detach().norm()) for p in problem.parameters.values()]
         self._rms = math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
-        dim = sum(piece.tensor.numel() for piece in pieces.values())
-        info = BlockInfo("all parameters", (dim,), dim, tuple(pieces))
-        self._problem, self.whole = copy.copy(problem), len(problem.blocks)
-        self._problem.blocks = (*problem.blocks, Block(info, tuple(pieces.values())))
-        self._problem.infos, self._problem.dims = (*problem.infos, info), [*problem.dims, dim]
+        joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem)]
+        self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
+        self._problem.blocks = (*problem.blocks, *joined)
+        self._problem.infos = (*problem.infos, *(block.info for block in joined))
+        self._problem.dims = [block.info.dim for block in self._problem.blocks]
 
     def products(self, numbers: Sequence[int]) -> dict[int, Tensor]:
         """Return H_l v of some blocks by torch.autograd, with v = `unit_vector`."""
@@ -92,7 +94,7 @@ class Differences:
         """Return how the gradient differs from that of the other precision by more than rounding, or "".
 
         Args:
-            terms: of all parameters. A gradient that vanishes has their rounding.
+            terms: largest ones known. A gradient that vanishes has their rounding.
         """
         eps = max(self.eps, other.eps)
         if torch.get_float32_matmul_precision() != "highest":
@@ -106,22 +108,28 @@ class Differences:
                 return f"the gradient of {name!r} differs by {difference:.3g}, of {size:.3g}"
         return ""
 
-    def all_agree(self, products: Tensor) -> bool:
-        """Return whether the derivatives with all parameters agree with differences; False if that is undecided.
+    def group_agrees(self, number: int, products: Tensor) -> bool:
+        """Return whether the derivatives with a group agree with differences; False if that is undecided.
 
         Args:
-            products: H v (1, dim) of the block `whole`.
+            number: one of `groups`.
+            products: H v (1, dim), with v = `unit_vector`.
 
         Raises:
-            DerivativeMismatch: those with a block do not.
+            DerivativeMismatch: those with a block that has parameters of the group do not.
         """
-        found = self._compare(self.whole, products, 0.0)
+        found = self._compare(number, products, 0.0)
         if any(comparison.is_fault for comparison in found):
-            # In which block? If in none, only products of several blocks are wrong.
-            numbers = [l for l in range(self.whole) if self._problem.is_used(l)]
-            for number, own in self.products(numbers).items():
-                self.agree(number, own)
+            # In which block? If in none, only products that mix blocks are wrong.
+            for l in self.blocks_in([number]):
+                self.agree(l, self.products([l])[l])
         return all(comparison.agrees for comparison in found)
+
+    def blocks_in(self, groups: Iterable[int]) -> list[int]:
+        """Return the blocks that have parameters of one of the groups."""
+        names = {name for number in groups for name in self._problem.infos[number].parameters}
+        blocks = range(self.groups.start)
+        return [l for l in blocks if self._problem.is_used(l) and names & set(self._problem.infos[l].parameters)]
 
     def agree(self, number: int, products: Tensor, error: float = 0.0) -> bool:
         """Return whether the derivatives with a block agree with differences; False if that is undecided.
@@ -217,6 +225,25 @@ class _Comparison:
         """What is wrong, and how much."""
         difference, size, _ = self._found[min(self._found)]
         return f"{self._text} (differ by {float(difference.norm()):.3g}, of {size:.3g})"
+
+
+def parameter_groups(problem: Problem) -> list[list[str]]:
+    """Return the names of the parameters in groups that move together."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, parameter in problem.parameters.items():
+        if not groups or parameter.numel() > room:
+            groups.append([])
+            room = LARGEST_GROUP
+        groups[-1].append(name)
+        room -= parameter.numel()
+    return groups
+
+
+def _joined(pieces: Sequence[Piece]) -> Block:
+    """Return a block of whole parameters."""
+    dim = sum(piece.tensor.numel() for piece in pieces)
+    return Block(BlockInfo("several parameters", (dim,), dim, tuple(piece.name for piece in pieces)), tuple(pieces))
 
 
 def unit_vector(problem: Problem, number: int) -> Tensor:

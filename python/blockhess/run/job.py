@@ -113,7 +113,9 @@ class Job:
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
             "hvp_error_unknown": self.error_unknown,
-            "unchecked": [info.name for l, info in enumerate(self.infos) if l not in self._confirmed],
+            "unchecked": [
+                info.name for l, info in enumerate(self.infos) if l not in self._confirmed and self._problem.is_used(l)
+            ],
             "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
@@ -351,7 +353,7 @@ class Job:
         checked = [l for l in self.plan.checked if self._problem.is_used(l)]
         try:
             engine, self._engine = self._engine or self.plan.make(self._problem), None
-            accuracy = measure(self._problem, engine, checked)
+            accuracy = measure(self._problem, engine, checked, self.plan.groups)
         except (NotTraceable, EngineMismatch) as error:
             failure = str(error)
         failure = next(filter(None, ranks.gather(failure)), None)
@@ -362,13 +364,13 @@ class Job:
             why = f"no trace: {failure}"
             self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
             engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine, checked)
+            accuracy = measure(self._problem, engine, checked, self.plan.groups)
         release_unused()
         self._record(ranks.gather(accuracy)[0])
         return engine
 
     def _record(self, accuracy: Accuracy) -> None:
-        """Record the errors of products, and which blocks were checked."""
+        """Record the errors of products, and the blocks whose derivatives are confirmed."""
         self._confirmed |= accuracy.confirmed
         if accuracy.unknown:
             if not self.error_unknown:
@@ -391,9 +393,9 @@ class Job:
         largest = max((r for r in radii if math.isfinite(r)), default=0.0)
         flat = [l for l, r in enumerate(radii) if r <= FLAT * largest and l not in self.plan.checked]
         flat = sorted((l for l in flat if self._problem.is_used(l)), key=lambda l: radii[l])
-        count = most_checked(self.hvps, len(self.plan.checked))
+        count = most_checked(self.hvps, self.plan.groups, len(self.plan.checked))
         if flat and self.hvp_error is not None:
-            found = measure(self._problem, engine, flat[:count], together=False)
+            found = measure(self._problem, engine, flat[:count], groups=0)
             self._record(self._problem.ranks.gather(found)[0])
 
     def _noise(self, number: int, error: float) -> float:
