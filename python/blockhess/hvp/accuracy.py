@@ -96,8 +96,9 @@ def measure(
         for traced in filter(None, (own, alone)):
             _check(problem, traced, expected, repeat)
     noise = {l: _distance(own[l], repeat[l]) for l in numbers} if repeat else {}
-    if not all(map(math.isfinite, noise.values())):
-        noise, unknown = {}, "products are not finite"
+    noise = {l: distance for l, distance in noise.items() if math.isfinite(distance)}
+    if not noise:
+        unknown = unknown or "products are not finite"
     if there is None or repeat is None or double:
         there, repeat = here, expected | (moved or here.products(chosen))
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0

@@ -82,6 +82,8 @@ class Differences:
 
     def products(self, numbers: Sequence[int]) -> dict[int, Tensor]:
         """Return H_l v of some blocks by torch.autograd, with v = `unit_vector`."""
+        if not numbers:
+            return {}
         problem = self._problem.restricted(numbers)
         return unit_products(problem, (GaussNewtonEngine if self.gauss_newton else AutogradEngine)(problem), numbers)
 
@@ -174,7 +176,12 @@ class Differences:
                 g = g.sub_(g_).div_(2 * step).sub_(products[0])
                 second.add(step, g, curvature, rounding / step + GROWTH * error)
             if all(comparison.agrees for comparison in compared):
-                break
+                return compared
+        step = second.faulty_step()
+        if step is not None:
+            # A kink at w itself may leave the gradient continuous; then its derivatives differ to the two sides.
+            g, middle, g_ = (self._at(number, tangents, s)[1] for s in (step, 0.0, -step))
+            second.is_sided = float((g - 2 * middle + g_).norm()) / (2 * step) > second.error / GROWTH
         return compared
 
     def _at(self, number: int, tangents: Mapping[str, Tensor], step: float) -> tuple[float, Tensor]:
@@ -198,33 +205,44 @@ class _Comparison:
 
     Attributes:
         agrees: whether they are equal up to rounding, for one of the steps.
+        is_sided: whether there is another derivative to each side.
     """
 
     def __init__(self, eps: float, text: str) -> None:
         self._text, self._tolerance = text, GROWTH * eps**0.5
         self._found: dict[float, tuple[Tensor, float, float]] = {}
-        self.agrees = False
+        self.agrees = self.is_sided = False
 
     def add(self, step: float, difference: Tensor, size: float, rounding: float) -> None:
         """Add the difference for a step, given the usual size of the derivative, and the rounding error."""
         self._found[step] = difference, size, rounding
         self.agrees |= float(difference.norm()) <= self._tolerance * size + rounding
 
-    @property
-    def is_fault(self) -> bool:
-        """Whether the difference does not depend on the step: of the two smallest ones with little rounding."""
+    def faulty_step(self) -> float | None:
+        """Return the smallest step with little rounding, if the difference does not depend on the step."""
         ordered = [] if self.agrees else sorted(self._found)
-        for (smaller, size, rounding), (larger, *_) in itertools.pairwise(self._found[step] for step in ordered):
+        for step, next_step in itertools.pairwise(ordered):
+            (smaller, size, rounding), (larger, *_) = self._found[step], self._found[next_step]
             error = float(larger.norm())
             if rounding < error / GROWTH:
-                return error > GROWTH * self._tolerance * size and float((smaller - larger).norm()) < error / GROWTH
-        return False
+                same = float((smaller - larger).norm()) < error / GROWTH
+                return step if same and error > GROWTH * self._tolerance * size else None
+        return None
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the derivative is wrong."""
+        return not self.is_sided and self.faulty_step() is not None
+
+    @property
+    def error(self) -> float:
+        """Norm of the difference for the smallest step."""
+        return float(self._found[min(self._found)][0].norm())
 
     @property
     def text(self) -> str:
         """What is wrong, and how much."""
-        difference, size, _ = self._found[min(self._found)]
-        return f"{self._text} (differ by {float(difference.norm()):.3g}, of {size:.3g})"
+        return f"{self._text} (differ by {self.error:.3g}, of {self._found[min(self._found)][1]:.3g})"
 
 
 def parameter_groups(problem: Problem) -> list[list[str]]:

@@ -372,13 +372,12 @@ class Job:
     def _record(self, accuracy: Accuracy) -> None:
         """Record the errors of products, and the blocks whose derivatives are confirmed."""
         self._confirmed |= accuracy.confirmed
-        if accuracy.unknown:
-            if not self.error_unknown:
-                warnings.warn(
-                    f"spectrum: errors of products are unknown, so no block is called zero: {accuracy.unknown}",
-                    stacklevel=2,
-                )
+        if accuracy.unknown and self.hvp_error is None:
             self.error_unknown = accuracy.unknown
+            warnings.warn(
+                f"spectrum: errors of products are unknown, so no block is called zero: {accuracy.unknown}",
+                stacklevel=2,
+            )
             return
         self.hvp_error = (self.hvp_error or {}) | {self.infos[l].name: e for l, e in accuracy.errors.items()}
         for l, error in accuracy.errors.items():
