@@ -147,6 +147,7 @@ def spectrum(
         OSError: run_dir cannot be written, for example because the disk is full; what was saved before is intact.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
         NotImplementedError: an operation of the model has no second derivative, or its parameters are sharded.
+        DerivativeMismatch: a ValueError; the gradient is not that of the loss, or products are not its derivatives.
         distributed.RankError: another rank failed.
 
     Source: the paper's Algorithms 4 and 5.

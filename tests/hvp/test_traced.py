@@ -155,17 +155,17 @@ def test_parameters_of_mixed_dtypes() -> None:
 # Refused
 
 
-class Sign(torch.autograd.Function):
-    """Its derivative is not that of what it computes."""
+class Sinh(torch.autograd.Function):
+    """A Function with a backward of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x.sign()
+        return x.sinh()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient / ctx.saved_tensors[0].cosh()
+        return gradient * ctx.saved_tensors[0].cosh()
 
 
 def written_in_part(m: nn.Sequential, x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def looks_at_an_activation(m: nn.Sequential, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Forward, str]] = {
-    "a Function of one's own": (lambda m, x: m[2](Sign.apply(m[0](x))), "torch.autograd.Function has a derivative"),
+    "a Function of one's own": (lambda m, x: m[2](Sinh.apply(m[0](x))), "torch.autograd.Function has a derivative"),
     "a view written in place": (written_in_part, "in place"),
     "an activation looked at": (looks_at_an_activation, "cannot be traced"),
     "complex numbers": (lambda m, x: m[2](torch.fft.fft(m[0](x)).abs()), "complex numbers"),

@@ -134,6 +134,7 @@ def _merged(
     bare = [mode == "none" for mode in quadrature.reorthogonalize]
     exact = [name for run in made for name in run["plan"]["exact"]]
     errors = [run["hvp_error"] for run in made if run.get("hvp_error")]
+    of_block = [[run for run, data in zip(made, runs) if block.name in data.names] for block in blocks]
     changed = {
         "first_probe": min(run["first_probe"] for run in made),
         "num_probes": num_probes,
@@ -142,6 +143,12 @@ def _merged(
         "seconds": sum(run["seconds"] for run in made),
         "ghosts": {block.name: count for block, count, b in zip(blocks, ghosts, bare) if b and count},
         "hvp_error": {name: error for run in reversed(errors) for name, error in run.items()} or None,
+        "hvp_error_unknown": "" if errors else made[0].get("hvp_error_unknown", ""),
+        "unchecked": [
+            block.name
+            for block, its_runs in zip(blocks, of_block)
+            if all(block.name in run.get("unchecked", ()) for run in its_runs)
+        ],
         "plan": made[0]["plan"] | {"exact": list(dict.fromkeys(exact))},
         "keep_vectors": False,
         "merged": [{name: run[name] for name in _OWN} | {"blocks": list(data.names)} for run, data in zip(made, runs)],
