@@ -147,10 +147,10 @@ def hvp_result(w: Any, v: Tensor) -> Tensor:
     """Return the operator's result w, contiguous, checked to have the shape, dtype and device of v."""
     if not isinstance(w, Tensor):
         raise TypeError(f"batched_slq: hvp(v) must return a tensor, got {type(w).__name__}")
-    for what in ("shape", "dtype", "device"):
+    for what in ("shape", "dtype", "device", "layout"):
         expected, got = getattr(v, what), getattr(w, what)
         if expected != got:
             if what == "shape":
                 expected, got = f"(n_probes, n) = {tuple(expected)}", tuple(got)
             raise ValueError(f"batched_slq: hvp(v) must return {what} {expected}, got {got}")
-    return w.detach().contiguous()
+    return w.detach().resolve_neg().contiguous()
