@@ -72,6 +72,8 @@ class SymmetryCheck:
         self._recurrences, self._layout = recurrences, layout
         share = DEVIATIONS / torch.tensor(layout.dims, dtype=torch.float64).sqrt()
         self._share = (share.clamp(max=1) if random else torch.ones_like(share)).to(recurrences.norm.device)
+        on_gpu = recurrences.status.is_cuda
+        self._pinned = [torch.empty(recurrences.status.shape, dtype=torch.bool, pin_memory=on_gpu) for _ in self.STEPS]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
         self._pending: list[tuple[Tensor, Event | None, Tensor, Tensor]] = []
 
@@ -99,8 +101,7 @@ class SymmetryCheck:
         """Return bad on the CPU, and the event after which it is there."""
         if not bad.is_cuda:
             return bad, None
-        pinned = torch.empty(bad.shape, dtype=bad.dtype, pin_memory=True).copy_(bad, non_blocking=True)
-        return pinned, torch.cuda.current_stream(bad.device).record_event()
+        return self._pinned.pop().copy_(bad, non_blocking=True), torch.cuda.current_stream(bad.device).record_event()
 
     def refuse(self, wait: bool = False) -> None:
         """Raise ValueError if a recurrence is known to have failed the test.
@@ -158,7 +159,7 @@ def check_blocks(
     u.zero_()
     size = sizes[0].cpu()
     size = torch.where(size.isfinite(), size, 0.0)
-    own = torch.where(given, size, 0.0).amax(0)
+    own = torch.where(given.any(0), torch.where(given, size, 0.0).amax(0), size.max())
     leak = torch.where(given | (size <= TOLERANCE * own) | (size <= FLAT * size.max()), 0.0, size)
     if leak.any():
         p, l = divmod(int(leak.argmax()), layout.n_blocks)
@@ -179,7 +180,7 @@ def is_block_check_due(check: bool | None, hvp: object, dims: Sequence[int], ste
     """
     if len(dims) == 1 or steps == 0 or check is False:
         return False
-    return check is True or (steps >= CHEAP and _checked.get((id(hvp), tuple(dims))) is not hvp)
+    return check is True or (steps >= CHEAP and (id(hvp), tuple(dims)) not in _checked)
 
 
 def remember(hvp: object, dims: Sequence[int]) -> None:

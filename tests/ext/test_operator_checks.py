@@ -61,6 +61,36 @@ def test_asymmetric_operators_are_refused(n, reorthogonalize, dtype, rng):
             batched_slq(dense(scale * A), [n], check=False, **options)
 
 
+def test_an_outlier_does_not_hide_asymmetry(rng):
+    """<H v_1, v_0> and beta_0 are 1 / sqrt(n) of the outlier, which |T| contains after the second step."""
+    n = 3000
+    u, scales = torch.randn(n, generator=rng), torch.randn(n, generator=rng).exp()
+
+    def hvp(v: Tensor) -> Tensor:
+        return scales * (v + (v @ u)[:, None] * u)
+
+    with pytest.raises(ValueError, match=ASYMMETRIC):
+        batched_slq(hvp, [n], num_probes=3)
+    batched_slq(lambda v: hvp(v * scales.sqrt()) / scales.sqrt(), [n], num_probes=3)
+    with pytest.raises(ValueError, match=ASYMMETRIC):
+        batched_slq(hvp, [n], probes=hvp(torch.ones(1, n)))
+
+
+def test_what_is_returned_for_finished_recurrences_is_ignored(rng):
+    class Skipping:
+        finished = torch.zeros(10, 2, dtype=torch.bool)
+
+        def mark_finished(self, finished: Tensor) -> None:
+            self.finished = finished
+
+        def __call__(self, v: Tensor) -> Tensor:
+            return torch.where(self.finished.repeat_interleave(torch.tensor([1, 40]), dim=1), 7.0, dense(H)(v))
+
+    A = normal(40, rng)
+    H = torch.block_diag(torch.ones(1, 1), A + A.T)
+    batched_slq(Skipping(), [1, 40], num_steps=20)
+
+
 def test_two_elements_are_enough():
     with pytest.raises(ValueError, match=ASYMMETRIC):
         batched_slq(dense(torch.tensor([[1.0, 2.0], [1.5, -1.0]])), [2], num_probes=1)
@@ -242,7 +272,11 @@ def test_blocks_that_depend_on_each_other_are_refused(num_probes, dtype, rng):
             H = leaky(dims, i, j, rng)
             with pytest.raises(ValueError, match=LEAK):
                 batched_slq(dense(H), dims, num_probes=num_probes, dtype=dtype)
-    batched_slq(dense(leaky(dims, 0, 1, rng, size=0.0)), dims, num_probes=num_probes, dtype=dtype)
+    for rounding in (0.0, 1e-3):
+        batched_slq(dense(leaky(dims, 0, 2, rng, size=rounding)), dims, num_probes=num_probes, dtype=dtype)
+    zero = leaky(dims, 0, 2, rng, size=1e-6)
+    zero[:60, :60] = 0.0
+    batched_slq(dense(zero), dims, num_probes=num_probes, dtype=dtype)
 
 
 def test_a_single_probe_tells_two_blocks_apart_and_wrong_sizes_are_found(rng):
@@ -308,6 +342,18 @@ def test_a_non_finite_product_of_the_check_is_left_to_the_steps():
     scales = torch.ones(60).index_fill(0, torch.tensor([3]), torch.nan)
     q = batched_slq(lambda v: v * scales, [30, 30], check=True, on_nonfinite="mark")
     assert q.nonfinite[:, 0].all() and not q.nonfinite[:, 1].any()
+
+
+def test_a_result_of_complex_numbers_that_is_negated_lazily():
+    scales = torch.linspace(1, 2, 30)
+
+    def hvp(v: Tensor) -> Tensor:
+        w = torch.complex(v, v * scales).conj().imag
+        assert w.is_neg()
+        return w
+
+    got, expected = (batched_slq(f, [30], reorthogonalize="full") for f in (hvp, lambda v: -(v * scales)))
+    assert all(map(torch.equal, bits(got), bits(expected)))
 
 
 def numpy_in_place(v: Tensor, scales: np.ndarray) -> Tensor:
