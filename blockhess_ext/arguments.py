@@ -153,4 +153,4 @@ def hvp_result(w: Any, v: Tensor) -> Tensor:
             if what == "shape":
                 expected, got = f"(n_probes, n) = {tuple(expected)}", tuple(got)
             raise ValueError(f"batched_slq: hvp(v) must return {what} {expected}, got {got}")
-    return w.detach().resolve_neg().contiguous()
+    return w.detach().contiguous()

@@ -63,7 +63,7 @@ def test_asymmetric_operators_are_refused(n, reorthogonalize, dtype, rng):
 
 def test_an_outlier_does_not_hide_asymmetry(rng):
     """<H v_1, v_0> and beta_0 are 1 / sqrt(n) of the outlier, which |T| contains after the second step."""
-    n = 3000
+    n = 40_000
     u, scales = torch.randn(n, generator=rng), torch.randn(n, generator=rng).exp()
 
     def hvp(v: Tensor) -> Tensor:
@@ -342,18 +342,6 @@ def test_a_non_finite_product_of_the_check_is_left_to_the_steps():
     scales = torch.ones(60).index_fill(0, torch.tensor([3]), torch.nan)
     q = batched_slq(lambda v: v * scales, [30, 30], check=True, on_nonfinite="mark")
     assert q.nonfinite[:, 0].all() and not q.nonfinite[:, 1].any()
-
-
-def test_a_result_of_complex_numbers_that_is_negated_lazily():
-    scales = torch.linspace(1, 2, 30)
-
-    def hvp(v: Tensor) -> Tensor:
-        w = torch.complex(v, v * scales).conj().imag
-        assert w.is_neg()
-        return w
-
-    got, expected = (batched_slq(f, [30], reorthogonalize="full") for f in (hvp, lambda v: -(v * scales)))
-    assert all(map(torch.equal, bits(got), bits(expected)))
 
 
 def numpy_in_place(v: Tensor, scales: np.ndarray) -> Tensor:
