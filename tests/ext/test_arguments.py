@@ -66,6 +66,11 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"hvp": lambda v: v.mul_(3)}, ValueError, "hvp must not change its argument in place"),
         ({"hvp": lambda v: v.long()}, ValueError, "must return dtype torch.float32, got torch.int64"),
         ({"hvp": lambda v: v.numpy()}, TypeError, "must return a tensor, got ndarray"),
+        (
+            {"hvp": lambda v: torch.nested.as_nested_tensor(list(v), layout=torch.jagged)},
+            TypeError,
+            "must return a tensor, got a nested tensor",
+        ),
         ({"hvp": lambda v: v.to_sparse()}, ValueError, "must return layout torch.strided, got torch.sparse_coo"),
         ({"hvp": lambda v: None}, TypeError, "must return a tensor, got NoneType"),
     ],
