@@ -323,7 +323,8 @@ class Job:
                 operator, operator.dims, num_probes=unit.num_probes, first_probe=unit.first_probe, block_ids=ids,
                 num_steps=options.num_steps, tol=options.tol, sigma=options.tol_sigma, seed=seed,
                 distribution=options.distribution, reorthogonalize=[self._basis[l] for l in unit.blocks],
-                dtype=problem.dtype, device=problem.device, on_nonfinite="mark", state=last, on_state=on_state,
+                dtype=problem.dtype, device=problem.device, on_nonfinite="mark", check=False,
+                state=last, on_state=on_state,
                 cuda_graph=problem.device.type == "cuda" and operator.capturable,
             )  # fmt: skip
         return UnitResult(unit, part, before + operator.hvps, last if records.keep_vectors else None)
