@@ -72,21 +72,25 @@ def fix(model: nn.Module, policy: str, forward: Callable[[], object]) -> None:
             norm.training = False
 
 
-def truth(problem: Problem, forced: frozenset[str] = frozenset()) -> Truth:
-    """Return the derivatives of the loss of a problem.
+def twin_of(problem: Problem) -> Problem:
+    """Return the plain twin of a problem, with its parameters, buffers and modes of computation."""
+    twin = build(problem.seed, plain=True, forced=problem.forced)
+    assert twin.kinds == problem.kinds, "the twins differ"
+    for own, other in zip((twin.inner, *twin.held), (problem.inner, *problem.held)):
+        own.load_state_dict(other.state_dict())
+    for function in twin.before:
+        function()
+    return twin
+
+
+def truth(twin: Problem) -> Truth:
+    """Return the derivatives of the loss of a plain problem.
 
     Raises:
         Kink: of the loss.
         OracleError: the gradient is not that of the loss.
     """
-    twin = build(problem.seed, plain=True, forced=forced)
-    assert twin.kinds == problem.kinds, "the twins differ"
-    twin.inner.load_state_dict(problem.inner.state_dict())
-    for own, other in zip(twin.held, problem.held):
-        own.load_state_dict(other.state_dict())
-    for function in twin.before:
-        function()
-    fix(twin.inner, problem.options.get("batchnorm", "eval"), lambda: twin.total(twin.inner))
+    fix(twin.inner, twin.options.get("batchnorm", "eval"), lambda: twin.total(twin.inner))
     named = {name: p for name, p in twin.inner.named_parameters() if p.requires_grad}
     sizes = [p.numel() for p in named.values()]
     indices = torch.arange(sum(sizes)).split(sizes)
@@ -103,8 +107,8 @@ def truth(problem: Problem, forced: frozenset[str] = frozenset()) -> Truth:
     if not value.isfinite() or not slope.isfinite().all():
         raise Kink("the loss is not finite")
     rows = []
-    for p in named.values():
-        _check_gradient(loss, p, slope[places[next(n for n, q in named.items() if q is p)]], value)
+    for name, p in named.items():
+        _check_gradient(loss, p, slope[places[name]], value)
         flat = p.data.view(-1)
         for i in range(len(flat)):
             rows.append(_difference(gradient, flat, i))
@@ -256,7 +260,7 @@ def judge(
         warnings.simplefilter("ignore")
         problem = build(seed, forced=forced)
         try:
-            right = truth(problem, forced)
+            right = truth(twin_of(problem))
         except Kink as error:
             return problem, Verdict("kink", str(error))
         before = None

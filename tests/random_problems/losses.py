@@ -126,7 +126,12 @@ def weighted(c: Choices) -> Loss:
 
 def two_calls(c: Choices) -> Loss:
     of = mean(c)
-    return Loss(lambda m, x, y: of(m(x), y) + 0.3 * (m(x) - m(-x if isinstance(x, Tensor) else x).tanh()).square().mean())
+    return Loss(
+        lambda m, x, y: (
+            of(m(x), y)
+            + 0.3 * (m(x) - m(x[:, [1, 0]] if isinstance(x, Tensor) and not x.is_nested else x).tanh()).square().mean()
+        )
+    )
 
 
 def penalized(c: Choices) -> Loss:

@@ -63,6 +63,7 @@ class Problem:
     """A random problem, and what is known of it.
 
     Attributes:
+        seed, forced: see `build`.
         model, data, loss_fn, options: the arguments of `spectrum`.
         inner: the model without the wrappers that `spectrum` takes away.
         total: the loss of all data, as a function of `inner`.
@@ -74,6 +75,7 @@ class Problem:
     """
 
     seed: int
+    forced: frozenset[str]
     model: nn.Module
     inner: nn.Module
     data: Any
@@ -140,7 +142,9 @@ def blocks(c: Choices, inner: nn.Module) -> Any:
     if not sizes or len(names) < 2:
         return "parameter"
     name = c.random.choice(list(sizes))
-    cut = {f"{name}, {part}": ParameterSlice(name, *ends) for part, ends in (("first", (0, 1)), ("rest", (1, sizes[name])))}
+    cut = {
+        f"{name}, {part}": ParameterSlice(name, *ends) for part, ends in (("first", (0, 1)), ("rest", (1, sizes[name])))
+    }
     return cut | {"others": [other for other in names if other != name]}
 
 
@@ -149,7 +153,9 @@ def options(c: Choices, dtype: torch.dtype | None, inner: nn.Module) -> dict[str
     made: dict[str, Any] = {"dtype": dtype, "engine": engine.split()[1], "blocks": blocks(c, inner)}
     if "BatchNorm" in c.kinds:
         policy = c.pick({"running statistics": 1, "batch statistics": 1.5, "frozen batch statistics": 1})
-        made["batchnorm"] = {"running statistics": "eval", "batch statistics": "batch"}.get(policy, "frozen_batch_stats")
+        made["batchnorm"] = {"running statistics": "eval", "batch statistics": "batch"}.get(
+            policy, "frozen_batch_stats"
+        )
     return made | {"num_probes": c.random.choice([1, 2, 3]), "num_steps": 60, "progress": False}
 
 
@@ -195,6 +201,7 @@ def build(seed: int, plain: bool = False, forced: frozenset[str] = frozenset()) 
     given, loss_fn = packed(c, raw, loss, source)
     return Problem(
         seed=seed,
+        forced=forced,
         model=model,
         inner=inner,
         data=given,
