@@ -199,7 +199,7 @@ def snapshot(problem: Problem) -> dict[str, Any]:
         "default dtype": torch.get_default_dtype(),
         "torch's random numbers": kept(torch.get_rng_state(), identity=False),
         "random's state": random.getstate(),
-        "NumPy's random numbers": str(np.random.get_state()),
+        "NumPy's random numbers": str(np.random.get_state()),  # noqa: NPY002
         "gradients enabled": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),

@@ -91,7 +91,7 @@ class Loss:
 
     Attributes:
         body: what it computes.
-        form: "criterion" for a function of outputs and targets, "closure", or "model" for a loss that the model returns.
+        form: "criterion" for a function of outputs and targets, "closure", or "model" if the model returns the loss.
         criterion: the criterion.
         weighted: whether it returns the weight of the batch.
     """
@@ -125,13 +125,14 @@ def weighted(c: Choices) -> Loss:
 
 
 def two_calls(c: Choices) -> Loss:
+    """The model is called for the inputs twice, the second time with two of the columns exchanged."""
     of = mean(c)
-    return Loss(
-        lambda m, x, y: (
-            of(m(x), y)
-            + 0.3 * (m(x) - m(x[:, [1, 0]] if isinstance(x, Tensor) and not x.is_nested else x).tanh()).square().mean()
-        )
-    )
+
+    def body(m: nn.Module, x: Any, y: Tensor) -> Tensor:
+        other = x[:, [1, 0]] if isinstance(x, Tensor) and x.dim() == 3 and not x.is_nested else x
+        return of(m(x), y) + 0.3 * (m(x) - m(other).tanh()).square().mean()
+
+    return Loss(body)
 
 
 def penalized(c: Choices) -> Loss:

@@ -1,4 +1,4 @@
-"""Random models: a stem from the inputs to features (N, WIDTH) or (N, T, WIDTH), blocks of such features, and a head."""
+"""Random models: a stem from inputs to features (N, WIDTH) or (N, T, WIDTH), blocks of such features, and a head."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def packed(c: Choices, raw: data.Raw, loss: losses.Loss, source: str) -> tuple[A
         pack = (lambda x, y: {"x": x, "labels": y}) if name == "dict" else lambda x, y: data.Encoding(x=x, labels=y)
     batches = [pack(x, y) for x, y in raw]
     sizes = {len(y) for _, y in raw}
-    counted = loss.form == "criterion" and c.task == "classes" or loss.form == "model" and c.task == "classes"
+    counted = loss.form != "closure" and c.task == "classes"
     unclear = source in ("graph", "PackedSequence", "nested tensor") or "another tensor first" in c.kinds
     hidden = len(raw) > 1 and c.kinds.keys() & {"object", "object without .to"}
     if not (loss.weighted or counted) and (hidden or (unclear and len(sizes) > 1)):
