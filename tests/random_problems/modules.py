@@ -327,14 +327,14 @@ class Adjoint(torch.autograd.Function):
             x, z = (t.detach().requires_grad_() for t in ctx.saved_tensors)
             f = torch.tanh(x + 0.5 * z)
             u = g.detach()
-            for _ in range(60):
+            for _ in range(30):
                 u = g.detach() + torch.autograd.grad(f, z, u, retain_graph=True)[0]
             return torch.autograd.grad(f, x, u)[0]
 
 
 def fixed_point(x: Tensor) -> Tensor:
     z = torch.zeros_like(x)
-    for _ in range(60):
+    for _ in range(30):
         z = torch.tanh(x + 0.5 * z)
     return z
 

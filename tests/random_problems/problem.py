@@ -216,6 +216,10 @@ def build(seed: int, plain: bool = False, forced: frozenset[str] = frozenset()) 
     )
 
 
+# Models whose outputs depend on how samples are put into batches.
+OF_BATCHES = {"BatchNorm", "own generator", "draws that depend on the dtype", "branch on values"}
+
+
 def usable_losses(source: str) -> dict[str, tuple[float, Callable[[Choices], losses.Loss]]]:
     found = dict(losses.LOSSES)
     if source not in ("vectors", "sequences", "images", "signals"):
@@ -240,7 +244,7 @@ def packed(c: Choices, raw: data.Raw, loss: losses.Loss, source: str) -> tuple[A
         c.note("sizes of batches unknown")
     collections = data.COLLECTIONS
     tensors = isinstance(raw[0][0], Tensor) and source != "nested tensor"
-    if loss.form == "criterion" and tensors and len(raw) > 1 and "BatchNorm" not in c.kinds:
+    if loss.form == "criterion" and tensors and len(raw) > 1 and not OF_BATCHES & c.kinds.keys():
         collections = collections | data.LOADERS
     if len(raw) == 1 and c.chance(0.8):
         given = batches[0]
