@@ -50,7 +50,7 @@ def raw_batches(c: Choices, source: str) -> Raw:
     counts = {"one batch": [5], "two batches": [5, 4], "three batches": [4, 6, 4], "equal batches": [4, 4]}
     sizes = counts[c.pick({"one batch": 5, "two batches": 2, "three batches": 1, "equal batches": 1})]
     if c.stored in OTHER and source != "tokens" and c.chance(0.04):
-        c.note("data of another precision")
+        c.note("data of another precision", *["data that are not converted"] * (c.compute == c.stored))
     return [(inputs(c, source, n), targets(c, n)) for n in sizes]
 
 

@@ -211,7 +211,7 @@ BLOCKS: dict[str, tuple[float, Callable[[Choices], nn.Module]]] = {
     "changing buffers": (0.7, lambda c: modules.Counting(WIDTH)),
     "own generator": (0.4, lambda c: modules.Noisy(True, torch.float32)),
     "draws that depend on the dtype": (0.5, lambda c: modules.Noisy(True, c.compute if c.plain else None)),
-    "random numbers": (0.3, lambda c: modules.Noisy(False, None)),
+    "random numbers": (0.3, lambda c: modules.Noisy(False, None, c.plain)),
     "looking hooks": (1.2, hooked((*HOOKS, "accumulated"), (None,))),
     "edits of gradients": (1.0, hooked(HOOKS, modules.EDITS)),
     "sound map": (4, mapped(modules.SOUND)),

@@ -118,13 +118,13 @@ class Counting(nn.Module):
 class Noisy(nn.Module):
     """Adds noise: of a generator that starts anew at every call, drawn in `dtype` or in that of x, or any noise."""
 
-    def __init__(self, generator: bool, dtype: torch.dtype | None) -> None:
+    def __init__(self, generator: bool, dtype: torch.dtype | None, plain: bool = False) -> None:
         super().__init__()
-        self.generator, self.dtype = generator, dtype
+        self.generator, self.dtype, self.plain = generator, dtype, plain
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.generator:
-            return x + 0.3 * torch.randn_like(x)
+            return x if self.plain else x + 0.3 * torch.randn_like(x)
         source = torch.Generator().manual_seed(3)
         return x + 0.3 * torch.randn(x.shape, generator=source, dtype=self.dtype or x.dtype).to(x.dtype)
 
