@@ -16,9 +16,11 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.causes import likely_cause
@@ -57,7 +59,9 @@ class Differences:
 
     def __init__(self, problem: Problem, gauss_newton: bool = False) -> None:
         self.gauss_newton = gauss_newton
-        loss = problem.evaluate(problem.batches[0])
+        self._padding = _FixedPadding()
+        with self._padding:
+            loss = problem.evaluate(problem.batches[0])
         self._loss = loss.item()
         nodes = graph.differentiable_nodes([loss.grad_fn])
         dtypes = {made.dtype for node in nodes for made in node._input_metadata}
@@ -188,7 +192,8 @@ class Differences:
         """Return the loss, and its gradient (dim,) with respect to a block, at w + step * tangents."""
         problem, names = self._problem, self._problem.blocks[number].parameters
         with _moved(problem, tangents, step):
-            loss = problem.evaluate(problem.batches[0])
+            with self._padding:
+                loss = problem.evaluate(problem.batches[0])
             found = problem.differentiate(loss, [problem.parameters[name] for name in names])
         return loss.item(), self._flat(number, dict(zip(names, found))).double()
 
@@ -198,6 +203,28 @@ class Differences:
         detached = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
         self._problem.blocks[number].accumulate(detached, flat)
         return flat[0]
+
+
+class _FixedPadding(TorchDispatchMode):
+    """Gives lookups of the row at padding_idx, which gradients take as a constant, the value of the first evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: list[Tensor] = []
+
+    def __enter__(self) -> Any:
+        self._calls = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.embedding.default or len(args) < 3 or args[2] < 0:
+            return out
+        table, indices, padding = args[:3]
+        if self._calls == len(self._rows):
+            self._rows.append(table[padding].clone())
+        self._calls += 1
+        return torch.where((indices == padding).unsqueeze(-1), self._rows[self._calls - 1], out)
 
 
 class _Comparison:
