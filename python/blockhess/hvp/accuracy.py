@@ -108,6 +108,7 @@ def measure(
     single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
     single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
     confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
+    confirmed -= there.undecided
     confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
     return Accuracy(norms, errors, frozenset(confirmed), unknown)
 
@@ -138,7 +139,7 @@ def _repeat(
             if found:
                 return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
         return there, repeat, ""
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # of any kind: the model may take one dtype only
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         return None, None, f"the loss cannot be computed in {dtype}: {reason}"
 

@@ -39,6 +39,10 @@ GROWTH = 10
 LARGEST_GROUP = 2**25
 
 
+# Blocks of a group that are also compared alone, at most.
+MOST_DILUTED = 4
+
+
 class DerivativeMismatch(ValueError):
     """The gradient is not that of the loss, or products are not derivatives of the gradient."""
 
@@ -70,6 +74,7 @@ class Differences:
         pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}
+        self.undecided: set[int] = set()
         if replaced:
             found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
             self.captured = {name: p for (name, p), gradient in zip(replaced.items(), found) if gradient is not None}
@@ -129,13 +134,21 @@ class Differences:
             # In which block? If in none, only products that mix blocks are wrong.
             for l in self.blocks_in([number]):
                 self.agree(l, self.products([l])[l])
+        # The error of a parameter with little curvature is small in the norm over all parameters.
+        diluted = [] if self.gauss_newton else self._with_parameters(found[1].unequal(self._problem.blocks[number]))
+        self.undecided |= {l for l in diluted[:MOST_DILUTED] if not self.agree(l, self.products([l])[l])}
+        self.undecided |= set(diluted[MOST_DILUTED:])
         return all(comparison.agrees for comparison in found)
 
     def blocks_in(self, groups: Iterable[int]) -> list[int]:
         """Return the blocks that have parameters of one of the groups."""
-        names = {name for number in groups for name in self._problem.infos[number].parameters}
-        blocks = range(self.groups.start)
-        return [l for l in blocks if self._problem.is_used(l) and names & set(self._problem.infos[l].parameters)]
+        return self._with_parameters([name for number in groups for name in self._problem.infos[number].parameters])
+
+    def _with_parameters(self, names: Sequence[str]) -> list[int]:
+        """Return the blocks that have one of some parameters, in the order of the parameters."""
+        blocks = [l for l in range(self.groups.start) if self._problem.is_used(l)]
+        found = {l: None for name in names for l in blocks if name in self._problem.infos[l].parameters}
+        return list(found)
 
     def agree(self, number: int, products: Tensor, error: float = 0.0) -> bool:
         """Return whether the derivatives with a block agree with differences; False if that is undecided.
@@ -178,7 +191,7 @@ class Differences:
                 of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
                 first.add(step, (loss - loss_) / (2 * step) - slope, usual, of_loss)
                 g = g.sub_(g_).div_(2 * step).sub_(products[0])
-                second.add(step, g, curvature, rounding / step + GROWTH * error)
+                second.add(step, g, curvature, rounding / step + GROWTH * error, products[0])
             if all(comparison.agrees for comparison in compared):
                 return compared
         step = second.faulty_step()
@@ -206,7 +219,7 @@ class Differences:
 
 
 class _FixedPadding(TorchDispatchMode):
-    """Gives lookups of the row at padding_idx, which gradients take as a constant, the value of the first evaluation."""
+    """Keeps the looked-up row at padding_idx, a constant of gradients, at its value in the first evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,9 +253,12 @@ class _Comparison:
         self._found: dict[float, tuple[Tensor, float, float]] = {}
         self.agrees = self.is_sided = False
 
-    def add(self, step: float, difference: Tensor, size: float, rounding: float) -> None:
+    def add(
+        self, step: float, difference: Tensor, size: float, rounding: float, derivative: Tensor | None = None
+    ) -> None:
         """Add the difference for a step, given the usual size of the derivative, and the rounding error."""
         self._found[step] = difference, size, rounding
+        self._derivative = derivative
         self.agrees |= float(difference.norm()) <= self._tolerance * size + rounding
 
     def faulty_step(self) -> float | None:
@@ -255,6 +271,16 @@ class _Comparison:
                 same = float((smaller - larger).norm()) < error / GROWTH
                 return step if same and error > GROWTH * self._tolerance * size else None
         return None
+
+    def unequal(self, block: Block) -> list[str]:
+        """Return the parameters whose own parts of difference and derivative are not equal, most unequal first."""
+        difference = min((found[0] for found in self._found.values()), key=lambda d: float(d.norm()))
+        assert self._derivative is not None
+        sizes = [piece.tensor.numel() for piece in block.pieces]
+        parts = zip(difference.split(sizes), self._derivative.split(sizes))
+        ratios = [float(d.norm()) / max(float(h.norm()), torch.finfo(d.dtype).tiny) for d, h in parts]
+        ordered = sorted(zip(ratios, block.parameters), reverse=True)
+        return [name for ratio, name in ordered if ratio > GROWTH * self._tolerance]
 
     @property
     def is_fault(self) -> bool:
