@@ -307,6 +307,8 @@ def of_spectra(problem: Problem, right: Truth, spectra: Any, messages: list[str]
     tolerance = TOLERANCES[problem.compute]
     if "float32 inside the model" in problem.kinds:
         tolerance = TOLERANCES[torch.float32]
+    if {"bfloat16 model", "frozen batch statistics"} <= set(problem.kinds):  # computed before the conversion
+        tolerance = 2 * torch.finfo(torch.bfloat16).eps
     if not math.isclose(spectra.provenance["loss_value"], right.loss, rel_tol=tolerance, abs_tol=tolerance):
         return Verdict("wrong loss", f"{spectra.provenance['loss_value']:.9g}, not {right.loss:.9g}")
     eigenvalues = {name: right.block(indices) for name, indices in blocks.items()}
