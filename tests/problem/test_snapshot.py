@@ -301,7 +301,7 @@ def test_weights_beyond_max_norm_are_rescaled_elsewhere() -> None:
         return F.cross_entropy(m(batch[0]), batch[1])
 
     blockhess.spectrum(model, labeled(5), loss_fn, num_probes=1, num_steps=2, progress=False)
-    assert norms[0] > 0.5 >= max(norms[1:])
+    assert norms[0] > 0.5001 and max(norms[1:]) < 0.5001  # differences move the weights by about 1e-6
     assert torch.equal(model.embedding.weight, first)
 
 
