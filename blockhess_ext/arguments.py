@@ -145,9 +145,10 @@ def unit_probes(probes: Tensor, layout: Layout) -> Tensor:
 
 def hvp_result(w: Any, v: Tensor) -> Tensor:
     """Return the operator's result w, contiguous, checked to have the shape, dtype and device of v."""
-    if not isinstance(w, Tensor):
-        raise TypeError(f"batched_slq: hvp(v) must return a tensor, got {type(w).__name__}")
-    for what in ("shape", "dtype", "device"):
+    if not isinstance(w, Tensor) or w.is_nested:
+        kind = "a nested tensor" if isinstance(w, Tensor) else type(w).__name__
+        raise TypeError(f"batched_slq: hvp(v) must return a tensor, got {kind}")
+    for what in ("shape", "dtype", "device", "layout"):
         expected, got = getattr(v, what), getattr(w, what)
         if expected != got:
             if what == "shape":

@@ -2,6 +2,7 @@
 
 Every step does the same work on the same addresses, except that v and v_prev are swapped. So there are two graphs, for
 even and for odd steps. The first step of each parity runs eagerly, which loads the kernels; the second is captured.
+A step can also be made eagerly between replays.
 Graphs are replayed on the current stream, in order with other work that the caller queues there.
 """
 
@@ -16,7 +17,13 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], None]
-Step = Callable[[Tensor, Tensor], None]
+
+
+class Step(Protocol):
+    """Makes one step of all recurrences."""
+
+    def __call__(self, v: Tensor, v_prev: Tensor, eager: bool = False) -> None:
+        """Make one step; if `eager`, call the operator rather than replay it."""
 
 
 class Recorder(Protocol):
@@ -93,7 +100,9 @@ def recorder_of(device: torch.device) -> Recorder:
 
 
 class GraphedStep:
-    """A step whose two arguments are swapped from call to call; replayed from a graph from the third call on.
+    """A step whose two arguments are swapped from call to call.
+
+    The first call of each parity runs eagerly, the second is recorded, and later ones are replayed.
 
     Args:
         step: makes one step.
@@ -101,33 +110,36 @@ class GraphedStep:
         replayed: called after every step that was made without calling `step`.
     """
 
-    def __init__(self, step: Step, recorder: Recorder, replayed: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, step: Callable[[Tensor, Tensor], None], recorder: Recorder, replayed: Callable[[], object] = lambda: None
+    ) -> None:
         self._step, self._recorder, self._replayed = step, recorder, replayed
         self._graphs: dict[int, Work] = {}
-        self._calls = 0
+        self._parity, self._warm, self._recorded = 0, {0: False, 1: False}, {0: False, 1: False}
 
     def restart(self) -> None:
         """Run the next two steps eagerly and record again, because the work of a step changes.
 
         Until then the old graphs stay: the memory pool that they share with the new ones must not lose its last graph.
         """
-        self._calls = 0
+        self._warm, self._recorded = {0: False, 1: False}, {0: False, 1: False}
 
-    def __call__(self, v: Tensor, v_prev: Tensor) -> None:
-        """Make one step."""
+    def __call__(self, v: Tensor, v_prev: Tensor, eager: bool = False) -> None:
+        """Make one step; if `eager`, without a graph."""
 
         def work() -> None:
             self._step(v, v_prev)
 
-        parity, new = self._calls % 2, self._calls < 4
-        if self._calls < 2:
+        parity, self._parity = self._parity, 1 - self._parity
+        if eager or not self._warm[parity]:
             self._recorder.warm_up(work)
-        else:
-            if new:
-                self._graphs[parity] = self._recorder.record(work)
-            self._graphs[parity]()
-        self._calls += 1
-        if not new:
+            self._warm[parity] = True
+            return
+        recorded, self._recorded[parity] = self._recorded[parity], True
+        if not recorded:
+            self._graphs[parity] = self._recorder.record(work)
+        self._graphs[parity]()
+        if recorded:
             self._replayed()
 
 
@@ -155,7 +167,7 @@ def graphed_step(
     w = torch.empty_like(like)
     rest = GraphedStep(lambda v, v_prev: advance(w, v, v_prev), recorder)
 
-    def step(v: Tensor, v_prev: Tensor) -> None:
+    def step(v: Tensor, v_prev: Tensor, eager: bool = False) -> None:
         w.copy_(product(v))
         rest(v, v_prev)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 import blockhess_ext._C as _C
+
+# Elements multiplied at a time in `Layout.dots`, and the largest number of such pieces on a GPU.
+PIECE, PIECES = 2**16, 128
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,28 @@ class Layout:
     def columns(self, block: int) -> slice:
         """Return the columns of a block."""
         return slice(self._starts[block], self._starts[block + 1])
+
+    def dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner products <a, b> of all segments, accumulated in float64.
+
+        Args:
+            a, b: (n_probes, n).
+
+        Returns:
+            (n_probes, n_blocks) float64.
+        """
+        starts, rows = self._starts, max(len(a), 1)
+        result = torch.zeros(len(a), self.n_blocks, dtype=torch.float64, device=a.device)
+        width = max(PIECE // rows, 1 + self.n // PIECES if a.is_cuda else 1)
+        pieces = result.new_empty(2, len(a), min(width, self.n))
+        for start in range(0, self.n, width):
+            stop = min(start + width, self.n)
+            first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
+            sizes = [min(starts[l + 1], stop) - max(starts[l], start) for l in range(first, last)]
+            terms, factors = pieces[:, :, : stop - start]
+            terms.copy_(a[:, start:stop]).mul_(factors.copy_(b[:, start:stop]))
+            result[:, first:last] += torch.stack([part.sum(1) for part in terms.split(sizes, 1)], 1)
+        return result
 
     def basis_columns(self, block: int) -> slice | None:
         """Return the columns of a block in the Krylov basis, or None if it is not stored."""

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blockhess_ext import arguments, completion, huge_pages, ops
+from blockhess_ext import arguments, completion, huge_pages, operator_checks, ops
 from blockhess_ext.cuda_graph import GraphedStep, Recorder, Step, graphed_step, recorder_of
 from blockhess_ext.device import check_device, explain_out_of_memory
 from blockhess_ext.layout import Layout
+from blockhess_ext.operator_checks import SymmetryCheck
 from blockhess_ext.quadrature import Quadrature
 from blockhess_ext.recurrences import NON_FINITE
 from blockhess_ext.state import LanczosBatch, State
@@ -56,6 +57,7 @@ def batched_slq(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     on_nonfinite: str = "raise",
+    check: bool | None = None,
     cuda_graph: bool = False,
     on_step: Callable[[int, int], None] | None = None,
     state: State | None = None,
@@ -91,6 +93,11 @@ def batched_slq(
         on_nonfinite: what to do, once all other recurrences have ended, if hvp returned NaN, inf or, in float64, a
             magnitude above 1e120 or below 1e-120 but not 0: "raise" NonFiniteError, or "mark" the affected recurrences
             in `Quadrature.nonfinite`.
+        check: how to check hvp. Its symmetry is tested at the second and at the fourth step, without another product;
+            blocks below 1e-4 of the largest are not judged, as they may be zero but for rounding. Whether blocks depend
+            on each other takes one more product, of vectors that are zero in about half of the blocks: True makes it,
+            None only if hvp was not checked with these dims before and at least 50 steps are to be made. False skips
+            all checks.
         cuda_graph: replay the steps from CUDA graphs, which pays off for batches so small that launching kernels takes
             longer than running them; results are bitwise the same. hvp itself runs eagerly and its result is copied to
             one more set of vectors, unless it has an attribute `capturable` equal to True. Such an hvp must do the same
@@ -136,6 +143,7 @@ def batched_slq(
     arguments.choice("distribution", distribution, ops.DISTRIBUTIONS)
     reorthogonalize = arguments.reorthogonalization(reorthogonalize, len(dims))
     arguments.choice("on_nonfinite", on_nonfinite, ("raise", "mark"))
+    arguments.choice("check", check, (True, False, None))
     arguments.choice("cuda_graph", cuda_graph, (True, False))
     if device is None:
         device = probes.device if isinstance(probes, Tensor) else "cpu"
@@ -173,9 +181,14 @@ def batched_slq(
                 dtype=dtype,
             ))  # fmt: skip
         batch = LanczosBatch(v, layout, num_steps, modes, tol, sigma, 0 if state is None else state.step)
+        if operator_checks.is_block_check_due(check, hvp, dims, batch.num_steps - batch.step):
+            run = recorder.warm_up if recorder else lambda work: work()
+            operator_checks.check_blocks(hvp, layout, batch.v_prev, run)
+            operator_checks.remember(hvp, dims)
         if state is not None:
             batch.load(state)
-        _lanczos(hvp, batch, layout, recorder, on_step, on_state)
+        symmetry = None if check is False else SymmetryCheck(batch.recurrences, layout, random=probes is None)
+        _lanczos(hvp, batch, layout, symmetry, recorder, on_step, on_state)
 
     recurrences, m = batch.recurrences, batch.num_steps
     alpha, beta = (table[:m].permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
@@ -204,6 +217,7 @@ def _lanczos(
     hvp: Callable[[Tensor], Tensor],
     batch: LanczosBatch,
     layout: Layout,
+    symmetry: SymmetryCheck | None,
     recorder: Recorder | None,
     on_step: Callable[[int, int], None] | None,
     on_state: Callable[[State], None] | None,
@@ -216,11 +230,12 @@ def _lanczos(
     tracker = completion.track(recurrences, batch.step)
     n_finished = 0
 
+    first_step = batch.step
+
     def product(v: Tensor) -> Tensor:
-        version = v._version
-        w = arguments.hvp_result(hvp(v), v)
-        if v._version != version:
-            raise ValueError("batched_slq: hvp must not change its argument in place, got a changed v")
+        w = operator_checks.product(hvp, v, sample=symmetry is not None and batch.step == first_step)
+        if symmetry is not None and symmetry.is_due(batch.step):
+            symmetry.compare(w, batch.v_prev)
         return w
 
     def advance(w: Tensor, v: Tensor, v_prev: Tensor) -> None:
@@ -228,7 +243,7 @@ def _lanczos(
         if len(basis):
             ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial, projections.select())
 
-    def eager(v: Tensor, v_prev: Tensor) -> None:
+    def call(v: Tensor, v_prev: Tensor, eager: bool = False) -> None:
         advance(product(v), v, v_prev)  # w is released: at most three sets of vectors exist at a time
 
     def count_running() -> int:
@@ -242,13 +257,18 @@ def _lanczos(
         n_finished = int(finished.sum())
         return finished.numel() - n_finished
 
-    step: Step = eager
+    step: Step = call
     if recorder:
         replayed = getattr(hvp, "replayed", lambda: None)
         step = graphed_step(recorder, product, advance, batch.v, _capturable(hvp), replayed)
     n_running = count_running()
     while n_running and batch.step < batch.num_steps:
-        step(batch.v, batch.v_prev)
+        checked = symmetry is not None and symmetry.is_due(batch.step)
+        step(batch.v, batch.v_prev, eager=checked)
+        if symmetry is not None:
+            if checked:
+                symmetry.decide(batch.step)
+            symmetry.refuse()
         batch.finish_step()
         batch.stopping.update()
         n_running = count_running()
@@ -256,6 +276,8 @@ def _lanczos(
             on_step(batch.step, n_running)
         if on_state is not None:
             on_state(batch.state())
+    if symmetry is not None:
+        symmetry.refuse(wait=True)
 
 
 def _capturable(hvp: Callable[[Tensor], Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import blockhess
@@ -98,6 +100,95 @@ def test_batches_of_unequal_size_equal_the_whole_batch() -> None:
         torch.testing.assert_close(three[name].lambda_max, one[name].lambda_max, rtol=1e-9, atol=1e-12)
     assert three.provenance["weight"] == 7
     assert three.provenance["loss_value"] == pytest.approx(F.cross_entropy(model(x), y).item())
+
+
+def graph_batch(nodes: int) -> dict[str, Tensor]:
+    x, y = labeled(nodes)
+    return {"edges": torch.zeros(2, 3 * nodes, dtype=torch.int64), "x": x, "y": y}
+
+
+def of_graph(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def test_weights_that_shapes_do_not_determine_are_warned_of() -> None:
+    model, options = mlp(), {"num_probes": 1, "num_steps": 2, "engine": "autograd"}
+    graphs, (x, y) = [graph_batch(7), graph_batch(3)], labeled(8)
+    with pytest.warns(
+        UserWarning, match=r"weighted by their first dimensions, 7, 3, .* return.*\(mean loss, weight"
+    ) as w:
+        guessed = blockhess.spectrum(model, graphs, of_graph, **options)
+    assert len(w) == 1 and guessed.provenance["weight"] == 10
+    for padded in ([(x, y), (x[:4, None], y[:4])], [pack_sequence([x, x[:2]]), pack_sequence([x])]):
+        with pytest.warns(UserWarning, match="weighted by their first dimensions"):
+            blockhess.spectrum(model, padded, lambda m, b: m(b[0]).square().mean(), **options)
+
+
+def test_weights_that_are_known_need_no_warning() -> None:
+    model, options = mlp(), {"num_probes": 1, "num_steps": 2, "engine": "autograd"}
+    (x, y), equal = labeled(8), [graph_batch(5), graph_batch(5)]
+    rows = [(x, y), (x[:3], y[:3])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blockhess.spectrum(model, graph_batch(7), of_graph, **options)
+        blockhess.spectrum(model, equal, of_graph, **options)
+        blockhess.spectrum(model, [equal[0], graph_batch(3)], lambda m, b: (of_graph(m, b), len(b["y"])), **options)
+        for loss_fn in (nn.CrossEntropyLoss(), lambda m, b: F.cross_entropy(m(b[0]), b[1])):
+            blockhess.spectrum(model, rows, loss_fn, **options)
+        sums = [(x[:, None], x[:, None]), (x, x)]
+        spectra = blockhess.spectrum(model, sums, nn.MSELoss(reduction="sum"), **options)
+    assert spectra.provenance["weight"] == 2
+
+
+class Tempered(nn.Module):
+    """A criterion with a parameter, a buffer and dropout, which counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.7))
+        self.dropout = nn.Dropout()
+        self.register_buffer("classes", torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(self.dropout(logits) * self.temperature, targets, self.classes)
+
+    def of_batch(self, model: nn.Module, batch: Any) -> Tensor:
+        return self(model(batch[0]), batch[1])
+
+
+class Penalized(Tempered):
+    """A criterion that holds the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits, targets) + sum(p.square().sum() for p in self.model.parameters())
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["criterion", "method", "holds the model"])
+def test_a_criterion_is_converted_and_restored_with_the_model(kind: str, given: torch.dtype) -> None:
+    model, (x, y) = mlp().to(given), labeled(9)
+    criterion = (Penalized(model) if kind == "holds the model" else Tempered()).to(given)
+    loss_fn = criterion.of_batch if kind == "method" else criterion
+    before = [t.clone() for t in criterion.state_dict().values()]
+    data = x.float(), y
+    spectra = blockhess.spectrum(model, data, loss_fn, num_probes=1, engine="exact", dtype=torch.float64)
+    assert criterion.training and all(torch.equal(a, b) for a, b in zip(before, criterion.state_dict().values()))
+    assert all(t.dtype == given for t in criterion.state_dict().values())
+    assert spectra.provenance["loss_parameters"] == ["temperature"]
+    model, criterion = model.double(), criterion.double().eval()
+    for name, dim in zip(spectra.names, spectra.dims):
+        dense = dense_hessian(model, lambda m: Tempered.forward(criterion, m(x.float().double()), y), [name])
+        if kind == "holds the model":
+            dense += 2 * torch.eye(dim)
+        values = torch.linalg.eigvalsh(dense)
+        low, high = (float(v[spectra.names.index(name)]) for v in spectra.eigenvalue_range())
+        assert (low, high) == pytest.approx((float(values[0]), float(values[-1])), abs=1e-9 * float(values.abs().max()))
 
 
 def test_layers_without_running_statistics_are_recorded_as_what_they_do() -> None:
@@ -201,6 +292,18 @@ def test_drawing_the_data_leaves_no_trace() -> None:
     assert state(model) == before
     whole = blockhess.spectrum(model, (x, y), nn.CrossEntropyLoss(), num_probes=1)
     assert shuffled["0.weight"].trace == pytest.approx(whole["0.weight"].trace, rel=1e-9)
+
+
+def test_a_shuffling_loader_does_not_resume(tmp_path: Path) -> None:
+    model, data = mlp(), TensorDataset(*labeled(7))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loader = DataLoader(data, batch_size=3, shuffle=True)
+        if seed:
+            with pytest.raises(ValueError, match=r"differs:\n(.|\n)*\na loader that shuffles or augments yields other"):
+                blockhess.spectrum(model, loader, nn.CrossEntropyLoss(), num_probes=1, run_dir=tmp_path / "run")
+        else:
+            blockhess.spectrum(model, loader, nn.CrossEntropyLoss(), num_probes=1, run_dir=tmp_path / "run")
 
 
 def test_without_gradients_and_in_a_wrapper() -> None:

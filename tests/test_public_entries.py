@@ -141,7 +141,10 @@ def test_batched_slq_refuses_nonsense(chosen: dict[str, Any], dims: Any) -> None
 @given(result=nonsense)
 def test_batched_slq_refuses_nonsense_of_the_operator(result: Any) -> None:
     fits = isinstance(result, torch.Tensor) and result.shape == (2, 2)
-    assert (answer(lambda: batched_slq(lambda v: result, [2], num_probes=2), ["hvp"]) is not None) == fits
+    unchecked = answer(lambda: batched_slq(lambda v: result, [2], num_probes=2, check=False), ["hvp"])
+    checked = answer(lambda: batched_slq(lambda v: result, [2], num_probes=2), ["hvp"])
+    assert (unchecked is not None) == fits
+    assert checked is None or fits  # a constant is not symmetric
     assert answer(lambda: batched_slq(result, [2]), ["hvp"]) is None or callable(result)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from blockhess._version import __version__
 from blockhess.problem import fingerprint
+from blockhess.problem.batches import DRAWN_ANEW
 from blockhess.problem.blocks import BlockSpec, unwrap
 from blockhess.problem.losses import make_loss
 from blockhess.problem.memory import shared_budget
@@ -85,12 +86,13 @@ def spectrum(
 
     Args:
         model: any module with real floating-point parameters.
-        data: one batch (a tuple, mapping or tensor), or a list, DataLoader or other collection of batches, on the
-            model's device. All batches are loaded at the start. One batch is fastest; several limit the memory to that
-            of one.
+        data: one batch (a tuple, mapping, tensor or object with tensors), or a list, DataLoader or other collection of
+            batches, on the model's device. All batches are loaded at the start. One batch is fastest; several limit the
+            memory to that of one.
         loss_fn: None for `model(**batch).loss` (Transformers). An nn.Module such as nn.CrossEntropyLoss() or a function
-            of torch.nn.functional for `loss_fn(model(inputs), targets)`. Any other callable for `loss_fn(model,
-            batch)`, which returns the mean loss or (mean loss, weight of the batch); see `losses.make_loss`.
+            of torch.nn.functional for `loss_fn(model(inputs), targets)`; parameters of the module are constants, listed
+            in `provenance["loss_parameters"]`. Any other callable for `loss_fn(model, batch)`, which returns the mean
+            loss or (mean loss, weight of the batch); see `losses.make_loss`.
         blocks: "parameter" for one block per parameter tensor, "full" for a single block, a dict from block name to
             parameter names and `ParameterSlice`s, or a list of (regex, group) pairs; see `blocks.partition`.
         num_probes: number of random vectors per block.
@@ -145,6 +147,7 @@ def spectrum(
         OSError: run_dir cannot be written, for example because the disk is full; what was saved before is intact.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
         NotImplementedError: an operation of the model has no second derivative, or its parameters are sharded.
+        DerivativeMismatch: a ValueError; the gradient is not that of the loss, or products are not its derivatives.
         distributed.RankError: another rank failed.
 
     Source: the paper's Algorithms 4 and 5.
@@ -180,6 +183,7 @@ def spectrum(
             "batchnorm": batchnorm_policy(model, batchnorm),
             "matmul_precision": matmul_precision,
             "frozen": list(cut.frozen),
+            "loss_parameters": problem.loss_parameters,
             "tied": {name: list(aliases) for name, aliases in cut.tied.items()},
             "unused": list(problem.unused),
             "fingerprints": fingerprints,
@@ -329,7 +333,8 @@ def extend(
         _check_same("sizes of the blocks", problem.dims, list(spectra.dims))
         _check_same("dtype of the vectors", str(problem.dtype).removeprefix("torch."), made.dtype)
         for what, digest in fingerprints.items():
-            _check_same(f"fingerprint of the {what}", digest, first["fingerprints"][what])
+            advice = f"; {DRAWN_ANEW}" if what == "data" else ""
+            _check_same(f"fingerprint of the {what}", digest, first["fingerprints"][what], advice)
         if not math.isclose(problem.loss_value, first["loss_value"], rel_tol=LOSS_TOLERANCE):
             _check_same("value of the loss", problem.loss_value, first["loss_value"])
         extends = fingerprint.of_data([(made.alpha, made.beta, made.steps)])
@@ -364,9 +369,9 @@ def _identity(problem: Problem, options: Options, made: dict[str, Any], seed: in
     }
 
 
-def _check_same(name: str, got: Any, first: Any) -> None:
+def _check_same(name: str, got: Any, first: Any, advice: str = "") -> None:
     if got != first:
-        raise ValueError(f"extend: {name} must be that of the first run, {first!r}, got {got!r}")
+        raise ValueError(f"extend: {name} must be that of the first run, {first!r}, got {got!r}{advice}")
 
 
 def _checked(spectra: Spectra, on_nonfinite: str) -> Spectra:

@@ -178,9 +178,11 @@ def test_a_model_that_fails_is_told_in_one_line(
     for arguments in (["run", "job.py:other_sizes"], ["plan", "job.py:other_sizes"]):
         assert main(arguments) == 2
         told = capsys.readouterr().err
-        assert told == "blockhess: mat1 and mat2 shapes cannot be multiplied (4x5 and 3x1)\n"
+        assert told.startswith("blockhess: spectrum: loss_fn(model(inputs), targets) must run on the data, got ")
+        assert "the model (Linear) for batch 0: mat1 and mat2 shapes cannot be multiplied (4x5 and 3x1)" in told
+        assert told.count("\n") == 1
     monkeypatch.setenv("BLOCKHESS_TRACEBACK", "1")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(ValueError, match="mat1 and mat2"):
         main(["run", "job.py:other_sizes"])
 
 

@@ -43,6 +43,7 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be one of raise, mark, got 'ignore'"),
         ({"hvp": None}, TypeError, "hvp must be a function, got None"),
         ({"device": "foo"}, ValueError, "device must be cpu or cuda, got 'foo'"),
+        ({"check": 1}, ValueError, "check must be one of True, False, None, got 1"),
         ({"cuda_graph": "yes"}, ValueError, "cuda_graph must be one of True, False, got 'yes'"),
         (
             {"cuda_graph": True},
@@ -63,6 +64,14 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"hvp": lambda v: v.double()}, ValueError, "must return dtype torch.float32, got torch.float64"),
         ({"hvp": lambda v: v.to("meta")}, ValueError, "must return device cpu, got meta"),
         ({"hvp": lambda v: v.mul_(3)}, ValueError, "hvp must not change its argument in place"),
+        ({"hvp": lambda v: v.long()}, ValueError, "must return dtype torch.float32, got torch.int64"),
+        ({"hvp": lambda v: v.numpy()}, TypeError, "must return a tensor, got ndarray"),
+        (
+            {"hvp": lambda v: torch.nested.as_nested_tensor(list(v), layout=torch.jagged)},
+            TypeError,
+            "must return a tensor, got a nested tensor",
+        ),
+        ({"hvp": lambda v: v.to_sparse()}, ValueError, "must return layout torch.strided, got torch.sparse_coo"),
         ({"hvp": lambda v: None}, TypeError, "must return a tensor, got NoneType"),
     ],
 )

@@ -43,19 +43,20 @@ def test_a_replayed_loop_has_the_same_bits(reorthogonalize, capturable, tracker,
     monkeypatch.setattr(completion, "track", tracker)
     operator = Operator(dtype, capturable)
     assert same_bits(run(operator, cuda_graph=True, **options), expected)
-    assert (recorder.warm_ups, recorder.records, recorder.replays) == (2, 2, STEPS - 2)
-    assert operator.calls == (4 if capturable else STEPS)
+    eager = 3 if capturable else 2  # the first two steps, and the product that is compared in the fourth one
+    assert (recorder.warm_ups, recorder.records, recorder.replays) == (eager, 2, STEPS - eager)
+    assert operator.calls == (eager + 2 if capturable else STEPS)
     steps, failed = expected[4:]
     assert steps[0].tolist() == [1, 2, 1, STEPS, STEPS, STEPS]  # some finish long before the last replay
     assert steps[1, 4] == FAILS_AT - 1 and failed.sum() == 1  # and one becomes non-finite in a replay
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("capturable", [False, True])
 def test_few_steps(num_steps, capturable, recorder):
     expected = run(Operator(), num_steps=num_steps)
     assert same_bits(run(Operator(capturable=capturable), num_steps=num_steps, cuda_graph=True), expected)
-    assert recorder.records == min(max(num_steps - 2, 0), 2)
+    assert recorder.records == len({step % 2 for step in range(2, num_steps) if not (capturable and step == 3)})
 
 
 def test_several_runs(recorder):
@@ -92,8 +93,9 @@ def test_an_operator_with_state_on_the_host_is_not_capturable(recorder):
             self.calls += 1
             return v * self.scales * (1 + self.calls)
 
-    assert same_bits(run(Counting(), cuda_graph=True), run(Counting()))
-    assert not same_bits(run(Counting(capturable=True), cuda_graph=True), run(Counting()))
+    expected = run(Counting(), check=False)
+    assert same_bits(run(Counting(), cuda_graph=True, check=False), expected)
+    assert not same_bits(run(Counting(capturable=True), cuda_graph=True, check=False), expected)
 
 
 def test_one_more_set_of_vectors(recorder):

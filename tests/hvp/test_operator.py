@@ -310,7 +310,7 @@ def test_a_loss_that_depends_on_no_block() -> None:
     ("loss_fn", "text"),
     [
         (lambda m, b: m(b[0]), r"0-dimensional tensor, got shape \(4, 3\) for batch 0"),
-        (lambda m, b: m(b[0]).mean().item(), "must return a tensor, got float"),
+        (lambda m, b: m(b[0]).mean().item(), "must return a tensor, got a float"),
         (lambda m, b: m(b[0]).mean().detach(), "requires no gradient for batch 0"),
         (lambda m, b: m(b[0]).mean() * 1j, "real number, got torch.complex128"),
         (lambda m, b: m(b[0]).mean() * float("nan"), "finite loss, got nan for batch 0"),

@@ -41,6 +41,9 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Function]] = {
     "padding with a number": ((4, 3), (4, 5), lambda a, b: (F.pad(a, (1, 1), value=2.0).softmax(-1) * b.exp()).sum()),
     "sum over dim=None": ((4, 3), (3, 6), lambda a, b: (torch.sum((a @ b).tanh(), dim=None, keepdim=True) ** 2).sum()),
     "squeeze where it is broadcast": ((3, 1), (3, 3), lambda a, b: (a.exp().expand(3, 3).squeeze(1) * b).exp().sum()),
+    "row of padding": (
+        (4, 3), (3,), lambda a, b: (F.embedding(torch.tensor([1, 0, 3, 1]), a, 0).tanh().sum(0) * b).exp().sum()
+    ),
     "nine dimensions": ((2,) * 8, (2,) * 8, lambda a, b: (a * b.tanh()).exp().sum()),
 }  # fmt: skip
 

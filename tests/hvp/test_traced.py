@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -154,17 +155,17 @@ def test_parameters_of_mixed_dtypes() -> None:
 # Refused
 
 
-class Sign(torch.autograd.Function):
-    """Its derivative is not that of what it computes."""
+class Sinh(torch.autograd.Function):
+    """A Function with a backward of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x.sign()
+        return x.sinh()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient / ctx.saved_tensors[0].cosh()
+        return gradient * ctx.saved_tensors[0].cosh()
 
 
 def written_in_part(m: nn.Sequential, x: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def looks_at_an_activation(m: nn.Sequential, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Forward, str]] = {
-    "a Function of one's own": (lambda m, x: m[2](Sign.apply(m[0](x))), "torch.autograd.Function has a derivative"),
+    "a Function of one's own": (lambda m, x: m[2](Sinh.apply(m[0](x))), "torch.autograd.Function has a derivative"),
     "a view written in place": (written_in_part, "in place"),
     "an activation looked at": (looks_at_an_activation, "cannot be traced"),
     "complex numbers": (lambda m, x: m[2](torch.fft.fft(m[0](x)).abs()), "complex numbers"),
@@ -231,10 +232,17 @@ class Held:
     """A batch whose tensors only the loss knows."""
 
     def __init__(self, n: int) -> None:
-        self.x, self.y = labeled(n)
+        pair = labeled(n)
+        self.read = lambda: pair
 
     def __repr__(self) -> str:
         return "Held"
+
+
+@dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
 
 
 @pytest.mark.parametrize(
@@ -247,10 +255,11 @@ class Held:
             2,
             marks=pytest.mark.slow,
         ),
-        (lambda: [Held(4), Held(4)], lambda m, b: (F.cross_entropy(m(b.x), b.y), 4), 2),
+        (lambda: [Held(4), Held(4)], lambda m, b: (F.cross_entropy(m(b.read()[0]), b.read()[1]), 4), 2),
+        (lambda: [Pair(*labeled(n)) for n in (4, 4, 3)], lambda m, b: F.cross_entropy(m(b.x), b.y), 2),
         (lambda: ["tanh", "sin"], lambda m, b: (getattr(m(torch.ones(2, 3)), b)().sum(), 1), 2),
     ],
-    ids=["two shapes", "masks", "objects", "texts"],
+    ids=["two shapes", "masks", "hidden", "objects", "texts"],
 )
 def test_a_trace_serves_batches_of_its_kind_only(make_data: Any, loss_fn: Any, traces: int) -> None:
     prepared_problem = problem(mlp(), make_data(), loss_fn)

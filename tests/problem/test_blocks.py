@@ -178,19 +178,35 @@ def test_bad_blocks(blocks: object, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "advice"),
+    ("tensor", "text"),
     [
-        (torch.arange(3), "torch.int64; it cannot be trained"),
-        (torch.ones(3, dtype=torch.complex64), "torch.complex64; give its real and imaginary part"),
+        (torch.arange(3), "a real floating-point number, got torch.int64; it cannot be trained"),
+        (torch.ones(3, dtype=torch.complex64), "a real floating-point number, got torch.complex64; give its real"),
+        (torch.eye(3).to_sparse(), "dense, got torch.sparse_coo"),
+        (torch.inference_mode()(lambda: nn.Parameter(torch.ones(3)))(), "made outside torch.inference_mode"),
     ],
 )
-def test_bad_dtypes(tensor: torch.Tensor, advice: str) -> None:
+def test_bad_tensors(tensor: torch.Tensor, text: str) -> None:
     model = mlp()
-    model.extra = nn.Parameter(tensor, requires_grad=tensor.dtype != torch.int64)
+    model.extra = (
+        tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.dtype != torch.int64)
+    )
     for blocks in ("parameter", "full", {"a": "extra"}):
-        with pytest.raises(ValueError, match=f"parameter 'extra' must be a real floating-point number, got {advice}"):
+        if tensor.dtype == torch.int64 and isinstance(blocks, str):
+            continue
+        with pytest.raises(ValueError, match=f"parameter 'extra' must be {text}"):
             partition(model, blocks)
     assert names(model, {"a": "0.weight"}) == ["a"]  # not asked for: not in the way
+
+
+def test_integer_parameters_are_frozen() -> None:
+    model = mlp()
+    model.base = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    assert partition(model).frozen == ("base",)
+    assert "base" not in names(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="must have a parameter with requires_grad=True, got none of 5"):
+        partition(model)
 
 
 def test_frozen_half_precision_is_not_in_the_way() -> None:
@@ -200,8 +216,9 @@ def test_frozen_half_precision_is_not_in_the_way() -> None:
 
 
 def test_uninitialised_and_empty_parameters() -> None:
-    with pytest.raises(ValueError, match="'weight' is not initialised yet"):
-        partition(nn.LazyLinear(3))
+    for lazy in (nn.LazyLinear(3), nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False))):
+        with pytest.raises(ValueError, match=r"model must have run once before, got '.*' uninitialized"):
+            partition(lazy)
     model = mlp()
     model.extra = nn.Parameter(torch.ones(0, 3))
     with pytest.raises(ValueError, match=r"block 'extra' must have at least one entry, got shape \(0, 3\)"):

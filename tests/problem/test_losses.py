@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockhess.problem.losses import TransformersLoss, checked_weight, make_loss
+from blockhess.problem.batches import batch_size
+from blockhess.problem.losses import TransformersLoss, checked, checked_weight, make_loss
 
 C = 4
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -22,7 +24,8 @@ def of_all(loss_fn: Any, batches: list[Any], model: nn.Module) -> tuple[float, f
     """Loss and weight of all data, from those of the batches."""
     loss = make_loss(loss_fn)
     parts = [loss(model, batch) for batch in batches]
-    weights = [float(weight) for _, weight in parts]
+    rows = [batch_size(loss.averaged_over(batch)) for batch in batches]
+    weights = [float(row if weight is None else weight) for (_, weight), row in zip(parts, rows)]
     return sum(value.item() * w for (value, _), w in zip(parts, weights)) / sum(weights), sum(weights)
 
 
@@ -82,7 +85,7 @@ def test_a_function_of_model_and_batch() -> None:
 
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     value, weight = make_loss(squares)(model, x)
-    assert value == squares(model, x) and weight == 5
+    assert value == squares(model, x) and weight is None
     assert make_loss(lambda m, b: (squares(m, b), 17))(model, x)[1] == 17
     assert make_loss(squares).name.endswith("squares")
 
@@ -97,6 +100,63 @@ def test_a_criterion_needs_pairs() -> None:
 def test_not_callable() -> None:
     with pytest.raises(TypeError, match="loss_fn must be callable or None, got str"):
         make_loss("mse")
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (None, "return a tensor, got None for batch 3; return the mean loss, or"),
+        (0.5, r"got a float for batch 3; return the tensor, without item\(\)"),
+        ({"loss": torch.ones(())}, r"got a dict with keys \['loss'\] for batch 3; return its entry 'loss'"),
+        (types.SimpleNamespace(loss=torch.ones(())), "got a SimpleNamespace for batch 3; return its attribute loss"),
+        ((torch.ones(()), 1, 2), r"got a tuple \(a tensor of shape \(\), an int, an int\) for batch 3"),
+        (torch.ones(1), r"got shape \(1,\) for batch 3; return loss.squeeze\(\)"),
+        (torch.ones(4), r"got shape \(4,\) for batch 3; take the mean"),
+        (torch.ones((), dtype=torch.complex64), "return a real number, got torch.complex64"),
+        (torch.ones(()), "requires no gradient for batch 3; is there a detach"),
+    ],
+)
+def test_what_to_return_instead(result: Any, text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^spectrum: loss_fn must .*{text}"):
+        checked(result, 3)
+
+
+def test_a_second_loss_is_no_weight() -> None:
+    for pair in (lambda m, b: (m(b), m(b).mean()), lambda m, b: (m(b).mean(), m(b).sum())):
+        with pytest.raises(TypeError, match="whose second depends on the parameters; return the loss alone"):
+            make_loss(pair)(nn.Linear(3, 2), torch.ones(5, 3))
+    with pytest.raises(TypeError, match=r"a number as weight, got a dict with keys \['accuracy'\] for batch 0; return"):
+        checked_weight({"accuracy": 0.5}, 0, 1)  # type: ignore[arg-type]
+
+
+class Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def test_a_criterion_that_cannot_take_the_outputs() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Output:
+            return Output(x)
+
+    with pytest.raises(TypeError, match=r"MSELoss must take what the model returns, got an Output .* takes logits of"):
+        make_loss(nn.MSELoss())(Model(), (torch.ones(3), torch.ones(3)))
+
+    class TakesOutputs(nn.Module):
+        def forward(self, output: Output, y: Tensor) -> Tensor:
+            return (output.logits - y).mean()
+
+    assert make_loss(TakesOutputs())(Model(), (torch.ones(3), torch.ones(3)))[0] == 0
+
+    class Wrapper(nn.Module):
+        def forward(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch[0]).mean()
+
+    with pytest.raises(TypeError, match=r"Wrapper is a module, called as .* pass loss_fn.forward"):
+        make_loss(Wrapper())(nn.Identity(), (torch.ones(3), torch.ones(3)))
+    wrapper = Wrapper()
+    loss = make_loss(wrapper.forward)
+    assert loss.module is wrapper and loss(nn.Identity(), (torch.ones(3), None))[0] == 1
 
 
 def test_weights() -> None:

@@ -46,6 +46,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
         ),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "default dtype": torch.get_default_dtype(),
         "cudnn": torch.backends.cudnn.enabled,
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "training": model.training,
@@ -69,13 +71,14 @@ def test_everything_is_restored(batchnorm: str, failure: type[BaseException] | N
                 inside = snapshot(model)
                 model(x).sum()
                 torch.rand(3)
+                torch.set_default_dtype(torch.float64)
                 torch.autograd.grad(model(x).sum(), model.norm.weight)
                 if failure:
                     raise failure
         except (ValueError, KeyboardInterrupt):
             pass
         assert snapshot(model) == before
-    for changed in ("modes", "sdpa", "cudnn"):
+    for changed in ("modes", "sdpa", "fast path", "cudnn"):
         assert inside[changed] != before[changed]
 
 

@@ -146,7 +146,10 @@ def test_the_error_of_one_rank_ends_all(two):
         ("work_fails", "OverflowError: on rank 1"),
         ("data_fails", "OverflowError: on rank 1"),
         ("data_fills_memory", "OutOfMemoryError: spectrum: memory_budget must be below"),
-        ("posing_fails", "OverflowError: on rank 1"),
+        (
+            "posing_fails",
+            "ValueError: spectrum: loss_fn(model, batch) must run on the data, got OverflowError in loss_fn",
+        ),
     ):
         other, failed = two[name]
         assert failed.startswith(text)

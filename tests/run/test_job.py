@@ -460,7 +460,7 @@ def test_runs_of_other_blocks_are_one_run(given, engine):
         ({"num_steps": 6}, "differ in num_steps (5 and 6)"),
         ({"dtype": torch.float64}, "differ in dtype ('float32' and 'float64')"),
         ({"model": "other"}, "differ in fingerprints of parameters and data"),
-        ({"data": "other"}, "differ in fingerprints of parameters and data"),
+        ({"data": "other"}, "a loader that shuffles or augments yields other batches"),
         ({"loss_fn": nn.CrossEntropyLoss(label_smoothing=0.1)}, "differ in value of the loss"),
         ({"engine": "ggn"}, "differ in matrix ('autograd' and 'ggn')"),
         ({"first_probe": 1}, "must have different probes, run 1 has those up to 1 and run 2 those from 1"),

@@ -66,7 +66,7 @@ def test_constants_are_kept_where_they_fit() -> None:
 
 
 def test_a_tolerance_plans_for_a_tenth_of_the_products() -> None:
-    options = {"num_probes": 20, "num_steps": 5, "engine": "autograd"}
+    options = {"num_probes": 40, "num_steps": 5, "engine": "autograd"}
     assert len(planned(**options).checked) == 4
     assert len(planned(**options, least=(2, 1)).checked) < 4
 

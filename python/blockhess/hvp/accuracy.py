@@ -1,7 +1,8 @@
-"""Rounding error of Hessian-vector products, estimated from one random vector per block and the first batch.
+"""Checks of Hessian-vector products before a run, and their rounding error, with one random vector per block.
 
-float32 products are compared with float64 products. For float64, the difference to float32 products is scaled by the
-ratio of the machine epsilons.
+On the first batch, float32 products are compared with float64 products, if these are of the same function. For float64,
+the difference to float32 products is scaled by the ratio of the machine epsilons. Traced products are also compared
+with those of autograd, and these with differences of gradients, see differences.py.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockhess.hvp.autograd import AutogradEngine
-from blockhess.hvp.ggn import GaussNewtonEngine
-from blockhess.hvp.operator import Column, Engine
+from blockhess.hvp.differences import Differences, unit_products
+from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.problem import Problem
+
+EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -26,74 +28,120 @@ class Accuracy:
     """Error of the product with a random unit vector v, by index of the block.
 
     Attributes:
-        norms: |H_l v|, computed in float64.
-        errors: norm of the error of H_l v.
+        norms: |H_l v|, computed in float64 where that is the same function.
+        errors: norm of the error of H_l v; empty if it is unknown.
+        confirmed: the blocks whose derivatives agree with differences, also of others than those that were multiplied.
+        unknown: why the errors are unknown, or "".
     """
 
     norms: Mapping[int, float]
     errors: Mapping[int, float]
+    confirmed: frozenset[int]
+    unknown: str = ""
 
     def is_zero(self, number: int) -> bool:
-        """Return whether a block is zero within the error."""
-        return self.norms[number] <= self.errors[number]
+        """Return whether a block is zero within the error, by products and by differences."""
+        return number in self.confirmed and self.norms[number] <= self.errors.get(number, -1.0)
 
 
 class EngineMismatch(ArithmeticError):
     """The products of an engine differ from those of autograd."""
 
 
-def measure(problem: Problem, engine: Engine, numbers: Sequence[int] | None = None) -> Accuracy | None:
-    """Estimate the error of products with some blocks, by default all. Traced products are also compared with autograd.
+def measure(
+    problem: Problem, engine: Engine, numbers: Sequence[int] | None = None, groups: int | None = None
+) -> Accuracy:
+    """Check products with some blocks, by default all, and estimate their error.
 
-    Traced products are made for every block alone, and for all of them together, as in a run.
+    Traced products are made for every block alone, and for all of them together, as in a run. Differences are taken
+    along all parameters of a group, along single blocks whose products are zero within their error, and along every
+    third block of groups that are undecided.
 
-    Returns:
-        None if the model does not run in the other precision.
+    Args:
+        problem, engine: what to check.
+        numbers: indices of the blocks.
+        groups: how many groups of parameters to compare with differences, by default all.
 
     Raises:
         EngineMismatch: traced products differ from those of autograd by more than rounding.
         NotTraceable: a traced program does not run.
+        DerivativeMismatch: the gradient is not that of the loss, or products are not its derivatives.
+        ValueError: the parameters are converted, and the loss uses those that it captured.
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
     try:
-        own = _products(problem, engine, numbers)
+        own = unit_products(problem, engine, numbers)
         alone = {}
         if isinstance(engine, TracedEngine) and engine.rows > 1:
-            alone = {l: _products(problem, engine, [l])[l] for l in numbers}
+            alone = {l: unit_products(problem, engine, [l])[l] for l in numbers}
     except RuntimeError as error:
         if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
         raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
-    by_autograd = GaussNewtonEngine if engine.name == "ggn" else AutogradEngine
-    lower = problem.dtype == torch.float64
-    try:
-        other = problem.in_dtype(torch.float32 if lower else torch.float64).restricted(numbers)
-        repeat = _products(other, by_autograd(other), numbers)
-    except (RuntimeError, ValueError, TypeError):  # a model that runs in one precision only
-        repeat = None
-    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if lower else 1.0
+    here = Differences(problem, engine.name == "ggn")
+    if here.captured:
+        name, parameter = next(iter(here.captured.items()))
+        raise ValueError(
+            f"spectrum: dtype must be {parameter.dtype} where loss_fn uses parameters that it captured, such as "
+            f"{name!r}, got {problem.dtype}; use those of the model that loss_fn is given"
+        )
+    double = problem.dtype == torch.float64
+    groups = len(here.groups) if groups is None else groups
+    chosen = [here.groups[(2 * i + 1) * len(here.groups) // (2 * groups)] for i in range(groups)]
+    moved = here.products(chosen) if double else {}
+    there, repeat, unknown = _repeat(problem, numbers, here, moved, chosen)
+    expected = own
     if isinstance(engine, TracedEngine):
-        expected = _products(problem, by_autograd(problem.restricted(numbers)), numbers)
+        expected = here.products(numbers)
         for traced in filter(None, (own, alone)):
             _check(problem, traced, expected, repeat)
-    if repeat is None:
-        return None
-    errors = {l: scale * _distance(own[l], repeat[l]) for l in numbers}
-    norms = {l: float((own if lower else repeat)[l].norm()) for l in numbers}
-    return Accuracy(norms, errors) if all(map(math.isfinite, errors.values())) else None
+    noise = {l: _distance(own[l], repeat[l]) for l in numbers} if repeat else {}
+    noise = {l: distance for l, distance in noise.items() if math.isfinite(distance)}
+    if not noise:
+        unknown = unknown or "products are not finite"
+    if there is None or repeat is None or double:
+        there, repeat = here, expected | (moved or here.products(chosen))
+    scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
+    norms = {l: float(repeat[l].norm()) for l in numbers}
+    errors = {l: scale * error for l, error in noise.items()}
+    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group))]
+    single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
+    single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
+    confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
+    confirmed -= there.undecided
+    confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
+    return Accuracy(norms, errors, frozenset(confirmed), unknown)
 
 
-def _products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
-    """Return H_l v of some blocks, with the same v in every precision."""
-    engine.prepare(0)
-    columns = []
-    for number in numbers:
-        v = torch.randn(1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-        vectors = (v / v.norm()).to(problem.device, problem.dtype)
-        columns.append(Column(number, vectors, torch.zeros_like(vectors)))
-    for _ in engine.multiply([column for column in columns if problem.is_used(column.number)], 1.0):
-        pass
-    return {column.number: column.products for column in columns}
+def _repeat(
+    problem: Problem, numbers: Sequence[int], here: Differences, moved: Mapping[int, Tensor], chosen: Sequence[int]
+) -> tuple[Differences | None, dict[int, Tensor] | None, str]:
+    """Return differences and products in the other precision, or None for both and why they are not comparable.
+
+    Args:
+        moved: the products with the chosen groups in float64, if that is the dtype of the problem.
+        chosen: groups of parameters to multiply also. If none, an earlier call has compared the gradients.
+    """
+    dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
+    try:
+        other = problem.in_dtype(dtype)
+        for name, parameter in problem.parameters.items():
+            for hook in (parameter._backward_hooks or {}).values():
+                other.parameters[name].register_hook(hook)  # type: ignore[no-untyped-call]
+        there = Differences(other, here.gauss_newton)
+        if there.captured:
+            return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
+        repeat = there.products(numbers if moved else [*numbers, *chosen])
+        if chosen:
+            terms = max(there.terms(group, (moved or repeat)[group]) for group in chosen)
+            found = here.differs_from(there, terms)
+            here.gradients, there.gradients = {}, {}
+            if found:
+                return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
+        return there, repeat, ""
+    except Exception as error:  # of any kind: the model may take one dtype only
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return None, None, f"the loss cannot be computed in {dtype}: {reason}"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -104,12 +152,11 @@ def _check(
     problem: Problem, traced: dict[int, Tensor], expected: dict[int, Tensor], repeat: dict[int, Tensor] | None
 ) -> None:
     # Some models compute part of their loss in float32, whatever the dtype of their parameters.
-    eps = torch.finfo(torch.float32).eps
     largest = max(float(e.norm()) for e in expected.values())
     for number, right in expected.items():
-        noise = max(eps * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
+        noise = max(EPS * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
         error, size = _distance(traced[number], right), float(right.norm())
-        if error > eps**0.5 * size + 100 * noise:
+        if error > EPS**0.5 * size + 100 * noise:
             raise EngineMismatch(
                 f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"
             )

@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from blockhess.hvp.operator import Column, PerBatch
+from blockhess.problem.batches import first_line
 from blockhess.problem.problem import Problem
 
 
@@ -68,8 +70,10 @@ class AutogradEngine:
         problem = self._problem
         try:
             return problem.differentiate(outputs, inputs, directions, retain_graph=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            text = str(error).splitlines()[0]
+            text = first_line(error)
             if "not implemented" in text or "double backward" in text:
                 found = re.search(r"(?:aten::|')(\w+)", text)
                 where, advice = problem.locate(found[1] if found else "")
@@ -77,4 +81,9 @@ class AutogradEngine:
                     f"spectrum: block {problem.infos[number].name!r} needs a second derivative that an operation "
                     f"{where}lacks ({text}); {advice}"
                 ) from error
-            raise
+            if text.startswith("spectrum:"):
+                raise
+            raise NotImplementedError(
+                f"spectrum: block {problem.infos[number].name!r} needs a second derivative that torch does not "
+                f"compute: {text}; write the operations in plain PyTorch"
+            ) from error

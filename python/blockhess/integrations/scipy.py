@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ from blockhess.problem.batches import as_batches
 from blockhess.problem.blocks import BlockInfo, BlockSpec, block_id, partition, unwrap
 from blockhess.problem.losses import make_loss
 from blockhess.problem.model_state import fixed_state
-from blockhess.problem.problem import Problem
+from blockhess.problem.problem import Computation, Problem
+from blockhess.problem.ranks import SINGLE_PROCESS
 from blockhess.spectra import Spectra
 from blockhess_ext import batched_slq
 from blockhess_ext.arguments import choice
@@ -30,11 +32,13 @@ SYMMETRY_TOLERANCE = 10.0
 class HessianOperator(LinearOperator):  # type: ignore[misc]
     """The Hessian of the block `name`; made by `block_operators`."""
 
-    def __init__(self, problem: Problem, engine: Engine, number: int, is_open: Callable[[], bool]) -> None:
+    def __init__(
+        self, problem: Problem, engine: Engine, number: int, is_open: Callable[[], bool], lock: threading.Lock
+    ) -> None:
         self.name = problem.infos[number].name
         dim = problem.dims[number]
         super().__init__(torch.empty(0, dtype=problem.dtype).numpy().dtype, (dim, dim))
-        self._problem, self._is_open = problem, is_open
+        self._problem, self._is_open, self._lock = problem, is_open, lock
         self._product = BlockOperator(problem, engine, [number])
 
     def _matmat(self, x: NDArray[Any]) -> NDArray[Any]:
@@ -43,7 +47,8 @@ class HessianOperator(LinearOperator):  # type: ignore[misc]
                 f"block_operators: {self.name!r} must be used within the with statement, which fixes the model's state"
             )
         v = torch.from_numpy(np.ascontiguousarray(x.T, self.dtype)).to(self._problem.device)
-        result: NDArray[Any] = self._product(v).T.cpu().numpy()
+        with self._lock:  # the operators share one engine
+            result: NDArray[Any] = self._product(v).T.cpu().numpy()
         return result
 
     def _adjoint(self) -> HessianOperator:
@@ -63,7 +68,8 @@ def block_operators(
 ) -> Iterator[dict[str, LinearOperator]]:
     """Yield the Hessian of every block as a symmetric scipy LinearOperator.
 
-    Within the context the model is in the state that `spectrum` evaluates; its own state is restored at the end.
+    Within the context the model is in the state that `spectrum` evaluates; its own state is restored at the end. Other
+    threads may use the operators; those that call `spectrum` or `block_operators` wait for the end of the context.
 
     Args:
         model, data, loss_fn, blocks, dtype: as for `spectrum`.
@@ -86,13 +92,14 @@ def block_operators(
     choice("batchnorm", batchnorm, ("eval", "batch"), op="block_operators")
     model = unwrap(model)
     cut, loss = partition(model, blocks), make_loss(loss_fn)
-    is_open = True
-    with fixed_state(model, batchnorm):
+    is_open, lock = True, threading.Lock()
+    with fixed_state(Computation(model, loss), batchnorm):
         problem = Problem(model, loss, as_batches(data, pairs=loss.pairs), cut.blocks, dtype)
+        problem.join(SINGLE_PROCESS)
         products: Engine = ENGINES[engine](problem)
         try:
             yield {
-                info.name: HessianOperator(problem, products, number, lambda: is_open)
+                info.name: HessianOperator(problem, products, number, lambda: is_open, lock)
                 for number, info in enumerate(problem.infos)
             }
         finally:
@@ -138,7 +145,7 @@ def operator_spectra(
     options: dict[str, Any] = {"num_probes": num_probes, "num_steps": num_steps, "distribution": distribution}
     quadrature = batched_slq(
         diagonal, diagonal.dims, **options, seed=seed, reorthogonalize=reorthogonalize, dtype=diagonal.dtype,
-        block_ids=[block_id(name) for name in linear], on_nonfinite=on_nonfinite,
+        block_ids=[block_id(name) for name in linear], on_nonfinite=on_nonfinite, check=False,
     )  # fmt: skip
     blocks = [BlockInfo(name, (dim,), dim, ()) for name, dim in zip(linear, diagonal.dims)]
     provenance = {"model": "linear operators", "seed": quadrature.seed, "dtype": quadrature.dtype, **options}

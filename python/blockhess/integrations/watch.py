@@ -15,13 +15,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import blockhess
 from blockhess.integrations import tensorboard
 from blockhess.problem.batches import as_batches, map_tensors
 from blockhess.problem.losses import make_loss
+from blockhess.problem.model_state import fixed_random_numbers
 from blockhess.results.files import writable_folder
 from blockhess.spectra import Spectra
 
@@ -63,7 +63,7 @@ class SpectrumMonitor:
         self.folder: Path | None = None if folder is None else writable_folder(folder)
         self._loss_fn = loss_fn
         self._options: dict[str, Any] = {"on_nonfinite": "mark", "progress": False} | options
-        with torch.random.fork_rng():  # a DataLoader draws random numbers
+        with fixed_random_numbers():  # a DataLoader draws some
             self._batches = as_batches(data, pairs=make_loss(loss_fn).pairs)
         self._last: int | None = None
 

@@ -220,11 +220,11 @@ def partition(model: nn.Module, blocks: BlockSpec = "parameter") -> Partition:
         ValueError: an unknown name, a regex without a match, a frozen parameter, the same entries twice in one block,
             no trainable parameter, or a parameter that is not real floating-point.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"spectrum: model must have run once before, got {_canonical(name)!r} uninitialized")
     named = _names(unwrap(model))
-    # Integer parameters, which never require gradients, are left to the dtype check, whose message is clearer.
-    frozen = {
-        n.name for n in named if not n.tensor.requires_grad and (n.tensor.is_floating_point() or n.tensor.is_complex())
-    }
+    frozen = {n.name for n in named if not n.tensor.requires_grad}
     trainable = [n for n in named if n.name not in frozen]
     if not trainable:
         raise ValueError(f"spectrum: model must have a parameter with requires_grad=True, got none of {len(named)}")
@@ -285,6 +285,7 @@ def _select(named: Sequence[Piece], frozen: set[str], block: str, selection: Sel
     pieces = []
     for item in items:
         found = _lookup(named, item.name if isinstance(item, ParameterSlice) else item)
+        _check_dtype(found)
         if found.name in frozen:
             raise ValueError(f"spectrum: blocks[{block!r}]: parameter {found.name!r} is frozen (requires_grad=False)")
         if isinstance(item, ParameterSlice):
@@ -350,9 +351,13 @@ def _block(name: str, pieces: tuple[Piece, ...]) -> Block:
 
 
 def _check_dtype(piece: Piece) -> None:
-    if isinstance(piece.tensor, nn.parameter.UninitializedParameter):
-        raise ValueError(f"spectrum: parameter {piece.name!r} is not initialised yet: run the model once first")
-    dtype = piece.tensor.dtype
+    dtype, layout = piece.tensor.dtype, piece.tensor.layout
+    if layout != torch.strided:
+        raise ValueError(f"spectrum: parameter {piece.name!r} must be dense, got {layout}; use its to_dense()")
+    if piece.tensor.is_inference():
+        raise ValueError(
+            f"spectrum: parameter {piece.name!r} must be made outside torch.inference_mode(), got an inference tensor"
+        )
     if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return
     advice = "it cannot be trained: make it a buffer"

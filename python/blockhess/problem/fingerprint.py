@@ -8,26 +8,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from blockhess.problem.batches import Batch, tensors
+from blockhess.problem.batches import Batch, dense_parts, tensors
 
 
 def of_model(model: nn.Module) -> str:
     """Hash the names and values of all parameters and buffers."""
-    return _digest([*model.named_parameters(), *model.named_buffers()])
+    return _digest("model", [*model.named_parameters(), *model.named_buffers()])
 
 
 def of_data(batches: Iterable[Batch]) -> str:
     """Hash all tensors in the batches, in order."""
-    return _digest((str(index), tensor) for index, batch in enumerate(batches) for tensor in tensors(batch))
+    return _digest("data", ((str(i), tensor) for i, batch in enumerate(batches) for tensor in tensors(batch)))
 
 
-def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(argument: str, named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-        flat = dense.cpu().contiguous().flatten()
-        # A one-element slice may have any stride, but a view as bytes needs stride 1.
-        flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
-        digest.update(flat.view(torch.uint8).numpy().data)
+        if tensor.is_meta:
+            raise ValueError(f"spectrum: {argument} must hold values, got {name!r} on the meta device; load it first")
+        if tensor.layout != torch.strided and not tensor.is_nested:
+            digest.update(repr((tensor.layout, tuple(tensor.shape))).encode())
+        for part in dense_parts(tensor.detach()):
+            digest.update(repr((name, part.dtype, tuple(part.shape))).encode())
+            flat = part.resolve_conj().resolve_neg().cpu().contiguous().flatten()
+            # A one-element slice may have any stride, but a view as bytes needs stride 1.
+            flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

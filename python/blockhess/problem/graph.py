@@ -11,6 +11,8 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from blockhess.problem.batches import dense_parts
+
 
 class FlopCounter(TorchDispatchMode):
     """Counts the floating-point operations of matrix products and convolutions, in `total`."""
@@ -45,6 +47,8 @@ class OperationRecorder(TorchDispatchMode):
     def __enter__(self) -> Any:
         self._handles = []
         for name, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # these take no hooks
+                continue
             label = f"{name or 'the model'} ({type(module).__name__})"
             self._handles.append(module.register_forward_pre_hook(lambda *_, label=label: self._inside.append(label)))
             self._handles.append(module.register_forward_hook(lambda *_: self._inside.pop() and None, always_call=True))
@@ -135,13 +139,14 @@ def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
 
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
-    counted = {t.untyped_storage().data_ptr() for t in others}
+    counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(t)}
     total = 0
     for node in nodes:
         for name in dir(type(node)):
             saved = getattr(node, name) if name.startswith("_saved_") else None
-            for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
-                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in counted:
-                    counted.add(tensor.untyped_storage().data_ptr())
-                    total += tensor.untyped_storage().nbytes()
+            found = saved if isinstance(saved, (tuple, list)) else (saved,)
+            for part in (part for tensor in found if isinstance(tensor, Tensor) for part in dense_parts(tensor)):
+                if part.untyped_storage().data_ptr() not in counted:
+                    counted.add(part.untyped_storage().data_ptr())
+                    total += part.untyped_storage().nbytes()
     return total

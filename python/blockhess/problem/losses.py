@@ -8,6 +8,7 @@ With the default weights, splitting the data into batches of any size does not c
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,22 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockhess.problem.batches import Batch, batch_size
+from blockhess.problem.batches import Batch, batch_size, first_line
 
 Weight = Tensor | float | int | None
 
 
 class Loss:
-    """Base class of the losses that `make_loss` returns."""
+    """Base class of the losses that `make_loss` returns.
+
+    Parameters and buffers of a loss that is a module are converted with those of the model. Only parameters of the
+    model are differentiated; others are constants.
+    """
 
     name: str
+    call: str  # how it is called, and what to do if that fails
+    advice: str
+    module: nn.Module | None = None  # that computes the loss
     pairs = False  # batches are (inputs, targets)
     averaged = True  # the total loss is the weighted mean over batches, otherwise the sum
     calls_model = True  # the batch is passed to the model unchanged, so it must be on the model's device
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
-        """Return the loss of the batch, and its weight or None if that is unknown."""
+        """Return the loss of the batch, and its weight or None if only its size is known."""
         raise NotImplementedError
+
+    def averaged_over(self, batch: Batch) -> Any:
+        """Return the part of a batch whose first dimension is its weight, where the loss returns none."""
+        return batch
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the outputs of the model, and the loss computed from them.
@@ -55,7 +67,8 @@ def make_loss(loss_fn: Callable[..., Any] | None) -> Loss:
     Returns:
         The loss. The weight of a batch is the one that the callable returns; for cross-entropy and negative
         log-likelihood the number of targets that are not ignored, or the sum of their class weights; for Transformers
-        the number of labels in the loss; otherwise the batch size. With reduction="sum" the total loss is the sum.
+        the number of labels in the loss; otherwise the first dimension of the targets of a criterion, or of most
+        tensors in the batch. With reduction="sum" the total loss is the sum.
 
     Raises:
         TypeError: `loss_fn` is not callable.
@@ -79,16 +92,24 @@ class ClosureLoss(Loss):
     """`loss_fn(model, batch)` -> mean loss or (mean loss, weight)."""
 
     calls_model = False
+    call, advice = "loss_fn(model, batch)", "try that call alone"
 
     def __init__(self, loss_fn: Callable[..., Any]) -> None:
         self.name = getattr(loss_fn, "__qualname__", type(loss_fn).__name__)
+        owner = getattr(loss_fn, "__self__", None)  # of a method, such as module.forward
+        self.module = owner if isinstance(owner, nn.Module) else None
         self._loss_fn = loss_fn
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
         result = self._loss_fn(model, batch)
         if isinstance(result, tuple) and len(result) == 2:
+            if isinstance(result[1], Tensor) and result[1].requires_grad:  # the loss after the outputs, or another loss
+                raise TypeError(
+                    f"spectrum: loss_fn must return the mean loss or (mean loss, weight of the batch), got "
+                    f"{_kind(result)} whose second depends on the parameters; return the loss alone"
+                )
             return result
-        return result, batch_size(batch)
+        return result, None
 
 
 class CriterionLoss(Loss):
@@ -101,6 +122,7 @@ class CriterionLoss(Loss):
     """
 
     pairs = True
+    call, advice = "loss_fn(model(inputs), targets)", "for other calls pass loss_fn(model, batch)"
 
     def __init__(
         self, criterion: Callable[..., Any], name: str, options: Mapping[str, Any], counts_targets: bool
@@ -109,25 +131,48 @@ class CriterionLoss(Loss):
         if reduction == "none":
             raise ValueError(f"spectrum: loss_fn must return one number, got {name} with reduction='none'")
         self.name, self.averaged = name, reduction != "sum"
+        self.module = criterion if isinstance(criterion, nn.Module) else None
         self._criterion, self._options, self._counts_targets = criterion, options, counts_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Weight]:
         inputs, targets = self._pair(batch)
-        loss = self._criterion(model(inputs), targets)
-        return loss, self._count(targets) if self._counts_targets else batch_size(batch)
+        loss = self._apply(model(inputs), targets)
+        return loss, self._count(targets) if self._counts_targets else None
+
+    def averaged_over(self, batch: Batch) -> Any:
+        inputs, targets = self._pair(batch)
+        return targets if batch_size(targets) == batch_size(inputs) is not None else batch
 
     def with_outputs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = self._pair(batch)
         outputs = model(inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"spectrum: model must return a tensor for engine='ggn', got {type(outputs).__name__}")
-        return outputs, self._criterion(outputs, targets)
+        return outputs, self._apply(outputs, targets)
+
+    def _apply(self, outputs: Any, targets: Any) -> Any:
+        try:
+            return self._criterion(outputs, targets)
+        except (TypeError, AttributeError) as error:
+            took = f"{_kind(outputs)} and {_kind(targets)}: {first_line(error)}"
+            if not isinstance(outputs, Tensor):
+                parts = [name for name in ("logits", "loss") if isinstance(getattr(outputs, name, None), Tensor)]
+                raise TypeError(
+                    f"spectrum: loss_fn {self.name} must take what the model returns, got {took}; pass "
+                    f"loss_fn(model, batch) that takes {' or '.join(parts) or 'the right part'} of the model's outputs"
+                ) from error
+            if self.module is not None and not type(self.module).__module__.startswith("torch."):
+                raise TypeError(
+                    f"spectrum: loss_fn {self.name} is a module, called as loss_fn(model(inputs), targets), got "
+                    f"{took}; if its forward takes (model, batch), pass loss_fn.forward"
+                ) from error
+            raise
 
     def _pair(self, batch: Batch) -> tuple[Any, Any]:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
                 f"spectrum: data must hold pairs (inputs, targets) for {self.name}, got {_describe(batch)}; "
-                "for other batches pass loss_fn(model, batch)"
+                "for other batches pass loss_fn(model, batch), or the forward of a module that takes these"
             )
         return batch[0], batch[1]
 
@@ -143,7 +188,8 @@ class CriterionLoss(Loss):
 class TransformersLoss(Loss):
     """`model(**batch).loss`, the loss that Transformers models compute from `labels`."""
 
-    name = "model(**batch).loss"
+    name = call = "model(**batch).loss"
+    advice = "take out of the batch what the model does not take, or pass loss_fn(model, batch)"
 
     def __init__(self) -> None:
         self._shifted: bool | None = None  # position t is compared with label t + 1
@@ -152,7 +198,7 @@ class TransformersLoss(Loss):
         output, loss = self._run(model, batch)
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            return loss, batch_size(batch)
+            return loss, None
         if self._shifted is None and bool(labels.ne(-100).any()):  # undecidable if all labels are ignored
             self._shifted = labels.dim() == 2 and _labels_are_shifted(output, labels)
         return loss, (labels[:, 1:] if self._shifted else labels).ne(-100).sum()
@@ -198,11 +244,13 @@ def _labels_are_shifted(output: Any, labels: Tensor) -> bool:
 def checked(loss: Any, batch: int) -> Tensor:
     """Return `loss`; raise a TypeError or ValueError unless it is a real scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
-        raise TypeError(f"spectrum: loss_fn must return a tensor, got {type(loss).__name__} for batch {batch}")
+        raise TypeError(
+            f"spectrum: loss_fn must return a tensor, got {_kind(loss)} for batch {batch}; {_instead(loss)}"
+        )
     if loss.dim() != 0:
         raise ValueError(
             f"spectrum: loss_fn must return a 0-dimensional tensor, got shape {tuple(loss.shape)} for batch {batch}; "
-            "take the mean"
+            + ("return loss.squeeze()" if loss.numel() == 1 else "take the mean")
         )
     if not loss.is_floating_point():
         raise ValueError(f"spectrum: loss_fn must return a real number, got {loss.dtype} for batch {batch}")
@@ -212,6 +260,29 @@ def checked(loss: Any, batch: int) -> Tensor:
             "is there a detach(), item() or no_grad() on the way?"
         )
     return loss
+
+
+def _kind(value: Any) -> str:
+    """Return the type of a returned value, with those of its parts."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {reprlib.repr(list(value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} ({', '.join(map(_kind, value[:5]))}{', ...' * (len(value) > 5)})"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _instead(loss: Any) -> str:
+    """Return what to return in place of something that is no tensor."""
+    if isinstance(loss, Mapping) and "loss" in loss:
+        return "return its entry 'loss'"
+    if isinstance(getattr(loss, "loss", None), Tensor):
+        return "return its attribute loss"
+    if isinstance(loss, float | int):
+        return "return the tensor, without item()"
+    return "return the mean loss, or (mean loss, weight of the batch)"
 
 
 def checked_weight(weight: Weight, batch: int, batches: int) -> float:
@@ -230,7 +301,10 @@ def checked_weight(weight: Weight, batch: int, batches: int) -> float:
     try:
         value = float(weight)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"spectrum: loss_fn must return a number as weight, got {weight!r} for batch {batch}") from None
+        raise TypeError(
+            f"spectrum: loss_fn must return a number as weight, got {_kind(weight)} for batch {batch}; "
+            "return the loss alone, or (mean loss, weight of the batch)"
+        ) from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"spectrum: loss_fn must return a finite weight of at least 0, got {value} for batch {batch}")
     return value

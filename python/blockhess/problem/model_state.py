@@ -1,12 +1,14 @@
 """A context in which a model is deterministic and twice differentiable.
 
-On exit, also after an exception or Ctrl-C, the mode of every module, all buffers, the random number generators and the
-global switches of torch are restored. Parameters, their .grad and requires_grad are not changed.
+On exit, also after an exception or Ctrl-C, the model is what it was to the bit (snapshot.py), and so are the random
+number generators and the settings of the process. The settings belong to one thread at a time: others wait.
 """
 
 from __future__ import annotations
 
+import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -16,10 +18,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
 
 BATCHNORM = ("eval", "batch", "frozen_batch_stats")
+
+# Held while settings of the process are changed: torch's default dtype, its switches, and random number generators.
+_SETTINGS = threading.RLock()
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -57,7 +63,8 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
     """Make a model deterministic and twice differentiable within the context.
 
     Every module is in eval mode, so dropout is off. Attention uses the math backend, compiled modules run eagerly and
-    RNNs without cuDNN, because the fused implementations have no second derivative.
+    RNNs without cuDNN, because the fused implementations have no second derivative. Embeddings have dense gradients.
+    Gradients of parameters are None. Another thread that enters such a context waits for the end of this one.
 
     Args:
         model: the model, wrapped or not.
@@ -73,23 +80,85 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
     modules = list(model.modules())
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
+        stack.enter_context(_SETTINGS)
         stack.enter_context(torch.inference_mode(False))  # this also enables gradients
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(fixed_random_numbers(devices))
+        stack.enter_context(setting(torch.get_default_dtype, torch.set_default_dtype, torch.get_default_dtype()))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        mha: Any = torch.backends.mha
+        stack.enter_context(setting(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
         for device_type in ("cpu", *(["cuda"] if devices else [])):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         if "torch._dynamo" in sys.modules:  # loaded if a module is compiled; importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-        stack.callback(_restore_buffers, buffers)
+        snapshot = Snapshot([model])
+        stack.callback(snapshot.restore)
+        snapshot.drop_gradients()
         for module in modules:
             # Not by train() and eval(), which some models override with side effects, such as merging LoRA weights.
             # With batch statistics, BatchNorm updates its running statistics, which are restored on exit.
-            _set(stack, module, "training", batchnorm == "batch" and _is_batchnorm(module))
+            if hasattr(module, "training"):  # frozen ScriptModules have none
+                _set(stack, module, "training", batchnorm == "batch" and _is_batchnorm(module))
+            if _is_embedding(module):
+                vars(module)["sparse"] = False
             if isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
         _switch_attention(stack, modules)
         yield
+
+
+@contextmanager
+def fixed_random_numbers(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Restore the random number generators of torch, Python and NumPy on exit; other threads that do so wait.
+
+    Args:
+        devices: CUDA devices whose generators are restored too.
+    """
+    numpy = sys.modules.get("numpy")
+    with _SETTINGS, torch.random.fork_rng(devices=devices):
+        python, legacy = random.getstate(), numpy and numpy.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.random.set_state(legacy)
+
+
+def apply_max_norm(model: nn.Module, evaluate: Callable[[], object]) -> bool:
+    """Rescale the rows of embeddings with max_norm as evaluating the model does, and do so no more.
+
+    Call it within `fixed_state`, which restores weights and max_norm. The rows are rescaled in other memory.
+
+    Args:
+        model: the model.
+        evaluate: runs the model on all data, perhaps with other weights of the same values.
+
+    Returns:
+        Whether the model has such embeddings.
+    """
+    bounded: list[Any] = [m for m in model.modules() if getattr(m, "max_norm", None) and _is_embedding(m)]
+    with ExitStack() as stack:
+        for module in bounded:
+            weight = module.weight
+            weight.data = weight.data.clone()
+
+            def rescale(module: Any, args: Any, kwargs: Any, weight: Tensor = weight) -> None:
+                ids = (*args, *kwargs.values())[0]
+                torch.embedding_renorm_(weight.data, ids.flatten(), module.max_norm, module.norm_type)
+
+            stack.callback(module.register_forward_pre_hook(rescale, with_kwargs=True).remove)
+        if bounded:
+            before = Snapshot([model], tensors=False)
+            evaluate()
+            before.restore()
+    for module in bounded:
+        module.max_norm = None
+    return bool(bounded)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def freeze_batch_statistics(
@@ -107,6 +176,7 @@ def freeze_batch_statistics(
     """
     layers: list[Any] = [m for m in model.modules() if _is_batchnorm(m)]
     with ExitStack() as stack, torch.no_grad():
+        stack.callback(Snapshot([model], tensors=False).restore)
         for layer in layers:
             _set(stack, layer, "training", True)
             _set(stack, layer, "momentum", None)  # cumulative mean over batches
@@ -123,13 +193,15 @@ def freeze_batch_statistics(
 
 @contextmanager
 def setting(get: Callable[[], T], set_to: Callable[[T], None], value: T) -> Iterator[None]:
-    """Change a global setting of torch within the context."""
+    """Change a global setting of torch within the context, unless it has this value."""
     before = get()
-    set_to(value)
+    if value != before:
+        set_to(value)
     try:
         yield
     finally:
-        set_to(before)
+        if get() != before:
+            set_to(before)
 
 
 @contextmanager
@@ -184,14 +256,6 @@ def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
     for owner, name in named:
         if name not in ("eager", "sdpa"):  # these have a second derivative
             owner._attn_implementation = "sdpa"
-
-
-@torch.no_grad()
-def _restore_buffers(saved: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    for module, name, buffer, value in saved:
-        module._buffers[name] = buffer
-        if not torch.equal(buffer, value):
-            buffer.copy_(value)
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -10,20 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from blockhess.problem import graph
-from blockhess.problem.batches import Batch, check_device, map_tensors, tensors
+from blockhess.problem.batches import (
+    Batch,
+    batch_size,
+    check_device,
+    row_shapes,
+    shapes,
+    tensors,
+    to_dtype,
+)
 from blockhess.problem.blocks import Block, with_note
+from blockhess.problem.explain import explained
 from blockhess.problem.losses import Loss, checked, checked_weight
-from blockhess.problem.model_state import setting
+from blockhess.problem.model_state import apply_max_norm, setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -36,9 +48,9 @@ class Problem:
         loss: from `losses.make_loss`.
         batches: from `batches.as_batches`.
         blocks: from `blocks.partition`.
-        dtype: dtype of the computation; parameters, buffers and floating-point data are converted to it. None: that of
-            the parameters, or float32 for float16 and bfloat16 ones. float16 and bfloat16 are accepted only if all
-            parameters have that dtype.
+        dtype: dtype of the computation; parameters and buffers of the model and of a criterion, and floating-point
+            data, are converted to it. None: that of the parameters, or float32 for float16 and bfloat16 ones. float16
+            and bfloat16 are accepted only if all parameters have that dtype.
         several: whether other ranks hold further batches, which `join` will combine with these.
 
     Attributes:
@@ -48,6 +60,7 @@ class Problem:
         dtype, device: of vector sets; dtype is the widest of the parameters, at least float32.
         batches, shares: the batches of positive weight, and the share of each in L.
         loss_value, weight, n_batches: L, the sum of the weights and the number of batches, of all ranks after `join`.
+        loss_parameters: names of the trainable parameters of a criterion, which are constants.
         ranks: the processes that share the batches.
         used, unused: names of parameters with and without a gradient in some batch.
         graph_nodes: operations in the gradient of the first batch.
@@ -68,6 +81,8 @@ class Problem:
         ([3, 1], 8.0)
     """
 
+    graph_bytes: int
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,12 +95,20 @@ class Problem:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
         self.ranks = SINGLE_PROCESS
         self.dims = [block.info.dim for block in blocks]
-        self._wrapped = _Computation(model)
+        self._wrapped = Computation(model, loss)
+        own = {id(p) for p in model.parameters()}
+        named = loss.module.named_parameters() if loss.module is not None else ()
+        self.loss_parameters = [name for name, p in named if p.requires_grad and id(p) not in own]
         self.device = _one_device(self._pieces)
         if loss.calls_model:
             check_device(list(batches), self.device)
         self._convert(dtype)
+        self._start = Snapshot([self._wrapped], tensors=False)
+        if apply_max_norm(self._wrapped, lambda: self._run(batches)):
+            self._convert(dtype)
+            self._start = Snapshot([self._wrapped], tensors=False)
         self._survey(batches, several)
+        self._start.restore()  # nothing is left for another problem of this model
 
     @property
     def _pieces(self) -> dict[str, Tensor]:
@@ -93,11 +116,11 @@ class Problem:
 
     def _convert(self, dtype: torch.dtype | None) -> None:
         """Set the parameters and the dtypes of vectors and data."""
-        pieces, owned = self._pieces, _owned(self.model)
-        self._converted = _converted(self.model, pieces, dtype)
+        pieces, owned = self._pieces, _owned(self._wrapped)
+        self._converted = _converted(self._wrapped, pieces, dtype)
         self._places = {name: owned[id(p)] for name, p in pieces.items()}
         self.parameters = {name: self._converted.get(self._places[name][0], p) for name, p in pieces.items()}
-        self._data_dtype = next((t.dtype for t in self._converted.values() if t.is_floating_point()), None)
+        self._data_dtype = next((t.dtype for t in self._converted.values()), dtype)
         self.dtype = max((p.dtype for p in self.parameters.values()), key=lambda d: d.itemsize)
         self.dtype = self.dtype if self.dtype.itemsize >= 4 else torch.float32
 
@@ -148,7 +171,10 @@ class Problem:
 
         Activation checkpointing runs the model again in the backward pass.
         """
-        return self._call(lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), ())
+        found = self._call(
+            lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), (), fresh=False
+        )
+        return tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """Return the problem of the first batch in another dtype."""
@@ -165,23 +191,37 @@ class Problem:
         return other
 
     def _call(
-        self, compute: Callable[[nn.Module, Batch], T], batch: Batch, parameters: Mapping[str, Tensor] | None = None
+        self,
+        compute: Callable[[nn.Module, Batch], T],
+        batch: Batch,
+        parameters: Mapping[str, Tensor] | None = None,
+        fresh: bool = True,
     ) -> T:
-        """Return compute(model, batch), with converted or replaced parameters in the model."""
+        """Return compute(model, batch), with converted or replaced parameters in the model.
+
+        Args:
+            fresh: first restore the attributes of modules, in which the last evaluation may have counted or cached.
+        """
+        if fresh:
+            self._start.restore()
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
             swapped |= dict.fromkeys(self._places[name], tensor)
         if self._data_dtype is not None:
-            batch = map_tensors(lambda t: t.to(self._data_dtype) if t.is_floating_point() else t, batch)
+            batch = to_dtype(batch, self._data_dtype)
         # Tensors that the model creates must match the converted parameters.
-        dtype = self._data_dtype or torch.get_default_dtype()
+        dtype = self._data_dtype if self._converted and self._data_dtype else torch.get_default_dtype()
         with setting(torch.get_default_dtype, torch.set_default_dtype, dtype):
             if not swapped:
                 return compute(self.model, batch)
-            named = {f"model.{name}": tensor for name, tensor in swapped.items()}
             # `_places` has the names of tied parameters, one per module, also where a module is registered twice.
-            found: T = functional_call(self._wrapped, named, (compute, batch), tie_weights=False)
+            found: T = functional_call(self._wrapped, swapped, (compute, batch), tie_weights=False)
             return found
+
+    def _run(self, batches: Sequence[Batch]) -> None:
+        for index, batch in enumerate(batches):
+            with self._explained(index, batch):
+                self.evaluate(batch)
 
     def _survey(self, batches: Sequence[Batch], several: bool) -> None:
         """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
@@ -189,33 +229,34 @@ class Problem:
         values: list[float] = []
         used: set[str] = set()
         self.batches: list[Batch] = []
+        self._guesses: list[_Guess] = []
         for index, batch in enumerate(batches):
-            flops = graph.FlopCounter()
-            with contextlib.nullcontext() if self.batches else flops:
-                loss, raw_weight = self._call(self.loss, batch)
-            loss = checked(loss, index)
-            weight = checked_weight(raw_weight, index, len(batches) + several) if self.loss.averaged else 1.0
-            if weight == 0:  # all labels are ignored, so their mean is 0 / 0
-                continue
-            if not torch.isfinite(loss):
-                raise ValueError(f"spectrum: loss_fn must return a finite loss, got {loss.item()} for batch {index}")
-            value = loss.item()
-            if self.batches:
-                used.update(self._differentiate(loss, create_graph=False))
-            else:
-                graph.refuse_third_derivatives(graph.differentiable_nodes([loss.grad_fn]))
-                gradients = self._differentiate(loss, create_graph=True)
-                nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
-                self.graph_nodes = len(nodes)
-                others = (*self.parameters.values(), *tensors(batch))
-                self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), ())  # noqa: B023
-                del nodes
-                self.forward_flops = flops.total
-                gradients = {name: g.detach() for name, g in gradients.items()}
-                del loss  # frees its graph before the next one is built
-                self._check_repeatable(batch, index, value, gradients)
-                used.update(gradients)
-                del gradients
+            with self._explained(index, batch):
+                flops = graph.FlopCounter()
+                with contextlib.nullcontext() if self.batches else flops:
+                    loss, raw_weight = self._call(self.loss, batch)
+                loss = checked(loss, index)
+                weight = 1.0
+                if self.loss.averaged:
+                    if raw_weight is None:
+                        part = self.loss.averaged_over(batch)
+                        raw_weight = batch_size(part)
+                        self._guesses.append((raw_weight, shapes(part), row_shapes(part)))
+                    weight = checked_weight(raw_weight, index, len(batches) + several)
+                if weight == 0:  # all labels are ignored, so their mean is 0 / 0
+                    continue
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(f"spectrum: loss_fn must return a finite loss, got {value} for batch {index}")
+                if self.batches:
+                    used.update(self._differentiate(loss, create_graph=False))
+                else:
+                    gradients = self._survey_first(loss, batch)
+                    self.forward_flops = flops.total
+                    del loss  # frees its graph before the next one is built
+                    self._check_repeatable(batch, index, value, gradients)
+                    used.update(gradients)
+                    del gradients
             self.batches.append(batch)
             weights.append(weight)
             values.append(value)
@@ -233,6 +274,21 @@ class Problem:
         self.loss_value = sum(share * value for share, value in zip(self.shares, values))
         self._use(frozenset(used))
 
+    def _survey_first(self, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the gradient of the first batch; check and measure its graph."""
+        graph.refuse_third_derivatives(graph.differentiable_nodes([loss.grad_fn]))
+        gradients = self._differentiate(loss, create_graph=True)
+        nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
+        self.graph_nodes = len(nodes)
+        others = (*self.parameters.values(), *tensors(batch))
+        self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
+        return {name: g.detach() for name, g in gradients.items()}
+
+    def _explained(self, index: int, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which errors of the model or loss are explained."""
+        like = next(iter(self.parameters.values()))
+        return explained(self.loss, self._wrapped, index, batch, lambda: self._call(self.loss, batch), like)
+
     def _use(self, used: frozenset[str]) -> None:
         self.used = used
         self.unused = tuple(name for name in self.parameters if name not in used)
@@ -241,10 +297,15 @@ class Problem:
         )
 
     def join(self, ranks: ProcessGroup) -> None:
-        """Combine the batches of all ranks that share the data. All of them must call it, once."""
+        """Combine the batches of all ranks that share the data. All of them must call it, once.
+
+        Warns if weights were taken from the shapes of batches that do not determine them.
+        """
         self.ranks = ranks
         if ranks.data_size == 1:
+            _warn_of_guesses(self.loss, self._guesses)
             return
+        _warn_of_guesses(self.loss, [guess for found in ranks.gather_data_ranks(self._guesses) for guess in found])
         counted = (self.graph_nodes, self.graph_bytes, self.forward_flops)
         found = ranks.gather_data_ranks((self.weight, self.loss_value, self.n_batches, self.used, counted))
         weights, values, numbers, used, counts = zip(*found)
@@ -296,12 +357,30 @@ class Problem:
                 )
 
 
-class _Computation(nn.Module):
-    """A computation with a model, as a module for `functional_call`."""
+# First dimension, shapes of the tensors, and shapes without the first dimension of what the loss averages over.
+_Guess: TypeAlias = tuple[int | None, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...] | None]
 
-    def __init__(self, model: nn.Module) -> None:
+
+def _warn_of_guesses(loss: Loss, guesses: Sequence[_Guess]) -> None:
+    """Warn unless weights taken from shapes are in the right proportion: of equal batches, or of equal rows."""
+    sizes, whole, rows = zip(*guesses) if guesses else ((), (), ())
+    if len(set(whole)) > 1 and (None in rows or len(set(rows)) > 1):
+        listed = ", ".join(map(str, sizes[:5])) + ", ..." * (len(sizes) > 5)
+        warnings.warn(
+            f"spectrum: batches are weighted by their first dimensions, {listed}, but their shapes do not tell what "
+            f"{loss.name} averages over; pass loss_fn(model, batch) that returns (mean loss, weight of the batch), "
+            "such as the number of elements in its mean",
+            stacklevel=2,
+        )
+
+
+class Computation(nn.Module):
+    """Holds the model, and the module of the loss if it has one; computes with them, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model = model
+        self.criterion = loss.module
         self.training = False
 
     def forward(self, compute: Callable[[nn.Module, Batch], Any], batch: Batch) -> Any:

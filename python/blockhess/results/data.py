@@ -138,13 +138,17 @@ class SpectraData:
 
     @cached_property
     def zero_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks whose largest |eigenvalue| is within the error of their Hessian-vector products."""
+        """Names of the blocks whose largest |eigenvalue| is within the error of their Hessian-vector products.
+
+        Blocks whose products were not confirmed (`provenance["unchecked"]`) are not among them.
+        """
         noted = {block.name for block in self.blocks if ZERO_NOTE in block.note.split("; ")}
+        unproven = self.names if self.provenance.get("hvp_error_unknown") else self.provenance.get("unchecked") or ()
         sizes = self.merged[0].abs().amax(1).tolist()
         return tuple(
             name
             for name, size, known in zip(self.names, sizes, self.known.tolist())
-            if known and (name in noted or size <= self.hvp_error(name))
+            if known and (name in noted or (size <= self.hvp_error(name) and name not in unproven))
         )
 
     @cached_property

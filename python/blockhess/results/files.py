@@ -239,9 +239,10 @@ def with_current_names(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_provenance(provenance: dict[str, Any]) -> None:
-    """Check that entries used in computations are numbers; all others are only shown."""
+    """Check the types of entries used in computations; all others are only shown."""
     tol = provenance.get("tol")
     numbers = [] if tol is None else [tol]
+    _require(isinstance(provenance.get("unchecked", []), list), "provenance: unchecked must be a list of names")
     for name in ("hvp_error", "ghosts"):
         by_block = provenance.get(name)
         _require(by_block is None or isinstance(by_block, dict), f"provenance: {name} must be an object of numbers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -22,7 +23,7 @@ from blockhess.results.unit import Unit
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, make_plan
+from blockhess.run.plan import Plan, make_plan, most_checked
 from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
@@ -50,7 +51,8 @@ class Job:
         infos: information on the blocks, with notes.
         records: the recorder; its `vectors` are the states after the last step, of every unit whose state was kept.
         hvps: number of products computed, including those of `first`.
-        hvp_error: checked block -> error of H v for a random unit vector v; None if it could not be measured.
+        hvp_error: checked block -> error of H v for a random unit vector v; None if it is unknown.
+        error_unknown: why hvp_error is None, or "".
         shrunk: messages about units that were split because memory ran out.
     """
 
@@ -89,9 +91,11 @@ class Job:
         self.infos = problem.infos
         self.hvps = 0 if first is None else first.provenance["hvps"]
         self.hvp_error: dict[str, float] | None = None
+        self.error_unknown = ""
         self.shrunk: list[str] = []
         self._too_large, self._exact_rows = math.inf, options.num_probes
         self._zero_within: list[float | None] = [None] * len(self.infos)
+        self._confirmed: set[int] = set()
         self._ids = [block_id(info.name) for info in problem.infos]
 
     def provenance(self, result: Quadrature) -> dict[str, Any]:
@@ -108,6 +112,10 @@ class Job:
             "plan": dataclasses.asdict(self.plan) | {"exact": exact},
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
+            "hvp_error_unknown": self.error_unknown,
+            "unchecked": [
+                info.name for l, info in enumerate(self.infos) if l not in self._confirmed and self._problem.is_used(l)
+            ],
             "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
             "hvps": self.hvps,
             "hvps_saved": self.plan.hvps - self.hvps,
@@ -315,7 +323,8 @@ class Job:
                 operator, operator.dims, num_probes=unit.num_probes, first_probe=unit.first_probe, block_ids=ids,
                 num_steps=options.num_steps, tol=options.tol, sigma=options.tol_sigma, seed=seed,
                 distribution=options.distribution, reorthogonalize=[self._basis[l] for l in unit.blocks],
-                dtype=problem.dtype, device=problem.device, on_nonfinite="mark", state=last, on_state=on_state,
+                dtype=problem.dtype, device=problem.device, on_nonfinite="mark", check=False,
+                state=last, on_state=on_state,
                 cuda_graph=problem.device.type == "cuda" and operator.capturable,
             )  # fmt: skip
         return UnitResult(unit, part, before + operator.hvps, last if records.keep_vectors else None)
@@ -345,7 +354,7 @@ class Job:
         checked = [l for l in self.plan.checked if self._problem.is_used(l)]
         try:
             engine, self._engine = self._engine or self.plan.make(self._problem), None
-            accuracy = measure(self._problem, engine, checked)
+            accuracy = measure(self._problem, engine, checked, self.plan.groups)
         except (NotTraceable, EngineMismatch) as error:
             failure = str(error)
         failure = next(filter(None, ranks.gather(failure)), None)
@@ -356,30 +365,38 @@ class Job:
             why = f"no trace: {failure}"
             self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
             engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine, checked)
+            accuracy = measure(self._problem, engine, checked, self.plan.groups)
         release_unused()
         self._record(ranks.gather(accuracy)[0])
         return engine
 
-    def _record(self, accuracy: Accuracy | None) -> None:
-        """Record the errors of products."""
-        if accuracy is not None:
-            found = {self.infos[l].name: error for l, error in accuracy.errors.items()}
-            self.hvp_error = (self.hvp_error or {}) | found
-            for l, error in accuracy.errors.items():
-                self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
+    def _record(self, accuracy: Accuracy) -> None:
+        """Record the errors of products, and the blocks whose derivatives are confirmed."""
+        self._confirmed |= accuracy.confirmed
+        if accuracy.unknown and self.hvp_error is None:
+            self.error_unknown = accuracy.unknown
+            warnings.warn(
+                f"spectrum: errors of products are unknown, so no block is called zero: {accuracy.unknown}",
+                stacklevel=2,
+            )
+            return
+        self.hvp_error = (self.hvp_error or {}) | {self.infos[l].name: e for l, e in accuracy.errors.items()}
+        for l, error in accuracy.errors.items():
+            self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
 
     def _check_flat_blocks(self, engine: Engine, radii: Sequence[float]) -> None:
-        """Check the products of blocks that may be zero, if they were not checked before.
+        """Check the products of blocks that may be zero, if they were not checked before, flattest first.
 
         Args:
             radii: largest |eigenvalue| found in every block.
         """
         largest = max((r for r in radii if math.isfinite(r)), default=0.0)
         flat = [l for l, r in enumerate(radii) if r <= FLAT * largest and l not in self.plan.checked]
-        flat = [l for l in flat if self._problem.is_used(l)]
+        flat = sorted((l for l in flat if self._problem.is_used(l)), key=lambda l: radii[l])
+        count = most_checked(self.hvps, self.plan.groups, len(self.plan.checked))
         if flat and self.hvp_error is not None:
-            self._record(self._problem.ranks.gather(measure(self._problem, engine, flat))[0])
+            found = measure(self._problem, engine, flat[:count], groups=0)
+            self._record(self._problem.ranks.gather(found)[0])
 
     def _noise(self, number: int, error: float) -> float:
         """Return the largest eigenvalue that rounding gives a block that is zero in all batches, as in the first."""

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from blockhess.problem.batches import DRAWN_ANEW
 from blockhess.problem.blocks import BlockInfo, with_note
 from blockhess.problem.prepare import LOSS_TOLERANCE
 from blockhess.results import files
@@ -65,7 +66,8 @@ def _check_compatible(label: str, first: dict[str, Any], other_label: str, other
         differing.append(f"matrix ({first['engine']!r} and {other['engine']!r})")
     if differing:
         text = "; ".join(differing)
-        raise ValueError(f"merge: runs must belong together, {label} and {other_label} differ in {text}")
+        advice = f"; {DRAWN_ANEW}" if first["fingerprints"]["data"] != other["fingerprints"]["data"] else ""
+        raise ValueError(f"merge: runs must belong together, {label} and {other_label} differ in {text}{advice}")
 
 
 def _of_probes(labels: list[str], runs: list[SpectraData]) -> SpectraData:
@@ -132,6 +134,7 @@ def _merged(
     bare = [mode == "none" for mode in quadrature.reorthogonalize]
     exact = [name for run in made for name in run["plan"]["exact"]]
     errors = [run["hvp_error"] for run in made if run.get("hvp_error")]
+    of_block = [[run for run, data in zip(made, runs) if block.name in data.names] for block in blocks]
     changed = {
         "first_probe": min(run["first_probe"] for run in made),
         "num_probes": num_probes,
@@ -140,6 +143,12 @@ def _merged(
         "seconds": sum(run["seconds"] for run in made),
         "ghosts": {block.name: count for block, count, b in zip(blocks, ghosts, bare) if b and count},
         "hvp_error": {name: error for run in reversed(errors) for name, error in run.items()} or None,
+        "hvp_error_unknown": "" if errors else made[0].get("hvp_error_unknown", ""),
+        "unchecked": [
+            block.name
+            for block, its_runs in zip(blocks, of_block)
+            if all(block.name in run.get("unchecked", ()) for run in its_runs)
+        ],
         "plan": made[0]["plan"] | {"exact": list(dict.fromkeys(exact))},
         "keep_vectors": False,
         "merged": [{name: run[name] for name in _OWN} | {"blocks": list(data.names)} for run, data in zip(made, runs)],

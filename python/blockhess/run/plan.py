@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from blockhess.hvp import ENGINES, TracedEngine
+from blockhess.hvp.differences import parameter_groups
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
@@ -31,9 +30,12 @@ TANGENTS = 0.35
 TOLERANCE_SHARE = 0.1
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
-# Checks of products take at most this share of the planned products, but compare one block at least. In products, they
-# need two gradients with graphs, one of them in float64, and one and two products a block.
-CHECK_SHARE, CHECK_FIXED, CHECK_BLOCK = 0.1, 9, 3
+# Checks of products take at most this share of the planned products, but compare one block at least. In products, which
+# count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product for
+# each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
+CHECK_SHARE, CHECK_FIXED, CHECK_GROUP, CHECK_BLOCK = 0.1, 15, 15, 5
+# Bytes of vectors per parameter, and per parameter that moves in a group.
+CHECK_BYTES, GROUP_BYTES = 60, 16
 # Their memory in sizes of the gradient's graph, that of a graph in float64 and of its products, from
 # `python -m bench --only "peak memory"`.
 CHECK_GRAPHS = 5.5
@@ -63,6 +65,7 @@ class Plan:
         kept_bytes: size of the vectors kept after the last step, on the host.
         memory_budget: in bytes.
         why: reason for the choice of the engine.
+        groups: number of groups of parameters whose derivatives are compared with differences.
     """
 
     engine: str
@@ -83,6 +86,7 @@ class Plan:
     kept_bytes: int
     memory_budget: int
     why: str
+    groups: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -207,8 +211,10 @@ def make_plan(
         engine_bytes += rows * tangents
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
-    checked = _checked([l for l, u in enumerate(used) if u], expected)
-    parameters = 8 * sum(p.numel() for p in problem.model.parameters()) if problem.dtype == torch.float32 else 0
+    sizes_of_groups = [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem)]
+    groups = min(len(sizes_of_groups), max(1, int((CHECK_SHARE * expected - CHECK_FIXED) / CHECK_GROUP)))
+    checked = _checked([l for l, u in enumerate(used) if u], expected, groups)
+    parameters = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters()) + GROUP_BYTES * max(sizes_of_groups)
     plan = Plan(
         engine="ggn" if engine == "ggn" else "traced" if made else "autograd",
         traced=made is not None,
@@ -228,6 +234,7 @@ def make_plan(
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
+        groups=groups,
     )
     return plan, made
 
@@ -273,9 +280,15 @@ def _trace(problem: Problem, gauss_newton: bool) -> tuple[TracedEngine | None, s
     return None if failure else made, failure, *map(max, sizes)
 
 
-def _checked(used: Sequence[int], hvps: int) -> tuple[int, ...]:
+def most_checked(hvps: int, groups: int, before: int = 0) -> int:
+    """Return how many blocks to check in a share of the time of the products, after `before` others."""
+    used = CHECK_FIXED + CHECK_GROUP * groups + (CHECK_FIXED + CHECK_BLOCK * before if before else 0)
+    return max(1, int((CHECK_SHARE * hvps - used) / CHECK_BLOCK))
+
+
+def _checked(used: Sequence[int], hvps: int, groups: int) -> tuple[int, ...]:
     """Return blocks to check, evenly spaced, in a share of the time of the products."""
-    count = min(len(used), max(1, int((CHECK_SHARE * hvps - CHECK_FIXED) / CHECK_BLOCK)))
+    count = min(len(used), most_checked(hvps, groups))
     return tuple(used[(2 * i + 1) * len(used) // (2 * count)] for i in range(count))
 
 

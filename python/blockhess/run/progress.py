@@ -34,7 +34,9 @@ def progress_bar(total: int, unit: str, enabled: bool | str = "auto") -> Iterato
         from tqdm import tqdm
     except ImportError:
         if enabled is True:
-            raise ImportError('a progress bar needs tqdm: pip install "blockhess[cli]"') from None
+            raise ImportError(
+                'spectrum: progress must be "auto" or False without tqdm, got True; type: pip install "blockhess[cli]"'
+            ) from None
         enabled = False
     if not enabled:
         yield lambda: None

@@ -184,6 +184,7 @@ def _loss(loss_of: Loss, model: nn.Module, batch: Any, at_once: int | None, *, b
     total = value = 0.0
     for index, part in enumerate(parts):
         loss, weight = loss_of(model, part)
+        weight = batch_size(loss_of.averaged_over(part)) if weight is None else weight
         share = checked_weight(weight, index, len(parts)) if loss_of.averaged else 1.0
         if backward:
             (share * loss).backward()

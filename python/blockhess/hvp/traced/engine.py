@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from blockhess.hvp.operator import Column, PerBatch
 from blockhess.hvp.traced.linearize import Linearizer
@@ -21,7 +21,7 @@ from blockhess.hvp.traced.operations import VIEWS, NotTraceable, TensorInfo, ate
 from blockhess.hvp.traced.rows import Evaluation, Pool
 from blockhess.hvp.traced.rules import evaluate
 from blockhess.hvp.traced.trace import Trace, eliminate_dead_code, trace_gradient
-from blockhess.problem.batches import map_tensors
+from blockhess.problem.batches import map_tensors, signature, tensors
 from blockhess.problem.problem import Problem
 
 # Evaluations that a trace keeps, one per combination of numbers of rows; each is a list of about a thousand calls.
@@ -54,7 +54,7 @@ class TracedEngine:
     def _find(self, index: int) -> _Trace:
         """Return the trace of a batch: an earlier one of the same shapes that reproduces its gradient, or a new one."""
         batch = self._problem.batches[index]
-        fitting = [t for t in self._traces if t.reusable and t.signature == _signature(batch)]
+        fitting = [t for t in self._traces if t.reusable and t.signature == signature(batch)]
         found = next((trace for trace in fitting if self._agrees(trace, index)), None)
         if found is None:
             found = _Trace(self._problem, batch, self._gauss_newton)
@@ -228,8 +228,8 @@ class _Trace:
         self._problem, self._gauss_newton = problem, gauss_newton
         self.names = list(problem.parameters)
         self.order = {name: i for i, name in enumerate(self.names)}
-        self.signature = _signature(batch)
-        self.reusable = _is_plain(batch)
+        self.signature = signature(batch)
+        self.reusable = self.signature is not None
         self._gradient_names: list[str] = []
         try:
             self._gradient = self._traced(batch)
@@ -338,26 +338,10 @@ def _meta(like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
     return torch.empty((*lead, *like.shape), dtype=like.dtype, device="meta")
 
 
-def _flatten(batch: Any) -> tuple[list[Any], Any]:
-    return tree_flatten(map_tensors(lambda t: t, batch))  # any mapping as a dict
-
-
 def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in _flatten(batch)[0] if isinstance(leaf, Tensor)]
+    return list({id(t): t for t in tensors(batch)}.values())
 
 
-def _is_plain(batch: Any) -> bool:
-    """Return whether a batch holds only tensors, numbers and strings."""
-    return all(leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in _flatten(batch)[0])
-
-
-def _with_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
-    leaves, spec = _flatten(batch)
-    given = iter(tensors)
-    return tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-
-
-def _signature(batch: Any) -> str:
-    leaves, spec = _flatten(batch)
-    kinds = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves]
-    return f"{spec} {kinds}"
+def _with_tensors(batch: Any, values: Sequence[Tensor]) -> Any:
+    given = iter(values)
+    return map_tensors(lambda _: next(given), batch)

@@ -57,6 +57,12 @@ _RULES: dict[Any, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 
+def _embedding_with_padding(table: Tensor, index: Tensor, padding: int, *options: bool) -> Tensor:
+    """Return what autograd differentiates: the row of padding is a constant."""
+    found: Tensor = aten.embedding.default(table, index) * (index != padding).unsqueeze(-1)
+    return found
+
+
 @dataclass(frozen=True)
 class _Template:
     """The tangent of one operation as a function of primals and input tangents.
@@ -161,6 +167,8 @@ class Linearizer:
             return None
         if target in SAME:
             return tangents[given[0]]
+        if target is aten.embedding.default and len(given) > 2 and given[2] >= 0:
+            target = _embedding_with_padding
         if target is aten.copy.default:  # the result does not depend on the first argument
             like, source = self._primal[node].meta["val"], tangents.get(given[1])
             return None if source is None else Combination(source.terms, like.shape, like.dtype)

@@ -212,6 +212,8 @@ class Recorder(TorchDispatchMode):
             return self._record(CONSTANT, (value,), {})
         if value in self._without_graph:
             raise NotTraceable("a torch.autograd.Function has a derivative of its own")
+        if value.grad_fn is not None and "DifferentiableGraph" in value.grad_fn.name():
+            raise NotTraceable("TorchScript differentiates a part of the model by itself")
         return value
 
     def _refuse_changed_constants(self) -> None:

@@ -34,7 +34,7 @@ MOST_NODES = 360_000
 SMALLEST_SHARE = 1e-4
 
 # Entries of provenance that are long or shown elsewhere, and the largest length of a value.
-NOT_SHOWN = ("partial", "hvp_error", "plan", "model", "ghosts")
+NOT_SHOWN = ("partial", "hvp_error", "unchecked", "plan", "model", "ghosts")
 LONGEST_VALUE = 300
 
 # title -> arguments of comparison.compare

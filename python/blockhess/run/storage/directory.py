@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from blockhess._text import format_table
+from blockhess.problem.batches import DRAWN_ANEW
 from blockhess.problem.blocks import BlockInfo
 from blockhess.problem.prepare import LOSS_TOLERANCE
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup, _short
@@ -86,7 +87,10 @@ class RunDirectory(Recorder):
         differing = [] if self.run is None else differences(self.run["identity"], identity)
         if differing:
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
-            raise RunMismatch(f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}")
+            advice = f"\n{DRAWN_ANEW}" if any(name == "data" for name, *_ in differing) else ""
+            raise RunMismatch(
+                f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}{advice}"
+            )
 
     def begin(self, identity: Mapping[str, Any], plan: Plan, seed: int, blocks: Sequence[BlockInfo], hvps: int) -> None:
         """Write run.json of a new run, which needs at most `hvps` products, or read the results of a recorded one."""

@@ -1,0 +1,55 @@
+"""Likely causes of wrong derivatives, found in the model and in the graph of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from blockhess.problem.problem import Problem
+
+
+def likely_cause(problem: Problem, number: int) -> str:
+    """Return what may give a block a wrong derivative, and what to do."""
+    block, causes = problem.blocks[number], []
+    causes += [f"the hook on {piece.name!r}" for piece in block.pieces if piece.tensor._backward_hooks]
+    for name, module in problem.model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            causes.append(f"the backward hook on {name or 'the model'!r} ({type(module).__name__})")
+    leaves = {problem.parameters[name] for name in block.parameters}
+    loss = problem.evaluate(problem.batches[0])
+    for node in _between(loss, leaves):
+        if isinstance(node, BackwardCFunction) and node.name() != "BackwardHookFunctionBackward":
+            function = getattr(type(node), "_forward_cls", type(node))
+            causes.append(f"the torch.autograd.Function {function.__qualname__}")
+    if causes:
+        found = " or ".join(dict.fromkeys(causes))
+        return f"the cause may be {found}; remove it, or write it in plain PyTorch"
+    return (
+        "the cause may be a detach(), .data or no_grad(), or a hook on a tensor, between this block and the loss; "
+        "write it in plain PyTorch"
+    )
+
+
+def _between(loss: Tensor, leaves: Iterable[Tensor]) -> list[Node]:
+    """Return the nodes of the graph of a loss from which a leaf is reached."""
+    wanted = {id(leaf) for leaf in leaves}
+    order: list[Node] = []
+    waiting = [(loss.grad_fn, False)]
+    reaches: dict[Node, bool] = {}
+    while waiting:  # depth first; a node is decided after those that it leads to
+        node, decided = waiting.pop()
+        if node is None:
+            continue
+        if decided:
+            variable = getattr(node, "variable", None)
+            following = any(reaches.get(next_node, False) for next_node, _ in node.next_functions if next_node)
+            reaches[node] = following or id(variable) in wanted
+            order += [node] * reaches[node]
+        elif node not in reaches:
+            reaches[node] = False
+            waiting.append((node, True))
+            waiting += [(next_node, False) for next_node, _ in node.next_functions]
+    return order

@@ -1,0 +1,349 @@
+"""Derivatives of the loss of the first batch compared with central differences, along a random unit vector v.
+
+    (L(w + e v) - L(w - e v)) / 2e  =  <g(w + e v) + g(w - e v), v> / 2  +  O(e^2)
+    (g(w + e v) - g(w - e v)) / 2e  =  H v  +  O(e^2)
+
+The first equation holds if g is the gradient of the loss, the second if H v is the derivative of g. Where one is wrong,
+its two sides differ by the same amount for every step e. Where the step crosses a kink, as of ReLU, they do not, and
+nothing follows. Parameters move together first, in groups, then those of single blocks. They are replaced, never
+written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.causes import likely_cause
+from blockhess.hvp.ggn import GaussNewtonEngine
+from blockhess.hvp.operator import Column, Engine
+from blockhess.problem import graph
+from blockhess.problem.blocks import Block, BlockInfo, Piece
+from blockhess.problem.problem import Problem
+
+# Steps relative to the parameters, as powers of the machine epsilon. The first one suits smooth losses, the second one
+# crosses fewer kinks, the third one has less rounding.
+STEPS = (3 / 8, 1 / 2, 1 / 4)
+# Factor between one rounding error and that of a sum of many.
+GROWTH = 10
+# Parameters move together up to this number of elements, or one at a time.
+LARGEST_GROUP = 2**25
+
+
+# Blocks of a group that are also compared alone, at most.
+MOST_DILUTED = 4
+
+
+class DerivativeMismatch(ValueError):
+    """The gradient is not that of the loss, or products are not derivatives of the gradient."""
+
+
+class Differences:
+    """Central differences of the loss of the first batch and of its gradient, and products by autograd.
+
+    Args:
+        problem: model, loss, data, blocks.
+        gauss_newton: products are those with Gauss-Newton matrices, which are no derivatives and not compared.
+
+    Attributes:
+        groups: numbers of additional blocks, one for each group of parameters.
+        eps: largest machine epsilon of the operations between parameters and loss.
+        captured: converted parameters whose originals the loss depends on, by name.
+        gradients: gradient by name, for the parameters that the loss depends on.
+    """
+
+    def __init__(self, problem: Problem, gauss_newton: bool = False) -> None:
+        self.gauss_newton = gauss_newton
+        self._padding = _FixedPadding()
+        with self._padding:
+            loss = problem.evaluate(problem.batches[0])
+        self._loss = loss.item()
+        nodes = graph.differentiable_nodes([loss.grad_fn])
+        dtypes = {made.dtype for node in nodes for made in node._input_metadata}
+        del nodes
+        self.eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
+        replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
+        self.captured: dict[str, Tensor] = {}
+        self.undecided: set[int] = set()
+        if replaced:
+            found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
+            self.captured = {name: p for (name, p), gradient in zip(replaced.items(), found) if gradient is not None}
+        found = problem.differentiate(loss, list(problem.parameters.values()))
+        self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
+        self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
+        norms = [float(p.detach().norm()) for p in problem.parameters.values()]
+        self._rms = math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
+        joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem)]
+        self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
+        self._problem.blocks = (*problem.blocks, *joined)
+        self._problem.infos = (*problem.infos, *(block.info for block in joined))
+        self._problem.dims = [block.info.dim for block in self._problem.blocks]
+
+    def products(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """Return H_l v of some blocks by torch.autograd, with v = `unit_vector`."""
+        if not numbers:
+            return {}
+        problem = self._problem.restricted(numbers)
+        return unit_products(problem, (GaussNewtonEngine if self.gauss_newton else AutogradEngine)(problem), numbers)
+
+    def terms(self, number: int, products: Tensor) -> float:
+        """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
+        terms = math.sqrt(self._problem.dims[number]) * float(products.norm()) * self._size(number)
+        return terms if math.isfinite(terms) else 0.0
+
+    def differs_from(self, other: Differences, terms: float) -> str:
+        """Return how the gradient differs from that of the other precision by more than rounding, or "".
+
+        Args:
+            terms: largest ones known. A gradient that vanishes has their rounding.
+        """
+        eps = max(self.eps, other.eps)
+        if torch.get_float32_matmul_precision() != "highest":
+            eps = max(eps, torch.finfo(torch.bfloat16).eps)
+        least = 1e3 * eps * max(terms, self._largest, other._largest)
+        for name in self.gradients.keys() | other.gradients.keys():
+            given = [g[name].double() for g in (self.gradients, other.gradients) if name in g]
+            difference = float((given[0] - given[1] if len(given) == 2 else given[0]).norm())
+            size = float(given[0].norm())
+            if not difference <= eps**0.25 * size + least:
+                return f"the gradient of {name!r} differs by {difference:.3g}, of {size:.3g}"
+        return ""
+
+    def group_agrees(self, number: int, products: Tensor) -> bool:
+        """Return whether the derivatives with a group agree with differences; False if that is undecided.
+
+        Args:
+            number: one of `groups`.
+            products: H v (1, dim), with v = `unit_vector`.
+
+        Raises:
+            DerivativeMismatch: those with a block that has parameters of the group do not.
+        """
+        found = self._compare(number, products, 0.0)
+        if any(comparison.is_fault for comparison in found):
+            # In which block? If in none, only products that mix blocks are wrong.
+            for l in self.blocks_in([number]):
+                self.agree(l, self.products([l])[l])
+        # The error of a parameter with little curvature is small in the norm over all parameters.
+        diluted = [] if self.gauss_newton else self._with_parameters(found[1].unequal(self._problem.blocks[number]))
+        self.undecided |= {l for l in diluted[:MOST_DILUTED] if not self.agree(l, self.products([l])[l])}
+        self.undecided |= set(diluted[MOST_DILUTED:])
+        return all(comparison.agrees for comparison in found)
+
+    def blocks_in(self, groups: Iterable[int]) -> list[int]:
+        """Return the blocks that have parameters of one of the groups."""
+        return self._with_parameters([name for number in groups for name in self._problem.infos[number].parameters])
+
+    def _with_parameters(self, names: Sequence[str]) -> list[int]:
+        """Return the blocks that have one of some parameters, in the order of the parameters."""
+        blocks = [l for l in range(self.groups.start) if self._problem.is_used(l)]
+        found = {l: None for name in names for l in blocks if name in self._problem.infos[l].parameters}
+        return list(found)
+
+    def agree(self, number: int, products: Tensor, error: float = 0.0) -> bool:
+        """Return whether the derivatives with a block agree with differences; False if that is undecided.
+
+        Args:
+            number: index of the block.
+            products: H_l v (1, dim), with v = `unit_vector`.
+            error: norm of its rounding error.
+
+        Raises:
+            DerivativeMismatch: they do not.
+        """
+        found = self._compare(number, products, error)
+        for comparison in found:
+            if comparison.is_fault:
+                name, cause = self._problem.infos[number].name, likely_cause(self._problem, number)
+                raise DerivativeMismatch(f"spectrum: {comparison.text.format(repr(name))}: {cause}")
+        return all(comparison.agrees for comparison in found)
+
+    def _size(self, number: int) -> float:
+        """Return the norm of the parameters of a block, or one of usual size where they are nearly zero."""
+        norm = float(self._flat(number, self._problem.parameters).norm())
+        return max(norm, math.sqrt(self._problem.dims[number]) * (1e-3 * self._rms or 1.0))
+
+    def _compare(self, number: int, products: Tensor, error: float) -> list[_Comparison]:
+        """Compare with differences for the first step, and for the others until one agrees."""
+        v, size, curvature = unit_vector(self._problem, number)[0], self._size(number), float(products.norm())
+        tangents = self._problem.blocks[number].spread(v, self._problem.parameters)
+        v = v.double()
+        rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
+        first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
+        second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient")
+        compared = [first] if self.gauss_newton else [first, second]
+        for power in STEPS:
+            step = self.eps**power * size
+            with suppress(RuntimeError, ValueError, ArithmeticError):  # beside w, the loss may be undefined
+                (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
+                slope = (g @ v + g_ @ v) / 2
+                usual = float(g.norm() + g_.norm()) / (2 * math.sqrt(len(v)))
+                of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
+                first.add(step, (loss - loss_) / (2 * step) - slope, usual, of_loss)
+                g = g.sub_(g_).div_(2 * step).sub_(products[0])
+                second.add(step, g, curvature, rounding / step + GROWTH * error, products[0])
+            if all(comparison.agrees for comparison in compared):
+                return compared
+        step = second.faulty_step()
+        if step is not None:
+            # A kink at w itself may leave the gradient continuous; then its derivatives differ to the two sides.
+            g, middle, g_ = (self._at(number, tangents, s)[1] for s in (step, 0.0, -step))
+            second.is_sided = float((g - 2 * middle + g_).norm()) / (2 * step) > second.error / GROWTH
+        return compared
+
+    def _at(self, number: int, tangents: Mapping[str, Tensor], step: float) -> tuple[float, Tensor]:
+        """Return the loss, and its gradient (dim,) with respect to a block, at w + step * tangents."""
+        problem, names = self._problem, self._problem.blocks[number].parameters
+        with _moved(problem, tangents, step):
+            with self._padding:
+                loss = problem.evaluate(problem.batches[0])
+            found = problem.differentiate(loss, [problem.parameters[name] for name in names])
+        return loss.item(), self._flat(number, dict(zip(names, found))).double()
+
+    def _flat(self, number: int, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """Return the entries of a block in tensors by name, (dim,)."""
+        flat = torch.zeros(1, self._problem.dims[number], dtype=self._problem.dtype, device=self._problem.device)
+        detached = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+        self._problem.blocks[number].accumulate(detached, flat)
+        return flat[0]
+
+
+class _FixedPadding(TorchDispatchMode):
+    """Keeps the looked-up row at padding_idx, a constant of gradients, at its value in the first evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: list[Tensor] = []
+
+    def __enter__(self) -> Any:
+        self._calls = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.embedding.default or len(args) < 3 or args[2] < 0:
+            return out
+        table, indices, padding = args[:3]
+        if self._calls == len(self._rows):
+            self._rows.append(table[padding].clone())
+        self._calls += 1
+        return torch.where((indices == padding).unsqueeze(-1), self._rows[self._calls - 1], out)
+
+
+class _Comparison:
+    """Differences minus derivatives, for several steps.
+
+    Attributes:
+        agrees: whether they are equal up to rounding, for one of the steps.
+        is_sided: whether there is another derivative to each side.
+    """
+
+    def __init__(self, eps: float, text: str) -> None:
+        self._text, self._tolerance = text, GROWTH * eps**0.5
+        self._found: dict[float, tuple[Tensor, float, float]] = {}
+        self.agrees = self.is_sided = False
+
+    def add(
+        self, step: float, difference: Tensor, size: float, rounding: float, derivative: Tensor | None = None
+    ) -> None:
+        """Add the difference for a step, given the usual size of the derivative, and the rounding error."""
+        self._found[step] = difference, size, rounding
+        self._derivative = derivative
+        self.agrees |= float(difference.norm()) <= self._tolerance * size + rounding
+
+    def faulty_step(self) -> float | None:
+        """Return the smallest step with little rounding, if the difference does not depend on the step."""
+        ordered = [] if self.agrees else sorted(self._found)
+        for step, next_step in itertools.pairwise(ordered):
+            (smaller, size, rounding), (larger, *_) = self._found[step], self._found[next_step]
+            error = float(larger.norm())
+            if rounding < error / GROWTH:
+                same = float((smaller - larger).norm()) < error / GROWTH
+                return step if same and error > GROWTH * self._tolerance * size else None
+        return None
+
+    def unequal(self, block: Block) -> list[str]:
+        """Return the parameters whose own parts of difference and derivative are not equal, most unequal first."""
+        difference = min((found[0] for found in self._found.values()), key=lambda d: float(d.norm()))
+        assert self._derivative is not None
+        sizes = [piece.tensor.numel() for piece in block.pieces]
+        parts = zip(difference.split(sizes), self._derivative.split(sizes))
+        ratios = [float(d.norm()) / max(float(h.norm()), torch.finfo(d.dtype).tiny) for d, h in parts]
+        ordered = sorted(zip(ratios, block.parameters), reverse=True)
+        return [name for ratio, name in ordered if ratio > GROWTH * self._tolerance]
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the derivative is wrong."""
+        return not self.is_sided and self.faulty_step() is not None
+
+    @property
+    def error(self) -> float:
+        """Norm of the difference for the smallest step."""
+        return float(self._found[min(self._found)][0].norm())
+
+    @property
+    def text(self) -> str:
+        """What is wrong, and how much."""
+        return f"{self._text} (differ by {self.error:.3g}, of {self._found[min(self._found)][1]:.3g})"
+
+
+def parameter_groups(problem: Problem) -> list[list[str]]:
+    """Return the names of the parameters in groups that move together."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, parameter in problem.parameters.items():
+        if not groups or parameter.numel() > room:
+            groups.append([])
+            room = LARGEST_GROUP
+        groups[-1].append(name)
+        room -= parameter.numel()
+    return groups
+
+
+def _joined(pieces: Sequence[Piece]) -> Block:
+    """Return a block of whole parameters."""
+    dim = sum(piece.tensor.numel() for piece in pieces)
+    return Block(BlockInfo("several parameters", (dim,), dim, tuple(piece.name for piece in pieces)), tuple(pieces))
+
+
+def unit_vector(problem: Problem, number: int) -> Tensor:
+    """Return the random unit vector (1, dim) of a block, the same in every precision."""
+    v: Tensor = torch.randn(
+        1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+    )
+    v /= v.norm()
+    return v.to(problem.device, problem.dtype)
+
+
+def unit_products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> dict[int, Tensor]:
+    """Return H_l v of some blocks by an engine of the problem, with v = `unit_vector`."""
+    engine.prepare(0)
+    columns = []
+    for number in numbers:
+        vectors = unit_vector(problem, number)
+        columns.append(Column(number, vectors, torch.zeros_like(vectors)))
+    for _ in engine.multiply([column for column in columns if problem.is_used(column.number)], 1.0):
+        pass
+    return {column.number: column.products for column in columns}
+
+
+@contextmanager
+def _moved(problem: Problem, tangents: Mapping[str, Tensor], step: float) -> Iterator[None]:
+    """Replace the values of parameters by w + step * tangents within the context, wherever they are used."""
+    with ExitStack() as stack:
+        for name, tangent in tangents.items():
+            parameter = problem.parameters[name]
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = parameter.data.add(tangent, alpha=step)
+        yield
