@@ -66,8 +66,7 @@ def fix(model: nn.Module, policy: str, forward: Callable[[], object]) -> None:
         for norm in norms:
             norm.momentum = None
             norm.reset_running_stats()
-        with torch.no_grad():
-            forward()
+        forward()
         for norm in norms:
             norm.training = False
 

@@ -214,6 +214,7 @@ BLOCKS: dict[str, tuple[float, Callable[[Choices], nn.Module]]] = {
     "random numbers": (0.3, lambda c: modules.Noisy(False, None, c.plain)),
     "looking hooks": (1.2, hooked((*HOOKS, "accumulated"), (None,))),
     "edits of gradients": (1.0, hooked(HOOKS, modules.EDITS)),
+    "layer under no_grad": (0.6, lambda c: modules.WithoutGradients(WIDTH, c.chance(0.5), c.plain)),
     "sound map": (4, mapped(modules.SOUND)),
     "fault": (3, mapped(modules.FAULTS)),
 }

@@ -164,6 +164,19 @@ class Attention(nn.Module):
         return x + self.inner(x, x, x, need_weights=False, attn_mask=mask)[0]
 
 
+class WithoutGradients(nn.Module):
+    """A layer under no_grad, whose parameters are not frozen, alone or beside its inputs."""
+
+    def __init__(self, width: int, beside: bool, plain: bool) -> None:
+        super().__init__()
+        self.inner, self.beside, self.plain = nn.Linear(width, width), beside, plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.plain):
+            y = torch.tanh(self.inner(x))
+        return x + y if self.beside else y
+
+
 class Checkpointed(nn.Module):
     def __init__(self, width: int, reentrant: bool, plain: bool) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from tests.random_problems.choices import Choices
 REFUSALS = {
     **dict.fromkeys((*modules.FAULTS, *losses.FAULTS), "the gradient, or its derivative, is not that of the loss"),
     "edits of gradients": "the gradient is not that of the loss",
+    "layer under no_grad": "the gradient is not that of the loss",
     "random numbers": "the loss is not a function of the parameters",
     "weight_norm": "torch's fused weight norm has a wrong second derivative",
     "weight_norm as a parametrization": "torch's fused weight norm has a wrong second derivative",

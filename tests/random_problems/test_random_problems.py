@@ -166,7 +166,7 @@ def test_a_changed_model_is_seen(change: Callable[[Any], object]) -> None:
 FLOAT64 = (SIMPLE - {"float32 model", "Linear", "closure"}) | {"float64 model"}
 FAULTS = {name: FLOAT64 | {"fault", name, "closure"} for name in modules.FAULTS}
 FAULTS |= {name: FLOAT64 | {"Linear", name} for name in losses.FAULTS}
-FAULTS |= {"edits of gradients": FLOAT64 | {"edits of gradients", "closure"}}
+FAULTS |= {name: FLOAT64 | {name, "closure"} for name in ("edits of gradients", "layer under no_grad")}
 SOUND = {name: FLOAT64 | {"sound map", name, "closure"} for name in modules.SOUND if "float32" not in name}
 SOUND |= {"looking hooks": FLOAT64 | {"looking hooks", "closure"}}
 
