@@ -185,7 +185,7 @@ def distilled(c: Choices) -> Loss:
 
 def gradient_penalty(c: Choices) -> Loss:
     of = mean(c)
-    if {"LayerNorm", "BatchNorm", "encoder layer"} & c.kinds.keys():
+    if {"LayerNorm", "encoder layer"} & c.kinds.keys():
         c.note("gradient penalty through a normalization")
 
     def body(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
