@@ -478,3 +478,64 @@ def test_a_block_is_zero_only_if_differences_agree() -> None:
         spectra = blockhess.spectrum(model, data, loss_fn, num_probes=1, num_steps=2)
         assert spectra.zero_blocks == zero
         assert ("bias" in spectra.provenance["unchecked"]) == (not zero)
+
+
+class ConstantSlope(torch.autograd.Function):
+    """Tanh whose backward takes its slope for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = 1 - torch.tanh(x) ** 2
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.slope
+
+
+class Branch(nn.Module):
+    """A residual branch with little influence, and so little curvature."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.first(x))
+        out: Tensor = self.last(z + 1e-4 * self.act(self.inner(z)))
+        return out
+
+
+def test_faults_in_parameters_of_little_curvature_are_found() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(32, 4), torch.randint(3, (32,))
+    options = {"num_probes": 2, "num_steps": 20, "progress": False}
+    found = blockhess.spectrum(Branch(torch.tanh), data, nn.CrossEntropyLoss(), **options)
+    assert found.provenance["unchecked"] == []
+    with pytest.raises(DerivativeMismatch, match=r"products of block 'inner\.\w+' .* ConstantSlope"):
+        blockhess.spectrum(Branch(ConstantSlope.apply), data, nn.CrossEntropyLoss(), **options)
+
+
+def test_a_loss_that_is_undefined_beside_the_parameters_leaves_blocks_unchecked() -> None:
+    model = mlp()
+    start = [p.detach().double().clone() for p in model.parameters()]
+
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert all(torch.equal(p.double(), before) for p, before in zip(m.parameters(), start))
+        return F.cross_entropy(m(batch[0]), batch[1])
+
+    found = blockhess.spectrum(model, labeled(7), loss_fn, num_probes=1, num_steps=2, progress=False)
+    assert set(found.provenance["unchecked"]) == set(found.names)
+    assert not found.zero_blocks
+
+
+def test_a_model_of_one_dtype_only_has_unknown_errors() -> None:
+    def loss_fn(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert batch[0].dtype == torch.float32
+        return F.cross_entropy(m(batch[0]), batch[1])
+
+    with pytest.warns(UserWarning, match="errors of products are unknown"):
+        found = blockhess.spectrum(mlp(), labeled(7), loss_fn, num_probes=1, num_steps=2, progress=False)
+    assert found.provenance["hvp_error"] is None and not found.zero_blocks

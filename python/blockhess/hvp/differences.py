@@ -37,10 +37,8 @@ STEPS = (3 / 8, 1 / 2, 1 / 4)
 GROWTH = 10
 # Parameters move together up to this number of elements, or one at a time.
 LARGEST_GROUP = 2**25
-
-
 # Blocks of a group that are also compared alone, at most.
-MOST_DILUTED = 4
+MOST_ALONE = 4
 
 
 class DerivativeMismatch(ValueError):
@@ -57,6 +55,7 @@ class Differences:
     Attributes:
         groups: numbers of additional blocks, one for each group of parameters.
         eps: largest machine epsilon of the operations between parameters and loss.
+        undecided: blocks that groups that agree do not confirm.
         captured: converted parameters whose originals the loss depends on, by name.
         gradients: gradient by name, for the parameters that the loss depends on.
     """
@@ -135,20 +134,24 @@ class Differences:
             for l in self.blocks_in([number]):
                 self.agree(l, self.products([l])[l])
         # The error of a parameter with little curvature is small in the norm over all parameters.
-        diluted = [] if self.gauss_newton else self._with_parameters(found[1].unequal(self._problem.blocks[number]))
-        self.undecided |= {l for l in diluted[:MOST_DILUTED] if not self.agree(l, self.products([l])[l])}
-        self.undecided |= set(diluted[MOST_DILUTED:])
+        names = found[-1].unequal_parameters(self._problem.blocks[number], products[0]) if len(found) > 1 else []
+        unequal = self._with_parameters(names)
+        alone = self.products(unequal[:MOST_ALONE])
+        self.undecided |= {l for l in unequal if l not in alone or not self.agree(l, alone[l])}
         return all(comparison.agrees for comparison in found)
 
     def blocks_in(self, groups: Iterable[int]) -> list[int]:
         """Return the blocks that have parameters of one of the groups."""
-        return self._with_parameters([name for number in groups for name in self._problem.infos[number].parameters])
+        names = [name for number in groups for name in self._problem.infos[number].parameters]
+        return sorted(self._with_parameters(names))
 
     def _with_parameters(self, names: Sequence[str]) -> list[int]:
         """Return the blocks that have one of some parameters, in the order of the parameters."""
-        blocks = [l for l in range(self.groups.start) if self._problem.is_used(l)]
-        found = {l: None for name in names for l in blocks if name in self._problem.infos[l].parameters}
-        return list(found)
+        owners: dict[str, list[int]] = {}
+        for l in filter(self._problem.is_used, range(self.groups.start)):
+            for name in self._problem.infos[l].parameters:
+                owners.setdefault(name, []).append(l)
+        return list(dict.fromkeys(l for name in names for l in owners.get(name, ())))
 
     def agree(self, number: int, products: Tensor, error: float = 0.0) -> bool:
         """Return whether the derivatives with a block agree with differences; False if that is undecided.
@@ -184,14 +187,14 @@ class Differences:
         compared = [first] if self.gauss_newton else [first, second]
         for power in STEPS:
             step = self.eps**power * size
-            with suppress(RuntimeError, ValueError, ArithmeticError):  # beside w, the loss may be undefined
+            with suppress(Exception):  # beside w, the loss may be undefined, or the model raise any error
                 (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
                 slope = (g @ v + g_ @ v) / 2
                 usual = float(g.norm() + g_.norm()) / (2 * math.sqrt(len(v)))
                 of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
                 first.add(step, (loss - loss_) / (2 * step) - slope, usual, of_loss)
                 g = g.sub_(g_).div_(2 * step).sub_(products[0])
-                second.add(step, g, curvature, rounding / step + GROWTH * error, products[0])
+                second.add(step, g, curvature, rounding / step + GROWTH * error)
             if all(comparison.agrees for comparison in compared):
                 return compared
         step = second.faulty_step()
@@ -253,12 +256,9 @@ class _Comparison:
         self._found: dict[float, tuple[Tensor, float, float]] = {}
         self.agrees = self.is_sided = False
 
-    def add(
-        self, step: float, difference: Tensor, size: float, rounding: float, derivative: Tensor | None = None
-    ) -> None:
+    def add(self, step: float, difference: Tensor, size: float, rounding: float) -> None:
         """Add the difference for a step, given the usual size of the derivative, and the rounding error."""
         self._found[step] = difference, size, rounding
-        self._derivative = derivative
         self.agrees |= float(difference.norm()) <= self._tolerance * size + rounding
 
     def faulty_step(self) -> float | None:
@@ -272,12 +272,13 @@ class _Comparison:
                 return step if same and error > GROWTH * self._tolerance * size else None
         return None
 
-    def unequal(self, block: Block) -> list[str]:
-        """Return the parameters whose own parts of difference and derivative are not equal, most unequal first."""
+    def unequal_parameters(self, block: Block, derivative: Tensor) -> list[str]:
+        """Return the parameters whose own parts of difference and derivative (dim,) differ, most unequal first."""
+        if not self._found:
+            return []
         difference = min((found[0] for found in self._found.values()), key=lambda d: float(d.norm()))
-        assert self._derivative is not None
         sizes = [piece.tensor.numel() for piece in block.pieces]
-        parts = zip(difference.split(sizes), self._derivative.split(sizes))
+        parts = zip(difference.split(sizes), derivative.split(sizes))
         ratios = [float(d.norm()) / max(float(h.norm()), torch.finfo(d.dtype).tiny) for d, h in parts]
         ordered = sorted(zip(ratios, block.parameters), reverse=True)
         return [name for ratio, name in ordered if ratio > GROWTH * self._tolerance]
@@ -312,9 +313,10 @@ def parameter_groups(problem: Problem) -> list[list[str]]:
 
 
 def _joined(pieces: Sequence[Piece]) -> Block:
-    """Return a block of whole parameters."""
-    dim = sum(piece.tensor.numel() for piece in pieces)
-    return Block(BlockInfo("several parameters", (dim,), dim, tuple(piece.name for piece in pieces)), tuple(pieces))
+    """Return a block of whole parameters, named after them."""
+    dim, names = sum(piece.tensor.numel() for piece in pieces), tuple(piece.name for piece in pieces)
+    label = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return Block(BlockInfo(label, (dim,), dim, names), tuple(pieces))
 
 
 def unit_vector(problem: Problem, number: int) -> Tensor:
