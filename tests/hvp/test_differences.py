@@ -504,7 +504,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.tanh(self.first(x))
-        out: Tensor = self.last(z + 1e-4 * self.act(self.inner(z)))
+        out: Tensor = self.last(z + 1e-5 * self.act(self.inner(z)))
         return out
 
 
