@@ -398,6 +398,7 @@ def test_threads_do_not_see_each_other(threads: list[threading.Thread]) -> None:
 
 
 def test_waiting_for_another_thread_can_be_interrupted(threads: list[threading.Thread]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     inside, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -419,3 +420,4 @@ def test_waiting_for_another_thread_can_be_interrupted(threads: list[threading.T
         assert not done.is_set()
     finally:
         done.set()
+        signal.signal(signal.SIGINT, before)

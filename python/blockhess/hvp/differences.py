@@ -131,7 +131,7 @@ class Differences:
         found = self._compare(number, products, 0.0)
         if any(comparison.is_fault for comparison in found):
             # In which block? If in none, only products that mix blocks are wrong.
-            for l in self.blocks_in([number]):
+            for l in self._with_parameters(self._problem.infos[number].parameters):
                 self.agree(l, self.products([l])[l])
         # The error of a parameter with little curvature is small in the norm over all parameters.
         names = found[-1].unequal_parameters(self._problem.blocks[number], products[0]) if len(found) > 1 else []
@@ -143,12 +143,12 @@ class Differences:
     def blocks_in(self, groups: Iterable[int]) -> list[int]:
         """Return the blocks that have parameters of one of the groups."""
         names = [name for number in groups for name in self._problem.infos[number].parameters]
-        return sorted(self._with_parameters(names))
+        return sorted(filter(self._problem.is_used, self._with_parameters(names)))
 
     def _with_parameters(self, names: Sequence[str]) -> list[int]:
         """Return the blocks that have one of some parameters, in the order of the parameters."""
         owners: dict[str, list[int]] = {}
-        for l in filter(self._problem.is_used, range(self.groups.start)):
+        for l in range(self.groups.start):
             for name in self._problem.infos[l].parameters:
                 owners.setdefault(name, []).append(l)
         return list(dict.fromkeys(l for name in names for l in owners.get(name, ())))

@@ -39,11 +39,18 @@ def batchnorm_policy(model: nn.Module, requested: str) -> str:
     Layers without running statistics use those of the batch in any mode, so "eval" becomes "batch" for them.
 
     Raises:
-        ValueError: `requested` needs running statistics that some layers, or all, do not have.
+        ValueError: `requested` needs running statistics that some layers, or all, do not have, or that a ScriptModule
+            changes its mode.
     """
+    scripted = [name for name, m in model.named_modules() if "BatchNorm" in getattr(m, "original_name", "")]
+    if scripted and requested != "eval":
+        raise ValueError(
+            f"spectrum: batchnorm must be 'eval' where a layer is a ScriptModule, as {scripted[0]!r}, got "
+            f"{requested!r}; pass the module that was scripted"
+        )
     keeps = {name: m.running_mean is not None for name, m in model.named_modules() if _is_batchnorm(m)}
     if not keeps:
-        return "none"
+        return requested if scripted else "none"
     if requested == "batch" or all(keeps.values()):
         return requested
     if requested == "eval" and not any(keeps.values()):
@@ -175,7 +182,7 @@ def freeze_batch_statistics(
         ranks: the processes whose batches enter the mean, with equal weights.
     """
     layers: list[Any] = [m for m in model.modules() if _is_batchnorm(m)]
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:  # with gradients, which the loss may contain
         stack.callback(Snapshot([model], tensors=False).restore)
         for layer in layers:
             _set(stack, layer, "training", True)

@@ -395,7 +395,12 @@ class Job:
         flat = sorted((l for l in flat if self._problem.is_used(l)), key=lambda l: radii[l])
         count = most_checked(self.hvps, self.plan.groups, len(self.plan.checked))
         if flat and self.hvp_error is not None:
-            found = measure(self._problem, engine, flat[:count], groups=0)
+            # Also the block that shows how large rounding errors may be.
+            chosen = dict.fromkeys([*flat[:count], max(range(len(radii)), key=lambda l: radii[l] == largest)])
+            try:
+                found = measure(self._problem, engine, list(chosen), groups=0)
+            except EngineMismatch as error:
+                raise EngineMismatch(f"spectrum: {error}; pass engine='autograd'") from error
             self._record(self._problem.ranks.gather(found)[0])
 
     def _noise(self, number: int, error: float) -> float:

@@ -174,8 +174,7 @@ def _product(r: Recording, a: Value, b: Value, left: bool, out: Tensor, add: boo
         out = out[0]
     elif left and a.tensor.is_contiguous():
         # (rows, M, K) @ (K, N): one product of matrices, (rows M, K) @ (K, N).
-        k = a.tensor.shape[-1]
-        a, out = a.view(lambda t: t.view(-1, k)), out.view(-1, out.shape[-1])
+        a, out = a.view(lambda t: t.flatten(0, -2)), out.flatten(0, -2)
     elif left:
         # (rows, M, K) @ (K, N) whose rows and M do not merge: `rows` products with the same right factor.
         b = b.view(lambda t: t.expand(rows, *t.shape))
