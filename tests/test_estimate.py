@@ -514,3 +514,17 @@ def test_other_thread_counts_agree_to_rounding() -> None:
     torch.set_num_threads(before)
     one, two = (spectra.frobenius_norm()[0] for spectra in results)
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-9)
+
+
+def test_frozen_statistics_of_a_loss_with_gradients() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    def penalty(m: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        return slope.square().mean()
+
+    options = {"batchnorm": "frozen_batch_stats", "num_probes": 1, "num_steps": 3}
+    found = blockhess.spectrum(model, torch.randn(8, 3), penalty, **options)
+    assert found.provenance["batchnorm"] == "frozen_batch_stats"

@@ -135,3 +135,4 @@ def test_flat_blocks_are_checked_after_the_run() -> None:
     spectra = blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options)
     assert len(spectra.provenance["plan"]["checked"]) == 1
     assert spectra.zero_blocks == ("2.bias",) and "2.bias" in spectra.provenance["hvp_error"]
+    assert blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options | {"engine": "traced"}).zero_blocks

@@ -539,3 +539,25 @@ def test_a_model_of_one_dtype_only_has_unknown_errors() -> None:
     with pytest.warns(UserWarning, match="errors of products are unknown"):
         found = blockhess.spectrum(mlp(), labeled(7), loss_fn, num_probes=1, num_steps=2, progress=False)
     assert found.provenance["hvp_error"] is None and not found.zero_blocks
+
+
+class HalfHidden(nn.Module):
+    """Runs a layer whose parameters require gradients under no_grad, or with gradients."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.inner, self.last, self.hidden = nn.Linear(3, 4), nn.Linear(4, 3), hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(not self.hidden):
+            x = torch.tanh(self.inner(x))
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_parameters_without_a_gradient_have_no_effect_on_the_loss() -> None:
+    torch.manual_seed(0)
+    found = blockhess.spectrum(HalfHidden(False), labeled(7), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
+    assert not found.provenance["unused"]
+    with pytest.raises(DerivativeMismatch, match=r"the gradient of block 'inner\.\w+' is not that of the loss"):
+        blockhess.spectrum(HalfHidden(True), labeled(7), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)

@@ -118,7 +118,7 @@ def test_all_kinds_of_blocks(name: str, blocks: Any) -> None:
     if callable(blocks):
         blocks = blocks(ZOO[name].make()[0])
     with prepared_problem(name, blocks) as problem:
-        check_layouts(problem, TracedEngine(problem), TOLERANCE[torch.float64])
+        check_layouts(given, TracedEngine(given), TOLERANCE[torch.float64])
 
 
 # Memory
@@ -260,3 +260,16 @@ def test_fewer_rows_take_no_more_memory() -> None:
             running = ~finished[:, l]
             torch.testing.assert_close(product[running], right[running], rtol=1e-11, atol=1e-13)
     assert engine._pool.nbytes == before
+
+
+def test_a_layer_without_samples() -> None:
+    """As an expert to which no token is sent."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)]).double()
+
+    def loss_fn(m: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(m[0](x))
+        return torch.cat([m[1](h), m[1](h[:0]).exp()]).square().mean()
+
+    given = problem(model, torch.randn(5, 3, dtype=torch.float64), loss_fn)
+    check_layouts(given, TracedEngine(given), TOLERANCE[torch.float64])

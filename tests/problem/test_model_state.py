@@ -111,6 +111,11 @@ def test_the_policy_is_what_the_layers_do() -> None:
     for model, asked in ((none_kept, "frozen_batch_stats"), (mixed, "eval"), (mixed, "frozen_batch_stats")):
         with pytest.raises(ValueError, match=f"keeps no running statistics, as '1?' .*got '{asked}'"):
             batchnorm_policy(model, asked)
+    scripted = nn.Sequential(torch.jit.script(kept))
+    assert batchnorm_policy(scripted, "eval") == "eval"
+    for asked in ("batch", "frozen_batch_stats"):  # its mode is its own
+        with pytest.raises(ValueError, match=f"must be 'eval' where a layer is a ScriptModule, as '0', got '{asked}'"):
+            batchnorm_policy(scripted, asked)
     x = torch.randn(50, 3)
     with fixed_state(none_kept, "eval"):
         eval_ = none_kept(x)

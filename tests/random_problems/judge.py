@@ -24,6 +24,9 @@ from tests.random_problems.problem import Problem, build
 STEP = 1e-5
 # Relative to the size of a block: errors of rounding in the precision of the computation.
 TOLERANCES = {torch.float32: 2e-3, torch.float64: 1e-5}
+# A known limit: where the loss is another function in float64, of which spectrum warns, float32 differences miss faults
+# of this size.
+MISSED_IN_FLOAT32 = 5e-2
 # Size below which a block is small beside the largest one, of which its rounding errors are a part.
 FLOOR = 1e-4
 
@@ -308,6 +311,8 @@ def of_spectra(problem: Problem, right: Truth, spectra: Any, messages: list[str]
         tolerance = TOLERANCES[torch.float32]
     if {"bfloat16 model", "frozen batch statistics"} <= set(problem.kinds):  # computed before the conversion
         tolerance = 2 * torch.finfo(torch.bfloat16).eps
+    if problem.refusals and problem.compute == torch.float32 and spectra.provenance["hvp_error_unknown"]:
+        tolerance = MISSED_IN_FLOAT32
     if not math.isclose(spectra.provenance["loss_value"], right.loss, rel_tol=tolerance, abs_tol=tolerance):
         return Verdict("wrong loss", f"{spectra.provenance['loss_value']:.9g}, not {right.loss:.9g}")
     eigenvalues = {name: right.block(indices) for name, indices in blocks.items()}
