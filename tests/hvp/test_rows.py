@@ -118,7 +118,7 @@ def test_all_kinds_of_blocks(name: str, blocks: Any) -> None:
     if callable(blocks):
         blocks = blocks(ZOO[name].make()[0])
     with prepared_problem(name, blocks) as problem:
-        check_layouts(given, TracedEngine(given), TOLERANCE[torch.float64])
+        check_layouts(problem, TracedEngine(problem), TOLERANCE[torch.float64])
 
 
 # Memory
