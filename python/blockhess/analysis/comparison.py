@@ -23,7 +23,7 @@ def js_matrix(
     kind: str = "distance",
     base: float = 2.0,
     sigma: float | None = None,
-    axis: str | Axis = "linear",
+    axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
 ) -> Tensor:
     """Return the Jensen-Shannon distances between the smoothed spectra of all pairs of blocks.
@@ -33,7 +33,9 @@ def js_matrix(
         base: base of the logarithm; with base 2 both kinds are in [0, 1].
         sigma: standard deviation of the Gaussian on the axis, the same for all blocks, at most the range of all nodes;
             None means default_sigma(blocks, axis).
-        axis: "linear", "asinh", or an Axis, which can also normalize the eigenvalues of every block.
+        axis: "asinh", logarithmic on both sides of zero, whose default scale resolves flat and sharp blocks (see
+            axes.default_scale); "linear", which resolves the sharpest; or an Axis, which can also normalize the
+            eigenvalues of every block.
         blocks: names; None means comparable_blocks(axis).
 
     Returns:
@@ -53,7 +55,7 @@ def js0(
     kind: str = "distance",
     base: float = 2.0,
     sigma: float | None = None,
-    axis: str | Axis = "linear",
+    axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
     confidence: float | None = None,
 ) -> JS0:
@@ -115,13 +117,13 @@ def compare(
     kind: str = "distance",
     base: float = 2.0,
     sigma: float | None = None,
-    axis: str | Axis = "linear",
+    axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
 ) -> tuple[Tensor, JS0]:
     """Return js_matrix and js0 at the cost of one of them. Args, Raises: see js_matrix."""
-    axis = as_axis("js_matrix", axis)
-    names = compared(spectra, blocks, axis)
-    axis = resolved_axis("js_matrix", spectra, names, axis)
+    given = as_axis("js_matrix", axis)
+    names = compared(spectra, blocks, given)
+    axis = resolved_axis("js_matrix", spectra, names, given)
     nodes, weights = distributions(spectra, names, axis)
     sigma = default_sigma(nodes) if sigma is None else check_sigma_in_range("js_matrix", sigma, nodes)
     matrix = jensen_shannon.js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma)
@@ -136,6 +138,7 @@ def compare(
         batchnorm=str(spectra.provenance.get("batchnorm") or ""),
         normalize=axis.normalize,
         scale=axis.scale,
+        default_scale=axis.scale is not None and given.scale is None,
     )
 
 

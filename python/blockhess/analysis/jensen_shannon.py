@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from blockhess import _checks
 from blockhess._text import printable
-from blockhess.analysis.axes import Axis
+from blockhess.analysis.axes import SCALE_RULE, Axis
 from blockhess.analysis.density import check_sigma, grid_spacing, node_grid, smooth
 from blockhess_ext.arguments import choice
 
@@ -137,6 +137,7 @@ class JS0:
         interval: (lower, upper, confidence) of the limit of many probes at the same number of steps, about
             value - bias; None unless requested.
         bias, stderr: jackknife estimates, None unless requested.
+        default_scale: whether scale is axes.default_scale.
 
     Source: Zhang et al. 2024, section 2.5 and Table 1.
     """
@@ -154,6 +155,7 @@ class JS0:
     interval: tuple[float, float, float] | None = None
     bias: float | None = None
     stderr: float | None = None
+    default_scale: bool = field(default=False, compare=False)
 
     @property
     def num_pairs(self) -> int:
@@ -169,10 +171,13 @@ class JS0:
             lower, upper, confidence = self.interval
             bias = f"{self.bias:.2g} of it raised by few probes"
             interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %, {bias})"
+            if self.bias is None or math.isnan(self.bias):
+                interval = " (no interval: one probe)"
+        rule = f", the scale being {SCALE_RULE}" if self.default_scale else ""
         pairs = f"{self.num_pairs} pair{'s' if self.num_pairs > 1 else ''} of {len(self.blocks)} blocks"
         parts = [
             f"JS0 = {self.value:.4g}{interval}: {KINDS[self.kind]}, base {self.base:.6g}",
-            f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}",
+            f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}{rule}",
             f"mean over {pairs}",
             BATCHNORM_POLICIES.get(self.batchnorm, "BatchNorm policy not recorded"),
         ]

@@ -23,7 +23,7 @@ from blockhess.analysis.errors.bands import density_band
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
-from blockhess.analysis.selection import distributions, normalizable, resolved_axis
+from blockhess.analysis.selection import distributions, normalizable, quadrature_for, resolved_axis
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
 
@@ -185,7 +185,7 @@ def _draw_bands(
     check_confidence("plot_density", confidence)
     if spectra.quadrature.is_exact(row) or int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
         return
-    band = density_band(spectra.quadrature, [row], grid, sigma, confidence, axis)
+    band = density_band(quadrature_for(spectra, axis), [row], grid, sigma, confidence, axis)
     x, height = band.x.numpy(), sigma * math.sqrt(2 * math.pi)
     for lower, upper, color in ((band.total_lower, band.total_upper, LIGHT), (band.lower, band.upper, DARK)):
         low, high = (height * edge[0].clamp(min=1e-300 / height).numpy() for edge in (lower, upper))

@@ -24,8 +24,8 @@ def three_blocks(n_probes: int) -> object:
 
 def test_bias_and_interval_of_js0() -> None:
     q = three_blocks(5 * N_RUNS)
-    truth = as_spectra(q).js0(sigma=0.05)
-    estimates = [as_spectra(part).js0(sigma=0.05, confidence=0.95) for part in runs(q)]
+    truth = as_spectra(q).js0(axis="linear", sigma=0.05)
+    estimates = [as_spectra(part).js0(axis="linear", sigma=0.05, confidence=0.95) for part in runs(q)]
     raw = torch.tensor([js0.value for js0 in estimates]) - truth.value
     corrected = torch.tensor([js0.value - js0.bias for js0 in estimates]) - truth.value
     assert raw.mean() > 0.02, "noise must raise it: otherwise nothing is tested"
@@ -38,11 +38,11 @@ def test_bias_and_interval_of_js0() -> None:
 @pytest.mark.parametrize("kind", ["distance", "divergence"])
 def test_js_matrix_error(kind: str) -> None:
     result = as_spectra(three_blocks(6))
-    bias, stderr = result.js_matrix_error(kind=kind, sigma=0.05)
+    bias, stderr = result.js_matrix_error(kind=kind, axis="linear", sigma=0.05)
     assert bias.shape == stderr.shape == (3, 3)
     assert torch.equal(bias, bias.T) and not bias.diagonal().any()
     # The pair of equal spectra is at 0: all that is seen there is noise, and much of it is taken for such.
-    value = result.js_matrix(kind, sigma=0.05)
+    value = result.js_matrix(kind, axis="linear", sigma=0.05)
     assert bias[0, 1] > 0.5 * value[0, 1] > 0 and stderr[0, 2] > 0
     if kind != "distance":
         parts = [
@@ -72,12 +72,13 @@ def test_the_interval_stays_within_the_bounds_and_is_printed() -> None:
     assert f"({lower:.3g} ... {upper:.3g} with 90 %" in str(js0)
     assert str(js0).startswith(f"JS0 = {js0.value:.4g} (")
     plain = as_spectra(three_blocks(3)).js0()
-    assert plain.value == js0.value and plain.interval is None and "%" not in str(plain)
+    assert plain.value == js0.value and plain.interval is None and " with " not in str(plain)
 
 
 def test_one_probe_gives_the_widest_interval() -> None:
     js0 = as_spectra(three_blocks(1)).js0("divergence", math.e, confidence=0.95)
     assert js0.interval == (0.0, pytest.approx(math.log(2)), 0.95) and math.isnan(js0.stderr)
+    assert "(no interval: one probe)" in str(js0) and "nan" not in str(js0)
     one_left = make_spectra(
         [[[1.0], [2.0]], [[1.0], [0.0]]], [[[1.0], [1.0]], [[1.0], [0.0]]], steps=[[1, 1], [1, 0]], dims=[5, 5]
     )

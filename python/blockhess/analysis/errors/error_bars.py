@@ -87,7 +87,7 @@ def density_band(
     sigma = density.check_sigma_in_range("density_band", sigma, nodes)
     points = density.node_grid(nodes, sigma) if grid is None else density.check_grid("density_band", grid)
     confidence = check_confidence("density_band", confidence)
-    return bands.density_band(spectra.quadrature, spectra.rows(blocks), points, sigma, confidence, axis)
+    return bands.density_band(selection.quadrature_for(spectra, axis), spectra.rows(blocks), points, sigma, confidence, axis)
 
 
 def cdf_band(
@@ -120,7 +120,7 @@ def cdf_band(
         points = torch.unique(points[points.isfinite()])
     else:
         points = density.check_grid("cdf_band", x, "x")
-    return bands.cdf_band(spectra.quadrature, rows, points, confidence, axis)
+    return bands.cdf_band(selection.quadrature_for(spectra, axis), rows, points, confidence, axis)
 
 
 def trace_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def wasserstein_error(
         >>> probes, steps = spectra.wasserstein_error()
     """
     axis = resolved_axis("wasserstein_error", spectra, blocks, axis)
-    return bands.wasserstein_error(spectra.quadrature, spectra.rows(blocks), axis)
+    return bands.wasserstein_error(selection.quadrature_for(spectra, axis), spectra.rows(blocks), axis)
 
 
 def error_table(
