@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockhess.analysis import comparison, learning_rates, selection, sensitivity, statistics
+from blockhess.analysis import comparison, curvature_spread, learning_rates, selection, sensitivity, statistics
 from blockhess.analysis.errors import error_bars
 from blockhess.analysis.statistics import BlockSpectrum
 from blockhess.report import html, plots, text
@@ -35,7 +35,7 @@ class Spectra(SpectraData):
 
     Example:
         >>> spectra = blockhess.load("gpt.npz")
-        >>> print(spectra.table())
+        >>> print(spectra.curvature_spread())
         >>> print(spectra.js0())
     """
 
@@ -65,6 +65,7 @@ class Spectra(SpectraData):
     wasserstein_error = error_bars.wasserstein_error
     error_table = error_bars.error_table
 
+    curvature_spread = curvature_spread.curvature_spread
     js_matrix = comparison.js_matrix
     js0 = comparison.js0
     js_matrix_error = comparison.js_matrix_error

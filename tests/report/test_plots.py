@@ -179,10 +179,10 @@ def test_heatmap_of_divergences() -> None:
 
 def test_heatmap_of_equal_spectra_and_a_chosen_range() -> None:
     equal = make_spectra([[[0.0], [0.0]]], [[[1.0], [1.0]]])
-    assert plot_heatmap(equal).axes[0].images[0].get_clim() == (0.0, 1.0)
-    assert plot_heatmap(equal, vmax=0.1).axes[0].images[0].get_clim() == (0.0, 0.1)
+    assert plot_heatmap(equal, blocks=equal.names).axes[0].images[0].get_clim() == (0.0, 1.0)
+    assert plot_heatmap(equal, blocks=equal.names, vmax=0.1).axes[0].images[0].get_clim() == (0.0, 0.1)
     with pytest.raises(ValueError, match="plot_heatmap: vmax must be positive, got 0"):
-        plot_heatmap(equal, vmax=0)
+        plot_heatmap(equal, blocks=equal.names, vmax=0)
 
 
 def overlaps(figure: Any, which: str) -> bool:
@@ -199,7 +199,7 @@ def overlaps(figure: Any, which: str) -> bool:
 def test_heatmap_labels_stay_readable(n_blocks: int, most_labels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "MOST_LABELS", most_labels)
     names = [f"transformer.h.{i}.attn.c_attn.weight" for i in range(n_blocks)]
-    figure = plot_heatmap(random_spectra(n_probes=1, n_blocks=n_blocks, m=2, names=names), sigma=0.1)
+    figure = plot_heatmap(random_spectra(n_probes=1, n_blocks=n_blocks, m=2, names=names), sigma=0.1, blocks=names)
     assert not overlaps(figure, "x") and not overlaps(figure, "y")
     labels = figure.axes[0].get_yticklabels()
     assert len(labels) == min(n_blocks, 17) if most_labels == 20 else len(labels) == n_blocks

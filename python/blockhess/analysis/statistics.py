@@ -1,6 +1,6 @@
 """Statistics of the spectra of a result: densities, distribution functions, moments, eigenvalues.
 
-All but block_spectrum and curvature_range are methods of Spectra.
+All but block_spectrum are methods of Spectra.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blockhess.analysis.density import (
 )
 from blockhess.analysis.errors.intervals import check_confidence, normal_quantile
 from blockhess.analysis.outliers import Eigenvalue
-from blockhess.analysis.selection import comparable_blocks, distributions, resolved_axis, weights_only
+from blockhess.analysis.selection import comparable_blocks, distributions, resolved_axis
 from blockhess.problem.blocks import BlockInfo
 from blockhess.results.data import NEGATIVE_TOLERANCE, SpectraData
 from blockhess_ext.arguments import integer
@@ -88,7 +88,7 @@ def density(
 
     Args:
         sigma: standard deviation of the Gaussian on the axis, at most the range of all nodes; None means
-            default_sigma().
+            default_sigma(blocks, axis).
         grid: (n_points,) points on the axis, strictly ascending; None means density.node_grid, which covers every
             node of every block; all densities are 0 in its gaps.
         axis: see js_matrix.
@@ -184,13 +184,6 @@ def eigenvalue_range(spectra: SpectraData) -> tuple[Tensor, Tensor]:
     They lie inside the true range, up to rounding; extreme eigenvalues converge first.
     """
     return spectra.quadrature.extremes()
-
-
-def curvature_range(spectra: SpectraData) -> tuple[float, float]:
-    """Return the smallest and the largest spectral radius of the blocks of weights_only."""
-    low, high = eigenvalue_range(spectra)
-    radii = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
-    return float(radii.min()), float(radii.max())
 
 
 def negative_mass(spectra: SpectraData) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
+from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors import error_bars
 from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.rows import block_records
@@ -42,6 +43,8 @@ def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
 
 def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
     """Return a plain-text table with one block per line: shape, extreme eigenvalues, trace +- its error, ...
+
+    A table of all blocks ends with the curvature spread.
 
     "W1 probes" and "W1 steps" are wasserstein_error(): if the first is larger, more probes help, else more steps.
 
@@ -83,7 +86,9 @@ def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
                 "; ".join(filter(None, (block.note, broken))),
             )
         )
-    return format_table(header.split(","), lines)
+    text = format_table(header.split(","), lines)
+    spread = curvature_spread(spectra) if blocks is None else None
+    return text if spread is None else f"{text}\n\n{spread}"
 
 
 def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
@@ -92,6 +97,7 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
     by_name = {record["block"]: record for record in block_records(spectra)}
     weights = weights_only(spectra)
     return {
+        "curvature_spread": None if (spread := curvature_spread(spectra)) is None else spread.to_dict(),
         "summary": repr(spectra),
         "provenance": spectra.provenance,
         "js0": asdict(comparison.js0(spectra)) if len(comparable_blocks(spectra)) >= 2 else None,
@@ -111,7 +117,8 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
     """
     names = sorted_names(spectra, sort)
     p = spectra.provenance
-    lines = [repr(spectra)]
+    spread = curvature_spread(spectra)
+    lines = ([] if spread is None else [str(spread), ""]) + [repr(spectra)]
     if isinstance(p.get("loss_value"), int | float):
         lines.append(f"loss {p['loss_value']:.6g} ({p.get('loss')}), BatchNorm: {p.get('batchnorm')}")
     if isinstance(p.get("hvps"), int) and isinstance(p.get("seconds"), int | float):

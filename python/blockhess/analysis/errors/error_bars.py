@@ -64,7 +64,7 @@ def density_band(
     """Return the densities, see `density`, with error bands.
 
     Args:
-        sigma: standard deviation of the Gaussian on the axis; None means default_sigma().
+        sigma: standard deviation of the Gaussian on the axis; None means default_sigma(blocks, axis).
         grid: (n_points,) points on the axis, strictly ascending; None means density.node_grid of the blocks.
         confidence: probability of the bands, in (0, 1).
         blocks: names, in order; None means all.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from blockhess._version import __version__
 from blockhess.analysis.axes import Axis
 from blockhess.analysis.comparison import compare
+from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.html.highlights import highlights
@@ -39,8 +40,8 @@ LONGEST_VALUE = 300
 
 # title -> arguments of comparison.compare
 COMPARISONS: dict[str, dict[str, Any]] = {
-    "linear axis": {},
     "signed-log axis": {"axis": "asinh"},
+    "linear axis": {"axis": "linear"},
     "divided by spectral radius": {"axis": Axis(normalize="radius")},
 }
 
@@ -93,13 +94,14 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
     comparisons = [
         _comparison(spectra, title, options)
         for title, options in COMPARISONS.items()
-        if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
+        if len(comparable_blocks(spectra, options["axis"])) >= 2
     ]
-    records = block_records(spectra)
+    records, spread = block_records(spectra), curvature_spread(spectra)
     widths, weights = resolved_sigma(spectra).tolist(), set(weights_only(spectra))
     blocks: list[dict[str, Any]] = []
     nodes, shares = [], []
-    for record, x, w, width in zip(records, *(part.numpy() for part in spectra.merged), widths):
+    columns = (*(part.numpy() for part in spectra.merged), widths, spectra.zero_tolerance.tolist())
+    for record, x, w, width, zero in zip(records, *columns):
         positive = w > 0
         probes = [count for count in positive.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
         x, w = x[positive], w[positive]
@@ -114,7 +116,8 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
             record
             | {
                 "radius": radius,
-                "rms": radius * math.sqrt(float((w * relative**2).sum())),
+                "rms": radius * math.sqrt(float((w * relative**2 * (np.abs(x) > zero)).sum())),
+                "zero_tolerance": zero,
                 "sigma": width,
                 "probes": probes,
                 "unit_variance": _unit_variance(spectra.quadrature, len(blocks)),
@@ -126,6 +129,7 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
         "step": spectra.provenance.get("step"),
         "model": str(spectra.provenance.get("model") or "a model"),
         "summary": repr(spectra),
+        "curvature_spread": None if spread is None else spread.to_dict(),
         "unfinished": _unfinished(spectra),
         "highlights": highlights(spectra, records, {c["title"]: c["value"] for c in comparisons}),
         "provenance": _provenance(spectra),

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockhess.analysis.comparison import compare
-from blockhess.analysis.selection import comparable_blocks, weights_only
-from blockhess.analysis.statistics import curvature_range
+from blockhess.analysis.curvature_spread import curvature_spread
+from blockhess.analysis.selection import comparable_blocks
 from blockhess.results.data import SpectraData
 
 # Smallest share of negative eigenvalues that is reported, and largest number of names in a sentence.
@@ -24,9 +24,9 @@ def highlights(spectra: SpectraData, records: Sequence[Mapping[str, Any]], js0: 
         js0: title of a comparison -> JS0, the default comparison first.
     """
     texts = [
+        _curvature(spectra),
         _heterogeneity(js0),
         _most_different(spectra),
-        _curvature(spectra),
         _precision(spectra, records),
         _negative(records),
         *_problems(spectra, records),
@@ -51,15 +51,8 @@ def _heterogeneity(js0: Mapping[str, float]) -> str:
 
 
 def _curvature(spectra: SpectraData) -> str:
-    if len(weights_only(spectra)) < 2:
-        return ""
-    flattest, sharpest = curvature_range(spectra)
-    if not flattest > 0:
-        return f"The sharpest weight block has a largest |eigenvalue| of {sharpest:.3g}, the flattest is zero."
-    return (
-        f"The largest |eigenvalue| of weight blocks goes from {flattest:.3g} to {sharpest:.3g}, "
-        f"a factor of {float(f'{sharpest / flattest:.2g}'):,g}."
-    )
+    spread = curvature_spread(spectra)
+    return "" if spread is None else f"{spread}."
 
 
 def _precision(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> str:

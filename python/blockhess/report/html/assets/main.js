@@ -78,7 +78,10 @@ class Page {
     $("model").textContent = result.model;
     $("subtitle").textContent = result.summary;
     const known = result.blocks.filter((b) => b.lambda_max !== null);
-    const tiles = result.comparisons.slice(0, 1).map((c) => [`JS0, ${c.title}`, number(c.value), "mean Jensen-Shannon distance of all pairs"]);
+    const spread = result.curvature_spread;
+    const about = spread && `factor ${number(spread.ratio, 2)} between the largest |eigenvalues| of ${spread.weights ? "weight blocks" : "blocks"}`;
+    const tiles = spread ? [["curvature spread", `${number(spread.value)} decades`, about]] : [];
+    tiles.push(...result.comparisons.slice(0, 1).map((c) => [`JS0, ${c.title}`, number(c.value), "mean Jensen-Shannon distance of all pairs"]));
     const sharpest = known.reduce((a, b) => (b.lambda_max > a.lambda_max ? b : a), known[0]);
     const lowest = known.reduce((a, b) => (b.lambda_min < a.lambda_min ? b : a), known[0]);
     if (sharpest) {
