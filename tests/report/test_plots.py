@@ -45,7 +45,8 @@ def mixed_spectra() -> Spectra:
 def test_every_block_has_a_panel_with_all_its_eigenvalues(options: dict[str, Any]) -> None:
     spectra = mixed_spectra()
     figure = plot_density(spectra, **options)
-    assert [panel.get_title(loc="left") for panel in figure.axes] == list(spectra.names)
+    assert [panel.get_title(loc="left") for panel in figure.axes[:4]] == list(spectra.names)
+    assert len(figure.axes) == (4 if "share_x" in options else 6)  # all blocks, and their color bar
     low, high = spectra.eigenvalue_range()
     for row, panel in enumerate(figure.axes[:3]):
         left, right = panel.get_xlim()
@@ -104,7 +105,7 @@ def test_a_block_written_out_has_no_band() -> None:
     spectra = blockhess.spectrum(model, data, torch.nn.CrossEntropyLoss(), **options)
     exact = [spectra.quadrature.is_exact(row) for row in range(len(spectra))]
     assert sorted(exact) == [False, True]
-    areas = [len(panel.findobj(PolyCollection)) for panel in plot_density(spectra).axes]
+    areas = [len(panel.findobj(PolyCollection)) for panel in plot_density(spectra, axis="linear").axes]
     assert areas == [1 if written_out else 3 for written_out in exact]
 
 
@@ -142,7 +143,7 @@ def assert_inside(figure: Any) -> None:
 @pytest.mark.parametrize("n_blocks", [1, 2, 5, 40])
 def test_any_number_of_panels(n_blocks: int) -> None:
     figure = plot_density(random_spectra(n_blocks=n_blocks, model="AModelOfAnUnusuallyLongClassName" * 2))
-    assert len(figure.axes) == n_blocks
+    assert len(figure.axes) == n_blocks + (2 if n_blocks > 1 else 0)
     if n_blocks < 40:
         figure.draw_without_rendering()
         assert_inside(figure)
@@ -150,7 +151,30 @@ def test_any_number_of_panels(n_blocks: int) -> None:
 
 def test_chosen_blocks_in_the_given_order() -> None:
     figure = plot_density(random_spectra(), blocks=["block2", "block0"])
-    assert [panel.get_title(loc="left") for panel in figure.axes] == ["block2", "block0"]
+    assert [panel.get_title(loc="left") for panel in figure.axes[:2]] == ["block2", "block0"]
+    assert [label.get_text() for label in figure.axes[2].get_yticklabels()] == ["block2", "block0"]
+
+
+def test_all_blocks_share_the_axis_of_their_comparison() -> None:
+    spectra = random_spectra(n_blocks=5, dims=[50] * 5, notes=["", "", "", "", "unused"])
+    figure = plot_density(spectra)
+    axes, js0 = figure.axes[5], spectra.js0()
+    assert f"sigma {js0.sigma:.3g}" in axes.get_xlabel() and f"linear below {js0.scale:.3g}" in axes.get_xlabel()
+    (image,) = axes.images
+    low, high, bottom, top = image.get_extent()
+    assert (bottom, top) == (4.5, -0.5)
+    places = axes.get_xticks()
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert low < min(places) and max(places) < high and labels[0] == "0" and places[0] == 0
+    for place, label in zip(places[1:], labels[1:]):
+        sign, power = label.strip("$").replace("{", "").replace("}", "").split("10^")
+        assert js0.scale * np.sinh(place) == pytest.approx(float(f"{sign}1e{power}"))
+    values = image.get_array()
+    points = np.linspace(low, high, values.shape[1])
+    _, expected = spectra.density(js0.sigma, points, Axis("asinh", scale=js0.scale))
+    expected = expected.numpy() * js0.sigma * np.sqrt(2 * np.pi)
+    drawn = ~np.ma.getmaskarray(np.ma.masked_invalid(values))
+    assert np.asarray(values)[drawn] == pytest.approx(expected[drawn]) and (expected[~drawn] < 0.1 / 50).all()
 
 
 def test_heatmap_shows_the_matrix() -> None:
