@@ -137,8 +137,10 @@ def measure_js0(n: int, m: int, runs: int, probes: int) -> dict[str, Any]:
     kinds = synthetic(n)
     hvp = diagonal(torch.cat([x / x.abs().max() for x in kinds.values()]))
     q = batched_slq(hvp, [n] * len(kinds), num_probes=runs * probes, num_steps=m, reorthogonalize="none")
-    truth = as_spectra(q).js0(sigma=0.02).value
-    found = [spectra_of_run(q, run, probes).js0(sigma=0.02, confidence=CONFIDENCE) for run in range(runs)]
+    truth = as_spectra(q).js0(axis="linear", sigma=0.02).value
+    found = [
+        spectra_of_run(q, run, probes).js0(axis="linear", sigma=0.02, confidence=CONFIDENCE) for run in range(runs)
+    ]
     inside = [js0.interval[0] <= truth <= js0.interval[1] for js0 in found if js0.interval]
     return {
         "blocks": len(kinds),

@@ -83,7 +83,8 @@ def compared(spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis) -> 
     if len(names) < 2:
         out = ", ".join(f"{name} ({reason})" for name, reason in (excluded(spectra, axis) if blocks is None else ()))
         raise ValueError(
-            f"blocks: at least two are needed for a comparison, got {list(names)}" + (f"; excluded: {out}" if out else "")
+            f"blocks: at least two are needed for a comparison, got {list(names)}"
+            + (f"; excluded: {out}" if out else "")
         )
     return names
 

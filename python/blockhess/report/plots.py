@@ -94,7 +94,8 @@ def plot_density(
     """Draw the log-density of every block: all blocks in one panel, one row each, and one panel per block.
 
     The rows share the signed-log axis of js_matrix, so that flat and sharp blocks can be compared. The panels show
-    each block on its own linear axis, with error bands. The height is density x sigma sqrt(2 pi): that of an isolated eigenvalue is its share of the spectrum.
+    each block on its own linear axis, with error bands. The height is density x sigma sqrt(2 pi): that of an isolated
+    eigenvalue is its share of the spectrum.
 
     Args:
         blocks: names, in order; None means all that can be normalized.
@@ -134,9 +135,9 @@ def plot_density(
     heights = [min(ROW_HEIGHT * len(rows), MOST_ROWS_HEIGHT) + TEXT_HEIGHT if is_shared else 0.0]
     heights += [panel_height * lines + 1.1]
     figure = new_figure(width or max(5.6, PANEL_WIDTH * columns + 0.3), sum(heights))
-    lower: Figure | SubFigure = figure
+    lower: Any = figure
     if is_shared:
-        upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]
     panels = lower.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
     if sigma is not None:
         sigmas = [check_sigma_in_range("plot_density", sigma, nodes)] * len(rows)

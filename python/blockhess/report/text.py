@@ -106,6 +106,17 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
     }
 
 
+def recomputed(spectra: SpectraData) -> str:
+    """Return a note on the JS0 of a result of blockhess 0.1, whose default axis was linear, else ""."""
+    version = str(spectra.provenance.get("blockhess"))
+    if not version.startswith("0.1.") or len(comparable_blocks(spectra)) < 2:
+        return ""
+    return (
+        f"Made by blockhess {version}, whose default comparison was on the linear axis: JS0 is recomputed on the "
+        'signed-log (asinh) axis; js0(axis="linear") returns the earlier value'
+    )
+
+
 def describe(spectra: SpectraData, sort: str = "order") -> str:
     """Return a plain-text report of a result.
 
@@ -129,6 +140,8 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
     if p.get("ghosts"):
         count = f"{sum(p['ghosts'].values())} nodes in {len(p['ghosts'])} blocks"
         lines.append(f"{count} are ghosts, as they are not reorthogonalized; ghosts do not bias densities")
+    if note := recomputed(spectra):
+        lines.append(note)
     lines = [*map(printable, lines), "", table(spectra, names)]
 
     weights = weights_only(spectra)

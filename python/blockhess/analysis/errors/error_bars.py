@@ -87,7 +87,9 @@ def density_band(
     sigma = density.check_sigma_in_range("density_band", sigma, nodes)
     points = density.node_grid(nodes, sigma) if grid is None else density.check_grid("density_band", grid)
     confidence = check_confidence("density_band", confidence)
-    return bands.density_band(selection.quadrature_for(spectra, axis), spectra.rows(blocks), points, sigma, confidence, axis)
+    return bands.density_band(
+        selection.quadrature_for(spectra, axis), spectra.rows(blocks), points, sigma, confidence, axis
+    )
 
 
 def cdf_band(

@@ -100,8 +100,8 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
     widths, weights = resolved_sigma(spectra).tolist(), set(weights_only(spectra))
     blocks: list[dict[str, Any]] = []
     nodes, shares = [], []
-    columns = (*(part.numpy() for part in spectra.merged), widths, spectra.zero_tolerance.tolist())
-    for record, x, w, width, zero in zip(records, *columns):
+    merged = (part.numpy() for part in spectra.merged)
+    for (record, x, w), width, zero in zip(zip(records, *merged), widths, spectra.zero_tolerance.tolist()):
         positive = w > 0
         probes = [count for count in positive.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
         x, w = x[positive], w[positive]

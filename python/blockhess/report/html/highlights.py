@@ -9,6 +9,7 @@ from typing import Any
 from blockhess.analysis.comparison import compare
 from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.selection import comparable_blocks
+from blockhess.report.text import recomputed
 from blockhess.results.data import SpectraData
 
 # Smallest share of negative eigenvalues that is reported, and largest number of names in a sentence.
@@ -27,6 +28,7 @@ def highlights(spectra: SpectraData, records: Sequence[Mapping[str, Any]], js0: 
         _curvature(spectra),
         _heterogeneity(js0),
         _most_different(spectra),
+        f"{note}." if (note := recomputed(spectra)) else "",
         _precision(spectra, records),
         _negative(records),
         *_problems(spectra, records),
