@@ -24,8 +24,8 @@ AXES = ("linear", "asinh")
 # normalization -> the divisor of the eigenvalues of every block, as printed
 NORMALIZATIONS = {"none": "", "radius": "the block's spectral radius", "trace": "the block's trace"}
 
-# Default scale relative to the lower quartile of the blocks' root mean square eigenvalues. Above, flat blocks are in the
-# linear part and JS0 depends on sigma; below, models differ less: measured in bench/accuracy/comparisons.py.
+# Default scale relative to the lower quartile of the blocks' root mean square eigenvalues. Above, flat blocks are in
+# the linear part and JS0 depends on sigma; below, models differ less: measured in bench/accuracy/comparisons.py.
 RELATIVE_SCALE = 0.03
 SCALE_RULE = "3 % of the lower quartile of the blocks' r.m.s. eigenvalues"
 
