@@ -1,9 +1,9 @@
 """Measure how JS0 and the curvature spread depend on the scale of the axis, sigma, probes, steps and a further block.
 
-    python -m bench.accuracy.comparisons [--json PATH] [--text PATH] [--quick | --show PATH]      # 1 minute
+    python -m bench.accuracy.comparisons [--json PATH] [--text PATH] [--quick | --show PATH]      # 6 minutes
 
-The spectra are those of docs/results/findings, at real width: nothing is computed anew. The scale of the signed-log
-axis is a multiple of the lower quartile of the blocks' root mean square eigenvalues; the default is RELATIVE_SCALE.
+The spectra at real width are those of docs/results/findings. Those of small networks, for three seeds of weights and
+data and two of probes, are computed anew. The scale of the signed-log axis is a multiple of the lower quartile of the blocks' root mean square eigenvalues; the default is RELATIVE_SCALE.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import blockhess
 from bench.harness import command
@@ -21,9 +22,13 @@ from bench.harness.environment import describe, one_line
 from blockhess._text import format_table
 from blockhess.analysis.axes import RELATIVE_SCALE, Axis, default_scale
 from blockhess.analysis.selection import distributions
+from blockhess.datasets import fashion_mnist, shakespeare
+from blockhess.models import next_token_loss
 from blockhess.problem.blocks import BlockInfo
 from blockhess.spectra import Spectra
 from blockhess_ext.ops import tridiag_quadrature
+from blockhess_paper.models import named
+from blockhess_paper.networks.batchnorm import weights
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results" / "findings"
 POLICIES = ("eval", "frozen_batch_stats", "batch")
@@ -32,6 +37,7 @@ NAMES = tuple(f"{name}{seed}" for seed in SEEDS for name in ("gpt2_nano", *(f"re
 SHARES = (1.0, 0.3, 0.1, RELATIVE_SCALE, 0.01)
 FLATTER = (1.0, 10.0, 100.0)
 STEPS = (5, 10, 20)
+IMAGES, WINDOWS = 32, 4
 
 
 def with_flat_block(spectra: Spectra, factor: float) -> Spectra:
@@ -102,6 +108,29 @@ def spread(spectra: Spectra) -> dict[str, Any]:
     }
 
 
+def small_networks(quick: bool) -> list[dict[str, Any]]:
+    """Return JS0 and curvature spread of a small GPT and a small ResNet, for seeds of weights and data, and of probes."""
+    rows = []
+    text = shakespeare()
+    for seed in range(1 if quick else 3):
+        torch.manual_seed(seed)
+        resnet, gpt = named("resnet18-mini"), named("gpt2-nano-mini", vocab_size=len(text.vocabulary), fused_qkv=False)
+        images = tuple(part[seed * IMAGES : (seed + 1) * IMAGES] for part in fashion_mnist(3 * IMAGES))
+        windows = text.batches(batch_size=WINDOWS, context=64, seed=seed)
+        jobs = {"GPT": (gpt, windows, next_token_loss, "eval")}
+        jobs |= {f"ResNet {policy}": (resnet, images, nn.CrossEntropyLoss(), policy) for policy in POLICIES}
+        for name, (model, data, loss_fn, policy) in list(jobs.items())[: 2 if quick else None]:
+            options = {"blocks": weights(model), "batchnorm": policy, "num_steps": 8 if quick else 20}
+            for probes in (seed, seed + 100):
+                found = blockhess.spectrum(model, data, loss_fn, num_probes=3, seed=probes, progress=False, **options)
+                js0, spread = found.js0(confidence=0.95), found.curvature_spread()
+                assert js0.interval is not None and spread is not None
+                row = {"network": name, "seed": seed, "probes": probes, "js0": js0.value}
+                rows.append(row | {"interval": list(js0.interval[:2]), "spread": spread.value})
+            print(f"  {name}, seed {seed}", file=sys.stderr, flush=True)
+    return rows
+
+
 def measure(quick: bool) -> dict[str, Any]:
     """Return the result that the tables show."""
     js0: dict[str, dict[str, Any]] = {}
@@ -114,7 +143,7 @@ def measure(quick: bool) -> dict[str, Any]:
         }
         spreads[name] = spread(spectra)
         print(f"  {name}", file=sys.stderr, flush=True)
-    return {"environment": describe(), "js0": js0, "spread": spreads}
+    return {"environment": describe(), "js0": js0, "spread": spreads, "small": small_networks(quick)}
 
 
 def _largest(found: dict[str, Any], key: str) -> float:
@@ -149,6 +178,25 @@ def text(result: dict[str, Any]) -> str:
          f"{found['intervals'][1][1]:.2f}", f"{float(f'''{found['ratio']:.2g}'''):,g}"]
         for name, found in result["spread"].items()
     ]  # fmt: skip
+    small = []
+    for first, second in zip(result["small"][::2], result["small"][1::2]):
+        change = 100 * (second["js0"] / first["js0"] - 1)
+        intervals = [f"{low:.3f} ... {high:.3f}" for low, high in (first["interval"], second["interval"])]
+        values = [first["js0"], second["js0"], first["spread"], second["spread"]]
+        numbers = [f"{value:.3f}" for value in values]
+        small.append(
+            [
+                first["network"],
+                str(first["seed"]),
+                numbers[0],
+                intervals[0],
+                numbers[1],
+                intervals[1],
+                f"{change:+.1f} %",
+            ]
+            + numbers[2:]
+        )
+    columns = ["network", "seed", "JS0", "95 %", "other probes", "95 %", "change", "spread", "other probes"]
     return "\n".join(
         [
             f"JS0 on the signed-log axis by its scale, {RELATIVE_SCALE:g} being the default: 95 % interval and",
@@ -160,6 +208,10 @@ def text(result: dict[str, Any]) -> str:
             "Curvature spread, in decades, with 5, 10 and 20 Lanczos steps; the 95 % interval is that of 10 steps.",
             "",
             format_table(["network", *(f"{m} steps" for m in STEPS), "95 %", "largest / smallest"], spreads, left=1),
+            "",
+            "Small networks: JS0 and curvature spread for seeds of weights and data, each with three probes and others.",
+            "",
+            format_table(columns, small, left=1),
             "",
             one_line(result["environment"]),
         ]
