@@ -3,7 +3,8 @@
     python -m bench.accuracy.comparisons [--json PATH] [--text PATH] [--quick | --show PATH]      # 6 minutes
 
 The spectra at real width are those of docs/results/findings. Those of small networks, for three seeds of weights and
-data and two of probes, are computed anew. The scale of the signed-log axis is a multiple of the lower quartile of the blocks' root mean square eigenvalues; the default is RELATIVE_SCALE.
+data and two of probes, are computed anew. The scale of the signed-log axis is a multiple of the lower quartile of the
+blocks' root mean square eigenvalues; the default is RELATIVE_SCALE.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def spread(spectra: Spectra) -> dict[str, Any]:
 
 
 def small_networks(quick: bool) -> list[dict[str, Any]]:
-    """Return JS0 and curvature spread of a small GPT and a small ResNet, for seeds of weights and data, and of probes."""
+    """Return JS0 and curvature spread of a small GPT and ResNet, for seeds of weights and data, and of probes."""
     rows = []
     text = shakespeare()
     for seed in range(1 if quick else 3):
@@ -184,18 +185,8 @@ def text(result: dict[str, Any]) -> str:
         intervals = [f"{low:.3f} ... {high:.3f}" for low, high in (first["interval"], second["interval"])]
         values = [first["js0"], second["js0"], first["spread"], second["spread"]]
         numbers = [f"{value:.3f}" for value in values]
-        small.append(
-            [
-                first["network"],
-                str(first["seed"]),
-                numbers[0],
-                intervals[0],
-                numbers[1],
-                intervals[1],
-                f"{change:+.1f} %",
-            ]
-            + numbers[2:]
-        )
+        start = [first["network"], str(first["seed"])]
+        small.append([*start, numbers[0], intervals[0], numbers[1], intervals[1], f"{change:+.1f} %", *numbers[2:]])
     columns = ["network", "seed", "JS0", "95 %", "other probes", "95 %", "change", "spread", "other probes"]
     return "\n".join(
         [
@@ -209,7 +200,7 @@ def text(result: dict[str, Any]) -> str:
             "",
             format_table(["network", *(f"{m} steps" for m in STEPS), "95 %", "largest / smallest"], spreads, left=1),
             "",
-            "Small networks: JS0 and curvature spread for seeds of weights and data, each with three probes and others.",
+            "Small networks: JS0 and curvature spread for seeds of weights and data, with three probes and others.",
             "",
             format_table(columns, small, left=1),
             "",
