@@ -108,12 +108,11 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
 
 def recomputed(spectra: SpectraData) -> str:
     """Return a note on the JS0 of a result of blockhess 0.1, whose default axis was linear, else ""."""
-    version = str(spectra.provenance.get("blockhess"))
-    if not version.startswith("0.1.") or len(comparable_blocks(spectra)) < 2:
+    if spectra.provenance.get("default_axis") != "linear" or len(comparable_blocks(spectra)) < 2:
         return ""
     return (
-        f"Made by blockhess {version}, whose default comparison was on the linear axis: JS0 is recomputed on the "
-        'signed-log (asinh) axis; js0(axis="linear") returns the earlier value'
+        "Made by blockhess 0.1, whose default comparison was on the linear axis: JS0 is recomputed on the signed-log "
+        '(asinh) axis; js0(axis="linear") returns the earlier value'
     )
 
 
