@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import cache
 
 import pytest
@@ -50,6 +51,17 @@ def test_sigma_probes_and_one_more_flat_block_change_little(name: str) -> None:
         more = with_flat_block(spectra(name), factor)
         assert more.js0().num_pairs > js0.num_pairs
         assert more.js0().value == pytest.approx(js0.value, rel=0.15)
+
+
+def test_small_networks_as_measured() -> None:
+    """Three seeds of weights and data, two of probes: the committed result of bench.accuracy.comparisons."""
+    rows = json.loads((FOLDER.parents[2] / "bench/results/comparisons_cpu.json").read_text())["small"]
+    for first, second in zip(rows[::2], rows[1::2]):
+        assert second["js0"] == pytest.approx(first["js0"], rel=0.1)
+        gpts = [row for row in rows if row["network"] == "GPT" and row["seed"] == first["seed"]]
+        for row in () if first["network"] == "GPT" else (first, second):
+            assert all(row["interval"][1] < gpt["interval"][0] for gpt in gpts)
+    assert {row["seed"] for row in rows} == {0, 1, 2} and len(rows) == 24
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3, 1e6])
