@@ -61,7 +61,10 @@ class Spectra(SpectraData):
     cdf_band = error_bars.cdf_band
     resolved_sigma = error_bars.resolved_sigma
     trace_interval = error_bars.trace_interval
-    range_error = error_bars.range_error
+    frobenius_interval = error_bars.frobenius_interval
+    eigenvalue_bounds = error_bars.eigenvalue_bounds
+    negative_interval = error_bars.negative_interval
+    zero_interval = error_bars.zero_interval
     wasserstein_error = error_bars.wasserstein_error
     error_table = error_bars.error_table
 

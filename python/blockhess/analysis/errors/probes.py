@@ -1,4 +1,4 @@
-"""Variance of v^T f(H) v over random probes v, and the confidence interval of the trace.
+"""Variance of v^T f(H) v over random probes v, and the confidence intervals of the trace and of the Frobenius norm.
 
 For Gaussian probes the variance is at least the theoretical one (intervals.py); any excess of the sample variance is
 added, scaled by Student's factor. For other probes it is the sample variance alone.
@@ -56,3 +56,21 @@ def trace_interval(q: Quadrature, block: int, confidence: float) -> tuple[float,
         ends.append((float(part - lower), float(upper - part)))
     (below, above), (other_below, other_above) = ends
     return dim * (float(mean) - math.hypot(below, other_above)), dim * (float(mean) + math.hypot(above, other_below))
+
+
+def frobenius_interval(q: Quadrature, block: int, confidence: float) -> tuple[float, float]:
+    """Return the confidence interval of |H|_F of a block; (0, inf) with one probe unless it is exact.
+
+    v^T H^2 v = alpha_0^2 + beta_0^2 is exact after one step, so the steps add no error.
+    """
+    recurrence = Recurrence(q, block)
+    if len(recurrence.nodes) < (1 if q.is_exact(block) else 2):
+        return 0.0, math.inf
+    # Relative to the largest node, as fourth powers could underflow.
+    scale = float(recurrence.nodes.abs().max()) or 1.0
+    values = (recurrence.alpha[:, 0] / scale) ** 2 + (recurrence.beta[:, 0] / scale) ** 2
+    fourth = (recurrence.weights * (recurrence.nodes / scale) ** 4).sum(1).mean()
+    variance = variance_of_probes(q, block, values, fourth, confidence)
+    ends = gamma_interval(values.mean()[None], variance[None], confidence)
+    lower, upper = (scale * math.sqrt(q.dims[block] * float(end)) for end in ends)
+    return lower, upper

@@ -38,6 +38,9 @@ _LEAST_BETA = 1e-16
 # Spacing and last abscissa of double-exponential quadrature; its relative error is 1e-3, with ghosts 5 %.
 _STEP, _LAST = 0.4, 2.8
 
+# Largest number of parts of a gap between nodes.
+_MOST_PARTS = 64
+
 LINEAR = BlockAxis()
 
 # Largest number of elements of the tridiagonal matrices that are solved in one call.
@@ -110,6 +113,16 @@ class Recurrence:
             christoffel = torch.where(more, christoffel * shrink**2, christoffel)
         return christoffel, now, residual
 
+    def mass_bound(self, x: Tensor) -> Tensor:
+        """Return 1 / (p_0(x)^2 + ... + p_m(x)^2), a bound of the mass of mu at x, (n_known, n_points).
+
+        Args:
+            x: (n_known, n_points) float64.
+        """
+        christoffel, _, residual = self.polynomials(x)
+        beta = self.beta.gather(1, self.steps[:, None] - 1).clamp(min=1e-300)
+        return christoffel / (1 + (residual / beta) ** 2)
+
     def cdf(self, x: Tensor) -> Tensor:
         """Return the weight of the nodes <= x of every recurrence, (n_known, n_points), exactly 1 beyond the last.
 
@@ -163,23 +176,14 @@ class Recurrence:
         of christoffel at converged nodes. Masses are 0 for exact recurrences.
 
         Args:
-            longest: largest length of an interval on the axis; longer gaps are divided into at most 64 equal parts.
+            longest: largest length of an interval on the axis; longer gaps are divided into at most _MOST_PARTS equal parts.
             axis: axis on which lengths are measured.
         """
         t = torch.arange(-_LAST, _LAST + _STEP / 2, _STEP, dtype=torch.float64)
         arc = math.pi / 2 * t.sinh()
         share, d_share = (2 * arc).sigmoid(), _STEP * math.pi * t.cosh() * (2 * arc).sigmoid() * (-2 * arc).sigmoid()
 
-        placed = axis.place(self.nodes)
-        left, width = placed[:, :-1], placed.diff(dim=1)
-        pieces = 1 if not width.numel() else int((width.max() / longest).clamp(1, 64).ceil())
-        if pieces == 1:
-            edges = self.nodes
-        else:
-            cuts = torch.arange(pieces, dtype=torch.float64) / pieces
-            inner = axis.invert(left[..., None] + width[..., None] * cuts)
-            inner[..., 0] = self.nodes[:, :-1]
-            edges = torch.cat([inner.flatten(1), self.nodes[:, -1:]], 1)
+        edges = self._edges(longest, axis)
         left, width = edges[:, :-1, None], edges.diff(dim=1).clamp(min=0.0)[..., None]
         inside, d_inside = left + width * share, width * d_share
 
@@ -190,6 +194,19 @@ class Recurrence:
         x = torch.cat([self.nodes[:, :1] - scale * away, inside.flatten(1), last + scale * away], 1)
         d_x = torch.cat([scale * d_away, d_inside.flatten(1), scale * d_away], 1)
         return x, (self.polynomials(x)[0] * d_x).masked_fill(self.exact[:, None], 0.0)
+
+    def _edges(self, longest: float, axis: BlockAxis) -> Tensor:
+        """Return the nodes and the points that divide the gaps between them, (n_known, n_edges), padded with the last."""
+        placed = axis.place(self.nodes)
+        parts = (placed.diff(dim=1) / longest).ceil().clamp(1, _MOST_PARTS).long()
+        edges = []
+        for nodes, y, count in zip(self.nodes, placed, parts):
+            gap = torch.repeat_interleave(count)
+            step = torch.arange(len(gap)) - (count.cumsum(0) - count)[gap]
+            inner = axis.invert(y[gap] + (y[gap + 1] - y[gap]) * step / count[gap])
+            edges.append(torch.cat([torch.where(step == 0, nodes[gap], inner), nodes[-1:]]))
+        last = max(map(len, edges))
+        return torch.stack([torch.cat([row, row[-1:].expand(last - len(row))]) for row in edges])
 
 
 def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = LINEAR) -> Tensor:
