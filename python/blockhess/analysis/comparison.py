@@ -12,9 +12,9 @@ from blockhess.analysis import distances, jensen_shannon
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.density import check_sigma_in_range, default_sigma
 from blockhess.analysis.errors.intervals import check_confidence
-from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, with_interval
+from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, steps_range, with_interval
 from blockhess.analysis.jensen_shannon import JS0
-from blockhess.analysis.selection import compared, distributions, excluded, resolved_axis
+from blockhess.analysis.selection import compared, distributions, excluded, quadrature_for, resolved_axis
 from blockhess.results.data import SpectraData
 
 
@@ -61,11 +61,11 @@ def js0(
 ) -> JS0:
     """Return the mean of js_matrix over all pairs of different blocks, the paper's measure of heterogeneity.
 
-    Random probes bias it upwards. With `confidence` the jackknife estimates the bias, and an interval for the limit of
-    many probes at the same number of steps, at the cost of n_probes more matrices.
+    Random probes bias it upwards. With `confidence` the jackknife estimates the bias and the error of the probes, and
+    the error of finite steps is bounded, at the cost of n_probes more matrices.
 
     Args, Raises: see js_matrix.
-        confidence: probability of the interval, in (0, 1); None means no interval.
+        confidence: probability of the interval of the exact spectra, in (0, 1); None means no interval.
 
     Returns:
         JS0: float(js0) is the mean, str(js0) adds everything on which it depends.
@@ -78,8 +78,14 @@ def js0(
     mean = compare(spectra, kind, base, sigma, axis, blocks)[1]
     if confidence is None:
         return mean
+    confidence = check_confidence("js0", confidence)
     _, _, bias, stderr = _js_error(spectra, mean)
-    return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, check_confidence("js0", confidence))
+    steps = steps_range(quadrature_for(spectra, where := _axis_of(mean)), spectra.rows(mean.blocks), where, mean)
+    return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, confidence, steps)
+
+
+def _axis_of(js0: JS0) -> Axis:
+    return Axis(js0.axis, js0.normalize, js0.scale)
 
 
 def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Tensor]:
@@ -101,7 +107,7 @@ def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Te
 
 
 def _js_error(spectra: SpectraData, mean: JS0) -> tuple[Tensor, Tensor, float, float]:
-    axis = Axis(mean.axis, mean.normalize, mean.scale)
+    axis = _axis_of(mean)
 
     def divergence(probes: list[int]) -> Tensor:
         nodes, weights = distributions(spectra, mean.blocks, axis, probes)

@@ -134,8 +134,8 @@ class JS0:
         blocks: names of the compared blocks.
         excluded: (name, reason) of the blocks that comparisons exclude by default.
         batchnorm: BatchNorm policy of the result, "" if not recorded.
-        interval: (lower, upper, confidence) of the limit of many probes at the same number of steps, about
-            value - bias; None unless requested.
+        interval: (lower, upper, confidence) of JS0 of the exact spectra: probes and steps; None unless requested.
+        probes_interval: the same of the limit of many probes at the same number of steps, about value - bias.
         bias, stderr: jackknife estimates, None unless requested.
         default_scale: whether scale is axes.default_scale.
 
@@ -153,6 +153,7 @@ class JS0:
     normalize: str | int = "none"
     scale: float | None = None
     interval: tuple[float, float, float] | None = None
+    probes_interval: tuple[float, float, float] | None = None
     bias: float | None = None
     stderr: float | None = None
     default_scale: bool = field(default=False, compare=False)
@@ -167,10 +168,11 @@ class JS0:
 
     def __str__(self) -> str:
         interval = ""
-        if self.interval is not None:
+        if self.interval is not None and self.probes_interval is not None:
             lower, upper, confidence = self.interval
+            fewer = f"{self.probes_interval[0]:.3g} ... {self.probes_interval[1]:.3g} at this number of steps"
             bias = f"{self.bias:.2g} of it raised by few probes"
-            interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %, {bias})"
+            interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %; {fewer}; {bias})"
             if self.bias is None or math.isnan(self.bias):
                 interval = " (no interval: one probe)"
         rule = f", the scale being {SCALE_RULE}" if self.default_scale else ""

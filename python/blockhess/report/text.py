@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
 from blockhess.analysis.curvature_spread import curvature_spread
-from blockhess.analysis.errors import error_bars
 from blockhess.analysis.selection import comparable_blocks, weights_only
-from blockhess.report.rows import block_records
+from blockhess.report.rows import CONFIDENCE, block_records, record_texts
 from blockhess.results.data import SpectraData
 from blockhess_ext.arguments import choice
 
@@ -46,44 +43,29 @@ def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
 
     A table of all blocks ends with the curvature spread.
 
-    "W1 probes" and "W1 steps" are wasserstein_error(): if the first is larger, more probes help, else more steps.
+    "+-" are the larger halves of the 95 % intervals. Extreme eigenvalues have the digits that their bounds support: "~"
+    is an order of magnitude, ">=" and "<=" bounds. Shares of negative and zero eigenvalues are intervals, or
+    "unresolved" if the interval covers more than half. "W1 probes" is an estimate, "W1 steps" a bound: see
+    wasserstein_error.
 
     Args:
         blocks: names, in order; None means all.
     """
-    header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,zero,W1 probes,W1 steps,steps,note"
-    zero, (from_probes, from_steps) = statistics.zero_mass(spectra).tolist(), error_bars.wasserstein_error(spectra)
-    low, high = statistics.eigenvalue_range(spectra)
-    columns = (
-        low,
-        high,
-        *statistics.trace(spectra),
-        statistics.frobenius_norm(spectra)[0],
-        statistics.negative_mass(spectra),
-    )
-    values = torch.stack(columns, 1).tolist()
+    header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,+-,negative,zero,W1 probes,W1 steps <=,steps,note"
+    records, tolerances = block_records(spectra), spectra.zero_tolerance.tolist()
     lines = []
     for row in spectra.rows(blocks):
-        block, steps = spectra.blocks[row], spectra.quadrature.steps[:, row]
-        low, high, trace, stderr, norm, negative = values[row]
+        record, texts = records[row], record_texts(records[row], tolerances[row])
+        steps = spectra.quadrature.steps[:, row]
         least, most = int(steps[steps > 0].min()) if bool(spectra.known[row]) else 0, int(steps.max())
-        broken = "non-finite" if bool(spectra.quadrature.nonfinite[:, row].any()) else ""
+        estimates = ("lambda_min", "lambda_max", "trace", "trace_error", "frobenius", "frobenius_error", "negative", "zero")
         lines.append(
             (
-                block.name,
-                "x".join(map(str, block.shape)) or "scalar",
-                str(block.dim),
-                number(low),
-                number(high),
-                number(trace),
-                number(stderr, 2),
-                number(norm),
-                "-" if math.isnan(negative) else f"{negative:.4f}",
-                "-" if math.isnan(zero[row]) else f"{zero[row]:.4f}",
-                number(float(from_probes[row]), 2),
-                number(float(from_steps[row]), 2),
+                *(str(record[key]) for key in ("block", "shape", "dim")),
+                *(texts[key] for key in estimates),
+                *(number(record[key], 2) for key in ("w1_probes", "w1_steps")),
                 str(most) if least == most else f"{least}..{most}",
-                "; ".join(filter(None, (block.note, broken))),
+                record["note"],
             )
         )
     text = format_table(header.split(","), lines)
@@ -100,8 +82,8 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
         "curvature_spread": None if (spread := curvature_spread(spectra)) is None else spread.to_dict(),
         "summary": repr(spectra),
         "provenance": spectra.provenance,
-        "js0": asdict(comparison.js0(spectra)) if len(comparable_blocks(spectra)) >= 2 else None,
-        "js0_weights_only": asdict(comparison.js0(spectra, blocks=weights)) if len(weights) >= 2 else None,
+        "js0": asdict(comparison.js0(spectra, confidence=CONFIDENCE)) if len(comparable_blocks(spectra)) >= 2 else None,
+        "js0_weights_only": asdict(comparison.js0(spectra, blocks=weights, confidence=CONFIDENCE)) if len(weights) >= 2 else None,
         "blocks": [by_name[name] for name in names],
     }
 
@@ -145,7 +127,7 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
 
     weights = weights_only(spectra)
     if len(comparable_blocks(spectra)) >= 2:
-        lines += ["", f"All blocks: {comparison.js0(spectra)}"]
+        lines += ["", f"All blocks: {comparison.js0(spectra, confidence=CONFIDENCE)}"]
     if 2 <= len(weights) < len(spectra.names):
-        lines.append(f"Weights only, no norms and biases: {comparison.js0(spectra, blocks=weights)}")
+        lines.append(f"Weights only, no norms and biases: {comparison.js0(spectra, blocks=weights, confidence=CONFIDENCE)}")
     return "\n".join(lines)

@@ -148,6 +148,11 @@ class SpectraData:
         )
 
     @cached_property
+    def noise_blocks(self) -> tuple[str, ...]:
+        """Names of the zero_blocks whose nodes are not all 0: their eigenvalues are the error of the products."""
+        return tuple(name for name in self.zero_blocks if bool(self.merged[0][self._row[name]].any()))
+
+    @cached_property
     def excluded(self) -> tuple[tuple[str, str], ...]:
         """(name, reason) of the blocks that comparisons exclude by default; normalized axes may exclude more."""
         broken = self.quadrature.nonfinite.any(0).tolist()
