@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
 from blockhess.analysis.curvature_spread import curvature_spread
+from blockhess.analysis.errors import error_bars
+from blockhess.analysis.jensen_shannon import JS0
 from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.rows import CONFIDENCE, block_records, record_texts
 from blockhess.results.data import SpectraData
@@ -31,7 +35,7 @@ def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
         "lambda_min": low.tolist(),
         "lambda_max": high.tolist(),
         "trace": statistics.trace(spectra)[0].tolist(),
-        "negative": statistics.negative_mass(spectra).tolist(),
+        "negative": torch.stack(error_bars.negative_interval(spectra)).mean(0).tolist(),
     }[key]
     sign = 1.0 if key == "lambda_min" else -1.0
     ranks = [math.inf if math.isnan(value) else sign * value for value in values]
@@ -77,13 +81,13 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
     """Return the contents of `describe` as JSON values, NaN and infinity included."""
     names = sorted_names(spectra, sort)
     by_name = {record["block"]: record for record in block_records(spectra)}
-    weights = weights_only(spectra)
+    all_blocks, weights = _js0(spectra)
     return {
         "curvature_spread": None if (spread := curvature_spread(spectra)) is None else spread.to_dict(),
         "summary": repr(spectra),
         "provenance": spectra.provenance,
-        "js0": asdict(comparison.js0(spectra, confidence=CONFIDENCE)) if len(comparable_blocks(spectra)) >= 2 else None,
-        "js0_weights_only": asdict(comparison.js0(spectra, blocks=weights, confidence=CONFIDENCE)) if len(weights) >= 2 else None,
+        "js0": all_blocks and asdict(all_blocks),
+        "js0_weights_only": weights and asdict(weights),
         "blocks": [by_name[name] for name in names],
     }
 
@@ -95,6 +99,16 @@ def recomputed(spectra: SpectraData) -> str:
     return (
         "Made by blockhess 0.1, whose default comparison was on the linear axis: JS0 is recomputed on the signed-log "
         '(asinh) axis; js0(axis="linear") returns the earlier value'
+    )
+
+
+def _js0(spectra: SpectraData) -> tuple[JS0 | None, JS0 | None]:
+    """Return JS0 of all blocks and of weights_only, with intervals; None for fewer than two blocks."""
+    weights = weights_only(spectra)
+    has_blocks = len(comparable_blocks(spectra)) >= 2
+    return (
+        comparison.js0(spectra, confidence=CONFIDENCE) if has_blocks else None,
+        comparison.js0(spectra, blocks=weights, confidence=CONFIDENCE) if len(weights) >= 2 else None,
     )
 
 
@@ -125,9 +139,9 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
         lines.append(note)
     lines = [*map(printable, lines), "", table(spectra, names)]
 
-    weights = weights_only(spectra)
-    if len(comparable_blocks(spectra)) >= 2:
-        lines += ["", f"All blocks: {comparison.js0(spectra, confidence=CONFIDENCE)}"]
-    if 2 <= len(weights) < len(spectra.names):
-        lines.append(f"Weights only, no norms and biases: {comparison.js0(spectra, blocks=weights, confidence=CONFIDENCE)}")
+    all_blocks, weights = _js0(spectra)
+    if all_blocks is not None:
+        lines += ["", f"All blocks: {all_blocks}"]
+    if weights is not None and len(weights.blocks) < len(spectra.names):
+        lines.append(f"Weights only, no norms and biases: {weights}")
     return "\n".join(lines)

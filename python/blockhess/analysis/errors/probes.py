@@ -61,15 +61,18 @@ def trace_interval(q: Quadrature, block: int, confidence: float) -> tuple[float,
 def frobenius_interval(q: Quadrature, block: int, confidence: float) -> tuple[float, float]:
     """Return the confidence interval of |H|_F of a block; (0, inf) with one probe unless it is exact.
 
-    v^T H^2 v = alpha_0^2 + beta_0^2 is exact after one step, so the steps add no error.
+    The second moment of a probe's quadrature is exact after two steps, and |H v|^2 = alpha_0^2 + beta_0^2 after one, so the
+    steps add no error.
     """
     recurrence = Recurrence(q, block)
     if len(recurrence.nodes) < (1 if q.is_exact(block) else 2):
         return 0.0, math.inf
     # Relative to the largest node, as fourth powers could underflow.
     scale = float(recurrence.nodes.abs().max()) or 1.0
-    values = (recurrence.alpha[:, 0] / scale) ** 2 + (recurrence.beta[:, 0] / scale) ** 2
-    fourth = (recurrence.weights * (recurrence.nodes / scale) ** 4).sum(1).mean()
+    relative = recurrence.nodes / scale
+    residual = torch.where(recurrence.steps == 1, recurrence.beta[:, 0] / scale, 0.0)
+    values = (recurrence.weights * relative**2).sum(1) + residual**2
+    fourth = (recurrence.weights * relative**4).sum(1).mean()
     variance = variance_of_probes(q, block, values, fourth, confidence)
     ends = gamma_interval(values.mean()[None], variance[None], confidence)
     lower, upper = (scale * math.sqrt(q.dims[block] * float(end)) for end in ends)

@@ -176,7 +176,7 @@ class Recurrence:
         of christoffel at converged nodes. Masses are 0 for exact recurrences.
 
         Args:
-            longest: largest length of an interval on the axis; longer gaps are divided into at most _MOST_PARTS equal parts.
+            longest: largest length of an interval on the axis; longer gaps are divided into at most _MOST_PARTS.
             axis: axis on which lengths are measured.
         """
         t = torch.arange(-_LAST, _LAST + _STEP / 2, _STEP, dtype=torch.float64)
@@ -199,14 +199,16 @@ class Recurrence:
         """Return the nodes and the points that divide the gaps between them, (n_known, n_edges), padded with the last."""
         placed = axis.place(self.nodes)
         parts = (placed.diff(dim=1) / longest).ceil().clamp(1, _MOST_PARTS).long()
+        if not parts.numel() or int(parts.max()) == 1:
+            return self.nodes
         edges = []
         for nodes, y, count in zip(self.nodes, placed, parts):
             gap = torch.repeat_interleave(count)
             step = torch.arange(len(gap)) - (count.cumsum(0) - count)[gap]
             inner = axis.invert(y[gap] + (y[gap + 1] - y[gap]) * step / count[gap])
             edges.append(torch.cat([torch.where(step == 0, nodes[gap], inner), nodes[-1:]]))
-        last = max(map(len, edges))
-        return torch.stack([torch.cat([row, row[-1:].expand(last - len(row))]) for row in edges])
+        most = max(map(len, edges))
+        return torch.stack([torch.cat([row, row[-1:].expand(most - len(row))]) for row in edges])
 
 
 def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = LINEAR) -> Tensor:

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from blockhess._version import __version__
 from blockhess.analysis.axes import Axis
-from blockhess.analysis.comparison import compare
+from blockhess.analysis.comparison import compare, js0
 from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.html.highlights import highlights
-from blockhess.report.rows import block_records
+from blockhess.report.rows import CONFIDENCE, block_records, record_texts
 from blockhess.results.data import SpectraData
 from blockhess_ext import Quadrature
 
@@ -102,7 +102,7 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
     nodes, shares = [], []
     merged = (part.numpy() for part in spectra.merged)
     for (record, x, w), width, zero in zip(zip(records, *merged), widths, spectra.zero_tolerance.tolist()):
-        positive = w > 0
+        positive = (w > 0) & (record["block"] not in spectra.noise_blocks)
         probes = [count for count in positive.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
         x, w = x[positive], w[positive]
         if most is not None and len(x) > most:
@@ -115,6 +115,7 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
         blocks.append(
             record
             | {
+                "texts": record_texts(record, zero),
                 "radius": radius,
                 "rms": radius * math.sqrt(float((w * relative**2 * (np.abs(x) > zero)).sum())),
                 "zero_tolerance": zero,
@@ -131,7 +132,7 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
         "summary": repr(spectra),
         "curvature_spread": None if spread is None else spread.to_dict(),
         "unfinished": _unfinished(spectra),
-        "highlights": highlights(spectra, records, {c["title"]: c["value"] for c in comparisons}),
+        "highlights": highlights(spectra, records, comparisons),
         "provenance": _provenance(spectra),
         "blocks": blocks,
         "nodes": _packed(np.concatenate(nodes), "<f4"),
@@ -183,13 +184,14 @@ def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:
 
 
 def _comparison(spectra: SpectraData, title: str, options: dict[str, Any]) -> dict[str, Any]:
-    matrix, js0 = compare(spectra, **options)
+    matrix, mean = compare(spectra, **options)[0], js0(spectra, **options, confidence=CONFIDENCE)
     upper = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
     return {
         "title": title,
-        "text": str(js0),
-        "value": js0.value,
-        "blocks": spectra.rows(js0.blocks),
+        "text": str(mean),
+        "value": mean.value,
+        "interval": mean.interval,
+        "blocks": spectra.rows(mean.blocks),
         "order": _clustered(upper),
         "matrix": _packed(np.round(upper * 65535), "<u2"),
     }

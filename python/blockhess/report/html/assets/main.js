@@ -81,12 +81,12 @@ class Page {
     const spread = result.curvature_spread;
     const about = spread && `factor ${number(spread.ratio, 2)} between the largest |eigenvalues| of ${spread.weights ? "weight blocks" : "blocks"}`;
     const tiles = spread ? [["curvature spread", `${number(spread.value)} decades`, about]] : [];
-    tiles.push(...result.comparisons.slice(0, 1).map((c) => [`JS0, ${c.title}`, number(c.value), "mean Jensen-Shannon distance of all pairs"]));
+    tiles.push(...result.comparisons.slice(0, 1).map((c) => [`JS0, ${c.title}`, number(c.value), `mean Jensen-Shannon distance of all pairs, ${c.interval[0].toFixed(2)} ... ${c.interval[1].toFixed(2)}`]));
     const sharpest = known.reduce((a, b) => (b.lambda_max > a.lambda_max ? b : a), known[0]);
     const lowest = known.reduce((a, b) => (b.lambda_min < a.lambda_min ? b : a), known[0]);
     if (sharpest) {
-      tiles.push(["largest eigenvalue", number(sharpest.lambda_max), sharpest.block]);
-      tiles.push(["smallest eigenvalue", number(lowest.lambda_min), lowest.block]);
+      tiles.push(["largest eigenvalue", sharpest.texts.lambda_max, sharpest.block]);
+      tiles.push(["smallest eigenvalue", lowest.texts.lambda_min, lowest.block]);
     }
     const size = result.blocks.reduce((sum, b) => sum + b.dim, 0);
     tiles.push(["blocks", String(result.blocks.length), `${size.toLocaleString("en")} parameters`]);
