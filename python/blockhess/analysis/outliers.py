@@ -100,21 +100,21 @@ def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED
             clusters.append([])
         clusters[-1].append(i)
         end = max(end, high)
-    recurrence = Recurrence(quadrature, block)
+    if not clusters:
+        return []
+    best = [min(members, key=lambda i: float(bound[i])) for members in clusters]
+    ends = (value[best] + torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None] * bound[best]).flatten()
+    unseen = Recurrence(quadrature, block).mass_bound(ends.expand(known, -1)).view(known, 5, -1).amax(1).clamp(max=1.0)
     recurrence_of = ((quadrature.steps[:, block] > 0).cumsum(0) - 1)[probe]
-    merged = []
-    for members in clusters:
-        best = min(members, key=lambda i: float(bound[i]))
+    merged, dim = [], quadrature.dims[block]
+    for i, members, largest in zip(best, clusters, unseen.T):
         seen = torch.zeros(known, dtype=torch.float64).index_add(0, recurrence_of[members], weight[members])
-        multiplicity = interval = None
-        if 2 * int((seen > 0).sum()) >= known:
-            ends = value[best] + bound[best] * torch.linspace(-1, 1, 5, dtype=torch.float64)
-            largest = torch.where(seen > 0, seen, recurrence.mass_bound(ends.expand(known, -1)).amax(1).clamp(max=1.0))
-            dim = quadrature.dims[block]
-            low, high = (_mean_interval(quadrature, block, masses)[side] for side, masses in enumerate((seen, largest)))
-            multiplicity, interval = dim * float(seen.mean()), (dim * low, dim * high)
-        probes = int((seen > 0).sum())
-        merged.append(Eigenvalue(float(value[best]), float(bound[best]), probes, multiplicity, interval))
+        probes, multiplicity, interval = int((seen > 0).sum()), None, None
+        if 2 * probes >= known:
+            lower, _ = _mean_interval(quadrature, block, seen)
+            _, upper = _mean_interval(quadrature, block, torch.where(seen > 0, seen, largest))
+            multiplicity, interval = dim * float(seen.mean()), (dim * lower, dim * upper)
+        merged.append(Eigenvalue(float(value[i]), float(bound[i]), probes, multiplicity, interval))
     return sorted(merged, key=lambda e: -abs(e.value))
 
 

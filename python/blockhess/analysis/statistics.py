@@ -203,8 +203,8 @@ def negative_mass(spectra: SpectraData) -> Tensor:
 def zero_mass(spectra: SpectraData, tolerance: float | None = None) -> Tensor:
     """Return the share of the quadrature's mass at zero nodes of every block, (n_blocks,).
 
-    The share of zero eigenvalues, the rank deficiency divided by dim, is in zero_interval. The mass at zero is too small
-    unless the other eigenvalues are well separated from zero.
+    The share of zero eigenvalues, the rank deficiency divided by dim, is in zero_interval. The mass at zero is too
+    small unless the other eigenvalues are well separated from zero.
 
     Args:
         tolerance: largest |node| that counts as zero, not negative; None means the larger of the block's hvp_error and

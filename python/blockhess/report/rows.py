@@ -31,11 +31,11 @@ def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
     Values within zero_tolerance are 0. A block that is zero within the error of its Hessian-vector products has none.
 
     Returns:
-        records with block, shape, dim; lambda_min and lambda_max, and lambda_min_lower and lambda_max_upper, beyond which
-        eigenvalue_bounds excludes them; trace, frobenius and the ends of their intervals, such as trace_lower and
-        trace_upper; the ends of the intervals of the shares of negative and of zero eigenvalues, such as negative_lower;
-        w1_probes, an estimate, and w1_steps, a bound (wasserstein_error); steps (maximum over probes); note. All
-        intervals have confidence CONFIDENCE. Unknown values are NaN, unknown bounds of them infinite.
+        records with block, shape, dim; lambda_min and lambda_max, with lambda_min_lower and lambda_max_upper of
+        eigenvalue_bounds; trace and frobenius, with the ends of their intervals, as trace_lower and trace_upper; the
+        ends of the intervals of the shares of negative and of zero eigenvalues, as negative_lower; w1_probes, an
+        estimate, and w1_steps, a bound (wasserstein_error); steps (maximum over probes); note. All intervals have
+        confidence CONFIDENCE. Unknown values are NaN, unknown bounds of them infinite.
 
     Example:
         >>> [(r["block"], r["lambda_max"]) for r in block_records(spectra)]

@@ -55,14 +55,25 @@ def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
     Args:
         blocks: names, in order; None means all.
     """
-    header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,+-,negative,zero,W1 probes,W1 steps <=,steps,note"
+    header = (
+        "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,+-,negative,zero,W1 probes,W1 steps <=,steps,note"
+    )
     records, tolerances = block_records(spectra), spectra.zero_tolerance.tolist()
     lines = []
     for row in spectra.rows(blocks):
         record, texts = records[row], record_texts(records[row], tolerances[row])
         steps = spectra.quadrature.steps[:, row]
         least, most = int(steps[steps > 0].min()) if bool(spectra.known[row]) else 0, int(steps.max())
-        estimates = ("lambda_min", "lambda_max", "trace", "trace_error", "frobenius", "frobenius_error", "negative", "zero")
+        estimates = (
+            "lambda_min",
+            "lambda_max",
+            "trace",
+            "trace_error",
+            "frobenius",
+            "frobenius_error",
+            "negative",
+            "zero",
+        )
         lines.append(
             (
                 *(str(record[key]) for key in ("block", "shape", "dim")),

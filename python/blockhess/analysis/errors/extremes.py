@@ -13,11 +13,11 @@ Source: Szegő 1939, section 3.41; Fisher 1932, section 21.1 (the product of ind
 
 from __future__ import annotations
 
-import bisect
 import math
 
 import scipy  # submodules load on first use
 import torch
+from torch import Tensor
 
 from blockhess.analysis.errors.bands import share_bounds
 from blockhess.analysis.errors.steps import Recurrence
@@ -73,10 +73,18 @@ def kth_interval(q: Quadrature, block: int, k: int, confidence: float) -> tuple[
     """
     nodes = torch.unique(q.nodes[:, block][q.valid[:, block]])
     low, high = extreme_bounds(q, block, confidence)
+    dim, size = q.dims[block], len(nodes)
 
-    def count(i: int, side: int) -> float:  # of eigenvalues above node i, at least (side 1) and at most (side 0)
-        return q.dims[block] * (1 - float(share_bounds(q, block, nodes[i : i + 1], confidence)[side]))
+    def is_above(index: Tensor) -> Tensor:
+        """Return whether the k-th eigenvalue is above nodes, and whether it can be, (2, len(index)) bool."""
+        least, most = share_bounds(q, block, nodes[index], confidence)
+        above = dim * (1 - torch.stack([most, least]))  # least and largest number of eigenvalues above the nodes
+        return above > torch.tensor([[k - 1 + _COUNT_ROUNDING], [k - _COUNT_ROUNDING]])
 
-    above = bisect.bisect_left(range(len(nodes)), True, key=lambda i: count(i, 1) <= k - 1 + _COUNT_ROUNDING)
-    below = bisect.bisect_left(range(len(nodes)), True, key=lambda i: count(i, 0) < k - _COUNT_ROUNDING)
-    return float(nodes[above - 1]) if above else low, float(nodes[below]) if below < len(nodes) else high
+    # Both hold up to some node, which is searched among every sqrt(size)-th node, then between two of them.
+    coarse = torch.arange(0, size, math.isqrt(size))
+    starts = (is_above(coarse).sum(1) - 1).clamp(min=0) * math.isqrt(size)
+    ranges = [torch.arange(start, min(start + math.isqrt(size), size)) for start in starts.tolist()]
+    fine = torch.split(is_above(torch.cat(ranges)), list(map(len, ranges)), dim=1)
+    above, below = (start + int(fine[side][side].sum()) for side, start in enumerate(starts.tolist()))
+    return float(nodes[above - 1]) if above else low, float(nodes[below]) if below < size else high

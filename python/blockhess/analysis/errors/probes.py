@@ -61,8 +61,8 @@ def trace_interval(q: Quadrature, block: int, confidence: float) -> tuple[float,
 def frobenius_interval(q: Quadrature, block: int, confidence: float) -> tuple[float, float]:
     """Return the confidence interval of |H|_F of a block; (0, inf) with one probe unless it is exact.
 
-    The second moment of a probe's quadrature is exact after two steps, and |H v|^2 = alpha_0^2 + beta_0^2 after one, so the
-    steps add no error.
+    The second moment of a probe's quadrature is exact after two steps, and |H v|^2 = alpha_0^2 + beta_0^2 after one, so
+    the steps add no error.
     """
     recurrence = Recurrence(q, block)
     if len(recurrence.nodes) < (1 if q.is_exact(block) else 2):

@@ -121,7 +121,8 @@ class Recurrence:
         """
         christoffel, _, residual = self.polynomials(x)
         beta = self.beta.gather(1, self.steps[:, None] - 1).clamp(min=1e-300)
-        return christoffel / (1 + (residual / beta) ** 2)
+        mass: Tensor = christoffel / (1 + (residual / beta) ** 2)
+        return mass
 
     def cdf(self, x: Tensor) -> Tensor:
         """Return the weight of the nodes <= x of every recurrence, (n_known, n_points), exactly 1 beyond the last.
@@ -196,7 +197,7 @@ class Recurrence:
         return x, (self.polynomials(x)[0] * d_x).masked_fill(self.exact[:, None], 0.0)
 
     def _edges(self, longest: float, axis: BlockAxis) -> Tensor:
-        """Return the nodes and the points that divide the gaps between them, (n_known, n_edges), padded with the last."""
+        """Return the nodes and points that divide the gaps between them, (n_known, n_edges), padded with the last."""
         placed = axis.place(self.nodes)
         parts = (placed.diff(dim=1) / longest).ceil().clamp(1, _MOST_PARTS).long()
         if not parts.numel() or int(parts.max()) == 1:

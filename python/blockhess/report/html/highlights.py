@@ -67,7 +67,9 @@ def _precision(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> st
     if spectra.quadrature.num_probes == 1:
         return "With one random probe the statistical errors are unknown. Take two or more."
     known = [r for r in records if math.isfinite(r["w1_probes"])]
-    return "Every block was computed exactly." if known and not any(r["w1_probes"] or r["w1_steps"] for r in known) else ""
+    return (
+        "Every block was computed exactly." if known and not any(r["w1_probes"] or r["w1_steps"] for r in known) else ""
+    )
 
 
 def _negative(records: Sequence[Mapping[str, Any]]) -> str:
@@ -83,7 +85,9 @@ def _negative(records: Sequence[Mapping[str, Any]]) -> str:
             f"{most['block']}: at least {math.floor(100 * most['negative_lower'])} %."
         ]
     if unresolved:
-        texts.append(f"In {len(unresolved)} of {len(records)} blocks the steps and probes leave open if more than 1 % are negative.")
+        texts.append(
+            f"In {len(unresolved)} of {len(records)} blocks, steps and probes leave open if more than 1 % are negative."
+        )
     return " ".join(texts)
 
 
