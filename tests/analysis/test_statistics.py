@@ -198,7 +198,6 @@ def test_mass_at_zero_is_the_rank_deficiency() -> None:
     assert as_spectra(lanczos(SPECTRA["arcsine"]).quadrature).zero_mass().item() == 0
     hand = make_spectra([[[-0.1, 0.0, 2.0]]], [[[0.25, 0.5, 0.25]]])
     assert hand.zero_mass().item() == 0.5 and hand.zero_mass(0.1).item() == 0.75
-    assert "0.5000" in hand.table().splitlines()[2].split()
     with pytest.raises(ValueError, match="zero_mass: tolerance must not be negative, got -1"):
         hand.zero_mass(-1)
 

@@ -24,6 +24,7 @@ from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
 from blockhess.analysis.selection import comparable_blocks, distributions, normalizable, quadrature_for, resolved_axis
+from blockhess.problem.blocks import ZERO_NOTE
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
 
@@ -121,7 +122,7 @@ def plot_density(
     blocks = normalizable(spectra, axis) if blocks is None else blocks
     axis = resolved_axis("plot_density", spectra, blocks, axis)
     rows = spectra.rows(blocks)
-    nodes, weights = distributions(spectra, blocks, axis)
+    nodes, weights = _drawn(spectra, blocks, axis)
     # A tenth of the share of one eigenvalue.
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
 
@@ -146,8 +147,8 @@ def plot_density(
     else:
         sigmas = resolved_sigma(spectra, blocks, axis).tolist()
     for panel, row, x, w, block_sigma in zip(panels.flatten(), rows, nodes, weights, sigmas):
-        _draw_density(panel, spectra.names[row], x, w, block_sigma)
-        if confidence is not None:
+        _draw_density(panel, spectra, row, x, w, block_sigma)
+        if confidence is not None and bool(w.any()):
             _draw_bands(panel, spectra, row, node_grid(x, block_sigma), block_sigma, confidence, axis)
     for panel in panels.flatten()[len(rows) :]:
         panel.remove()
@@ -177,13 +178,20 @@ def plot_density(
     return figure
 
 
+def _drawn(spectra: SpectraData, blocks: Sequence[str], axis: Axis) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights of the blocks on an axis; weights are 0 for blocks whose nodes are noise."""
+    nodes, weights = distributions(spectra, blocks, axis)
+    noise = torch.tensor([name in spectra.noise_blocks for name in blocks])
+    return nodes, weights.masked_fill(noise[:, None], 0.0)
+
+
 def _draw_shared(figure: SubFigure, spectra: SpectraData, blocks: Sequence[str], floor: float, width: float) -> None:
     """Draw the densities of all blocks as rows of an image, on the signed-log axis and with the sigma of js_matrix."""
     from matplotlib.colors import LogNorm
 
     comparable = [name for name in blocks if name in comparable_blocks(spectra)]
     axis = resolved_axis("plot_density", spectra, comparable or blocks, "asinh")
-    nodes, weights = distributions(spectra, blocks, axis)
+    nodes, weights = _drawn(spectra, blocks, axis)
     sigma = default_sigma(distributions(spectra, comparable or blocks, axis)[0])
     low, high = float(nodes.min()) - 4 * sigma, float(nodes.max()) + 4 * sigma
     # At least the resolution of a Gaussian, so that a lone eigenvalue is seen.
@@ -230,18 +238,19 @@ def _power_ticks(low: float, high: float, axis: Axis) -> tuple[list[float], list
     return places, labels
 
 
-def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma: float) -> None:
+def _draw_density(panel: Axes, spectra: SpectraData, row: int, nodes: Tensor, weights: Tensor, sigma: float) -> None:
     grid = node_grid(nodes, sigma)
     height = smooth(nodes[None], weights[None], grid, sigma)[0] * (sigma * math.sqrt(2 * math.pi))
     panel.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     panel.fill_between(grid.numpy(), height.numpy(), 1e-300, color=AREA, linewidth=0)
     panel.plot(grid.numpy(), height.numpy(), color=LINE, linewidth=0.9)
     if not bool((weights > 0).any()):
-        panel.text(0.5, 0.5, "not finite", transform=panel.transAxes, ha="center", color=QUIET)
+        text = ZERO_NOTE if bool(spectra.known[row]) else "not finite"
+        panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color=QUIET)
 
     _set_range(panel, float(nodes.min()), float(nodes.max()), sigma)
     panel.tick_params(labelsize="x-small", colors=QUIET)
-    panel.set_title(_shorten(name, 40), fontsize="small", loc="left", pad=3)
+    panel.set_title(_shorten(spectra.names[row], 40), fontsize="small", loc="left", pad=3)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
 

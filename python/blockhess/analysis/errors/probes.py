@@ -1,7 +1,8 @@
 """Variance of v^T f(H) v over random probes v, and the confidence intervals of the trace and of the Frobenius norm.
 
-For Gaussian probes the variance is at least the theoretical one (intervals.py); any excess of the sample variance is
-added, scaled by Student's factor. For other probes it is the sample variance alone.
+For Gaussian probes the variance is at least the theoretical one (intervals.py), times 1 + 1 / n_probes, as it is computed
+from means over the same probes. Any excess of the sample variance is added, scaled by Student's factor. For other probes
+it is the sample variance alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def variance_of_probes(q: Quadrature, block: int, values: Tensor, mean_square: T
         return torch.zeros_like(mean_square)
     known = torch.zeros_like(mean_square)
     if q.distribution == "gaussian":
-        known = (2 / (q.dims[block] + 2) * (mean_square - values.mean(0) ** 2)).clamp(min=0.0)
+        known = (2 / (q.dims[block] + 2) * (mean_square - values.mean(0) ** 2)).clamp(min=0.0) * (1 + 1 / len(values))
     return variance_of_mean(values, known, confidence)
 
 
