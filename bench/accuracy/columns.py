@@ -141,7 +141,7 @@ def text(result: dict[str, Any]) -> str:
     keys = list(dict.fromkeys(key for row in result["rows"] for key in row["numbers"]))
     lines = [
         f"Coverage of the exact value by the 95 % intervals, in percent of {result['runs']} seeds: of the block with",
-        "the lowest, and of the model. Below: median widths, relative to the largest |eigenvalue| (lambda_min, lambda_max,",
+        "the lowest, and of the model. Below: median widths, relative to the largest |eigenvalue| (lambda_min and max,",
         f"{KTH}th largest), to the sum of |eigenvalues| (trace), to the norm (frobenius).",
     ]
     for what, factor in (("coverage", 100), ("width", 1)):

@@ -82,7 +82,7 @@ def changes(spectra: Spectra, share: float) -> dict[str, Any]:
     """Return JS0 with a 95 % interval, and by what it changes."""
     axis = axis_of(spectra, share)
     found = spectra.js0(axis=axis, confidence=0.95)
-    assert found.interval is not None and found.stderr is not None
+    assert found.probes_interval is not None and found.stderr is not None
 
     def change(value: float) -> float:
         return value / found.value - 1
@@ -90,7 +90,7 @@ def changes(spectra: Spectra, share: float) -> dict[str, Any]:
     flatter = [with_flat_block(spectra, factor) for factor in FLATTER]
     return {
         "value": found.value,
-        "interval": list(found.interval[:2]),
+        "interval": list(found.probes_interval[:2]),
         "stderr": found.stderr / found.value,
         "half sigma": change(spectra.js0(axis=axis, sigma=0.5 * found.sigma).value),
         "double sigma": change(spectra.js0(axis=axis, sigma=2.0 * found.sigma).value),
@@ -125,9 +125,9 @@ def small_networks(quick: bool) -> list[dict[str, Any]]:
             for probes in (seed, seed + 100):
                 found = blockhess.spectrum(model, data, loss_fn, num_probes=3, seed=probes, progress=False, **options)
                 js0, spread = found.js0(confidence=0.95), found.curvature_spread()
-                assert js0.interval is not None and spread is not None
+                assert js0.probes_interval is not None and spread is not None
                 row = {"network": name, "seed": seed, "probes": probes, "js0": js0.value}
-                rows.append(row | {"interval": list(js0.interval[:2]), "spread": spread.value})
+                rows.append(row | {"interval": list(js0.probes_interval[:2]), "spread": spread.value})
             print(f"  {name}, seed {seed}", file=sys.stderr, flush=True)
     return rows
 

@@ -27,13 +27,14 @@ def spectra(name: str) -> Spectra:
 @cache
 def interval(name: str, axis: str = "asinh") -> tuple[float, float, float]:
     found: JS0 = spectra(name).js0(axis=axis, confidence=0.95)
-    assert found.interval is not None
-    return found.interval
+    assert found.probes_interval is not None
+    return found.probes_interval
 
 
 @pytest.mark.parametrize("seed", ["", "_seed1"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_gpt_is_above_the_resnet_with_intervals_apart(policy: str, seed: str) -> None:
+    """At the same number of steps: bounds for 20 steps leave the exact values open."""
     assert interval(f"gpt2_nano{seed}")[0] > interval(f"resnet18_{policy}{seed}")[1]
 
 

@@ -38,7 +38,7 @@ def normal_quantile(confidence: float) -> float:
     return float(scipy.special.ndtri((1 + confidence) / 2))
 
 
-def student_quantile(confidence: float, degrees: float) -> float:
+def student_quantile(confidence: float, degrees: int) -> float:
     """Return t such that Student's variable is in [-t, t] with this probability."""
     return float(scipy.special.stdtrit(degrees, (1 + confidence) / 2))
 
