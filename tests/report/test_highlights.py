@@ -20,11 +20,11 @@ def test_highlights_follow_from_the_numbers() -> None:
     )
     comparisons = [
         {"title": "linear axis", "value": 0.5, "interval": (0.25, 0.75, 0.95)},
-        {"title": "signed-log axis", "value": 0.25, "interval": (0.0, 1.0, 0.95)},
+        {"title": "signed-log axis", "value": 0.25, "interval": None},
     ]
     records = block_records(spectra)
     text = "\n".join(highlights(spectra, records, comparisons))
-    assert "JS0 is 0.50 (linear axis; 0.25 ... 0.75 with 95 %), 0.25 (signed-log axis; 0.00 ... 1.00" in text
+    assert "JS0 is 0.50 (linear axis; 0.25 ... 0.75 with 95 %), ~0.2 (signed-log axis): quote it" in text
     assert "help most" not in text
     assert records[0]["negative_lower"] > 0.01 and records[2]["negative_upper"] == 0
     share = math.floor(100 * records[0]["negative_lower"])

@@ -49,8 +49,7 @@ def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
     intervals = {
         "trace": error_bars.trace_interval(spectra, CONFIDENCE),
         "frobenius": error_bars.frobenius_interval(spectra, CONFIDENCE),
-        "negative": error_bars.negative_interval(spectra, CONFIDENCE),
-        "zero": error_bars.zero_interval(spectra, confidence=CONFIDENCE),
+        **dict(zip(("negative", "zero"), error_bars.negative_and_zero_intervals(spectra, CONFIDENCE))),
     }
     for name, (lower, upper) in intervals.items():
         columns[f"{name}_lower"], columns[f"{name}_upper"] = lower, upper
@@ -85,7 +84,7 @@ def record_texts(record: Mapping[str, Any], tolerance: float) -> dict[str, str]:
 
     Returns:
         lambda_min, lambda_max: see bounded; negative, zero: see share; trace, frobenius, and their errors trace_error
-        and frobenius_error, the larger distances to the ends of their intervals.
+        and frobenius_error, the larger distances to the ends of their intervals, 0 within the tolerance.
     """
     texts = {
         "lambda_min": bounded(record["lambda_min"], record["lambda_min_lower"], tolerance),
@@ -93,7 +92,8 @@ def record_texts(record: Mapping[str, Any], tolerance: float) -> dict[str, str]:
     }
     for name in ("trace", "frobenius"):
         value, lower, upper = (record[f"{name}{end}"] for end in ("", "_lower", "_upper"))
-        texts[name], texts[f"{name}_error"] = number(value), number(max(value - lower, upper - value), 2)
+        error = max(value - lower, upper - value)
+        texts[name], texts[f"{name}_error"] = number(value), number(0.0 if error <= tolerance else error, 2)
     for name in ("negative", "zero"):
         texts[name] = share(record[f"{name}_lower"], record[f"{name}_upper"])
     return texts

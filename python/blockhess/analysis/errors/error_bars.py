@@ -191,8 +191,7 @@ def negative_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[T
         >>> lower, upper = spectra.negative_interval()
     """
     confidence = check_confidence("negative_interval", confidence)
-    (lower, _), (upper, _) = _shares_at_zero(spectra, spectra.zero_tolerance, confidence)
-    return lower, upper
+    return negative_and_zero_intervals(spectra, confidence)[0]
 
 
 def zero_interval(
@@ -211,24 +210,24 @@ def zero_interval(
         >>> lower, upper = spectra.zero_interval()
     """
     confidence = check_confidence("zero_interval", confidence)
-    bound = zero_bound("zero_interval", spectra, tolerance)
-    (below_low, upto_low), (below_high, upto_high) = _shares_at_zero(spectra, bound, confidence)
-    return (upto_low - below_high).clamp(min=0.0), upto_high - below_low
+    return negative_and_zero_intervals(spectra, confidence, zero_bound("zero_interval", spectra, tolerance))[1]
 
 
-def _shares_at_zero(
-    spectra: SpectraData, tolerance: Tensor, confidence: float
+def negative_and_zero_intervals(
+    spectra: SpectraData, confidence: float, tolerance: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return bounds of the shares of eigenvalues < -tolerance and <= tolerance: (lower, lower), (upper, upper)."""
-    below = torch.nextafter(-tolerance, torch.full_like(tolerance, -torch.inf))
-    points = torch.stack([below, tolerance], 1)
+    """Return negative_interval and zero_interval at the cost of one of them; tolerance (n_blocks,)."""
+    bound = spectra.zero_tolerance if tolerance is None else tolerance
+    below = torch.nextafter(-bound, torch.full_like(bound, -torch.inf))
+    points = torch.stack([below, bound], 1)
 
     def shares(row: int) -> tuple[Tensor, Tensor]:
         return bands.share_bounds(spectra.quadrature, row, points[row], confidence)
 
     bounds = torch.stack([torch.stack(shares(row)) for row in range(len(spectra))])
     bounds[~spectra.known] = torch.nan
-    return (bounds[:, 0, 0], bounds[:, 0, 1]), (bounds[:, 1, 0], bounds[:, 1, 1])
+    (below_low, upto_low), (below_high, upto_high) = bounds[:, 0].T, bounds[:, 1].T
+    return (below_low, below_high), ((upto_low - below_high).clamp(min=0.0), upto_high - below_low)
 
 
 def _of_blocks(spectra: SpectraData, interval: Callable[[int], tuple[float, float]]) -> tuple[Tensor, Tensor]:

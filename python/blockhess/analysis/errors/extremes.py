@@ -23,8 +23,8 @@ from blockhess.analysis.errors.bands import share_bounds
 from blockhess.analysis.errors.steps import Recurrence
 from blockhess_ext import Quadrature
 
-# Distances from the extreme node at which an eigenvalue is tested, relative to the bound of |T|; 15 % apart.
-_LEAST, _LARGEST, _POINTS = -12, 4, 264
+# Distances from the extreme node at which an eigenvalue is tested, relative to the bound of |T|; 33 % apart.
+_LEAST, _LARGEST, _POINTS = -12, 4, 129
 
 # Rounding of dim times a share.
 _COUNT_ROUNDING = 1e-6

@@ -1,8 +1,8 @@
 """Variance of v^T f(H) v over random probes v, and the confidence intervals of the trace and of the Frobenius norm.
 
-For Gaussian probes the variance is at least the theoretical one (intervals.py), times 1 + 1 / n_probes, as it is computed
-from means over the same probes. Any excess of the sample variance is added, scaled by Student's factor. For other probes
-it is the sample variance alone.
+For Gaussian probes the variance is at least the theoretical one (intervals.py), times 1 + 1 / n_probes, as it is
+computed from means over the same probes. Any excess of the sample variance is added, scaled by Student's factor. For
+other probes it is the sample variance alone.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ from blockhess_ext.recurrences import EXHAUSTED_EPS
 # Largest |node| of a Gauss-Radau rule, relative to |T|; the weight of a node this large is below 1e-30.
 _LARGEST_NODE = 1e15
 
-# Smallest beta in the polynomials, relative to |T|.
-_LEAST_BETA = 1e-16
+# Smallest beta in the polynomials, relative to |T|, and number of steps after which they are rescaled: at |x| = 1e6 |T|
+# the squares are then below 1e200.
+_LEAST_BETA, _RESCALED = 1e-16, 4
 
 # Spacing and last abscissa of double-exponential quadrature; its relative error is 1e-3, with ghosts 5 %.
 _STEP, _LAST = 0.4, 2.8
@@ -96,22 +97,29 @@ class Recurrence:
         """
         # Avoids 0 / 0 for exhausted and zero recurrences; every other beta is larger.
         beta = torch.maximum(self.beta, _LEAST_BETA * self.norm[:, None]).clamp(min=1e-300)
-        christoffel, before, now = torch.ones_like(x), torch.zeros_like(x), torch.ones_like(x)
-        residual = torch.zeros_like(x)
+        # p_j and the sum of squares are relative to a scale, of which christoffel holds the square.
+        christoffel, squares = torch.ones_like(x), torch.ones_like(x)
+        before, now, residual = torch.zeros_like(x), torch.ones_like(x), torch.zeros_like(x)
         steps = self.steps.tolist()
         for j in range(max(steps, default=0)):
-            r = (x - self.alpha[:, j, None]) * now - (beta[:, j - 1, None] * before if j else 0.0)
-            # p_j and the sum of squares can overflow: p_j is divided by the square root of the sum.
-            after = r / beta[:, j, None]
-            shrink = torch.hypot(after, torch.ones_like(x)).reciprocal()
+            r = (x - self.alpha[:, j, None]).mul_(now)
+            if j:
+                r.addcmul_(beta[:, j - 1, None], before, value=-1.0)
             if j + 1 < min(steps):
-                before, now, christoffel = now * shrink, after * shrink, christoffel * shrink**2
-                continue
-            residual = torch.where((j < self.steps)[:, None], r, residual)
-            more = (j + 1 < self.steps)[:, None]
-            before, now = torch.where(more, now * shrink, before), torch.where(more, after * shrink, now)
-            christoffel = torch.where(more, christoffel * shrink**2, christoffel)
-        return christoffel, now, residual
+                before, now = now, r.div_(beta[:, j, None])
+                squares.addcmul_(now, now)
+            else:
+                residual = torch.where((j < self.steps)[:, None], r, residual)
+                more, after = (j + 1 < self.steps)[:, None], r / beta[:, j, None]
+                before, now = torch.where(more, now, before), torch.where(more, after, now)
+                squares = torch.where(more, squares + after**2, squares)
+            if j % _RESCALED == 0:
+                shrink = squares.rsqrt()
+                before, now, residual = before * shrink, now * shrink, residual * shrink
+                christoffel *= shrink**2
+                squares = torch.ones_like(x)
+        shrink = squares.rsqrt()
+        return christoffel * shrink**2, now * shrink, residual * shrink
 
     def mass_bound(self, x: Tensor) -> Tensor:
         """Return 1 / (p_0(x)^2 + ... + p_m(x)^2), a bound of the mass of mu at x, (n_known, n_points).

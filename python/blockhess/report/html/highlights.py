@@ -24,7 +24,7 @@ def highlights(
 
     Args:
         records: rows.block_records of the result.
-        comparisons: records with title, value and interval of JS0, the default comparison first.
+        comparisons: records with title, value and interval of JS0; without an interval one digit is shown.
     """
     texts = [
         _curvature(spectra),
@@ -50,12 +50,15 @@ def _most_different(spectra: SpectraData) -> str:
 def _heterogeneity(comparisons: Sequence[Mapping[str, Any]]) -> str:
     if len(comparisons) < 2:
         return ""
-    values = ", ".join(
-        f"{c['value']:.2f} ({c['title']}; {c['interval'][0]:.2f} ... {c['interval'][1]:.2f} with "
-        f"{100 * c['interval'][2]:g} %)"
-        for c in comparisons
-    )
+    values = ", ".join(_with_interval(c) for c in comparisons)
     return f"The heterogeneity of the blocks depends on the comparison. JS0 is {values}: quote it with its axis."
+
+
+def _with_interval(comparison: Mapping[str, Any]) -> str:
+    value, interval, title = (comparison[key] for key in ("value", "interval", "title"))
+    if interval is None:
+        return f"~{value:.1g} ({title})"
+    return f"{value:.2f} ({title}; {interval[0]:.2f} ... {interval[1]:.2f} with {100 * interval[2]:g} %)"
 
 
 def _curvature(spectra: SpectraData) -> str:

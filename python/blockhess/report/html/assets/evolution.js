@@ -42,7 +42,9 @@ class Evolution {
         dash: [],
         points: results.map((r) => {
           const comparison = r.comparisons.find((c) => c.title === title);
-          return comparison ? [comparison.value, ...comparison.interval.slice(0, 2)] : null;
+          if (!comparison) return null;
+          const [lower, upper] = comparison.interval || [comparison.value, comparison.value];
+          return [comparison.value, lower, upper];
         }),
       }));
     }

@@ -81,7 +81,10 @@ class Page {
     const spread = result.curvature_spread;
     const about = spread && `factor ${number(spread.ratio, 2)} between the largest |eigenvalues| of ${spread.weights ? "weight blocks" : "blocks"}`;
     const tiles = spread ? [["curvature spread", `${number(spread.value)} decades`, about]] : [];
-    tiles.push(...result.comparisons.slice(0, 1).map((c) => [`JS0, ${c.title}`, number(c.value), `mean Jensen-Shannon distance of all pairs, ${c.interval[0].toFixed(2)} ... ${c.interval[1].toFixed(2)}`]));
+    for (const { title, value, interval } of result.comparisons.slice(0, 1)) {
+      const ends = interval ? `, ${interval[0].toFixed(2)} ... ${interval[1].toFixed(2)}` : "";
+      tiles.push([`JS0, ${title}`, number(value), `mean Jensen-Shannon distance of all pairs${ends}`]);
+    }
     const sharpest = known.reduce((a, b) => (b.lambda_max > a.lambda_max ? b : a), known[0]);
     const lowest = known.reduce((a, b) => (b.lambda_min < a.lambda_min ? b : a), known[0]);
     if (sharpest) {
