@@ -173,7 +173,7 @@ def bias_lines(js0: list[dict[str, Any]]) -> list[str]:
         "JS0 of the six synthetic spectra with all probes, and its bias with fewer:",
         *(
             f"  {r['dim']} elements, {r['steps']} steps, {r['probes']} probes: {r['of all probes']:.4f} "
-            f"{r['bias']:+.4f}, estimated {r['bias, estimated']:+.4f}; coverage of the interval at this number of steps "
+            f"{r['bias']:+.4f}, estimated {r['bias, estimated']:+.4f}; coverage at this number of steps "
             f"{100 * r['coverage']:.1f} % in {r['runs']} runs, width {r['width']:.4f}"
             for r in js0
         ),
