@@ -149,6 +149,18 @@ def test_any_number_of_panels(n_blocks: int) -> None:
         assert_inside(figure)
 
 
+def test_blocks_that_are_noise_have_no_curve() -> None:
+    spectra = make_spectra(
+        [[[-1e-4, 5e-4], [1.0, 2.0], [1.0, 3.0]]] * 2, [[[0.5, 0.5]] * 3] * 2, hvp_error={"block0": 1e-3}
+    )
+    figure = plot_density(spectra, axis="linear", confidence=None)
+    heights = [max(line.get_ydata().max() for line in panel.lines[-1:]) for panel in figure.axes]
+    assert heights[0] == 0 and min(heights[1:]) > 0.1
+    assert "zero within HVP error" in texts(figure) and "not finite" not in texts(figure)
+    (image,) = (image for panel in plot_density(spectra).axes for image in panel.images)
+    assert image.get_array().mask[0].all() and not image.get_array().mask[1].all()
+
+
 def test_chosen_blocks_in_the_given_order() -> None:
     figure = plot_density(random_spectra(), blocks=["block2", "block0"])
     assert [panel.get_title(loc="left") for panel in figure.axes[:2]] == ["block2", "block0"]
