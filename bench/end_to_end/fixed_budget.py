@@ -57,7 +57,7 @@ class Job:
 def compared(case: Case, engine: str) -> dict[str, tuple[float, str]]:
     """Return rival -> error of its Jensen-Shannon matrix in a short run with our probes, and why it is not timed."""
     spectra = ours(case, num_probes=CHECKED_PROBES, num_steps=CHECKED_STEPS, engine=engine)
-    probes, expected = probes_of(spectra), spectra.js_matrix(sigma=spectra.default_sigma())
+    probes, expected = probes_of(spectra), spectra.js_matrix(axis="linear")
     found: dict[str, tuple[float, str]] = {}
     counts = dict.fromkeys(case.blocks, 1)
     for name in PEERS:

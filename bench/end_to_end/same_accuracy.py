@@ -70,11 +70,11 @@ def row(machine: Machine) -> Row:
     probes, steps = machine.pick(PROBES, 2, 2), machine.pick(STEPS, 24, 24)
     with fixed_state(case.model):
         truth = ours(case, num_probes=2 * probes // 3, num_steps=3 * steps, seed=SEED + 1)
-        sigma = truth.default_sigma()
-        expected: Tensor = truth.js_matrix(sigma=sigma)
+        sigma = truth.default_sigma(axis="linear")
+        expected: Tensor = truth.js_matrix(axis="linear", sigma=sigma)
 
         def error(spectra: blockhess.Spectra, blocks: Any = slice(None)) -> float:
-            return float((spectra.js_matrix(sigma=sigma) - expected)[blocks][:, blocks].abs().max())
+            return float((spectra.js_matrix(axis="linear", sigma=sigma) - expected)[blocks][:, blocks].abs().max())
 
         fixed = ours(case, num_probes=probes, num_steps=steps, engine="traced")  # as rivals, no block computed exactly
         allowed = error(fixed)

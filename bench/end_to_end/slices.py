@@ -160,4 +160,6 @@ def js_matrix(spectra: blockhess.Spectra, quadratures: Quadratures) -> Tensor:
             nodes[p, l], nodes[p, l, : len(x)] = float(x[-1]), torch.from_numpy(x)
             weights[p, l, : len(w)] = torch.from_numpy(w)
     theirs = blockhess.Spectra(spectra.blocks, dataclasses.replace(q, nodes=nodes, weights=weights), spectra.provenance)
-    return theirs.js_matrix(sigma=spectra.default_sigma())
+    return theirs.js_matrix(
+        axis="linear", sigma=spectra.default_sigma(axis="linear"), blocks=spectra.comparable_blocks()
+    )

@@ -103,3 +103,54 @@ def hessians(quick: bool) -> dict[str, Tensor]:
                 )
                 found[f"{model_name} {short}"] = dense_hessian(loss(), parameters[name])
     return found
+
+
+def model_spectra() -> dict[str, dict[str, Tensor]]:
+    """Return model -> block -> all eigenvalues, ascending, of the parameter blocks of eight small models.
+
+    They are untrained, in float64; the blocks have up to 640 elements.
+    """
+    text = shakespeare()
+    tokens = text.batches(batch_size=4, context=16, seed=0)[0]
+    images, labels = fashion_mnist(64)
+    images = F.avg_pool2d(images.double(), 4)
+    letters = F.one_hot(tokens[0], len(text.vocabulary)).double()
+    torch.manual_seed(0)
+
+    def mlp(*layers: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    def classify(model: nn.Module) -> Callable[[], Tensor]:
+        return lambda: F.cross_entropy(model(images), labels)
+
+    def gpt(layer_norm: bool) -> nn.Module:
+        config = GPTConfig(len(text.vocabulary), 16, num_layers=1, num_heads=2, width=8, layer_norm=layer_norm)
+        return GPT(config).double()
+
+    def pooled() -> list[nn.Module]:
+        return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+
+    batch_norm = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *pooled()
+    )
+    models: dict[str, nn.Module] = {
+        "logistic regression": mlp(nn.Linear(49, 10)),
+        "MLP, ReLU": mlp(nn.Linear(49, 12), nn.ReLU(), nn.Linear(12, 10)),
+        "MLP, tanh": mlp(nn.Linear(49, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 10)),
+        "CNN": nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), *pooled()),
+        "CNN, BatchNorm": batch_norm,
+        "autoencoder": mlp(nn.Linear(49, 8), nn.GELU(), nn.Linear(8, 49)),
+    }
+    losses = {name: classify(model.double()) for name, model in models.items()}
+    losses["autoencoder"] = lambda: F.mse_loss(models["autoencoder"](images), images.flatten(1))
+    models["GPT"], models["LSTM"] = gpt(layer_norm=True), nn.LSTM(len(text.vocabulary), 2, proj_size=0).double()
+    losses["GPT"] = lambda: next_token_loss(models["GPT"], tokens)[0]
+    losses["LSTM"] = lambda: F.mse_loss(models["LSTM"](letters)[0], letters[..., :2])
+    with sdpa_kernel(SDPBackend.MATH):
+        return {
+            model: {
+                name: torch.linalg.eigvalsh(dense_hessian(losses[model](), parameter))
+                for name, parameter in models[model].named_parameters()
+            }
+            for model in models
+        }

@@ -37,8 +37,8 @@ PAGE = ROOT / "docs" / "findings.md"
 
 # Description of a measure -> arguments of Spectra.js0.
 MEASURES: Mapping[str, Mapping[str, Any]] = {
-    "sigma 1% of the range of all blocks": {},
-    f"sigma {PAPER_SIGMA:.3g}, as in the paper's code": {"sigma": PAPER_SIGMA},
+    "sigma 1% of the range of all blocks": {"axis": "linear"},
+    f"sigma {PAPER_SIGMA:.3g}, as in the paper's code": {"axis": "linear", "sigma": PAPER_SIGMA},
     "each block over its spectral radius, 1%": {"axis": Axis(normalize="radius")},
     "each block over its 10th largest, 1%": {"axis": Axis(normalize=10)},
     "asinh axis, 1%": {"axis": "asinh"},
@@ -69,16 +69,16 @@ def js0(stem: str, measure: str) -> JS0:
 
 def format_js0(found: JS0) -> str:
     """Return value and interval as text."""
-    assert found.interval is not None
-    return f"{found.value:.3g} ({found.interval[0]:.2g} ... {found.interval[1]:.2g})"
+    assert found.probes_interval is not None
+    return f"{found.value:.3g} ({found.probes_interval[0]:.2g} ... {found.probes_interval[1]:.2g})"
 
 
 def compare(first: JS0, second: JS0) -> str:
     """Return "more", "less" or, where the intervals overlap, "undecided"."""
-    assert first.interval is not None and second.interval is not None
-    if first.interval[0] > second.interval[1]:
+    assert first.probes_interval is not None and second.probes_interval is not None
+    if first.probes_interval[0] > second.probes_interval[1]:
         return "more"
-    return "less" if first.interval[1] < second.interval[0] else "undecided"
+    return "less" if first.probes_interval[1] < second.probes_interval[0] else "undecided"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -171,7 +171,9 @@ def limits_part() -> str:
     """Return the limits of the tables at full width and the meaning of their intervals."""
     probes = sorted({_probes(name, seed) for name in NETWORKS for seed in SEEDS})
     found = [js0(stem(name, seed), m) for name in NETWORKS for seed in SEEDS for m in MEASURES]
-    outside = sum(not each.interval[0] <= each.value <= each.interval[1] for each in found if each.interval)
+    outside = sum(
+        not each.probes_interval[0] <= each.value <= each.probes_interval[1] for each in found if each.probes_interval
+    )
     named = len(probes) > 1
     factors = " and ".join(f"{student_quantile(0.95, n - 1):.1f}{f' ({n})' if named else ''}" for n in probes)
     return (

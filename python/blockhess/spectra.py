@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockhess.analysis import comparison, learning_rates, selection, sensitivity, statistics
+from blockhess.analysis import comparison, curvature_spread, learning_rates, selection, sensitivity, statistics
 from blockhess.analysis.errors import error_bars
 from blockhess.analysis.statistics import BlockSpectrum
 from blockhess.report import html, plots, text
@@ -35,7 +35,7 @@ class Spectra(SpectraData):
 
     Example:
         >>> spectra = blockhess.load("gpt.npz")
-        >>> print(spectra.table())
+        >>> print(spectra.curvature_spread())
         >>> print(spectra.js0())
     """
 
@@ -61,10 +61,14 @@ class Spectra(SpectraData):
     cdf_band = error_bars.cdf_band
     resolved_sigma = error_bars.resolved_sigma
     trace_interval = error_bars.trace_interval
-    range_error = error_bars.range_error
+    frobenius_interval = error_bars.frobenius_interval
+    eigenvalue_bounds = error_bars.eigenvalue_bounds
+    negative_interval = error_bars.negative_interval
+    zero_interval = error_bars.zero_interval
     wasserstein_error = error_bars.wasserstein_error
     error_table = error_bars.error_table
 
+    curvature_spread = curvature_spread.curvature_spread
     js_matrix = comparison.js_matrix
     js0 = comparison.js0
     js_matrix_error = comparison.js_matrix_error

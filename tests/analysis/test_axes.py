@@ -33,9 +33,11 @@ def test_divisors() -> None:
     assert divisors(nodes, weights, [8, 5], 2).tolist() == [1, 2]
 
 
-def test_default_scale_is_the_median_root_mean_square() -> None:
+def test_default_scale_follows_the_lower_quartile_of_the_root_mean_squares() -> None:
     nodes, weights = float64([[3.0, -3.0], [0.0, 2.0], [0.0, 0.0], [1e200, 1e200]]), float64([[0.5, 0.5]] * 4)
-    assert default_scale(nodes, weights) == pytest.approx(3.0)
+    assert default_scale(nodes, weights) == pytest.approx(0.03 * 2**0.5)
+    sizes = float64([[float(size)] for size in (9, 2, 8, 3, 7, 4, 6, 5)])
+    assert default_scale(sizes, torch.ones_like(sizes)) == pytest.approx(0.03 * 3)  # rank 2 of 8
     assert default_scale(nodes[2:3], weights[2:3]) == 1.0
 
 

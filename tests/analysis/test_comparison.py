@@ -19,9 +19,9 @@ def test_js_matrix_is_that_of_the_merged_measures() -> None:
     spectra = random_spectra()
     nodes, weights = spectra.merged
     for kind in ("distance", "divergence"):
-        expected = js_matrix(nodes, weights, sigma=spectra.default_sigma(), kind=kind)
-        assert torch.equal(spectra.js_matrix(kind), expected)
-    pair = spectra.js_matrix(sigma=0.1, blocks=["block3", "block0"])
+        expected = js_matrix(nodes, weights, sigma=spectra.default_sigma(axis="linear"), kind=kind)
+        assert torch.equal(spectra.js_matrix(kind, axis="linear"), expected)
+    pair = spectra.js_matrix(axis="linear", sigma=0.1, blocks=["block3", "block0"])
     assert torch.equal(pair, js_matrix(nodes[[3, 0]], weights[[3, 0]], sigma=0.1))
 
 
@@ -40,7 +40,7 @@ def test_one_and_the_same_spike_everywhere() -> None:
     for value in (0.0, 3.0, -1e-9):
         spectra = make_spectra([[[value], [value], [value]]], [[[1.0], [1.0], [1.0]]])
         for kind in ("distance", "divergence"):
-            assert not spectra.js_matrix(kind).any()
+            assert not spectra.js_matrix(kind, blocks=spectra.names).any()
 
 
 def test_refuses_bad_comparisons() -> None:
@@ -99,7 +99,7 @@ def test_sigma_above_the_range_on_the_axis_is_refused() -> None:
         with pytest.raises(ValueError, match=r"sigma must be at most the range of all nodes, .*, got 3"):
             call(sigma=3.0, axis=Axis(normalize="radius"))  # type: ignore[operator]
     zero = make_spectra([[[0.0], [0.0]]], [[[1.0], [1.0]]])
-    assert float(zero.js0(sigma=3.0)) == 0.0
+    assert float(zero.js0(sigma=3.0, blocks=zero.names)) == 0.0
 
 
 def test_of_spectra() -> None:

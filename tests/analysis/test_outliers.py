@@ -36,6 +36,25 @@ def test_spikes_are_found_with_their_multiplicity() -> None:
     assert [round(e.value, 6) for e in found[:4]] == [1.0, 0.8, -0.7, 0.5]
     for e in found[:4]:
         assert e.probes == 40 and e.residual < 1e-3 and abs(e.multiplicity - 1) < 5 * math.sqrt(2 / 40)
+        assert e.multiplicity_interval[0] < 1 < e.multiplicity_interval[1] < 2
+
+
+def test_no_multiplicity_of_an_eigenvalue_that_few_probes_found() -> None:
+    """Early steps: some probes have converged to the largest eigenvalue, and by chance have more weight there."""
+    exact = torch.linspace(0, 1, 300).double()
+    exact[-1] = 1.25
+    found = {}
+    for steps in range(6, 14):
+        for seed in range(5):
+            q = lanczos(exact, num_probes=10, num_steps=steps, seed=seed).quadrature
+            for e in eigenvalues(q, 0)[:1]:
+                found.setdefault(e.probes, []).append(e)
+    assert min(found) < 5 and max(found) == 10
+    for probes, some in found.items():
+        for e in some:
+            assert (e.multiplicity is None) == (e.multiplicity_interval is None) == (probes < 5)
+    known = [e.multiplicity_interval for probes, some in found.items() if probes >= 5 for e in some]
+    assert sum(low <= 1 <= high for low, high in known) >= 0.9 * len(known)
 
 
 def test_ghosts_are_one_eigenvalue() -> None:

@@ -14,7 +14,9 @@ from tests.helpers.spectra_cases import make_spectra, random_spectra
 def test_default_sigma_follows_the_compared_blocks() -> None:
     spectra = random_spectra()
     few = ["block2", "block3"]
-    assert spectra.js0(blocks=few).sigma == spectra.default_sigma(few) < spectra.default_sigma() / 10
+    assert spectra.js0(blocks=few).sigma == spectra.default_sigma(few) < spectra.default_sigma()
+    linear = spectra.js0(axis="linear", blocks=few)
+    assert linear.sigma == spectra.default_sigma(few, "linear") < spectra.default_sigma(axis="linear") / 10
 
 
 def test_unused_and_non_finite_blocks_are_excluded_and_named() -> None:
@@ -41,7 +43,10 @@ def with_zero_block(**provenance: object) -> object:
 def test_blocks_that_cannot_be_normalized_are_excluded_and_named() -> None:
     spectra = with_zero_block()
     assert spectra.zero_blocks == ("b",)
-    assert spectra.js0().blocks == tuple("abcde") and spectra.js0().excluded == ()
+    for axis in ("asinh", "linear"):
+        js0 = spectra.js0(axis=axis)
+        assert js0.blocks == tuple("acde") and js0.excluded == (("b", "zero"),)
+    assert spectra.js0(blocks=["a", "b"]).blocks == ("a", "b")
     assert spectra.js0(axis=Axis(normalize="radius")).excluded == (("b", "zero"),)
     assert spectra.js0(axis=Axis(normalize="trace")).excluded == (("b", "zero"), ("d", "trace zero or negative"))
     tenth = spectra.js0(axis=Axis(normalize=15))

@@ -21,7 +21,7 @@ def test_sensitivity_is_the_table_of_single_calls() -> None:
         assert row.js0 == expected and row.sigma == row.js0.sigma
     text = str(table)
     low, high = table.range()
-    assert f"from {low:.4g} to {high:.4g}" in text and "base 2.71828" in text and "BatchNorm in eval mode" in text
+    assert f"from {low:.2g} to {high:.2g}" in text and "base 2.71828" in text and "BatchNorm in eval mode" in text
     assert text.count("asinh") == 6 and "eigenvalue 3" in text and low < high
 
 

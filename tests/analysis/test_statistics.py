@@ -147,12 +147,12 @@ def test_moments_of_a_known_operator() -> None:
 def test_density_defaults() -> None:
     spectra = random_spectra()
     nodes = spectra.merged[0]
-    assert spectra.default_sigma() == pytest.approx(0.01 * float(nodes.max() - nodes.min()))
+    assert spectra.default_sigma(axis="linear") == pytest.approx(0.01 * float(nodes.max() - nodes.min()))
     grid, densities = spectra.density()
     assert densities.shape == (4, len(grid))
     torch.testing.assert_close(torch.trapezoid(densities, grid), torch.ones(4).double(), rtol=0, atol=1e-12)
-    assert grid[0] <= nodes.min() - 8.5 * spectra.default_sigma()
-    assert grid[-1] >= nodes.max() + 8.5 * spectra.default_sigma()
+    assert grid[0] <= nodes.min() - 8.5 * spectra.default_sigma(axis="linear")
+    assert grid[-1] >= nodes.max() + 8.5 * spectra.default_sigma(axis="linear")
 
 
 def test_density_is_the_mean_over_probes() -> None:
@@ -198,7 +198,6 @@ def test_mass_at_zero_is_the_rank_deficiency() -> None:
     assert as_spectra(lanczos(SPECTRA["arcsine"]).quadrature).zero_mass().item() == 0
     hand = make_spectra([[[-0.1, 0.0, 2.0]]], [[[0.25, 0.5, 0.25]]])
     assert hand.zero_mass().item() == 0.5 and hand.zero_mass(0.1).item() == 0.75
-    assert "0.5000" in hand.table().splitlines()[2].split()
     with pytest.raises(ValueError, match="zero_mass: tolerance must not be negative, got -1"):
         hand.zero_mass(-1)
 

@@ -103,7 +103,7 @@ def test_show_as_json(result_file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert told["js0"]["sigma"] == spectra.js0().sigma and told["js0_weights_only"] is None
     assert [b["block"] for b in told["blocks"]] == ["second.weight", "first.weight"]
     assert told["blocks"][0]["lambda_max"] == 9.0
-    assert told["blocks"][0]["trace_error"] is None  # unknown with one probe
+    assert told["blocks"][0]["trace_upper"] is None  # unknown with one probe
 
 
 def test_show_of_one_block_has_no_js0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

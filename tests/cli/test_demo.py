@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import blockhess
+from blockhess.analysis.axes import Axis
 from blockhess.analysis.selection import weights_only
 from blockhess.cli import demo
-from blockhess.cli.demo import Comparison, curvature_range, curvature_verdict, js0_verdict, probe_noise
+from blockhess.cli.demo import Comparison, curvature_verdict, js0_verdict, probe_noise
 from blockhess.cli.main import main
 from tests.helpers.spectra_cases import make_spectra
 
@@ -45,7 +46,9 @@ def test_weights_only_leaves_out_norms_and_biases(quick: Path) -> None:
     assert names == ("conv1.weight", "layers.0.conv1.weight", "layers.0.conv2.weight", "fc.weight")
     low, high = spectra.eigenvalue_range()
     sizes = [max(-float(low[i]), float(high[i])) for i in spectra.rows(names)]
-    assert curvature_range(spectra) == (min(sizes), max(sizes))
+    spread = spectra.curvature_spread()
+    assert spread is not None and spread.weights and spread.blocks == names
+    assert (spread.smallest, spread.largest) == (min(sizes), max(sizes))
 
 
 def test_texts_hold_tables_and_provenance(quick: Path) -> None:
@@ -54,7 +57,7 @@ def test_texts_hold_tables_and_provenance(quick: Path) -> None:
         for word in ("lambda_min", "trace", "negative", "All blocks: JS0", "Weights only", "sigma", "BatchNorm"):
             assert word in text, word
     numbers = json.loads((quick / "comparison.json").read_text())
-    assert [row["batchnorm"] for row in numbers["js0"]] == ["eval"] * 4 + ["batch"] * 4
+    assert [row["batchnorm"] for row in numbers["js0"]] == ["eval"] * 6 + ["batch"] * 6
     assert set(numbers["largest_eigenvalue"]) == set(STEMS)
     text = (quick / "comparison.txt").read_text()
     assert all(f"{row['gpt']:.3f}" in text for row in numbers["js0"])
@@ -94,11 +97,11 @@ def test_results_before_a_failure_are_kept(tmp_path: Path, monkeypatch: pytest.M
 def test_probe_noise_is_the_distance_of_a_block_to_itself() -> None:
     blocks = ("block0", "block1")
     same = make_spectra([[[0.0], [5.0]]] * 4, [[[1.0], [1.0]]] * 4)
-    assert probe_noise(same, 0.1, blocks) == 0
+    assert probe_noise(same, 0.1, blocks, Axis()) == 0
     # One of two blocks lies elsewhere for the second half of the probes.
     differ = make_spectra([[[0.0], [5.0]]] * 2 + [[[0.0], [-5.0]]] * 2, [[[1.0], [1.0]]] * 4)
-    assert probe_noise(differ, 0.1, blocks) == pytest.approx(0.5, abs=1e-9)
-    assert math.isnan(probe_noise(make_spectra([[[0.0], [5.0]]], [[[1.0], [1.0]]]), 0.1, blocks))
+    assert probe_noise(differ, 0.1, blocks, Axis()) == pytest.approx(0.5, abs=1e-9)
+    assert math.isnan(probe_noise(make_spectra([[[0.0], [5.0]]], [[[1.0], [1.0]]]), 0.1, blocks, Axis()))
 
 
 def row(gpt: float, resnet: float, noise: float = 0.1, batchnorm: str = "eval") -> Comparison:

@@ -15,7 +15,7 @@ def test_frames() -> None:
     blocks = pandas.block_dataframe(spectra)
     assert list(blocks.index) == list(spectra.names) and list(blocks["dim"]) == list(spectra.dims)
     assert blocks.loc["block2", "lambda_max"] == spectra["block2"].lambda_max
-    assert np.array_equal(blocks["trace_error"], spectra.trace()[1])
+    assert np.array_equal(blocks["trace_lower"], spectra.trace_interval()[0])
     pairs = pandas.pair_dataframe(spectra, axis="asinh", kind="divergence")
     assert list(pairs.columns) == ["block_a", "block_b", "divergence"] and len(pairs) == 6
     row = pairs[(pairs.block_a == "block1") & (pairs.block_b == "block3")]

@@ -37,7 +37,7 @@ def test_log_has_js0_and_every_block() -> None:
     for name in spectra:
         assert writer.scalars[f"blockhess/lambda_max/{name}"] == (spectra[name].lambda_max, 5)
         assert writer.scalars[f"blockhess/trace/{name}"][0] == pytest.approx(spectra[name].trace)
-    assert len(writer.scalars) == 1 + 4 * len(spectra) and not writer.figures
+    assert len(writer.scalars) == 1 + 5 * len(spectra) and not writer.figures
 
 
 def test_log_of_one_block_and_of_nothing_known() -> None:

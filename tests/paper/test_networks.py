@@ -65,7 +65,7 @@ def test_table_1_has_all_networks_and_both_policies(folder: Path) -> None:
 def test_default_definition_is_that_of_spectra(folder: Path) -> None:
     spectra = blockhess.load(folder / "spectra" / "gpt2-nano-none.npz")
     values = content(folder, "table1")["numbers"]["js0"]["distance, normalization none, sigma 1% of range"]
-    assert values["GPT2-nano"] == pytest.approx(float(spectra.js0(base=np.e)), rel=1e-4)
+    assert values["GPT2-nano"] == pytest.approx(float(spectra.js0(axis="linear", base=np.e)), rel=1e-4)
 
 
 def test_spectra_are_measured_once_and_again_where_something_differs(

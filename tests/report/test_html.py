@@ -81,7 +81,7 @@ def test_the_page_holds_the_measures_and_the_matrix() -> None:
     upper = np.frombuffer(base64.b64decode(first["matrix"]), "<u2") / 65535
     matrix = spectra.js_matrix().numpy()
     assert upper == pytest.approx(matrix[np.triu_indices(4, 1)], abs=1e-5)
-    assert first["text"] == str(spectra.js0()) and sorted(first["order"]) == [0, 1, 2, 3]
+    assert first["text"] == str(spectra.js0(confidence=0.95)) and sorted(first["order"]) == [0, 1, 2, 3]
     for block, record in zip(result["blocks"], block_records(spectra)):
         assert {name: block[name] for name in record} == record
 

@@ -283,6 +283,7 @@ def test_a_cell_of_the_heat_map_shows_its_two_spectra(browser: Any, pages: Path)
     left, size, rows, names = browser.execute_script(
         "const h = blockhess.heatmap; return [h.frame.left, h.frame.size, h.rows, h.names]"
     )
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)  # offsets are from what is in view
     box = canvas.rect
     x, y = left + 4.5 * size - box["width"] / 2, 1.5 * size - box["height"] / 2
     webdriver.ActionChains(browser).move_to_element_with_offset(canvas, int(x), int(y)).click().perform()

@@ -45,7 +45,8 @@ def mixed_spectra() -> Spectra:
 def test_every_block_has_a_panel_with_all_its_eigenvalues(options: dict[str, Any]) -> None:
     spectra = mixed_spectra()
     figure = plot_density(spectra, **options)
-    assert [panel.get_title(loc="left") for panel in figure.axes] == list(spectra.names)
+    assert [panel.get_title(loc="left") for panel in figure.axes[:4]] == list(spectra.names)
+    assert len(figure.axes) == (4 if "share_x" in options else 6)  # all blocks, and their color bar
     low, high = spectra.eigenvalue_range()
     for row, panel in enumerate(figure.axes[:3]):
         left, right = panel.get_xlim()
@@ -104,7 +105,7 @@ def test_a_block_written_out_has_no_band() -> None:
     spectra = blockhess.spectrum(model, data, torch.nn.CrossEntropyLoss(), **options)
     exact = [spectra.quadrature.is_exact(row) for row in range(len(spectra))]
     assert sorted(exact) == [False, True]
-    areas = [len(panel.findobj(PolyCollection)) for panel in plot_density(spectra).axes]
+    areas = [len(panel.findobj(PolyCollection)) for panel in plot_density(spectra, axis="linear").axes]
     assert areas == [1 if written_out else 3 for written_out in exact]
 
 
@@ -142,15 +143,50 @@ def assert_inside(figure: Any) -> None:
 @pytest.mark.parametrize("n_blocks", [1, 2, 5, 40])
 def test_any_number_of_panels(n_blocks: int) -> None:
     figure = plot_density(random_spectra(n_blocks=n_blocks, model="AModelOfAnUnusuallyLongClassName" * 2))
-    assert len(figure.axes) == n_blocks
+    assert len(figure.axes) == n_blocks + (2 if n_blocks > 1 else 0)
     if n_blocks < 40:
         figure.draw_without_rendering()
         assert_inside(figure)
 
 
+def test_blocks_that_are_noise_have_no_curve() -> None:
+    spectra = make_spectra(
+        [[[-1e-4, 5e-4], [1.0, 2.0], [1.0, 3.0]]] * 2, [[[0.5, 0.5]] * 3] * 2, hvp_error={"block0": 1e-3}
+    )
+    figure = plot_density(spectra, axis="linear", confidence=None)
+    heights = [max(line.get_ydata().max() for line in panel.lines[-1:]) for panel in figure.axes]
+    assert heights[0] == 0 and min(heights[1:]) > 0.1
+    assert "zero within HVP error" in texts(figure) and "not finite" not in texts(figure)
+    (image,) = (image for panel in plot_density(spectra).axes for image in panel.images)
+    assert image.get_array().mask[0].all() and not image.get_array().mask[1].all()
+
+
 def test_chosen_blocks_in_the_given_order() -> None:
     figure = plot_density(random_spectra(), blocks=["block2", "block0"])
-    assert [panel.get_title(loc="left") for panel in figure.axes] == ["block2", "block0"]
+    assert [panel.get_title(loc="left") for panel in figure.axes[:2]] == ["block2", "block0"]
+    assert [label.get_text() for label in figure.axes[2].get_yticklabels()] == ["block2", "block0"]
+
+
+def test_all_blocks_share_the_axis_of_their_comparison() -> None:
+    spectra = random_spectra(n_blocks=5, dims=[50] * 5, notes=["", "", "", "", "unused"])
+    figure = plot_density(spectra)
+    axes, js0 = figure.axes[5], spectra.js0()
+    assert f"sigma {js0.sigma:.3g}" in axes.get_xlabel() and f"linear below {js0.scale:.3g}" in axes.get_xlabel()
+    (image,) = axes.images
+    low, high, bottom, top = image.get_extent()
+    assert (bottom, top) == (4.5, -0.5)
+    places = axes.get_xticks()
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert low < min(places) and max(places) < high and labels[0] == "0" and places[0] == 0
+    for place, label in zip(places[1:], labels[1:]):
+        sign, power = label.strip("$").replace("{", "").replace("}", "").split("10^")
+        assert js0.scale * np.sinh(place) == pytest.approx(float(f"{sign}1e{power}"))
+    values = image.get_array()
+    points = np.linspace(low, high, values.shape[1])
+    _, expected = spectra.density(js0.sigma, points, Axis("asinh", scale=js0.scale))
+    expected = expected.numpy() * js0.sigma * np.sqrt(2 * np.pi)
+    drawn = ~np.ma.getmaskarray(np.ma.masked_invalid(values))
+    assert np.asarray(values)[drawn] == pytest.approx(expected[drawn]) and (expected[~drawn] < 0.1 / 50).all()
 
 
 def test_heatmap_shows_the_matrix() -> None:
@@ -179,10 +215,10 @@ def test_heatmap_of_divergences() -> None:
 
 def test_heatmap_of_equal_spectra_and_a_chosen_range() -> None:
     equal = make_spectra([[[0.0], [0.0]]], [[[1.0], [1.0]]])
-    assert plot_heatmap(equal).axes[0].images[0].get_clim() == (0.0, 1.0)
-    assert plot_heatmap(equal, vmax=0.1).axes[0].images[0].get_clim() == (0.0, 0.1)
+    assert plot_heatmap(equal, blocks=equal.names).axes[0].images[0].get_clim() == (0.0, 1.0)
+    assert plot_heatmap(equal, blocks=equal.names, vmax=0.1).axes[0].images[0].get_clim() == (0.0, 0.1)
     with pytest.raises(ValueError, match="plot_heatmap: vmax must be positive, got 0"):
-        plot_heatmap(equal, vmax=0)
+        plot_heatmap(equal, blocks=equal.names, vmax=0)
 
 
 def overlaps(figure: Any, which: str) -> bool:
@@ -199,7 +235,7 @@ def overlaps(figure: Any, which: str) -> bool:
 def test_heatmap_labels_stay_readable(n_blocks: int, most_labels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "MOST_LABELS", most_labels)
     names = [f"transformer.h.{i}.attn.c_attn.weight" for i in range(n_blocks)]
-    figure = plot_heatmap(random_spectra(n_probes=1, n_blocks=n_blocks, m=2, names=names), sigma=0.1)
+    figure = plot_heatmap(random_spectra(n_probes=1, n_blocks=n_blocks, m=2, names=names), sigma=0.1, blocks=names)
     assert not overlaps(figure, "x") and not overlaps(figure, "y")
     labels = figure.axes[0].get_yticklabels()
     assert len(labels) == min(n_blocks, 17) if most_labels == 20 else len(labels) == n_blocks

@@ -24,6 +24,11 @@ AXES = ("linear", "asinh")
 # normalization -> the divisor of the eigenvalues of every block, as printed
 NORMALIZATIONS = {"none": "", "radius": "the block's spectral radius", "trace": "the block's trace"}
 
+# Default scale relative to the lower quartile of the blocks' root mean square eigenvalues. Above, flat blocks are in
+# the linear part and JS0 depends on sigma; below, models differ less: measured in bench/accuracy/comparisons.py.
+RELATIVE_SCALE = 0.03
+SCALE_RULE = "3 % of the lower quartile of the blocks' r.m.s. eigenvalues"
+
 # Largest |y| on an asinh axis: sinh of it is finite, and no eigenvalue lies beyond it unless the scale underflows.
 _LARGEST = 300.0
 
@@ -135,21 +140,24 @@ class BlockAxis:
 
 
 def default_scale(nodes: Tensor, weights: Tensor) -> float:
-    """Return the median over the blocks of the root mean square eigenvalue; 1 if all eigenvalues are zero.
+    """Return RELATIVE_SCALE times the lower quartile of the root mean square eigenvalues of the blocks.
+
+    The lower quartile of n nonzero blocks is the value of rank ceil(n / 4), the smallest up to n = 4: it follows the
+    flat blocks, and changes little when one is added. The scale is 1 if all eigenvalues are zero.
 
     Args:
         nodes, weights: (n_blocks, K) float64.
 
     Example:
-        >>> default_scale(torch.tensor([[3.0], [5.0], [0.0]]), torch.ones(3, 1))
-        3.0
+        >>> default_scale(torch.tensor([[300.0], [500.0], [0.0]]), torch.ones(3, 1))
+        9.0
     """
     # Relative to the largest node, as squares could underflow.
     largest = nodes.abs().amax(1, keepdim=True)
     relative = torch.where(largest > 0, nodes / largest, 0.0)
     sizes = largest[:, 0] * (weights * relative**2).sum(1).sqrt()
     sizes = sizes[sizes > 0]
-    return float(sizes.median()) if len(sizes) else 1.0
+    return RELATIVE_SCALE * float(sizes.sort().values[(len(sizes) - 1) // 4]) if len(sizes) else 1.0
 
 
 def kth_largest(nodes: Tensor, weights: Tensor, dims: Sequence[int], k: float | Tensor) -> Tensor:

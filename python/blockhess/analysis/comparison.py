@@ -12,9 +12,9 @@ from blockhess.analysis import distances, jensen_shannon
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.density import check_sigma_in_range, default_sigma
 from blockhess.analysis.errors.intervals import check_confidence
-from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, with_interval
+from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, steps_range, with_interval
 from blockhess.analysis.jensen_shannon import JS0
-from blockhess.analysis.selection import compared, distributions, excluded, resolved_axis
+from blockhess.analysis.selection import compared, distributions, excluded, quadrature_for, resolved_axis
 from blockhess.results.data import SpectraData
 
 
@@ -23,7 +23,7 @@ def js_matrix(
     kind: str = "distance",
     base: float = 2.0,
     sigma: float | None = None,
-    axis: str | Axis = "linear",
+    axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
 ) -> Tensor:
     """Return the Jensen-Shannon distances between the smoothed spectra of all pairs of blocks.
@@ -33,7 +33,9 @@ def js_matrix(
         base: base of the logarithm; with base 2 both kinds are in [0, 1].
         sigma: standard deviation of the Gaussian on the axis, the same for all blocks, at most the range of all nodes;
             None means default_sigma(blocks, axis).
-        axis: "linear", "asinh", or an Axis, which can also normalize the eigenvalues of every block.
+        axis: "asinh", logarithmic on both sides of zero, whose default scale resolves flat and sharp blocks (see
+            axes.default_scale); "linear", which resolves the sharpest; or an Axis, which can also normalize the
+            eigenvalues of every block.
         blocks: names; None means comparable_blocks(axis).
 
     Returns:
@@ -53,17 +55,17 @@ def js0(
     kind: str = "distance",
     base: float = 2.0,
     sigma: float | None = None,
-    axis: str | Axis = "linear",
+    axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
     confidence: float | None = None,
 ) -> JS0:
     """Return the mean of js_matrix over all pairs of different blocks, the paper's measure of heterogeneity.
 
-    Random probes bias it upwards. With `confidence` the jackknife estimates the bias, and an interval for the limit of
-    many probes at the same number of steps, at the cost of n_probes more matrices.
+    Random probes bias it upwards. With `confidence` the jackknife estimates the bias and the error of the probes, and
+    the error of finite steps is bounded, at the cost of n_probes more matrices.
 
     Args, Raises: see js_matrix.
-        confidence: probability of the interval, in (0, 1); None means no interval.
+        confidence: probability of the interval of the exact spectra, in (0, 1); None means no interval.
 
     Returns:
         JS0: float(js0) is the mean, str(js0) adds everything on which it depends.
@@ -76,8 +78,14 @@ def js0(
     mean = compare(spectra, kind, base, sigma, axis, blocks)[1]
     if confidence is None:
         return mean
+    confidence = check_confidence("js0", confidence)
     _, _, bias, stderr = _js_error(spectra, mean)
-    return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, check_confidence("js0", confidence))
+    steps = steps_range(quadrature_for(spectra, where := _axis_of(mean)), spectra.rows(mean.blocks), where, mean)
+    return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, confidence, steps)
+
+
+def _axis_of(js0: JS0) -> Axis:
+    return Axis(js0.axis, js0.normalize, js0.scale)
 
 
 def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Tensor]:
@@ -99,7 +107,7 @@ def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Te
 
 
 def _js_error(spectra: SpectraData, mean: JS0) -> tuple[Tensor, Tensor, float, float]:
-    axis = Axis(mean.axis, mean.normalize, mean.scale)
+    axis = _axis_of(mean)
 
     def divergence(probes: list[int]) -> Tensor:
         nodes, weights = distributions(spectra, mean.blocks, axis, probes)
@@ -115,13 +123,13 @@ def compare(
     kind: str = "distance",
     base: float = 2.0,
     sigma: float | None = None,
-    axis: str | Axis = "linear",
+    axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
 ) -> tuple[Tensor, JS0]:
     """Return js_matrix and js0 at the cost of one of them. Args, Raises: see js_matrix."""
-    axis = as_axis("js_matrix", axis)
-    names = compared(spectra, blocks, axis)
-    axis = resolved_axis("js_matrix", spectra, names, axis)
+    given = as_axis("js_matrix", axis)
+    names = compared(spectra, blocks, given)
+    axis = resolved_axis("js_matrix", spectra, names, given)
     nodes, weights = distributions(spectra, names, axis)
     sigma = default_sigma(nodes) if sigma is None else check_sigma_in_range("js_matrix", sigma, nodes)
     matrix = jensen_shannon.js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma)
@@ -136,6 +144,7 @@ def compare(
         batchnorm=str(spectra.provenance.get("batchnorm") or ""),
         normalize=axis.normalize,
         scale=axis.scale,
+        default_scale=axis.scale is not None and given.scale is None,
     )
 
 

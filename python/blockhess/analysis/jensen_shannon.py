@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from blockhess import _checks
 from blockhess._text import printable
-from blockhess.analysis.axes import Axis
+from blockhess.analysis.axes import SCALE_RULE, Axis
 from blockhess.analysis.density import check_sigma, grid_spacing, node_grid, smooth
 from blockhess_ext.arguments import choice
 
@@ -134,9 +134,10 @@ class JS0:
         blocks: names of the compared blocks.
         excluded: (name, reason) of the blocks that comparisons exclude by default.
         batchnorm: BatchNorm policy of the result, "" if not recorded.
-        interval: (lower, upper, confidence) of the limit of many probes at the same number of steps, about
-            value - bias; None unless requested.
+        interval: (lower, upper, confidence) of JS0 of the exact spectra: probes and steps; None unless requested.
+        probes_interval: the same of the limit of many probes at the same number of steps, about value - bias.
         bias, stderr: jackknife estimates, None unless requested.
+        default_scale: whether scale is axes.default_scale.
 
     Source: Zhang et al. 2024, section 2.5 and Table 1.
     """
@@ -152,8 +153,10 @@ class JS0:
     normalize: str | int = "none"
     scale: float | None = None
     interval: tuple[float, float, float] | None = None
+    probes_interval: tuple[float, float, float] | None = None
     bias: float | None = None
     stderr: float | None = None
+    default_scale: bool = field(default=False, compare=False)
 
     @property
     def num_pairs(self) -> int:
@@ -165,14 +168,18 @@ class JS0:
 
     def __str__(self) -> str:
         interval = ""
-        if self.interval is not None:
+        if self.interval is not None and self.probes_interval is not None:
             lower, upper, confidence = self.interval
+            fewer = f"{self.probes_interval[0]:.3g} ... {self.probes_interval[1]:.3g} at this number of steps"
             bias = f"{self.bias:.2g} of it raised by few probes"
-            interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %, {bias})"
+            interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %; {fewer}; {bias})"
+            if self.bias is None or math.isnan(self.bias):
+                interval = " (no interval: one probe)"
+        rule = f", the scale being {SCALE_RULE}" if self.default_scale else ""
         pairs = f"{self.num_pairs} pair{'s' if self.num_pairs > 1 else ''} of {len(self.blocks)} blocks"
         parts = [
             f"JS0 = {self.value:.4g}{interval}: {KINDS[self.kind]}, base {self.base:.6g}",
-            f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}",
+            f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}{rule}",
             f"mean over {pairs}",
             BATCHNORM_POLICIES.get(self.batchnorm, "BatchNorm policy not recorded"),
         ]

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockhess.analysis.errors.intervals import gamma_interval
+from blockhess.analysis.errors.probes import variance_of_probes
+from blockhess.analysis.errors.steps import Recurrence
 from blockhess_ext import Quadrature
 from blockhess_ext.recurrences import EXHAUSTED_EPS
 
 # Largest residual of a converged node, relative to the block's largest |node|.
 CONVERGED = 1e-3
+
+# Confidence of intervals of multiplicities.
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -26,15 +32,18 @@ class Eigenvalue:
     Attributes:
         value: the node with the smallest residual.
         residual: an eigenvalue of the block lies within this distance of value.
-        multiplicity: dim times its weight, mean over all probes: about 1 for a simple eigenvalue, with a relative error
-            near sqrt(2 / n_probes).
         probes: number of probes for which it converged.
+        multiplicity: dim times its weight, mean over all probes: about 1 for a simple eigenvalue. None if it converged
+            for fewer than half of the probes.
+        multiplicity_interval: 95 % confidence interval; None if multiplicity is. The weight of a probe for which it did
+            not converge is between 0 and the bound of steps.Recurrence.mass_bound.
     """
 
     value: float
     residual: float
-    multiplicity: float
     probes: int
+    multiplicity: float | None
+    multiplicity_interval: tuple[float, float] | None
 
 
 def residuals(quadrature: Quadrature, block: int) -> Tensor:
@@ -91,10 +100,27 @@ def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED
             clusters.append([])
         clusters[-1].append(i)
         end = max(end, high)
-    merged = []
-    for members in clusters:
-        best = min(members, key=lambda i: float(bound[i]))
-        multiplicity = quadrature.dims[block] * (float(weight[members].sum()) / known)
-        probes = len({int(probe[i]) for i in members})
-        merged.append(Eigenvalue(float(value[best]), float(bound[best]), multiplicity, probes))
+    if not clusters:
+        return []
+    best = [min(members, key=lambda i: float(bound[i])) for members in clusters]
+    ends = (value[best] + torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None] * bound[best]).flatten()
+    unseen = Recurrence(quadrature, block).mass_bound(ends.expand(known, -1)).view(known, 5, -1).amax(1).clamp(max=1.0)
+    recurrence_of = ((quadrature.steps[:, block] > 0).cumsum(0) - 1)[probe]
+    merged, dim = [], quadrature.dims[block]
+    for i, members, largest in zip(best, clusters, unseen.T):
+        seen = torch.zeros(known, dtype=torch.float64).index_add(0, recurrence_of[members], weight[members])
+        probes, multiplicity, interval = int((seen > 0).sum()), None, None
+        if 2 * probes >= known:
+            lower, _ = _mean_interval(quadrature, block, seen)
+            _, upper = _mean_interval(quadrature, block, torch.where(seen > 0, seen, largest))
+            multiplicity, interval = dim * float(seen.mean()), (dim * lower, dim * upper)
+        merged.append(Eigenvalue(float(value[i]), float(bound[i]), probes, multiplicity, interval))
     return sorted(merged, key=lambda e: -abs(e.value))
+
+
+def _mean_interval(q: Quadrature, block: int, masses: Tensor) -> tuple[float, float]:
+    """Return the confidence interval of the mean of the masses at one eigenvalue, (n_known,)."""
+    mean = masses.mean()[None]
+    variance = variance_of_probes(q, block, masses[:, None], mean, _CONFIDENCE)  # f is an indicator: f^2 = f
+    lower, upper = gamma_interval(mean, variance, _CONFIDENCE)
+    return float(lower), float(upper)

@@ -10,6 +10,7 @@ from torch import Tensor
 from blockhess.analysis import axes, density
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.results.data import SpectraData
+from blockhess_ext import Quadrature
 
 
 def _not_normalizable(spectra: SpectraData, axis: Axis) -> dict[str, str]:
@@ -43,16 +44,17 @@ def excluded(spectra: SpectraData, axis: Axis) -> tuple[tuple[str, str], ...]:
     return tuple((name, reasons[name]) for name in spectra.names if name in reasons)
 
 
-def comparable_blocks(spectra: SpectraData, axis: str | Axis = "linear") -> tuple[str, ...]:
+def comparable_blocks(spectra: SpectraData, axis: str | Axis = "asinh") -> tuple[str, ...]:
     """Return the names of the blocks that comparisons include by default, the rows of js_matrix.
 
-    These are the blocks on which the loss depends, with finite Hessian-vector products, that the axis can normalize.
+    These are the blocks on which the loss depends, with finite Hessian-vector products, that are not zero within the
+    error of these products and that the axis can normalize.
 
     Args:
         axis: see Axis.
 
     Example:
-        >>> spectra.comparable_blocks("asinh")
+        >>> spectra.comparable_blocks(Axis(normalize="trace"))
     """
     reasons = dict(excluded(spectra, as_axis("comparable_blocks", axis)))
     return tuple(name for name in spectra.names if name not in reasons)
@@ -79,7 +81,11 @@ def compared(spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis) -> 
         if not spectra.known[row]:
             raise ValueError(f"blocks: {name!r} has no spectrum: its Hessian was never finite")
     if len(names) < 2:
-        raise ValueError(f"blocks: at least two are needed for a comparison, got {list(names)}")
+        out = ", ".join(f"{name} ({reason})" for name, reason in (excluded(spectra, axis) if blocks is None else ()))
+        raise ValueError(
+            f"blocks: at least two are needed for a comparison, got {list(names)}"
+            + (f"; excluded: {out}" if out else "")
+        )
     return names
 
 
@@ -95,25 +101,36 @@ def resolved_axis(op: str, spectra: SpectraData, blocks: Sequence[str] | None, a
             raise ValueError(f"{op}: eigenvalues of {name!r} cannot be divided by {axis.divisor_name}: {broken[name]}")
     if axis.name == "asinh":
         if axis.scale is None:
-            linear = Axis(normalize=axis.normalize)
-            axis = replace(axis, scale=axes.default_scale(*distributions(spectra, names, linear)))
+            axis = replace(axis, scale=axes.default_scale(*distributions(spectra, names, axis)))
         if bool(distributions(spectra, names, axis)[0].isinf().any()):
             raise ValueError(f"{op}: scale must not be so small that eigenvalues over it overflow, got {axis.scale}")
     return axis
+
+
+def quadrature_for(spectra: SpectraData, axis: Axis) -> Quadrature:
+    """Return the quadrature for an axis: on the asinh axis, eigenvalues within zero_tolerance are zero.
+
+    There, errors of Hessian-vector products with a sharp block can be as large as the eigenvalues of a flat one.
+    """
+    quadrature = spectra.quadrature
+    if axis.name == "linear":
+        return quadrature
+    is_zero = quadrature.nodes.abs() <= spectra.zero_tolerance[:, None]
+    return replace(quadrature, nodes=quadrature.nodes.masked_fill(is_zero, 0.0))
 
 
 def distributions(
     spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis, probes: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return nodes on a resolved axis and weights, (n_blocks, K) each; None means all blocks, or all probes."""
-    rows = spectra.rows(blocks)
-    merged = spectra.merged if probes is None else spectra.quadrature.of_probes(probes).merged()
+    rows, quadrature = spectra.rows(blocks), quadrature_for(spectra, axis)
+    merged = quadrature.merged() if probes is None else quadrature.of_probes(probes).merged()
     nodes, weights = (part[rows] for part in merged)
     divisors = axes.divisors(nodes, weights, [spectra.dims[row] for row in rows], axis.normalize)
     return axis.place(nodes / divisors[:, None]), weights
 
 
-def default_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, axis: str | Axis = "linear") -> float:
+def default_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, axis: str | Axis = "asinh") -> float:
     """Return the default sigma of comparisons of these blocks: see density.default_sigma.
 
     Args:

@@ -58,7 +58,7 @@ class Sensitivity:
                 "" if row.axis.scale is None else f"{row.axis.scale:.3g}",
                 f"{row.sigma:.3g}",
                 f"{row.relative_sigma:.3g}",
-                f"{row.js0.value:.4g}" if row.js0 else "-",
+                f"{row.js0.value:.2g}" if row.js0 else "-",
                 str(len(row.js0.blocks)) if row.js0 else "-",
                 str(len(row.js0.excluded)) if row.js0 and row.js0.excluded else "",
             ]
@@ -69,7 +69,7 @@ class Sensitivity:
             return format_table(header, lines, left=2)
         low, high = self.range()
         policy = BATCHNORM_POLICIES.get(known[0].batchnorm, "BatchNorm policy not recorded")
-        title = f"JS0: {KINDS[known[0].kind]}, base {known[0].base:.6g}; {policy}; from {low:.4g} to {high:.4g}"
+        title = f"JS0: {KINDS[known[0].kind]}, base {known[0].base:.6g}; {policy}; from {low:.2g} to {high:.2g}"
         return f"{title}\n\n{format_table(header, lines, left=2)}"
 
 
@@ -82,7 +82,7 @@ def sensitivity(
     base: float = 2.0,
     blocks: Sequence[str] | None = None,
 ) -> Sensitivity:
-    """Tabulate JS0 over sigma, axis and normalization.
+    """Tabulate JS0 over sigma, axis and normalization, with two digits; js0(confidence=) has the error.
 
     Args:
         sigmas: multiples of the default sigma of each axis.

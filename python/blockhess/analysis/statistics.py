@@ -1,6 +1,6 @@
 """Statistics of the spectra of a result: densities, distribution functions, moments, eigenvalues.
 
-All but block_spectrum and curvature_range are methods of Spectra.
+All but block_spectrum are methods of Spectra.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from blockhess.analysis.density import (
     smallest_sigma,
     smooth,
 )
-from blockhess.analysis.errors.intervals import check_confidence, normal_quantile
+from blockhess.analysis.errors.extremes import kth_interval
+from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.outliers import Eigenvalue
-from blockhess.analysis.selection import comparable_blocks, distributions, resolved_axis, weights_only
+from blockhess.analysis.selection import comparable_blocks, distributions, resolved_axis
 from blockhess.problem.blocks import BlockInfo
 from blockhess.results.data import NEGATIVE_TOLERANCE, SpectraData
 from blockhess_ext.arguments import integer
@@ -88,7 +89,7 @@ def density(
 
     Args:
         sigma: standard deviation of the Gaussian on the axis, at most the range of all nodes; None means
-            default_sigma().
+            default_sigma(blocks, axis).
         grid: (n_points,) points on the axis, strictly ascending; None means density.node_grid, which covers every
             node of every block; all densities are 0 in its gaps.
         axis: see js_matrix.
@@ -186,17 +187,11 @@ def eigenvalue_range(spectra: SpectraData) -> tuple[Tensor, Tensor]:
     return spectra.quadrature.extremes()
 
 
-def curvature_range(spectra: SpectraData) -> tuple[float, float]:
-    """Return the smallest and the largest spectral radius of the blocks of weights_only."""
-    low, high = eigenvalue_range(spectra)
-    radii = torch.maximum(low.abs(), high.abs())[spectra.rows(weights_only(spectra))]
-    return float(radii.min()), float(radii.max())
-
-
 def negative_mass(spectra: SpectraData) -> Tensor:
-    """Return the share of negative eigenvalues of every block, (n_blocks,).
+    """Return the share of the quadrature's mass at negative nodes of every block, (n_blocks,).
 
-    Nodes within 64 eps(dtype of the vectors) of zero, relative to the block's largest |node|, count as zero.
+    Nodes within 64 eps(dtype of the vectors) of zero, relative to the block's largest |node|, count as zero. The share
+    of negative eigenvalues is in negative_interval; few steps may leave it open.
     """
     nodes, weights = spectra.merged
     eps = torch.finfo(getattr(torch, spectra.quadrature.dtype)).eps
@@ -206,19 +201,27 @@ def negative_mass(spectra: SpectraData) -> Tensor:
 
 
 def zero_mass(spectra: SpectraData, tolerance: float | None = None) -> Tensor:
-    """Return the share of zero eigenvalues of every block, (n_blocks,): its rank deficiency divided by its dim.
+    """Return the share of the quadrature's mass at zero nodes of every block, (n_blocks,).
 
-    The share is too small unless the other eigenvalues are well separated from zero.
+    The share of zero eigenvalues, the rank deficiency divided by dim, is in zero_interval. The mass at zero is too
+    small unless the other eigenvalues are well separated from zero.
 
     Args:
         tolerance: largest |node| that counts as zero, not negative; None means the larger of the block's hvp_error and
             64 eps(dtype of the vectors) of its largest |node|.
     """
-    if tolerance is not None and not _checks.real("zero_mass", "tolerance", tolerance) >= 0:
-        raise ValueError(f"zero_mass: tolerance must not be negative, got {tolerance}")
     nodes, weights = spectra.merged
-    bound = spectra.zero_tolerance if tolerance is None else torch.tensor([float(tolerance)], dtype=torch.float64)
+    bound = zero_bound("zero_mass", spectra, tolerance)
     return (weights * (nodes.abs() <= bound[:, None])).sum(1).masked_fill(~spectra.known, torch.nan)
+
+
+def zero_bound(op: str, spectra: SpectraData, tolerance: float | None) -> Tensor:
+    """Return the largest |eigenvalue| that counts as zero, (n_blocks,): zero_tolerance, unless a tolerance is given."""
+    if tolerance is None:
+        return spectra.zero_tolerance
+    if not _checks.real(op, "tolerance", tolerance) >= 0:
+        raise ValueError(f"{op}: tolerance must not be negative, got {tolerance}")
+    return torch.full((len(spectra),), float(tolerance), dtype=torch.float64)
 
 
 def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,23 +232,20 @@ def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tu
         confidence: probability of the interval, in (0, 1).
 
     Returns:
-        value, lower, upper: (n_blocks,) each; NaN for a block of fewer than k eigenvalues. The interval lies between
-        the crossings of k - 1/2 -+ z sqrt(2 k / n_probes), sqrt(2 k / n_probes) being the standard error of the count
-        of the k largest eigenvalues with Gaussian probes. It has width 0 for blocks computed exactly, and does not
-        include the error of finite steps.
+        value, lower, upper: (n_blocks,) each; NaN for a block of fewer than k eigenvalues. The interval consists of the
+        x at which the total band of the distribution function, see cdf_band, allows the k-th eigenvalue; it ends at
+        nodes. It has width 0 for blocks computed exactly, and is infinite if nothing is known.
 
     Example:
         >>> tenth, lower, upper = spectra.kth_eigenvalue(10)
     """
-    k = integer("k", k, 1, op="kth_eigenvalue")
-    z, q = normal_quantile(check_confidence("kth_eigenvalue", confidence)), spectra.quadrature
-    exact = torch.tensor([q.is_exact(row) for row in range(len(spectra))])
-    half = (z * (2 * k / (q.steps > 0).sum(0).double()).sqrt()).masked_fill(exact, 0.0)
+    k, confidence = integer("k", k, 1, op="kth_eigenvalue"), check_confidence("kth_eigenvalue", confidence)
     missing = ~spectra.known | (torch.tensor(spectra.dims) < k)
-    value, lower, upper = (
-        axes.kth_largest(*spectra.merged, spectra.dims, count).masked_fill(missing, torch.nan)
-        for count in (k, k + half, k - half)
-    )
+    value = axes.kth_largest(*spectra.merged, spectra.dims, k).masked_fill(missing, torch.nan)
+    lower, upper = value.clone(), value.clone()
+    for row in (~missing).nonzero().flatten().tolist():
+        if not spectra.quadrature.is_exact(row):
+            lower[row], upper[row] = kth_interval(spectra.quadrature, row, k, confidence)
     return value, lower, upper
 
 

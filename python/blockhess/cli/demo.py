@@ -22,9 +22,10 @@ from torch import nn
 
 import blockhess
 from blockhess._text import format_table, number
+from blockhess.analysis.axes import Axis
+from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.jensen_shannon import js_matrix
-from blockhess.analysis.selection import weights_only
-from blockhess.analysis.statistics import curvature_range
+from blockhess.analysis.selection import distributions, weights_only
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
 from blockhess.problem.model_state import setting
@@ -45,8 +46,8 @@ BATCHNORM_MEANINGS = {
 
 JS0_TITLE = """\
 How much do the spectra of a model's blocks differ? JS0, the mean Jensen-Shannon distance over all pairs of blocks,
-base 2, linear axis: 0 if all are equal, 1 if no two overlap. "noise": an upper estimate of what the random probes add
-to it."""
+base 2: 0 if all are equal, 1 if no two overlap. On the signed-log axis flat and sharp blocks are resolved, on the
+linear axis the sharpest. "noise": an upper estimate of what the random probes add to it."""
 
 CURVATURE_TITLE = """\
 How much do they differ in size? The largest |eigenvalue| of a weight block is what limits its learning rate."""
@@ -60,9 +61,9 @@ CAVEATS = """\
 Before you quote any of this:
 - JS0 depends on the BatchNorm statistics. Running statistics are the identity at initialization, so 'eval' is a
   network without normalization; 'batch' is what training differentiates.
-- JS0 depends on sigma. 1% of a model's own range is independent of the scale of the loss, but then all blocks far
-  flatter than the sharpest look like one spike at 0. A fixed sigma resolves smaller eigenvalues, but depends on the
-  scale, and far below range / steps it resolves single Lanczos nodes instead of a density.
+- JS0 depends on axis and sigma. On the linear axis, with 1% of a model's own range, all blocks far flatter than the
+  sharpest look like one spike at 0. A fixed sigma resolves smaller eigenvalues, but depends on the scale of the loss,
+  and far below range / steps it resolves single Lanczos nodes instead of a density.
 - The noise is the distance of a block to itself, from two halves of the probes; more --probes make it smaller. It
   does not contain the error of too few --steps.
 - These are tiny models at initialization, one seed, few samples. The paper's JS0 (0.10 for ResNet18, 14.93 for a
@@ -79,7 +80,10 @@ CONCLUSIONS = {
     ("ResNet",): "Wherever the answer is clear ({clear}), the ResNet's blocks differ more from each other than the "
     "GPT's. That is the opposite of what the paper's reading expects, and no reason to think that the GPT needs Adam "
     "more.",
-    ("GPT", "ResNet"): "The rows disagree: the paper's reading holds for some choices of sigma, blocks and BatchNorm "
+    (
+        "GPT",
+        "ResNet",
+    ): "The rows disagree: the paper's reading holds for some choices of axis, sigma, blocks and BatchNorm "
     "statistics and not for others, so JS0 alone does not say that the GPT needs Adam and the ResNet does not.",
 }
 
@@ -110,9 +114,9 @@ QUICK = Size(
 
 @dataclass(frozen=True)
 class Comparison:
-    """JS0 of the GPT and of the ResNet for one sigma, one set of blocks and one choice of BatchNorm statistics."""
+    """JS0 of both models for one axis and sigma, one set of blocks and one choice of BatchNorm statistics."""
 
-    sigma: str
+    axis: str
     blocks: str
     batchnorm: str  # of the ResNet
     gpt: float
@@ -128,7 +132,7 @@ class Comparison:
         return "ResNet" if self.resnet - self.resnet_noise > self.gpt else "unclear"
 
 
-def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
+def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str], axis: Axis) -> float:
     """Return the mean Jensen-Shannon distance between two estimates of the same block, each from half of the probes.
 
     The divergence is convex, so random probes increase a distance on average; by the triangle inequality, by at most
@@ -137,23 +141,28 @@ def probe_noise(spectra: Spectra, sigma: float, blocks: Sequence[str]) -> float:
     half = spectra.quadrature.num_probes // 2
     if half == 0:
         return math.nan
-    rows = spectra.rows(blocks)
-    halves = (slice(0, half), slice(half, 2 * half))
-    merged = [spectra.quadrature.of_probes(probes).merged() for probes in halves]
-    nodes, weights = (torch.cat([values[rows] for values in pair]) for pair in zip(*merged))
-    return float(js_matrix(nodes, weights, sigma=sigma)[: len(rows), len(rows) :].diagonal().mean())
+    count = len(blocks)
+    halves = (list(range(half)), list(range(half, 2 * half)))
+    nodes, weights = map(torch.cat, zip(*(distributions(spectra, blocks, axis, probes) for probes in halves)))
+    return float(js_matrix(nodes, weights, sigma=sigma)[:count, count:].diagonal().mean())
 
 
 def compare(gpt: Spectra, resnet: Spectra) -> list[Comparison]:
-    """Return JS0 of both models for two sigmas and two sets of blocks."""
+    """Return JS0 of both models on the signed-log axis, on the linear axis with two sigmas, for two sets of blocks."""
     comparisons = []
-    for rule, sigma in (("1% of own range", None), (f"{PAPER_SIGMA:.3g} (paper)", PAPER_SIGMA)):
+    rules: dict[str, dict[str, Any]] = {
+        "signed-log, 1% of range": {},
+        "linear, 1% of range": {"axis": "linear"},
+        f"linear, {PAPER_SIGMA:.3g} (paper)": {"axis": "linear", "sigma": PAPER_SIGMA},
+    }
+    for rule, options in rules.items():
         for blocks in ("all", "weights only"):
             values = []
             for spectra in (gpt, resnet):
                 names = spectra.comparable_blocks() if blocks == "all" else weights_only(spectra)
-                js0 = spectra.js0(sigma=sigma, blocks=names)
-                values += [js0.value, probe_noise(spectra, js0.sigma, names)]
+                js0 = spectra.js0(**options, blocks=names)
+                axis = Axis(js0.axis, js0.normalize, js0.scale)
+                values += [js0.value, probe_noise(spectra, js0.sigma, names, axis)]
             comparisons.append(Comparison(rule, blocks, str(resnet.provenance["batchnorm"]), *values))
     return comparisons
 
@@ -169,7 +178,7 @@ def _brief(factor: float) -> str:
 
 
 def curvature_verdict(gpt: tuple[float, float], resnets: Sequence[tuple[float, float]]) -> str:
-    """Return what the curvature_range of the models say about one learning rate for all blocks."""
+    """Return what the largest |eigenvalue| of the flattest and sharpest blocks say about one learning rate for all."""
     of_gpt, of_resnets = _factor(gpt), [_factor(resnet) for resnet in resnets]
     numbers = f"{_brief(of_gpt)} in the GPT, {' and '.join(map(_brief, of_resnets))} in the ResNet"
     if of_gpt > CLEAR_FACTOR * max(of_resnets):
@@ -195,10 +204,10 @@ def js0_verdict(comparisons: Sequence[Comparison]) -> str:
 
 
 def summarize(comparisons: Sequence[Comparison], ranges: Mapping[str, tuple[float, float]]) -> str:
-    """Return comparison.txt: tables of the comparisons and of every curvature_range, and conclusions."""
-    header = ["sigma", "blocks", "BatchNorm", "GPT", "noise", "ResNet", "noise", "more heterogeneous"]
+    """Return comparison.txt: tables of the comparisons and of the ends of every curvature spread, and conclusions."""
+    header = ["axis and sigma", "blocks", "BatchNorm", "GPT", "noise", "ResNet", "noise", "more heterogeneous"]
     values = [[c.gpt, c.gpt_noise, c.resnet, c.resnet_noise] for c in comparisons]
-    rows = [[c.sigma, c.blocks, c.batchnorm, *(f"{x:.3f}" for x in v), c.winner] for c, v in zip(comparisons, values)]
+    rows = [[c.axis, c.blocks, c.batchnorm, *(f"{x:.3f}" for x in v), c.winner] for c, v in zip(comparisons, values)]
     js0_table = format_table(header, rows, left=3)
     header = ["largest |eigenvalue|", "flattest block", "sharpest block", "factor"]
     table = format_table(header, [[stem, *map(number, r), _brief(_factor(r))] for stem, r in ranges.items()])
@@ -318,7 +327,8 @@ def run(
         results[subject.stem] = spectra
 
     comparisons = [c for stem in results if stem != "gpt" for c in compare(results["gpt"], results[stem])]
-    ranges = {stem: curvature_range(spectra) for stem, spectra in results.items()}
+    spreads = {stem: spread for stem, spectra in results.items() if (spread := curvature_spread(spectra))}
+    ranges = {stem: (spread.smallest, spread.largest) for stem, spread in spreads.items()}
     summary = summarize(comparisons, ranges)
     (folder / "comparison.txt").write_text(f"{summary}\n")
     found = {"js0": [asdict(c) | {"winner": c.winner} for c in comparisons], "largest_eigenvalue": ranges}

@@ -18,7 +18,7 @@ def block_dataframe(spectra: Spectra) -> DataFrame:
         ImportError: pandas is missing.
 
     Example:
-        >>> block_dataframe(spectra).nlargest(5, "lambda_max")[["dim", "lambda_max", "lambda_max_error"]]
+        >>> block_dataframe(spectra).nlargest(5, "lambda_max")[["dim", "lambda_max", "lambda_max_upper"]]
     """
     return _frame(block_records(spectra)).set_index("block")
 

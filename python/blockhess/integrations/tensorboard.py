@@ -9,11 +9,11 @@ from blockhess.report.rows import block_records
 from blockhess.spectra import Spectra
 
 # Columns of block_records that are logged.
-LOGGED = ("lambda_min", "lambda_max", "trace", "negative")
+LOGGED = ("lambda_min", "lambda_max", "trace", "negative_lower", "negative_upper")
 
 
 def log_spectra(writer: Any, spectra: Spectra, step: int, *, figures: bool = False, prefix: str = "blockhess") -> None:
-    """Log JS0, and four scalars of every block.
+    """Log JS0, and five scalars of every block.
 
     Args:
         writer: object with add_scalar(tag, value, step) and, for figures, add_figure(tag, figure, step).

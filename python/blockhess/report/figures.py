@@ -101,7 +101,7 @@ def plot_js0(results: Sequence[SpectraData], labels: Sequence[str], width: float
         points = [
             (x, comparison.js0(spectra, **options).value)
             for x, spectra in zip(positions, results)
-            if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
+            if len(comparable_blocks(spectra, options["axis"])) >= 2
         ]
         if points:
             style: dict[str, Any] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.comparison import compare
@@ -23,19 +23,24 @@ from blockhess.analysis.errors.bands import density_band
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
-from blockhess.analysis.selection import distributions, normalizable, resolved_axis
+from blockhess.analysis.selection import comparable_blocks, distributions, normalizable, quadrature_for, resolved_axis
+from blockhess.problem.blocks import ZERO_NOTE
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 LINE, AREA, QUIET, FAINT = "#08519c", "#9ecae1", "#555555", "#cccccc"
 DARK, LIGHT = "#f16913", "#fdd0a2"
 
 # Size of the panels of plot_density in inches, and largest number of columns.
 PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
+
+# Height of a row of the panel of all blocks, largest height of all rows, and height of its texts, in inches; largest
+# number of labeled powers of ten on either side of zero, and number of points along the axis.
+ROW_HEIGHT, MOST_ROWS_HEIGHT, TEXT_HEIGHT, MOST_POWERS, SHARED_POINTS = 0.12, 10.0, 0.75, 4, 800
 
 # Largest numbers of blocks for which the heat map shows values and all names, and least width of a cell with a value.
 MOST_VALUES, MOST_LABELS, LEAST_CELL = 14, 150, 0.3
@@ -84,12 +89,14 @@ def plot_density(
     sigma: float | None = None,
     share_x: bool = False,
     confidence: float | None = 0.95,
-    axis: str | Axis = "linear",
+    axis: str | Axis | None = None,
     width: float | None = None,
 ) -> Figure:
-    """Draw the log-density of every block, one panel per block.
+    """Draw the log-density of every block: all blocks in one panel, one row each, and one panel per block.
 
-    The height is density x sigma sqrt(2 pi): that of an isolated eigenvalue is its share of the spectrum.
+    The rows share the signed-log axis of js_matrix, so that flat and sharp blocks can be compared. The panels show
+    each block on its own linear axis, with error bands. The height is density x sigma sqrt(2 pi): that of an isolated
+    eigenvalue is its share of the spectrum.
 
     Args:
         blocks: names, in order; None means all that can be normalized.
@@ -98,7 +105,8 @@ def plot_density(
         share_x: whether panels share the axis of eigenvalues; otherwise it spans the eigenvalues of the block.
         confidence: probability of the error bands, dark for the random probes, light for probes and steps, see
             Spectra.density_band. None means no bands; blocks with one probe, and exact ones, have none.
-        axis: see Spectra.js_matrix.
+        axis: axis of the panels, see Spectra.js_matrix; None means linear. An axis that is given, a single block, or
+            share_x means panels only.
         width: width of the figure in inches, which then has no title; None means a width that fits.
 
     Raises:
@@ -110,11 +118,11 @@ def plot_density(
     Example:
         >>> plot_density(spectra, sigma=0.01).savefig("density.png")
     """
-    axis = as_axis("plot_density", axis)
+    given, axis = axis, as_axis("plot_density", "linear" if axis is None else axis)
     blocks = normalizable(spectra, axis) if blocks is None else blocks
     axis = resolved_axis("plot_density", spectra, blocks, axis)
     rows = spectra.rows(blocks)
-    nodes, weights = distributions(spectra, blocks, axis)
+    nodes, weights = _drawn(spectra, blocks, axis)
     # A tenth of the share of one eigenvalue.
     floor = 0.1 / max(10, *(spectra.dims[row] for row in rows))
 
@@ -122,10 +130,16 @@ def plot_density(
     panel_height = PANEL_HEIGHT
     if width is not None:
         columns = max(1, min(len(rows), int(width / LEAST_PANEL)))
-        panel_height = min(PANEL_HEIGHT, 0.6 * width / columns)
+        panel_height = min(PANEL_HEIGHT, 0.43 * width / columns)
     lines = math.ceil(len(rows) / columns)
-    figure = new_figure(width or max(5.6, PANEL_WIDTH * columns + 0.3), panel_height * lines + 1.1)
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
+    is_shared = given is None and not share_x and len(rows) >= 2
+    heights = [min(ROW_HEIGHT * len(rows), MOST_ROWS_HEIGHT) + TEXT_HEIGHT if is_shared else 0.0]
+    heights += [panel_height * lines + 1.1]
+    figure = new_figure(width or max(5.6, PANEL_WIDTH * columns + 0.3), sum(heights))
+    lower: Any = figure
+    if is_shared:
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]
+    panels = lower.subplots(lines, columns, squeeze=False, sharey=True, sharex=share_x)
     if sigma is not None:
         sigmas = [check_sigma_in_range("plot_density", sigma, nodes)] * len(rows)
     elif share_x:
@@ -133,8 +147,8 @@ def plot_density(
     else:
         sigmas = resolved_sigma(spectra, blocks, axis).tolist()
     for panel, row, x, w, block_sigma in zip(panels.flatten(), rows, nodes, weights, sigmas):
-        _draw_density(panel, spectra.names[row], x, w, block_sigma)
-        if confidence is not None:
+        _draw_density(panel, spectra, row, x, w, block_sigma)
+        if confidence is not None and bool(w.any()):
             _draw_bands(panel, spectra, row, node_grid(x, block_sigma), block_sigma, confidence, axis)
     for panel in panels.flatten()[len(rows) :]:
         panel.remove()
@@ -146,6 +160,8 @@ def plot_density(
     first.minorticks_off()
     if share_x:
         _set_range(first, float(nodes.min()), float(nodes.max()), max(sigmas))
+    if is_shared:
+        _draw_shared(upper, spectra, blocks, floor, figure.get_figwidth())
     model, policy = spectra.provenance.get("model"), spectra.provenance.get("batchnorm")
     title = f"Hessian spectra of the parameter blocks{f' of {model}' if model else ''}"
     title += f", {BATCHNORM_POLICIES[policy]}" if policy in ("eval", "batch") else ""
@@ -157,23 +173,84 @@ def plot_density(
     label += f" (gray line: 0)\nsmoothed with {text}"
     if confidence is not None:
         label += f"\n{100 * confidence:g} % bands: dark for the random probes, light for probes and steps"
-    figure.supxlabel(label, fontsize="medium")
-    figure.supylabel("share of eigenvalues", fontsize="medium")
+    lower.supxlabel(label, fontsize="medium")
+    lower.supylabel("share of eigenvalues", fontsize="medium")
     return figure
 
 
-def _draw_density(panel: Axes, name: str, nodes: Tensor, weights: Tensor, sigma: float) -> None:
+def _drawn(spectra: SpectraData, blocks: Sequence[str], axis: Axis) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights of the blocks on an axis; weights are 0 for blocks whose nodes are noise."""
+    nodes, weights = distributions(spectra, blocks, axis)
+    noise = torch.tensor([name in spectra.noise_blocks for name in blocks])
+    return nodes, weights.masked_fill(noise[:, None], 0.0)
+
+
+def _draw_shared(figure: SubFigure, spectra: SpectraData, blocks: Sequence[str], floor: float, width: float) -> None:
+    """Draw the densities of all blocks as rows of an image, on the signed-log axis and with the sigma of js_matrix."""
+    from matplotlib.colors import LogNorm
+
+    comparable = [name for name in blocks if name in comparable_blocks(spectra)]
+    axis = resolved_axis("plot_density", spectra, comparable or blocks, "asinh")
+    nodes, weights = _drawn(spectra, blocks, axis)
+    sigma = default_sigma(distributions(spectra, comparable or blocks, axis)[0])
+    low, high = float(nodes.min()) - 4 * sigma, float(nodes.max()) + 4 * sigma
+    # At least the resolution of a Gaussian, so that a lone eigenvalue is seen.
+    points = torch.linspace(low, high, max(SHARED_POINTS, math.ceil(2 * (high - low) / sigma)), dtype=torch.float64)
+    height = smooth(nodes, weights, points, sigma) * (sigma * math.sqrt(2 * math.pi))
+
+    axes = figure.subplots()
+    n = len(nodes)
+    norm = LogNorm(vmin=floor, vmax=1.0)
+    shown = height.masked_fill(height < floor, math.nan).numpy()
+    image = axes.imshow(
+        shown, cmap="viridis_r", norm=norm, aspect="auto", interpolation="nearest", extent=(low, high, n - 0.5, -0.5)
+    )
+    every = math.ceil(n * LABEL_PITCH / min(ROW_HEIGHT * n, MOST_ROWS_HEIGHT))
+    longest = max(12, int(NAMES_SHARE * width * 72 / (LETTER * FONT)))
+    labels = [_shorten(name, min(40, longest)) for name in blocks]
+    axes.set_yticks(range(0, n, every), labels[::every], fontsize=0.8 * FONT)
+    places, powers = _power_ticks(low, high, axis)
+    axes.set_xticks(places, powers, fontsize=FONT)
+    axes.tick_params(length=2, colors=QUIET)
+    axes.axvline(0.0, color=FAINT, linewidth=0.8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=30)
+    bar.ax.tick_params(labelsize=0.8 * FONT)
+    bar.set_label("share of eigenvalues", fontsize=FONT)
+    bar.outline.set_visible(False)
+    text = f"eigenvalues of all blocks on one {axis}, smoothed with sigma {sigma:.3g} of this axis"
+    axes.set_xlabel(textwrap.fill(text, int(13 * width)), fontsize=FONT)
+
+
+def _power_ticks(low: float, high: float, axis: Axis) -> tuple[list[float], list[str]]:
+    """Return places and labels of zero and of at most MOST_POWERS powers of ten on either side."""
+    scale = axis.scale or 1.0
+    places, labels = [0.0], ["0"]
+    for sign, end in (("", high), ("-", -low)):
+        if end <= 1:  # within the linear part
+            continue
+        first, last = math.ceil(math.log10(scale)), math.floor(math.log10(float(axis.of_block().invert(tensor(end)))))
+        step = max(1, math.ceil((last - first + 1) / MOST_POWERS))
+        for power in range(last, first - 1, -step):
+            places.append((-1 if sign else 1) * float(axis.place(tensor(10.0**power))))
+            labels.append(f"${sign}10^{{{power}}}$")
+    return places, labels
+
+
+def _draw_density(panel: Axes, spectra: SpectraData, row: int, nodes: Tensor, weights: Tensor, sigma: float) -> None:
     grid = node_grid(nodes, sigma)
     height = smooth(nodes[None], weights[None], grid, sigma)[0] * (sigma * math.sqrt(2 * math.pi))
     panel.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     panel.fill_between(grid.numpy(), height.numpy(), 1e-300, color=AREA, linewidth=0)
     panel.plot(grid.numpy(), height.numpy(), color=LINE, linewidth=0.9)
     if not bool((weights > 0).any()):
-        panel.text(0.5, 0.5, "not finite", transform=panel.transAxes, ha="center", color=QUIET)
+        text = ZERO_NOTE if bool(spectra.known[row]) else "not finite"
+        panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color=QUIET)
 
     _set_range(panel, float(nodes.min()), float(nodes.max()), sigma)
     panel.tick_params(labelsize="x-small", colors=QUIET)
-    panel.set_title(_shorten(name, 40), fontsize="small", loc="left", pad=3)
+    panel.set_title(_shorten(spectra.names[row], 40), fontsize="small", loc="left", pad=3)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
 
@@ -185,7 +262,7 @@ def _draw_bands(
     check_confidence("plot_density", confidence)
     if spectra.quadrature.is_exact(row) or int((spectra.quadrature.steps[:, row] > 0).sum()) < 2:
         return
-    band = density_band(spectra.quadrature, [row], grid, sigma, confidence, axis)
+    band = density_band(quadrature_for(spectra, axis), [row], grid, sigma, confidence, axis)
     x, height = band.x.numpy(), sigma * math.sqrt(2 * math.pi)
     for lower, upper, color in ((band.total_lower, band.total_upper, LIGHT), (band.lower, band.upper, DARK)):
         low, high = (height * edge[0].clamp(min=1e-300 / height).numpy() for edge in (lower, upper))

@@ -11,9 +11,11 @@ import torch
 
 from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
+from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors import error_bars
+from blockhess.analysis.jensen_shannon import JS0
 from blockhess.analysis.selection import comparable_blocks, weights_only
-from blockhess.report.rows import block_records
+from blockhess.report.rows import CONFIDENCE, block_records, record_texts
 from blockhess.results.data import SpectraData
 from blockhess_ext.arguments import choice
 
@@ -33,7 +35,7 @@ def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
         "lambda_min": low.tolist(),
         "lambda_max": high.tolist(),
         "trace": statistics.trace(spectra)[0].tolist(),
-        "negative": statistics.negative_mass(spectra).tolist(),
+        "negative": torch.stack(error_bars.negative_interval(spectra)).mean(0).tolist(),
     }[key]
     sign = 1.0 if key == "lambda_min" else -1.0
     ranks = [math.inf if math.isnan(value) else sign * value for value in values]
@@ -43,61 +45,82 @@ def sorted_names(spectra: SpectraData, key: str) -> tuple[str, ...]:
 def table(spectra: SpectraData, blocks: Sequence[str] | None = None) -> str:
     """Return a plain-text table with one block per line: shape, extreme eigenvalues, trace +- its error, ...
 
-    "W1 probes" and "W1 steps" are wasserstein_error(): if the first is larger, more probes help, else more steps.
+    A table of all blocks ends with the curvature spread.
+
+    "+-" are the larger halves of the 95 % intervals. Extreme eigenvalues have the digits that their bounds support: "~"
+    is an order of magnitude, ">=" and "<=" bounds. Shares of negative and zero eigenvalues are intervals, or
+    "unresolved" if the interval covers more than half. "W1 probes" is an estimate, "W1 steps" a bound: see
+    wasserstein_error.
 
     Args:
         blocks: names, in order; None means all.
     """
-    header = "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,negative,zero,W1 probes,W1 steps,steps,note"
-    zero, (from_probes, from_steps) = statistics.zero_mass(spectra).tolist(), error_bars.wasserstein_error(spectra)
-    low, high = statistics.eigenvalue_range(spectra)
-    columns = (
-        low,
-        high,
-        *statistics.trace(spectra),
-        statistics.frobenius_norm(spectra)[0],
-        statistics.negative_mass(spectra),
+    header = (
+        "block,shape,dim,lambda_min,lambda_max,trace,+-,Frobenius,+-,negative,zero,W1 probes,W1 steps <=,steps,note"
     )
-    values = torch.stack(columns, 1).tolist()
+    records, tolerances = block_records(spectra), spectra.zero_tolerance.tolist()
     lines = []
     for row in spectra.rows(blocks):
-        block, steps = spectra.blocks[row], spectra.quadrature.steps[:, row]
-        low, high, trace, stderr, norm, negative = values[row]
+        record, texts = records[row], record_texts(records[row], tolerances[row])
+        steps = spectra.quadrature.steps[:, row]
         least, most = int(steps[steps > 0].min()) if bool(spectra.known[row]) else 0, int(steps.max())
-        broken = "non-finite" if bool(spectra.quadrature.nonfinite[:, row].any()) else ""
+        estimates = (
+            "lambda_min",
+            "lambda_max",
+            "trace",
+            "trace_error",
+            "frobenius",
+            "frobenius_error",
+            "negative",
+            "zero",
+        )
         lines.append(
             (
-                block.name,
-                "x".join(map(str, block.shape)) or "scalar",
-                str(block.dim),
-                number(low),
-                number(high),
-                number(trace),
-                number(stderr, 2),
-                number(norm),
-                "-" if math.isnan(negative) else f"{negative:.4f}",
-                "-" if math.isnan(zero[row]) else f"{zero[row]:.4f}",
-                number(float(from_probes[row]), 2),
-                number(float(from_steps[row]), 2),
+                *(str(record[key]) for key in ("block", "shape", "dim")),
+                *(texts[key] for key in estimates),
+                *(number(record[key], 2) for key in ("w1_probes", "w1_steps")),
                 str(most) if least == most else f"{least}..{most}",
-                "; ".join(filter(None, (block.note, broken))),
+                record["note"],
             )
         )
-    return format_table(header.split(","), lines)
+    text = format_table(header.split(","), lines)
+    spread = curvature_spread(spectra) if blocks is None else None
+    return text if spread is None else f"{text}\n\n{spread}"
 
 
 def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
     """Return the contents of `describe` as JSON values, NaN and infinity included."""
     names = sorted_names(spectra, sort)
     by_name = {record["block"]: record for record in block_records(spectra)}
-    weights = weights_only(spectra)
+    all_blocks, weights = _js0(spectra)
     return {
+        "curvature_spread": None if (spread := curvature_spread(spectra)) is None else spread.to_dict(),
         "summary": repr(spectra),
         "provenance": spectra.provenance,
-        "js0": asdict(comparison.js0(spectra)) if len(comparable_blocks(spectra)) >= 2 else None,
-        "js0_weights_only": asdict(comparison.js0(spectra, blocks=weights)) if len(weights) >= 2 else None,
+        "js0": all_blocks and asdict(all_blocks),
+        "js0_weights_only": weights and asdict(weights),
         "blocks": [by_name[name] for name in names],
     }
+
+
+def recomputed(spectra: SpectraData) -> str:
+    """Return a note on the JS0 of a result of blockhess 0.1, whose default axis was linear, else ""."""
+    if spectra.provenance.get("default_axis") != "linear" or len(comparable_blocks(spectra)) < 2:
+        return ""
+    return (
+        "Made by blockhess 0.1, whose default comparison was on the linear axis: JS0 is recomputed on the signed-log "
+        '(asinh) axis; js0(axis="linear") returns the earlier value'
+    )
+
+
+def _js0(spectra: SpectraData) -> tuple[JS0 | None, JS0 | None]:
+    """Return JS0 of all blocks and of weights_only, with intervals; None for fewer than two blocks."""
+    weights = weights_only(spectra)
+    has_blocks = len(comparable_blocks(spectra)) >= 2
+    return (
+        comparison.js0(spectra, confidence=CONFIDENCE) if has_blocks else None,
+        comparison.js0(spectra, blocks=weights, confidence=CONFIDENCE) if len(weights) >= 2 else None,
+    )
 
 
 def describe(spectra: SpectraData, sort: str = "order") -> str:
@@ -111,7 +134,8 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
     """
     names = sorted_names(spectra, sort)
     p = spectra.provenance
-    lines = [repr(spectra)]
+    spread = curvature_spread(spectra)
+    lines = ([] if spread is None else [str(spread), ""]) + [repr(spectra)]
     if isinstance(p.get("loss_value"), int | float):
         lines.append(f"loss {p['loss_value']:.6g} ({p.get('loss')}), BatchNorm: {p.get('batchnorm')}")
     if isinstance(p.get("hvps"), int) and isinstance(p.get("seconds"), int | float):
@@ -122,11 +146,13 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
     if p.get("ghosts"):
         count = f"{sum(p['ghosts'].values())} nodes in {len(p['ghosts'])} blocks"
         lines.append(f"{count} are ghosts, as they are not reorthogonalized; ghosts do not bias densities")
+    if note := recomputed(spectra):
+        lines.append(note)
     lines = [*map(printable, lines), "", table(spectra, names)]
 
-    weights = weights_only(spectra)
-    if len(comparable_blocks(spectra)) >= 2:
-        lines += ["", f"All blocks: {comparison.js0(spectra)}"]
-    if 2 <= len(weights) < len(spectra.names):
-        lines.append(f"Weights only, no norms and biases: {comparison.js0(spectra, blocks=weights)}")
+    all_blocks, weights = _js0(spectra)
+    if all_blocks is not None:
+        lines += ["", f"All blocks: {all_blocks}"]
+    if weights is not None and len(weights.blocks) < len(spectra.names):
+        lines.append(f"Weights only, no norms and biases: {weights}")
     return "\n".join(lines)

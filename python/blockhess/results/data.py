@@ -152,9 +152,17 @@ class SpectraData:
         )
 
     @cached_property
+    def noise_blocks(self) -> tuple[str, ...]:
+        """Names of the zero_blocks whose nodes are not all 0: their eigenvalues are the error of the products."""
+        return tuple(name for name in self.zero_blocks if bool(self.merged[0][self._row[name]].any()))
+
+    @cached_property
     def excluded(self) -> tuple[tuple[str, str], ...]:
         """(name, reason) of the blocks that comparisons exclude by default; normalized axes may exclude more."""
         broken = self.quadrature.nonfinite.any(0).tolist()
-        unused = ["unused" in block.note.split("; ") for block in self.blocks]
-        reasons = ("non-finite" if bad else "unused" if idle else "" for bad, idle in zip(broken, unused))
-        return tuple((name, reason) for name, reason in zip(self.names, reasons) if reason)
+        found = []
+        for block, bad in zip(self.blocks, broken):
+            unused, zero = "unused" in block.note.split("; "), block.name in self.zero_blocks
+            if reason := "non-finite" if bad else "unused" if unused else "zero" if zero else "":
+                found.append((block.name, reason))
+        return tuple(found)

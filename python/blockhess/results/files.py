@@ -221,7 +221,10 @@ def _result(
     fields["seed"] = None if made.get("seed") is None else _get(made, "seed", int)
     fields |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     quadrature = Quadrature(**fields)
-    provenance = with_current_names(_get(header, "provenance", dict))
+    made_by = _get(header, "provenance", dict)
+    provenance = with_current_names(made_by)
+    if "tol_sigma" in provenance and "tol_sigma" not in made_by:  # of version 0.1, which compared on the linear axis
+        provenance["default_axis"] = "linear"
     _check_provenance(provenance)
     return blocks, quadrature, provenance
 

@@ -37,10 +37,10 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     """
     selection = selection or Selection()
     subjects = measure_networks(folder, selection, seed=seed, quick=quick)
-    compared = {s.title: s.spectra.compare() for s in subjects}
+    compared = {s.title: s.spectra.compare(axis="linear") for s in subjects}
     pairs = {title: _pairs(matrix) for title, (matrix, _) in compared.items()}
     spread = {title: quantiles(found, (0.1, 0.5, 0.9, 1.0)) for title, found in pairs.items()}
-    names = {s.title: s.spectra.comparable_blocks() for s in subjects}
+    names = {s.title: s.spectra.comparable_blocks("linear") for s in subjects}
     rows = [
         [
             title,
@@ -103,7 +103,7 @@ def _draw(subjects: Sequence[Subject], matrices: dict[str, Tensor]) -> Figure:
         image = panel.imshow(
             matrices[subject.title].numpy(), cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest"
         )
-        names = subject.spectra.comparable_blocks()
+        names = subject.spectra.comparable_blocks("linear")
         panel.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
         panel.set_yticks(range(len(names)), names, fontsize=5)
         panel.set_title(subject.title, fontsize="medium")

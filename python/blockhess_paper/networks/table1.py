@@ -89,7 +89,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     subjects = measure_networks(folder, selection, seed=seed, quick=quick)
     definitions = TRIED[1::8] if quick else TRIED
     values = {key: {s.title: js0(s.spectra, key) for s in subjects} for key in definitions}
-    intervals = {s.title: s.spectra.js0(confidence=0.95) for s in subjects}
+    intervals = {s.title: s.spectra.js0(axis="linear", confidence=0.95) for s in subjects}
 
     complete = {s.name for s in subjects} == set(NETWORKS)
     judged: dict[str, dict[Definition, tuple[float, float, float]]] = {}

@@ -72,7 +72,7 @@ def advice(spectra: Spectra, calibration: Calibration | None = None) -> Advice:
         >>> print(advice(blockhess.load("gpt.npz")))
     """
     calibration = calibration or shipped_calibration()
-    matrix, js0 = spectra.compare()
+    matrix, js0 = spectra.compare(axis="linear")  # as in the calibration
     mean = matrix.sum(1) / (len(matrix) - 1)
     drivers = sorted(zip(js0.blocks, mean.tolist()), key=lambda pair: -pair[1])
     decision, reason = UNDECIDED, calibration.failure

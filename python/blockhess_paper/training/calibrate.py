@@ -210,7 +210,8 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
 
 
 def _summary(found: Measured) -> str:
-    return f"gap {fmean(gaps(found.name, found.sgd, found.adamw)):.3f}, JS0 {found.spectra['eval'].js0().value:.3f}"
+    js0 = found.spectra["eval"].js0(axis="linear").value
+    return f"gap {fmean(gaps(found.name, found.sgd, found.adamw)):.3f}, JS0 {js0:.3f}"
 
 
 def judge(measured: Sequence[Measured], settings: Settings, seed: int, kinds: Iterable[str] = KINDS) -> Result:
@@ -255,7 +256,7 @@ def judge(measured: Sequence[Measured], settings: Settings, seed: int, kinds: It
             f"{mean[True][k]:+.3f}",
             *(_rate(best) for best in (m.sgd, m.adamw)),
             f"{predictors[DEFAULT][k]:.3f}",
-            f"{m.spectra['batch'].js0().value:.3f}",
+            f"{m.spectra['batch'].js0(axis='linear').value:.3f}",
             f"{predictors[SPREAD][k]:.2f}",
         ]
         for k, m in enumerate(measured)

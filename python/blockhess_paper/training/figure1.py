@@ -251,7 +251,7 @@ def judge(
                     f"{high:.3g}",
                     f"{high / stage.tenth:.2f}",
                     f"{stage.negative:.3f}",
-                    f"{stage.blocks.js0().value:.3f}",
+                    f"{stage.blocks.js0(axis='linear').value:.3f}",
                 ]
             )
     below = "\nDiverged: not finite, or the last losses are above those at the start." if diverged else ""
@@ -262,7 +262,7 @@ def judge(
         "largest over 10th": {n: [s.ends[1] / s.tenth for s in stages] for n, stages in found.items()},
         "asymmetry at initialization": {n: _asymmetry(*stages[0].ends) for n, stages in found.items()},
         "negative share": {n: [s.negative for s in stages] for n, stages in found.items()},
-        "JS0 of the blocks": {n: [s.blocks.js0().value for s in stages] for n, stages in found.items()},
+        "JS0 of the blocks": {n: [s.blocks.js0(axis="linear").value for s in stages] for n, stages in found.items()},
     }
     kinds = {panels[name].trainee.transformer for name in found}
     return Result(

@@ -122,7 +122,14 @@ def cdf_band(q: Quadrature, blocks: Sequence[int], x: Tensor, confidence: float,
     return _stack(x, (_cdf_band(q, block, x, confidence, axis) for block in blocks), confidence)
 
 
-def _cdf_band(q: Quadrature, block: int, y: Tensor, confidence: float, axis: Axis) -> tuple[Tensor, ...]:
+def share_bounds(q: Quadrature, block: int, x: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+    """Return the total band of the share of the eigenvalues <= x of one block, (n_points,) each: see cdf_band."""
+    return _cdf_band(q, block, x, confidence, LINEAR)[3:]
+
+
+def _cdf_band(
+    q: Quadrature, block: int, y: Tensor, confidence: float, axis: Axis
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     normalized = BlockOnAxis(q, block, axis)
     recurrence, x = normalized.recurrence, normalized.axis.invert(y)
     count = len(recurrence.steps)

@@ -6,21 +6,22 @@ every point, not at all points simultaneously.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from blockhess._text import format_table, number
-from blockhess.analysis import density, distribution, outliers, selection
+from blockhess.analysis import density, distribution, selection
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.errors import bands, probes, steps
 from blockhess.analysis.errors.bands import Band
-from blockhess.analysis.errors.intervals import check_confidence, jackknife, leave_one_out
+from blockhess.analysis.errors.extremes import extreme_bounds
+from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.errors.normalized_block import BlockOnAxis
 from blockhess.analysis.selection import distributions, normalizable, resolved_axis
+from blockhess.analysis.statistics import eigenvalue_range, zero_bound
 from blockhess.results.data import SpectraData
-from blockhess_ext import Quadrature
 
 # Default number of points of cdf_band over all blocks, and its lower bound per block.
 _CDF_POINTS, _LEAST_QUANTILES = 128, 8
@@ -64,7 +65,7 @@ def density_band(
     """Return the densities, see `density`, with error bands.
 
     Args:
-        sigma: standard deviation of the Gaussian on the axis; None means default_sigma().
+        sigma: standard deviation of the Gaussian on the axis; None means default_sigma(blocks, axis).
         grid: (n_points,) points on the axis, strictly ascending; None means density.node_grid of the blocks.
         confidence: probability of the bands, in (0, 1).
         blocks: names, in order; None means all.
@@ -87,7 +88,9 @@ def density_band(
     sigma = density.check_sigma_in_range("density_band", sigma, nodes)
     points = density.node_grid(nodes, sigma) if grid is None else density.check_grid("density_band", grid)
     confidence = check_confidence("density_band", confidence)
-    return bands.density_band(spectra.quadrature, spectra.rows(blocks), points, sigma, confidence, axis)
+    return bands.density_band(
+        selection.quadrature_for(spectra, axis), spectra.rows(blocks), points, sigma, confidence, axis
+    )
 
 
 def cdf_band(
@@ -120,7 +123,7 @@ def cdf_band(
         points = torch.unique(points[points.isfinite()])
     else:
         points = density.check_grid("cdf_band", x, "x")
-    return bands.cdf_band(spectra.quadrature, rows, points, confidence, axis)
+    return bands.cdf_band(selection.quadrature_for(spectra, axis), rows, points, confidence, axis)
 
 
 def trace_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -136,36 +139,101 @@ def trace_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tens
         >>> lower, upper = spectra.trace_interval()
     """
     confidence = check_confidence("trace_interval", confidence)
-    intervals = [probes.trace_interval(spectra.quadrature, block, confidence) for block in range(len(spectra.names))]
-    lower, upper = torch.tensor(intervals, dtype=torch.float64).T
-    return lower, upper
+    return _of_blocks(spectra, lambda row: probes.trace_interval(spectra.quadrature, row, confidence))
 
 
-def range_error(spectra: SpectraData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Estimate by the jackknife the bias and standard error of eigenvalue_range due to random probes.
+def frobenius_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Return confidence intervals of the Frobenius norms of all blocks: see probes.frobenius_interval.
 
-    Extreme nodes lie inside the true range: the bias of lambda_min is positive, that of lambda_max negative. The error
-    of finite steps is not included; the residuals of `outliers` bound it.
-
-    Returns:
-        (bias, stderr) of lambda_min and of lambda_max, (n_blocks,) each; NaN for a block with one probe.
-
-    Source: Quenouille 1956; Miller 1974.
+    Args, Returns: see trace_interval.
 
     Example:
-        >>> (_, _), (bias, stderr) = spectra.range_error()
+        >>> lower, upper = spectra.frobenius_interval()
     """
-    errors = []
-    for row in range(len(spectra.names)):
-        block = spectra.quadrature.select_blocks([row])
-        known = (block.steps[:, 0] > 0).nonzero().flatten().tolist() or [0]
+    confidence = check_confidence("frobenius_interval", confidence)
+    return _of_blocks(spectra, lambda row: probes.frobenius_interval(spectra.quadrature, row, confidence))
 
-        def extremes(subset: list[int], block: Quadrature = block, known: list[int] = known) -> Tensor:
-            return torch.cat(block.of_probes([known[i] for i in subset]).extremes())
 
-        errors.append(torch.stack(jackknife(*leave_one_out(extremes, len(known)))))
-    bias, stderr = torch.stack(errors, -1)
-    return (bias[0], stderr[0]), (bias[1], stderr[1])
+def eigenvalue_bounds(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Return a lower bound of lambda_min and an upper bound of lambda_max of every block: see extremes.py.
+
+    The extreme nodes of eigenvalue_range are bounds from inside: lambda_max is between the largest node and the upper
+    bound, up to zero_tolerance, which the bounds include.
+
+    Args:
+        confidence: probability of each bound, in (0, 1).
+
+    Returns:
+        lower, upper: (n_blocks,) each; infinite for probes that are not Gaussian, NaN for a block without a Lanczos
+        step.
+
+    Example:
+        >>> lower, upper = spectra.eigenvalue_bounds()
+    """
+    confidence = check_confidence("eigenvalue_bounds", confidence)
+    lower, upper = _of_blocks(spectra, lambda row: extreme_bounds(spectra.quadrature, row, confidence))
+    unknown, error = ~spectra.known, spectra.zero_tolerance
+    return (lower - error).masked_fill(unknown, torch.nan), (upper + error).masked_fill(unknown, torch.nan)
+
+
+def negative_interval(spectra: SpectraData, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Return confidence intervals of the share of negative eigenvalues, those below -zero_tolerance, of every block.
+
+    They include the errors of probes and of steps: the total band of the distribution function, see cdf_band.
+
+    Args:
+        confidence: probability of the intervals, in (0, 1).
+
+    Returns:
+        lower, upper: (n_blocks,) each, in [0, 1]; NaN for a block without a Lanczos step.
+
+    Example:
+        >>> lower, upper = spectra.negative_interval()
+    """
+    confidence = check_confidence("negative_interval", confidence)
+    return negative_and_zero_intervals(spectra, confidence)[0]
+
+
+def zero_interval(
+    spectra: SpectraData, tolerance: float | None = None, confidence: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Return confidence intervals of the share of zero eigenvalues of every block.
+
+    Args:
+        tolerance: largest |eigenvalue| that counts as zero, not negative; None means zero_tolerance, see zero_mass.
+        confidence: probability of the intervals, in (0, 1).
+
+    Returns:
+        lower, upper: as in negative_interval.
+
+    Example:
+        >>> lower, upper = spectra.zero_interval()
+    """
+    confidence = check_confidence("zero_interval", confidence)
+    return negative_and_zero_intervals(spectra, confidence, zero_bound("zero_interval", spectra, tolerance))[1]
+
+
+def negative_and_zero_intervals(
+    spectra: SpectraData, confidence: float, tolerance: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return negative_interval and zero_interval at the cost of one of them; tolerance (n_blocks,)."""
+    bound = spectra.zero_tolerance if tolerance is None else tolerance
+    below = torch.nextafter(-bound, torch.full_like(bound, -torch.inf))
+    points = torch.stack([below, bound], 1)
+
+    def shares(row: int) -> tuple[Tensor, Tensor]:
+        return bands.share_bounds(spectra.quadrature, row, points[row], confidence)
+
+    bounds = torch.stack([torch.stack(shares(row)) for row in range(len(spectra))])
+    bounds[~spectra.known] = torch.nan
+    (below_low, upto_low), (below_high, upto_high) = bounds[:, 0].T, bounds[:, 1].T
+    return (below_low, below_high), ((upto_low - below_high).clamp(min=0.0), upto_high - below_low)
+
+
+def _of_blocks(spectra: SpectraData, interval: Callable[[int], tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """Return the ends of the intervals of all rows, (n_blocks,) each."""
+    lower, upper = torch.tensor([interval(row) for row in range(len(spectra))], dtype=torch.float64).reshape(-1, 2).T
+    return lower, upper
 
 
 def wasserstein_error(
@@ -186,7 +254,7 @@ def wasserstein_error(
         >>> probes, steps = spectra.wasserstein_error()
     """
     axis = resolved_axis("wasserstein_error", spectra, blocks, axis)
-    return bands.wasserstein_error(spectra.quadrature, spectra.rows(blocks), axis)
+    return bands.wasserstein_error(selection.quadrature_for(spectra, axis), spectra.rows(blocks), axis)
 
 
 def error_table(
@@ -197,38 +265,35 @@ def error_table(
 ) -> str:
     """Return a plain-text table of the errors of every block, one block per line.
 
-    Columns: bias and standard error of the extreme eigenvalues (range_error); residual of the largest |node|
-    (outliers); interval of the trace; divisor of the axis and its interval; wasserstein_error on the axis.
+    Columns: intervals of the extreme eigenvalues (eigenvalue_range, eigenvalue_bounds), of the trace, and of the
+    divisor of the axis; wasserstein_error on the axis, an estimate (probes) and a bound (steps).
 
     Args:
         blocks: names, in order; None means all that can be normalized.
         confidence, axis: see density_band.
     """
     title = f"trace, {100 * check_confidence('error_table', confidence):g} %"
-    header = ["block", "lambda_min bias", "+-", "lambda_max bias", "+-", "residual", title, "divided by", "from ... to"]
+    header = ["block", "lambda_min", "lambda_max", title, "divisor", "from ... to", "W1 probes", "W1 steps <="]
     axis = as_axis("error_table", axis)
     blocks = normalizable(spectra, axis) if blocks is None else blocks
     axis = resolved_axis("error_table", spectra, blocks, axis)
-    (low, low_error), (high, high_error) = range_error(spectra)
-    lower, upper = trace_interval(spectra, confidence)
+    least, largest = eigenvalue_bounds(spectra, confidence)
+    ends = torch.stack([least, *eigenvalue_range(spectra), largest, *trace_interval(spectra, confidence)], 1)
     from_probes, from_steps = wasserstein_error(spectra, blocks, axis)
     lines = []
     for i, row in enumerate(spectra.rows(blocks)):
-        bounds, nodes = outliers.residuals(spectra.quadrature, row), spectra.quadrature.nodes[:, row]
-        largest = torch.where(bounds.isnan(), -1.0, nodes.abs()).argmax()
+        shown = [number(end) for end in ends[row].tolist()]
         normalized = BlockOnAxis(spectra.quadrature, row, axis)
         low_divisor, high_divisor = normalized.divisor_interval(confidence)
         divisor = number(normalized.axis.divisor), f"{number(low_divisor)} ... {number(high_divisor)}"
         lines.append(
             [
                 spectra.names[row],
-                *(number(float(value[row]), 2) for value in (low, low_error, high, high_error)),
-                number(float(bounds.flatten()[largest]), 2),
-                f"{number(float(lower[row]))} ... {number(float(upper[row]))}",
+                *(f"{shown[i]} ... {shown[i + 1]}" for i in (0, 2, 4)),
                 *(divisor if axis.normalize != "none" else ("", "")),
                 number(float(from_probes[i]), 2),
                 number(float(from_steps[i]), 2),
             ]
         )
-    table = format_table([*header, "W1 probes", "W1 steps"], lines)
+    table = format_table(header, lines)
     return table if axis == Axis() else f"W1 on the {axis}\n\n{table}"

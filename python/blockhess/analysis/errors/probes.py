@@ -1,7 +1,8 @@
-"""Variance of v^T f(H) v over random probes v, and the confidence interval of the trace.
+"""Variance of v^T f(H) v over random probes v, and the confidence intervals of the trace and of the Frobenius norm.
 
-For Gaussian probes the variance is at least the theoretical one (intervals.py); any excess of the sample variance is
-added, scaled by Student's factor. For other probes it is the sample variance alone.
+For Gaussian probes the variance is at least the theoretical one (intervals.py), times 1 + 1 / n_probes, as it is
+computed from means over the same probes. Any excess of the sample variance is added, scaled by Student's factor. For
+other probes it is the sample variance alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def variance_of_probes(q: Quadrature, block: int, values: Tensor, mean_square: T
         return torch.zeros_like(mean_square)
     known = torch.zeros_like(mean_square)
     if q.distribution == "gaussian":
-        known = (2 / (q.dims[block] + 2) * (mean_square - values.mean(0) ** 2)).clamp(min=0.0)
+        known = (2 / (q.dims[block] + 2) * (mean_square - values.mean(0) ** 2)).clamp(min=0.0) * (1 + 1 / len(values))
     return variance_of_mean(values, known, confidence)
 
 
@@ -56,3 +57,24 @@ def trace_interval(q: Quadrature, block: int, confidence: float) -> tuple[float,
         ends.append((float(part - lower), float(upper - part)))
     (below, above), (other_below, other_above) = ends
     return dim * (float(mean) - math.hypot(below, other_above)), dim * (float(mean) + math.hypot(above, other_below))
+
+
+def frobenius_interval(q: Quadrature, block: int, confidence: float) -> tuple[float, float]:
+    """Return the confidence interval of |H|_F of a block; (0, inf) with one probe unless it is exact.
+
+    The second moment of a probe's quadrature is exact after two steps, and |H v|^2 = alpha_0^2 + beta_0^2 after one, so
+    the steps add no error.
+    """
+    recurrence = Recurrence(q, block)
+    if len(recurrence.nodes) < (1 if q.is_exact(block) else 2):
+        return 0.0, math.inf
+    # Relative to the largest node, as fourth powers could underflow.
+    scale = float(recurrence.nodes.abs().max()) or 1.0
+    relative = recurrence.nodes / scale
+    residual = torch.where(recurrence.steps == 1, recurrence.beta[:, 0] / scale, 0.0)
+    values = (recurrence.weights * relative**2).sum(1) + residual**2
+    fourth = (recurrence.weights * relative**4).sum(1).mean()
+    variance = variance_of_probes(q, block, values, fourth, confidence)
+    ends = gamma_interval(values.mean()[None], variance[None], confidence)
+    lower, upper = (scale * math.sqrt(q.dims[block] * float(end)) for end in ends)
+    return lower, upper

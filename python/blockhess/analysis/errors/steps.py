@@ -32,11 +32,15 @@ from blockhess_ext.recurrences import EXHAUSTED_EPS
 # Largest |node| of a Gauss-Radau rule, relative to |T|; the weight of a node this large is below 1e-30.
 _LARGEST_NODE = 1e15
 
-# Smallest beta in the polynomials, relative to |T|.
-_LEAST_BETA = 1e-16
+# Smallest beta in the polynomials, relative to |T|, and number of steps after which they are rescaled: at |x| = 1e6 |T|
+# the squares are then below 1e200.
+_LEAST_BETA, _RESCALED = 1e-16, 4
 
 # Spacing and last abscissa of double-exponential quadrature; its relative error is 1e-3, with ghosts 5 %.
 _STEP, _LAST = 0.4, 2.8
+
+# Largest number of parts of a gap between nodes.
+_MOST_PARTS = 64
 
 LINEAR = BlockAxis()
 
@@ -93,22 +97,40 @@ class Recurrence:
         """
         # Avoids 0 / 0 for exhausted and zero recurrences; every other beta is larger.
         beta = torch.maximum(self.beta, _LEAST_BETA * self.norm[:, None]).clamp(min=1e-300)
-        christoffel, before, now = torch.ones_like(x), torch.zeros_like(x), torch.ones_like(x)
-        residual = torch.zeros_like(x)
+        # p_j and the sum of squares are relative to a scale, of which christoffel holds the square.
+        christoffel, squares = torch.ones_like(x), torch.ones_like(x)
+        before, now, residual = torch.zeros_like(x), torch.ones_like(x), torch.zeros_like(x)
         steps = self.steps.tolist()
         for j in range(max(steps, default=0)):
-            r = (x - self.alpha[:, j, None]) * now - (beta[:, j - 1, None] * before if j else 0.0)
-            # p_j and the sum of squares can overflow: p_j is divided by the square root of the sum.
-            after = r / beta[:, j, None]
-            shrink = torch.hypot(after, torch.ones_like(x)).reciprocal()
+            r = (x - self.alpha[:, j, None]).mul_(now)
+            if j:
+                r.addcmul_(beta[:, j - 1, None], before, value=-1.0)
             if j + 1 < min(steps):
-                before, now, christoffel = now * shrink, after * shrink, christoffel * shrink**2
-                continue
-            residual = torch.where((j < self.steps)[:, None], r, residual)
-            more = (j + 1 < self.steps)[:, None]
-            before, now = torch.where(more, now * shrink, before), torch.where(more, after * shrink, now)
-            christoffel = torch.where(more, christoffel * shrink**2, christoffel)
-        return christoffel, now, residual
+                before, now = now, r.div_(beta[:, j, None])
+                squares.addcmul_(now, now)
+            else:
+                residual = torch.where((j < self.steps)[:, None], r, residual)
+                more, after = (j + 1 < self.steps)[:, None], r / beta[:, j, None]
+                before, now = torch.where(more, now, before), torch.where(more, after, now)
+                squares = torch.where(more, squares + after**2, squares)
+            if j % _RESCALED == 0:
+                shrink = squares.rsqrt()
+                before, now, residual = before * shrink, now * shrink, residual * shrink
+                christoffel *= shrink**2
+                squares = torch.ones_like(x)
+        shrink = squares.rsqrt()
+        return christoffel * shrink**2, now * shrink, residual * shrink
+
+    def mass_bound(self, x: Tensor) -> Tensor:
+        """Return 1 / (p_0(x)^2 + ... + p_m(x)^2), a bound of the mass of mu at x, (n_known, n_points).
+
+        Args:
+            x: (n_known, n_points) float64.
+        """
+        christoffel, _, residual = self.polynomials(x)
+        beta = self.beta.gather(1, self.steps[:, None] - 1).clamp(min=1e-300)
+        mass: Tensor = christoffel / (1 + (residual / beta) ** 2)
+        return mass
 
     def cdf(self, x: Tensor) -> Tensor:
         """Return the weight of the nodes <= x of every recurrence, (n_known, n_points), exactly 1 beyond the last.
@@ -163,23 +185,14 @@ class Recurrence:
         of christoffel at converged nodes. Masses are 0 for exact recurrences.
 
         Args:
-            longest: largest length of an interval on the axis; longer gaps are divided into at most 64 equal parts.
+            longest: largest length of an interval on the axis; longer gaps are divided into at most _MOST_PARTS.
             axis: axis on which lengths are measured.
         """
         t = torch.arange(-_LAST, _LAST + _STEP / 2, _STEP, dtype=torch.float64)
         arc = math.pi / 2 * t.sinh()
         share, d_share = (2 * arc).sigmoid(), _STEP * math.pi * t.cosh() * (2 * arc).sigmoid() * (-2 * arc).sigmoid()
 
-        placed = axis.place(self.nodes)
-        left, width = placed[:, :-1], placed.diff(dim=1)
-        pieces = 1 if not width.numel() else int((width.max() / longest).clamp(1, 64).ceil())
-        if pieces == 1:
-            edges = self.nodes
-        else:
-            cuts = torch.arange(pieces, dtype=torch.float64) / pieces
-            inner = axis.invert(left[..., None] + width[..., None] * cuts)
-            inner[..., 0] = self.nodes[:, :-1]
-            edges = torch.cat([inner.flatten(1), self.nodes[:, -1:]], 1)
+        edges = self._edges(longest, axis)
         left, width = edges[:, :-1, None], edges.diff(dim=1).clamp(min=0.0)[..., None]
         inside, d_inside = left + width * share, width * d_share
 
@@ -190,6 +203,21 @@ class Recurrence:
         x = torch.cat([self.nodes[:, :1] - scale * away, inside.flatten(1), last + scale * away], 1)
         d_x = torch.cat([scale * d_away, d_inside.flatten(1), scale * d_away], 1)
         return x, (self.polynomials(x)[0] * d_x).masked_fill(self.exact[:, None], 0.0)
+
+    def _edges(self, longest: float, axis: BlockAxis) -> Tensor:
+        """Return the nodes and points that divide the gaps between them, (n_known, n_edges), padded with the last."""
+        placed = axis.place(self.nodes)
+        parts = (placed.diff(dim=1) / longest).ceil().clamp(1, _MOST_PARTS).long()
+        if not parts.numel() or int(parts.max()) == 1:
+            return self.nodes
+        edges = []
+        for nodes, y, count in zip(self.nodes, placed, parts):
+            gap = torch.repeat_interleave(count)
+            step = torch.arange(len(gap)) - (count.cumsum(0) - count)[gap]
+            inner = axis.invert(y[gap] + (y[gap + 1] - y[gap]) * step / count[gap])
+            edges.append(torch.cat([torch.where(step == 0, nodes[gap], inner), nodes[-1:]]))
+        most = max(map(len, edges))
+        return torch.stack([torch.cat([row, row[-1:].expand(most - len(row))]) for row in edges])
 
 
 def wasserstein_bound(recurrence: Recurrence, axis: BlockAxis = LINEAR) -> Tensor:

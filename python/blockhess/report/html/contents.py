@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from blockhess._version import __version__
 from blockhess.analysis.axes import Axis
-from blockhess.analysis.comparison import compare
+from blockhess.analysis.comparison import compare, js0
+from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.selection import comparable_blocks, weights_only
 from blockhess.report.html.highlights import highlights
-from blockhess.report.rows import block_records
+from blockhess.report.rows import CONFIDENCE, block_records, record_texts
 from blockhess.results.data import SpectraData
 from blockhess_ext import Quadrature
 
@@ -37,12 +38,14 @@ SMALLEST_SHARE = 1e-4
 NOT_SHOWN = ("partial", "hvp_error", "unchecked", "plan", "model", "ghosts")
 LONGEST_VALUE = 300
 
-# title -> arguments of comparison.compare
+# title -> arguments of comparison.compare, the default comparison first
 COMPARISONS: dict[str, dict[str, Any]] = {
-    "linear axis": {},
     "signed-log axis": {"axis": "asinh"},
+    "linear axis": {"axis": "linear"},
     "divided by spectral radius": {"axis": Axis(normalize="radius")},
 }
+
+DEFAULT_COMPARISON = next(iter(COMPARISONS))
 
 Floats = NDArray[np.float64]
 
@@ -93,14 +96,15 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
     comparisons = [
         _comparison(spectra, title, options)
         for title, options in COMPARISONS.items()
-        if len(comparable_blocks(spectra, options.get("axis", "linear"))) >= 2
+        if len(comparable_blocks(spectra, options["axis"])) >= 2
     ]
-    records = block_records(spectra)
+    records, spread = block_records(spectra), curvature_spread(spectra)
     widths, weights = resolved_sigma(spectra).tolist(), set(weights_only(spectra))
     blocks: list[dict[str, Any]] = []
     nodes, shares = [], []
-    for record, x, w, width in zip(records, *(part.numpy() for part in spectra.merged), widths):
-        positive = w > 0
+    merged = (part.numpy() for part in spectra.merged)
+    for (record, x, w), width, zero in zip(zip(records, *merged), widths, spectra.zero_tolerance.tolist()):
+        positive = (w > 0) & (record["block"] not in spectra.noise_blocks)
         probes = [count for count in positive.reshape(spectra.quadrature.num_probes, -1).sum(1).tolist() if count]
         x, w = x[positive], w[positive]
         if most is not None and len(x) > most:
@@ -113,8 +117,10 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
         blocks.append(
             record
             | {
+                "texts": record_texts(record, zero),
                 "radius": radius,
-                "rms": radius * math.sqrt(float((w * relative**2).sum())),
+                "rms": radius * math.sqrt(float((w * relative**2 * (np.abs(x) > zero)).sum())),
+                "zero_tolerance": zero,
                 "sigma": width,
                 "probes": probes,
                 "unit_variance": _unit_variance(spectra.quadrature, len(blocks)),
@@ -126,8 +132,9 @@ def _result(spectra: SpectraData, label: str, most: int | None) -> dict[str, Any
         "step": spectra.provenance.get("step"),
         "model": str(spectra.provenance.get("model") or "a model"),
         "summary": repr(spectra),
+        "curvature_spread": None if spread is None else spread.to_dict(),
         "unfinished": _unfinished(spectra),
-        "highlights": highlights(spectra, records, {c["title"]: c["value"] for c in comparisons}),
+        "highlights": highlights(spectra, records, comparisons),
         "provenance": _provenance(spectra),
         "blocks": blocks,
         "nodes": _packed(np.concatenate(nodes), "<f4"),
@@ -179,13 +186,16 @@ def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:
 
 
 def _comparison(spectra: SpectraData, title: str, options: dict[str, Any]) -> dict[str, Any]:
-    matrix, js0 = compare(spectra, **options)
+    matrix, mean = compare(spectra, **options)
+    if title == DEFAULT_COMPARISON:  # only, as intervals of 200 blocks take half a minute each
+        mean = js0(spectra, **options, confidence=CONFIDENCE)
     upper = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
     return {
         "title": title,
-        "text": str(js0),
-        "value": js0.value,
-        "blocks": spectra.rows(js0.blocks),
+        "text": str(mean),
+        "value": mean.value,
+        "interval": mean.interval,
+        "blocks": spectra.rows(mean.blocks),
         "order": _clustered(upper),
         "matrix": _packed(np.round(upper * 65535), "<u2"),
     }

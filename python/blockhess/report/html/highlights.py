@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockhess.analysis.comparison import compare
-from blockhess.analysis.selection import comparable_blocks, weights_only
-from blockhess.analysis.statistics import curvature_range
+from blockhess.analysis.curvature_spread import curvature_spread
+from blockhess.analysis.selection import comparable_blocks
+from blockhess.report.text import recomputed
 from blockhess.results.data import SpectraData
 
 # Smallest share of negative eigenvalues that is reported, and largest number of names in a sentence.
@@ -16,17 +17,20 @@ NOTABLE_NEGATIVE = 0.01
 MOST_NAMES = 4
 
 
-def highlights(spectra: SpectraData, records: Sequence[Mapping[str, Any]], js0: Mapping[str, float]) -> list[str]:
+def highlights(
+    spectra: SpectraData, records: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]
+) -> list[str]:
     """Return the highlights, in one or two sentences each.
 
     Args:
         records: rows.block_records of the result.
-        js0: title of a comparison -> JS0, the default comparison first.
+        comparisons: records with title, value and interval of JS0; without an interval one digit is shown.
     """
     texts = [
-        _heterogeneity(js0),
-        _most_different(spectra),
         _curvature(spectra),
+        _heterogeneity(comparisons),
+        _most_different(spectra),
+        f"{note}." if (note := recomputed(spectra)) else "",
         _precision(spectra, records),
         _negative(records),
         *_problems(spectra, records),
@@ -43,49 +47,51 @@ def _most_different(spectra: SpectraData) -> str:
     return f"Most different from the other blocks: {', '.join(js0.blocks[i] for i in order[:MOST_NAMES])}."
 
 
-def _heterogeneity(js0: Mapping[str, float]) -> str:
-    if len(js0) < 2:
+def _heterogeneity(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    if len(comparisons) < 2:
         return ""
-    values = ", ".join(f"{value:.3g} ({title})" for title, value in js0.items())
+    values = ", ".join(_with_interval(c) for c in comparisons)
     return f"The heterogeneity of the blocks depends on the comparison. JS0 is {values}: quote it with its axis."
 
 
+def _with_interval(comparison: Mapping[str, Any]) -> str:
+    value, interval, title = (comparison[key] for key in ("value", "interval", "title"))
+    if interval is None:
+        return f"~{value:.1g} ({title})"
+    return f"{value:.2f} ({title}; {interval[0]:.2f} ... {interval[1]:.2f} with {100 * interval[2]:g} %)"
+
+
 def _curvature(spectra: SpectraData) -> str:
-    if len(weights_only(spectra)) < 2:
-        return ""
-    flattest, sharpest = curvature_range(spectra)
-    if not flattest > 0:
-        return f"The sharpest weight block has a largest |eigenvalue| of {sharpest:.3g}, the flattest is zero."
-    return (
-        f"The largest |eigenvalue| of weight blocks goes from {flattest:.3g} to {sharpest:.3g}, "
-        f"a factor of {float(f'{sharpest / flattest:.2g}'):,g}."
-    )
+    spread = curvature_spread(spectra)
+    return "" if spread is None else f"{spread}."
 
 
 def _precision(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> str:
     if spectra.quadrature.num_probes == 1:
         return "With one random probe the statistical errors are unknown. Take two or more."
-    known = [r for r in records if math.isfinite(r["w1_probes"]) and math.isfinite(r["w1_steps"])]
-    estimated = [r for r in known if r["w1_probes"] > 0 or r["w1_steps"] > 0]
-    if not estimated:
-        return "Every block was computed exactly." if known else ""
-    by_steps = sum(r["w1_steps"] > r["w1_probes"] for r in estimated)
-    advice = "more steps help most" if 2 * by_steps > len(estimated) else "more probes help most"
-    if not by_steps:
-        return f"In every block the error of the random probes exceeds that of the finite number of steps: {advice}."
-    blocks = f"{by_steps} of {len(estimated)} estimated blocks"
-    return f"The error of the finite number of steps may exceed that of the random probes in {blocks}: {advice}."
+    known = [r for r in records if math.isfinite(r["w1_probes"])]
+    return (
+        "Every block was computed exactly." if known and not any(r["w1_probes"] or r["w1_steps"] for r in known) else ""
+    )
 
 
 def _negative(records: Sequence[Mapping[str, Any]]) -> str:
-    notable = [r for r in records if r["negative"] > NOTABLE_NEGATIVE]
-    if not notable:
+    certain = [r for r in records if r["negative_lower"] > NOTABLE_NEGATIVE]
+    unresolved = [r for r in records if r["negative_lower"] <= NOTABLE_NEGATIVE < r["negative_upper"]]
+    if not certain and not unresolved:
         return "No block has more than 1 % negative eigenvalues."
-    most = max(notable, key=lambda r: float(r["negative"]))
-    return (
-        f"{len(notable)} of {len(records)} blocks have more than 1 % negative eigenvalues, the most in "
-        f"{most['block']}: {100 * most['negative']:.0f} %."
-    )
+    texts = []
+    if certain:
+        most = max(certain, key=lambda r: float(r["negative_lower"]))
+        texts = [
+            f"{len(certain)} of {len(records)} blocks have more than 1 % negative eigenvalues, the most in "
+            f"{most['block']}: at least {math.floor(100 * most['negative_lower'])} %."
+        ]
+    if unresolved:
+        texts.append(
+            f"In {len(unresolved)} of {len(records)} blocks, steps and probes leave open if more than 1 % are negative."
+        )
+    return " ".join(texts)
 
 
 def _problems(spectra: SpectraData, records: Sequence[Mapping[str, Any]]) -> list[str]:

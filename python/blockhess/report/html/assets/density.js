@@ -18,15 +18,16 @@ function unplace(y, scale) {
   return scale === null ? y : scale * Math.sinh(y);
 }
 
-// The (lower) median of the blocks' root mean square eigenvalues, as axes.default_scale.
+// 3 % of the lower quartile of the blocks' root mean square eigenvalues, as axes.default_scale.
 function defaultScale(blocks) {
   const sizes = blocks.map((b) => b.rms).filter((s) => s > 0).sort((a, b) => a - b);
-  return sizes.length ? sizes[(sizes.length - 1) >> 1] : 1;
+  return sizes.length ? 0.03 * sizes[(sizes.length - 1) >> 2] : 1;
 }
 
-// Nodes of a block on an axis.
+// Nodes of a block on an axis; on the signed-log axis, eigenvalues within their error are zero, as selection.quadrature_for.
 function placed(block, scale) {
-  return Float64Array.from(block.nodes, (x) => place(x * block.radius, scale));
+  const zero = scale === null ? -1 : block.zero_tolerance;
+  return Float64Array.from(block.nodes, (x) => (Math.abs(x * block.radius) <= zero ? 0 : place(x * block.radius, scale)));
 }
 
 // Smallest and largest of several lists of nodes.

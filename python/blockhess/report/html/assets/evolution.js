@@ -1,12 +1,13 @@
 // One quantity over the checkpoints: JS0 in every comparison, or a statistic of each chosen block.
 
+// title, key of the value (null: the middle of the interval), keys of the ends of the interval
 const BLOCK_QUANTITIES = [
-  ["largest eigenvalue", "lambda_max", "lambda_max_error"],
-  ["smallest eigenvalue", "lambda_min", "lambda_min_error"],
-  ["trace", "trace", "trace_error"],
-  ["Frobenius norm", "frobenius", "frobenius_error"],
-  ["share of negative eigenvalues", "negative", null],
-  ["share of zero eigenvalues", "zero", null],
+  ["largest eigenvalue", "lambda_max", "lambda_max", "lambda_max_upper"],
+  ["smallest eigenvalue", "lambda_min", "lambda_min_lower", "lambda_min"],
+  ["trace", "trace", "trace_lower", "trace_upper"],
+  ["Frobenius norm", "frobenius", "frobenius_lower", "frobenius_upper"],
+  ["share of negative eigenvalues", null, "negative_lower", "negative_upper"],
+  ["share of zero eigenvalues", null, "zero_lower", "zero_upper"],
 ];
 
 class Evolution {
@@ -19,7 +20,7 @@ class Evolution {
     if ($("evolution").hidden) return;
     $("quantity").replaceChildren(
       element("option", { value: "js0" }, "JS0"),
-      ...BLOCK_QUANTITIES.map(([title, key]) => element("option", { value: key }, `${title}, by block`)),
+      ...BLOCK_QUANTITIES.map(([title], i) => element("option", { value: i }, `${title}, by block`)),
     );
     $("quantity").addEventListener("change", () => this.draw());
     const steps = page.results.map((r) => r.step);
@@ -29,7 +30,7 @@ class Evolution {
     this.listen();
   }
 
-  // [{ name, stroke, dash, points: [[value, error] or null of each checkpoint] }]
+  // [{ name, stroke, dash, points: [[value, lower, upper] or null of each checkpoint] }]
   series() {
     const { results, chosen } = this.page;
     const quantity = $("quantity").value;
@@ -41,11 +42,13 @@ class Evolution {
         dash: [],
         points: results.map((r) => {
           const comparison = r.comparisons.find((c) => c.title === title);
-          return comparison ? [comparison.value, 0] : null;
+          if (!comparison) return null;
+          const [lower, upper] = comparison.interval || [comparison.value, comparison.value];
+          return [comparison.value, lower, upper];
         }),
       }));
     }
-    const [, key, error] = BLOCK_QUANTITIES.find(([, name]) => name === quantity);
+    const [, key, lower, upper] = BLOCK_QUANTITIES[quantity];
     return chosen.map((index, i) => {
       const name = this.page.result().blocks[index].block;
       return {
@@ -53,7 +56,9 @@ class Evolution {
         ...curveStyle(i, chosen.length),
         points: results.map((r) => {
           const block = r.byName.get(name);
-          return block && block[key] !== null ? [block[key], (error && block[error]) || 0] : null;
+          if (!block || block[key || lower] === null) return null;
+          const value = key ? block[key] : (block[lower] + block[upper]) / 2;
+          return [value, block[lower] ?? value, block[upper] ?? value];
         }),
       };
     });
@@ -107,14 +112,14 @@ class Evolution {
       ctx.setLineDash([]);
       points.forEach((point, i) => {
         if (!point) return;
-        const [value, error] = point;
+        const [value, lower, upper] = point;
         ctx.beginPath();
         ctx.arc(x(i), y(value), 3, 0, 2 * Math.PI);
         ctx.fill();
         ctx.lineWidth = 1;
         ctx.beginPath();
-        ctx.moveTo(x(i), Math.min(y(value - error), box.bottom));
-        ctx.lineTo(x(i), y(value + error));
+        ctx.moveTo(x(i), Math.min(y(lower), box.bottom));
+        ctx.lineTo(x(i), Math.max(y(upper), box.top));
         ctx.stroke();
       });
     }

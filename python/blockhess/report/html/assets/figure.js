@@ -65,10 +65,6 @@ function tickText(value) {
   return `${value < 0 ? "−" : ""}10${digits}`;
 }
 
-function percent(share) {
-  return share === null ? "–" : share === 0 ? "0" : `${number(100 * share, 2)} %`;
-}
-
 // Clear a canvas; return its context, scaled to CSS pixels.
 function context(canvas) {
   const ratio = window.devicePixelRatio || 1;

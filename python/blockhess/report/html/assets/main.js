@@ -78,12 +78,18 @@ class Page {
     $("model").textContent = result.model;
     $("subtitle").textContent = result.summary;
     const known = result.blocks.filter((b) => b.lambda_max !== null);
-    const tiles = result.comparisons.slice(0, 1).map((c) => [`JS0, ${c.title}`, number(c.value), "mean Jensen-Shannon distance of all pairs"]);
+    const spread = result.curvature_spread;
+    const about = spread && `factor ${number(spread.ratio, 2)} between the largest |eigenvalues| of ${spread.weights ? "weight blocks" : "blocks"}`;
+    const tiles = spread ? [["curvature spread", `${number(spread.value)} decades`, about]] : [];
+    for (const { title, value, interval } of result.comparisons.slice(0, 1)) {
+      const ends = interval ? `, ${interval[0].toFixed(2)} ... ${interval[1].toFixed(2)}` : "";
+      tiles.push([`JS0, ${title}`, number(value), `mean Jensen-Shannon distance of all pairs${ends}`]);
+    }
     const sharpest = known.reduce((a, b) => (b.lambda_max > a.lambda_max ? b : a), known[0]);
     const lowest = known.reduce((a, b) => (b.lambda_min < a.lambda_min ? b : a), known[0]);
     if (sharpest) {
-      tiles.push(["largest eigenvalue", number(sharpest.lambda_max), sharpest.block]);
-      tiles.push(["smallest eigenvalue", number(lowest.lambda_min), lowest.block]);
+      tiles.push(["largest eigenvalue", sharpest.texts.lambda_max, sharpest.block]);
+      tiles.push(["smallest eigenvalue", lowest.texts.lambda_min, lowest.block]);
     }
     const size = result.blocks.reduce((sum, b) => sum + b.dim, 0);
     tiles.push(["blocks", String(result.blocks.length), `${size.toLocaleString("en")} parameters`]);

@@ -3,9 +3,7 @@
 const SPARK = { width: 120, height: 26, points: 120 };
 
 function withError(value, error) {
-  const shown = [number(value)];
-  if (error > 0) shown.push(element("small", {}, ` ± ${number(error, 2)}`));
-  return shown;
+  return error === "0" ? [value] : [value, element("small", {}, ` ± ${error}`)];
 }
 
 // title, key to sort by, cell content; the largest value comes first in columns of numbers.
@@ -13,13 +11,13 @@ const COLUMNS = [
   ["block", "block", (b) => [b.block]],
   ["spectrum", null, () => []],
   ["shape", "dim", (b) => [b.shape.replaceAll("x", "×")]],
-  ["λ min", "lambda_min", (b) => withError(b.lambda_min, b.lambda_min_error)],
-  ["λ max", "lambda_max", (b) => withError(b.lambda_max, b.lambda_max_error)],
-  ["trace", "trace", (b) => withError(b.trace, b.trace_error)],
-  ["negative", "negative", (b) => [percent(b.negative)]],
-  ["zero", "zero", (b) => [percent(b.zero)]],
+  ["λ min", "lambda_min", (b) => [b.texts.lambda_min]],
+  ["λ max", "lambda_max", (b) => [b.texts.lambda_max]],
+  ["trace", "trace", (b) => withError(b.texts.trace, b.texts.trace_error)],
+  ["negative", "negative_lower", (b) => [b.texts.negative]],
+  ["zero", "zero_lower", (b) => [b.texts.zero]],
   ["W1 probes", "w1_probes", (b) => [number(b.w1_probes, 2)]],
-  ["W1 steps", "w1_steps", (b) => [number(b.w1_steps, 2)]],
+  ["W1 steps ≤", "w1_steps", (b) => [number(b.w1_steps, 2)]],
   ["steps", "steps", (b) => [String(b.steps)]],
   ["note", "note", (b) => [b.note]],
 ];
