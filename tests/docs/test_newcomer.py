@@ -113,3 +113,4 @@ def test_what_installs_is_done_in_a_clone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_words() -> None:
     assert words("a -----  1,234.5 %\n  inf") == words("a ---------- -7e-03 % 3")
     assert words("10 cats") != words("10 dogs")
+    assert words("takes 25 seconds") == words("takes 2.1 minutes") != words("takes 2.1 bytes")

@@ -111,8 +111,9 @@ class Followed:
 
 
 def words(text: str) -> str:
-    """Return the text without numbers, their width, and rules of tables, which may differ from run to run."""
+    """Return the text without numbers, their width, units of time, and rules of tables, which may differ."""
     text = re.sub(r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|\binf\b)", "0", text)
+    text = re.sub(r"\b0 (seconds|minutes|hours|days)\b", "0 seconds", text)
     return " ".join(re.sub(r"-{3,}", "-", text).split())
 
 
