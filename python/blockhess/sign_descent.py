@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockhess.hvp import AutogradEngine, BlockOperator
-from blockhess.hvp.accuracy import measure
+from blockhess.hvp import AutogradEngine, BlockOperator, accuracy
 from blockhess.problem.memory import shared_budget
 from blockhess.problem.prepare import prepared_problem
 from blockhess.run.distributed import Parallel, process_group
@@ -63,8 +62,8 @@ class SignGain:
     @property
     def missing(self) -> str:
         """Why R does not exist, or ""."""
-        if not self.l2_norm > 0:
-            return "the gradient is zero" if self.l2_norm == 0 else "the gradient is not finite"
+        if not 0 < self.l2_norm < math.inf:
+            return f"the gradient is {'not finite' if self.l2_norm else 'zero within its rounding error'}"
         for along in ("gradient", "sign"):
             curvature, error = getattr(self, f"{along}_curvature"), getattr(self, f"{along}_error")
             if not curvature > error:
@@ -135,14 +134,15 @@ def sign_gain(
                 {"fingerprints": fingerprints, "loss": problem.loss.name, "value of the loss": problem.loss_value}
             )
             engine = AutogradEngine(problem, retain=False)
-            checked = ranks.gather(measure(problem, engine))[0]
-            gradient = problem.gradient()
+            checked = ranks.gather(accuracy.measure(problem, engine))[0]
+            gradient = accuracy.gradient(problem, checked)
             l1, l2 = (float(torch.linalg.vector_norm(gradient, p, dtype=torch.float64)) for p in (1, 2))
             nonzero = int(gradient.count_nonzero())
             directions = torch.stack([gradient.sign() / max(nonzero, 1) ** 0.5, gradient / (l2 or 1.0)])
             products = BlockOperator(problem, engine)(directions)
             curvatures = [float(torch.dot(d.double(), p.double())) for d, p in zip(directions, products)]
-            sums = 1 if problem.loss.averaged else problem.n_batches
-            share = sums * checked.errors.get(0, 0.0) / max(checked.norms[0], torch.finfo(problem.dtype).tiny)
-            errors = [max(share * float(p.double().norm()), sums * checked.errors.get(0, 0.0)) for p in products]
-    return SignGain(l1, l2, nonzero, *curvatures, *errors)
+            error = checked.errors.get(0, 0.0) * (1 if problem.loss.averaged else problem.n_batches)
+            sizes = [float(p.double().norm()) / (checked.norms[0] or math.inf) for p in products]
+            errors = [error * max(size, 1.0) for size in sizes]
+            found: list[SignGain] = ranks.gather(SignGain(l1, l2, nonzero, *curvatures, *errors))
+    return found[0]

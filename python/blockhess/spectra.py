@@ -84,6 +84,7 @@ class Spectra(SpectraData):
     distance_matrix = comparison.distance_matrix
     sensitivity = sensitivity.sensitivity
     param_groups = learning_rates.param_groups
+    gradient_spread = block_rate_gain.gradient_spread
     block_rate_gain = block_rate_gain.block_rate_gain
 
     table = text.table

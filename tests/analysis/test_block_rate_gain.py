@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import blockhess
 from blockhess import ParameterSlice
 from tests.helpers.dense_hessian import dense_hessian
+from tests.helpers.distributed_cases import after_products
 from tests.helpers.spectra_cases import make_spectra
 
 QUIET: dict[str, Any] = {"progress": False, "engine": "autograd"}
@@ -86,12 +89,82 @@ def test_norms_are_those_of_the_gradient_of_all_data(tmp_path: Any) -> None:
     assert again.block_rate_gain() == spectra.block_rate_gain()
 
 
+def test_interrupted_runs_merged_and_extended_ones_have_the_norms(tmp_path: Any) -> None:
+    model, data = tanh_net()
+    given, options = (model, data, nn.CrossEntropyLoss()), {"num_steps": 4, "num_probes": 4, **QUIET}
+    expected = blockhess.spectrum(*given, **options)
+
+    def interrupt() -> None:
+        raise OverflowError
+
+    with pytest.raises(OverflowError), after_products(40, interrupt):
+        blockhess.spectrum(*given, run_dir=tmp_path / "run", **options)
+    for _ in range(2):  # resumes, then returns the finished result
+        assert blockhess.spectrum(*given, run_dir=tmp_path / "run", **options).block_rate_gain() == (
+            expected.block_rate_gain()
+        )
+    halves = [blockhess.spectrum(*given, first_probe=p, **options | {"num_probes": 2}) for p in (0, 2)]
+    merged, extended = blockhess.merge(halves), blockhess.extend(halves[0], *given, num_probes=4)
+    for found in (merged, extended):
+        assert found.provenance["gradient_norms"] == expected.provenance["gradient_norms"]
+        assert found.block_rate_gain().value == pytest.approx(expected.block_rate_gain().value, rel=1e-12)
+    old = dict(halves[0].provenance)
+    del old["gradient_norms"], old["slices"]
+    before = blockhess.Spectra(halves[0].blocks, halves[0].quadrature, old)
+    with pytest.raises(ValueError, match="must hold the norms of the gradient"):
+        before.block_rate_gain()
+    assert blockhess.extend(before, *given, num_probes=4).block_rate_gain() == extended.block_rate_gain()
+
+
+def test_a_gradient_of_rounding_is_zero() -> None:
+    """At the minimum of a least-squares problem the gradient is rounding, away from it it is not."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 5), torch.randn(40, 2)
+    model = nn.Linear(5, 2)
+    inputs = torch.cat([x, torch.ones(40, 1)], 1).double()
+    best = torch.linalg.lstsq(inputs, y.double()).solution.float()
+    for batches in ((x, y), [(x[:10], y[:10]), (x[10:], y[10:])]):
+        for away in (0.0, 1e-2):
+            with torch.no_grad():
+                model.weight.copy_(best[:5].T + away)
+                model.bias.copy_(best[5] + away)
+            spectra = blockhess.spectrum(model, batches, nn.MSELoss(), num_probes=2, **QUIET)
+            sign = blockhess.sign_gain(model, batches, nn.MSELoss())
+            if away:
+                assert spectra.block_rate_gain().value >= 1 and sign.value > 0
+            else:
+                assert set(spectra.provenance["gradient_norms"].values()) == {0.0}
+                with pytest.raises(ValueError, match="the gradient must not be zero"):
+                    spectra.block_rate_gain()
+                assert sign.missing == "the gradient is zero within its rounding error"
+
+
 def test_files_without_norms_say_what_is_missing() -> None:
     old = make_spectra([[[1.0], [2.0]]], [[[1.0], [1.0]]])
     with pytest.raises(
         ValueError, match="must hold the norms of the gradient, got none of 'block0'; compute them again"
     ):
         old.block_rate_gain()
+
+
+def test_gradient_spread_by_hand() -> None:
+    """R.m.s. entries 100, 1 and 0.01 of the weights: decades 2, 0, -2. Biases and blocks without a gradient are out."""
+    model, data = tanh_net()
+    spectra = blockhess.spectrum(*(model, data, nn.CrossEntropyLoss()), num_probes=1, num_steps=2, **QUIET)
+    blocks = [replace(block, shape=(1, block.dim)) for block in spectra.blocks[:4]] + list(spectra.blocks[4:])
+    wanted = [100.0, 1.0, 0.01, 0.0, 5.0, 7.0]
+    norms = {b.name: size * b.dim**0.5 for b, size in zip(blocks, wanted)}
+
+    def spread(norms: dict[str, float]) -> float:
+        made = spectra.provenance | {"gradient_norms": norms}
+        return blockhess.Spectra(
+            blocks[:4] + blocks[5:], spectra.quadrature.select_blocks([0, 1, 2, 3, 5]), made
+        ).gradient_spread()
+
+    assert spread(norms) == pytest.approx(2.0, rel=1e-12)
+    assert math.isnan(spread({name: 0.0 for name in norms}))
+    with pytest.raises(ValueError, match="must hold the norms of the gradient"):
+        spread({})
 
 
 def test_refused_blocks() -> None:

@@ -24,6 +24,7 @@ from blockhess._text import printable
 from blockhess.analysis.errors.error_bars import eigenvalue_bounds
 from blockhess.analysis.errors.intervals import check_confidence
 from blockhess.analysis.learning_rates import rates
+from blockhess.analysis.selection import weights_only
 from blockhess.results.data import SpectraData
 
 # Largest number of blocks left out that str() names.
@@ -120,13 +121,36 @@ def block_rate_gain(
     )
 
 
+def gradient_spread(spectra: SpectraData) -> float:
+    """Return the standard deviation over the weight blocks of log10 of the r.m.s. entry of their gradients, in decades.
+
+    It measures the heterogeneity of the gradient without the curvature. Blocks whose gradient is zero are left out.
+
+    Returns:
+        std over l of log10(|g_l| / sqrt(dim_l)); NaN for fewer than two blocks.
+
+    Raises:
+        ValueError: the result has no gradient norms.
+
+    Source: Tomihari and Sato 2025, arXiv 2502.00213 (gradient heterogeneity: unequal gradient norms of the blocks); the
+    measure is that of curvature_spread.
+
+    Example:
+        >>> print(spectra.gradient_spread())
+    """
+    names = weights_only(spectra)
+    norms, dims = gradient_norms(spectra, names), dict(zip(spectra.names, spectra.dims))
+    sizes = torch.tensor([norms[name] / math.sqrt(dims[name]) for name in names if norms[name]], dtype=torch.float64)
+    return float(sizes.log10().std()) if len(sizes) > 1 else math.nan
+
+
 def gradient_norms(spectra: SpectraData, blocks: Sequence[str]) -> dict[str, float]:
     """Return block -> norm of its gradient, or raise ValueError where it is not known."""
     norms: dict[str, float] = spectra.provenance.get("gradient_norms") or {}
     missing = [name for name in blocks if name not in norms]
     if missing:
         raise ValueError(
-            f"block_rate_gain: spectra must hold the norms of the gradient, got none of {missing[0]!r}; "
+            f"gradients: spectra must hold the norms of the gradient, got none of {missing[0]!r}; "
             "compute them again with this version of blockhess.spectrum"
         )
     return norms

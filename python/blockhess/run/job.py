@@ -12,7 +12,7 @@ import torch
 
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
-from blockhess.hvp.accuracy import Accuracy, EngineMismatch, measure
+from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient, measure
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, Block, block_id, with_note
 from blockhess.problem.memory import budget_bytes, release_unused, size_text
@@ -53,7 +53,7 @@ class Job:
         hvps: number of products computed, including those of `first`.
         hvp_error: checked block -> error of H v for a random unit vector v; None if it is unknown.
         error_unknown: why hvp_error is None, or "".
-        gradient_norms: block -> norm of its gradient, over all data, where that is finite.
+        gradient_norms: block -> norm of its gradient over all data, if finite; 0 in all blocks if they are rounding.
         shrunk: messages about units that were split because memory ran out.
     """
 
@@ -130,7 +130,6 @@ class Job:
         """Return the quadrature of all blocks."""
         options, ranks = self._options, self._problem.ranks
         seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
-        self.gradient_norms = ranks.gather(self._gradient_norms())[0]
         engine = self.make_engine()
         share = None if ranks is SINGLE_PROCESS else self._sharing(engine)
 
@@ -172,8 +171,8 @@ class Job:
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
         return whole
 
-    def _gradient_norms(self) -> dict[str, float]:
-        parts = torch.split(self._problem.gradient(), self._problem.dims)
+    def _norms(self, accuracy: Accuracy) -> dict[str, float]:
+        parts = torch.split(gradient(self._problem, accuracy), self._problem.dims)
         norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
         return {info.name: norm for info, norm in zip(self.infos, norms) if math.isfinite(norm)}
 
@@ -376,8 +375,10 @@ class Job:
             self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine, checked, self.plan.groups)
+        accuracy = ranks.gather(accuracy)[0]
+        self.gradient_norms = ranks.gather(self._norms(accuracy))[0]
         release_unused()
-        self._record(ranks.gather(accuracy)[0])
+        self._record(accuracy)
         return engine
 
     def _record(self, accuracy: Accuracy) -> None:
