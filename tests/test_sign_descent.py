@@ -101,6 +101,26 @@ def test_no_gain_exists(loss: Any, at: tuple[float, float], why: str) -> None:
     assert str(found) == f"No one-step gain of sign descent over gradient descent: {found.missing}"
 
 
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_curvature_of_rounding_is_none(seed: int, measured: bool) -> None:
+    """H = 2 u u' with u's = 0 but for rounding, where the loss can be computed in float64, and where it cannot."""
+
+    class Valley(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(50))
+
+    torch.manual_seed(seed)
+    u, slope = torch.randn(50), torch.arange(1.0, 51.0)
+    u -= u.mean()
+    found = blockhess.sign_gain(
+        Valley(), u, lambda m, u: (m.w * u).sum() ** 2 + m.w @ (slope.to(u.dtype) if measured else slope)
+    )
+    assert found.missing.startswith("the curvature along its signs is not positive")
+    assert found.gradient_curvature > found.gradient_error > 0 and found.sign_error > 1e-8  # entries of H are about 1
+
+
 def test_by_hand() -> None:
     """H = diag(2, 200), g = (2, 200): (202^2 / 202) / (40004^2 / 8000008)."""
     found = two(lambda a, b: a**2 + 100 * b**2, 1.0, 1.0)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from blockhess.hvp import AutogradEngine, BlockOperator, accuracy
+from blockhess.hvp.differences import GROWTH
 from blockhess.problem.memory import shared_budget
 from blockhess.problem.prepare import prepared_problem
 from blockhess.run.distributed import Parallel, process_group
@@ -141,7 +142,8 @@ def sign_gain(
             directions = torch.stack([gradient.sign() / max(nonzero, 1) ** 0.5, gradient / (l2 or 1.0)])
             products = BlockOperator(problem, engine)(directions)
             curvatures = [float(torch.dot(d.double(), p.double())) for d, p in zip(directions, products)]
-            error = checked.errors.get(0, 0.0) * (1 if problem.loss.averaged else problem.n_batches)
+            rounding = GROWTH * torch.finfo(problem.dtype).eps * checked.norms[0]
+            error = checked.errors.get(0, rounding) * (1 if problem.loss.averaged else problem.n_batches)
             sizes = [float(p.double().norm()) / (checked.norms[0] or math.inf) for p in products]
             errors = [error * max(size, 1.0) for size in sizes]
             found: list[SignGain] = ranks.gather(SignGain(l1, l2, nonzero, *curvatures, *errors))

@@ -1,10 +1,10 @@
-"""Gain of block rates: decrease of the loss by one step of blockwise gradient descent over that of gradient descent.
+"""Gain of block rates: guaranteed decrease of the loss by one step of blockwise gradient descent, over one rate.
 
     gain = (sum_l |g_l|^2 / lambda_l) / (sum_l |g_l|^2 / max_k lambda_k)
 
-with g_l the gradient and lambda_l = lambda_max(H_l) of block l. A step of rate 1 / lambda_l decreases the loss of a
-quadratic model with the blocks H_l by at least |g_l|^2 / (2 lambda_l). The gain is at least 1, and does not change when
-the loss is multiplied by a constant. Curvature between blocks is neglected.
+with g_l the gradient and lambda_l = lambda_max(H_l) of block l. A step of rate r <= 1 / lambda_l in block l decreases a
+quadratic model of the loss by at least r |g_l|^2 / 2. The gain is at least 1, and does not change when the loss is
+multiplied by a constant. Curvature between blocks is neglected, as in the paper.
 
 Source: Zhang et al. 2024, equation (13) in the proof of Theorem 1.
 """
@@ -62,7 +62,7 @@ class BlockRateGain:
             lower, upper, confidence = self.interval
             interval = f"{lower:.3g} ... {upper:.3g} with {100 * confidence:g} %"
         text = (
-            f"Gain of block rates = {self.value:.3g} ({interval}): decrease of the loss by steps of 1 / lambda_max of "
+            f"Gain of block rates = {self.value:.3g} ({interval}): guaranteed decrease by steps of 1 / lambda_max of "
             f"each of {len(self.blocks)} blocks, over one rate for all of them, limited by {self.sharpest}"
         )
         if self.left_out:

@@ -32,7 +32,7 @@ class Accuracy:
         errors: norm of the error of H_l v; empty if it is unknown.
         confirmed: the blocks whose derivatives agree with differences, also of others than those that were multiplied.
         unknown: why the errors are unknown, or "".
-        gradient_error: norm of the error of the gradient; 0 if it is unknown.
+        gradient_error: norm of the error of the gradient, or its usual size if that is unknown.
     """
 
     norms: Mapping[int, float]
@@ -114,13 +114,16 @@ def measure(
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
     norms = {l: float(repeat[l].norm()) for l in numbers}
     errors = {l: scale * error for l, error in noise.items()}
+    gradient_error = scale * here.gradient_error
+    if unknown and chosen:
+        gradient_error = here.eps * max(here.terms(group, repeat[group]) for group in chosen)
     agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group))]
     single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
     single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
     confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
     confirmed -= there.undecided
     confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
-    return Accuracy(norms, errors, frozenset(confirmed), unknown, scale * here.gradient_error)
+    return Accuracy(norms, errors, frozenset(confirmed), unknown, gradient_error)
 
 
 def _repeat(
