@@ -50,7 +50,7 @@ FLOORS = (
     {"analysis"},
     {"run", "report"},
     {"spectra"},
-    {"estimate"},
+    {"estimate", "sign_descent"},
     {"integrations"},
     {"cli"},
 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from blockhess.analysis.jensen_shannon import JS0
     from blockhess.estimate import NonFiniteError, extend, plan, spectrum
     from blockhess.problem.blocks import BlockInfo, ParameterSlice, heads
+    from blockhess.sign_descent import SignGain, sign_gain
     from blockhess.spectra import Spectra, load, merge
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "ParameterSlice",
     "Plan",
+    "SignGain",
     "Spectra",
     "__version__",
     "extend",
@@ -28,6 +30,7 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "sign_gain",
     "spectrum",
 ]
 
@@ -41,6 +44,8 @@ _MODULES = {
     "extend": "estimate",
     "plan": "estimate",
     "spectrum": "estimate",
+    "SignGain": "sign_descent",
+    "sign_gain": "sign_descent",
     "JS0": "analysis.jensen_shannon",
     "Spectra": "spectra",
     "load": "spectra",

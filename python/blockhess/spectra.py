@@ -15,7 +15,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockhess.analysis import comparison, curvature_spread, learning_rates, selection, sensitivity, statistics
+from blockhess.analysis import (
+    block_rate_gain,
+    comparison,
+    curvature_spread,
+    learning_rates,
+    selection,
+    sensitivity,
+    statistics,
+)
 from blockhess.analysis.errors import error_bars
 from blockhess.analysis.statistics import BlockSpectrum
 from blockhess.report import html, plots, text
@@ -76,6 +84,8 @@ class Spectra(SpectraData):
     distance_matrix = comparison.distance_matrix
     sensitivity = sensitivity.sensitivity
     param_groups = learning_rates.param_groups
+    gradient_spread = block_rate_gain.gradient_spread
+    block_rate_gain = block_rate_gain.block_rate_gain
 
     table = text.table
 

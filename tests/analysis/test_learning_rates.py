@@ -15,6 +15,8 @@ def test_rates_are_one_over_lambda_max() -> None:
     spectra = make_spectra([[[-2.0, 4.0], [-3.0, -1.0]]], [[[0.5, 0.5]] * 2], names=["up", "down"])
     assert rates(spectra) == {"up": 0.25, "down": None}
     assert rates(spectra, 0.5)["up"] == 0.125
+    rounding = make_spectra([[[-4.0, 1e-7], [-4.0, 1e-3]]], [[[0.5, 0.5]] * 2], names=["rounding", "flat"])
+    assert rates(rounding) == {"rounding": None, "flat": pytest.approx(1e3)}
     with pytest.raises(ValueError, match="factor must be positive"):
         rates(spectra, 0.0)
 

@@ -52,7 +52,10 @@ class ResultFiles(Reader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.cases = (
-            random_spectra(n_probes=2, n_blocks=3, m=4, batchnorm="eval", loss_value=0.1, tied={"a": ["b"]}),
+            random_spectra(
+                n_probes=2, n_blocks=3, m=4, batchnorm="eval", loss_value=0.1, tied={"a": ["b"]},
+                gradient_norms={"block0": 1.0, "block1": 0.0, "block2": 1e-3}, slices={"block0": [["w", 0, 2, 0]]},
+            ),
             random_spectra(
                 n_probes=1, n_blocks=2, m=1, hvp_error={"block0": 1e-3}, seconds=1.0, hvps=3, hvps_saved=2, tol=0.1,
                 ghosts={"block0": 1}, loss_value=math.inf,

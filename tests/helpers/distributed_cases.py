@@ -51,7 +51,8 @@ def values(spectra: blockhess.Spectra) -> dict[str, Any]:
     """What tests compare."""
     found: dict[str, Any] = {name: getattr(spectra.quadrature, name) for name in TENSORS}
     made = spectra.provenance
-    return found | {name: made[name] for name in ("hvps", "processes", "loss_value", "weight", "fingerprints")}
+    names = ("hvps", "processes", "loss_value", "weight", "fingerprints", "gradient_norms")
+    return found | {name: made[name] for name in names}
 
 
 def work(rank: int) -> Any:
@@ -93,6 +94,11 @@ def mesh(rank: int) -> Any:
 def wrapped(rank: int) -> Any:
     ddp = nn.parallel.DistributedDataParallel(model())
     return values(blockhess.spectrum(ddp, batches(), LOSS, parallel="recurrences", **OPTIONS))
+
+
+def sign_gain(rank: int) -> Any:
+    mine = batches()[:1] if rank == 0 else batches()[1:]
+    return blockhess.sign_gain(model(), mine, LOSS, dtype=torch.float64, parallel="data").to_dict()
 
 
 def other_option(rank: int) -> Any:
@@ -144,7 +150,7 @@ def one_bad_option(rank: int) -> Any:
 
 
 @contextmanager
-def _after_products(count: int, act: Callable[[], object]) -> Iterator[None]:
+def after_products(count: int, act: Callable[[], object]) -> Iterator[None]:
     """Call `act` after that many products of AutogradEngine."""
     left, multiply = count, AutogradEngine.multiply
 
@@ -171,7 +177,7 @@ def _failing(parallel: Any, failure: type[Exception] = OverflowError) -> Callabl
             if rank == 1:
                 raise failure("on rank 1")
 
-        with _after_products(30, fail):  # the check of the products takes 12 of them
+        with after_products(30, fail):  # the check of the products takes 12 of them
             return values(blockhess.spectrum(model(), batches(), LOSS, parallel=parallel, **OPTIONS))
 
     return case
@@ -179,7 +185,7 @@ def _failing(parallel: Any, failure: type[Exception] = OverflowError) -> Callabl
 
 def slow_rank(rank: int) -> Any:
     """Rank 1 keeps the others waiting for longer than they wait without looking around."""
-    with _after_products(30, lambda: time.sleep(2.5 if rank == 1 else 0)):
+    with after_products(30, lambda: time.sleep(2.5 if rank == 1 else 0)):
         return values(blockhess.spectrum(model(), batches(), LOSS, parallel="data", **DOUBLE))
 
 
@@ -203,8 +209,9 @@ def sharded(rank: int) -> Any:
 CASES: dict[str, Callable[[int], Any]] = {
     function.__name__: function
     for function in (
-        work, adaptive, fresh_seed, data, own_data, summed_loss, statistics, mesh, wrapped, other_option, other_model,
-        other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option, slow_rank, sharded,
+        work, adaptive, fresh_seed, data, own_data, summed_loss, statistics, mesh, wrapped, sign_gain, other_option,
+        other_model, other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option,
+        slow_rank, sharded,
     )
 }  # fmt: skip
 # What comes after a failure is not touched by it.

@@ -68,6 +68,7 @@ def test_shared_work_gives_the_bits_of_one_process(worlds, size):
     for found in worlds[size]["work"]:
         assert same_bits(found, expected)
         assert found["hvps"] == expected["hvps"] and found["processes"] == [size, 1]
+        assert found["gradient_norms"] == expected["gradient_norms"]
     assert not same_bits(expected, alone(**cases.OPTIONS | {"seed": 1}))
 
 
@@ -100,6 +101,7 @@ def test_shared_batches_give_the_same_hessian(worlds, size, name):
         assert cases.close(found["nodes"], expected["nodes"])
         assert math.isclose(found["loss_value"], expected["loss_value"], rel_tol=1e-12)
         assert found["weight"] == expected["weight"] == 30 and found["hvps"] == expected["hvps"]
+        assert found["gradient_norms"] == pytest.approx(expected["gradient_norms"], rel=1e-9)
     changed = cases.values(blockhess.spectrum(cases.model(), cases.batches()[:4], cases.LOSS, **cases.DOUBLE))
     assert not cases.close(changed["nodes"], first["nodes"])
 
@@ -109,6 +111,7 @@ def test_losses_that_sum_over_samples_are_summed_over_ranks(two):
     expected = cases.values(blockhess.spectrum(cases.model(), cases.batches(), loss, **cases.DOUBLE))
     for found in two["summed_loss"]:
         assert cases.close(found["nodes"], expected["nodes"], growth=1e6)
+        assert found["gradient_norms"] == pytest.approx(expected["gradient_norms"], rel=1e-9)
         assert math.isclose(found["loss_value"], expected["loss_value"], rel_tol=1e-12)
 
 
@@ -116,6 +119,14 @@ def test_batch_statistics_are_averaged_over_ranks(two):
     options = cases.DOUBLE | {"batchnorm": "frozen_batch_stats"}
     whole = cases.values(blockhess.spectrum(cases.normalised(), cases.batches(), cases.LOSS, **options))
     assert all(cases.close(found["nodes"], whole["nodes"], growth=1e10) for found in two["statistics"])
+
+
+def test_the_gain_of_sign_descent_is_that_of_all_batches(two):
+    expected = blockhess.sign_gain(cases.model(), cases.batches(), cases.LOSS, dtype=torch.float64)
+    for found in two["sign_gain"]:
+        assert found["value"] == pytest.approx(expected.value, rel=1e-9) and found == two["sign_gain"][0]
+    own = blockhess.sign_gain(cases.model(), cases.batches()[1:], cases.LOSS, dtype=torch.float64)
+    assert own.value != pytest.approx(expected.value, rel=1e-9)
 
 
 def test_ddp_models_are_taken(two):

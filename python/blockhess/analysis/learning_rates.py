@@ -27,8 +27,8 @@ def rates(spectra: SpectraData, factor: float = 1.0) -> dict[str, float | None]:
     if not 0 < factor < math.inf:
         raise ValueError(f"rates: factor must be positive, got {factor}")
     zero = set(spectra.zero_blocks)
-    largest = zip(spectra.names, eigenvalue_range(spectra)[1].tolist())
-    return {name: factor / value if value > 0 and name not in zero else None for name, value in largest}
+    largest = zip(spectra.names, eigenvalue_range(spectra)[1].tolist(), spectra.zero_tolerance.tolist())
+    return {name: factor / value if value > least and name not in zero else None for name, value, least in largest}
 
 
 def param_groups(spectra: SpectraData, model: nn.Module, factor: float = 1.0) -> list[dict[str, Any]]:

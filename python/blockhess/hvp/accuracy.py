@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockhess.hvp.differences import Differences, unit_products
+from blockhess.hvp.differences import GROWTH, Differences, unit_products
 from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
@@ -32,16 +32,26 @@ class Accuracy:
         errors: norm of the error of H_l v; empty if it is unknown.
         confirmed: the blocks whose derivatives agree with differences, also of others than those that were multiplied.
         unknown: why the errors are unknown, or "".
+        gradient_error: norm of the error of the gradient, or its usual size if that is unknown.
     """
 
     norms: Mapping[int, float]
     errors: Mapping[int, float]
     confirmed: frozenset[int]
     unknown: str = ""
+    gradient_error: float = 0.0
 
     def is_zero(self, number: int) -> bool:
         """Return whether a block is zero within the error, by products and by differences."""
         return number in self.confirmed and self.norms[number] <= self.errors.get(number, -1.0)
+
+
+def gradient(problem: Problem, accuracy: Accuracy) -> Tensor:
+    """Return the gradient of all data (sum(dims),), or zeros if it is within the error of that of the first batch."""
+    found = problem.gradient()
+    sums = 1 if problem.loss.averaged else problem.n_batches
+    is_zero = float(torch.linalg.vector_norm(found, dtype=torch.float64)) <= GROWTH * sums * accuracy.gradient_error
+    return torch.zeros_like(found) if is_zero else found
 
 
 class EngineMismatch(ArithmeticError):
@@ -104,13 +114,16 @@ def measure(
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
     norms = {l: float(repeat[l].norm()) for l in numbers}
     errors = {l: scale * error for l, error in noise.items()}
+    gradient_error = scale * here.gradient_error
+    if unknown and chosen:
+        gradient_error = here.eps * max(here.terms(group, repeat[group]) for group in chosen)
     agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group))]
     single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
     single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
     confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
     confirmed -= there.undecided
     confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
-    return Accuracy(norms, errors, frozenset(confirmed), unknown)
+    return Accuracy(norms, errors, frozenset(confirmed), unknown, gradient_error)
 
 
 def _repeat(

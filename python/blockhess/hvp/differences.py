@@ -58,6 +58,7 @@ class Differences:
         undecided: blocks that groups that agree do not confirm.
         captured: converted parameters whose originals the loss depends on, by name.
         gradients: gradient by name, for the parameters that the loss depends on.
+        gradient_error: norm of the difference between the gradients in both precisions; 0 before `differs_from`.
     """
 
     def __init__(self, problem: Problem, gauss_newton: bool = False) -> None:
@@ -74,6 +75,7 @@ class Differences:
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}
         self.undecided: set[int] = set()
+        self.gradient_error = 0.0
         if replaced:
             found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
             self.captured = {name: p for (name, p), gradient in zip(replaced.items(), found) if gradient is not None}
@@ -113,7 +115,7 @@ class Differences:
         for name in self.gradients.keys() | other.gradients.keys():
             given = [g[name].double() for g in (self.gradients, other.gradients) if name in g]
             difference = float((given[0] - given[1] if len(given) == 2 else given[0]).norm())
-            size = float(given[0].norm())
+            size, self.gradient_error = float(given[0].norm()), math.hypot(self.gradient_error, difference)
             if not difference <= eps**0.25 * size + least:
                 return f"the gradient of {name!r} differs by {difference:.3g}, of {size:.3g}"
         return ""

@@ -137,6 +137,18 @@ class Problem:
         """Return the gradient of the loss of batch `index` by name, for the parameters that it depends on."""
         return self._differentiate(self.evaluate(self.batches[index]), create_graph)
 
+    def gradient(self) -> Tensor:
+        """Return the gradient of L, over the batches of all ranks: (sum(dims),), block after block."""
+        total = torch.zeros(sum(self.dims), dtype=self.dtype, device=self.device)
+        for index, share in enumerate(self.shares):
+            gradients = self.gradients(index, create_graph=False)
+            for block, into in zip(self.blocks, torch.split(total, self.dims)):
+                block.accumulate(gradients, into, share)
+        sums = self.ranks.sums()
+        sums.add(total)
+        sums.finish(0)
+        return total
+
     def gradients_at(
         self, batch: Batch, parameters: Mapping[str, Tensor], gauss_newton: bool = False
     ) -> dict[str, Tensor]:

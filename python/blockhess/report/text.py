@@ -11,6 +11,7 @@ import torch
 
 from blockhess._text import format_table, number, printable
 from blockhess.analysis import comparison, statistics
+from blockhess.analysis.block_rate_gain import BlockRateGain, block_rate_gain
 from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors import error_bars
 from blockhess.analysis.jensen_shannon import JS0
@@ -95,6 +96,7 @@ def to_dict(spectra: SpectraData, sort: str = "order") -> dict[str, Any]:
     all_blocks, weights = _js0(spectra)
     return {
         "curvature_spread": None if (spread := curvature_spread(spectra)) is None else spread.to_dict(),
+        "block_rate_gain": None if (gain := _block_rate_gain(spectra)) is None else gain.to_dict(),
         "summary": repr(spectra),
         "provenance": spectra.provenance,
         "js0": all_blocks and asdict(all_blocks),
@@ -111,6 +113,14 @@ def recomputed(spectra: SpectraData) -> str:
         "Made by blockhess 0.1, whose default comparison was on the linear axis: JS0 is recomputed on the signed-log "
         '(asinh) axis; js0(axis="linear") returns the earlier value'
     )
+
+
+def _block_rate_gain(spectra: SpectraData) -> BlockRateGain | None:
+    """Return the gain of block rates; None for results without norms of the gradient, or blocks without a gain."""
+    try:
+        return block_rate_gain(spectra, confidence=CONFIDENCE)
+    except ValueError:
+        return None
 
 
 def _js0(spectra: SpectraData) -> tuple[JS0 | None, JS0 | None]:
@@ -155,4 +165,6 @@ def describe(spectra: SpectraData, sort: str = "order") -> str:
         lines += ["", f"All blocks: {all_blocks}"]
     if weights is not None and len(weights.blocks) < len(spectra.names):
         lines.append(f"Weights only, no norms and biases: {weights}")
+    if (gain := _block_rate_gain(spectra)) is not None:
+        lines += ["", str(gain)]
     return "\n".join(lines)

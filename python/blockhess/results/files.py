@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import reprlib
 import secrets
+import sys
 import tokenize
 import zipfile
 from collections import Counter
@@ -246,13 +248,18 @@ def _check_provenance(provenance: dict[str, Any]) -> None:
     tol = provenance.get("tol")
     numbers = [] if tol is None else [tol]
     _require(isinstance(provenance.get("unchecked", []), list), "provenance: unchecked must be a list of names")
-    for name in ("hvp_error", "ghosts"):
+    for name in ("hvp_error", "ghosts", "gradient_norms"):
         by_block = provenance.get(name)
         _require(by_block is None or isinstance(by_block, dict), f"provenance: {name} must be an object of numbers")
         numbers += (by_block or {}).values()
     for number in numbers:
-        sound = type(number) in (int, float) and 0 <= number < math.inf
-        _require(sound, f"provenance: tol, hvp_error and ghosts must be numbers, got {reprlib.repr(number)}")
+        sound = type(number) in (int, float) and 0 <= number <= sys.float_info.max
+        _require(sound, f"provenance: tol and the values of blocks must be numbers, got {reprlib.repr(number)}")
+    slices = provenance.get("slices", {})
+    _require(isinstance(slices, dict), "provenance: slices must be an object of lists")
+    for part in itertools.chain.from_iterable(_list({"slices": found}, "slices", list) for found in slices.values()):
+        kinds = [type(item) for item in part]
+        _require(kinds == [str, int, int, int], f"a slice must be a name and 3 integers, got {reprlib.repr(part)}")
 
 
 def _block(entry: dict[str, Any]) -> BlockInfo:

@@ -12,9 +12,9 @@ import torch
 
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
-from blockhess.hvp.accuracy import Accuracy, EngineMismatch, measure
+from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient, measure
 from blockhess.hvp.exact import exact_quadratures
-from blockhess.problem.blocks import ZERO_NOTE, block_id, with_note
+from blockhess.problem.blocks import ZERO_NOTE, Block, block_id, with_note
 from blockhess.problem.memory import budget_bytes, release_unused, size_text
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS
@@ -53,6 +53,7 @@ class Job:
         hvps: number of products computed, including those of `first`.
         hvp_error: checked block -> error of H v for a random unit vector v; None if it is unknown.
         error_unknown: why hvp_error is None, or "".
+        gradient_norms: block -> norm of its gradient over all data, if finite; 0 in all blocks if they are rounding.
         shrunk: messages about units that were split because memory ran out.
     """
 
@@ -92,6 +93,7 @@ class Job:
         self.hvps = 0 if first is None else first.provenance["hvps"]
         self.hvp_error: dict[str, float] | None = None
         self.error_unknown = ""
+        self.gradient_norms: dict[str, float] = {}
         self.shrunk: list[str] = []
         self._too_large, self._exact_rows = math.inf, options.num_probes
         self._zero_within: list[float | None] = [None] * len(self.infos)
@@ -113,6 +115,8 @@ class Job:
             "shrunk": self.shrunk,
             "hvp_error": self.hvp_error,
             "hvp_error_unknown": self.error_unknown,
+            "gradient_norms": self.gradient_norms,
+            "slices": {block.info.name: found for block in self._problem.blocks if (found := _slices(block))},
             "unchecked": [
                 info.name for l, info in enumerate(self.infos) if l not in self._confirmed and self._problem.is_used(l)
             ],
@@ -166,6 +170,11 @@ class Job:
             few = adaptive.missed(whole, options.tol, options.tol_sigma)
             self._note("tolerance not reached", [f and not e for f, e in zip(few, self.plan.exact)])
         return whole
+
+    def _norms(self, accuracy: Accuracy) -> dict[str, float]:
+        parts = torch.split(gradient(self._problem, accuracy), self._problem.dims)
+        norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+        return {info.name: norm for info, norm in zip(self.infos, norms) if math.isfinite(norm)}
 
     def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[UnitResult]]:
         """Return a function that divides units among the ranks and returns all results on all of them."""
@@ -366,8 +375,10 @@ class Job:
             self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
             engine = self.plan.make(self._problem)
             accuracy = measure(self._problem, engine, checked, self.plan.groups)
+        accuracy = ranks.gather(accuracy)[0]
+        self.gradient_norms = ranks.gather(self._norms(accuracy))[0]
         release_unused()
-        self._record(ranks.gather(accuracy)[0])
+        self._record(accuracy)
         return engine
 
     def _record(self, accuracy: Accuracy) -> None:
@@ -410,6 +421,12 @@ class Job:
         # A random unit vector v has |E v| of about |E|_F / sqrt(dim).
         shares = 1 if self._problem.loss.averaged else self._problem.n_batches
         return float(10 * error * self._problem.dims[number] ** 0.5 * shares)
+
+
+def _slices(block: Block) -> list[list[str | int]]:
+    """Return (parameter, start, stop, dim) of the slices in a block."""
+    parts = [piece.part for piece in block.pieces if piece.part is not None]
+    return [[part.name, part.start, part.stop, part.dim] for part in parts]
 
 
 def _blocks_of(data: SpectraData) -> list[Quadrature]:

@@ -7,7 +7,7 @@ different blocks:  same probes,  spectrum(..., blocks=...)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,11 @@ def _of_blocks(labels: list[str], runs: list[SpectraData]) -> SpectraData:
     return _merged(runs, [block for run in runs for block in run.blocks], columns, first["num_probes"])
 
 
+def _union(of_runs: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """Return the entries of all runs, by block; the first run's where several have one."""
+    return {name: value for entries in reversed(list(of_runs)) for name, value in (entries or {}).items()}
+
+
 def _merged(
     runs: list[SpectraData], blocks: list[BlockInfo], columns: list[Quadrature], num_probes: int
 ) -> SpectraData:
@@ -142,8 +147,9 @@ def _merged(
         "hvps_saved": sum(run["hvps_saved"] for run in made),
         "seconds": sum(run["seconds"] for run in made),
         "ghosts": {block.name: count for block, count, b in zip(blocks, ghosts, bare) if b and count},
-        "hvp_error": {name: error for run in reversed(errors) for name, error in run.items()} or None,
+        "hvp_error": _union(errors) or None,
         "hvp_error_unknown": "" if errors else made[0].get("hvp_error_unknown", ""),
+        **{name: _union(run.get(name) for run in made) for name in ("gradient_norms", "slices")},
         "unchecked": [
             block.name
             for block, its_runs in zip(blocks, of_block)

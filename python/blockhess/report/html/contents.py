@@ -35,7 +35,7 @@ MOST_NODES = 360_000
 SMALLEST_SHARE = 1e-4
 
 # Entries of provenance that are long or shown elsewhere, and the largest length of a value.
-NOT_SHOWN = ("partial", "hvp_error", "unchecked", "plan", "model", "ghosts")
+NOT_SHOWN = ("partial", "hvp_error", "unchecked", "plan", "model", "ghosts", "gradient_norms", "slices")
 LONGEST_VALUE = 300
 
 # title -> arguments of comparison.compare, the default comparison first
