@@ -104,7 +104,8 @@ def ends_converged(alpha: Tensor, beta: Tensor, tol: float, rows: Tensor) -> Ten
         alpha.flip(-1).contiguous(), couplings, torch.where(rows, m, 0)
     )
     bounds = beta[:, m - 1] * torch.maximum(squares[:, 0], squares[:, -1]).sqrt()
-    return rows & (bounds <= tol * nodes.abs().amax(-1))
+    converged: Tensor = rows & (bounds <= tol * nodes.abs().amax(-1))
+    return converged
 
 
 def _has_converged(a: Rule, b: Rule, tol: float, sigma: float | None) -> Tensor:
