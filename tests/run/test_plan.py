@@ -65,7 +65,7 @@ def test_constants_are_kept_where_they_fit() -> None:
         assert (plan.retain, engine.retain) == (kept, kept)
 
 
-def test_a_tolerance_plans_for_a_tenth_of_the_products() -> None:
+def test_a_tolerance_plans_for_few_of_the_products() -> None:
     options = {"num_probes": 40, "num_steps": 5, "engine": "autograd"}
     assert len(planned(**options).checked) == 4
     assert len(planned(**options, least=(2, 1)).checked) < 4

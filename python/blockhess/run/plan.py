@@ -28,7 +28,7 @@ TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
 # Share of the products of Lanczos that a run with a tolerance makes, roughly.
-TOLERANCE_SHARE = 0.1
+TOLERANCE_SHARE = 0.05
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
 # Checks of products take at most this share of the planned products, but compare one block at least. In products, which
