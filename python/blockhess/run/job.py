@@ -233,8 +233,8 @@ class Job:
         """Yield units until every estimated block has as many probes as it needs, then those of exact blocks.
 
         The results of the units are added to `found` before the next ones are requested. With a tolerance, a block is
-        computed exactly if that takes fewer products than the probes it needs beside the first ones, or if it needs
-        more than the limit.
+        computed exactly if that takes fewer products than the probes it needs beside the first ones, or if it needs as
+        many as the limit.
         """
         options = self._options
         adapts = options.tol is not None and self._first is None
@@ -263,7 +263,8 @@ class Job:
                     (needed,) = adaptive.probes_needed(block, options.tol, options.tol_sigma)
                     needs[l] = min(needed, options.num_probes)
                     more = (needed - least) * float(block.steps.double().mean())
-                    if may_be_exact[l] and has[l] == 0 and (needed > options.num_probes or more > block.dims[0]):
+                    too_many = needed >= options.num_probes or more > block.dims[0]
+                    if may_be_exact[l] and has[l] == 0 and needed > least and too_many:
                         found[l].clear()
                         del needs[l]
                         exact = [e or k == l for k, e in enumerate(self.plan.exact)]
