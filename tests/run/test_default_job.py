@@ -94,7 +94,7 @@ def test_a_default_job_is_that_of_a_tolerance_of_1_percent():
         planned.least_hvps < planned.expected_hvps < planned.hvps and planned.least_hvps < made["hvps"] < planned.hvps
     )
     assert "at most" in str(planned) and str(planned.expected_hvps) in str(planned)
-    with pytest.raises(ValueError, match="spectrum: tol must be given with tol_sigma, got tol_sigma=0.05 alone"):
+    with pytest.raises(ValueError, match="spectrum: tol must be given with tol_sigma"):
         default(Diagonal(), DATA, loss, tol_sigma=0.05)
 
 
@@ -127,7 +127,7 @@ def test_an_interrupted_default_job_goes_on_with_the_same_bits(count, tmp_path: 
         after(patch, count, stop)
         default(Diagonal(), DATA, loss, run_dir=tmp_path)
     so_far = partial(tmp_path)
-    assert (so_far["small"].steps > 0).any() and so_far.names == expected.names
+    assert so_far.names == expected.names and bool((so_far.quadrature.steps > 0).all())
     assert so_far.provenance["hvps"] <= status(tmp_path).most
     resumed = default(Diagonal(), DATA, loss, run_dir=tmp_path)
     assert same_bits(resumed, expected) and resumed.provenance["hvps"] == expected.provenance["hvps"]
