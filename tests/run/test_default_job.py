@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import blockhess
 from blockhess.run.status import partial, status
-from blockhess.run.storage import checkpoint
+from blockhess.run.storage import checkpoint, directory
 from blockhess_ext.early_stopping import change
 from tests.crash.scenarios import same_bits
 from tests.helpers.dense_hessian import dense_hessian
@@ -133,6 +133,19 @@ def test_an_interrupted_default_job_goes_on_with_the_same_bits(count, tmp_path: 
     assert same_bits(resumed, expected) and resumed.provenance["hvps"] == expected.provenance["hvps"]
     assert same_bits(default(Diagonal(), DATA, loss, run_dir=tmp_path), expected)
     assert partial(tmp_path).names == expected.names
+
+
+def test_what_is_saved_of_a_run_has_one_result_per_block(tmp_path: Path, monkeypatch):
+    """Of a run that ends between its last unit and its result: the first probes, and the exact spectrum."""
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(directory.RunDirectory, "finish", stop)
+        default(Diagonal(), DATA, loss, run_dir=tmp_path)
+    saved, expected = partial(tmp_path).quadrature, default(Diagonal(), DATA, loss).quadrature
+    assert saved.reorthogonalize == expected.reorthogonalize and torch.equal(saved.nodes, expected.nodes)
 
 
 def test_of_runs_that_computed_a_block_exactly_or_not_the_exact_spectrum_is_merged():
