@@ -1,10 +1,12 @@
-"""Early stopping of recurrences whose quadrature has converged.
+"""Early stopping of recurrences whose quadrature and extreme nodes have converged.
 
     change(m, m') = distance(T_m, T_m') / range of the nodes,    stop when change <= 4/3 tol at two checkpoints in a row
+    and |beta_m s_mi| <= tol max |node| for the first and the last node i, s_i the i-th eigenvector of T_m
 
 The distance is Wasserstein-1, or the L1 distance of the densities smoothed with width sigma. For a smooth spectrum the
 Gauss rules of m and m' nodes are staircases that differ by range / 3m, and the exact measure is range / 4m from
 the finer one: the error is about 3/4 of the change. For a few isolated eigenvalues both vanish together.
+Within the residual bound |beta_m s_mi| of node i there is an eigenvalue. With sigma the bounds are not required.
 
 Guarantees: the host never waits for the device; the decision about a recurrence depends on that recurrence alone, not
 on the rest of the batch. The interval between two checkpoints is odd: the Gauss rules of a symmetric spectrum have a
@@ -83,6 +85,29 @@ def change(a: Rule, b: Rule, sigma: float | None = None) -> Tensor:
     return (densities[0] - densities[1]).abs().sum(-1) * h
 
 
+def ends_converged(alpha: Tensor, beta: Tensor, tol: float, rows: Tensor) -> Tensor:
+    """Return whether the residual bounds of the first and the last node are at most tol times the largest |node|.
+
+    Args:
+        alpha, beta: (n, m) float64.
+        tol: see `EarlyStopping`.
+        rows: (n,) bool, the recurrences to test, which made all m steps.
+
+    Returns:
+        (n,) bool; False for the other recurrences.
+    """
+    m = alpha.shape[1]
+    # Weights are squares of the first components; the last components are the first ones of the reversed matrix.
+    couplings = torch.cat([beta[:, : m - 1].flip(-1), torch.zeros_like(beta[:, :1])], -1)
+    # The op itself: the function in `ops` waits for the device to check for failures. NaN never passes a test.
+    nodes, squares = torch.ops.blockhess_ext.tridiag_quadrature(
+        alpha.flip(-1).contiguous(), couplings, torch.where(rows, m, 0)
+    )
+    bounds = beta[:, m - 1] * torch.maximum(squares[:, 0], squares[:, -1]).sqrt()
+    converged: Tensor = rows & (bounds <= tol * nodes.abs().amax(-1))
+    return converged
+
+
 def _has_converged(a: Rule, b: Rule, tol: float, sigma: float | None) -> Tensor:
     return change(a, b, sigma) <= CHANGE_PER_ERROR * tol
 
@@ -107,7 +132,8 @@ def converged_at_end(alpha: Tensor, beta: Tensor, tol: float, sigma: float | Non
         return ops.tridiag_quadrature(alpha[:, :k].contiguous(), beta[:, :k].contiguous(), counts)
 
     first, second, third = map(rule, steps)
-    return _has_converged(first, second, tol, sigma) & _has_converged(second, third, tol, sigma)
+    converged = _has_converged(first, second, tol, sigma) & _has_converged(second, third, tol, sigma)
+    return converged if sigma is not None else ends_converged(alpha, beta, tol, converged)
 
 
 class StoppingRule(Protocol):
@@ -134,6 +160,8 @@ class NoEarlyStopping:
 class EarlyStopping:
     """End the recurrences whose quadrature is within tol of its limit, by two small changes in a row.
 
+    Without sigma, the residual bounds of the extreme nodes must be small too, see `ends_converged`.
+
     Args:
         recurrences: the recurrences, whose status is updated.
         tol: largest estimated error.
@@ -158,11 +186,14 @@ class EarlyStopping:
         r = self._recurrences
         running = r.status == RUNNING
         alpha, beta = (table[: self._step].permute(1, 2, 0).flatten(0, 1).contiguous() for table in (r.alpha, r.beta))
-        # The op itself: the function in `ops` waits for the device to check for failures. NaN never passes the test.
+        # The op itself, as above.
         now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, torch.where(running, r.steps, 0).flatten())
         if self._before is not None:
             converged = _has_converged(self._before, now, self._tol, self._sigma).view_as(running)
-            r.status.masked_fill_(running & converged & self._converged, FINISHED)
+            ended = running & converged & self._converged
+            if self._sigma is None:
+                ended = ends_converged(alpha, beta, self._tol, ended.flatten()).view_as(running)
+            r.status.masked_fill_(ended, FINISHED)
             self._converged = converged
         self._before = now
 

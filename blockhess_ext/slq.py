@@ -76,10 +76,11 @@ def batched_slq(
         first_probe: index of the first probe. Probe p of a seed is the same vector in every call.
         num_steps: maximum number of Lanczos steps; a block makes at most as many as it has elements.
         tol: stop a recurrence once the estimated error of its quadrature is at most tol, in Wasserstein-1 distance as a
-            fraction of the range of its nodes. The estimate is the change between two checkpoints, which must be small
-            twice in a row. Checkpoints are 5 steps apart, later an eighth of the steps made.
+            fraction of the range of its nodes, and the residual bounds of its extreme nodes are at most tol times the
+            largest |node|. The estimate is the change between two checkpoints, which must be small twice in a row.
+            Checkpoints are 5 steps apart, later an eighth of the steps made.
         sigma: with tol, measure the error as L1 distance, in 0 ... 2, of the densities smoothed by a Gaussian whose
-            width is this fraction of the range.
+            width is this fraction of the range, and leave out the residual bounds.
         probes: (n_probes, n) vectors to use instead of random ones; each segment is normalized.
         block_ids: non-negative integers that key the random probes of each block; by default the block's index.
         distribution: "gaussian" or "rademacher".

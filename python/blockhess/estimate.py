@@ -36,7 +36,7 @@ from blockhess.run.distributed import Parallel, process_group
 from blockhess.run.forecast import Forecast, forecast
 from blockhess.run.job import Job
 from blockhess.run.merge import load_run
-from blockhess.run.options import Options
+from blockhess.run.options import Options, with_defaults
 from blockhess.run.plan import Plan
 from blockhess.run.progress import check_progress, progress_bar
 from blockhess.run.storage import directory
@@ -61,8 +61,8 @@ def spectrum(
     loss_fn: Callable[..., Any] | None = None,
     *,
     blocks: BlockSpec = "parameter",
-    num_probes: int = 10,
-    num_steps: int = 100,
+    num_probes: int | None = None,
+    num_steps: int | None = None,
     tol: float | None = None,
     tol_sigma: float | None = None,
     seed: int | None = 0,
@@ -95,12 +95,14 @@ def spectrum(
             loss or (mean loss, weight of the batch); see `losses.make_loss`.
         blocks: "parameter" for one block per parameter tensor, "full" for a single block, a dict from block name to
             parameter names and `ParameterSlice`s, or a list of (regex, group) pairs; see `blocks.partition`.
-        num_probes: number of random vectors per block.
-        num_steps: number of Lanczos steps per vector; limited by the block's size.
-        tol: error tolerance. num_probes and num_steps are upper limits then, and every block takes only as many steps
-            and probes (at least 2) as it needs for an error of its cumulative distribution function, in Wasserstein-1
-            distance relative to the block's range, below tol. Blocks for which the limits are too low get the note
-            "tolerance not reached". Small blocks are still computed exactly.
+        num_probes: number of random vectors per block; None means 10, the paper's number.
+        num_steps: number of Lanczos steps per vector, limited by the block's size; None means 100, the paper's number.
+        tol: error tolerance; None means 0.01 if neither num_probes nor num_steps is given, otherwise none: counts that
+            are given are used as they are. With a tolerance they are upper limits, and every block takes only as many
+            steps and probes (at least 2) as it needs for an error of its cumulative distribution function, in
+            Wasserstein-1 distance relative to the block's range, below tol, and for residual bounds of its extreme
+            eigenvalues below tol times the largest |eigenvalue|. A block is computed exactly if that takes fewer
+            products. Blocks for which the limits are too low get the note "tolerance not reached".
         tol_sigma: if given, tol limits instead the L1 distance (0 ... 2) of the densities smoothed by a Gaussian whose
             standard deviation is tol_sigma times the block's range.
         seed: of the random vectors, which also depend on the names of the blocks; None draws a seed and records it.
@@ -165,9 +167,10 @@ def spectrum(
         choice("on_nonfinite", on_nonfinite, ON_NONFINITE, "spectrum")
         if parallel is not None and keep_vectors:
             raise ValueError("spectrum: keep_vectors must be False with parallel, got True: no rank has all vectors")
-        options = Options(
-            num_probes, num_steps, tol, tol_sigma, engine, distribution, reorthogonalize, memory_budget,
-            first_probe, keep_vectors,
+        options = with_defaults(
+            num_probes, num_steps, tol, tol_sigma, engine=engine, distribution=distribution,
+            reorthogonalize=reorthogonalize, memory_budget=memory_budget, first_probe=first_probe,
+            keep_vectors=keep_vectors,
         )  # fmt: skip
         run = None if run_dir is None else stack.enter_context(directory.opened(run_dir, ranks))
         budget = shared_budget(_budget(memory_budget, run), model, ranks)
@@ -442,4 +445,4 @@ def job_arguments(*given: Any, **options: Any) -> tuple[dict[str, Any], Options]
     check_progress(values["progress"])
     probe_seed(values["seed"])
     arguments = {name: values[name] for name in inspect.signature(prepared_problem).parameters if name in values}
-    return arguments, Options(**{f.name: values[f.name] for f in dataclasses.fields(Options)})
+    return arguments, with_defaults(**{f.name: values[f.name] for f in dataclasses.fields(Options)})

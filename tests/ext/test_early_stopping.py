@@ -10,8 +10,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from blockhess_ext import batched_slq, completion
-from blockhess_ext.early_stopping import change, checkpoint_interval, wasserstein
+from blockhess_ext import batched_slq, completion, early_stopping
+from blockhess_ext.early_stopping import change, checkpoint_interval, ends_converged, wasserstein
 from tests.ext.test_completion import Late
 
 N = 20_000
@@ -102,6 +102,33 @@ def test_two_small_changes_are_needed():
     q = batched_slq(lambda v: v * d, [1000], num_steps=50, tol=1.0)
     assert (q.steps == 15).all()
     assert [checkpoint_interval(step) for step in (0, 40, 56, 100)] == [5, 5, 7, 13]
+
+
+def test_the_bounds_of_the_ends_are_those_of_dense_eigenvectors(rng):
+    alpha, beta = torch.randn(6, 9, generator=rng).double(), torch.rand(6, 9, generator=rng).double()
+    matrices = torch.diag_embed(alpha) + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
+    nodes, vectors = torch.linalg.eigh(matrices)
+    bounds = beta[:, -1] * vectors[:, -1, [0, -1]].abs().amax(-1) / nodes.abs().amax(-1)
+    everything = torch.ones(6, dtype=torch.bool)
+    for i, bound in enumerate(bounds.tolist()):
+        assert ends_converged(alpha, beta, bound * (1 + 1e-9), everything)[i]
+        assert not ends_converged(alpha, beta, bound * (1 - 1e-9), everything)[i]
+    assert not ends_converged(alpha, beta, 1.0, ~everything).any()
+
+
+@pytest.mark.parametrize("sigma", [None, 0.05])
+def test_the_ends_converge_where_they_are_no_part_of_the_density(sigma, monkeypatch):
+    """Of 50,000 eigenvalues 100 are not zero: the density has converged long before the ends."""
+    d, tol = torch.cat([torch.zeros(49_900), torch.linspace(-1, 1, 100)]), 0.01
+
+    def error() -> float:
+        q = batched_slq(lambda v: v * d, [len(d)], num_probes=3, num_steps=200, tol=tol, sigma=sigma)
+        return float((q.nodes[:, 0].aminmax(dim=-1).max - 1).abs().max() + (q.nodes[:, 0].amin(-1) + 1).abs().max())
+
+    with_bounds = error()
+    monkeypatch.setattr(early_stopping, "ends_converged", lambda alpha, beta, tol, rows: rows)
+    without = error()
+    assert without > tol and (with_bounds < tol if sigma is None else with_bounds == without)
 
 
 def test_a_late_host_does_not_change_results(monkeypatch):

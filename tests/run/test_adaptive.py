@@ -166,7 +166,7 @@ def test_passes_that_fit_a_budget_give_the_same():
 
 
 def test_blocks_that_are_written_out_stand_beside_the_others():
-    spectra = adaptive(tol=0.03, engine="auto")
+    spectra = adaptive(tol=0.01, engine="auto")
     assert spectra.provenance["plan"]["exact"] == ["small"]
     assert probes_of(spectra) == [2, 2] and int(spectra["small"].steps[0]) == 300
     longer = blockhess.extend(spectra, Diagonal(), DATA, loss, num_probes=4)

@@ -90,20 +90,20 @@ CONCLUSIONS = {
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the models, of the data and of the estimate."""
+    """Sizes of the models, of the data and of the estimate; None means `spectrum`'s defaults."""
 
     gpt: GPTConfig
     resnet: ResNetConfig
     windows: int
     images: int
-    num_probes: int
-    num_steps: int
+    num_probes: int | None = None
+    num_steps: int | None = None
 
 
 FULL = Size(
     GPTConfig(vocab_size=76, context=64, num_layers=2, num_heads=4, width=64),
     ResNetConfig(width=8, blocks_per_stage=(1, 1, 1), num_classes=10, in_channels=1, stem="small"),
-    windows=8, images=32, num_probes=6, num_steps=40,
+    windows=8, images=32,
 )  # fmt: skip
 QUICK = Size(
     GPTConfig(vocab_size=76, context=16, num_layers=1, num_heads=2, width=16),
@@ -238,10 +238,9 @@ class Subject:
     loss_fn: Callable[..., Any]
     batchnorm: str = "eval"
 
-    def arguments(self, num_probes: int, num_steps: int) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Return the arguments of `spectrum`."""
-        names = ("model", "data", "loss_fn", "batchnorm")
-        return {name: getattr(self, name) for name in names} | {"num_probes": num_probes, "num_steps": num_steps}
+        return {name: getattr(self, name) for name in ("model", "data", "loss_fn", "batchnorm")}
 
 
 def subjects(size: Size, seed: int) -> list[Subject]:
@@ -261,12 +260,12 @@ def subjects(size: Size, seed: int) -> list[Subject]:
 
 def gpt_job() -> dict[str, Any]:
     """Return the demo's GPT as arguments of `spectrum`: a job of `blockhess plan` and `blockhess run`."""
-    return subjects(FULL, seed=0)[0].arguments(FULL.num_probes, FULL.num_steps)
+    return subjects(FULL, seed=0)[0].arguments()
 
 
 def resnet_job() -> dict[str, Any]:
     """Return the demo's ResNet, with BatchNorm "eval", likewise."""
-    return subjects(FULL, seed=0)[1].arguments(FULL.num_probes, FULL.num_steps)
+    return subjects(FULL, seed=0)[1].arguments()
 
 
 @one_thread()
@@ -286,7 +285,8 @@ def run(
 
     Args:
         out: folder, made if it is missing; files of an earlier demo are replaced.
-        num_probes, num_steps: of every spectrum; None means those of the size.
+        num_probes, num_steps: of every spectrum; None means as many as `spectrum` needs by default, and 2 probes of 8
+            steps with quick.
         seed: of the weights, the text windows and the probes.
         quick: use the tiny size, for a smoke test.
         tol, tol_sigma: as for `spectrum`; num_probes and num_steps then are upper limits.
@@ -305,7 +305,7 @@ def run(
     num_probes = size.num_probes if num_probes is None else num_probes
     num_steps = size.num_steps if num_steps is None else num_steps
     for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("seed", seed, 0)):
-        if not least <= value < 2**63:
+        if value is not None and not least <= value < 2**63:
             rule = f"at least {least}" if value < least else "below 2^63"
             raise ValueError(f"demo: {name} must be {rule}, got {value}")
     folder = writable_folder(out)
@@ -316,8 +316,8 @@ def run(
     results: dict[str, Spectra] = {}
     for subject in (todo := subjects(size, seed)):
         print(f"[{len(results) + 1}/{len(todo)}] {subject.title}", flush=True)
-        arguments = subject.arguments(num_probes, num_steps)
-        spectra = blockhess.spectrum(**arguments, tol=tol, tol_sigma=tol_sigma, seed=seed)
+        options = {"num_probes": num_probes, "num_steps": num_steps, "tol": tol, "tol_sigma": tol_sigma, "seed": seed}
+        spectra = blockhess.spectrum(**subject.arguments(), **options)
         spectra.save(folder / f"{subject.stem}.npz")
         text = describe(spectra)
         print(f"{text}\n", flush=True)

@@ -26,7 +26,7 @@ def load(job: str) -> dict[str, Any]:
 
     Example:
         >>> sorted(load("blockhess.cli.demo:gpt_job"))
-        ['batchnorm', 'data', 'loss_fn', 'model', 'num_probes', 'num_steps']
+        ['batchnorm', 'data', 'loss_fn', 'model']
     """
     if job.partition(":")[0].endswith(".toml"):
         raise ValueError(

@@ -74,9 +74,11 @@ class SpectraData:
 
     def __repr__(self) -> str:
         q, model = self.quadrature, self.provenance.get("model") or "a model"
+        at_most = "at most " if self.provenance.get("tol") else ""
         return printable(
             f"Spectra of {model}: {len(self)} blocks, {sum(self.dims):,} parameters; "
-            f"{q.nodes.shape[0]} {q.distribution} probes, {q.num_steps} Lanczos steps in {q.dtype}, seed {q.seed}"
+            f"{at_most}{q.nodes.shape[0]} {q.distribution} probes, {at_most}{q.num_steps} Lanczos steps in {q.dtype}, "
+            f"seed {q.seed}"
             f"{'; of an unfinished run, what it has so far' if self.provenance.get('partial') else ''}"
         )
 

@@ -81,6 +81,19 @@ def probes_needed(quadrature: Quadrature, tol: float, sigma: float | None) -> li
     return needed.clamp(max=2.0**62).ceil().long().clamp(min=LEAST_PROBES).tolist()
 
 
+def largest_exact(tol: float, sigma: float | None) -> float:
+    """Return the size of blocks up to which LEAST_PROBES are too few for the probes' share of tol.
+
+    That is the size of a block with a single eigenvalue that is not zero, whose spectrum few probes estimate best.
+
+    Example:
+        >>> round(largest_exact(0.01, None))
+        160
+    """
+    dim = math.sqrt(4 / math.pi / LEAST_PROBES) / _share(tol, sigma)
+    return dim if sigma is None else 2 * dim  # the densities of both eigenvalues err
+
+
 def missed(quadrature: Quadrature, tol: float, sigma: float | None) -> list[bool]:
     """Return whether num_steps or the number of probes of each block is too small for the tolerance."""
     few = statistical_error(quadrature, sigma) > _share(tol, sigma)

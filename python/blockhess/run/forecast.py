@@ -66,11 +66,12 @@ class Forecast:
         return {**dataclasses.asdict(self), "plan": self.plan.to_dict()}
 
     def __str__(self) -> str:
+        at_most = "at most " if self.plan.least_hvps < self.plan.hvps else ""
         return "\n".join(
             [
                 str(self.plan),
                 f"processes     {self.work * self.data}: {self.work} share recurrences x {self.data} share batches",
-                f"time          {time_text(self.seconds)}, {time_text(self.alone_seconds)} in one process; "
+                f"time          {at_most}{time_text(self.seconds)}, {time_text(self.alone_seconds)} in one process; "
                 f"{time_text(self.fixed_seconds)} of it before the first product, in every process",
                 f"balance       {self.balance:.0%} (mean load / largest)",
                 f"memory        {size_text(self.memory_bytes)} of vectors and graphs in every process",

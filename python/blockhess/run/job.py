@@ -23,7 +23,7 @@ from blockhess.results.unit import Unit
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, make_plan, most_checked
+from blockhess.run.plan import Plan, exact_blocks, make_plan, most_checked
 from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
@@ -87,6 +87,9 @@ class Job:
                 budget=budget_bytes(options.memory_budget, problem.device),
                 exact=exact,
                 least=None if options.tol is None else (adaptive.LEAST_PROBES, 1),
+                largest_exact=math.inf
+                if options.tol is None or options.keep_vectors
+                else adaptive.largest_exact(options.tol, options.tol_sigma),
             )
         )
         self.infos = problem.infos
@@ -238,13 +241,16 @@ class Job:
     def _rounds(self, found: list[list[Quadrature]]) -> Iterator[list[Unit]]:
         """Yield units until every estimated block has as many probes as it needs, then those of exact blocks.
 
-        The results of the units are added to `found` before the next ones are requested.
+        The results of the units are added to `found` before the next ones are requested. With a tolerance, a block is
+        computed exactly if that takes fewer products than the probes it needs beside the first ones, or if it needs as
+        many as the limit.
         """
         options = self._options
         adapts = options.tol is not None and self._first is None
         least = min(adaptive.LEAST_PROBES, options.num_probes) if adapts else options.num_probes
         estimated = [l for l, exact in enumerate(self.plan.exact) if not exact] if self._more_probes else []
         needs = dict.fromkeys(estimated, least)
+        may_be_exact = self._may_be_exact() if adapts else self.plan.exact
         while True:
             has = {l: sum(part.num_probes for part in found[l]) for l in needs}
             behind = [l for l in needs if has[l] < needs[l]]
@@ -265,11 +271,26 @@ class Job:
                     block = Quadrature.concatenate(found[l], 0)
                     (needed,) = adaptive.probes_needed(block, options.tol, options.tol_sigma)
                     needs[l] = min(needed, options.num_probes)
-        exact = tuple(l for l, e in enumerate(self.plan.exact) if e and not found[l])
-        if exact:
+                    more = (needed - least) * float(block.steps.double().mean())
+                    too_many = needed >= options.num_probes or more > block.dims[0]
+                    if may_be_exact[l] and has[l] == 0 and needed > least and too_many:
+                        found[l].clear()
+                        del needs[l]
+                        exact = [e or k == l for k, e in enumerate(self.plan.exact)]
+                        self.plan = dataclasses.replace(self.plan, exact=tuple(exact))
+        rest = tuple(l for l, e in enumerate(self.plan.exact) if e and not found[l])
+        if rest:
             rows = [sum(part.num_probes for part in parts) for parts in found if parts]
             self._exact_rows = max(rows, default=options.num_probes)
-            yield [Unit(options.first_probe, 0, exact)]
+            yield [Unit(options.first_probe, 0, rest)]
+
+    def _may_be_exact(self) -> tuple[bool, ...]:
+        """Return which blocks may be computed exactly after their first probes: none if vectors are kept."""
+        options = self._options
+        if options.keep_vectors:
+            return self.plan.exact
+        counts = options.num_probes, options.num_steps
+        return exact_blocks(self._problem, options.engine, *counts, self.plan.memory_budget // 2)
 
     def _finish(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None

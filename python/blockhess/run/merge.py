@@ -87,13 +87,15 @@ def _of_probes(labels: list[str], runs: list[SpectraData]) -> SpectraData:
                 f"merge: probes must follow each other, {labels[i]} ends at {stop - 1} and {labels[i + 1]} begins at "
                 f"{start}; the runs between are missing"
             )
-    columns, notes = [], list(first.blocks)
+    columns, notes, tolerant = [], list(first.blocks), first.provenance["tol"] is not None
     for l, name in enumerate(first.names):
         parts = []
         for label, run in zip(labels, runs):
             row = run.rows([name])[0]
             part = run.quadrature.select_block(row)
-            if part.dims != (first.dims[l],) or part.reorthogonalize != (first.quadrature.reorthogonalize[l],):
+            modes = {part.reorthogonalize[0], first.quadrature.reorthogonalize[l]}
+            # With a tolerance, a block may be computed exactly in the runs whose first probes ask for it.
+            if part.dims != (first.dims[l],) or (len(modes) > 1 and not (tolerant and "exact" in modes)):
                 raise ValueError(
                     f"merge: runs must treat block {name!r} alike, {labels[0]} has size {first.dims[l]}, "
                     f"{first.quadrature.reorthogonalize[l]!r}, and {label} {part.dims[0]}, {part.reorthogonalize[0]!r}"
@@ -101,7 +103,7 @@ def _of_probes(labels: list[str], runs: list[SpectraData]) -> SpectraData:
             parts.append(part)
             note = run.blocks[row].note
             notes[l] = notes[l] if note in notes[l].note else with_note(notes[l], note)
-        columns.append(Quadrature.concatenate(parts, 0))
+        columns.append(Quadrature.concatenate([p for p in parts if "exact" in p.reorthogonalize] or parts, 0))
     return _merged(runs, notes, columns, sum(run.provenance["num_probes"] for run in runs))
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from blockhess.hvp import CHOICES
 from blockhess_ext import arguments, ops
+
+# Of `spectrum` without counts: the tolerance. Counts that are not given, which with a tolerance are upper limits.
+DEFAULT_TOL, DEFAULT_PROBES, DEFAULT_STEPS = 0.01, 10, 100
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,14 @@ class Options:
             ("engine", CHOICES),
         ):
             arguments.choice(name, getattr(self, name), choices, "spectrum")
+
+
+def with_defaults(
+    num_probes: int | None, num_steps: int | None, tol: float | None, tol_sigma: float | None, **others: Any
+) -> Options:
+    """Return the options of a call of `spectrum`, whose counts and tolerances may be None."""
+    if num_probes is num_steps is tol is tol_sigma is None:
+        tol = DEFAULT_TOL
+    num_probes = DEFAULT_PROBES if num_probes is None else num_probes
+    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
+    return Options(num_probes, num_steps, tol, tol_sigma, **others)

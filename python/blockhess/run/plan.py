@@ -8,6 +8,7 @@ Memory of tangents is that of a dry run of the linear program.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,11 +27,11 @@ PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
 TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
-# Share of the products that a run with a tolerance makes, roughly.
-TOLERANCE_SHARE = 0.1
+# Share of the products of Lanczos that a run with a tolerance makes, roughly.
+TOLERANCE_SHARE = 0.05
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
-# Checks of products take at most this share of the planned products, but compare one block at least. In products, which
+# Checks of products take at most this share of the expected products, but compare one block at least. In products, which
 # count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product for
 # each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
 CHECK_SHARE, CHECK_FIXED, CHECK_GROUP, CHECK_BLOCK = 0.1, 15, 15, 5
@@ -48,7 +49,8 @@ class Plan:
     Attributes:
         engine: "autograd", "traced" or "ggn".
         traced: whether products are those of a linear program, for "traced" and "ggn".
-        exact: for every block, whether it is computed exactly; the others are estimated.
+        exact: for every block, whether it is computed exactly; the others are estimated. With a tolerance, those of
+            them for which that takes fewer products are computed exactly after their first probes.
         passes: (first probe, number of probes, indices of the blocks) of the recurrences that run together.
         rows: number of vectors, of one block each, that are multiplied together.
         checked: indices of the blocks whose products are checked: all, or those for which a tenth of the products is
@@ -57,8 +59,8 @@ class Plan:
         batches: number of batches, after splitting large ones.
         hvps: upper limit of the number of products, of one block, vector and batch each.
         least_hvps: lower limit with a tolerance; otherwise equal to hvps.
-        flops: of all products, approximately.
-        seconds: of all products, estimated from one measured forward pass.
+        flops: of the expected products, approximately.
+        seconds: of the expected products, estimated from one measured forward pass.
         vector_bytes: largest memory of vectors or exactly computed blocks at a time.
         engine_bytes: largest memory of graphs, or of constants and tangents, at a time.
         check_bytes: memory of the checks, before the first step.
@@ -66,6 +68,7 @@ class Plan:
         memory_budget: in bytes.
         why: reason for the choice of the engine.
         groups: number of groups of parameters whose derivatives are compared with differences.
+        expected_hvps: rough estimate with a tolerance; otherwise equal to hvps.
     """
 
     engine: str
@@ -87,6 +90,7 @@ class Plan:
     memory_budget: int
     why: str
     groups: int = 1
+    expected_hvps: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -107,7 +111,7 @@ class Plan:
     def __str__(self) -> str:
         products = f"{self.hvps:,}"
         if self.least_hvps < self.hvps:
-            products = f"at least {self.least_hvps:,}, at most {products},"
+            products = f"about {self.expected_hvps:,} (at least {self.least_hvps:,}, at most {products})"
         n_exact, n_passes = sum(self.exact), len(self.passes)
         kept = "constants" if self.traced else "graphs"
         lines = [
@@ -146,6 +150,7 @@ def make_plan(
     budget: int,
     exact: tuple[bool, ...] | None = None,
     least: tuple[int, int] | None = None,
+    largest_exact: float = math.inf,
     keep_vectors: bool = False,
 ) -> tuple[Plan, Engine | None]:
     """Plan a run; returns also the engine, if it had to be made for that.
@@ -157,6 +162,7 @@ def make_plan(
         budget: memory budget in bytes.
         exact: the blocks computed exactly by an earlier run.
         least: with a tolerance, smallest number of probes and steps of an estimated block.
+        largest_exact: size of the blocks up to which they are computed exactly from the start.
         keep_vectors: whether the vectors after the last step are kept.
 
     Raises:
@@ -166,8 +172,12 @@ def make_plan(
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
     room = budget // 2
+    later = [False] * len(dims)  # blocks that may be computed exactly after their first probes
     if exact is None:
-        exact = _exact_blocks(problem, engine, num_probes, num_steps, room)
+        exact = may_be_exact = exact_blocks(problem, engine, num_probes, num_steps, room)
+        if engine == "auto":
+            exact = tuple(e and d <= largest_exact for d, e in zip(dims, may_be_exact))
+            later = [may and not e for may, e in zip(may_be_exact, exact)]
     # The vectors of one probe: v, v_prev, H v, and the basis.
     sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
     largest = max(range(len(dims)), key=lambda l: sizes[l])
@@ -186,9 +196,14 @@ def make_plan(
 
     n_batches = len(problem.batches)  # of this rank
     hvps = products(num_probes, num_steps)
+    if least:
+        more_probes = num_probes - min(least[0], num_probes)
+        beyond = (d - more_probes * min(num_steps, d) for d, e in zip(dims, later) if e)
+        hvps += problem.n_batches * sum(max(0, more) for more in beyond)
     rows, made = 1, None
     most = max([num_probes * sum(exact), *(count * len(blocks) for _, count, blocks in passes)])
-    expected = max(products(*least), int(TOLERANCE_SHARE * hvps)) if least else hvps
+    exact_hvps = products(0, 0)
+    expected = max(products(*least), exact_hvps + int(TOLERANCE_SHARE * (hvps - exact_hvps))) if least else hvps
     pays, why = _tracing_pays(problem, engine, expected, most, room)
     graph, tangents = problem.graph_bytes, 0
     if pays:
@@ -209,6 +224,7 @@ def make_plan(
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
+    written_out = bytes_needed([d for d, e, m in zip(dims, exact, later) if e or m], itemsize, num_probes)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
     sizes_of_groups = [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem)]
@@ -226,15 +242,16 @@ def make_plan(
         batches=problem.n_batches,
         hvps=hvps,
         least_hvps=products(*least) if least else hvps,
-        flops=hvps * PRODUCT["traced" if made else "autograd"].flops * problem.forward_flops,
-        seconds=hvps * PRODUCT["traced" if made else "autograd"].flops * problem.forward_seconds,
-        vector_bytes=max(together, bytes_needed([d for d, e in zip(dims, exact) if e], itemsize, num_probes)),
+        flops=expected * PRODUCT["traced" if made else "autograd"].flops * problem.forward_flops,
+        seconds=expected * PRODUCT["traced" if made else "autograd"].flops * problem.forward_seconds,
+        vector_bytes=max(together, written_out),
         engine_bytes=engine_bytes,
         check_bytes=parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes),
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
         groups=groups,
+        expected_hvps=expected,
     )
     return plan, made
 
@@ -292,8 +309,8 @@ def _checked(used: Sequence[int], hvps: int, groups: int) -> tuple[int, ...]:
     return tuple(used[(2 * i + 1) * len(used) // (2 * count)] for i in range(count))
 
 
-def _exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
-    """Return which blocks to compute exactly: with "auto", smallest first, those that need fewer products and fit."""
+def exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
+    """Return the blocks to compute exactly: with "auto", smallest first, those that need fewer products and fit."""
     exact = [False] * len(problem.dims)
     if engine not in ("auto", "exact"):
         return tuple(exact)

@@ -145,7 +145,11 @@ def partial(path: str | PathLike[str], op: str = "partial") -> SpectraData:
         pieces.append((unit, _quadrature(run, [blocks[l] for l in unit.blocks], unit, state)))
     for unit, part in sorted(pieces, key=lambda piece: piece[0].first_probe):
         for column, l in enumerate(unit.blocks):
-            found[l].append(part.select_block(column))
+            block = part.select_block(column)
+            if not unit.num_probes:  # computed exactly, perhaps after its first probes
+                found[l] = [block]
+            elif not any("exact" in other.reorthogonalize for other in found[l]):
+                found[l].append(block)
     known = [l for l, parts in enumerate(found) if any(part.num_probes for part in parts)]
     if not known:
         raise ValueError(f"{op}: {path} holds no step of any block yet")
