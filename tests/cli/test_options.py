@@ -256,7 +256,7 @@ def test_show_and_report_of_a_run_that_is_not_finished(here: Path, capsys: pytes
     os.remove("run/spectra.npz")  # as if it had been killed before the last file
     capsys.readouterr()
     assert main(["show", "run"]) == 0 and main(["report", "run"]) == 0
-    assert "of an unfinished run, what it has so far" in capsys.readouterr().out.splitlines()[0]
+    assert "of an unfinished run, what it has so far" in capsys.readouterr().out
     assert "of an unfinished run, what it has so far" in (here / "run.html").read_text()
     assert "unfinished" not in repr(whole)
 
