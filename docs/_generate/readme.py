@@ -1,7 +1,7 @@
 """Write the measured parts of README.md and docs/benchmarks.md from committed results: no number is typed by hand.
 
 python -m bench --json bench/results/cpu_1_thread.json ...   # measure; bench/README.md has all commands
-python -m docs._generate.readme --demo                       # run the demo and keep its comparison and one picture
+python -m docs._generate.readme --demo                       # run the demo and keep its comparison and pictures
 python -m docs._generate.readme                              # rewrite the parts between markers, and cpu.md
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 EARLIER = RESULTS / "earlier"  # of another machine
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.txt"
+GPT, PICTURE, COMPARISON = "demo_gpt_spectra.png", "demo_comparison.png", "demo_comparison.txt"
 RIVALS = ("the paper's procedure", "hessian-eigenthings", "curvlinops", "PyHessian")
 
 # Network -> file and row of a job of 10 probes and 100 steps.
@@ -42,13 +42,15 @@ PRODUCTS = {
 
 
 def keep_demo() -> None:
-    """Run `blockhess demo` and keep its comparison, with where it was made, and one picture."""
+    """Run `blockhess demo` and keep its comparison, with where it was made, its picture, and one of the GPT."""
+    import blockhess
     from blockhess.cli.demo import run
 
     made = ", ".join(f"{key} {value}" for key, value in describe().items())  # before anything changes the checkout
     with tempfile.TemporaryDirectory() as folder:
         run(folder)
-        shutil.copy(Path(folder) / "gpt_spectra.png", RESULTS / PICTURE)
+        shutil.copy(Path(folder) / "comparison.png", RESULTS / PICTURE)
+        blockhess.load(Path(folder) / "gpt.npz").plot(RESULTS / GPT)
         comparison = (Path(folder) / "comparison.txt").read_text()
     (RESULTS / COMPARISON).write_text(f"{comparison}\nMade by blockhess demo; {made}\n")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,11 @@ import pytest
 import torch
 
 import blockhess
-from blockhess.analysis.axes import Axis
 from blockhess.analysis.selection import weights_only
 from blockhess.cli import demo
-from blockhess.cli.demo import Comparison, curvature_verdict, js0_verdict, probe_noise
 from blockhess.cli.main import main
-from tests.helpers.spectra_cases import make_spectra
 
-STEMS = ("gpt", "resnet_eval", "resnet_batch")
+STEMS = ("gpt", "resnet")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +24,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quick_writes_everything_it_names(quick: Path) -> None:
-    expected = {f"{stem}{end}" for stem in STEMS for end in (".npz", ".txt", "_spectra.png", "_heatmap.png")}
-    assert {path.name for path in quick.iterdir()} == expected | {"comparison.txt", "comparison.json"}
+    expected = {f"{stem}.npz" for stem in STEMS} | {"comparison.txt", "comparison.png"}
+    assert {path.name for path in quick.iterdir()} == expected
 
 
 def test_every_parameter_is_a_block(quick: Path) -> None:
@@ -41,7 +36,7 @@ def test_every_parameter_is_a_block(quick: Path) -> None:
 
 
 def test_weights_only_leaves_out_norms_and_biases(quick: Path) -> None:
-    spectra = blockhess.load(quick / "resnet_eval.npz")
+    spectra = blockhess.load(quick / "resnet.npz")
     names = weights_only(spectra)
     assert names == ("conv1.weight", "layers.0.conv1.weight", "layers.0.conv2.weight", "fc.weight")
     low, high = spectra.eigenvalue_range()
@@ -51,17 +46,16 @@ def test_weights_only_leaves_out_norms_and_biases(quick: Path) -> None:
     assert (spread.smallest, spread.largest) == (min(sizes), max(sizes))
 
 
-def test_texts_hold_tables_and_provenance(quick: Path) -> None:
-    for stem in STEMS:
-        text = (quick / f"{stem}.txt").read_text()
-        for word in ("lambda_min", "trace", "negative", "All blocks: JS0", "Weights only", "sigma", "BatchNorm"):
-            assert word in text, word
-    numbers = json.loads((quick / "comparison.json").read_text())
-    assert [row["batchnorm"] for row in numbers["js0"]] == ["eval"] * 6 + ["batch"] * 6
-    assert set(numbers["largest_eigenvalue"]) == set(STEMS)
+def test_output_is_one_screen(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = demo.run(tmp_path, quick=True)
+    printed = capsys.readouterr().out
     text = (quick / "comparison.txt").read_text()
-    assert all(f"{row['gpt']:.3f}" in text for row in numbers["js0"])
-    assert "more heterogeneous" in text and "The paper's reading" in text and "Before you quote" in text
+    assert text in printed and len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 120
+    for name in ("GPT", "ResNet"):
+        js0, spread = found[name]["js0"], found[name]["curvature_spread"]
+        for value in (js0["value"], *js0["interval"][:2], spread["value"]):
+            assert f"{value:.2f}" in text
+    assert "1 probe" not in text and len(found["reading"]) == 3
 
 
 def test_show_reads_the_demos_results(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,52 +85,30 @@ def test_results_before_a_failure_are_kept(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(blockhess, "spectrum", fails_on_the_resnet, raising=False)
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2
     assert blockhess.load(tmp_path / "gpt.npz").provenance["model"] == "GPT"
-    assert not (tmp_path / "resnet_eval.npz").exists()
-
-
-def test_probe_noise_is_the_distance_of_a_block_to_itself() -> None:
-    blocks = ("block0", "block1")
-    same = make_spectra([[[0.0], [5.0]]] * 4, [[[1.0], [1.0]]] * 4)
-    assert probe_noise(same, 0.1, blocks, Axis()) == 0
-    # One of two blocks lies elsewhere for the second half of the probes.
-    differ = make_spectra([[[0.0], [5.0]]] * 2 + [[[0.0], [-5.0]]] * 2, [[[1.0], [1.0]]] * 4)
-    assert probe_noise(differ, 0.1, blocks, Axis()) == pytest.approx(0.5, abs=1e-9)
-    assert math.isnan(probe_noise(make_spectra([[[0.0], [5.0]]], [[[1.0], [1.0]]]), 0.1, blocks, Axis()))
-
-
-def row(gpt: float, resnet: float, noise: float = 0.1, batchnorm: str = "eval") -> Comparison:
-    return Comparison("1%", "all", batchnorm, gpt, noise, resnet, noise)
+    assert not (tmp_path / "resnet.npz").exists()
 
 
 @pytest.mark.parametrize(
-    "comparison, winner",
+    "gpt, resnet, winner",
     [
-        (row(0.5, 0.3), "GPT"),
-        (row(0.3, 0.5), "ResNet"),
-        (row(0.5, 0.45), "unclear"),
-        (row(0.45, 0.5), "unclear"),
-        (row(0.9, 0.1, noise=math.nan), "unclear"),
-        # Noise only raises a JS0: the ResNet's, however large, cannot make the GPT's too small.
-        (Comparison("1%", "all", "eval", 0.5, 0.01, 0.45, 0.4), "GPT"),
+        ((0.5, 0.6, 0.95), (0.3, 0.4, 0.95), "GPT"),
+        ((0.3, 0.4, 0.95), (0.5, 0.6, 0.95), "ResNet"),
+        ((0.3, 0.5, 0.95), (0.4, 0.6, 0.95), ""),
+        (None, (0.4, 0.6, 0.95), ""),
     ],
 )
-def test_winner(comparison: Comparison, winner: str) -> None:
-    assert comparison.winner == winner
+def test_order_follows_the_intervals(gpt: demo.Interval, resnet: demo.Interval, winner: str) -> None:
+    assert demo.order(gpt, resnet) == winner
 
 
-def test_verdict_follows_the_rows() -> None:
-    gpt, resnet, unclear = row(0.5, 0.1), row(0.1, 0.5, batchnorm="batch"), row(0.5, 0.5)
-    assert "agrees with the paper's reading" in js0_verdict([gpt, unclear])
-    assert "(1 of 2 rows)" in js0_verdict([gpt, unclear])
-    assert "opposite of what the paper's reading expects" in js0_verdict([resnet, unclear])
-    assert "The rows disagree" in js0_verdict([gpt, resnet])
-    assert "No row is clear" in js0_verdict([unclear, unclear])
-    assert "GPT in 1, ResNet in 0, unclear in 1" in js0_verdict([gpt, unclear, resnet])
+def test_reading_follows_the_order() -> None:
+    assert "which is the paper's reason" in demo.reading("GPT", "GPT")[0]
+    assert "against the paper's reading" in demo.reading("ResNet", "GPT")[0]
+    assert "not apart" in demo.reading("", "")[0]
+    assert "The whole spectra of the ResNet's blocks" in demo.reading("GPT", "ResNet")[1]
+    assert "does not order" in demo.reading("", "")[1]
 
 
-def test_curvature_verdict_follows_the_factors() -> None:
-    assert "as the paper's reading has it" in curvature_verdict((1e-4, 1.0), [(0.1, 1.0), (0.01, 1.0)])
-    assert "too close" in curvature_verdict((1e-4, 1.0), [(0.1, 1.0), (1e-3, 1.0)])
-    assert "against the paper" in curvature_verdict((0.5, 1.0), [(0.01, 1.0), (1e-3, 1.0)])
-    assert "10,000 in the GPT, 10 and 100 in the ResNet" in curvature_verdict((1e-4, 1.0), [(0.1, 1), (0.01, 1)])
-    assert "inf in the GPT" in curvature_verdict((0.0, 1.0), [(0.1, 1.0)])
+def test_one_probe_has_no_interval(tmp_path: Path) -> None:
+    found = demo.run(tmp_path, quick=True, num_probes=1)
+    assert found["GPT"]["curvature_spread"]["interval"] is None and "not apart" in found["reading"][0]

@@ -63,9 +63,7 @@ SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negat
 Job = Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")]
 Probes = Annotated[int | None, typer.Option(help="Random probes per block; 10 if only --steps is given.")]
 Steps = Annotated[int | None, typer.Option(help="Lanczos steps per probe; 100 if only --probes is given.")]
-Tol = Annotated[
-    float | None, typer.Option(help="Error tolerance, of which counts are limits; 0.01 without counts.")
-]
+Tol = Annotated[float | None, typer.Option(help="Error tolerance, of which counts are limits; 0.01 without counts.")]
 Engine = Annotated[
     str | None, typer.Option(help=f"Engine for products: {', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from blockhess.results.files import check_writable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from matplotlib.image import AxesImage
 
 LINE, AREA, QUIET, FAINT = "#08519c", "#9ecae1", "#555555", "#cccccc"
 DARK, LIGHT = "#f16913", "#fdd0a2"
@@ -41,6 +42,9 @@ PANEL_WIDTH, PANEL_HEIGHT, MOST_COLUMNS = 2.8, 1.45, 5
 # Height of a row of the panel of all blocks, largest height of all rows, and height of its texts, in inches; largest
 # number of labeled powers of ten on either side of zero, and number of points along the axis.
 ROW_HEIGHT, MOST_ROWS_HEIGHT, TEXT_HEIGHT, MOST_POWERS, SHARED_POINTS = 0.12, 10.0, 0.75, 4, 800
+
+# Width of a model among others, in inches.
+MODEL_WIDTH = 6.4
 
 # Largest numbers of blocks for which the heat map shows values and all names, and least width of a cell with a value.
 MOST_VALUES, MOST_LABELS, LEAST_CELL = 14, 150, 0.3
@@ -331,14 +335,11 @@ def plot_heatmap(
     title = title if width is None else []
     figure = new_figure(width or side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.4)
     axes = figure.subplots()
-    image = axes.imshow(matrix.numpy(), cmap="viridis", vmin=0.0, vmax=vmax, interpolation="nearest")
-
     shown = range(0, n, math.ceil(n / most_labels))
     labels = [_shorten(js0.blocks[i], longest) for i in shown]
+    image = _draw_matrix(axes, matrix, vmax)
     axes.set_xticks(list(shown), labels, rotation=90, fontsize=font)
     axes.set_yticks(list(shown), labels, fontsize=font)
-    axes.tick_params(length=0, pad=2)
-    axes.spines[:].set_visible(False)
     if n <= MOST_VALUES and side / n >= LEAST_CELL:
         for i in range(n):
             for j in range(n):
@@ -355,6 +356,47 @@ def plot_heatmap(
     below = axes.set_title("\n".join(caption), fontsize="small", loc="left")
     place: dict[str, Any] = {"xycoords": below, "xytext": (0, 4), "textcoords": "offset points"}
     axes.annotate("\n".join(title), (0, 1), **place, annotation_clip=False, fontweight="bold", fontsize="large")
+    return figure
+
+
+def _draw_matrix(axes: Axes, matrix: Tensor, vmax: float) -> AxesImage:
+    axes.tick_params(length=0, pad=2)
+    axes.spines[:].set_visible(False)
+    return axes.imshow(matrix.numpy(), cmap="viridis", vmin=0.0, vmax=vmax, interpolation="nearest")
+
+
+def plot_models(models: Mapping[str, SpectraData]) -> Figure:
+    """Draw models side by side: the spectra of all blocks on the signed-log axis of the model, and below js_matrix.
+
+    The blocks of the matrix are those of the spectra above it, without those left out of comparisons.
+
+    Args:
+        models: title -> spectra.
+
+    Raises:
+        ValueError: a model has fewer than two blocks that can be compared.
+        ImportError: matplotlib is missing.
+    """
+    rows = max(len(spectra.names) for spectra in models.values())
+    heights = [min(ROW_HEIGHT * rows, MOST_ROWS_HEIGHT) + TEXT_HEIGHT + 0.4, MODEL_WIDTH - 2.0]
+    figure = new_figure(MODEL_WIDTH * len(models), sum(heights))
+    parts: Any = figure.subfigures(2, len(models), height_ratios=heights, squeeze=False)
+    for (title, spectra), above, below in zip(models.items(), *parts):
+        blocks = normalizable(spectra, Axis())
+        above.suptitle(title, fontweight="bold")
+        floor = 0.1 / max(10, *(spectra.dims[row] for row in spectra.rows(blocks)))
+        _draw_shared(above, spectra, blocks, floor, MODEL_WIDTH)
+        matrix, js0 = compare(spectra)
+        axes = below.subplots()
+        image = _draw_matrix(axes, matrix, largest_value(js0.kind, js0.base))
+        labels = [_shorten(name, 24) for name in js0.blocks]
+        axes.set_yticks(range(len(labels)), labels, fontsize=min(0.8 * FONT, 0.78 * 72 * heights[1] / len(labels)))
+        axes.set_xticks([])
+        axes.set_xlabel(f"JS0 = {js0.value:.2f}, the mean over pairs of blocks", fontsize=FONT)
+        bar = below.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=30)
+        bar.ax.tick_params(labelsize=0.8 * FONT)
+        bar.set_label(f"{KINDS[js0.kind]}, base {js0.base:.3g}", fontsize=FONT)
+        bar.outline.set_visible(False)
     return figure
 
 
