@@ -140,7 +140,8 @@ def _repeat(
                 return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
         return there, repeat, ""
     except Exception as error:  # of any kind: the model may take one dtype only
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
         return None, None, f"the loss cannot be computed in {dtype}: {reason}"
 
 

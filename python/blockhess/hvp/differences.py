@@ -74,10 +74,11 @@ class Differences:
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}
         self.undecided: set[int] = set()
-        if replaced:
-            found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
-            self.captured = {name: p for (name, p), gradient in zip(replaced.items(), found) if gradient is not None}
-        found = problem.differentiate(loss, list(problem.parameters.values()))
+        with problem.explained(0):
+            if replaced:
+                found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
+                self.captured = {name: p for (name, p), g in zip(replaced.items(), found) if g is not None}
+            found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
         self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
         norms = [float(p.detach().norm()) for p in problem.parameters.values()]

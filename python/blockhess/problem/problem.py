@@ -39,6 +39,8 @@ from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
 
+DIFFERENTIABLE = "have derivatives"
+
 
 class Problem:
     """A model, a loss, batches and blocks.
@@ -126,16 +128,20 @@ class Problem:
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss of a batch, with some parameters replaced by name."""
-        loss: Tensor = self._call(self.loss, batch, parameters)[0]
+        number = next(n for n, b in zip(self._numbers, self.batches) if b is batch)
+        with self._explained(number, batch):
+            loss: Tensor = self._call(self.loss, batch, parameters)[0]
         return loss
 
     def outputs(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the model outputs of batch `index`, and the loss computed from them; see `Loss.with_outputs`."""
-        return self._call(self.loss.with_outputs, self.batches[index])
+        with self.explained(index, "run on the data"):
+            return self._call(self.loss.with_outputs, self.batches[index])
 
     def gradients(self, index: int, create_graph: bool) -> dict[str, Tensor]:
         """Return the gradient of the loss of batch `index` by name, for the parameters that it depends on."""
-        return self._differentiate(self.evaluate(self.batches[index]), create_graph)
+        with self.explained(index):
+            return self._differentiate(self.evaluate(self.batches[index]), create_graph)
 
     def gradients_at(
         self, batch: Batch, parameters: Mapping[str, Tensor], gauss_newton: bool = False
@@ -221,7 +227,7 @@ class Problem:
     def _run(self, batches: Sequence[Batch]) -> None:
         for index, batch in enumerate(batches):
             with self._explained(index, batch):
-                self.evaluate(batch)
+                self._call(self.loss, batch)
 
     def _survey(self, batches: Sequence[Batch], several: bool) -> None:
         """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
@@ -229,11 +235,12 @@ class Problem:
         values: list[float] = []
         used: set[str] = set()
         self.batches: list[Batch] = []
+        self._numbers: list[int] = []  # of these batches in the data
         self._guesses: list[_Guess] = []
         for index, batch in enumerate(batches):
+            flops = None if self.batches else graph.FlopCounter()
             with self._explained(index, batch):
-                flops = graph.FlopCounter()
-                with contextlib.nullcontext() if self.batches else flops:
+                with flops or contextlib.nullcontext():
                     loss, raw_weight = self._call(self.loss, batch)
                 loss = checked(loss, index)
                 weight = 1.0
@@ -248,18 +255,20 @@ class Problem:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise ValueError(f"spectrum: loss_fn must return a finite loss, got {value} for batch {index}")
-                if self.batches:
-                    used.update(self._differentiate(loss, create_graph=False))
-                else:
-                    gradients = self._survey_first(loss, batch)
-                    self.forward_flops = flops.total
-                    del loss  # frees its graph before the next one is built
-                    self._check_repeatable(batch, index, value, gradients)
-                    used.update(gradients)
-                    del gradients
             self.batches.append(batch)
+            self._numbers.append(index)
             weights.append(weight)
             values.append(value)
+            with self._explained(index, batch, DIFFERENTIABLE):
+                if flops is None:
+                    used.update(self._differentiate(loss, create_graph=False))
+                    continue
+                gradients = self._survey_first(loss, batch)
+                self.forward_flops = flops.total
+                del loss  # frees its graph before the next one is built
+                self._check_repeatable(batch, index, value, gradients)
+                used.update(gradients)
+                del gradients
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
         if not used:
@@ -284,10 +293,19 @@ class Problem:
         self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
         return {name: g.detach() for name, g in gradients.items()}
 
-    def _explained(self, index: int, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which errors of the model or loss are explained."""
+    def explained(self, index: int, rule: str = DIFFERENTIABLE) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which errors of the model or loss on batch `index` are explained.
+
+        Args:
+            rule: what the loss must do.
+        """
+        return self._explained(self._numbers[index], self.batches[index], rule)
+
+    def _explained(
+        self, number: int, batch: Batch, rule: str = "run on the data"
+    ) -> contextlib.AbstractContextManager[None]:
         like = next(iter(self.parameters.values()))
-        return explained(self.loss, self._wrapped, index, batch, lambda: self._call(self.loss, batch), like)
+        return explained(self.loss, self._wrapped, number, batch, lambda: self._call(self.loss, batch), like, rule)
 
     def _use(self, used: frozenset[str]) -> None:
         self.used = used
