@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,12 +32,18 @@ class Accuracy:
         errors: norm of the error of H_l v; empty if it is unknown.
         confirmed: the blocks whose derivatives agree with differences, also of others than those that were multiplied.
         unknown: why the errors are unknown, or "".
+        undecided: the blocks whose derivatives were compared with differences, without a result.
+        left_open: by confirmed block, the largest error of H_l v that was not ruled out, where products are unknown.
+        is_defined: whether the loss was found beside the parameters.
     """
 
     norms: Mapping[int, float]
     errors: Mapping[int, float]
     confirmed: frozenset[int]
     unknown: str = ""
+    undecided: frozenset[int] = frozenset()
+    left_open: Mapping[int, float] = field(default_factory=dict)
+    is_defined: bool = True
 
     def is_zero(self, number: int) -> bool:
         """Return whether a block is zero within the error, by products and by differences."""
@@ -55,7 +61,7 @@ def measure(
 
     Traced products are made for every block alone, and for all of them together, as in a run. Differences are taken
     along all parameters of a group, along single blocks whose products are zero within their error, and along every
-    third block of groups that are undecided.
+    third block of groups that are undecided; without groups, along all of these blocks.
 
     Args:
         problem, engine: what to check.
@@ -104,13 +110,18 @@ def measure(
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
     norms = {l: float(repeat[l].norm()) for l in numbers}
     errors = {l: scale * error for l, error in noise.items()}
-    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group))]
-    single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
-    single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
+    zero = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
+    others = {l: norms[l] for l in numbers if l not in zero}
+    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group), others)]
+    single = zero | set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
+    if not groups:
+        single = set(numbers)
     confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
     confirmed -= there.undecided
-    confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
-    return Accuracy(norms, errors, frozenset(confirmed), unknown)
+    confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS, l in zero)}
+    undecided = (set(there.blocks_in(chosen)) | single) - confirmed
+    left_open = {l: error for l, error in there.left_open.items() if l in confirmed - set(numbers)}
+    return Accuracy(norms, errors, frozenset(confirmed), unknown, frozenset(undecided), left_open, there.is_defined)
 
 
 def _repeat(

@@ -13,24 +13,29 @@ from blockhess.problem.problem import Problem
 
 def likely_cause(problem: Problem, number: int) -> str:
     """Return what may give a block a wrong derivative, and what to do."""
-    block, causes = problem.blocks[number], []
-    causes += [f"the hook on {piece.name!r}" for piece in block.pieces if piece.tensor._backward_hooks]
+    causes = suspects(problem, [number])
+    if causes:
+        return f"the cause may be {' or '.join(causes)}; remove it, or write it in plain PyTorch"
+    return (
+        "the cause may be a detach(), .data or no_grad(), or a hook on a tensor, between this block and the loss; "
+        "write it in plain PyTorch"
+    )
+
+
+def suspects(problem: Problem, numbers: Iterable[int]) -> list[str]:
+    """Return what has derivatives of its own between some blocks and the loss: hooks and functions."""
+    blocks = [problem.blocks[number] for number in numbers]
+    causes = [f"the hook on {p.name!r}" for block in blocks for p in block.pieces if p.tensor._backward_hooks]
     for name, module in problem.model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             causes.append(f"the backward hook on {name or 'the model'!r} ({type(module).__name__})")
-    leaves = {problem.parameters[name] for name in block.parameters}
+    leaves = {problem.parameters[name] for block in blocks for name in block.parameters}
     loss = problem.evaluate(problem.batches[0])
     for node in _between(loss, leaves):
         if isinstance(node, BackwardCFunction) and node.name() != "BackwardHookFunctionBackward":
             function = getattr(type(node), "_forward_cls", type(node))
             causes.append(f"the torch.autograd.Function {function.__qualname__}")
-    if causes:
-        found = " or ".join(dict.fromkeys(causes))
-        return f"the cause may be {found}; remove it, or write it in plain PyTorch"
-    return (
-        "the cause may be a detach(), .data or no_grad(), or a hook on a tensor, between this block and the loss; "
-        "write it in plain PyTorch"
-    )
+    return list(dict.fromkeys(causes))
 
 
 def _between(loss: Tensor, leaves: Iterable[Tensor]) -> list[Node]:
