@@ -182,6 +182,21 @@ def parametrized(make: Callable[[nn.Module], object]) -> Given:
     return model, labeled(7), nn.CrossEntropyLoss()
 
 
+@torch.library.custom_op("blockhess_test::sine_of", mutates_args=())
+def sine_of(x: Tensor) -> Tensor:
+    return torch.sin(x)
+
+
+sine_of.register_autograd(
+    lambda ctx, g: g * ctx.slope,
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "slope", inputs[0].detach().cos()),
+)
+
+
+def fake_quantized(x: Tensor) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).to(x.dtype)
+
+
 WRONG: dict[str, tuple[Callable[[], Given], str]] = {
     "fused cross-entropy": (lambda: with_function(FusedCrossEntropy), "products of .*FusedCrossEntropy"),
     "adjoint solver": (lambda: equilibrium(Solve.apply), "block 'w' are not .*autograd.Function Solve"),
@@ -189,7 +204,18 @@ WRONG: dict[str, tuple[Callable[[], Given], str]] = {
     "clipping": (lambda: with_hook(lambda g: g.clamp(-0.01, 0.01)), "the gradient of block '0.weight'"),
     "module hook": (lambda: with_module_hook(lambda m, gi, go: (2 * gi[0],)), r"backward hook on '2' \(Linear\)"),
     "hook on an activation": (lambda: between(hooked(lambda g: 2 * g)), "the gradient of block 'a.weight'"),
-    "straight-through estimator": (lambda: between(rounded), r"the gradient of block '\w.weight' .* detach\(\)"),
+    "straight-through estimator": (
+        lambda: between(rounded),
+        r"the gradient of block '\w.weight' .* detach\(\).* strai",
+    ),
+    "fake quantization": (
+        lambda: between(fake_quantized),
+        r"the gradient of block '\w.weight' .*may be fake quantization",
+    ),
+    "custom operator": (
+        lambda: between(sine_of),
+        r"products of .* the custom operator blockhess_test::sine_of; remove",
+    ),
     "gradient reversal": (lambda: between(Reversal.apply), "'a.weight' is not that of the loss.*Reversal"),
     "detached factor": (lambda: between(lambda x: x / x.norm().detach()), "the gradient of block 'a.weight'"),
     "norm in place": (lambda: between(normalized_in_place), "the gradient of block 'a.weight'"),
@@ -403,8 +429,10 @@ def test_parameters_come_back_after_an_interrupt() -> None:
 def test_the_error_reaches_the_user() -> None:
     torch.manual_seed(0)
     for engine in ("auto", "autograd", "exact", "ggn"):
-        with pytest.raises(DerivativeMismatch, match=r"^spectrum: the gradient of block '0.weight' .* plain PyTorch$"):
-            blockhess.spectrum(*with_hook(masked), num_probes=1, num_steps=3, engine=engine)
+        for dtype in (None, torch.float64):
+            text = r"^spectrum: the gradient of block '0.weight' .* the hook on '0.weight'; .* plain PyTorch$"
+            with pytest.raises(DerivativeMismatch, match=text):
+                blockhess.spectrum(*with_hook(masked), num_probes=1, num_steps=3, engine=engine, dtype=dtype)
 
 
 def captured_penalty(model: nn.Module) -> Any:

@@ -42,6 +42,12 @@ def fails(error: BaseException) -> Callable[..., Any]:
         ([(X, Y), (X[:, :2], Y)], nn.CrossEntropyLoss(), ValueError, "in '0' (Linear) for batch 1: mat1 and mat2"),
         ((X, Y + 9), nn.CrossEntropyLoss(), ValueError, "got IndexError in loss_fn (CrossEntropyLoss) for batch 0"),
         (((X, X), Y), nn.CrossEntropyLoss(), TypeError, "in '0' (Linear) for batch 0: linear(): argument 'input'"),
+        (
+            ((X, Y), (X, Y)),
+            nn.CrossEntropyLoss(),
+            TypeError,
+            "not tuple; a tuple is one batch, several are a list; for",
+        ),
         ({"x": X}, lambda m, b: m(b["z"]), ValueError, "got KeyError in loss_fn for batch 0: 'z'; try that call"),
         ((X, Y), lambda m: 0, TypeError, "takes 1 positional argument but 2 were given; try that call alone"),
         ({"x": X}, None, TypeError, "unexpected keyword argument 'x'; take out of the batch what the model"),

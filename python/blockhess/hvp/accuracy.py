@@ -136,9 +136,6 @@ def _repeat(
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
         other = problem.in_dtype(dtype)
-        for name, parameter in problem.parameters.items():
-            for hook in (parameter._backward_hooks or {}).values():
-                other.parameters[name].register_hook(hook)  # type: ignore[no-untyped-call]
         there = Differences(other, here.gauss_newton)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
@@ -17,8 +18,9 @@ def likely_cause(problem: Problem, number: int) -> str:
     if causes:
         return f"the cause may be {' or '.join(causes)}; remove it, or write it in plain PyTorch"
     return (
-        "the cause may be a detach(), .data or no_grad(), or a hook on a tensor, between this block and the loss; "
-        "write it in plain PyTorch"
+        "the cause may be a hook on a tensor, or a detach(), .data or no_grad() between this block and the loss, as in "
+        "straight-through estimators, fake quantization, and targets from the same parameters (SimSiam); leave it out, "
+        "or compute such targets before and pass them with the data"
     )
 
 
@@ -33,9 +35,22 @@ def suspects(problem: Problem, numbers: Iterable[int]) -> list[str]:
     loss = problem.evaluate(problem.batches[0])
     for node in _between(loss, leaves):
         if isinstance(node, BackwardCFunction) and node.name() != "BackwardHookFunctionBackward":
-            function = getattr(type(node), "_forward_cls", type(node))
-            causes.append(f"the torch.autograd.Function {function.__qualname__}")
+            name = getattr(type(node), "_forward_cls", type(node)).__qualname__
+            operator = _custom_operator(name)
+            causes.append(f"the custom operator {operator}" if operator else f"the torch.autograd.Function {name}")
+        elif "FakeQuantize" in node.name():
+            causes.append("fake quantization, which has a straight-through gradient")
     return list(dict.fromkeys(causes))
+
+
+def _custom_operator(name: str) -> str | None:
+    """Return the operator of torch.library whose derivative the Function of this name computes."""
+    words = name.removeprefix("GeneratedBackwardFor_").removesuffix("_default").split("_")
+    if not name.startswith("GeneratedBackwardFor_"):
+        return None
+    pairs = [("_".join(words[:i]), "_".join(words[i:])) for i in range(1, len(words))]
+    found = [f"{space}::{op}" for space, op in pairs if hasattr(getattr(torch.ops, space), op)]
+    return next(iter(found), "_".join(words))
 
 
 def _between(loss: Tensor, leaves: Iterable[Tensor]) -> list[Node]:

@@ -86,7 +86,9 @@ def _list(data: Any, pairs: bool) -> list[Batch]:
     if isinstance(data, list):
         return data.copy()
     # Graph batches yield their attributes, and can be moved; a loader has no such method.
-    if not isinstance(data, Iterable) or (hasattr(data, "to") and any(True for _ in tensors(data))):
+    holds = any(True for _ in tensors(data))
+    is_sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not holds
+    if not (isinstance(data, Iterable) or is_sequence) or (hasattr(data, "to") and holds):
         return [data]
     return _drawn(data)
 

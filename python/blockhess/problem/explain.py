@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -51,6 +51,8 @@ def explained(
             raise torch.OutOfMemoryError(first_line(error)) from error
         where = _where(error, computation)
         place, advice = f"in {where} ", loss.advice
+        if isinstance(batch, tuple) and all(isinstance(part, tuple | Mapping) for part in batch):
+            advice = f"a tuple is one batch, several are a list; {advice}"
         if rule != "run on the data":
             # The operations of a backward pass have no frames.
             place, advice = "" if where == "loss_fn" else place, "write the operations in plain PyTorch"

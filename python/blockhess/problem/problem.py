@@ -33,7 +33,7 @@ from blockhess.problem.batches import (
 from blockhess.problem.blocks import Block, with_note
 from blockhess.problem.explain import explained
 from blockhess.problem.losses import Loss, checked, checked_weight
-from blockhess.problem.model_state import apply_max_norm, setting
+from blockhess.problem.model_state import apply_max_norm, freeze_batch_statistics, setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 from blockhess.problem.snapshot import Snapshot
 
@@ -54,6 +54,7 @@ class Problem:
             data, are converted to it. None: that of the parameters, or float32 for float16 and bfloat16 ones. float16
             and bfloat16 are accepted only if all parameters have that dtype.
         several: whether other ranks hold further batches, which `join` will combine with these.
+        frozen_by: processes over whose batches the running statistics of BatchNorm are averaged first, if any.
 
     Attributes:
         blocks, infos: the blocks and their BlockInfo, with the note "unused" where it applies.
@@ -93,6 +94,7 @@ class Problem:
         blocks: Sequence[Block],
         dtype: torch.dtype | None = None,
         several: bool = False,
+        frozen_by: ProcessGroup | None = None,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
         self.ranks = SINGLE_PROCESS
@@ -105,6 +107,9 @@ class Problem:
         if loss.calls_model:
             check_device(list(batches), self.device)
         self._convert(dtype)
+        if frozen_by is not None:
+            self._freeze_batch_statistics(batches, frozen_by)
+            self._convert(dtype)
         self._start = Snapshot([self._wrapped], tensors=False)
         if apply_max_norm(self._wrapped, lambda: self._run(batches)):
             self._convert(dtype)
@@ -228,6 +233,18 @@ class Problem:
         for index, batch in enumerate(batches):
             with self._explained(index, batch):
                 self._call(self.loss, batch)
+
+    def _freeze_batch_statistics(self, batches: Sequence[Batch], ranks: ProcessGroup) -> None:
+        """Replace the running statistics of BatchNorm, in the dtype of the computation."""
+        for name, module in self._wrapped.named_modules():
+            for buffer in module._buffers:
+                module._buffers[buffer] = self._converted.get(f"{name}.{buffer}", module._buffers[buffer])
+
+        def evaluate(numbered: tuple[int, Batch]) -> None:
+            with self._explained(*numbered):
+                self._call(self.loss, numbered[1], fresh=False)
+
+        freeze_batch_statistics(self._wrapped, evaluate, list(enumerate(batches)), ranks)
 
     def _survey(self, batches: Sequence[Batch], several: bool) -> None:
         """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
@@ -433,6 +450,9 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
     if all(t.dtype == dtype for t in floating.values()):
         return {}
     converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in floating.items()}
+    for key, t in floating.items():
+        for hook in (t._backward_hooks or {}).values():
+            converted[key].register_hook(hook)  # type: ignore[no-untyped-call]
     return {name: converted[key] for key, names in _owned(model).items() if key in converted for name in names}
 
 
