@@ -399,3 +399,10 @@ def test_errors_of_hvp_are_explained(late: bool) -> None:
         assert e.value is raised
     with pytest.raises(torch.OutOfMemoryError, match=r"^batched_slq: device memory must hold"):
         batched_slq(multiply(RuntimeError("DefaultCPUAllocator: can't allocate memory: ")), [12], num_steps=8)
+
+
+def test_flat_blocks_are_judged_alone(rng: torch.Generator) -> None:
+    A = torch.block_diag(1e6 * torch.eye(50, dtype=torch.float64), normal(50, rng))
+    batched_slq(dense(A), [50, 50], num_steps=20, check=True)
+    with pytest.raises(ValueError, match=ASYMMETRIC):
+        batched_slq(dense(A[50:, 50:]), [50], num_steps=20)
