@@ -481,7 +481,7 @@ def test_draws_that_depend_on_the_dtype_make_the_error_unknown() -> None:
 
     def loss_fn(m: nn.Module, batch: Any, dtype: torch.dtype | None = None) -> Tensor:
         generator.manual_seed(3)
-        noise = torch.randn(batch[0].shape, generator=generator, dtype=dtype).to(batch[0].dtype)
+        noise = torch.randn(batch[0].shape, generator=generator, dtype=dtype or batch[0].dtype).to(batch[0].dtype)
         return F.cross_entropy(m(batch[0] + noise), batch[1])
 
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -135,8 +136,11 @@ def _repeat(
     """
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
-        other = problem.in_dtype(dtype)
-        there = Differences(other, here.gauss_newton)
+        there = None
+        with suppress(Exception):  # most models do without another default dtype, which other threads would see
+            there = Differences(problem.in_dtype(dtype, torch.get_default_dtype() != torch.float32), here.gauss_newton)
+        if there is None or there.eps > torch.finfo(dtype).eps:
+            there = Differences(problem.in_dtype(dtype), here.gauss_newton)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
         repeat = there.products(numbers if moved else [*numbers, *chosen])

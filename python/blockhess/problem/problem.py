@@ -85,6 +85,7 @@ class Problem:
     """
 
     graph_bytes: int
+    _sets_default = True
 
     def __init__(
         self,
@@ -187,9 +188,14 @@ class Problem:
         )
         return tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
 
-    def in_dtype(self, dtype: torch.dtype) -> Problem:
-        """Return the problem of the first batch in another dtype."""
+    def in_dtype(self, dtype: torch.dtype, sets_default: bool = True) -> Problem:
+        """Return the problem of the first batch in another dtype.
+
+        Args:
+            sets_default: evaluate with that as torch's default dtype, which other threads see too.
+        """
         other = copy.copy(self)
+        other._sets_default = sets_default
         other.ranks, other.batches, other.shares, other.n_batches = SINGLE_PROCESS, self.batches[:1], [1.0], 1
         other._convert(dtype)
         return other
@@ -221,8 +227,8 @@ class Problem:
         if self._data_dtype is not None:
             batch = to_dtype(batch, self._data_dtype)
         # Tensors that the model creates must match the converted parameters.
-        dtype = self._data_dtype if self._converted and self._data_dtype else torch.get_default_dtype()
-        with setting(torch.get_default_dtype, torch.set_default_dtype, dtype):
+        dtype = self._data_dtype if self._sets_default and self._converted else None
+        with setting(torch.get_default_dtype, torch.set_default_dtype, dtype or torch.get_default_dtype()):
             if not swapped:
                 return compute(self.model, batch)
             # `_places` has the names of tied parameters, one per module, also where a module is registered twice.
