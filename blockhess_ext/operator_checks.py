@@ -31,6 +31,9 @@ FLAT = 1e-4
 # Standard deviations by which the cosine between a random vector and an error may exceed 0.
 DEVIATIONS = 4
 SAMPLE = 2**12  # columns compared to find out whether the argument was changed
+_EXPLAINED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 # The default pays at most 1 / CHEAP of the products for the check of blocks.
 CHEAP = 50
@@ -47,11 +50,28 @@ def product(hvp: Callable[[Tensor], Tensor], v: Tensor, sample: bool = False) ->
 
     Raises:
         ValueError, TypeError: the result does not fit v, or v was changed.
+        RuntimeError, TypeError, ValueError: hvp raised an exception of Python, torch or NumPy, which is the cause.
+            Exceptions of other classes pass, such as those that end a run.
     """
     version = v._version
     part = v[:, :: 1 + v.shape[1] // SAMPLE]
     before = part.clone() if sample and not v.is_cuda else None
-    w = arguments.hvp_result(hvp(v), v)
+    try:
+        w = hvp(v)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except _EXPLAINED as error:
+        text = next(iter(str(error).strip().splitlines()), "no message")
+        if text.startswith(("batched_slq:", "spectrum:")):
+            raise
+        if "can't allocate memory" in text:  # on the CPU, a RuntimeError
+            raise torch.OutOfMemoryError(text) from error
+        kind = next((kind for kind in (RuntimeError, TypeError) if isinstance(error, kind)), ValueError)
+        raise kind(
+            f"batched_slq: hvp must multiply a tensor of shape (n_probes, n) = {tuple(v.shape)} in {v.dtype} on "
+            f"{v.device}, got {type(error).__name__}: {text}; try hvp(torch.zeros{tuple(v.shape)}) alone"
+        ) from error
+    w = arguments.hvp_result(w, v)
     if v._version != version or not (before is None or torch.equal(part, before)):
         raise ValueError("batched_slq: hvp must not change its argument in place, got a changed v")
     return w

@@ -95,10 +95,10 @@ def batched_slq(
             magnitude above 1e120 or below 1e-120 but not 0: "raise" NonFiniteError, or "mark" the affected recurrences
             in `Quadrature.nonfinite`.
         check: how to check hvp. Its symmetry is tested at the second and at the fourth step, without another product;
-            blocks below 1e-4 of the largest are not judged, as they may be zero but for rounding. Whether blocks depend
-            on each other takes one more product, of vectors that are zero in about half of the blocks: True makes it,
-            None only if hvp was not checked with these dims before and at least 50 steps are to be made. False skips
-            all checks.
+            blocks below 1e-4 of the largest are not judged, as they may be zero but for rounding, unless they are
+            computed alone. Whether blocks depend on each other takes one more product, of vectors that are zero in
+            about half of the blocks: True makes it, None only if hvp was not checked with these dims before and at
+            least 50 steps are to be made. False skips all checks.
         cuda_graph: replay the steps from CUDA graphs, which pays off for batches so small that launching kernels takes
             longer than running them; results are bitwise the same. hvp itself runs eagerly and its result is copied to
             one more set of vectors, unless it has an attribute `capturable` equal to True. Such an hvp must do the same
@@ -121,6 +121,8 @@ def batched_slq(
     Raises:
         ValueError, TypeError: an argument, or a result of hvp, is not as described.
         RuntimeError: hvp.capturable is True but its work cannot be captured.
+        RuntimeError, TypeError, ValueError: hvp raised an exception of Python, torch or NumPy, which is the cause;
+            those of other classes pass unchanged.
         NonFiniteError: see on_nonfinite; its attribute `partial` is the result.
 
     Source: the paper's Algorithms 4 and 5; Ubaru, Chen, Saad 2017.

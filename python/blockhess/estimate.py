@@ -83,6 +83,8 @@ def spectrum(
     """Estimate the eigenvalue density of the Hessian of every parameter block.
 
     The Hessian is that of the loss averaged over all data, at the present parameters, with the model in eval mode.
+    Settings of the process are changed meanwhile, such as torch's default dtype with `dtype=`, so other threads should
+    not compute with torch; `spectrum` in another thread waits, and loss_fn must not wait for that.
 
     Args:
         model: any module with real floating-point parameters.

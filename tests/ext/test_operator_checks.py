@@ -366,3 +366,43 @@ def test_inner_products_of_segments(dims, dtype, rng):
     a, b = (torch.randn(3, layout.n, generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
     expected = torch.stack([(x.double() * y.double()).sum(1) for x, y in zip(a.split(dims, 1), b.split(dims, 1))], 1)
     torch.testing.assert_close(layout.dots(a, b), expected, rtol=0, atol=1e-14 * layout.n**0.5)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_errors_of_hvp_are_explained(late: bool) -> None:
+    steps = iter(range(3 if late else 0))
+
+    def multiply(raised: Exception) -> Hvp:
+        def hvp(v: Tensor) -> Tensor:
+            if next(steps, None) is None:
+                raise raised
+            return v * torch.arange(1.0, 13.0)
+
+        return hvp
+
+    for raised, kind in ((RuntimeError("one\ntwo"), RuntimeError), (KeyError(3), ValueError), (TypeError(), TypeError)):
+        with pytest.raises(
+            kind, match=r"^batched_slq: hvp must multiply a tensor of shape \(n_probes, n\) = \(2, 12\) "
+        ) as e:
+            batched_slq(multiply(raised), [12], num_probes=2, num_steps=8)
+        text = {"RuntimeError": "one", "KeyError": "3"}.get(type(raised).__name__, "no message")
+        assert str(e.value).endswith(f"got {type(raised).__name__}: {text}; try hvp(torch.zeros(2, 12)) alone")
+        assert e.value.__cause__ is raised
+    ours = ValueError("spectrum: block")
+    for raised in (Stop(), KeyboardInterrupt(), MemoryError(), OSError(), ours):
+        with pytest.raises(type(raised)) as e:
+            batched_slq(multiply(raised), [12], num_probes=2, num_steps=8)
+        assert e.value is raised
+    with pytest.raises(torch.OutOfMemoryError, match=r"^batched_slq: device memory must hold"):
+        batched_slq(multiply(RuntimeError("DefaultCPUAllocator: can't allocate memory: ")), [12], num_steps=8)
+
+
+def test_flat_blocks_are_judged_alone(rng: torch.Generator) -> None:
+    A = torch.block_diag(1e6 * torch.eye(50, dtype=torch.float64), normal(50, rng))
+    batched_slq(dense(A), [50, 50], num_steps=20, check=True)
+    with pytest.raises(ValueError, match=ASYMMETRIC):
+        batched_slq(dense(A[50:, 50:]), [50], num_steps=20)

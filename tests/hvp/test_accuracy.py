@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -135,3 +136,19 @@ def test_flat_blocks_are_checked_after_the_run() -> None:
     assert len(spectra.provenance["plan"]["checked"]) == 1
     assert spectra.zero_blocks == ("2.bias",) and "2.bias" in spectra.provenance["hvp_error"]
     assert blockhess.spectrum(model, data, nn.CrossEntropyLoss(), **options | {"engine": "traced"}).zero_blocks
+
+
+def test_the_default_dtype_is_changed_only_where_the_model_needs_it() -> None:
+    seen: set[torch.dtype] = set()
+
+    def loss_fn(model: nn.Module, batch: Any, needs: bool = False) -> Tensor:
+        seen.add(torch.get_default_dtype())
+        mask = torch.ones(3, 3) if needs else torch.ones(3, 3, dtype=batch[0].dtype)
+        return F.cross_entropy(model(batch[0] @ mask), batch[1])
+
+    torch.manual_seed(0)
+    for needs, dtypes in ((False, {torch.float32}), (True, {torch.float32, torch.float64})):
+        seen.clear()
+        run = partial(loss_fn, needs=needs)
+        found = blockhess.spectrum(mlp(), labeled(7), lambda m, b, run=run: run(m, b), num_probes=1, num_steps=2)
+        assert seen == dtypes and found.provenance["hvp_error"]

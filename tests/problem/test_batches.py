@@ -359,3 +359,23 @@ def test_a_loader_that_fails() -> None:
 
     with pytest.raises(RuntimeError, match="spectrum: data must yield batches, got KeyError after 1 batches of Replay"):
         as_batches(Replay(broken()), pairs=True)
+
+
+class Sequence:
+    """Has no __iter__."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return [(X, Y), (X, Y)][index]
+
+
+class Keyed(Sequence):
+    def __init__(self) -> None:
+        self.x, self.y = X, Y
+
+
+def test_sequences_without_iter_hold_batches() -> None:
+    assert len(as_batches(Sequence(), pairs=True)) == 2
+    assert len(as_batches(Keyed(), pairs=False)) == 1  # an object with tensors

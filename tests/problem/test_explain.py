@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockhess
+from blockhess.problem.batches import first_line
 
 X, Y = torch.arange(12.0).view(4, 3) / 10, torch.tensor([0, 1, 1, 0])
 
@@ -41,6 +42,12 @@ def fails(error: BaseException) -> Callable[..., Any]:
         ([(X, Y), (X[:, :2], Y)], nn.CrossEntropyLoss(), ValueError, "in '0' (Linear) for batch 1: mat1 and mat2"),
         ((X, Y + 9), nn.CrossEntropyLoss(), ValueError, "got IndexError in loss_fn (CrossEntropyLoss) for batch 0"),
         (((X, X), Y), nn.CrossEntropyLoss(), TypeError, "in '0' (Linear) for batch 0: linear(): argument 'input'"),
+        (
+            ((X, Y), (X, Y)),
+            nn.CrossEntropyLoss(),
+            TypeError,
+            "not tuple; a tuple is one batch, several are a list; for",
+        ),
         ({"x": X}, lambda m, b: m(b["z"]), ValueError, "got KeyError in loss_fn for batch 0: 'z'; try that call"),
         ((X, Y), lambda m: 0, TypeError, "takes 1 positional argument but 2 were given; try that call alone"),
         ({"x": X}, None, TypeError, "unexpected keyword argument 'x'; take out of the batch what the model"),
@@ -120,6 +127,81 @@ def test_a_product_that_torch_lacks() -> None:
     nested = torch.nested.nested_tensor([X, X[:2]], layout=torch.strided)
     loss_fn = lambda m, b: torch.nested.to_padded_tensor(m(b), 0.0).square().mean()  # noqa: E731
     error = error_of([nested], loss_fn, nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 1)), engine="autograd")
-    assert isinstance(error, NotImplementedError) and "needs a second derivative that torch does not compute" in str(
-        error
+    assert "must have second derivatives in block '2.weight', got RuntimeError for" in str(error)
+    assert str(error).endswith(
+        "for batch 0: " + first_line(error.__cause__) + "; write the operations in plain PyTorch"
     )
+
+
+class Late(torch.autograd.Function):
+    """Fails in the backward of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return Later.apply(g)
+
+
+class Later(Late):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        raise KeyError("lost")
+
+
+def fails_at(n: int) -> Callable[..., Any]:
+    """A loss whose n-th evaluation fails."""
+    calls = iter(range(n - 1))
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        if next(calls, None) is None:
+            raise KeyError("lost")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_errors_of_later_evaluations(n: int) -> None:
+    """The data are evaluated once, batch 0 again, then for products and gradients of batches 0 and 1."""
+    error = error_of([(X, Y), (X + 1, Y)], fails_at(n), engine="autograd")
+    where = (0, 0, 1, 0, 0, 0)[n - 1]
+    assert f"must run on the data, got KeyError in loss_fn for batch {where}: 'lost'; try that call" in str(error)
+    assert isinstance(error.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+def test_errors_of_products(engine: str) -> None:
+    error = error_of((X, Y), lambda m, b: F.cross_entropy(Late.apply(m(b[0])), b[1]), engine=engine)
+    assert (
+        "must have second derivatives in block '1.1.weight', got KeyError in the torch.autograd.Function Late"
+        in str(error)
+    )
+    assert isinstance(error.__cause__, KeyError)
+
+
+class Prompt(nn.Module):
+    """Stores a result with its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.body = nn.Parameter(torch.ones(3)), network()
+        self.stored = torch.tanh(self.prompt)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x + self.stored)
+        return out
+
+
+@pytest.mark.parametrize("engine", ["autograd", "auto", "ggn"])
+@pytest.mark.parametrize("data", [(X, Y), [(X, Y), (X, Y)]], ids=["1", "2"])
+def test_graphs_that_were_made_before(data: Any, engine: str) -> None:
+    text = "must compute all of the loss in every call, got a part with a graph of its own for batch "
+    model = network()
+    penalty = sum(p.square().sum() for p in model.parameters())
+    if engine != "ggn":
+        penalized = lambda m, b: F.cross_entropy(m(b[0]), b[1]) + penalty  # noqa: E731
+        assert text in str(error_of(data, penalized, model, engine=engine))
+    assert text in str(error_of(data, nn.CrossEntropyLoss(), Prompt(), engine=engine))

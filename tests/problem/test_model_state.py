@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -242,3 +243,16 @@ def test_spectrum_sets_the_precision_of_convolutions() -> None:
                            matmul_precision=precision)  # fmt: skip
     assert [found[3] for found in (seen[0], seen[-1])] == ["ieee", "tf32"]
     assert float32_settings() == before
+
+
+def test_statistics_are_frozen_in_the_dtype_of_the_computation() -> None:
+    torch.manual_seed(0)
+    halved = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).bfloat16()
+    x, y = torch.randn(12, 3), torch.arange(12) % 2
+    data, before = [(x, y), (x[:7], y[:7])], copy.deepcopy(halved.state_dict())
+    options = {"batchnorm": "frozen_batch_stats", "num_probes": 2, "num_steps": 5}
+    found = blockhess.spectrum(halved, data, nn.CrossEntropyLoss(), **options)
+    wanted = blockhess.spectrum(copy.deepcopy(halved).float(), data, nn.CrossEntropyLoss(), **options)
+    assert torch.equal(found.quadrature.nodes, wanted.quadrature.nodes)
+    for name, tensor in halved.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])

@@ -309,8 +309,6 @@ def of_spectra(problem: Problem, right: Truth, spectra: Any, messages: list[str]
     tolerance = TOLERANCES[problem.compute]
     if "float32 inside the model" in problem.kinds:
         tolerance = TOLERANCES[torch.float32]
-    if {"bfloat16 model", "frozen batch statistics"} <= set(problem.kinds):  # computed before the conversion
-        tolerance = 2 * torch.finfo(torch.bfloat16).eps
     if problem.refusals and problem.compute == torch.float32 and spectra.provenance["hvp_error_unknown"]:
         tolerance = MISSED_IN_FLOAT32
     if not math.isclose(spectra.provenance["loss_value"], right.loss, rel_tol=tolerance, abs_tol=tolerance):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Accuracy:
         confirmed: the blocks whose derivatives agree with differences, also of others than those that were multiplied.
         unknown: why the errors are unknown, or "".
         gradient_error: norm of the error of the gradient, or its usual size if that is unknown.
+        undecided: the blocks whose derivatives were compared with differences, without a result.
+        left_open: by confirmed block, the largest error of H_l v that was not ruled out, where products are unknown.
+        is_defined: whether the loss was found beside the parameters.
     """
 
     norms: Mapping[int, float]
@@ -40,6 +44,9 @@ class Accuracy:
     confirmed: frozenset[int]
     unknown: str = ""
     gradient_error: float = 0.0
+    undecided: frozenset[int] = frozenset()
+    left_open: Mapping[int, float] = field(default_factory=dict)
+    is_defined: bool = True
 
     def is_zero(self, number: int) -> bool:
         """Return whether a block is zero within the error, by products and by differences."""
@@ -65,7 +72,7 @@ def measure(
 
     Traced products are made for every block alone, and for all of them together, as in a run. Differences are taken
     along all parameters of a group, along single blocks whose products are zero within their error, and along every
-    third block of groups that are undecided.
+    third block of groups that are undecided; without groups, along all of these blocks.
 
     Args:
         problem, engine: what to check.
@@ -117,13 +124,27 @@ def measure(
     gradient_error = scale * here.gradient_error
     if unknown and chosen:
         gradient_error = here.eps * max(here.terms(group, repeat[group]) for group in chosen)
-    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group))]
-    single = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
-    single |= set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
+    zero = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
+    others = {l: norms[l] for l in numbers if l not in zero}
+    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group), others)]
+    single = zero | set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
+    if not groups:
+        single = set(numbers)
     confirmed = set(there.blocks_in(agreed)) - set(there.blocks_in(set(there.groups) - set(agreed))) - single
     confirmed -= there.undecided
-    confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS)}
-    return Accuracy(norms, errors, frozenset(confirmed), unknown, gradient_error)
+    confirmed |= {l for l in single if there.agree(l, repeat[l], noise.get(l, 0.0) * there.eps / EPS, l in zero)}
+    undecided = (set(there.blocks_in(chosen)) | single) - confirmed
+    left_open = {l: error for l, error in there.left_open.items() if l in confirmed - set(numbers)}
+    return Accuracy(
+        norms,
+        errors,
+        frozenset(confirmed),
+        unknown,
+        gradient_error,
+        frozenset(undecided),
+        left_open,
+        there.is_defined,
+    )
 
 
 def _repeat(
@@ -137,11 +158,11 @@ def _repeat(
     """
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
-        other = problem.in_dtype(dtype)
-        for name, parameter in problem.parameters.items():
-            for hook in (parameter._backward_hooks or {}).values():
-                other.parameters[name].register_hook(hook)  # type: ignore[no-untyped-call]
-        there = Differences(other, here.gauss_newton)
+        there = None
+        with suppress(Exception):  # most models do without another default dtype, which other threads would see
+            there = Differences(problem.in_dtype(dtype, torch.get_default_dtype() != torch.float32), here.gauss_newton)
+        if there is None or there.eps > torch.finfo(dtype).eps:
+            there = Differences(problem.in_dtype(dtype), here.gauss_newton)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
         repeat = there.products(numbers if moved else [*numbers, *chosen])
@@ -153,7 +174,8 @@ def _repeat(
                 return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
         return there, repeat, ""
     except Exception as error:  # of any kind: the model may take one dtype only
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
         return None, None, f"the loss cannot be computed in {dtype}: {reason}"
 
 

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from blockhess.hvp.operator import Column, PerBatch
@@ -67,23 +66,16 @@ class AutogradEngine:
         Raises:
             NotImplementedError: an operation in the graph has no second derivative; names it and its module.
         """
-        problem = self._problem
+        problem, name = self._problem, self._problem.infos[number].name
         try:
-            return problem.differentiate(outputs, inputs, directions, retain_graph=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            text = first_line(error)
-            if "not implemented" in text or "double backward" in text:
-                found = re.search(r"(?:aten::|')(\w+)", text)
-                where, advice = problem.locate(found[1] if found else "")
-                raise NotImplementedError(
-                    f"spectrum: block {problem.infos[number].name!r} needs a second derivative that an operation "
-                    f"{where}lacks ({text}); {advice}"
-                ) from error
-            if text.startswith("spectrum:"):
+            with problem.explained(self._graphs.index, f"have second derivatives in block {name!r}"):
+                return problem.differentiate(outputs, inputs, directions, retain_graph=True)
+        except (NotImplementedError, ValueError) as error:
+            text = first_line(error.__cause__ or error)
+            if "not implemented" not in text and "double backward" not in text:
                 raise
+            found = re.search(r"(?:aten::|')(\w+)", text)
+            where, advice = problem.locate(found[1] if found else "")
             raise NotImplementedError(
-                f"spectrum: block {problem.infos[number].name!r} needs a second derivative that torch does not "
-                f"compute: {text}; write the operations in plain PyTorch"
-            ) from error
+                f"spectrum: block {name!r} needs a second derivative that an operation {where}lacks ({text}); {advice}"
+            ) from error.__cause__

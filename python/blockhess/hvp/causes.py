@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
@@ -13,24 +14,43 @@ from blockhess.problem.problem import Problem
 
 def likely_cause(problem: Problem, number: int) -> str:
     """Return what may give a block a wrong derivative, and what to do."""
-    block, causes = problem.blocks[number], []
-    causes += [f"the hook on {piece.name!r}" for piece in block.pieces if piece.tensor._backward_hooks]
+    causes = suspects(problem, [number])
+    if causes:
+        return f"the cause may be {' or '.join(causes)}; remove it, or write it in plain PyTorch"
+    return (
+        "the cause may be a hook on a tensor, or a detach(), .data or no_grad() between this block and the loss, as in "
+        "straight-through estimators, fake quantization, and targets from the same parameters (SimSiam); leave it out, "
+        "or compute such targets before and pass them with the data"
+    )
+
+
+def suspects(problem: Problem, numbers: Iterable[int]) -> list[str]:
+    """Return what has derivatives of its own between some blocks and the loss: hooks and functions."""
+    blocks = [problem.blocks[number] for number in numbers]
+    causes = [f"the hook on {p.name!r}" for block in blocks for p in block.pieces if p.tensor._backward_hooks]
     for name, module in problem.model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             causes.append(f"the backward hook on {name or 'the model'!r} ({type(module).__name__})")
-    leaves = {problem.parameters[name] for name in block.parameters}
+    leaves = {problem.parameters[name] for block in blocks for name in block.parameters}
     loss = problem.evaluate(problem.batches[0])
     for node in _between(loss, leaves):
         if isinstance(node, BackwardCFunction) and node.name() != "BackwardHookFunctionBackward":
-            function = getattr(type(node), "_forward_cls", type(node))
-            causes.append(f"the torch.autograd.Function {function.__qualname__}")
-    if causes:
-        found = " or ".join(dict.fromkeys(causes))
-        return f"the cause may be {found}; remove it, or write it in plain PyTorch"
-    return (
-        "the cause may be a detach(), .data or no_grad(), or a hook on a tensor, between this block and the loss; "
-        "write it in plain PyTorch"
-    )
+            name = getattr(type(node), "_forward_cls", type(node)).__qualname__
+            operator = _custom_operator(name)
+            causes.append(f"the custom operator {operator}" if operator else f"the torch.autograd.Function {name}")
+        elif "FakeQuantize" in node.name():
+            causes.append("fake quantization, which has a straight-through gradient")
+    return list(dict.fromkeys(causes))
+
+
+def _custom_operator(name: str) -> str | None:
+    """Return the operator of torch.library whose derivative the Function of this name computes."""
+    words = name.removeprefix("GeneratedBackwardFor_").removesuffix("_default").split("_")
+    if not name.startswith("GeneratedBackwardFor_"):
+        return None
+    pairs = [("_".join(words[:i]), "_".join(words[i:])) for i in range(1, len(words))]
+    found = [f"{space}::{op}" for space, op in pairs if hasattr(getattr(torch.ops, space), op)]
+    return next(iter(found), "_".join(words))
 
 
 def _between(loss: Tensor, leaves: Iterable[Tensor]) -> list[Node]:

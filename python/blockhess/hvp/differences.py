@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -35,6 +36,8 @@ from blockhess.problem.problem import Problem
 STEPS = (3 / 8, 1 / 2, 1 / 4)
 # Factor between one rounding error and that of a sum of many.
 GROWTH = 10
+# Largest part of a product that may be wrong in a block that is confirmed.
+RESOLUTION = 0.1
 # Parameters move together up to this number of elements, or one at a time.
 LARGEST_GROUP = 2**25
 # Blocks of a group that are also compared alone, at most.
@@ -56,6 +59,8 @@ class Differences:
         groups: numbers of additional blocks, one for each group of parameters.
         eps: largest machine epsilon of the operations between parameters and loss.
         undecided: blocks that groups that agree do not confirm.
+        left_open: by block, the largest error of a product with a unit vector that a group leaves open.
+        is_defined: whether the loss was found beside the parameters.
         captured: converted parameters whose originals the loss depends on, by name.
         gradients: gradient by name, for the parameters that the loss depends on.
         gradient_error: norm of the difference between the gradients in both precisions; 0 before `differs_from`.
@@ -76,10 +81,13 @@ class Differences:
         self.captured: dict[str, Tensor] = {}
         self.undecided: set[int] = set()
         self.gradient_error = 0.0
-        if replaced:
-            found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
-            self.captured = {name: p for (name, p), gradient in zip(replaced.items(), found) if gradient is not None}
-        found = problem.differentiate(loss, list(problem.parameters.values()))
+        self.left_open: dict[int, float] = {}
+        self.is_defined = True
+        with problem.explained(0):
+            if replaced:
+                found = problem.differentiate(loss, list(replaced.values()), retain_graph=True)
+                self.captured = {name: p for (name, p), g in zip(replaced.items(), found) if g is not None}
+            found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
         self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
         norms = [float(p.detach().norm()) for p in problem.parameters.values()]
@@ -120,27 +128,51 @@ class Differences:
                 return f"the gradient of {name!r} differs by {difference:.3g}, of {size:.3g}"
         return ""
 
-    def group_agrees(self, number: int, products: Tensor) -> bool:
+    def group_agrees(self, number: int, products: Tensor, norms: Mapping[int, float]) -> bool:
         """Return whether the derivatives with a group agree with differences; False if that is undecided.
 
         Args:
             number: one of `groups`.
             products: H v (1, dim), with v = `unit_vector`.
+            norms: |H_l v| by block, of those that are known and not zero.
 
         Raises:
             DerivativeMismatch: those with a block that has parameters of the group do not.
         """
-        found = self._compare(number, products, 0.0)
+        found = self._compare(number, products, 0.0, RESOLUTION)
         if any(comparison.is_fault for comparison in found):
             # In which block? If in none, only products that mix blocks are wrong.
             for l in self._with_parameters(self._problem.infos[number].parameters):
                 self.agree(l, self.products([l])[l])
-        # The error of a parameter with little curvature is small in the norm over all parameters.
-        names = found[-1].unequal_parameters(self._problem.blocks[number], products[0]) if len(found) > 1 else []
-        unequal = self._with_parameters(names)
+        unequal = [] if self.gauss_newton else self._unequal_blocks(number, products[0], found[1], norms)
         alone = self.products(unequal[:MOST_ALONE])
         self.undecided |= {l for l in unequal if l not in alone or not self.agree(l, alone[l])}
         return all(comparison.agrees for comparison in found)
+
+    def _unequal_blocks(
+        self, number: int, products: Tensor, found: _Comparison, norms: Mapping[int, float]
+    ) -> list[int]:
+        """Return the blocks that a group does not confirm, most unequal first.
+
+        The error of a block with little curvature is small in the norm over all parameters, and also beside products
+        with the parameters of other blocks.
+        """
+        names = self._problem.blocks[number].parameters
+        sizes = [piece.tensor.numel() for piece in self._problem.blocks[number].pieces]
+        if found.best is None:
+            self.is_defined = False
+            return []
+        errors, lengths = (dict(zip(names, _part_norms(t, sizes))) for t in (found.best, products))
+        ratios: dict[int, float] = {}
+        for l in self._with_parameters(names):
+            own = [name for name in self._problem.infos[l].parameters if name in errors]
+            error = math.hypot(*(errors[name] for name in own))
+            share = math.sqrt(self._problem.dims[l] / self._problem.dims[number])
+            self.left_open[l] = math.hypot(self.left_open.get(l, 0.0), error / share)
+            bound = GROWTH * found.tolerance * math.hypot(*(lengths[name] for name in own))
+            bound = min(bound, RESOLUTION * share * norms.get(l, math.inf))
+            ratios[l] = error / max(bound, sys.float_info.min)
+        return [l for l in sorted(ratios, key=lambda l: -ratios[l]) if ratios[l] > 1]
 
     def blocks_in(self, groups: Iterable[int]) -> list[int]:
         """Return the blocks that have parameters of one of the groups."""
@@ -155,18 +187,19 @@ class Differences:
                 owners.setdefault(name, []).append(l)
         return list(dict.fromkeys(l for name in names for l in owners.get(name, ())))
 
-    def agree(self, number: int, products: Tensor, error: float = 0.0) -> bool:
+    def agree(self, number: int, products: Tensor, error: float = 0.0, is_zero: bool = False) -> bool:
         """Return whether the derivatives with a block agree with differences; False if that is undecided.
 
         Args:
             number: index of the block.
             products: H_l v (1, dim), with v = `unit_vector`.
             error: norm of its rounding error.
+            is_zero: the products are zero within that, so that differences need not resolve them.
 
         Raises:
             DerivativeMismatch: they do not.
         """
-        found = self._compare(number, products, error)
+        found = self._compare(number, products, error, math.inf if is_zero else RESOLUTION)
         for comparison in found:
             if comparison.is_fault:
                 name, cause = self._problem.infos[number].name, likely_cause(self._problem, number)
@@ -178,14 +211,14 @@ class Differences:
         norm = float(self._flat(number, self._problem.parameters).norm())
         return max(norm, math.sqrt(self._problem.dims[number]) * (1e-3 * self._rms or 1.0))
 
-    def _compare(self, number: int, products: Tensor, error: float) -> list[_Comparison]:
+    def _compare(self, number: int, products: Tensor, error: float, resolution: float) -> list[_Comparison]:
         """Compare with differences for the first step, and for the others until one agrees."""
         v, size, curvature = unit_vector(self._problem, number)[0], self._size(number), float(products.norm())
         tangents = self._problem.blocks[number].spread(v, self._problem.parameters)
         v = v.double()
         rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
         first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
-        second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient")
+        second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient", resolution)
         compared = [first] if self.gauss_newton else [first, second]
         for power in STEPS:
             step = self.eps**power * size
@@ -248,20 +281,28 @@ class _FixedPadding(TorchDispatchMode):
 class _Comparison:
     """Differences minus derivatives, for several steps.
 
+    Args:
+        eps: machine epsilon.
+        text: what is wrong where they differ.
+        resolution: largest difference relative to the derivative, whatever the rounding.
+
     Attributes:
+        tolerance: error relative to the derivative that differences may have by themselves.
         agrees: whether they are equal up to rounding, for one of the steps.
         is_sided: whether there is another derivative to each side.
     """
 
-    def __init__(self, eps: float, text: str) -> None:
-        self._text, self._tolerance = text, GROWTH * eps**0.5
+    def __init__(self, eps: float, text: str, resolution: float = math.inf) -> None:
+        self._text, self.tolerance, self._resolution = text, GROWTH * eps**0.5, resolution
         self._found: dict[float, tuple[Tensor, float, float]] = {}
         self.agrees = self.is_sided = False
 
     def add(self, step: float, difference: Tensor, size: float, rounding: float) -> None:
         """Add the difference for a step, given the usual size of the derivative, and the rounding error."""
         self._found[step] = difference, size, rounding
-        self.agrees |= float(difference.norm()) <= self._tolerance * size + rounding
+        error = float(difference.norm())
+        is_resolved = self._resolution == math.inf or error <= self._resolution * size
+        self.agrees |= is_resolved and error <= self.tolerance * size + rounding
 
     def faulty_step(self) -> float | None:
         """Return the smallest step with little rounding, if the difference does not depend on the step."""
@@ -271,19 +312,13 @@ class _Comparison:
             error = float(larger.norm())
             if rounding < error / GROWTH:
                 same = float((smaller - larger).norm()) < error / GROWTH
-                return step if same and error > GROWTH * self._tolerance * size else None
+                return step if same and error > GROWTH * self.tolerance * size else None
         return None
 
-    def unequal_parameters(self, block: Block, derivative: Tensor) -> list[str]:
-        """Return the parameters whose own parts of difference and derivative (dim,) differ, most unequal first."""
-        if not self._found:
-            return []
-        difference = min((found[0] for found in self._found.values()), key=lambda d: float(d.norm()))
-        sizes = [piece.tensor.numel() for piece in block.pieces]
-        parts = zip(difference.split(sizes), derivative.split(sizes))
-        ratios = [float(d.norm()) / max(float(h.norm()), torch.finfo(d.dtype).tiny) for d, h in parts]
-        ordered = sorted(zip(ratios, block.parameters), reverse=True)
-        return [name for ratio, name in ordered if ratio > GROWTH * self._tolerance]
+    @property
+    def best(self) -> Tensor | None:
+        """The smallest difference, or None if the loss is undefined beside the parameters."""
+        return min((found[0] for found in self._found.values()), key=lambda d: float(d.norm()), default=None)
 
     @property
     def is_fault(self) -> bool:
@@ -299,6 +334,10 @@ class _Comparison:
     def text(self) -> str:
         """What is wrong, and how much."""
         return f"{self._text} (differ by {self.error:.3g}, of {self._found[min(self._found)][1]:.3g})"
+
+
+def _part_norms(vector: Tensor, sizes: Sequence[int]) -> list[float]:
+    return [float(part.norm()) for part in vector.split(list(sizes))]
 
 
 def parameter_groups(problem: Problem) -> list[list[str]]:

@@ -38,11 +38,12 @@ class GaussNewtonEngine(AutogradEngine):
     def _graph(problem: Problem, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Return J^T s by parameter, and the outputs z, dloss/dz and the cotangent s."""
         outputs, loss = problem.outputs(index)
-        slope = problem.differentiate(loss, outputs, create_graph=True)[0]
-        if slope is None:
-            raise TypeError("spectrum: loss_fn must compute the loss from the model's logits for engine='ggn'")
-        cotangent = torch.zeros_like(outputs, requires_grad=True)
-        pullback = problem.differentiate(outputs, list(problem.parameters.values()), cotangent, create_graph=True)
+        with problem.explained(index):
+            slope = problem.differentiate(loss, outputs, create_graph=True)[0]
+            if slope is None:
+                raise TypeError("spectrum: loss_fn must compute the loss from the model's logits for engine='ggn'")
+            cotangent = torch.zeros_like(outputs, requires_grad=True)
+            pullback = problem.differentiate(outputs, list(problem.parameters.values()), cotangent, create_graph=True)
         return {n: p for n, p in zip(problem.parameters, pullback) if p is not None}, (outputs, slope, cotangent)
 
     def _differentiate(

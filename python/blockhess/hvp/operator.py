@@ -73,12 +73,15 @@ class PerBatch(Generic[T]):
     Args:
         compute: returns the value of a batch.
         retain: keep the values of all batches; otherwise a value is freed before the next one is computed.
+
+    Attributes:
+        index: the selected batch.
     """
 
     def __init__(self, compute: Callable[[int], T], retain: bool) -> None:
         self._compute, self.retain = compute, retain
         self._values: dict[int, T] = {}
-        self._index = 0
+        self.index = 0
 
     def select(self, index: int) -> None:
         """Compute the value of batch `index` unless it is stored."""
@@ -86,12 +89,12 @@ class PerBatch(Generic[T]):
             if not self.retain:
                 self._values.clear()
             self._values[index] = self._compute(index)
-        self._index = index
+        self.index = index
 
     @property
     def value(self) -> T:
         """The value of the selected batch."""
-        return self._values[self._index]
+        return self._values[self.index]
 
 
 class BlockOperator:

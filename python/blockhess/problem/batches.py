@@ -86,7 +86,9 @@ def _list(data: Any, pairs: bool) -> list[Batch]:
     if isinstance(data, list):
         return data.copy()
     # Graph batches yield their attributes, and can be moved; a loader has no such method.
-    if not isinstance(data, Iterable) or (hasattr(data, "to") and any(True for _ in tensors(data))):
+    holds = any(True for _ in tensors(data))
+    is_sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not holds
+    if not (isinstance(data, Iterable) or is_sequence) or (hasattr(data, "to") and holds):
         return [data]
     return _drawn(data)
 
@@ -240,7 +242,7 @@ def _copy(value: Any, copied: set[int], memo: dict[int, Any]) -> Any:
     Args:
         memo: by id, what stands for a value in the copy; gets the copies.
     """
-    if isinstance(value, weakref.ref) and id(value()) in copied:  # to the object that holds this one
+    if isinstance(value, weakref.ref) and id(value()) in copied:  # as in torch_geometric, to the graph of a store
         return weakref.ref(_copy(value(), copied, memo))
     if id(value) not in copied or id(value) in memo:
         return memo.get(id(value), value)
@@ -248,8 +250,7 @@ def _copy(value: Any, copied: set[int], memo: dict[int, Any]) -> Any:
     base: Any
     try:
         if isinstance(value, tuple):
-            items = [_copy(item, copied, memo) for item in value]
-            new = memo.get(id(value)) or tuple.__new__(type(value), items)  # in a cycle, an item holds the copy
+            new = tuple.__new__(type(value), [_copy(item, copied, memo) for item in value])
         else:
             base = next(b for b in (OrderedDict, defaultdict, dict, list, object) if isinstance(value, b))
             new = base.__new__(type(value))
@@ -330,15 +331,10 @@ def row_shapes(batch: Batch) -> tuple[tuple[int, ...], ...] | None:
     The elements of batches with equal row shapes are proportional to their first dimensions. Sequences of different
     lengths (nested tensors, PackedSequence) have no such shapes.
     """
-    packed = any(isinstance(value, PackedSequence) or _is_nested(value) for value, _ in _walk(batch))
     found = shapes(batch)
-    if packed or len({shape[0] for shape in found}) != 1:
+    if any(isinstance(value, PackedSequence) for value, _ in _walk(batch)) or any(t.is_nested for t in tensors(batch)):
         return None
-    return tuple(shape[1:] for shape in found)
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_nested
+    return tuple(shape[1:] for shape in found) if len({shape[0] for shape in found}) == 1 else None
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +20,13 @@ from blockhess.problem.losses import Loss
 
 @contextmanager
 def explained(
-    loss: Loss, computation: nn.Module, index: int, batch: Batch, repeat: Callable[[], object], like: Tensor
+    loss: Loss,
+    computation: nn.Module,
+    index: int,
+    batch: Batch,
+    repeat: Callable[[], object],
+    like: Tensor,
+    rule: str = "run on the data",
 ) -> Iterator[None]:
     """Replace an exception of the model or loss by one of this package's.
 
@@ -31,6 +38,7 @@ def explained(
         index, batch: what the loss is evaluated on.
         repeat: evaluates it again, to find the tensors of a failing operation.
         like: a parameter, which has the dtype and device that all tensors should have.
+        rule: what the loss must do, other than the default where it is differentiated.
     """
     try:
         yield
@@ -42,22 +50,38 @@ def explained(
         if "can't allocate memory" in str(error):  # on the CPU, a RuntimeError
             raise torch.OutOfMemoryError(first_line(error)) from error
         where = _where(error, computation)
+        place, advice = f"in {where} ", loss.advice
+        if isinstance(batch, tuple) and all(isinstance(part, tuple | Mapping) for part in batch):
+            advice = f"a tuple is one batch, several are a list; {advice}"
+        if rule != "run on the data":
+            # The operations of a backward pass have no frames.
+            place, advice = "" if where == "loss_fn" else place, "write the operations in plain PyTorch"
         text = _mismatch(error, repeat, where, index, batch, like) or (
-            f"spectrum: {loss.call} must run on the data, got {type(error).__name__} in {where} for batch {index}: "
-            f"{first_line(error)}; {loss.advice}"
+            f"spectrum: {loss.call} must {rule}, got {type(error).__name__} {place}for batch {index}: "
+            f"{first_line(error)}; {advice}"
         )
+        if "backward through the graph a second time" in str(error):
+            text = (
+                f"spectrum: {loss.call} must compute all of the loss in every call, got a part with a graph of its own "
+                f"for batch {index}, such as a penalty computed before, an output that a module stores, or a weight in "
+                "parametrize.cached(); compute it in the call"
+            )
         kinds = (NotImplementedError, TypeError)
         raise next((kind for kind in kinds if isinstance(error, kind)), ValueError)(text) from error
 
 
 def _where(error: BaseException, computation: nn.Module) -> str:
-    """Return the innermost module that raised an error, or "loss_fn"."""
+    """Return the innermost module or torch.autograd.Function that raised an error, or "loss_fn"."""
     names = {id(module): name for name, module in computation.named_modules()}
-    found: nn.Module | None = None
+    found: nn.Module | FunctionCtx | None = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
+        owner, context = frame.f_locals.get("self"), frame.f_locals.get("ctx")
         if isinstance(owner, nn.Module) and owner is not computation:
             found = owner
+        elif isinstance(context, FunctionCtx):
+            found = context
+    if isinstance(found, FunctionCtx):
+        return f"the torch.autograd.Function {getattr(type(found), '_forward_cls', type(found)).__qualname__}"
     if found is None:
         return "loss_fn"
     kind, path = type(found).__name__, names.get(id(found))

@@ -312,4 +312,5 @@ def checked_weight(weight: Weight, batch: int, batches: int) -> float:
 
 def _describe(batch: Batch) -> str:
     length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
-    return f"a {type(batch).__name__}{length}"
+    several = isinstance(batch, tuple) and all(isinstance(part, tuple | list | Mapping) for part in batch)
+    return f"a {type(batch).__name__}{length}" + " (a tuple is one batch, several are a list)" * several

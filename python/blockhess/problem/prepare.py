@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from blockhess.problem import fingerprint, model_state
-from blockhess.problem.batches import Batch, as_batches, batch_size, split_batch, to_dtype
+from blockhess.problem.batches import as_batches, batch_size, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
-from blockhess.problem.explain import explained
-from blockhess.problem.losses import Loss, make_loss
+from blockhess.problem.losses import make_loss
 from blockhess.problem.memory import budget_bytes
 from blockhess.problem.problem import Computation, Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
@@ -60,10 +59,9 @@ def prepared_problem(
         batches = as_batches(data, pairs=loss.pairs)
         batches, data_digest = ranks.share_batches(batches, fingerprint.of_data(batches))
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
-        if policy == "frozen_batch_stats":
-            _freeze_batch_statistics(model, loss, batches, dtype, ranks)
+        frozen_by = ranks if policy == "frozen_batch_stats" else None
         try:
-            problem = Problem(model, loss, batches, cut.blocks, dtype, several=ranks.data_size > 1)
+            problem = Problem(model, loss, batches, cut.blocks, dtype, ranks.data_size > 1, frozen_by)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise torch.OutOfMemoryError(
@@ -78,21 +76,6 @@ def prepared_problem(
             problem = _split(problem, parts, cut, dtype)
         problem.join(ranks)
         yield problem, cut, fingerprints
-
-
-def _freeze_batch_statistics(
-    model: nn.Module, loss: Loss, batches: Sequence[Batch], dtype: torch.dtype | None, ranks: ProcessGroup
-) -> None:
-    """Freeze the statistics of BatchNorm, computed with the parameters before they are converted."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
-
-    def evaluate(number_and_batch: tuple[int, Batch]) -> None:
-        number, batch = number_and_batch
-        batch = batch if dtype is None else to_dtype(batch, like.dtype)
-        with explained(loss, Computation(model, loss), number, batch, lambda: loss(model, batch), like):
-            loss(model, batch)
-
-    model_state.freeze_batch_statistics(model, evaluate, list(enumerate(batches)), ranks)
 
 
 def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:

@@ -33,11 +33,13 @@ from blockhess.problem.batches import (
 from blockhess.problem.blocks import Block, with_note
 from blockhess.problem.explain import explained
 from blockhess.problem.losses import Loss, checked, checked_weight
-from blockhess.problem.model_state import apply_max_norm, setting
+from blockhess.problem.model_state import apply_max_norm, freeze_batch_statistics, setting
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
 from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
+
+DIFFERENTIABLE = "have derivatives"
 
 
 class Problem:
@@ -52,6 +54,7 @@ class Problem:
             data, are converted to it. None: that of the parameters, or float32 for float16 and bfloat16 ones. float16
             and bfloat16 are accepted only if all parameters have that dtype.
         several: whether other ranks hold further batches, which `join` will combine with these.
+        frozen_by: processes over whose batches the running statistics of BatchNorm are averaged first, if any.
 
     Attributes:
         blocks, infos: the blocks and their BlockInfo, with the note "unused" where it applies.
@@ -82,6 +85,7 @@ class Problem:
     """
 
     graph_bytes: int
+    _sets_default = True
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class Problem:
         blocks: Sequence[Block],
         dtype: torch.dtype | None = None,
         several: bool = False,
+        frozen_by: ProcessGroup | None = None,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
         self.ranks = SINGLE_PROCESS
@@ -103,6 +108,9 @@ class Problem:
         if loss.calls_model:
             check_device(list(batches), self.device)
         self._convert(dtype)
+        if frozen_by is not None:
+            self._freeze_batch_statistics(batches, frozen_by)
+            self._convert(dtype)
         self._start = Snapshot([self._wrapped], tensors=False)
         if apply_max_norm(self._wrapped, lambda: self._run(batches)):
             self._convert(dtype)
@@ -126,16 +134,20 @@ class Problem:
 
     def evaluate(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss of a batch, with some parameters replaced by name."""
-        loss: Tensor = self._call(self.loss, batch, parameters)[0]
+        number = next(n for n, b in zip(self._numbers, self.batches) if b is batch)
+        with self._explained(number, batch):
+            loss: Tensor = self._call(self.loss, batch, parameters)[0]
         return loss
 
     def outputs(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the model outputs of batch `index`, and the loss computed from them; see `Loss.with_outputs`."""
-        return self._call(self.loss.with_outputs, self.batches[index])
+        with self.explained(index, "run on the data"):
+            return self._call(self.loss.with_outputs, self.batches[index])
 
     def gradients(self, index: int, create_graph: bool) -> dict[str, Tensor]:
         """Return the gradient of the loss of batch `index` by name, for the parameters that it depends on."""
-        return self._differentiate(self.evaluate(self.batches[index]), create_graph)
+        with self.explained(index):
+            return self._differentiate(self.evaluate(self.batches[index]), create_graph)
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, over the batches of all ranks: (sum(dims),), block after block."""
@@ -188,9 +200,14 @@ class Problem:
         )
         return tuple(g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
 
-    def in_dtype(self, dtype: torch.dtype) -> Problem:
-        """Return the problem of the first batch in another dtype."""
+    def in_dtype(self, dtype: torch.dtype, sets_default: bool = True) -> Problem:
+        """Return the problem of the first batch in another dtype.
+
+        Args:
+            sets_default: evaluate with that as torch's default dtype, which other threads see too.
+        """
         other = copy.copy(self)
+        other._sets_default = sets_default
         other.ranks, other.batches, other.shares, other.n_batches = SINGLE_PROCESS, self.batches[:1], [1.0], 1
         other._convert(dtype)
         return other
@@ -222,8 +239,8 @@ class Problem:
         if self._data_dtype is not None:
             batch = to_dtype(batch, self._data_dtype)
         # Tensors that the model creates must match the converted parameters.
-        dtype = self._data_dtype if self._converted and self._data_dtype else torch.get_default_dtype()
-        with setting(torch.get_default_dtype, torch.set_default_dtype, dtype):
+        dtype = self._data_dtype if self._sets_default and self._converted else None
+        with setting(torch.get_default_dtype, torch.set_default_dtype, dtype or torch.get_default_dtype()):
             if not swapped:
                 return compute(self.model, batch)
             # `_places` has the names of tied parameters, one per module, also where a module is registered twice.
@@ -233,7 +250,19 @@ class Problem:
     def _run(self, batches: Sequence[Batch]) -> None:
         for index, batch in enumerate(batches):
             with self._explained(index, batch):
-                self.evaluate(batch)
+                self._call(self.loss, batch)
+
+    def _freeze_batch_statistics(self, batches: Sequence[Batch], ranks: ProcessGroup) -> None:
+        """Replace the running statistics of BatchNorm, in the dtype of the computation."""
+        for name, module in self._wrapped.named_modules():
+            for buffer in module._buffers:
+                module._buffers[buffer] = self._converted.get(f"{name}.{buffer}", module._buffers[buffer])
+
+        def evaluate(numbered: tuple[int, Batch]) -> None:
+            with self._explained(*numbered):
+                self._call(self.loss, numbered[1], fresh=False)
+
+        freeze_batch_statistics(self._wrapped, evaluate, list(enumerate(batches)), ranks)
 
     def _survey(self, batches: Sequence[Batch], several: bool) -> None:
         """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
@@ -241,11 +270,12 @@ class Problem:
         values: list[float] = []
         used: set[str] = set()
         self.batches: list[Batch] = []
+        self._numbers: list[int] = []  # of these batches in the data
         self._guesses: list[_Guess] = []
         for index, batch in enumerate(batches):
+            flops = None if self.batches else graph.FlopCounter()
             with self._explained(index, batch):
-                flops = graph.FlopCounter()
-                with contextlib.nullcontext() if self.batches else flops:
+                with flops or contextlib.nullcontext():
                     loss, raw_weight = self._call(self.loss, batch)
                 loss = checked(loss, index)
                 weight = 1.0
@@ -260,18 +290,20 @@ class Problem:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise ValueError(f"spectrum: loss_fn must return a finite loss, got {value} for batch {index}")
-                if self.batches:
-                    used.update(self._differentiate(loss, create_graph=False))
-                else:
-                    gradients = self._survey_first(loss, batch)
-                    self.forward_flops = flops.total
-                    del loss  # frees its graph before the next one is built
-                    self._check_repeatable(batch, index, value, gradients)
-                    used.update(gradients)
-                    del gradients
             self.batches.append(batch)
+            self._numbers.append(index)
             weights.append(weight)
             values.append(value)
+            with self._explained(index, batch, DIFFERENTIABLE):
+                if flops is None:
+                    used.update(self._differentiate(loss, create_graph=False))
+                    continue
+                gradients = self._survey_first(loss, batch)
+                self.forward_flops = flops.total
+                del loss  # frees its graph before the next one is built
+                self._check_repeatable(batch, index, value, gradients)
+                used.update(gradients)
+                del gradients
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
         if not used:
@@ -296,10 +328,19 @@ class Problem:
         self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
         return {name: g.detach() for name, g in gradients.items()}
 
-    def _explained(self, index: int, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which errors of the model or loss are explained."""
+    def explained(self, index: int, rule: str = DIFFERENTIABLE) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which errors of the model or loss on batch `index` are explained.
+
+        Args:
+            rule: what the loss must do.
+        """
+        return self._explained(self._numbers[index], self.batches[index], rule)
+
+    def _explained(
+        self, number: int, batch: Batch, rule: str = "run on the data"
+    ) -> contextlib.AbstractContextManager[None]:
         like = next(iter(self.parameters.values()))
-        return explained(self.loss, self._wrapped, index, batch, lambda: self._call(self.loss, batch), like)
+        return explained(self.loss, self._wrapped, number, batch, lambda: self._call(self.loss, batch), like, rule)
 
     def _use(self, used: frozenset[str]) -> None:
         self.used = used
@@ -427,6 +468,9 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
     if all(t.dtype == dtype for t in floating.values()):
         return {}
     converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in floating.items()}
+    for key, t in floating.items():
+        for hook in (t._backward_hooks or {}).values():
+            converted[key].register_hook(hook)  # type: ignore[no-untyped-call]
     return {name: converted[key] for key, names in _owned(model).items() if key in converted for name in names}
 
 

@@ -13,6 +13,8 @@ import torch
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
 from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient, measure
+from blockhess.hvp.causes import suspects
+from blockhess.hvp.differences import RESOLUTION
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, Block, block_id, with_note
 from blockhess.problem.memory import budget_bytes, release_unused, size_text
@@ -101,6 +103,9 @@ class Job:
         self._too_large, self._exact_rows = math.inf, options.num_probes
         self._zero_within: list[float | None] = [None] * len(self.infos)
         self._confirmed: set[int] = set()
+        self._undecided: set[int] = set()
+        self._left_open: dict[int, float] = {}
+        self._is_defined = True
         self._ids = [block_id(info.name) for info in problem.infos]
 
     def provenance(self, result: Quadrature) -> dict[str, Any]:
@@ -167,7 +172,7 @@ class Job:
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.concatenate([Quadrature.concatenate(parts, 0) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
-        self._check_flat_blocks(engine, radii)
+        self._check_again(engine, radii, (whole.weights * whole.nodes**2).sum(2).mean(0).sqrt().tolist())
         self._note(ZERO_NOTE, [noise is not None and r <= noise for r, noise in zip(radii, self._zero_within)])
         if options.tol is not None:
             few = adaptive.missed(whole, options.tol, options.tol_sigma)
@@ -405,6 +410,9 @@ class Job:
     def _record(self, accuracy: Accuracy) -> None:
         """Record the errors of products, and the blocks whose derivatives are confirmed."""
         self._confirmed |= accuracy.confirmed
+        self._undecided = (self._undecided | accuracy.undecided) - self._confirmed
+        self._left_open |= accuracy.left_open
+        self._is_defined &= accuracy.is_defined
         if accuracy.unknown and self.hvp_error is None:
             self.error_unknown = accuracy.unknown
             warnings.warn(
@@ -416,15 +424,19 @@ class Job:
         for l, error in accuracy.errors.items():
             self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
 
-    def _check_flat_blocks(self, engine: Engine, radii: Sequence[float]) -> None:
-        """Check the products of blocks that may be zero, if they were not checked before, flattest first.
+    def _check_again(self, engine: Engine, radii: Sequence[float], sizes: Sequence[float]) -> None:
+        """Check blocks that may be zero, or whose derivatives are in doubt, if they were not checked, flattest first.
 
         Args:
             radii: largest |eigenvalue| found in every block.
+            sizes: root mean square of its eigenvalues, the expected size of a product with a unit vector.
         """
         largest = max((r for r in radii if math.isfinite(r)), default=0.0)
-        flat = [l for l, r in enumerate(radii) if r <= FLAT * largest and l not in self.plan.checked]
+        doubtful = {l for l, error in self._left_open.items() if not error <= RESOLUTION * sizes[l]}
+        flat = [l for l, r in enumerate(radii) if (r <= FLAT * largest or l in doubtful) and l not in self.plan.checked]
         flat = sorted((l for l in flat if self._problem.is_used(l)), key=lambda l: radii[l])
+        self._confirmed -= doubtful
+        self._undecided |= doubtful
         count = most_checked(self.hvps, self.plan.groups, len(self.plan.checked))
         if flat and self.hvp_error is not None:
             # Also the block that shows how large rounding errors may be.
@@ -434,6 +446,20 @@ class Job:
             except EngineMismatch as error:
                 raise EngineMismatch(f"spectrum: {error}; pass engine='autograd'") from error
             self._record(self._problem.ranks.gather(found)[0])
+        self._warn_of_undecided()
+
+    def _warn_of_undecided(self) -> None:
+        """Warn if blocks are undecided, and there is a reason to doubt their derivatives."""
+        causes = suspects(self._problem, self._undecided) if self._undecided else []
+        if causes or not self._is_defined:
+            names = ", ".join(repr(self.infos[l].name) for l in sorted(self._undecided)[:3])
+            why = f"kinks or rounding hide whether {' or '.join(causes)} has the right derivatives"
+            warnings.warn(
+                f"spectrum: products of {len(self._undecided)} of {len(self.infos)} blocks are not confirmed by "
+                f"differences, such as {names}: "
+                + (why if self._is_defined else "the loss cannot be computed beside the parameters"),
+                stacklevel=2,
+            )
 
     def _noise(self, number: int, error: float) -> float:
         """Return the largest eigenvalue that rounding gives a block that is zero in all batches, as in the first."""

@@ -31,9 +31,9 @@ TANGENTS = 0.35
 TOLERANCE_SHARE = 0.05
 # Vectors that a CPU multiplies together have tangents of at most this size, so that they stay in its caches.
 CACHE_BYTES = 2**24
-# Checks of products take at most this share of the expected products, but compare one block at least. In products, which
-# count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product for
-# each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
+# Checks of products take at most this share of the expected products, but compare one block at least. In products,
+# which count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product
+# for each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
 CHECK_SHARE, CHECK_FIXED, CHECK_GROUP, CHECK_BLOCK = 0.1, 15, 15, 5
 # Bytes of vectors per parameter, and per parameter that moves in a group.
 CHECK_BYTES, GROUP_BYTES = 60, 16
