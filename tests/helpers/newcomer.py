@@ -44,7 +44,7 @@ LEFT_OUT = {
     r"#!/bin/bash.*": "a job for Slurm, of which there is none here",
 }
 # Commands that need a clone of the repository, and minutes: run by `python -m tests.helpers.newcomer`.
-IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
+IN_A_CLONE = r"make (demo|docs)|blockhess show blockhess-demo/.*|python3 -m venv .*|pip install .*"
 
 # Files that pages assume.
 FILES = {
