@@ -435,6 +435,14 @@ def test_the_error_reaches_the_user() -> None:
                 blockhess.spectrum(*with_hook(masked), num_probes=1, num_steps=3, engine=engine, dtype=dtype)
 
 
+def test_hooks_on_frozen_parameters_do_not_matter() -> None:
+    torch.manual_seed(0)
+    model, data, loss_fn = with_hook(masked)
+    model[0].weight.requires_grad_(False)
+    for dtype in (None, torch.float64):
+        assert not checked((model, data, loss_fn), dtype=dtype)[1]
+
+
 def captured_penalty(model: nn.Module) -> Any:
     parameters = list(model.parameters())
     return lambda m, b: F.cross_entropy(m(b[0]), b[1]) + 0.5 * sum(p.square().sum() for p in parameters)

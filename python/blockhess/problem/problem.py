@@ -469,7 +469,7 @@ def _converted(model: nn.Module, pieces: Mapping[str, Tensor], dtype: torch.dtyp
         return {}
     converted = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in floating.items()}
     for key, t in floating.items():
-        for hook in (t._backward_hooks or {}).values():
+        for hook in (t._backward_hooks or {}).values() if t.requires_grad else ():
             converted[key].register_hook(hook)  # type: ignore[no-untyped-call]
     return {name: converted[key] for key, names in _owned(model).items() if key in converted for name in names}
 
