@@ -33,6 +33,7 @@ LEFT_OUT = {
     r".*\b(COMMAND|DIR|FILE|FOLDER|JOB|NAME|RUNS)\b.*": "capitals stand for something of the reader's",
     r"blockhess (run|status)": "the command's name alone",
     r"blockhess --install-completion": "it writes into the shell's files; test_options.py tests the script in bash",
+    r"blockhess show blockhess-demo/.*": "it reads a file of `make demo`",
     r"blockhess paper (?!fig6|fig7|--help).*": "minutes to hours; tests/paper runs each with --quick",
     r"make test(-all)?": "this is part of it",
     r"make [\w-]+ TORCH=.*": "the same as without TORCH, from another index",
@@ -44,7 +45,7 @@ LEFT_OUT = {
     r"#!/bin/bash.*": "a job for Slurm, of which there is none here",
 }
 # Commands that need a clone of the repository, and minutes: run by `python -m tests.helpers.newcomer`.
-IN_A_CLONE = r"make (demo|docs)|blockhess show blockhess-demo/.*|python3 -m venv .*|pip install .*"
+IN_A_CLONE = r"make (demo|docs)|python3 -m venv .*|pip install .*"
 
 # Files that pages assume.
 FILES = {
