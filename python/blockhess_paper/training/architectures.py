@@ -136,6 +136,7 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
+_LINEAR = partial(nn.Linear, 784, 10)
 _CNN_BN = partial(CNN, (8, 16, 32), batch_norm=True)
 _RESNET = partial(named, "resnet18-mini", stem="imagenet")
 _VIT = partial(named, "vit-base-mini", depth=1, width=32, num_heads=2)
@@ -160,13 +161,15 @@ FIGURES = {
 
 # Networks of the calibration, named after family, layers, data, and the images or tokens in a batch where they vary.
 CALIBRATED = {
-    "linear-images": _image_net("linear", partial(nn.Linear, 784, 10), draw="flat images"),
+    "linear-images-64": _image_net("linear", _LINEAR, 64, draw="flat images"),
+    "linear-images-512": _image_net("linear", _LINEAR, 512, draw="flat images"),
     "mlp-images-16": _image_net("MLP", _mlp, 16, draw="flat images"),
     "cnn-images": _image_net("CNN", partial(CNN, (8, 16, 32), batch_norm=False)),
     "resnet-images-16": _image_net("ResNet", _RESNET, 16),
     "vit-1-images-16": _image_net("ViT", _VIT, 16),
     "mixer-images": _image_net("Mixer", partial(ImageMixer, 32, 2)),
     "gpt-1-characters": _language("GPT", _gpt(CHARACTERS, 1), 4, draw="characters"),
+    "gpt-2-characters": _language("GPT", _gpt(CHARACTERS, 2), 4, draw="characters"),
     "lstm-characters": _language("LSTM", partial(LSTM, CHARACTERS, 32), draw="characters"),
     "linear-characters": _language("linear", partial(Bigrams, CHARACTERS), draw="characters"),
     "mlp-characters": _language("MLP", partial(WordMLP, CHARACTERS, 32, 4), draw="characters"),
@@ -175,7 +178,8 @@ CALIBRATED = {
     "vit-1-images-128": _image_net("ViT", _VIT, 128),
     "mixer-words": _language("Mixer", partial(WordMixer, WORDS, CONTEXT, 32, 2), 32),
     "gpt-1-words-256": _language("GPT", _gpt(WORDS, 1), 8),
-    "lstm-words": _language("LSTM", partial(LSTM, WORDS, 32), 32),
+    "lstm-words-256": _language("LSTM", partial(LSTM, WORDS, 32), 8),
+    "lstm-words-1024": _language("LSTM", partial(LSTM, WORDS, 32), 32),
     "linear-words": _language("linear", partial(Bigrams, WORDS), 32),
     "mlp-words": _language("MLP", partial(WordMLP, WORDS, 32, 4), 32),
     "cnn-words": _language("CNN", partial(WordMLP, WORDS, 32, 2, num_layers=3), 32),

@@ -2,10 +2,10 @@
 
     target = AdamW's loss after T steps;    ratio = (SGD's steps to the target) / (AdamW's steps to the target)
 
-The loss is that of data which are the same for all trainings of an architecture, evaluated every EVERY steps; means of
-WINDOW evaluations are compared. Both learning rates are constant after a warm-up, so that one training shows the steps to
-every loss, and each is the best for its own aim: the lowest target, and the fewest steps to it. SGD gets MOST_RATIO times
-the steps of AdamW. Where it does not reach the target, the ratio is at least MOST_RATIO.
+The loss is that of data which are the same for all trainings of an architecture, evaluated every EVERY steps; means
+of WINDOW evaluations are compared. Both learning rates are constant after a warm-up, so that one training shows the
+steps to every loss, and each is the best for its own aim: the lowest target, and the fewest steps to it. SGD gets
+MOST_RATIO times the steps of AdamW. Where it does not reach the target, the ratio is at least MOST_RATIO.
 
 Rates are searched with the first seed, from a given rate up or down by a factor of 2 until the first worse one on each
 side. FOLDER/races/ARCHITECTURE/OPTIMIZER-RATE-SEED.json holds one training: an interrupted search loses at most one.
