@@ -44,7 +44,8 @@ class Bigrams(nn.Module):
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
-        self.rows = nn.Embedding.from_pretrained(torch.zeros(vocab_size, vocab_size), freeze=False)
+        self.rows = nn.Embedding(vocab_size, vocab_size)
+        nn.init.zeros_(self.rows.weight)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -94,26 +95,26 @@ class CNN(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
-class MixerLayer(nn.Module):
-    """One pre-LayerNorm layer of an MLP-Mixer over (batch, length, width): MLPs over positions, then over channels.
+class CausalLinear(nn.Linear):
+    """A linear layer whose output k depends on the inputs 0 ... k only: its weight is used below the diagonal."""
 
-    A causal layer mixes positions by one lower triangular matrix instead.
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.tril(), self.bias)
+
+
+class MixerLayer(nn.Module):
+    """One pre-LayerNorm layer of an MLP-Mixer over (batch, length, width): `positions` mixes the positions of every
+    channel, then an MLP the channels of every position.
     """
 
-    def __init__(self, length: int, width: int, *, causal: bool) -> None:
+    def __init__(self, positions: nn.Module, width: int) -> None:
         super().__init__()
-        self.causal = causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.positions: nn.Module = nn.Linear(length, length) if causal else _mlp(length)
+        self.positions = positions
         self.channels = _mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.norm1(x).transpose(1, 2)
-        if self.causal:
-            mixed = F.linear(mixed, self.positions.weight.tril(), self.positions.bias)
-        else:
-            mixed = self.positions(mixed)
-        x = x + mixed.transpose(1, 2)
+        x = x + self.positions(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.channels(self.norm2(x))  # type: ignore[no-any-return]
 
 
@@ -132,7 +133,7 @@ class ImageMixer(nn.Module):
     def __init__(self, width: int, num_layers: int, num_classes: int = 10) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 7, stride=7)
-        self.layers = nn.Sequential(*(MixerLayer(16, width, causal=False) for _ in range(num_layers)))
+        self.layers = nn.Sequential(*(MixerLayer(_mlp(16), width) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
 
@@ -153,7 +154,7 @@ class WordMixer(nn.Module):
     def __init__(self, vocab_size: int, context: int, width: int, num_layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width)
-        self.layers = nn.Sequential(*(MixerLayer(context, width, causal=True) for _ in range(num_layers)))
+        self.layers = nn.Sequential(*(MixerLayer(CausalLinear(context, context), width) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab_size)
 
