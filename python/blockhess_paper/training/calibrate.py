@@ -61,6 +61,9 @@ CHOOSING = ("linear", "CNN", "ViT", "GPT")
 # Ratios of networks on which SGD falls behind, and on which it keeps up.
 BEHIND, ON_PAR = 1.5, 1.15
 
+# Ratios at the ticks of the figure.
+TICKS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+
 # Seed of the batch on which predictors are measured.
 DATA_SEED = 2_000
 
@@ -380,11 +383,16 @@ def _draw(records: Sequence[Record], found: Judgment) -> Figure:
             if predictor in ("gain of block rates", "R"):
                 panel.set_xscale("log")
             panel.set_yscale("log")
+            panel.set_yticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+            panel.minorticks_off()
             panel.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
-            panel.set_xlabel(key)
-            panel.set_title(f"rank correlation {_correlation(*found.of['all'][key])}", fontsize="x-small")
+            panel.set_xlabel(key, fontsize="small")
+            panel.set_title(_correlation(*found.of["all"][key]), fontsize="small")
             for side in ("top", "right"):
                 panel.spines[side].set_visible(False)
         row[0].set_ylabel("steps of SGD / AdamW (bar: seeds)")
-    figure.suptitle("blue: images, orange: text; filled: the families that choose the predictor", fontsize="small")
+    figure.suptitle(
+        "blue: images, orange: text; filled: the families that choose the predictor; above: rank correlation over all",
+        fontsize="small",
+    )
     return figure

@@ -107,7 +107,7 @@ def heterogeneity(norms: Sequence[float], dims: Sequence[int]) -> float:
         norms: of the gradient of every block, not all zero.
         dims: number of entries of every block.
 
-    Source: Tomihari and Sato 2025, arXiv 2502.00213 (gradient heterogeneity).
+    Source: Tomihari and Sato 2025, arXiv 2502.00213 (gradient heterogeneity: unequal gradient norms of the blocks).
 
     Example:
         >>> heterogeneity([2.0, 2.0], [4, 4])
