@@ -56,6 +56,11 @@ class Architecture:
         return self.draw.endswith("images")
 
     @property
+    def classes(self) -> int:
+        """Number of classes, those of tokens if the model also classifies pairs."""
+        return {"characters": CHARACTERS, "words": WORDS, "pairs": CHARACTERS + SPECIAL}.get(self.draw, 10)
+
+    @property
     def options(self) -> dict[str, Any]:
         """Arguments of train: language models are trained with the gradient clipped."""
         return {"clip": None if self.images else 1.0}
@@ -138,13 +143,14 @@ def _mlp() -> nn.Module:
 
 _LINEAR = partial(nn.Linear, 784, 10)
 _CNN_BN = partial(CNN, (8, 16, 32), batch_norm=True)
+_VGG_BN = partial(named, "vgg16-mini", width=4, batch_norm=True)
 _RESNET = partial(named, "resnet18-mini", stem="imagenet")
 _VIT = partial(named, "vit-base-mini", depth=1, width=32, num_heads=2)
 
 # Relatives of the paper's networks, for Figures 1, 10 and 11.
 FIGURES = {
     "vgg": _image_net("VGG", partial(named, "vgg16-mini", width=4)),
-    "vgg-bn": _image_net("VGG", partial(named, "vgg16-mini", width=4, batch_norm=True)),
+    "vgg-bn": _image_net("VGG", _VGG_BN),
     "resnet": _image_net("ResNet", _RESNET),
     "vit-2": _image_net("ViT", partial(named, "vit-base-mini", depth=2, width=32, num_heads=2)),
     "gpt-1": _language("GPT", _gpt(CHARACTERS, 1), draw="characters"),
@@ -172,18 +178,25 @@ CALIBRATED = {
     "gpt-2-characters": _language("GPT", _gpt(CHARACTERS, 2), 4, draw="characters"),
     "lstm-characters-128": _language("LSTM", partial(LSTM, CHARACTERS, 32), 4, draw="characters"),
     "lstm-characters-512": _language("LSTM", partial(LSTM, CHARACTERS, 32), 16, draw="characters"),
-    "vgg-bn-images": FIGURES["vgg-bn"],
+    "vgg-bn-images-16": _image_net("VGG", _VGG_BN, 16),
+    "vgg-bn-images-64": FIGURES["vgg-bn"],
+    "bert-2-characters": FIGURES["bert-2"],
     "linear-characters": _language("linear", partial(Bigrams, CHARACTERS), draw="characters"),
     "mlp-characters": _language("MLP", partial(WordMLP, CHARACTERS, 32, 4), draw="characters"),
     "cnn-bn-images-16": _image_net("CNN", _CNN_BN, 16),
     "resnet-images-64": FIGURES["resnet"],
+    "cnn-bn-images-64": _image_net("CNN", _CNN_BN, 64),
+    "vit-2-images": FIGURES["vit-2"],
     "vit-1-images-128": _image_net("ViT", _VIT, 128),
     "mixer-words": _language("Mixer", partial(WordMixer, WORDS, CONTEXT, 32, 2), 32),
+    "gpt-1-words-64": _language("GPT", _gpt(WORDS, 1), 2),
     "gpt-1-words-256": _language("GPT", _gpt(WORDS, 1), 8),
     "lstm-words-256": _language("LSTM", partial(LSTM, WORDS, 32), 8),
     "lstm-words-1024": _language("LSTM", partial(LSTM, WORDS, 32), 32),
-    "linear-words": _language("linear", partial(Bigrams, WORDS), 32),
-    "mlp-words": _language("MLP", partial(WordMLP, WORDS, 32, 4), 32),
+    "linear-words-256": _language("linear", partial(Bigrams, WORDS), 8),
+    "linear-words-1024": _language("linear", partial(Bigrams, WORDS), 32),
+    "mlp-words-256": _language("MLP", partial(WordMLP, WORDS, 32, 4), 8),
+    "mlp-words-1024": _language("MLP", partial(WordMLP, WORDS, 32, 4), 32),
     "cnn-words": _language("CNN", partial(WordMLP, WORDS, 32, 2, num_layers=3), 32),
     "gpt-1-words-1024": _language("GPT", _gpt(WORDS, 1), 32),
     "mlp-images-512": _image_net("MLP", _mlp, 512, draw="flat images"),
