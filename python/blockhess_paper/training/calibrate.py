@@ -46,7 +46,7 @@ EFFORT, QUICK_EFFORT = Effort(3, 20), Effort(2, 4)
 QUICK = Conditions(40, 2, (0, 1))
 QUICK_NAMES = ("linear-images-64", "mlp-images-16", "gpt-1-characters")
 
-# Kind -> rates of SGD and AdamW that are tried first. AdamW's are low, since the loss has several minima over large rates.
+# Kind -> first rates of SGD and AdamW. Those of AdamW are low: over large rates the loss has several minima.
 FIRST_RATES = {"images": (0.05, 0.002), "text": (0.5, 0.002), "Transformer": (0.125, 0.002), "linear": (16.0, 0.016)}
 
 PREDICTORS = ("curvature spread", "JS0", "gain of block rates", "R", "gradient heterogeneity")
