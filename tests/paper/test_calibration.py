@@ -160,7 +160,7 @@ def records(relation: float, noise: float = 0.0, *, same: bool = True) -> list[R
         sign = relation if same or architecture.family in calibrate.CHOOSING else -relation
         values[names[0]] = sign * ratio + noise * float(generator.normal())
         rates = {"SGD": 0.1, "AdamW": 0.01}
-        found.append(Record(name, architecture.family, (ratio, ratio), ratio, rates, values))
+        found.append(Record(name, architecture.family, (ratio, 1.1 * ratio), ratio, rates, values))
     return found
 
 
@@ -186,6 +186,11 @@ def test_networks_without_a_predictor_are_left_out_of_it() -> None:
     assert found is not None and count == -(-len(some) // 2)
     none, count = calibrate.correlation([r for r in some if r.values[key] is None], key)
     assert none is None and count == 0
+
+
+def test_reliability_compares_seeds() -> None:
+    made = [Record(**{**vars(r), "ratios": (k, 2.0 * k, -k)}) for k, r in enumerate(records(1.0), 1)]
+    assert calibrate.reliability(made) == pytest.approx((1 - 1 - 1) / 3)
 
 
 def test_judge_writes_what_was_measured() -> None:

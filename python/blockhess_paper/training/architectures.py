@@ -191,6 +191,7 @@ CALIBRATED = {
     "mixer-words": _language("Mixer", partial(WordMixer, WORDS, CONTEXT, 32, 2), 32),
     "gpt-1-words-64": _language("GPT", _gpt(WORDS, 1), 2),
     "gpt-1-words-256": _language("GPT", _gpt(WORDS, 1), 8),
+    "lstm-words-64": _language("LSTM", partial(LSTM, WORDS, 32), 2),
     "lstm-words-256": _language("LSTM", partial(LSTM, WORDS, 32), 8),
     "lstm-words-1024": _language("LSTM", partial(LSTM, WORDS, 32), 32),
     "linear-words-256": _language("linear", partial(Bigrams, WORDS), 8),
@@ -201,8 +202,10 @@ CALIBRATED = {
     "gpt-1-words-1024": _language("GPT", _gpt(WORDS, 1), 32),
     "mlp-images-512": _image_net("MLP", _mlp, 512, draw="flat images"),
     "cnn-bn-images-128": _image_net("CNN", _CNN_BN, 128),
-    "gpt-2-words": _language("GPT", _gpt(WORDS, 2), 32),
-    "gpt-3-words": _language("GPT", _gpt(WORDS, 3), 32),
+    "gpt-2-words-256": _language("GPT", _gpt(WORDS, 2), 8),
+    "gpt-3-words-256": _language("GPT", _gpt(WORDS, 3), 8),
+    "gpt-2-words-1024": _language("GPT", _gpt(WORDS, 2), 32),
+    "gpt-3-words-1024": _language("GPT", _gpt(WORDS, 3), 32),
 }
 
 ARCHITECTURES = FIGURES | CALIBRATED
