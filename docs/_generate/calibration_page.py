@@ -40,8 +40,8 @@ def summary_part() -> str:
             "there.**",
             f"{len(numbers['networks'])} networks of {len(families)} families: on {numbers['behind']} SGD needs more "
             f"than {BEHIND:g} times the steps of AdamW, on {numbers['on par']} less than {ON_PAR:g} times. The rank "
-            f"correlation of the ratios of two seeds is {numbers['rank correlation of two seeds']:+.2f}; noise limits a "
-            "predictor to about that.",
+            f"correlation of the ratios of two seeds is {numbers['rank correlation of two seeds']:+.2f}; noise limits "
+            "a predictor to about that.",
             f"Over all networks the interval is above zero for {listed(above)}, and below zero for {listed(below)}.",
             f"Without any curvature, the number of classes has {told(of['all'][BASELINES[0]])} and the size of the "
             f"batch {told(of['all'][BASELINES[1]])}.",
