@@ -109,8 +109,8 @@ def found_part() -> str:
         r"with batch statistics more in (\d) .*?eval mode more in 0, less in (\d) ", findings
     )
     (measures,) = numbers(r"of the (\d) measures ResNet18 is", findings)
-    best, count, rank, low, high, predicts = numbers(
-        r"\*\*(.+) is the best of (\d+) predictors .* it has (\S+) \((\S+) to (\S+), n = \d+\): it (.+) the ratio",
+    count, rank, low, high, predicts = numbers(
+        r"is the best of (\d+) predictors .* it has (\S+) \((\S+) to (\S+), n = \d+\): it (.+) the ratio",
         calibration,
     )
     (networks,) = numbers(r"(\d+) networks of \d+ families", calibration)
@@ -120,9 +120,8 @@ def found_part() -> str:
     return f"""\
 - ResNet18 has a smaller JS0 than GPT2-nano in {eval_less} of {measures} measures with BatchNorm in eval mode, a larger
   one in {batch_more} with batch statistics, beyond error bars, for both seeds ([findings](docs/findings.md)).
-- How many more steps SGD needs than AdamW was measured on {networks} small networks. The best of {count} predictors,
-  {best[0].lower()}{best[1:]}, {predicts} it on families that did not choose it: rank correlation {rank}
-  (95 %: {low} to {high}; [calibration](docs/calibration.md)).
+- How many more steps SGD needs than AdamW on {networks} small networks: the best of {count} predictors {predicts} it
+  on other families, rank correlation {rank} (95 %: {low} to {high}; [calibration](docs/calibration.md)).
 - Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part, {not_reproduced} not \
 ([theory](docs/theory.md))."""
 
