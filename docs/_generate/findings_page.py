@@ -374,8 +374,8 @@ MOST_SECONDS = 600.0
 REUSED = {
     "fig3": "the spectra of table1",
     "fig4": "the spectra of table1",
-    "fig10": "the trainings of calibrate",
-    "fig11": "the trainings of calibrate",
+    "fig10": "trainings made before",
+    "fig11": "trainings made before",
 }
 
 

@@ -109,16 +109,19 @@ def found_part() -> str:
         r"with batch statistics more in (\d) .*?eval mode more in 0, less in (\d) ", findings
     )
     (measures,) = numbers(r"of the (\d) measures ResNet18 is", findings)
-    rank, low, high = numbers(r"rank correlation of JS0 and gap (\S+) \((\S+) \.\.\. (\S+)\)", calibration)
-    (networks,) = numbers(r"n = (\d+) architectures", calibration)
+    count, rank, low, high, predicts = numbers(
+        r"is the best of (\d+) predictors .* it has (\S+) \((\S+) to (\S+), n = \d+\): it (.+) the ratio",
+        calibration,
+    )
+    (networks,) = numbers(r"(\d+) networks of \d+ families", calibration)
     claims, reproduced, partly, not_reproduced = numbers(
         r"(\d+) claims: (\d+) reproduced, (\d+) partly, (\d+) not reproduced", theory
     )
     return f"""\
 - ResNet18 has a smaller JS0 than GPT2-nano in {eval_less} of {measures} measures with BatchNorm in eval mode, a larger
   one in {batch_more} with batch statistics, beyond error bars, for both seeds ([findings](docs/findings.md)).
-- JS0 does not predict the gap between SGD and AdamW on {networks} small networks: rank correlation {rank}
-  (95 %: {low} to {high}; [calibration](docs/calibration.md)).
+- How many more steps SGD needs than AdamW on {networks} small networks: the best of {count} predictors {predicts} it
+  on other families, rank correlation {rank} (95 %: {low} to {high}; [calibration](docs/calibration.md)).
 - Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part, {not_reproduced} not \
 ([theory](docs/theory.md))."""
 

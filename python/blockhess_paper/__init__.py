@@ -7,13 +7,13 @@
     training/    sections 2.1, 2.2   loop, optimizers, saved_state             a training, resumable
                                      architectures, recipes, training_runs     what is trained, and how
                                      figure1, figure10 (10, 11)                spectra along training; AdamW against SGD
-                                     calibration, calibrate, advice            whether JS0 predicts which one is needed
+                                     races, calibration, calibrate             what predicts how far SGD falls behind
     scaled_mlp/  section 2.4         mlp, figure5, table3                      the MLP with scaled layers
     theory/      sections 3.2, 3.3   block_spectra, quadratics, figure6 (6, 7) the four quadratic cases
                                      descent, figure8                          GD, blockwise GD and Adam on them
                                      bounds, proposition1, theorems            bounds, checked at every iteration
                                      section33, table2, proposition2           numbers of the text; complexities
-    models/      BERT, VGG, ViT, small CNN and LSTM, and a registry of all models by name
+    models/      BERT, VGG, ViT, small networks, and a registry of all models by name
     datasets/    images and text from files of the user
 
 results.py defines Claim and Result. Every experiment is a function `run` that returns a Result; commands.py makes it a

@@ -178,7 +178,7 @@ def calibrate(
     scale: Annotated[str, typer.Option(help="Only mini: six networks of two families are too few.")] = ("mini"),
     as_json: AsJson = False,
 ) -> None:
-    """Does JS0 predict the gap between SGD and AdamW? Trains fifteen architectures; resumes in the same --out."""
+    """What predicts how many more steps SGD needs than AdamW? Trains 39 networks; resumes in the same --out."""
     _run(["calibrate"], out, seed, quick, as_json, selection=_selection(scale, None, None, "cpu", "highest"))
 
 

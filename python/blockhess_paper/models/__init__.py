@@ -1,4 +1,4 @@
-"""The paper's BERT, VGG and ViT, a small CNN and LSTM, and a registry of all models by name."""
+"""The paper's BERT, VGG and ViT, small networks, and a registry of all models by name."""
 
 from __future__ import annotations
 

@@ -1,189 +1,177 @@
-"""Does JS0 predict how far SGD falls behind AdamW? The paper's claim over fifteen small architectures.
+"""What predicts how many times more steps SGD needs than AdamW? Five predictors on 39 networks of ten families.
 
-    gap = (SGD's final loss - AdamW's) / (initial - AdamW's), best rates of growing grids, mean over the seeds
+    ratio = SGD's steps / AdamW's steps to the loss that AdamW has after 400 steps, best rates, three seeds (races.py)
 
-JS0 at initialization is computed in every definition: kind, mean over pairs of blocks or over the whole matrix, axis,
-normalization, sigma and BatchNorm policy. The default definition was fixed before any result was known and decides the
-verdict. The best definition is reported with the number of definitions tried, since the best of many is good by chance.
-The baseline is the spread of log lambda_max over the blocks, which has no parameters.
+The predictors were fixed beforehand, and each is expected to rise with the ratio: the curvature spread, JS0 by default,
+the gain of block rates, the one-step gain R of sign descent, and the heterogeneity of the gradient. Each is measured at
+initialization and after AdamW's first 2 % of the steps, on one batch of the training's size that no training uses, with
+the statistics of the batch in BatchNorm. A correlation is Spearman's, with an interval by bootstrap over families.
 
-With an initial loss far above chance the progress of every optimizer looks like that of AdamW. The gap is therefore
-also reported with the initial loss capped at the loss of the uniform prediction.
+The predictor with the largest correlation over the families in CHOOSING is tested on the other families. Two baselines
+need no curvature: the number of classes, and the samples or tokens in a batch.
 
-FOLDER holds one file per training and per spectrum, so that an interrupted run resumes.
+FOLDER holds one file per training, per spectrum and per R, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING
 
-import torch
+from torch import nn
 
 from blockhess._text import format_table
-from blockhess.analysis.axes import Axis
-from blockhess.analysis.sensitivity import NORMALIZATIONS, SIGMAS
 from blockhess.problem.model_state import has_batchnorm
 from blockhess.results.files import writable_folder
+from blockhess.sign_descent import sign_gain
 from blockhess.spectra import Spectra
-from blockhess_paper.networks.initial_spectra import POLICIES, Effort, measure_once
+from blockhess_paper.networks.initial_spectra import Effort, measure_once
 from blockhess_paper.networks.networks import Network, Selection
-from blockhess_paper.networks.reconstructed_js import KINDS, js0_value
 from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
-from blockhess_paper.training.architectures import ARCHITECTURES
-from blockhess_paper.training.calibration import (
-    CONFIDENCE,
-    NEEDED_GAP,
-    Calibration,
-    Correlation,
-    Subject,
-    gap,
-    rank_correlation,
-)
-from blockhess_paper.training.training_runs import QUICK, Best, Settings, cpu_seconds, find_best
+from blockhess_paper.training.architectures import CALIBRATED, CONTEXT, Architecture
+from blockhess_paper.training.calibration import CONFIDENCE, Correlation, heterogeneity, rank_correlation
+from blockhess_paper.training.loop import train
+from blockhess_paper.training.races import MOST_RATIO, Conditions, Race, race
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EFFORT = Effort(3, 40)
-QUICK_EFFORT = Effort(1, 4, 4)
+EFFORT, QUICK_EFFORT = Effort(3, 20), Effort(2, 4)
+QUICK = Conditions(40, 2, (0, 1))
+QUICK_NAMES = ("linear-images-64", "mlp-images-16", "gpt-1-characters")
 
-# Samples in the batch of the Hessian: images; windows or pairs.
-IMAGES, WINDOWS = 64, 16
+# Kind -> first rates of SGD and AdamW. Those of AdamW are low: over large rates the loss has several minima.
+FIRST_RATES = {"images": (0.05, 0.002), "text": (0.5, 0.002), "Transformer": (0.125, 0.002), "linear": (16.0, 0.016)}
 
-QUICK_KINDS = ("distance",)
-QUICK_NAMES = ("cnn", "gpt-1", "lstm")
+PREDICTORS = ("curvature spread", "JS0", "gain of block rates", "R", "gradient heterogeneity")
+BASELINES = ("number of classes", "batch")
 
-MEANS = ("pairs", "matrix")
-AXES = ("linear", "asinh")
-SPREAD = "spread of log lambda_max"
+# Share of AdamW's steps -> name of the stage.
+STAGES = {0.0: "at initialization", 0.02: "after 2 %"}
 
-# Bootstrap samples for definitions other than the default.
-RESAMPLES = 200
+# The families that choose the predictor; the others test it.
+CHOOSING = ("linear", "CNN", "ViT", "GPT")
 
-# Number of definitions in the printed table.
-SHOWN = 6
+# Ratios of networks on which SGD falls behind, and on which it keeps up.
+BEHIND, ON_PAR = 1.5, 1.15
+
+# Ratios at the ticks of the figure.
+TICKS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+# Seed of the batch on which predictors are measured.
+DATA_SEED = 2_000
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A measured architecture.
+class Record:
+    """A measured network.
 
     Attributes:
-        name: a key of ARCHITECTURES.
-        spectra: BatchNorm policy -> spectra at initialization with the first seed; the same object without BatchNorm.
-        sgd, adamw: both optimizers at their best rate.
+        name: a key of CALIBRATED.
+        family: networks that are resampled together.
+        ratios: seed by seed, the ratio of the steps of SGD and AdamW; MOST_RATIO where it is larger.
+        ratio: their geometric mean.
+        rates: optimizer -> best rate.
+        values: predictor -> value; None where it does not exist.
     """
 
     name: str
-    spectra: dict[str, Spectra]
-    sgd: Best
-    adamw: Best
+    family: str
+    ratios: tuple[float, ...]
+    ratio: float
+    rates: Mapping[str, float]
+    values: Mapping[str, float | None]
 
 
-def initial_spectra(folder: Path, name: str, seed: int, effort: Effort) -> dict[str, Spectra]:
-    """Return BatchNorm policy -> spectra of every parameter tensor, computed or loaded from the folder."""
-    architecture = ARCHITECTURES[name]
-    model = architecture.model(seed)
-    images = architecture.draw.endswith("images")
-    usual = IMAGES if images else WINDOWS
-    batch = architecture.batches(1, seed, batch_size=usual if effort.size is None else effort.size)
-    source = "Fashion-MNIST" if images else "Shakespeare"
-    network = Network(name, model, batch, architecture.loss_fn, source)
-    files = writable_folder(folder / "spectra")
-    if not has_batchnorm(model):
-        return dict.fromkeys(POLICIES, measure_once(files / f"{name}-none.npz", network, "none", effort, seed))
-    return {policy: measure_once(files / f"{name}-{policy}.npz", network, policy, effort, seed) for policy in POLICIES}
+def named_predictor(predictor: str, stage: str) -> str:
+    """Return the name of a predictor at a stage."""
+    return f"{predictor} {stage}"
 
 
-def measure(folder: Path, names: Sequence[str], settings: Settings, effort: Effort) -> Iterator[Measured]:
-    """Yield the measured architectures one after the other."""
-    for name in names:
-        spectra = initial_spectra(folder, name, settings.seeds[0], effort)
-        sgd, adamw = (find_best(folder, name, optimizer, settings) for optimizer in ("SGD", "AdamW"))
-        yield Measured(name, spectra, sgd, adamw)
+def first_rates(architecture: Architecture) -> dict[str, float]:
+    """Return optimizer -> rate that is tried first."""
+    kind = "images" if architecture.images else "Transformer" if architecture.transformer else "text"
+    sgd, adamw = FIRST_RATES["linear" if kind == "text" and architecture.family == "linear" else kind]
+    return {"SGD": sgd, "AdamW": adamw}
 
 
-@dataclass(frozen=True)
-class Definition:
-    """A definition of JS0.
+def after_steps(architecture: Architecture, rate: float, seed: int, num_steps: int) -> nn.Module:
+    """Return the model after the first steps of AdamW, all of them warm-up."""
+    model, kept = architecture.model(seed), []
+    if num_steps == 0:
+        return model
+    train(
+        model,
+        architecture.batches(num_steps + 1, seed),
+        architecture.loss_fn,
+        optimizer="AdamW",
+        rate=rate,
+        num_steps=num_steps + 1,
+        schedule="constant",
+        warmup=num_steps,
+        at_steps={num_steps: lambda m: kept.append(copy.deepcopy(m))},
+        **architecture.options,
+    )
+    return kept[0]
 
-    Attributes:
-        kind: one of reconstructed_js.KINDS.
-        axis, normalize: see blockhess.analysis.axes.Axis.
-        multiple: sigma in units of the default sigma.
-        mean: over "pairs" of different blocks, or over the whole "matrix" with its zero diagonal.
-        policy: BatchNorm policy.
-    """
 
-    kind: str = "distance"
-    axis: str = "linear"
-    normalize: str | int = "none"
-    multiple: float = 1.0
-    mean: str = "pairs"
-    policy: str = "eval"
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind}, {self.axis}, divided by {self.normalize}, sigma x {self.multiple:.2g}, mean over "
-            f"{self.mean}, BatchNorm {self.policy}"
+def predictors(
+    folder: Path, name: str, architecture: Architecture, found: Race, conditions: Conditions, effort: Effort
+) -> dict[str, float | None]:
+    """Return predictor at its stage -> value, computed or loaded from the folder."""
+    size = architecture.size * (1 if architecture.images else CONTEXT)
+    values: dict[str, float | None] = dict(zip(BASELINES, (float(architecture.classes), float(size))))
+    (batch,) = architecture.batches(1, DATA_SEED)
+    for share, stage in STAGES.items():
+        seed, steps = conditions.seeds[0], conditions.warmup if share else 0
+        net = Network(
+            name, after_steps(architecture, found.rates["AdamW"], seed, steps), batch, architecture.loss_fn, ""
         )
+        policy = "batch" if has_batchnorm(net.model) else "none"
+        path = writable_folder(folder / "spectra") / f"{name}-{steps}.npz"
+        for predictor, value in zip(
+            PREDICTORS, of_spectra(measure_once(path, net, policy, effort, seed), sign(path, net, policy))
+        ):
+            values[named_predictor(predictor, stage)] = value
+    return values
 
 
-DEFAULT = Definition()
+def of_spectra(spectra: Spectra, r: float | None) -> tuple[float | None, ...]:
+    """Return the values of PREDICTORS, R being given."""
+    norms = spectra.provenance["gradient_norms"]
+    spread = spectra.curvature_spread()
+    return (
+        None if spread is None else spread.value,
+        spectra.js0().value,
+        spectra.block_rate_gain().value,
+        r,
+        heterogeneity([norms[name] for name in spectra.names], spectra.dims),
+    )
 
 
-def values_of(spectra: Spectra, policy: str, kinds: Iterable[str] = KINDS) -> dict[Definition, float]:
-    """Return JS0 under one BatchNorm policy in every definition that is possible for these blocks."""
-    compared = []
-    for axis in itertools.starmap(Axis, itertools.product(AXES, NORMALIZATIONS)):
-        if len(spectra.comparable_blocks(axis)) >= 2:
-            default = spectra.js0(axis=axis)
-            where = replace(axis, scale=default.scale)
-            for multiple in sorted(SIGMAS, key=lambda m: m != 1):
-                compared.append((multiple, spectra.js0(axis=where, sigma=multiple * default.sigma)))
-    found = {}
-    for kind, (multiple, js0) in itertools.product(kinds, compared):
-        value, count = js0_value(spectra, kind, js0), len(js0.blocks)
-        for mean, share in zip(MEANS, (1.0, (count - 1) / count)):
-            found[Definition(kind, js0.axis, js0.normalize, multiple, mean, policy)] = share * value
-    return found
-
-
-def _tables(m: Measured, kinds: Iterable[str]) -> dict[Definition, float]:
-    """Return JS0 in every definition under both BatchNorm policies."""
-    found = values_of(m.spectra["eval"], "eval", kinds)
-    if m.spectra["batch"] is not m.spectra["eval"]:
-        return found | values_of(m.spectra["batch"], "batch", kinds)
-    return found | {replace(definition, policy="batch"): value for definition, value in found.items()}
-
-
-def spread(spectra: Spectra) -> float:
-    """Return the standard deviation of log10 lambda_max over the blocks with positive curvature."""
-    zero = set(spectra.zero_blocks)
-    largest = zip(spectra.names, spectra.eigenvalue_range()[1].tolist())
-    values = [math.log10(value) for name, value in largest if value > 0 and name not in zero]
-    return float(torch.tensor(values, dtype=torch.float64).std())
-
-
-def gaps(name: str, sgd: Best, adamw: Best, *, capped: bool = False) -> list[float]:
-    """Return the gap of every seed; capped: with the initial loss at most at chance, where AdamW gets below it."""
-    most = ARCHITECTURES[name].chance if capped else math.inf
-    losses = zip(adamw.initial, sgd.final, adamw.final)
-    return [gap(min(i, most), s, a) for i, s, a in losses if not (capped and a >= most)]
+def sign(spectra_path: Path, net: Network, policy: str) -> float | None:
+    """Return R, computed or loaded from the file beside the spectra; None where curvature is not positive."""
+    path = spectra_path.with_suffix(".json")
+    if not path.exists() or path.stat().st_mtime < spectra_path.stat().st_mtime:
+        found = sign_gain(net.model, net.data, net.loss_fn, batchnorm="eval" if policy == "none" else policy)
+        path.write_text(json.dumps({**found.to_dict(), "value": None if found.missing else found.value}) + "\n")
+    value: float | None = json.loads(path.read_text())["value"]
+    return value
 
 
 def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selection | None = None) -> Result:
-    """Train the architectures, compute their spectra, and judge the claims.
+    """Race both optimizers on all networks, measure the predictors, and judge.
 
     Args:
         seed: first of the seeds; seed of the bootstrap.
-        quick: three architectures, six steps, one kind.
+        quick: three networks and few steps.
         folder: holds trainings and spectra; those of an interrupted run are reused.
         selection: its scale must be "mini".
 
@@ -196,198 +184,224 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
             "families, says nothing, and each would be trained at every rate with three seeds; fig10 and fig11 train "
             "the six once"
         )
-    settings = Settings(seeds=(seed, seed + 1, seed + 2)) if not quick else QUICK
-    names = QUICK_NAMES if quick else tuple(ARCHITECTURES)
-    measured, spent = [], 0.0
-    for found in measure(writable_folder(folder), names, settings, QUICK_EFFORT if quick else EFFORT):
-        print(f"  {found.name}: {_summary(found)}", flush=True)
-        measured.append(found)
-        for optimizer, best in (("SGD", found.sgd), ("AdamW", found.adamw)):
-            spent += cpu_seconds(folder, found.name, optimizer, best, settings)
-        spent += sum(s.provenance["seconds"] for s in {id(s): s for s in found.spectra.values()}.values())
-    result = judge(measured, settings, seed, QUICK_KINDS if quick else KINDS)
-    return replace(result, numbers={**result.numbers, "seconds of trainings and spectra, whenever made": spent})
+    conditions = QUICK if quick else Conditions(seeds=(seed, seed + 1, seed + 2))
+    chosen = {name: CALIBRATED[name] for name in (QUICK_NAMES if quick else CALIBRATED)}
+    folder = writable_folder(folder)
+    first = Conditions(conditions.num_steps, conditions.warmup, conditions.seeds[:1])
+    for name, architecture in chosen.items():  # the searches first: an interrupted run has some of every family
+        found = race(folder, name, architecture, first_rates(architecture), first)
+        print(f"  {name}: ratio {found.ratio:.2f}", flush=True)
+    records = []
+    for name, architecture in chosen.items():
+        found = race(folder, name, architecture, first_rates(architecture), conditions)
+        values = predictors(folder, name, architecture, found, conditions, QUICK_EFFORT if quick else EFFORT)
+        records.append(Record(name, architecture.family, found.ratios, found.ratio, found.rates, values))
+    costs = [json.loads(path.read_text())["cpu_seconds"] for path in (folder / "races").rglob("*.json")]
+    return judge(records, conditions, seed, {"trainings": len(costs), "processor seconds of trainings": sum(costs)})
 
 
-def _summary(found: Measured) -> str:
-    js0 = found.spectra["eval"].js0(axis="linear").value
-    return f"gap {fmean(gaps(found.name, found.sgd, found.adamw)):.3f}, JS0 {js0:.3f}"
+def correlation(records: Sequence[Record], key: str, seed: int = 0) -> tuple[Correlation | None, int]:
+    """Return the rank correlation of a predictor and the ratio, and the number of networks that have the predictor.
+
+    It is None where fewer than two families, values or ratios are left.
+    """
+    known = [(r, value) for r in records if (value := r.values[key]) is not None]
+    families, ratios = [r.family for r, _ in known], [r.ratio for r, _ in known]
+    values = [value for _, value in known]
+    if min(len({*column}) for column in (families, ratios, values)) < 2:
+        return None, len(known)
+    return rank_correlation(values, ratios, families, seed=seed), len(known)
 
 
-def judge(measured: Sequence[Measured], settings: Settings, seed: int, kinds: Iterable[str] = KINDS) -> Result:
-    """Judge the claims by the measured architectures, with JS0 of the given kinds."""
-    names = [m.name for m in measured]
-    families = [ARCHITECTURES[name].family for name in names]
-    all_gaps = {capped: [gaps(m.name, m.sgd, m.adamw, capped=capped) for m in measured] for capped in (False, True)}
-    mean = {capped: [fmean(v) if v else math.nan for v in found] for capped, found in all_gaps.items()}
-    tables = [_tables(m, kinds) for m in measured]
-    predictors: dict[Definition | str, list[float]] = {
-        definition: [table[definition] for table in tables]
-        for definition in tables[0]
-        if all(definition in table for table in tables)
+@dataclass(frozen=True)
+class Judgment:
+    """The correlations of all predictors.
+
+    Attributes:
+        of: subset of the networks -> predictor -> (correlation, number of networks).
+        best: the predictor with the largest correlation over the families in CHOOSING.
+    """
+
+    of: Mapping[str, Mapping[str, tuple[Correlation | None, int]]]
+    best: str
+
+    @property
+    def test(self) -> Correlation | None:
+        """The correlation of the best predictor over the families that did not choose it."""
+        return self.of["held out"][self.best][0]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval of that correlation is above zero."""
+        return self.test is not None and self.test.lower > 0
+
+
+def judgment(records: Sequence[Record], seed: int = 0) -> Judgment:
+    """Correlate all predictors and baselines with the ratio, over all networks and subsets of them."""
+    subsets = {
+        "all": list(records),
+        "choosing": [r for r in records if r.family in CHOOSING],
+        "held out": [r for r in records if r.family not in CHOOSING],
+        "images": [r for r in records if r.values["number of classes"] == 10],
+        "text": [r for r in records if r.values["number of classes"] != 10],
     }
-    predictors[SPREAD] = [spread(m.spectra["eval"]) for m in measured]
-    found = {
-        key: rank_correlation(values, mean[False], families, seed=seed, resamples=RESAMPLES)
-        for key, values in predictors.items()
-        if len(set(values)) > 1 and key not in (DEFAULT, SPREAD)
+    candidates = [named_predictor(predictor, stage) for stage in STAGES.values() for predictor in PREDICTORS]
+    of = {
+        subset: {key: correlation(members, key, seed) for key in (*candidates, *BASELINES)}
+        for subset, members in subsets.items()
     }
-    found |= {key: rank_correlation(predictors[key], mean[False], families, seed=seed) for key in (DEFAULT, SPREAD)}
-    defined = [k for k, value in enumerate(mean[True]) if math.isfinite(value)]
-    capped = rank_correlation(
-        [predictors[DEFAULT][k] for k in defined],
-        [mean[True][k] for k in defined],
-        [families[k] for k in defined],
-        seed=seed,
-    )
-    calibration = Calibration(
-        tuple(
-            Subject(name, family, g, js0)
-            for name, family, g, js0 in zip(names, families, mean[False], predictors[DEFAULT])
-        ),
-        {"num_steps": settings.num_steps, "seeds": list(settings.seeds), "command": "blockhess paper calibrate"},
-    )
-    definitions = {key: value for key, value in found.items() if isinstance(key, Definition)}
-    order = sorted(definitions, key=lambda key: -definitions[key].value)
+
+    def value(key: str) -> float:
+        found = of["choosing"][key][0]
+        return -math.inf if found is None else found.value
+
+    return Judgment(of, max(candidates, key=value))
+
+
+def reliability(records: Sequence[Record]) -> float:
+    """Return the mean rank correlation of the ratios of two seeds, to about which noise limits a predictor."""
+    names, pairs = [r.name for r in records], itertools.combinations(zip(*(r.ratios for r in records)), 2)
+    return fmean(rank_correlation(a, b, names, resamples=1).value for a, b in pairs)
+
+
+def judge(records: Sequence[Record], conditions: Conditions, seed: int, cost: Mapping[str, float]) -> Result:
+    """Judge the claims by the measured networks."""
+    found = judgment(records, seed)
+    reliable = reliability(records)
+    behind, on_par = sum(r.ratio > BEHIND for r in records), sum(r.ratio < ON_PAR for r in records)
+    ordered = sorted(records, key=lambda r: r.ratio)
     rows = [
         [
-            m.name,
-            f"{mean[False][k]:+.3f} ({min(all_gaps[False][k]):+.3f} ... {max(all_gaps[False][k]):+.3f})",
-            f"{mean[True][k]:+.3f}",
-            *(_rate(best) for best in (m.sgd, m.adamw)),
-            f"{predictors[DEFAULT][k]:.3f}",
-            f"{m.spectra['batch'].js0(axis='linear').value:.3f}",
-            f"{predictors[SPREAD][k]:.2f}",
+            r.name,
+            f"{_ratio(r.ratio)} ({_ratio(min(r.ratios))} ... {_ratio(max(r.ratios))})",
+            *(f"{r.rates[optimizer]:.3g}" for optimizer in ("SGD", "AdamW")),
+            *(f"{r.values[key]:g}" for key in BASELINES),
         ]
-        for k, m in enumerate(measured)
+        for r in ordered
     ]
-    header = ["architecture", "gap (over seeds)", "capped", "SGD's rate", "AdamW's", "JS0", "JS0 batch", "spread"]
-    shown = [DEFAULT, *order[:SHOWN], order[-1]]
-    lines = [[str(key), str(found[key])] for key in dict.fromkeys([*shown])]
-    lines += [[SPREAD, str(found[SPREAD])], ["the default, gap capped at chance", str(capped)]]
+    header = ["network", "ratio (over seeds)", "SGD's rate", "AdamW's", "classes", "batch"]
+    short = ["spread", "JS0", "gain", "R", "gradient"]
+    measures = [
+        [r.name, *(_value(r.values[named_predictor(p, stage)]) for stage in STAGES.values() for p in PREDICTORS)]
+        for r in ordered
+    ]
+    lines = [[key, *(_correlation(*of[key]) for of in found.of.values())] for key in next(iter(found.of.values()))]
     text = "\n\n".join(
         [
-            format_table(header, rows) + "\n* best rate at the end of the grid that was tried",
-            f"Spearman's rank correlation with the gap, {100 * CONFIDENCE:g} % by bootstrap over families\n"
-            + format_table(["definition", "correlation"], lines, left=2),
-            f"{calibration}\nadvice: {calibration.failure or 'the rule holds'}",
+            format_table(header, rows),
+            "predictors at initialization, and after 2 % of AdamW's steps\n"
+            + format_table(["network", *short, *(f"{name} 2 %" for name in short)], measures),
+            f"{behind} of {len(records)} networks have a ratio above {BEHIND:g}, {on_par} below {ON_PAR:g}; rank "
+            f"correlation of the ratios of two seeds {reliable:+.2f}",
+            f"Spearman's rank correlation with the ratio, {100 * CONFIDENCE:g} % by bootstrap over families; "
+            f"choosing: {', '.join(CHOOSING)}\n"
+            + format_table(["predictor", *(f"{subset}" for subset in found.of)], lines),
         ]
     )
     return Result(
         "calibrate",
-        f"JS0 against the gap between SGD and AdamW: {len(names)} architectures, {settings.num_steps} steps, "
-        f"{len(settings.seeds)} seeds",
+        f"Steps of SGD over steps of AdamW to the same loss: {len(records)} networks of "
+        f"{len({r.family for r in records})} families, {conditions.num_steps} steps, {len(conditions.seeds)} seeds",
         {
             "seed": seed,
-            "num_steps": settings.num_steps,
-            "warmup": settings.warmup,
-            "schedule": settings.schedule,
-            "seeds": list(settings.seeds),
-            "first rates": {name: list(rates) for name, rates in settings.grids.items()},
-            "num_probes": measured[0].spectra["eval"].quadrature.num_probes,
-            "Lanczos steps": measured[0].spectra["eval"].quadrature.num_steps,
+            "num_steps": conditions.num_steps,
+            "warmup": conditions.warmup,
+            "seeds": list(conditions.seeds),
+            "most ratio": MOST_RATIO,
+            "num_probes": EFFORT.num_probes,
+            "Lanczos steps": EFFORT.num_steps,
+            "choosing families": list(CHOOSING),
         },
-        _claims(measured, mean[False], predictors[DEFAULT], found, capped, calibration, definitions, order),
+        _claims(records, found),
         text,
         {
-            "architectures": {m.name: _record(m, all_gaps, k) for k, m in enumerate(measured)},
-            "JS0": {str(key): values for key, values in predictors.items()},
-            "correlations": {str(key): [value.value, value.lower, value.upper] for key, value in found.items()},
-            "leave one family out": calibration.leave_one_out,
-            "calibration": {"subjects": [vars(s) for s in calibration.subjects], "made": dict(calibration.made)},
+            "networks": {r.name: {key: value for key, value in vars(r).items() if key != "name"} for r in records},
+            "correlations": {
+                subset: {key: None if c is None else [c.value, c.lower, c.upper, n] for key, (c, n) in of.items()}
+                for subset, of in found.of.items()
+            },
+            "behind": behind,
+            "on par": on_par,
+            "rank correlation of two seeds": reliable,
+            "best": found.best,
+            "holds": found.holds,
+            **cost,
         },
-        figure=_draw(measured, mean[False], all_gaps[False], predictors),
+        figure=_draw(records, found),
     )
 
 
-def _rate(best: Best) -> str:
-    return f"{best.rate:.2g}{'*' if best.at_edge else ''}"
+def _ratio(value: float) -> str:
+    return f">= {MOST_RATIO}" if value >= MOST_RATIO - 1e-9 else f"{value:.2f}"
 
 
-def _record(m: Measured, all_gaps: Mapping[bool, list[list[float]]], k: int) -> dict[str, object]:
-    return {
-        "family": ARCHITECTURES[m.name].family,
-        "gaps": all_gaps[False][k],
-        "gaps capped": all_gaps[True][k],
-        **{
-            optimizer: {
-                "rate": best.rate,
-                "at edge": best.at_edge,
-                "tried": {f"{rate:.3g}": "diverged" if v is None else v for rate, v in best.tried.items()},
-                "initial": list(best.initial),
-                "final": list(best.final),
-            }
-            for optimizer, best in (("SGD", m.sgd), ("AdamW", m.adamw))
-        },
-    }
+def _value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
-def _claims(
-    measured: Sequence[Measured],
-    mean: Sequence[float],
-    default: Sequence[float],
-    found: Mapping[Definition | str, Correlation],
-    capped: Correlation,
-    calibration: Calibration,
-    definitions: Mapping[Definition, Correlation],
-    order: Sequence[Definition],
-) -> tuple[Claim, ...]:
-    sides: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for m, g, js0 in zip(measured, mean, default):
-        sides[ARCHITECTURES[m.name].transformer].append((g, js0))
-    of = {side: [fmean(column) for column in zip(*pairs)] for side, pairs in sides.items() if pairs}
-    positive = [key for key in definitions if definitions[key].lower > 0]
-    best = definitions[order[0]]
-    correlation = found[DEFAULT]
-    needs = sum(s.needs_adam for s in calibration.subjects)
+def _correlation(found: Correlation | None, count: int) -> str:
+    return f"none, n = {count}" if found is None else f"{found}, n = {count}"
+
+
+def _claims(records: Sequence[Record], found: Judgment) -> tuple[Claim, ...]:
+    start = STAGES[0.0]
+    every = found.of["all"]
+    heterogeneity = [named_predictor(predictor, start) for predictor in PREDICTORS[:2]]
+    positive = [c is not None and c.lower > 0 for c in (every[key][0] for key in heterogeneity)]
+    sides = [[r.ratio for r in records if CALIBRATED[r.name].transformer is side] for side in (True, False)]
+    means = [geometric_mean(side) if side else math.nan for side in sides]
+    tested = _correlation(*found.of["held out"][found.best])
     return (
         Claim(
-            "Section 2.3: SGD is worse than Adam where the blocks are heterogeneous, and on par where they are not: "
-            "JS0 predicts the gap.",
-            f"rank correlation {correlation} of JS0 in the default definition and the gap, n = {len(measured)}; with "
-            f"the initial loss capped at chance {capped}; of the spread of log lambda_max {found[SPREAD]}.",
-            verdict(correlation.lower > 0, correlation.value > 0.3),
+            "Section 2.3: SGD is worse than Adam where the blocks are heterogeneous, and on par where they are not.",
+            "rank correlation with the ratio of steps: "
+            + "; ".join(f"{key} {_correlation(*every[key])}" for key in heterogeneity)
+            + ".",
+            verdict(all(positive), any(positive)),
         ),
         Claim(
-            "Section 2.5: JS0, suitably defined, tells before training whether SGD can be used.",
-            f"{len(positive)} of {len(definitions)} definitions have an interval above zero; the best of all has "
-            f"{best} ({order[0]}), chosen after the fact. Leaving one family out, the default's rule decides on "
-            f"{calibration.num_decided} of {len(measured)} architectures and is wrong about {calibration.num_wrong}.",
-            verdict(not calibration.failure, len(positive) > len(definitions) / 2),
+            "Section 2.5: a measure of the blocks tells before training whether SGD can be used.",
+            f"{found.best} has the largest correlation over {', '.join(CHOOSING)}, "
+            f"{_correlation(*found.of['choosing'][found.best])}; over the other families {tested}.",
+            verdict(found.holds, found.test is not None and found.test.value > 0.3),
         ),
         Claim(
             "Section 2.1: on Transformers SGD performs significantly worse than Adam, on CNNs they are similar.",
-            f"mean gap {of[True][0]:.3f} of Transformers and {of[False][0]:.3f} of all others (JS0 {of[True][1]:.3f} "
-            f"and {of[False][1]:.3f}); {needs} of {len(measured)} have a gap above {NEEDED_GAP:g}: "
-            f"{', '.join(s.name for s in calibration.subjects if s.needs_adam) or 'none'}.",
+            f"geometric mean ratio {means[0]:.2f} of {len(sides[0])} Transformers, {means[1]:.2f} of all others.",
             verdict(
-                all(g > NEEDED_GAP for g, _ in sides[True]) and all(g <= NEEDED_GAP for g, _ in sides[False]),
-                of[True][0] > of[False][0] + NEEDED_GAP,
+                all(ratio > BEHIND for ratio in sides[0]) and all(ratio < BEHIND for ratio in sides[1]),
+                means[0] > ON_PAR * means[1],
             ),
         ),
     )
 
 
-def _draw(
-    measured: Sequence[Measured],
-    mean: Sequence[float],
-    every: Sequence[Sequence[float]],
-    predictors: Mapping[Definition | str, Sequence[float]],
-) -> Figure:
-    figure = new_figure(11.0, 5.0)
-    panels = figure.subplots(1, 2, sharey=True)
-    drawn: dict[Definition | str, str] = {DEFAULT: "JS0 at initialization, default definition", SPREAD: SPREAD}
-    for panel, (key, label) in zip(panels, drawn.items()):
-        for k, m in enumerate(measured):
-            x = predictors[key][k]
-            color = ADAM_COLOR if ARCHITECTURES[m.name].transformer else GD_COLOR
-            panel.plot([x, x], [min(every[k]), max(every[k])], color=color, linewidth=1)
-            panel.plot([x], [mean[k]], "o", color=color, markersize=5)
-            panel.annotate(m.name, (x, mean[k]), xytext=(4, 3), textcoords="offset points", fontsize="x-small")
-        panel.axhline(NEEDED_GAP, color="0.7", linestyle="--", linewidth=1)
-        panel.set_xlabel(label)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    panels[0].set_ylabel("gap between SGD and AdamW (bar: seeds)")
-    panels[0].set_title("orange: Transformers; dashed: where Adam counts as needed", fontsize="small")
+def _draw(records: Sequence[Record], found: Judgment) -> Figure:
+    figure = new_figure(14.0, 6.0)
+    panels = figure.subplots(2, len(PREDICTORS), sharey=True)
+    for row, stage in zip(panels, STAGES.values()):
+        for panel, predictor in zip(row, PREDICTORS):
+            key = named_predictor(predictor, stage)
+            for r in records:
+                if (x := r.values[key]) is None:
+                    continue
+                color = GD_COLOR if CALIBRATED[r.name].images else ADAM_COLOR
+                panel.plot([x, x], [min(r.ratios), max(r.ratios)], color=color, linewidth=1)
+                filled = color if r.family in CHOOSING else "white"
+                panel.plot([x], [r.ratio], "o", color=color, markerfacecolor=filled, markersize=5)
+            if predictor in ("gain of block rates", "R"):
+                panel.set_xscale("log")
+            panel.set_yscale("log")
+            panel.set_yticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+            panel.minorticks_off()
+            panel.axhline(1.0, color="0.7", linestyle="--", linewidth=1)
+            panel.set_xlabel(key, fontsize="small")
+            panel.set_title(_correlation(*found.of["all"][key]), fontsize="small")
+            for side in ("top", "right"):
+                panel.spines[side].set_visible(False)
+        row[0].set_ylabel("steps of SGD / AdamW (bar: seeds)")
+    figure.suptitle(
+        "blue: images, orange: text; filled: the families that choose the predictor; above: rank correlation over all",
+        fontsize="small",
+    )
     return figure

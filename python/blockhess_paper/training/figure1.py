@@ -149,7 +149,7 @@ def small_panel(name: str, seed: int, quick: bool) -> Panel:
     """Return the panel of one of SUBJECTS."""
     title, optimizer, rate = SUBJECTS[name]
     architecture = ARCHITECTURES[name]
-    source = "Shakespeare" if architecture.draw == "windows" else "Fashion-MNIST"
+    source = "Fashion-MNIST" if architecture.images else "Shakespeare"
 
     def batch() -> Network:
         return Network(name, architecture.model(seed), architecture.batches(1, seed), architecture.loss_fn, source)
