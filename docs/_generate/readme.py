@@ -105,6 +105,7 @@ def found_part() -> str:
         assert match, f"no page says {pattern}"
         return match.groups()
 
+    above, pairs = numbers(r"disjoint intervals, in (\d) of (\d) comparisons", findings)
     batch_more, eval_less = numbers(
         r"with batch statistics more in (\d) .*?eval mode more in 0, less in (\d) ", findings
     )
@@ -118,8 +119,9 @@ def found_part() -> str:
         r"(\d+) claims: (\d+) reproduced, (\d+) partly, (\d+) not reproduced", theory
     )
     return f"""\
-- ResNet18 has a smaller JS0 than GPT2-nano in {eval_less} of {measures} measures with BatchNorm in eval mode, a larger
-  one in {batch_more} with batch statistics, beyond error bars, for both seeds ([findings](docs/findings.md)).
+- GPT2-nano has a larger curvature spread and a larger JS0 than ResNet18, beyond error bars, in {above} of {pairs} cases:
+  two seeds, three modes of BatchNorm. Of {measures} measures of JS0, four of them on a linear axis, ResNet18's is
+  smaller in {eval_less} in eval mode and larger in {batch_more} with batch statistics ([findings](docs/findings.md)).
 - How many more steps SGD needs than AdamW on {networks} small networks: the best of {count} predictors {predicts} it
   on other families, rank correlation {rank} (95 %: {low} to {high}; [calibration](docs/calibration.md)).
 - Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part, {not_reproduced} not \

@@ -79,7 +79,7 @@ def js0(
     if confidence is None:
         return mean
     confidence = check_confidence("js0", confidence)
-    _, _, bias, stderr = _js_error(spectra, mean)
+    _, _, bias, stderr = probe_error(spectra, mean)
     steps = steps_range(quadrature_for(spectra, where := _axis_of(mean)), spectra.rows(mean.blocks), where, mean)
     return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, confidence, steps)
 
@@ -103,10 +103,11 @@ def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Te
     Example:
         >>> bias, stderr = spectra.js_matrix_error(sigma=0.01)
     """
-    return _js_error(spectra, compare(spectra, **comparison)[1])[:2]
+    return probe_error(spectra, compare(spectra, **comparison)[1])[:2]
 
 
-def _js_error(spectra: SpectraData, mean: JS0) -> tuple[Tensor, Tensor, float, float]:
+def probe_error(spectra: SpectraData, mean: JS0) -> tuple[Tensor, Tensor, float, float]:
+    """Return what js_error does, of a comparison of these spectra."""
     axis = _axis_of(mean)
 
     def divergence(probes: list[int]) -> Tensor:

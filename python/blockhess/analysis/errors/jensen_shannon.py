@@ -36,8 +36,8 @@ _FEW_PROBES = 1.1
 # Number of points that fill the gaps between nodes.
 _FILLING = 1000
 
-# The bounds of the densities vary slowly: they are computed at every fourth point of the grid, half a sigma apart.
-_THINNING = 4
+# Of the grid on which bounds are integrated, which costs much more than the divergence of two densities.
+_POINTS_PER_SIGMA = 2
 
 
 def mean_of_pairs(matrix: Tensor) -> float:
@@ -85,11 +85,9 @@ def steps_range(q: Quadrature, rows: Sequence[int], axis: Axis, js0: JS0) -> tup
     nodes = torch.cat([part.axis.place(part.recurrence.nodes).flatten() for part in parts])
     # Gaps between nodes may hold eigenvalues that were not seen: the grid has none.
     between = torch.linspace(float(nodes.min()), float(nodes.max()), _FILLING, dtype=torch.float64)
-    grid = node_grid(torch.cat([nodes, between]), js0.sigma)
+    grid = node_grid(torch.cat([nodes, between]), js0.sigma, _POINTS_PER_SIGMA)
     density = torch.stack([part.density(part.axis, grid, js0.sigma) for part in parts])
-    coarse = torch.cat([grid[::_THINNING], grid[-1:]])
-    error = torch.stack([density_bound(q, row, coarse, js0.sigma, part.axis) for row, part in zip(rows, parts)])
-    error = torch.maximum(error[:, :-1], error[:, 1:]).repeat_interleave(_THINNING, 1)[:, : len(grid)]
+    error = torch.stack([density_bound(q, row, grid, js0.sigma, part.axis) for row, part in zip(rows, parts)])
     low, high = (density - error).clamp(min=0.0), density + error
     sums = torch.zeros(2, len(rows), len(rows), dtype=torch.float64)
     for i in range(len(rows) - 1):
@@ -100,7 +98,7 @@ def steps_range(q: Quadrature, rows: Sequence[int], axis: Axis, js0: JS0) -> tup
         most = torch.maximum(_divergence(own[1], others[0]), _divergence(own[0], others[1]))
         sums[0, i, i + 1 :], sums[1, i, i + 1 :] = least.sum(1), most.sum(1)
     largest = largest_value("divergence", js0.base)
-    sums = (sums * (grid_spacing(js0.sigma) / math.log(js0.base))).clamp(max=largest)
+    sums = (sums * (grid_spacing(js0.sigma, _POINTS_PER_SIGMA) / math.log(js0.base))).clamp(max=largest)
     lower, upper = (mean_of_pairs(part + part.T) for part in (sums.sqrt() if js0.kind == "distance" else sums))
     return min(lower, js0.value), max(upper, js0.value)
 
