@@ -120,8 +120,8 @@ def found_part() -> str:
     )
     return f"""\
 - GPT2-nano has a larger curvature spread and JS0 than ResNet18, beyond error bars, in {above} of {pairs} cases: two
-  seeds, three modes of BatchNorm. Of {measures} measures of JS0, four of them on a linear axis, ResNet18's is smaller in
-  {eval_less} in eval mode and larger in {batch_more} with batch statistics ([findings](docs/findings.md)).
+  seeds, three modes of BatchNorm. Of {measures} measures of JS0, four of them on a linear axis, ResNet18's is
+  smaller in {eval_less} in eval mode and larger in {batch_more} with batch statistics ([findings](docs/findings.md)).
 - How many more steps SGD needs than AdamW on {networks} small networks: the best of {count} predictors {predicts} it
   on other families, rank correlation {rank} (95 %: {low} to {high}; [calibration](docs/calibration.md)).
 - Of {claims} claims on theory and small models {reproduced} were reproduced, {partly} in part, {not_reproduced} not \
