@@ -17,12 +17,22 @@ from tests.helpers.notebooks import NOTEBOOKS, executed  # noqa: E402
 
 
 def printed(notebook: nbformat.NotebookNode) -> list[str]:
-    """Return the text of every output without its numbers; "picture" for a picture."""
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    texts = [
-        "picture" if "image/png" in output.get("data", {}) else output.get("text") or output["data"]["text/plain"]
-        for output in outputs
-    ]
+    """Return the text of every output without its numbers; "picture" for a picture.
+
+    Streams that follow each other are one: how they are cut depends on the time.
+    """
+    texts: list[str] = []
+    in_stream = False
+    for output in (output for cell in notebook.cells if cell.cell_type == "code" for output in [None, *cell.outputs]):
+        if output is None:  # a new cell
+            in_stream = False
+        elif "text" in output:
+            texts += [] if in_stream else [""]
+            texts[-1] += output["text"]
+            in_stream = True
+        else:
+            texts.append("picture" if "image/png" in output["data"] else output["data"]["text/plain"])
+            in_stream = False
     return [words(text) for text in texts]
 
 
