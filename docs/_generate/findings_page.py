@@ -20,9 +20,7 @@ import torch
 
 import blockhess
 from blockhess.analysis.axes import Axis
-from blockhess.analysis.comparison import probe_error
 from blockhess.analysis.errors.intervals import student_quantile
-from blockhess.analysis.errors.jensen_shannon import with_interval
 from blockhess.analysis.jensen_shannon import JS0
 from blockhess.spectra import Spectra
 from blockhess_paper.commands import NETWORK_EXPERIMENTS
@@ -67,10 +65,8 @@ def spectra(stem: str) -> Spectra:
 
 @cache
 def js0(stem: str, measure: str) -> JS0:
-    """Return JS0 with a 95 % interval for the probes alone; bounds for the steps take long where sigma is small."""
-    mean = spectra(stem).js0(**MEASURES[measure])
-    *_, bias, stderr = probe_error(spectra(stem), mean)
-    return with_interval(mean, bias, stderr, spectra(stem).quadrature.num_probes, 0.95, (mean.value, mean.value))
+    """Return JS0 with 95 % intervals."""
+    return spectra(stem).js0(**MEASURES[measure], confidence=0.95)
 
 
 def format_js0(found: JS0) -> str:

@@ -12,10 +12,12 @@ from blockhess.analysis import distances, jensen_shannon
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.density import check_sigma_in_range, default_sigma
 from blockhess.analysis.errors.intervals import check_confidence
-from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, steps_range, with_interval
+from blockhess.analysis.errors.jensen_shannon import SHORTER, js_error, mean_of_pairs, steps_error, with_interval
+from blockhess.analysis.errors.steps import exact, shortened
 from blockhess.analysis.jensen_shannon import JS0
-from blockhess.analysis.selection import compared, distributions, excluded, quadrature_for, resolved_axis
+from blockhess.analysis.selection import compared, distributions, excluded, resolved_axis
 from blockhess.results.data import SpectraData
+from blockhess_ext import Quadrature
 
 
 def js_matrix(
@@ -62,7 +64,7 @@ def js0(
     """Return the mean of js_matrix over all pairs of different blocks, the paper's measure of heterogeneity.
 
     Random probes bias it upwards. With `confidence` the jackknife estimates the bias and the error of the probes, and
-    the error of finite steps is bounded, at the cost of n_probes more matrices.
+    changes from fewer steps that of finite steps, at the cost of n_probes + 2 more matrices.
 
     Args, Raises: see js_matrix.
         confidence: probability of the interval of the exact spectra, in (0, 1); None means no interval.
@@ -75,17 +77,28 @@ def js0(
     Example:
         >>> print(spectra.js0(confidence=0.95))
     """
-    mean = compare(spectra, kind, base, sigma, axis, blocks)[1]
+    matrix, mean = compare(spectra, kind, base, sigma, axis, blocks)
     if confidence is None:
         return mean
     confidence = check_confidence("js0", confidence)
     _, _, bias, stderr = probe_error(spectra, mean)
-    steps = steps_range(quadrature_for(spectra, where := _axis_of(mean)), spectra.rows(mean.blocks), where, mean)
+    steps = _steps_error(spectra, mean, matrix)
     return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, confidence, steps)
 
 
-def _axis_of(js0: JS0) -> Axis:
-    return Axis(js0.axis, js0.normalize, js0.scale)
+def _steps_error(spectra: SpectraData, mean: JS0, matrix: Tensor) -> float:
+    quadrature = spectra.quadrature
+    single = (quadrature.steps == 1) & ~exact(quadrature)
+    if bool(single[:, spectra.rows(mean.blocks)].any()):
+        return math.inf  # there are no fewer steps
+    return steps_error(matrix, [_matrix(spectra, mean, shortened(quadrature, share)) for share in SHORTER])
+
+
+def _matrix(spectra: SpectraData, like: JS0, quadrature: Quadrature, kind: str | None = None) -> Tensor:
+    """Return js_matrix of another quadrature of the same blocks, with the axis, scale and sigma of `like`."""
+    axis = Axis(like.axis, like.normalize, like.scale)
+    nodes, weights = distributions(spectra, like.blocks, axis, quadrature)
+    return jensen_shannon.js_matrix(nodes, weights, sigma=like.sigma, kind=kind or like.kind, base=like.base)
 
 
 def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Tensor]:
@@ -108,11 +121,9 @@ def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Te
 
 def probe_error(spectra: SpectraData, mean: JS0) -> tuple[Tensor, Tensor, float, float]:
     """Return what js_error does, of a comparison of these spectra."""
-    axis = _axis_of(mean)
 
     def divergence(probes: list[int]) -> Tensor:
-        nodes, weights = distributions(spectra, mean.blocks, axis, probes)
-        values = jensen_shannon.js_matrix(nodes, weights, kind="divergence", base=mean.base, sigma=mean.sigma)
+        values = _matrix(spectra, mean, spectra.quadrature.of_probes(probes), "divergence")
         unknown = ~(spectra.quadrature.steps[probes] > 0).any(0)[spectra.rows(mean.blocks)]
         return values.masked_fill(unknown[:, None] | unknown, math.nan)
 

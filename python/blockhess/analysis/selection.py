@@ -107,12 +107,15 @@ def resolved_axis(op: str, spectra: SpectraData, blocks: Sequence[str] | None, a
     return axis
 
 
-def quadrature_for(spectra: SpectraData, axis: Axis) -> Quadrature:
+def quadrature_for(spectra: SpectraData, axis: Axis, quadrature: Quadrature | None = None) -> Quadrature:
     """Return the quadrature for an axis: on the asinh axis, eigenvalues within zero_tolerance are zero.
 
     There, errors of Hessian-vector products with a sharp block can be as large as the eigenvalues of a flat one.
+
+    Args:
+        quadrature: of the same blocks, such as that of some of the probes; None means the whole.
     """
-    quadrature = spectra.quadrature
+    quadrature = quadrature or spectra.quadrature
     if axis.name == "linear":
         return quadrature
     is_zero = quadrature.nodes.abs() <= spectra.zero_tolerance[:, None]
@@ -120,12 +123,11 @@ def quadrature_for(spectra: SpectraData, axis: Axis) -> Quadrature:
 
 
 def distributions(
-    spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis, probes: list[int] | None = None
+    spectra: SpectraData, blocks: Sequence[str] | None, axis: Axis, quadrature: Quadrature | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return nodes on a resolved axis and weights, (n_blocks, K) each; None means all blocks, or all probes."""
-    rows, quadrature = spectra.rows(blocks), quadrature_for(spectra, axis)
-    merged = quadrature.merged() if probes is None else quadrature.of_probes(probes).merged()
-    nodes, weights = (part[rows] for part in merged)
+    """Return nodes on a resolved axis and weights, (n_blocks, K) each, of all blocks by default; see quadrature_for."""
+    rows = spectra.rows(blocks)
+    nodes, weights = (part[rows] for part in quadrature_for(spectra, axis, quadrature).merged())
     divisors = axes.divisors(nodes, weights, [spectra.dims[row] for row in rows], axis.normalize)
     return axis.place(nodes / divisors[:, None]), weights
 

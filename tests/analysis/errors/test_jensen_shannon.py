@@ -53,10 +53,15 @@ def test_the_interval_of_js0_contains_what_few_steps_do() -> None:
     assert all(total for total, _ in found) and sum(probes for _, probes in found) <= 2
 
 
-def test_bounds_for_the_steps_vanish_for_exact_recurrences() -> None:
+def test_the_error_of_the_steps_vanishes_for_exact_recurrences() -> None:
     q = batched_slq(lambda v: v * torch.arange(24.0), [8] * 3, num_probes=4, num_steps=8)
     js0 = as_spectra(q).js0(axis="linear", confidence=0.95)
     assert js0.interval == pytest.approx(js0.probes_interval, abs=1e-9)
+
+
+def test_the_error_of_a_single_step_is_unknown() -> None:
+    q = batched_slq(lambda v: v * torch.arange(24.0), [8] * 3, num_probes=4, num_steps=1)
+    assert as_spectra(q).js0(axis="linear", confidence=0.95).interval == (0.0, 1.0, 0.95)
 
 
 @pytest.mark.parametrize("kind", ["distance", "divergence"])

@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from scipy.stats import wasserstein_distance
 
 from blockhess.analysis.errors import steps
-from blockhess.analysis.errors.steps import Recurrence, density_bound, exact, wasserstein_bound
+from blockhess.analysis.errors.steps import Recurrence, density_bound, exact, shortened, wasserstein_bound
 from blockhess_ext import batched_slq
 from tests.helpers.dense_measures import lanczos, spectra
 from tests.helpers.spectra_cases import float64, make_spectra
@@ -203,3 +203,14 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "_CHUNK", 1)
     for a, b in zip(whole, recurrence.cdf_bounds(x)):
         assert torch.equal(a, b)
+
+
+def test_shortened_is_the_quadrature_of_fewer_steps() -> None:
+    """The third block has two eigenvalues: its recurrences are exact after two steps and stay."""
+    diagonal = torch.cat([torch.linspace(0, 1, 50), torch.arange(50.0), torch.arange(50.0) % 2])
+    few, many = (batched_slq(lambda v: v * diagonal, [50] * 3, num_probes=2, num_steps=m) for m in (5, 10))
+    half = shortened(many, 0.5)
+    assert half.steps[:, :2].eq(5).all() and half.steps[:, 2].eq(many.steps[:, 2]).all()
+    torch.testing.assert_close(half.nodes[:, :2, :5], few.nodes[:, :2], rtol=0, atol=1e-4)  # eps * 50 in float32
+    torch.testing.assert_close(half.weights[:, :2, :5], few.weights[:, :2], rtol=0, atol=1e-4)
+    assert half.nodes[:, 2].equal(many.nodes[:, 2])

@@ -18,6 +18,7 @@ Source: Szegő 1939, section 3.41 (Chebyshev, Markov, Stieltjes); Golub and Meur
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import scipy  # submodules load on first use
@@ -63,6 +64,17 @@ def _norms(alpha: Tensor, beta: Tensor, steps: Tensor) -> Tensor:
     diagonal = torch.where(j < steps[..., None], alpha.abs(), 0.0)
     couplings = torch.where(j < steps[..., None] - 1, beta.abs(), 0.0)
     return (diagonal + couplings + torch.nn.functional.pad(couplings[..., :-1], (1, 0))).amax(-1)
+
+
+def shortened(quadrature: Quadrature, share: float) -> Quadrature:
+    """Return the quadrature of a share of the steps, at least one, of every recurrence that is not exact."""
+    q, inexact = quadrature, ~exact(quadrature)
+    rules = dataclasses.replace(q, nodes=q.nodes.clone(), weights=q.weights.clone(), steps=q.steps.clone())
+    rules.steps[inexact] = (share * q.steps[inexact]).ceil().long()
+    rules.nodes[inexact], rules.weights[inexact] = ops.tridiag_quadrature(
+        q.alpha[inexact], q.beta[inexact], rules.steps[inexact]
+    )
+    return rules
 
 
 class Recurrence:
