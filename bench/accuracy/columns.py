@@ -1,6 +1,6 @@
 """Measure how often the printed intervals contain the truth, on eight models whose eigenvalues are all known.
 
-    python -m bench.accuracy.columns [--json PATH] [--text PATH] [--quick | --show PATH]      # 2 hours
+    python -m bench.accuracy.columns [--json PATH] [--text PATH] [--quick | --show PATH]      # 25 minutes
 
 For every number of the table and the report with an error: the share of 200 seeds in which the exact value lies in its
 95 % interval, at 2 x 20, 10 x 30 and 10 x 100 probes x steps. The models are those of `known_spectra.model_spectra`.
