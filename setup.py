@@ -1,11 +1,13 @@
-"""Builds blockhess_ext._C against the torch that is installed: with CUDA where CUDA is, without it elsewhere.
+"""Builds blockhess_ext._C, which uses torch's stable ABI of 2.10 and runs with any torch >= 2.10.
 
-BLOCKHESS_CUDA=auto (default) takes CUDA if torch was built with it and CUDA_HOME holds its headers; 1 insists on it,
-0 declines it.
+BLOCKHESS_CUDA=auto (default) takes CUDA if torch was built with it and CUDA_HOME holds a toolkit of the same major version;
+1 insists on it, 0 declines it. What is compiled with CUDA runs with CUDA builds of torch of that major version only.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -14,7 +16,6 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
-INSTALL = "pip install --no-build-isolation ."
 
 
 def refuse(reason: str) -> None:
@@ -24,17 +25,14 @@ def refuse(reason: str) -> None:
 try:
     import torch
 except ImportError:
-    refuse(
-        "torch is not importable here, and the extension must be compiled against the torch it will run with. "
-        f"Install torch >= 2.10, setuptools, pybind11 and ninja, then type: {INSTALL}"
-    )
+    refuse("torch cannot be imported, which compiling needs. Type: pip install .   (without --no-build-isolation)")
 
 from torch.utils import cpp_extension  # noqa: E402
 
 try:
     import pybind11
 except ImportError:
-    refuse(f"pybind11 is needed to compile the extension. Type: pip install pybind11 ninja, then: {INSTALL}")
+    refuse("pybind11 is needed to compile the extension. Type: pip install pybind11 ninja")
 
 
 def check_torch() -> None:
@@ -70,7 +68,24 @@ def cuda_obstacle() -> str | None:
             f"{cpp_extension.CUDA_HOME}/include/cuda_runtime.h does not exist (nvcc on PATH may be a wrapper): "
             "export CUDA_HOME=/path/to/cuda"
         )
+    needed = torch.version.cuda.split(".")[0]
+    found = nvcc_major(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
+    if found != needed:
+        return (
+            f"torch {torch.__version__} needs nvcc of CUDA {needed}, got {found} in {cpp_extension.CUDA_HOME}: "
+            "export CUDA_HOME=/path/to/cuda"
+        )
     return None
+
+
+def nvcc_major(nvcc: Path) -> str:
+    """The major version of a CUDA compiler, such as "13", or "none"."""
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return "none"
+    release = re.search(r"release (\d+)\.", text)
+    return release[1] if release else "none"
 
 
 def use_cuda() -> bool:
@@ -121,4 +136,5 @@ def extension():
 check_torch()
 check_compiler()
 check_python_headers()
+os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"  # Python's own flags ask for debug symbols, 13 times the code
 setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (loads the libraries that the extension links against)
+import torch  # loads the libraries that the extension links against
+
+if torch.__version__ < (2, 10):
+    raise ImportError(f"blockhess_ext: torch must be 2.10 or newer, got {torch.__version__}; run: pip install 'torch>=2.10'")
 
 try:
     import blockhess_ext._C as _C
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"blockhess_ext: {__path__[0]} must hold the module compiled for this Python, and does not; in blockhess' source "
+        "folder run: pip install -e ."
+    ) from error
 except ImportError as error:
     raise ImportError(
-        "blockhess_ext is not compiled for this Python and torch; in blockhess' source folder run: "
-        "pip install --no-build-isolation -e .   (without -e it works outside that folder only, which hides what is "
-        f"installed: {error})"
+        f"blockhess_ext: the compiled module does not load with torch {torch.__version__} ({error}); compile it against "
+        "this torch, in blockhess' source folder run: pip install setuptools pybind11 ninja && "
+        "pip install --no-build-isolation ."
     ) from error
 
 from blockhess_ext import ops, reference
