@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import torch  # loads the libraries that the extension links against
 
-if torch.__version__ < (2, 10):
-    raise ImportError(f"blockhess_ext: torch must be 2.10 or newer, got {torch.__version__}; run: pip install 'torch>=2.10'")
+if torch.__version__ < "2.10":  # compared as versions
+    raise ImportError(
+        f"blockhess_ext: torch must be 2.10 or newer, got {torch.__version__}; run: pip install 'torch>=2.10'"
+    )
 
 try:
     import blockhess_ext._C as _C
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"blockhess_ext: {__path__[0]} must hold the module compiled for this Python, and does not; in blockhess' source "
-        "folder run: pip install -e ."
+        f"blockhess_ext: {__path__[0]} must hold the module compiled for this Python, and does not; in blockhess' "
+        "source folder run: pip install -e ."
     ) from error
 except ImportError as error:
     raise ImportError(
-        f"blockhess_ext: the compiled module does not load with torch {torch.__version__} ({error}); compile it against "
-        "this torch, in blockhess' source folder run: pip install setuptools pybind11 ninja && "
+        f"blockhess_ext: the compiled module does not load with torch {torch.__version__} ({error}); compile it "
+        "against this torch, in blockhess' source folder run: pip install setuptools pybind11 ninja && "
         "pip install --no-build-isolation ."
     ) from error
 
