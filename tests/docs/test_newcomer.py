@@ -98,7 +98,10 @@ def test_nothing_that_is_kept_is_measured_anew() -> None:
 
 
 def test_what_installs_is_done_in_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = page_of(tmp_path, "```sh\nmake demo  # why\nmake test\n```\n```text\nspectra 1\n```\n")
+    page = page_of(
+        tmp_path,
+        "```sh\nmake demo  # why\nmake test\npip --version | grep -q clone-venv/\n```\n```text\nspectra 1\n```\n",
+    )
     source = tmp_path / "source"
     source.mkdir()
     (source / "Makefile").write_text("demo:\n\t@echo spectra 2\ntest:\n\t@false\n")

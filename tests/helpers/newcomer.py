@@ -207,6 +207,9 @@ def install(page: Path, clone: Path) -> bool:
                 subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
             print(f"{page.name}: {'; '.join(lines)}", flush=True)
             bare = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME") or "PIP" in name}
+            if any(line.startswith("pip ") for line in lines):  # the reader's own environment
+                subprocess.run([sys.executable, "-m", "venv", f"{clone}-venv"], check=True)
+                bare["PATH"] = f"{clone}-venv/bin:{bare['PATH']}"
             type_in(lines, bare, clone, shown_after(found[i + 1 :]))
     return clone.exists()
 

@@ -80,7 +80,7 @@ def _python() -> Outcome:
 def _packages() -> Outcome:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     ok = tuple(int(part) for part in versions["torch"].split("+")[0].split(".")[:2]) >= (2, 10)
-    advice = "" if ok else "torch 2.10 or newer is needed: pip install 'torch>=2.10', then build blockhess again"
+    advice = "" if ok else "torch 2.10 or newer is needed: pip install 'torch>=2.10'"
     versions = {"blockhess": __version__, **versions}
     return ok, ", ".join(f"{name} {version}" for name, version in versions.items()), advice
 
