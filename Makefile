@@ -43,7 +43,7 @@ notebooks: $(VENV)/.installed-test
 	$(bin)/python -m tests.helpers.notebooks
 
 clean:
-	rm -rf $(VENV) build site *.egg-info python/blockhess_ext/*.so
+	rm -rf $(VENV) build site *.egg-info blockhess_ext/*.so
 
 $(VENV)/.torch:
 	@if $(PYTHON) -c "$(has_torch)" 2>/dev/null; \

@@ -58,7 +58,7 @@ step() {
 # Copy the sources, without build outputs and environments.
 copy() {
   (cd "$root" && tar cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE \
-    csrc python tests bench) | tar xf - -C "$work"
+    csrc blockhess_ext python tests bench) | tar xf - -C "$work"
 }
 
 machine() {
@@ -88,7 +88,7 @@ copy || { say 'sources                FAILED: cannot be copied'; exit 1; }
 machine >"$out/machine.log" 2>&1
 
 if [ $reuse = 1 ]; then
-  step build 30 cp "$root"/python/blockhess_ext/_C*.so python/blockhess_ext/
+  step build 30 cp "$root"/blockhess_ext/_C*.so blockhess_ext/
 elif [ $dry = 1 ]; then
   step build 300 env BLOCKHESS_CUDA=0 "$python" setup.py build_ext --inplace
 else

@@ -18,7 +18,7 @@ mkdir -p "$tree"
 # cp -u leaves unchanged files alone, so that only changed sources are compiled again.
 cp -ru blockhess_ext csrc python tests setup.py pyproject.toml README.md LICENSE "$tree"
 cd "$tree"
-rm -f python/blockhess_ext/*.so
+rm -f blockhess_ext/*.so
 
 build() {
     CXX=g++ CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" \

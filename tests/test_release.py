@@ -31,19 +31,20 @@ def tracked(*paths: str) -> list[str]:
 
 
 def test_every_folder_of_python_is_a_package() -> None:
-    folders = {str(Path(name).parent) for name in tracked("python") if name.endswith(".py")}
+    folders = {str(Path(name).parent) for name in tracked("python", "blockhess_ext") if name.endswith(".py")}
     found = sorted(folder.removeprefix("python/").replace("/", ".") for folder in folders)
-    (where,) = PROJECT["tool"]["setuptools"]["packages"]["find"]["where"]
-    assert found == sorted(find_packages(str(ROOT / where)))
+    find = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    packages = [p for where in find["where"] for p in find_packages(str(ROOT / where), include=find["include"])]
+    assert found == sorted(packages)
 
 
 def test_every_file_beside_the_modules_is_packaged() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     held: set[str] = set()
     for package, patterns in setuptools["package-data"].items():
-        folder = ROOT / "python" / package
+        (folder,) = (path for path in (ROOT / "python" / package, ROOT / package) if path.is_dir())
         held |= {str(path.relative_to(ROOT)) for pattern in patterns for path in folder.glob(pattern)}
-    others = {name for name in tracked("python") if not name.endswith(".py")}
+    others = {name for name in tracked("python", "blockhess_ext") if not name.endswith(".py")}
     assert others == others & held and len(others) > 10
 
 

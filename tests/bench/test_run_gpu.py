@@ -21,8 +21,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not list(ROOT.glob("python/blockhess_ext/_C*.so")),
-    reason="needs a build in place: python setup.py build_ext --inplace",
+    not list(ROOT.glob("blockhess_ext/_C*.so")), reason="needs a build in place: python setup.py build_ext --inplace"
 )
 def test_dry_run(tmp_path):
     done = script(str(tmp_path), "--dry-run", "--reuse-build")

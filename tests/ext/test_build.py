@@ -129,7 +129,7 @@ def import_error(folder: Path, before: str = "") -> str:
 def test_an_import_without_a_build_says_what_to_run(tmp_path):
     assert import_error(tmp_path) == (
         f"ImportError: blockhess_ext: {tmp_path}/blockhess_ext must hold the module compiled for this Python, and does "
-        "not; in blockhess' source folder run: pip install -e ."
+        "not; in blockhess' source folder run: pip install ."
     )
 
 
@@ -157,6 +157,15 @@ def test_an_import_without_the_cuda_libraries_of_the_build_says_what_to_run(tmp_
     assert found.endswith("pip install setuptools pybind11 ninja && pip install --no-build-isolation .")
 
 
-def test_the_source_folder_hides_no_installed_package():
-    """Python looks into the folder where it is started first."""
-    assert not list(ROOT.glob("blockhess*/__init__.py"))
+def test_the_source_folder_does_not_hide_what_is_installed(tmp_path):
+    """The folder in which Python is started comes first; without a compiled module there, the installed one is used."""
+    sources, installed = tmp_path / "sources", tmp_path / "installed"
+    own = Path(blockhess_ext.__file__).parent
+    for folder in (sources, installed):
+        shutil.copytree(own, folder / "blockhess_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for library in own.glob("_C*.so"):
+        (installed / "blockhess_ext" / library.name).symlink_to(library)
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", "import blockhess_ext; print(blockhess_ext.ops.__file__)"]
+    done = subprocess.run(command, cwd=sources, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(installed / "blockhess_ext/ops.py"), done.stderr

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from pkgutil import extend_path
+
 import torch  # loads the libraries that the extension links against
 
 if torch.__version__ < "2.10":  # compared as versions
@@ -9,12 +12,16 @@ if torch.__version__ < "2.10":  # compared as versions
         f"blockhess_ext: torch must be 2.10 or newer, got {torch.__version__}; run: pip install 'torch>=2.10'"
     )
 
+if not any(Path(__path__[0]).glob("_C*.so")):
+    # Started in the source folder, Python finds these sources before what is installed.
+    __path__[:] = [folder for folder in extend_path(__path__, __name__) if any(Path(folder).glob("_C*.so"))] or __path__
+
 try:
     import blockhess_ext._C as _C
 except ModuleNotFoundError as error:
     raise ImportError(
         f"blockhess_ext: {__path__[0]} must hold the module compiled for this Python, and does not; in blockhess' "
-        "source folder run: pip install -e ."
+        "source folder run: pip install ."
     ) from error
 except ImportError as error:
     raise ImportError(
