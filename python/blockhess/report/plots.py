@@ -234,10 +234,12 @@ def _power_ticks(low: float, high: float, axis: Axis) -> tuple[list[float], list
     for sign, end in (("", high), ("-", -low)):
         if end <= 1:  # within the linear part
             continue
-        first, last = math.ceil(math.log10(scale)), math.floor(math.log10(float(axis.of_block().invert(tensor(end)))))
+        largest = axis.of_block().invert(tensor(end, dtype=torch.float64))
+        first, last = math.ceil(math.log10(scale)), math.floor(math.log10(float(largest)))
         step = max(1, math.ceil((last - first + 1) / MOST_POWERS))
         for power in range(last, first - 1, -step):
-            places.append((-1 if sign else 1) * float(axis.place(tensor(10.0**power))))
+            place = axis.place(tensor(10.0**power, dtype=torch.float64))
+            places.append(-float(place) if sign else float(place))
             labels.append(f"${sign}10^{{{power}}}$")
     return places, labels
 
