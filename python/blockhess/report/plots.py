@@ -22,6 +22,7 @@ from blockhess.analysis.density import check_sigma_in_range, default_sigma, node
 from blockhess.analysis.errors.bands import density_band
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.intervals import check_confidence
+from blockhess.analysis.errors.steps import exact
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
 from blockhess.analysis.selection import comparable_blocks, distributions, normalizable, quadrature_for, resolved_axis
 from blockhess.problem.blocks import ZERO_NOTE
@@ -224,6 +225,9 @@ def _draw_shared(figure: SubFigure, spectra: SpectraData, blocks: Sequence[str],
     bar.set_label("share of eigenvalues", fontsize=FONT)
     bar.outline.set_visible(False)
     text = f"eigenvalues of all blocks on one {axis}, smoothed with sigma {sigma:.3g} of this axis"
+    is_cut_off = (spectra.quadrature.steps > 0) & ~exact(spectra.quadrature)
+    if bool(is_cut_off[:, spectra.rows(blocks)].any()):
+        text += "; gaps and lone peaks may be those of few steps"
     axes.set_xlabel(textwrap.fill(text, int(13 * width)), fontsize=FONT)
 
 
