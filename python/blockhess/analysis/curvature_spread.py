@@ -36,7 +36,7 @@ class CurvatureSpread:
         flattest, sharpest: names of their blocks.
         blocks: names of the blocks, weights only if weights is true.
         weights: whether the blocks are those of two dimensions or more.
-        zero: names of the blocks left out: zero within the error of Hessian-vector products, or without any nonzero node.
+        zero: names of the blocks left out: zero within the error of Hessian-vector products, or all nodes 0.
     """
 
     value: float
