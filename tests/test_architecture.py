@@ -53,6 +53,7 @@ FLOORS = (
     {"estimate", "sign_descent"},
     {"integrations"},
     {"cli"},
+    {"__main__"},
 )
 
 

@@ -42,3 +42,6 @@ def test_repr_is_one_readable_line() -> None:
     assert repr(random_spectra(model="GPT")) == (
         "Spectra of GPT: 4 blocks, 48 parameters; 3 gaussian probes, 12 Lanczos steps in float32, seed 3"
     )
+    assert repr(make_spectra([[[1.0]]], [[[1.0]]], tol=0.01)) == (
+        "Spectra of a model: 1 block, 1 parameter; at most 1 gaussian probe, at most 1 Lanczos step in float32, seed 3"
+    )

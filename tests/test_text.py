@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from blockhess._text import format_table, number
+from blockhess._text import format_table, number, plural
 
 
 def test_format_table() -> None:
@@ -21,3 +21,7 @@ def test_format_table() -> None:
 )
 def test_number(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_plural() -> None:
+    assert [plural(n, "block") for n in (0, 1, 2, 1000)] == ["0 blocks", "1 block", "2 blocks", "1,000 blocks"]

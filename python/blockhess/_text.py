@@ -40,6 +40,16 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns))
 
 
+def plural(n: int, name: str) -> str:
+    """Return "1 block", "1,000 blocks" and so on.
+
+    Example:
+        >>> plural(1, "block"), plural(1000, "block")
+        ('1 block', '1,000 blocks')
+    """
+    return f"{n:,} {name}{'s' * (n != 1)}"
+
+
 def number(value: float, digits: int = 3) -> str:
     """Return the value in exponential notation with this many significant digits; "0" for zero, "-" for NaN.
 

@@ -53,6 +53,18 @@ def test_by_hand() -> None:
     assert gain.to_dict()["value"] == gain.value
 
 
+def test_a_block_without_finite_products_has_no_norm_and_is_left_out() -> None:
+    spectra = make_spectra(
+        [[[4.0], [1.0], [0.0]]],
+        [[[1.0], [1.0], [0.0]]],
+        steps=[[1, 1, 0]],
+        nonfinite=[[False, False, True]],
+        gradient_norms={"block0": 1.0, "block1": 3.0},
+    )
+    gain = spectra.block_rate_gain()
+    assert gain.value == pytest.approx(9.25 / 2.5) and gain.left_out == (("block2", "non-finite"),)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_that_of_dense_hessians(seed: int) -> None:
     model, (x, y) = tanh_net(seed)

@@ -39,6 +39,17 @@ def test_scale_of_the_loss_and_zero_blocks() -> None:
         assert "zero, left out: block4" in str(found) and found.blocks == expected.blocks
 
 
+def test_blocks_without_curvature_whose_error_is_unknown() -> None:
+    """They are not called zero, but have no logarithm."""
+    nodes, weights = [[[1.0], [0.0], [100.0], [0.0]]] * 2, [[[1.0]] * 4] * 2
+    spectra = make_spectra(nodes, weights, hvp_error_unknown="the repeat in float64 is another function")
+    assert not spectra.zero_blocks and "block1" in spectra.comparable_blocks()
+    spread = spectra.curvature_spread()
+    assert spread is not None and spread.value == pytest.approx(2**0.5) and spread.interval is not None
+    assert (spread.blocks, spread.zero) == (("block0", "block2"), ("block1", "block3"))
+    assert describe(spectra).startswith("Curvature spread = 1.41 decades")
+
+
 def test_fewer_than_two_blocks_and_one_probe() -> None:
     assert make_spectra([[[1.0], [0.0]]], [[[1.0], [1.0]]]).curvature_spread() is None
     one = random_spectra(n_probes=1).curvature_spread()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,6 +178,13 @@ def test_js0_says_all_it_depends_on() -> None:
         "mean over 1 pair of 2 blocks; BatchNorm policy not recorded; "
         "excluded: " + ", ".join(["x (unused)"] * 6) + " and 3 more"
     )
+
+
+@pytest.mark.parametrize(("bias", "shown"), [(0.0123, True), (-8e-16, False), (2e-15, False)])
+def test_a_bias_below_the_last_digit_is_not_shown(bias: float, shown: bool) -> None:
+    js0 = JS0(0.9, "distance", 2.0, "linear", 0.1, ("a", "b"), interval=(0.8, 1.0, 0.95), bias=bias)
+    text = str(replace(js0, probes_interval=(0.85, 0.95, 0.95)))
+    assert ("raised by few probes" in text) is shown and "0.85 ... 0.95 at this number of steps" in text
 
 
 def test_every_batchnorm_policy_has_words() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_all_blocks_share_the_axis_of_their_comparison() -> None:
     spectra = random_spectra(n_blocks=5, dims=[50] * 5, notes=["", "", "", "", "unused"])
     figure = plot_density(spectra)
     axes, js0 = figure.axes[5], spectra.js0()
+    assert "gaps and lone peaks may be those of few steps" in " ".join(axes.get_xlabel().split())
     assert f"sigma {js0.sigma:.3g}" in axes.get_xlabel() and f"linear below {js0.scale:.3g}" in axes.get_xlabel()
     (image,) = axes.images
     low, high, bottom, top = image.get_extent()
@@ -187,6 +189,24 @@ def test_all_blocks_share_the_axis_of_their_comparison() -> None:
     expected = expected.numpy() * js0.sigma * np.sqrt(2 * np.pi)
     drawn = ~np.ma.getmaskarray(np.ma.masked_invalid(values))
     assert np.asarray(values)[drawn] == pytest.approx(expected[drawn]) and (expected[~drawn] < 0.1 / 50).all()
+
+
+def test_exact_spectra_have_no_gaps_of_few_steps() -> None:
+    figure = plot_density(make_spectra([[[1.0, 2.0], [3.0, 4.0]]], [[[0.5, 0.5]] * 2]))
+    (axes,) = (axes for axes in figure.axes if axes.images)
+    assert "eigenvalues of all blocks" in axes.get_xlabel() and "few steps" not in axes.get_xlabel()
+
+
+@pytest.mark.parametrize("factor", [1e-110, 1e110])
+def test_ticks_of_the_shared_axis_beyond_float32(factor: float) -> None:
+    def labels(factor: float) -> list[str]:
+        nodes = [[[-2.0 * factor, factor], [50.0 * factor, 3e3 * factor]]]
+        figure = plot_density(make_spectra(nodes, [[[0.5, 0.5]] * 2], dims=[20, 20]))
+        shared = next(axes for axes in figure.axes if axes.images)
+        return [label.get_text() for label in shared.get_xticklabels()]
+
+    power = round(math.log10(factor))
+    assert f"$10^{{{3 + power}}}$" in labels(factor) and len(labels(factor)) == len(labels(1.0))
 
 
 def test_heatmap_shows_the_matrix() -> None:

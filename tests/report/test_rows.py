@@ -65,6 +65,7 @@ def test_a_block_that_is_noise_has_no_numbers() -> None:
 def test_nothing_below_the_noise_of_the_vectors() -> None:
     spectra = make_spectra([[[-2e-10, 1.0]]] * 2, [[[0.5, 0.5]]] * 2)
     assert block_records(spectra)[0]["lambda_min"] == 0.0
+    assert block_records(make_spectra([[[-1.0, 1.0 + 1e-13]]], [[[0.5, 0.5]]]))[0]["trace"] == 0.0
     zero, tolerance = hand(), hand().zero_tolerance.tolist()
     texts = record_texts(block_records(zero)[2], tolerance[2])
     assert texts["lambda_min"] == texts["lambda_max"] == texts["trace"] == texts["trace_error"] == "0"

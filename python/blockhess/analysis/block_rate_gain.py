@@ -95,7 +95,7 @@ def block_rate_gain(
     """
     confidence = check_confidence("block_rate_gain", confidence)
     given = [spectra.names[row] for row in spectra.rows(blocks)]
-    norms, rate_of, reasons = gradient_norms(spectra, given), rates(spectra), dict(spectra.excluded)
+    rate_of, reasons = rates(spectra), dict(spectra.excluded)
     _refuse_overlap(spectra, given)
     names = tuple(name for name in given if rate_of[name] is not None and name not in reasons)
     left_out = tuple((name, reasons.get(name, "no positive curvature")) for name in given if name not in names)
@@ -103,6 +103,7 @@ def block_rate_gain(
         raise ValueError(
             f"block_rate_gain: two blocks at least must have a positive eigenvalue, got {len(names)} of {len(given)}"
         )
+    norms = gradient_norms(spectra, names)
     shares = torch.tensor([norms[name] for name in names], dtype=torch.float64)
     if not bool(shares.any()):
         raise ValueError("block_rate_gain: the gradient must not be zero in all blocks with a rate, as no step helps")

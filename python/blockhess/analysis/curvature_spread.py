@@ -36,7 +36,7 @@ class CurvatureSpread:
         flattest, sharpest: names of their blocks.
         blocks: names of the blocks, weights only if weights is true.
         weights: whether the blocks are those of two dimensions or more.
-        zero: names of the blocks that are zero within the error of Hessian-vector products, left out.
+        zero: names of the blocks left out: zero within the error of Hessian-vector products, or all nodes 0.
     """
 
     value: float
@@ -84,7 +84,7 @@ def curvature_spread(spectra: SpectraData, confidence: float = 0.95) -> Curvatur
 
     Weight blocks are those of two dimensions or more: matrices, kernels and embeddings, no biases and no norm gains. If
     fewer than two of them can be compared, all blocks of comparable_blocks count. Blocks that are zero within the error
-    of Hessian-vector products are left out, and named.
+    of Hessian-vector products are left out, and named; so are those whose nodes are all 0, if that error is unknown.
 
     Args:
         confidence: probability of the interval, in (0, 1). The interval contains the error of the probes (jackknife,
@@ -100,9 +100,10 @@ def curvature_spread(spectra: SpectraData, confidence: float = 0.95) -> Curvatur
         >>> print(spectra.curvature_spread())
     """
     confidence = check_confidence("curvature_spread", confidence)
-    names = weights_only(spectra)
+    zero = {name for name, nodes in zip(spectra.names, spectra.merged[0]) if not nodes.any()} | {*spectra.zero_blocks}
+    names = tuple(name for name in weights_only(spectra) if name not in zero)
     is_weights = len(names) >= 2
-    names = names if is_weights else comparable_blocks(spectra)
+    names = names if is_weights else tuple(name for name in comparable_blocks(spectra) if name not in zero)
     rows, q = spectra.rows(names), spectra.quadrature
     if len(names) < 2 or not bool(spectra.known[rows].all()):
         return None
@@ -126,7 +127,7 @@ def curvature_spread(spectra: SpectraData, confidence: float = 0.95) -> Curvatur
         sharpest=names[high],
         blocks=names,
         weights=is_weights,
-        zero=tuple(name for name in spectra.zero_blocks if name in candidates),
+        zero=tuple(name for name in spectra.names if name in zero & candidates),
     )
 
 

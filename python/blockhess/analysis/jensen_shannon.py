@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blockhess import _checks
-from blockhess._text import printable
+from blockhess._text import plural, printable
 from blockhess.analysis.axes import SCALE_RULE, Axis
 from blockhess.analysis.density import check_sigma, grid_spacing, node_grid, smooth
 from blockhess_ext.arguments import choice
@@ -33,6 +33,9 @@ BATCHNORM_POLICIES = {
     "frozen_batch_stats": "BatchNorm with frozen batch statistics",
     "none": "no BatchNorm",
 }
+
+# Smallest bias that str(JS0) shows, relative to the value, of which it shows four digits.
+LEAST_BIAS = 1e-4
 
 # Largest number of excluded blocks that str(JS0) names.
 _MOST_EXCLUDED = 6
@@ -171,12 +174,13 @@ class JS0:
         if self.interval is not None and self.probes_interval is not None:
             lower, upper, confidence = self.interval
             fewer = f"{self.probes_interval[0]:.3g} ... {self.probes_interval[1]:.3g} at this number of steps"
-            bias = f"{self.bias:.2g} of it raised by few probes"
-            interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %; {fewer}; {bias})"
-            if self.bias is None or math.isnan(self.bias):
+            bias = 0.0 if self.bias is None else self.bias
+            raised = f"; {bias:.2g} of it raised by few probes" if bias >= LEAST_BIAS * self.value else ""
+            interval = f" ({lower:.3g} ... {upper:.3g} with {100 * confidence:g} %; {fewer}{raised})"
+            if math.isnan(bias):
                 interval = " (no interval: one probe)"
         rule = f", the scale being {SCALE_RULE}" if self.default_scale else ""
-        pairs = f"{self.num_pairs} pair{'s' if self.num_pairs > 1 else ''} of {len(self.blocks)} blocks"
+        pairs = f"{plural(self.num_pairs, 'pair')} of {len(self.blocks)} blocks"
         parts = [
             f"JS0 = {self.value:.4g}{interval}: {KINDS[self.kind]}, base {self.base:.6g}",
             f"sigma {self.sigma:.3g} on the {Axis(self.axis, self.normalize, self.scale)}{rule}",

@@ -216,7 +216,7 @@ def show(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the provenance, the table of blocks and JS0 of a result; of an unfinished run, those computed so far."""
+    """Print the curvature spread, provenance, table of blocks and JS0 of a result, or of an unfinished run so far."""
     from blockhess.report.text import describe, to_dict
 
     spectra = _load("show", file)

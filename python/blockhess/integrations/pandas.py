@@ -35,7 +35,7 @@ def pair_dataframe(spectra: Spectra, **comparison: Any) -> DataFrame:
         ValueError: see Spectra.js_matrix.
 
     Example:
-        >>> pair_dataframe(spectra, axis="asinh").sort_values("distance")
+        >>> pair_dataframe(spectra).sort_values("distance")
     """
     return _frame(pair_records(spectra, **comparison))
 

@@ -22,6 +22,7 @@ from blockhess.analysis.density import check_sigma_in_range, default_sigma, node
 from blockhess.analysis.errors.bands import density_band
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.errors.intervals import check_confidence
+from blockhess.analysis.errors.steps import exact
 from blockhess.analysis.jensen_shannon import BATCHNORM_POLICIES, KINDS, largest_value
 from blockhess.analysis.selection import comparable_blocks, distributions, normalizable, quadrature_for, resolved_axis
 from blockhess.problem.blocks import ZERO_NOTE
@@ -224,6 +225,9 @@ def _draw_shared(figure: SubFigure, spectra: SpectraData, blocks: Sequence[str],
     bar.set_label("share of eigenvalues", fontsize=FONT)
     bar.outline.set_visible(False)
     text = f"eigenvalues of all blocks on one {axis}, smoothed with sigma {sigma:.3g} of this axis"
+    is_cut_off = (spectra.quadrature.steps > 0) & ~exact(spectra.quadrature)
+    if bool(is_cut_off[:, spectra.rows(blocks)].any()):
+        text += "; gaps and lone peaks may be those of few steps"
     axes.set_xlabel(textwrap.fill(text, int(13 * width)), fontsize=FONT)
 
 
@@ -234,10 +238,12 @@ def _power_ticks(low: float, high: float, axis: Axis) -> tuple[list[float], list
     for sign, end in (("", high), ("-", -low)):
         if end <= 1:  # within the linear part
             continue
-        first, last = math.ceil(math.log10(scale)), math.floor(math.log10(float(axis.of_block().invert(tensor(end)))))
+        largest = axis.of_block().invert(tensor(end, dtype=torch.float64))
+        first, last = math.ceil(math.log10(scale)), math.floor(math.log10(float(largest)))
         step = max(1, math.ceil((last - first + 1) / MOST_POWERS))
         for power in range(last, first - 1, -step):
-            places.append((-1 if sign else 1) * float(axis.place(tensor(10.0**power))))
+            place = axis.place(tensor(10.0**power, dtype=torch.float64))
+            places.append(-float(place) if sign else float(place))
             labels.append(f"${sign}10^{{{power}}}$")
     return places, labels
 

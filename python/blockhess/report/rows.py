@@ -43,7 +43,7 @@ def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
     low, high = statistics.eigenvalue_range(spectra)
     columns: dict[str, Tensor] = {"lambda_min": low, "lambda_max": high, "trace": statistics.trace(spectra)[0]}
     columns["frobenius"] = statistics.frobenius_norm(spectra)[0]
-    for name in ("lambda_min", "lambda_max"):
+    for name in ("lambda_min", "lambda_max", "trace"):
         columns[name] = torch.where(columns[name].abs() <= spectra.zero_tolerance, 0.0, columns[name])
     columns["lambda_min_lower"], columns["lambda_max_upper"] = error_bars.eigenvalue_bounds(spectra, CONFIDENCE)
     intervals = {

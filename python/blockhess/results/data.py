@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blockhess import _checks
-from blockhess._text import printable
+from blockhess._text import plural, printable
 from blockhess.problem.blocks import ZERO_NOTE, BlockInfo
 from blockhess.results.unit import Unit
 from blockhess_ext import Quadrature, State
@@ -76,9 +76,9 @@ class SpectraData:
         q, model = self.quadrature, self.provenance.get("model") or "a model"
         at_most = "at most " if self.provenance.get("tol") else ""
         return printable(
-            f"Spectra of {model}: {len(self)} blocks, {sum(self.dims):,} parameters; "
-            f"{at_most}{q.nodes.shape[0]} {q.distribution} probes, {at_most}{q.num_steps} Lanczos steps in {q.dtype}, "
-            f"seed {q.seed}"
+            f"Spectra of {model}: {plural(len(self), 'block')}, {plural(sum(self.dims), 'parameter')}; "
+            f"{at_most}{plural(q.num_probes, f'{q.distribution} probe')}, "
+            f"{at_most}{plural(q.num_steps, 'Lanczos step')} in {q.dtype}, seed {q.seed}"
             f"{'; of an unfinished run, what it has so far' if self.provenance.get('partial') else ''}"
         )
 
