@@ -117,7 +117,8 @@ def spectrum(
             vector at a time. "traced" converts the gradient to one linear program for all blocks and multiplies several
             vectors together. "auto" chooses between them by counted work, and computes small blocks exactly if that
             takes fewer products; "exact" computes all blocks exactly. "ggn" uses the generalized Gauss-Newton matrix
-            instead of the Hessian, with a linear program if that saves time.
+            instead of the Hessian, with a linear program if that saves time. "difference" takes differences of
+            gradients, for models without second derivatives, where "auto" takes them too.
         dtype: of the computation. None means that of the parameters, and float32 for float16 and bfloat16 parameters.
             Conversions inside the model are unchanged: Transformers models compute their loss in float32.
         matmul_precision: of float32 matrix products and convolutions. "highest" is float32. "high" and "medium" are
@@ -150,7 +151,8 @@ def spectrum(
             differences).
         OSError: run_dir cannot be written, for example because the disk is full; what was saved before is intact.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
-        NotImplementedError: an operation of the model has no second derivative, or its parameters are sharded.
+        NotImplementedError: an operation of the model has no second derivative and `engine` needs it, or the
+            parameters are sharded.
         DerivativeMismatch: a ValueError; the gradient is not that of the loss, or products are not its derivatives.
         distributed.RankError: another rank failed.
 

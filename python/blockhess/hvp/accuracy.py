@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from blockhess.hvp.difference import DifferenceEngine
 from blockhess.hvp.differences import GROWTH, Differences, unit_products
 from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
@@ -72,7 +73,8 @@ def measure(
 
     Traced products are made for every block alone, and for all of them together, as in a run. Differences are taken
     along all parameters of a group, along single blocks whose products are zero within their error, and along every
-    third block of groups that are undecided; without groups, along all of these blocks.
+    third block of groups that are undecided; without groups, along all of these blocks. Products that are differences
+    themselves are compared with those of another step.
 
     Args:
         problem, engine: what to check.
@@ -86,6 +88,14 @@ def measure(
         ValueError: the parameters are converted, and the loss uses those that it captured.
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
+    if isinstance(engine, DifferenceEngine):
+        steps = {l: engine.step(l) for l in numbers}
+        return Accuracy(
+            {l: step.norm for l, step in steps.items()},
+            {l: step.error for l, step in steps.items()},
+            frozenset(numbers),
+            gradient_error=math.hypot(*(step.gradient_error for step in steps.values())),
+        )
     try:
         own = unit_products(problem, engine, numbers)
         alone = {}

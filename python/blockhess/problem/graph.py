@@ -91,11 +91,11 @@ def alternative(operation: str) -> str:
 # Graph nodes whose second derivative is missing or wrong, without an error from autograd.
 _NOT_TWICE_DIFFERENTIABLE = {
     "torch::autograd::Error": "an operation marked once_differentiable (a torch.autograd.Function), which has no "
-    "second derivative; write that operation in plain PyTorch",
+    "second derivative; write that operation in plain PyTorch, or pass engine='difference'",
     "CheckpointFunctionBackward": "reentrant activation checkpointing, which hides parameters from autograd.grad; "
     "pass use_reentrant=False",
     "WeightNormInterfaceBackward0": "torch's fused weight norm, whose second derivative is wrong; write g v / |v| in "
-    "plain PyTorch, or remove the parametrization",
+    "plain PyTorch, remove the parametrization, or pass engine='difference'",
 }
 
 # Graph nodes whose third derivative is wrong: torch treats statistics that depend on the input as constants.
@@ -118,11 +118,11 @@ def refuse_third_derivatives(nodes: Iterable[Node]) -> None:
             )
 
 
-def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
+def differentiable_nodes(roots: Iterable[Node | None], second_order: bool = True) -> set[Node]:
     """Return all nodes of a graph.
 
     Raises:
-        NotImplementedError: one of them has no second derivative, or a wrong one.
+        NotImplementedError: one of them has no second derivative, or a wrong one, and `second_order` is True.
     """
     waiting = list(roots)
     seen: set[Node] = set()
@@ -131,7 +131,7 @@ def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() in _NOT_TWICE_DIFFERENTIABLE:
+        if second_order and node.name() in _NOT_TWICE_DIFFERENTIABLE:
             raise NotImplementedError(f"spectrum: the model has {_NOT_TWICE_DIFFERENTIABLE[node.name()]}")
         waiting.extend(edge[0] for edge in node.next_functions)
     return seen

@@ -66,8 +66,8 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
-    """Make a model deterministic and twice differentiable within the context.
+def fixed_state(model: nn.Module, batchnorm: str = "eval", second_order: bool = True) -> Iterator[None]:
+    """Make a model deterministic and, by default, twice differentiable within the context.
 
     Every module is in eval mode, so dropout is off. Attention uses the math backend, compiled modules run eagerly and
     RNNs without cuDNN, because the fused implementations have no second derivative. Embeddings have dense gradients.
@@ -78,6 +78,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         batchnorm: "eval": BatchNorm uses its running statistics, where it has them. "batch": it uses the statistics
             of each batch, through which gradients flow. "frozen_batch_stats": as "eval", with running statistics from
             `freeze_batch_statistics`.
+        second_order: whether second derivatives are needed; otherwise attention and RNNs are computed as in training.
 
     Raises:
         ValueError: `batchnorm` is none of these.
@@ -91,7 +92,8 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))  # this also enables gradients
         stack.enter_context(fixed_random_numbers(devices))
         stack.enter_context(setting(torch.get_default_dtype, torch.set_default_dtype, torch.get_default_dtype()))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if second_order:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         mha: Any = torch.backends.mha
         stack.enter_context(setting(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
         for device_type in ("cpu", *(["cuda"] if devices else [])):
@@ -108,9 +110,10 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
                 _set(stack, module, "training", batchnorm == "batch" and _is_batchnorm(module))
             if _is_embedding(module):
                 vars(module)["sparse"] = False
-            if isinstance(module, nn.RNNBase):
+            if second_order and isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
-        _switch_attention(stack, modules)
+        if second_order:
+            _switch_attention(stack, modules)
         yield
 
 

@@ -3,7 +3,7 @@
     L(w) = sum_b share_b L_b(w),   share_b = weight_b / sum_b weight_b,  or 1 where the loss sums over samples
 
 The constructor evaluates every batch once. It raises an error for a loss that is not finite, not reproducible or not
-twice differentiable. The parameters of the model are only read.
+twice differentiable, if second derivatives are needed. The parameters of the model are only read.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Problem:
             and bfloat16 are accepted only if all parameters have that dtype.
         several: whether other ranks hold further batches, which `join` will combine with these.
         frozen_by: processes over whose batches the running statistics of BatchNorm are averaged first, if any.
+        second_order: whether second derivatives of the loss are needed.
 
     Attributes:
         blocks, infos: the blocks and their BlockInfo, with the note "unused" where it applies.
@@ -66,14 +67,15 @@ class Problem:
         loss_parameters: names of the trainable parameters of a criterion, which are constants.
         ranks: the processes that share the batches.
         used, unused: names of parameters with and without a gradient in some batch.
-        graph_nodes: operations in the gradient of the first batch.
+        lacking: why the loss has no second derivatives, or "", after `join` on any rank.
+        graph_nodes: operations in the gradient of the first batch, or in its loss if second derivatives are not needed.
         graph_bytes: size of its graph, scaled to the largest batch.
         forward_flops: FLOPs of matrix products and convolutions in the loss of the first batch.
         forward_seconds: measured time of that loss, used only in displayed estimates.
 
     Raises:
         ValueError, TypeError: an invalid loss, weight or device, or a loss that depends on no block.
-        NotImplementedError: an operation whose second derivative is missing or wrong.
+        NotImplementedError: an operation whose second derivative is needed, and missing or wrong.
 
     Example:
         >>> from blockhess.problem.blocks import partition
@@ -96,8 +98,10 @@ class Problem:
         dtype: torch.dtype | None = None,
         several: bool = False,
         frozen_by: ProcessGroup | None = None,
+        second_order: bool = True,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
+        self.second_order, self.lacking = second_order, ""
         self.ranks = SINGLE_PROCESS
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = Computation(model, loss)
@@ -320,12 +324,16 @@ class Problem:
 
     def _survey_first(self, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the gradient of the first batch; check and measure its graph."""
-        graph.refuse_third_derivatives(graph.differentiable_nodes([loss.grad_fn]))
-        gradients = self._differentiate(loss, create_graph=True)
-        nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
+        nodes = graph.differentiable_nodes([loss.grad_fn], self.second_order)
+        if self.second_order:
+            graph.refuse_third_derivatives(nodes)
+            gradients = self._differentiate(loss, create_graph=True)
+            nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
         self.graph_nodes = len(nodes)
         others = (*self.parameters.values(), *tensors(batch))
         self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
+        if not self.second_order:
+            gradients = self._differentiate(loss, create_graph=False)
         return {name: g.detach() for name, g in gradients.items()}
 
     def explained(self, index: int, rule: str = DIFFERENTIABLE) -> contextlib.AbstractContextManager[None]:
@@ -360,8 +368,9 @@ class Problem:
             return
         _warn_of_guesses(self.loss, [guess for found in ranks.gather_data_ranks(self._guesses) for guess in found])
         counted = (self.graph_nodes, self.graph_bytes, self.forward_flops)
-        found = ranks.gather_data_ranks((self.weight, self.loss_value, self.n_batches, self.used, counted))
-        weights, values, numbers, used, counts = zip(*found)
+        own = (self.weight, self.loss_value, self.n_batches, self.used, counted, self.lacking)
+        weights, values, numbers, used, counts, lacking = zip(*ranks.gather_data_ranks(own))
+        self.lacking = next(filter(None, lacking), "")
         total = sum(weights)
         if self.loss.averaged:
             self.shares = [share * self.weight / total for share in self.shares]
