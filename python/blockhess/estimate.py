@@ -32,6 +32,7 @@ from blockhess.problem.model_state import batchnorm_policy
 from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.shards import is_sharded
 from blockhess.run.distributed import Parallel, process_group
 from blockhess.run.forecast import Forecast, forecast
 from blockhess.run.job import Job
@@ -167,10 +168,10 @@ def spectrum(
     """
     start = time.perf_counter()
     with ExitStack() as stack:
-        ranks = stack.enter_context(process_group(parallel))
+        ranks = stack.enter_context(process_group(parallel, is_sharded(model)))
         choice("on_nonfinite", on_nonfinite, ON_NONFINITE, "spectrum")
-        if parallel is not None and keep_vectors:
-            raise ValueError("spectrum: keep_vectors must be False with parallel, got True: no rank has all vectors")
+        if ranks.size > 1 and keep_vectors:
+            raise ValueError("spectrum: keep_vectors must be False on several ranks, got True: none has all vectors")
         options = with_defaults(
             num_probes, num_steps, tol, tol_sigma, engine=engine, distribution=distribution,
             reorthogonalize=reorthogonalize, memory_budget=memory_budget, first_probe=first_probe,
@@ -436,7 +437,7 @@ def plan(
             raise TypeError(f"plan: processes must be (recurrences, data), got {processes!r}")
         sizes = (integer("processes", size, 1, op="plan") for size in processes)
         return forecast(prepared_problem(**arguments), settings, *sizes)
-    with prepared_problem(**arguments) as (problem, *_):
+    with process_group(None, is_sharded(model)) as ranks, prepared_problem(**arguments, ranks=ranks) as (problem, *_):
         return Job(problem, settings).plan
 
 

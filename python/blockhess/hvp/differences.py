@@ -30,6 +30,7 @@ from blockhess.hvp.operator import Column, Engine
 from blockhess.problem import graph
 from blockhess.problem.blocks import Block, BlockInfo, Piece
 from blockhess.problem.problem import Problem
+from blockhess.problem.shards import is_shard, local, part_of, whole
 
 # Steps relative to the parameters, as powers of the machine epsilon. The first one suits smooth losses, the second one
 # crosses fewer kinks, the third one has less rounding.
@@ -372,7 +373,7 @@ def unit_products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> d
 
 def rms(problem: Problem) -> float:
     """Return the root mean square of all parameters."""
-    norms = [float(p.detach().norm()) for p in problem.parameters.values()]
+    norms = [float(whole(p.detach()).norm()) for p in problem.parameters.values()]
     return math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
 
 
@@ -396,6 +397,11 @@ def moved(problem: Problem, tangents: Mapping[str, Tensor], step: float) -> Iter
     with ExitStack() as stack:
         for name, tangent in tangents.items():
             parameter = problem.parameters[name]
+            if is_shard(parameter):
+                shard = local(parameter.detach())
+                stack.callback(shard.copy_, shard.clone())
+                shard.add_(part_of(tangent, parameter), alpha=step)
+                continue
             stack.callback(setattr, parameter, "data", parameter.data)
             parameter.data = parameter.data.add(tangent, alpha=step)
         yield

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from blockhess.problem.batches import dense_parts
+from blockhess.problem.shards import local
 
 
 class FlopCounter(TorchDispatchMode):
@@ -139,13 +140,13 @@ def differentiable_nodes(roots: Iterable[Node | None], second_order: bool = True
 
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
-    counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(t)}
+    counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(local(t))}
     total = 0
     for node in nodes:
         for name in dir(type(node)):
             saved = getattr(node, name) if name.startswith("_saved_") else None
             found = saved if isinstance(saved, (tuple, list)) else (saved,)
-            for part in (part for tensor in found if isinstance(tensor, Tensor) for part in dense_parts(tensor)):
+            for part in (p for tensor in found if isinstance(tensor, Tensor) for p in dense_parts(local(tensor))):
                 if part.untyped_storage().data_ptr() not in counted:
                     counted.add(part.untyped_storage().data_ptr())
                     total += part.untyped_storage().nbytes()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.shards import reshard
 from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
@@ -102,6 +103,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval", second_order: bool = 
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         snapshot = Snapshot([model])
         stack.callback(snapshot.restore)
+        stack.callback(reshard, model)  # before it: FSDP has other parameters in the modules meanwhile
         snapshot.drop_gradients()
         for module in modules:
             # Not by train() and eval(), which some models override with side effects, such as merging LoRA weights.
@@ -266,15 +268,3 @@ def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
     for owner, name in named:
         if name not in ("eager", "sdpa"):  # these have a second derivative
             owner._attn_implementation = "sdpa"
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise a NotImplementedError if this process holds only shards of the model's parameters."""
-    for name, parameter in model.named_parameters():
-        if {type(parameter).__name__, type(parameter.data).__name__} & {"DTensor", "FlatParameter"}:
-            raise NotImplementedError(
-                f"spectrum: model must hold whole parameters, got {name!r} as a shard (FSDP or tensor parallelism); "
-                "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-                "StateDictOptions(full_state_dict=True)), load them into a plain model on every rank, and pass that "
-                "with parallel='recurrences' or 'data'"
-            )

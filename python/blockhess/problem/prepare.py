@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockhess.problem import fingerprint, model_state
+from blockhess.problem import fingerprint, model_state, shards
 from blockhess.problem.batches import as_batches, batch_size, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.problem.losses import make_loss
@@ -51,10 +51,14 @@ def prepared_problem(
         raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
     choice("matmul_precision", matmul_precision, ("highest", "high", "medium"), "spectrum")
     model = unwrap(model)
-    model_state.refuse_sharded(model)
+    shards.check(model, dtype, engine)
+    sharded = shards.is_sharded(model)
+    if sharded:
+        layout = {name: str((tuple(p.shape), p.dtype, p.requires_grad)) for name, p in model.named_parameters()}
+        ranks.agree({"parameters": fingerprint.of_names(layout), "number of them": len(layout)})
     cut = partition(model, blocks)
     loss = make_loss(loss_fn)
-    second_order = engine != "difference"
+    second_order = engine != "difference" and not sharded
     with (
         model_state.fixed_state(Computation(model, loss), batchnorm, second_order),
         model_state.float32_precision(matmul_precision),
@@ -66,14 +70,18 @@ def prepared_problem(
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
         frozen_by = ranks if policy == "frozen_batch_stats" else None
         try:
-            make = partial(Problem, model, loss, batches, cut.blocks, dtype, ranks.data_size > 1, frozen_by)
-            problem = make(second_order) if engine != "auto" else _of_best_order(make)
+            several = ranks.data_size > 1 and not sharded
+            make = partial(Problem, model, loss, batches, cut.blocks, dtype, several, frozen_by)
+            problem = _of_best_order(make) if engine == "auto" and not sharded else make(second_order)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise torch.OutOfMemoryError(
                 f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
+        if sharded:
+            problem.lacking = "the parameters are sharded" if engine == "auto" else ""
+            ranks.agree({"parameters with gradients": fingerprint.of_names(sorted(problem.used))})
         # What an engine keeps of a batch may take half of the budget.
         needed = 2 * problem.graph_bytes * (1 if engine == "autograd" or not problem.second_order else KEPT)
         parts = math.ceil(needed / budget_bytes(memory_budget, problem.device))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockhess.problem import graph
+from blockhess.problem import graph, shards
 from blockhess.problem.batches import (
     Batch,
     batch_size,
@@ -66,6 +66,7 @@ class Problem:
         loss_value, weight, n_batches: L, the sum of the weights and the number of batches, of all ranks after `join`.
         loss_parameters: names of the trainable parameters of a criterion, which are constants.
         ranks: the processes that share the batches.
+        is_sharded: whether this process holds shards of parameters; gradients are DTensors then, see shards.py.
         used, unused: names of parameters with and without a gradient in some batch.
         lacking: why the loss has no second derivatives, or "", after `join` on any rank.
         graph_nodes: operations in the gradient of the first batch, or in its loss if second derivatives are not needed.
@@ -105,6 +106,8 @@ class Problem:
         self.ranks = SINGLE_PROCESS
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = Computation(model, loss)
+        self.is_sharded = shards.is_sharded(model)
+        self._trainable = [p for p in self._wrapped.parameters() if p.requires_grad]
         own = {id(p) for p in model.parameters()}
         named = loss.module.named_parameters() if loss.module is not None else ()
         self.loss_parameters = [name for name, p in named if p.requires_grad and id(p) not in own]
@@ -199,6 +202,8 @@ class Problem:
 
         Activation checkpointing runs the model again in the backward pass.
         """
+        if self.is_sharded:
+            return shards.backward(outputs, inputs, self._trainable)
         found = self._call(
             lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), (), fresh=False
         )
@@ -236,6 +241,8 @@ class Problem:
             fresh: first restore the attributes of modules, in which the last evaluation may have counted or cached.
         """
         if fresh:
+            if self.is_sharded:
+                shards.reshard(self._wrapped)
             self._start.restore()
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
@@ -409,9 +416,9 @@ class Problem:
                 f"spectrum: loss_fn must give the same loss for the same batch, got {value:.9g}, then "
                 f"{again.item():.9g}: {operations.randomness()}"
             )
-        size = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+        size = max((float(shards.whole(g).abs().max()) for g in gradients.values() if g.numel()), default=0.0)
         for name, gradient in gradients.items():
-            difference = float((gradient - others[name]).abs().max()) if gradient.numel() else 0.0
+            difference = float(shards.whole(gradient - others[name]).abs().max()) if gradient.numel() else 0.0
             if difference > 1e-3 * max(size, 1e-30):
                 raise ValueError(
                     f"spectrum: loss_fn must have the same gradient for the same batch, got one that differs by "
