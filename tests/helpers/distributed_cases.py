@@ -202,20 +202,12 @@ def posing_fails(rank: int) -> Any:
     return values(blockhess.spectrum(model(), batches(), loss, parallel="data", **OPTIONS))
 
 
-def sharded(rank: int) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
-    module = model()
-    fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
-    return values(blockhess.spectrum(module, batches(), LOSS, parallel="recurrences", **OPTIONS))
-
-
 CASES: dict[str, Callable[[int], Any]] = {
     function.__name__: function
     for function in (
         work, adaptive, fresh_seed, data, own_data, summed_loss, statistics, mesh, wrapped, sign_gain, other_option,
         other_model, other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option,
-        slow_rank, sharded,
+        slow_rank,
     )
 }  # fmt: skip
 # What comes after a failure is not touched by it.

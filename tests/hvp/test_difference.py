@@ -287,7 +287,7 @@ def test_plan() -> None:
     plan = blockhess.plan(model, data, CROSS_ENTROPY, num_probes=2, num_steps=30)
     assert plan.engine == "difference" and plan.rows == 1 and not plan.retain and "once_differentiable" in plan.why
     assert plan.checked == (0, 1, 2, 3)
-    assert "engine        difference (the model has" in str(plan) and "dtype=torch.float64 has smaller" in str(plan)
+    assert "engine        difference (the model has" in str(plan) and "for less, pass dtype=torch.float64" in str(plan)
     asked = blockhess.plan(mlp(), data, CROSS_ENTROPY, num_probes=2, num_steps=30, engine="difference")
     assert asked.engine == "difference" and "as asked" in asked.why
     other = blockhess.plan(mlp(), data, CROSS_ENTROPY, num_probes=2, num_steps=30, engine="autograd")

@@ -167,10 +167,6 @@ def test_the_error_of_one_rank_ends_all(two):
         assert other.startswith("RankError: spectrum: rank 1 failed with " + text), other
 
 
-def test_shards_of_parameters_are_refused(two):
-    expect_error(two["sharded"], "NotImplementedError: spectrum: model must hold whole", "get_model_state_dict")
-
-
 def test_parallel_needs_a_process_group():
     with pytest.raises(ValueError, match=r"parallel='recurrences' needs torch.distributed.init_process_group\(\)"):
         blockhess.spectrum(cases.model(), cases.batches(), cases.LOSS, parallel="recurrences", **cases.OPTIONS)

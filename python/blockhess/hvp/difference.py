@@ -91,8 +91,7 @@ class DifferenceEngine:
 
     def _chosen(self, number: int) -> Step:
         problem, v = self._problem, unit_vector(self._problem, number)[0]
-        eps = max(torch.finfo(problem.parameters[name].dtype).eps for name in problem.blocks[number].parameters)
-        sizes = [eps**power * block_norm(problem, number, self._rms, FLOOR) for power in POWERS]
+        sizes = [problem.eps**power * block_norm(problem, number, self._rms, FLOOR) for power in POWERS]
         found: list[Step] = []
         before, product, changes = None, v, [0.0]
         for i, size in enumerate(sizes):
@@ -123,12 +122,16 @@ class DifferenceEngine:
         return flattened(problem, number, dict(zip(block.parameters, found)))
 
 
-def expected_error(dtype: torch.dtype) -> str:
+def expected_error(problem: Problem) -> str:
     """Return the usual relative error of a product, as text."""
-    error = torch.finfo(dtype).eps ** (2 / 3)
-    return f"relative errors of products are about {error:.0e}" + (
-        "; dtype=torch.float64 has smaller ones" if dtype == torch.float32 else ""
-    )
+    return f"relative errors of products are about {problem.eps ** (2 / 3):.0e}" + less_error(problem)
+
+
+def less_error(problem: Problem) -> str:
+    """Return what to do for smaller errors."""
+    if problem.eps <= torch.finfo(torch.float64).eps:
+        return ""
+    return "; for less, " + ("convert the model to float64" if problem.is_sharded else "pass dtype=torch.float64")
 
 
 def _spread(vector: Tensor, length: float) -> float:

@@ -74,9 +74,8 @@ class Differences:
             loss = problem.evaluate(problem.batches[0])
         self._loss = loss.item()
         nodes = graph.differentiable_nodes([loss.grad_fn])
-        dtypes = {made.dtype for node in nodes for made in node._input_metadata}
+        self.eps = graph.largest_eps(nodes)
         del nodes
-        self.eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
         pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}

@@ -138,6 +138,12 @@ def differentiable_nodes(roots: Iterable[Node | None], second_order: bool = True
     return seen
 
 
+def largest_eps(nodes: Iterable[Node]) -> float:
+    """Return the largest machine epsilon of the operations of a graph."""
+    dtypes = {made.dtype for node in nodes for made in node._input_metadata}
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
     counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(local(t))}

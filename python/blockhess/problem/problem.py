@@ -71,6 +71,7 @@ class Problem:
         lacking: why the loss has no second derivatives, or "", after `join` on any rank.
         graph_nodes: operations in the gradient of the first batch, or in its loss if second derivatives are not needed.
         graph_bytes: size of its graph, scaled to the largest batch.
+        eps: largest machine epsilon of the operations between parameters and loss.
         forward_flops: FLOPs of matrix products and convolutions in the loss of the first batch.
         forward_seconds: measured time of that loss, used only in displayed estimates.
 
@@ -166,6 +167,14 @@ class Problem:
         sums = self.ranks.sums()
         sums.add(total)
         sums.finish(0)
+        return total
+
+    def sharded_gradient(self) -> dict[str, Tensor]:
+        """Return the gradient of L as DTensors, by name, for the parameters that it depends on."""
+        total: dict[str, Tensor] = {}
+        for index, share in enumerate(self.shares):
+            for name, gradient in self.gradients(index, create_graph=False).items():
+                total[name] = total[name].add(gradient, alpha=share) if name in total else share * gradient
         return total
 
     def gradients_at(
@@ -332,6 +341,7 @@ class Problem:
     def _survey_first(self, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the gradient of the first batch; check and measure its graph."""
         nodes = graph.differentiable_nodes([loss.grad_fn], self.second_order)
+        self.eps = graph.largest_eps(nodes)
         if self.second_order:
             graph.refuse_third_derivatives(nodes)
             gradients = self._differentiate(loss, create_graph=True)

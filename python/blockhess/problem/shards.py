@@ -62,11 +62,11 @@ def check(model: nn.Module, dtype: torch.dtype | None, engine: str) -> None:
         NotImplementedError: they are sharded by FSDP1, or have unsupported placements or hooks.
         ValueError: an argument is not one for sharded models.
     """
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "FlatParameter":
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
             raise NotImplementedError(
-                f"spectrum: model must not be wrapped in FullyShardedDataParallel (FSDP1), got {name!r}; use "
-                "torch.distributed.fsdp.fully_shard instead"
+                "spectrum: model must not be wrapped in FullyShardedDataParallel (FSDP1), got "
+                f"{name or 'the model'!r}; use torch.distributed.fsdp.fully_shard instead"
             )
     for name, parameter in model.named_parameters():
         if is_shard(parameter):

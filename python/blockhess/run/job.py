@@ -12,8 +12,9 @@ import torch
 
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
-from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient, measure
+from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient_norms, measure
 from blockhess.hvp.causes import suspects
+from blockhess.hvp.difference import less_error
 from blockhess.hvp.differences import RESOLUTION
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, Block, block_id, with_note
@@ -182,8 +183,7 @@ class Job:
         return whole
 
     def _norms(self, accuracy: Accuracy) -> dict[str, float]:
-        parts = torch.split(gradient(self._problem, accuracy), self._problem.dims)
-        norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+        norms = gradient_norms(self._problem, accuracy)
         return {info.name: norm for info, norm in zip(self.infos, norms) if math.isfinite(norm)}
 
     def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[UnitResult]]:
@@ -433,10 +433,10 @@ class Job:
         bad = [l for l, ratio in ratios.items() if ratio > LARGEST_ERROR and not accuracy.is_zero(l)]
         if bad:
             worst = max(bad, key=lambda l: ratios[l])
-            advice = "; pass dtype=torch.float64" if self._problem.dtype == torch.float32 else ""
             warnings.warn(
                 f"spectrum: differences of gradients have relative errors above {LARGEST_ERROR} in {len(bad)} of "
-                f"{len(self.infos)} blocks, the largest {ratios[worst]:.2g} in {self.infos[worst].name!r}{advice}",
+                f"{len(self.infos)} blocks, the largest {ratios[worst]:.2g} in {self.infos[worst].name!r}"
+                + less_error(self._problem),
                 stacklevel=2,
             )
 

@@ -271,7 +271,7 @@ def why_difference(problem: Problem, lacking: str) -> str:
     Args:
         lacking: why there is no second derivative, or "".
     """
-    return f"{lacking or 'as asked'}; {expected_error(problem.dtype)}"
+    return f"{lacking or 'as asked'}; {expected_error(problem)}"
 
 
 def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[bool, str]:
