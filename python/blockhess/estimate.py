@@ -139,7 +139,8 @@ def spectrum(
         parallel: how to divide the job among the processes of torch.distributed's default group, all of which make the
             same call and get the same result. "recurrences": each process computes some of the recurrences. "data":
             each computes products for some of the batches: its own, or every world_size-th of those given to all.
-            (recurrences, data): a mesh of both, in which neighboring ranks share batches. None: this process alone.
+            (recurrences, data): a mesh of both, in which neighboring ranks share batches. None: this process alone,
+            or all processes that hold shards of the model (fully_shard, DTensor parameters).
         on_nonfinite: if Hessian-vector products are not finite, "raise" an error or "mark" the blocks in the result.
         progress: True, False, or "auto" for a bar on stderr if tqdm is installed and the job takes more than a few
             seconds.
@@ -153,7 +154,7 @@ def spectrum(
         OSError: run_dir cannot be written, for example because the disk is full; what was saved before is intact.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
         NotImplementedError: an operation of the model has no second derivative and `engine` needs it, or the
-            parameters are sharded.
+            parameters are sharded in a way that is not supported.
         DerivativeMismatch: a ValueError; the gradient is not that of the loss, or products are not its derivatives.
         distributed.RankError: another rank failed.
 

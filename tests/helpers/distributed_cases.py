@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import blockhess
 import blockhess.estimate
@@ -254,13 +255,17 @@ def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int
         nonlocal made
         made += 1
         after_step(self, unit, state, hvps)
-        if made % 2 and not rank % max(1, world if parallel == "data" else 1):
+        if made % 2 and (rank == 0 or parallel not in ("data", "sharded")):
             self.checkpoints.save_now(state, hvps)  # as if time had passed
         if rank == world - 1 and made == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     directory.RunDirectory.after_step = counted  # type: ignore[method-assign]
-    spectra = blockhess.spectrum(model(), batches(), LOSS, parallel=parallel, run_dir=folder / "run", **OPTIONS)
+    net, options = model(), OPTIONS | {"parallel": parallel}
+    if parallel == "sharded":
+        fully_shard(net, mesh=dist.init_device_mesh("cpu", (world,)))
+        options |= {"parallel": None, "engine": "difference"}
+    spectra = blockhess.spectrum(net, batches(), LOSS, run_dir=folder / "run", **options)
     torch.save((values(spectra), made), folder / f"{out}.{rank}.pt")
     dist.destroy_process_group()
 
