@@ -32,6 +32,7 @@ from blockhess.problem.model_state import batchnorm_policy
 from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.shards import is_sharded
 from blockhess.run.distributed import Parallel, process_group
 from blockhess.run.forecast import Forecast, forecast
 from blockhess.run.job import Job
@@ -117,7 +118,8 @@ def spectrum(
             vector at a time. "traced" converts the gradient to one linear program for all blocks and multiplies several
             vectors together. "auto" chooses between them by counted work, and computes small blocks exactly if that
             takes fewer products; "exact" computes all blocks exactly. "ggn" uses the generalized Gauss-Newton matrix
-            instead of the Hessian, with a linear program if that saves time.
+            instead of the Hessian, with a linear program if that saves time. "difference" takes differences of
+            gradients, for models without second derivatives, where "auto" takes them too.
         dtype: of the computation. None means that of the parameters, and float32 for float16 and bfloat16 parameters.
             Conversions inside the model are unchanged: Transformers models compute their loss in float32.
         matmul_precision: of float32 matrix products and convolutions. "highest" is float32. "high" and "medium" are
@@ -137,7 +139,8 @@ def spectrum(
         parallel: how to divide the job among the processes of torch.distributed's default group, all of which make the
             same call and get the same result. "recurrences": each process computes some of the recurrences. "data":
             each computes products for some of the batches: its own, or every world_size-th of those given to all.
-            (recurrences, data): a mesh of both, in which neighboring ranks share batches. None: this process alone.
+            (recurrences, data): a mesh of both, in which neighboring ranks share batches. None: this process alone,
+            or all processes that hold shards of the model (fully_shard, DTensor parameters).
         on_nonfinite: if Hessian-vector products are not finite, "raise" an error or "mark" the blocks in the result.
         progress: True, False, or "auto" for a bar on stderr if tqdm is installed and the job takes more than a few
             seconds.
@@ -150,7 +153,8 @@ def spectrum(
             differences).
         OSError: run_dir cannot be written, for example because the disk is full; what was saved before is intact.
         NonFiniteError: see `on_nonfinite`; `.partial` holds what was computed.
-        NotImplementedError: an operation of the model has no second derivative, or its parameters are sharded.
+        NotImplementedError: an operation of the model has no second derivative and `engine` needs it, or the
+            parameters are sharded in a way that is not supported.
         DerivativeMismatch: a ValueError; the gradient is not that of the loss, or products are not its derivatives.
         distributed.RankError: another rank failed.
 
@@ -165,10 +169,10 @@ def spectrum(
     """
     start = time.perf_counter()
     with ExitStack() as stack:
-        ranks = stack.enter_context(process_group(parallel))
+        ranks = stack.enter_context(process_group(parallel, is_sharded(model)))
         choice("on_nonfinite", on_nonfinite, ON_NONFINITE, "spectrum")
-        if parallel is not None and keep_vectors:
-            raise ValueError("spectrum: keep_vectors must be False with parallel, got True: no rank has all vectors")
+        if ranks.size > 1 and keep_vectors:
+            raise ValueError("spectrum: keep_vectors must be False on several ranks, got True: none has all vectors")
         options = with_defaults(
             num_probes, num_steps, tol, tol_sigma, engine=engine, distribution=distribution,
             reorthogonalize=reorthogonalize, memory_budget=memory_budget, first_probe=first_probe,
@@ -434,7 +438,7 @@ def plan(
             raise TypeError(f"plan: processes must be (recurrences, data), got {processes!r}")
         sizes = (integer("processes", size, 1, op="plan") for size in processes)
         return forecast(prepared_problem(**arguments), settings, *sizes)
-    with prepared_problem(**arguments) as (problem, *_):
+    with process_group(None, is_sharded(model)) as ranks, prepared_problem(**arguments, ranks=ranks) as (problem, *_):
         return Job(problem, settings).plan
 
 

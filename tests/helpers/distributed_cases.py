@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import blockhess
 import blockhess.estimate
@@ -202,20 +203,12 @@ def posing_fails(rank: int) -> Any:
     return values(blockhess.spectrum(model(), batches(), loss, parallel="data", **OPTIONS))
 
 
-def sharded(rank: int) -> Any:
-    from torch.distributed.fsdp import fully_shard
-
-    module = model()
-    fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
-    return values(blockhess.spectrum(module, batches(), LOSS, parallel="recurrences", **OPTIONS))
-
-
 CASES: dict[str, Callable[[int], Any]] = {
     function.__name__: function
     for function in (
         work, adaptive, fresh_seed, data, own_data, summed_loss, statistics, mesh, wrapped, sign_gain, other_option,
         other_model, other_version, other_mesh, wrong_mesh, other_data, few_batches, little_work, one_bad_option,
-        slow_rank, sharded,
+        slow_rank,
     )
 }  # fmt: skip
 # What comes after a failure is not touched by it.
@@ -262,13 +255,17 @@ def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int
         nonlocal made
         made += 1
         after_step(self, unit, state, hvps)
-        if made % 2 and not rank % max(1, world if parallel == "data" else 1):
+        if made % 2 and (rank == 0 or parallel not in ("data", "sharded")):
             self.checkpoints.save_now(state, hvps)  # as if time had passed
         if rank == world - 1 and made == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     directory.RunDirectory.after_step = counted  # type: ignore[method-assign]
-    spectra = blockhess.spectrum(model(), batches(), LOSS, parallel=parallel, run_dir=folder / "run", **OPTIONS)
+    net, options = model(), OPTIONS | {"parallel": parallel}
+    if parallel == "sharded":
+        fully_shard(net, mesh=dist.init_device_mesh("cpu", (world,)))
+        options |= {"parallel": None, "engine": "difference"}
+    spectra = blockhess.spectrum(net, batches(), LOSS, run_dir=folder / "run", **options)
     torch.save((values(spectra), made), folder / f"{out}.{rank}.pt")
     dist.destroy_process_group()
 

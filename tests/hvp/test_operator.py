@@ -372,8 +372,10 @@ def test_parameters_and_data_on_different_devices() -> None:
 
 def test_what_autograd_gets_silently_wrong_is_refused() -> None:
     weight_norm = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
+    arguments = weight_norm, labeled(5), nn.CrossEntropyLoss()
     with pytest.raises(NotImplementedError, match="fused weight norm"):
-        blockhess.spectrum(weight_norm, labeled(5), nn.CrossEntropyLoss(), num_probes=1, num_steps=2)
+        blockhess.spectrum(*arguments, num_probes=1, num_steps=2, engine="autograd")
+    assert blockhess.spectrum(*arguments, num_probes=1, num_steps=2).provenance["engine"] == "difference"
 
     def checkpointed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x = batch[0].clone().requires_grad_()

@@ -59,7 +59,7 @@ def test_block_operators_keep_the_models_state() -> None:
         assert not model[2].training
     assert model[2].training and torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="block_operators: engine must be one of autograd, traced, ggn, got 'exact'"):
+    with pytest.raises(ValueError, match="engine must be one of autograd, traced, ggn, difference, got 'exact'"):
         block_operators(model, batch, LOSS, engine="exact").__enter__()
 
 

@@ -167,34 +167,35 @@ def test_the_error_of_one_rank_ends_all(two):
         assert other.startswith("RankError: spectrum: rank 1 failed with " + text), other
 
 
-def test_shards_of_parameters_are_refused(two):
-    expect_error(two["sharded"], "NotImplementedError: spectrum: model must hold whole", "get_model_state_dict")
-
-
 def test_parallel_needs_a_process_group():
     with pytest.raises(ValueError, match=r"parallel='recurrences' needs torch.distributed.init_process_group\(\)"):
         blockhess.spectrum(cases.model(), cases.batches(), cases.LOSS, parallel="recurrences", **cases.OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("parallel", "places"), [("recurrences", [(2, 3), (4, 2), (1, None)]), ("data", [(2, 4), (2, None)])]
+    ("parallel", "places"),
+    [
+        ("recurrences", [(2, 3), (4, 2), (1, None)]),
+        ("data", [(2, 4), (2, None)]),
+        ("sharded", [(2, 4), (2, None)]),
+    ],
 )
 def test_a_killed_rank_costs_nothing_that_was_finished(tmp_path, parallel, places):
     found, killed = cases.killed_and_resumed(tmp_path, parallel, places)
     assert killed == len(places) - 1
-    expected = alone(**cases.OPTIONS)
+    expected = alone(**cases.OPTIONS | ({"engine": "difference"} if parallel == "sharded" else {}))
     for spectra, _ in found:
         assert spectra["hvps"] == expected["hvps"]
         if parallel == "recurrences":
             assert same_bits(spectra, expected)
         else:
-            assert (spectra["nodes"] - expected["nodes"]).abs().max() < 1e-5
+            assert (spectra["nodes"] - expected["nodes"]).abs().max() < (1e-4 if parallel == "sharded" else 1e-5)
             assert same_bits(spectra, found[0][0])
     run = tmp_path / "run"
     parts = directory.parts(run, directory.read_run(run)["id"])
     made = [item for _, done, _ in parts for item in items_of(done.unit)]
     assert sorted(made) == [(block, probe) for block in range(6) for probe in range(3)]
-    if parallel == "data":
+    if parallel != "recurrences":
         assert all(steps <= cases.OPTIONS["num_steps"] - 3 for _, steps in found)  # the state was taken up
 
 

@@ -57,7 +57,7 @@ def add_entry_points(app: typer.Typer) -> None:
 add_entry_points(app)
 
 # Values of options, listed here because their own modules import torch.
-ENGINES = ("auto", "autograd", "traced", "ggn", "exact")
+ENGINES = ("auto", "autograd", "traced", "ggn", "difference", "exact")
 SORT_KEYS = ("order", "name", "dim", "lambda_min", "lambda_max", "trace", "negative")
 
 Job = Annotated[str, typer.Argument(help="FILE.py:FUNCTION or MODULE:FUNCTION that returns spectrum's arguments.")]

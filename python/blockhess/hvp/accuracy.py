@@ -8,14 +8,15 @@ with those of autograd, and these with differences of gradients, see differences
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from blockhess.hvp.differences import GROWTH, Differences, unit_products
+from blockhess.hvp.difference import DifferenceEngine
+from blockhess.hvp.differences import GROWTH, Differences, flattened, unit_products
 from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
@@ -56,9 +57,24 @@ class Accuracy:
 def gradient(problem: Problem, accuracy: Accuracy) -> Tensor:
     """Return the gradient of all data (sum(dims),), or zeros if it is within the error of that of the first batch."""
     found = problem.gradient()
+    norm = float(torch.linalg.vector_norm(found, dtype=torch.float64))
+    return torch.zeros_like(found) if _is_rounding(problem, accuracy, norm) else found
+
+
+def gradient_norms(problem: Problem, accuracy: Accuracy) -> list[float]:
+    """Return the norm of `gradient` for every block; of a sharded model, one block is gathered at a time."""
+    if problem.is_sharded:
+        shards = problem.sharded_gradient()
+        parts: Iterable[Tensor] = (flattened(problem, l, shards) for l in range(len(problem.dims)))
+    else:
+        parts = torch.split(problem.gradient(), problem.dims)
+    norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+    return [0.0] * len(norms) if _is_rounding(problem, accuracy, math.hypot(*norms)) else norms
+
+
+def _is_rounding(problem: Problem, accuracy: Accuracy, norm: float) -> bool:
     sums = 1 if problem.loss.averaged else problem.n_batches
-    is_zero = float(torch.linalg.vector_norm(found, dtype=torch.float64)) <= GROWTH * sums * accuracy.gradient_error
-    return torch.zeros_like(found) if is_zero else found
+    return norm <= GROWTH * sums * accuracy.gradient_error
 
 
 class EngineMismatch(ArithmeticError):
@@ -72,7 +88,8 @@ def measure(
 
     Traced products are made for every block alone, and for all of them together, as in a run. Differences are taken
     along all parameters of a group, along single blocks whose products are zero within their error, and along every
-    third block of groups that are undecided; without groups, along all of these blocks.
+    third block of groups that are undecided; without groups, along all of these blocks. Products that are differences
+    themselves are compared with those of another step.
 
     Args:
         problem, engine: what to check.
@@ -86,6 +103,14 @@ def measure(
         ValueError: the parameters are converted, and the loss uses those that it captured.
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
+    if isinstance(engine, DifferenceEngine):
+        steps = {l: engine.step(l) for l in numbers}
+        return Accuracy(
+            {l: step.norm for l, step in steps.items()},
+            {l: step.error for l, step in steps.items()},
+            frozenset(numbers),
+            gradient_error=math.hypot(*(step.gradient_error for step in steps.values())),
+        )
     try:
         own = unit_products(problem, engine, numbers)
         alone = {}

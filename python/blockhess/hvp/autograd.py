@@ -78,4 +78,5 @@ class AutogradEngine:
             where, advice = problem.locate(found[1] if found else "")
             raise NotImplementedError(
                 f"spectrum: block {name!r} needs a second derivative that an operation {where}lacks ({text}); {advice}"
+                + ", or pass engine='difference'" * (self.name == "autograd")
             ) from error.__cause__

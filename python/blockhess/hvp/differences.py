@@ -30,6 +30,7 @@ from blockhess.hvp.operator import Column, Engine
 from blockhess.problem import graph
 from blockhess.problem.blocks import Block, BlockInfo, Piece
 from blockhess.problem.problem import Problem
+from blockhess.problem.shards import is_shard, local, part_of, whole
 
 # Steps relative to the parameters, as powers of the machine epsilon. The first one suits smooth losses, the second one
 # crosses fewer kinks, the third one has less rounding.
@@ -73,9 +74,8 @@ class Differences:
             loss = problem.evaluate(problem.batches[0])
         self._loss = loss.item()
         nodes = graph.differentiable_nodes([loss.grad_fn])
-        dtypes = {made.dtype for node in nodes for made in node._input_metadata}
+        self.eps = graph.largest_eps(nodes)
         del nodes
-        self.eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
         pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}
@@ -90,8 +90,7 @@ class Differences:
             found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
         self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
-        norms = [float(p.detach().norm()) for p in problem.parameters.values()]
-        self._rms = math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
+        self._rms = rms(problem)
         joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem)]
         self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
         self._problem.blocks = (*problem.blocks, *joined)
@@ -107,7 +106,8 @@ class Differences:
 
     def terms(self, number: int, products: Tensor) -> float:
         """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
-        terms = math.sqrt(self._problem.dims[number]) * float(products.norm()) * self._size(number)
+        size = block_norm(self._problem, number, self._rms)
+        terms = math.sqrt(self._problem.dims[number]) * float(products.norm()) * size
         return terms if math.isfinite(terms) else 0.0
 
     def differs_from(self, other: Differences, terms: float) -> str:
@@ -206,14 +206,10 @@ class Differences:
                 raise DerivativeMismatch(f"spectrum: {comparison.text.format(repr(name))}: {cause}")
         return all(comparison.agrees for comparison in found)
 
-    def _size(self, number: int) -> float:
-        """Return the norm of the parameters of a block, or one of usual size where they are nearly zero."""
-        norm = float(self._flat(number, self._problem.parameters).norm())
-        return max(norm, math.sqrt(self._problem.dims[number]) * (1e-3 * self._rms or 1.0))
-
     def _compare(self, number: int, products: Tensor, error: float, resolution: float) -> list[_Comparison]:
         """Compare with differences for the first step, and for the others until one agrees."""
-        v, size, curvature = unit_vector(self._problem, number)[0], self._size(number), float(products.norm())
+        v, curvature = unit_vector(self._problem, number)[0], float(products.norm())
+        size = block_norm(self._problem, number, self._rms)
         tangents = self._problem.blocks[number].spread(v, self._problem.parameters)
         v = v.double()
         rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
@@ -242,18 +238,11 @@ class Differences:
     def _at(self, number: int, tangents: Mapping[str, Tensor], step: float) -> tuple[float, Tensor]:
         """Return the loss, and its gradient (dim,) with respect to a block, at w + step * tangents."""
         problem, names = self._problem, self._problem.blocks[number].parameters
-        with _moved(problem, tangents, step):
+        with moved(problem, tangents, step):
             with self._padding:
                 loss = problem.evaluate(problem.batches[0])
             found = problem.differentiate(loss, [problem.parameters[name] for name in names])
-        return loss.item(), self._flat(number, dict(zip(names, found))).double()
-
-    def _flat(self, number: int, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """Return the entries of a block in tensors by name, (dim,)."""
-        flat = torch.zeros(1, self._problem.dims[number], dtype=self._problem.dtype, device=self._problem.device)
-        detached = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-        self._problem.blocks[number].accumulate(detached, flat)
-        return flat[0]
+        return loss.item(), flattened(problem, number, dict(zip(names, found))).double()
 
 
 class _FixedPadding(TorchDispatchMode):
@@ -381,12 +370,37 @@ def unit_products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> d
     return {column.number: column.products for column in columns}
 
 
+def rms(problem: Problem) -> float:
+    """Return the root mean square of all parameters."""
+    norms = [float(whole(p.detach()).norm()) for p in problem.parameters.values()]
+    return math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
+
+
+def block_norm(problem: Problem, number: int, rms: float, floor: float = 1e-3) -> float:
+    """Return the norm of the parameters of a block, or `floor` times the usual one where they are nearly zero."""
+    norm = float(flattened(problem, number, problem.parameters).norm())
+    return max(norm, math.sqrt(problem.dims[number]) * (floor * rms or 1.0))
+
+
+def flattened(problem: Problem, number: int, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    """Return the entries of a block in tensors by name, (dim,)."""
+    flat = torch.zeros(1, problem.dims[number], dtype=problem.dtype, device=problem.device)
+    detached = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    problem.blocks[number].accumulate(detached, flat)
+    return flat[0]
+
+
 @contextmanager
-def _moved(problem: Problem, tangents: Mapping[str, Tensor], step: float) -> Iterator[None]:
+def moved(problem: Problem, tangents: Mapping[str, Tensor], step: float) -> Iterator[None]:
     """Replace the values of parameters by w + step * tangents within the context, wherever they are used."""
     with ExitStack() as stack:
         for name, tangent in tangents.items():
             parameter = problem.parameters[name]
+            if is_shard(parameter):
+                shard = local(parameter.detach())
+                stack.callback(shard.copy_, shard.clone())
+                shard.add_(part_of(tangent, parameter), alpha=step)
+                continue
             stack.callback(setattr, parameter, "data", parameter.data)
             parameter.data = parameter.data.add(tangent, alpha=step)
         yield

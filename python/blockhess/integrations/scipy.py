@@ -74,7 +74,7 @@ def block_operators(
     Args:
         model, data, loss_fn, blocks, dtype: as for `spectrum`.
         batchnorm: "eval" or "batch", as for `spectrum`.
-        engine: "autograd", "traced" or "ggn", as for `spectrum`.
+        engine: "autograd", "traced", "ggn" or "difference", as for `spectrum`.
 
     Yields:
         Dict from block name to operator (dim, dim), in the order of the blocks. The operators take vectors (dim,) and
@@ -93,8 +93,10 @@ def block_operators(
     model = unwrap(model)
     cut, loss = partition(model, blocks), make_loss(loss_fn)
     is_open, lock = True, threading.Lock()
-    with fixed_state(Computation(model, loss), batchnorm):
-        problem = Problem(model, loss, as_batches(data, pairs=loss.pairs), cut.blocks, dtype)
+    second_order = engine != "difference"
+    with fixed_state(Computation(model, loss), batchnorm, second_order):
+        batches = as_batches(data, pairs=loss.pairs)
+        problem = Problem(model, loss, batches, cut.blocks, dtype, second_order=second_order)
         problem.join(SINGLE_PROCESS)
         products: Engine = ENGINES[engine](problem)
         try:

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from blockhess.problem.shards import whole
 from blockhess_ext.arguments import LIMIT, integer
 
 # Note of blocks whose Hessian is zero within the error of its products.
@@ -87,7 +88,10 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.of(self.tensor).shape)
+        shape = list(self.tensor.shape)
+        if self.part is not None:
+            shape[self.part.dim] = self.part.stop - self.part.start
+        return tuple(shape)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the view of this piece in a tensor (..., *shape of the whole parameter)."""
@@ -133,7 +137,7 @@ class Block:
         for piece, part in zip(self.pieces, torch.split(into, [prod(p.shape) for p in self.pieces], dim=-1)):
             tensor = tensors.get(piece.name)
             if tensor is not None:
-                part.view((*lead, *piece.shape)).add_(piece.of(tensor), alpha=share)
+                part.view((*lead, *piece.shape)).add_(piece.of(whole(tensor)), alpha=share)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from blockhess.problem.batches import dense_parts
+from blockhess.problem.shards import local
 
 
 class FlopCounter(TorchDispatchMode):
@@ -91,11 +92,11 @@ def alternative(operation: str) -> str:
 # Graph nodes whose second derivative is missing or wrong, without an error from autograd.
 _NOT_TWICE_DIFFERENTIABLE = {
     "torch::autograd::Error": "an operation marked once_differentiable (a torch.autograd.Function), which has no "
-    "second derivative; write that operation in plain PyTorch",
+    "second derivative; write that operation in plain PyTorch, or pass engine='difference'",
     "CheckpointFunctionBackward": "reentrant activation checkpointing, which hides parameters from autograd.grad; "
     "pass use_reentrant=False",
     "WeightNormInterfaceBackward0": "torch's fused weight norm, whose second derivative is wrong; write g v / |v| in "
-    "plain PyTorch, or remove the parametrization",
+    "plain PyTorch, remove the parametrization, or pass engine='difference'",
 }
 
 # Graph nodes whose third derivative is wrong: torch treats statistics that depend on the input as constants.
@@ -118,11 +119,11 @@ def refuse_third_derivatives(nodes: Iterable[Node]) -> None:
             )
 
 
-def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
+def differentiable_nodes(roots: Iterable[Node | None], second_order: bool = True) -> set[Node]:
     """Return all nodes of a graph.
 
     Raises:
-        NotImplementedError: one of them has no second derivative, or a wrong one.
+        NotImplementedError: one of them has no second derivative, or a wrong one, and `second_order` is True.
     """
     waiting = list(roots)
     seen: set[Node] = set()
@@ -131,21 +132,27 @@ def differentiable_nodes(roots: Iterable[Node | None]) -> set[Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() in _NOT_TWICE_DIFFERENTIABLE:
+        if second_order and node.name() in _NOT_TWICE_DIFFERENTIABLE:
             raise NotImplementedError(f"spectrum: the model has {_NOT_TWICE_DIFFERENTIABLE[node.name()]}")
         waiting.extend(edge[0] for edge in node.next_functions)
     return seen
 
 
+def largest_eps(nodes: Iterable[Node]) -> float:
+    """Return the largest machine epsilon of the operations of a graph."""
+    dtypes = {made.dtype for node in nodes for made in node._input_metadata}
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
-    counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(t)}
+    counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(local(t))}
     total = 0
     for node in nodes:
         for name in dir(type(node)):
             saved = getattr(node, name) if name.startswith("_saved_") else None
             found = saved if isinstance(saved, (tuple, list)) else (saved,)
-            for part in (part for tensor in found if isinstance(tensor, Tensor) for part in dense_parts(tensor)):
+            for part in (p for tensor in found if isinstance(tensor, Tensor) for p in dense_parts(local(tensor))):
                 if part.untyped_storage().data_ptr() not in counted:
                     counted.add(part.untyped_storage().data_ptr())
                     total += part.untyped_storage().nbytes()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.shards import reshard
 from blockhess.problem.snapshot import Snapshot
 
 T = TypeVar("T")
@@ -66,8 +67,8 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
-    """Make a model deterministic and twice differentiable within the context.
+def fixed_state(model: nn.Module, batchnorm: str = "eval", second_order: bool = True) -> Iterator[None]:
+    """Make a model deterministic and, by default, twice differentiable within the context.
 
     Every module is in eval mode, so dropout is off. Attention uses the math backend, compiled modules run eagerly and
     RNNs without cuDNN, because the fused implementations have no second derivative. Embeddings have dense gradients.
@@ -78,6 +79,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         batchnorm: "eval": BatchNorm uses its running statistics, where it has them. "batch": it uses the statistics
             of each batch, through which gradients flow. "frozen_batch_stats": as "eval", with running statistics from
             `freeze_batch_statistics`.
+        second_order: whether second derivatives are needed; otherwise attention and RNNs are computed as in training.
 
     Raises:
         ValueError: `batchnorm` is none of these.
@@ -91,7 +93,8 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))  # this also enables gradients
         stack.enter_context(fixed_random_numbers(devices))
         stack.enter_context(setting(torch.get_default_dtype, torch.set_default_dtype, torch.get_default_dtype()))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if second_order:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         mha: Any = torch.backends.mha
         stack.enter_context(setting(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
         for device_type in ("cpu", *(["cuda"] if devices else [])):
@@ -100,6 +103,7 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         snapshot = Snapshot([model])
         stack.callback(snapshot.restore)
+        stack.callback(reshard, model)  # before it: FSDP has other parameters in the modules meanwhile
         snapshot.drop_gradients()
         for module in modules:
             # Not by train() and eval(), which some models override with side effects, such as merging LoRA weights.
@@ -108,9 +112,10 @@ def fixed_state(model: nn.Module, batchnorm: str = "eval") -> Iterator[None]:
                 _set(stack, module, "training", batchnorm == "batch" and _is_batchnorm(module))
             if _is_embedding(module):
                 vars(module)["sparse"] = False
-            if isinstance(module, nn.RNNBase):
+            if second_order and isinstance(module, nn.RNNBase):
                 _set(stack, torch.backends.cudnn, "enabled", False)
-        _switch_attention(stack, modules)
+        if second_order:
+            _switch_attention(stack, modules)
         yield
 
 
@@ -263,15 +268,3 @@ def _switch_attention(stack: ExitStack, modules: list[nn.Module]) -> None:
     for owner, name in named:
         if name not in ("eager", "sdpa"):  # these have a second derivative
             owner._attn_implementation = "sdpa"
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise a NotImplementedError if this process holds only shards of the model's parameters."""
-    for name, parameter in model.named_parameters():
-        if {type(parameter).__name__, type(parameter.data).__name__} & {"DTensor", "FlatParameter"}:
-            raise NotImplementedError(
-                f"spectrum: model must hold whole parameters, got {name!r} as a shard (FSDP or tensor parallelism); "
-                "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-                "StateDictOptions(full_state_dict=True)), load them into a plain model on every rank, and pass that "
-                "with parallel='recurrences' or 'data'"
-            )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from blockhess.problem import fingerprint, model_state
+from blockhess.problem import fingerprint, model_state, shards
 from blockhess.problem.batches import as_batches, batch_size, split_batch
 from blockhess.problem.blocks import BlockSpec, Partition, partition, unwrap
 from blockhess.problem.losses import make_loss
@@ -50,10 +51,18 @@ def prepared_problem(
         raise ValueError(f"spectrum: dtype must be None or a floating-point torch.dtype, got {dtype!r}")
     choice("matmul_precision", matmul_precision, ("highest", "high", "medium"), "spectrum")
     model = unwrap(model)
-    model_state.refuse_sharded(model)
+    shards.check(model, dtype, engine)
+    sharded = shards.is_sharded(model)
+    if sharded:
+        layout = {name: str((tuple(p.shape), p.dtype, p.requires_grad)) for name, p in model.named_parameters()}
+        ranks.agree({"parameters": fingerprint.of_names(layout), "number of them": len(layout)})
     cut = partition(model, blocks)
     loss = make_loss(loss_fn)
-    with model_state.fixed_state(Computation(model, loss), batchnorm), model_state.float32_precision(matmul_precision):
+    second_order = engine != "difference" and not sharded
+    with (
+        model_state.fixed_state(Computation(model, loss), batchnorm, second_order),
+        model_state.float32_precision(matmul_precision),
+    ):
         policy = model_state.batchnorm_policy(model, batchnorm)
         # Inside fixed_state, which restores the random number generator that a shuffling DataLoader advances.
         batches = as_batches(data, pairs=loss.pairs)
@@ -61,15 +70,20 @@ def prepared_problem(
         fingerprints = {"model": fingerprint.of_model(model), "data": data_digest}
         frozen_by = ranks if policy == "frozen_batch_stats" else None
         try:
-            problem = Problem(model, loss, batches, cut.blocks, dtype, ranks.data_size > 1, frozen_by)
+            several = ranks.data_size > 1 and not sharded
+            make = partial(Problem, model, loss, batches, cut.blocks, dtype, several, frozen_by)
+            problem = _of_best_order(make) if engine == "auto" and not sharded else make(second_order)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise torch.OutOfMemoryError(
                 f"spectrum: data must hold batches whose graph fits the device's memory, got batches of "
                 f"{batch_size(batches[0])}; pass smaller ones, in a list: the result does not depend on their size"
             ) from None
+        if sharded:
+            problem.lacking = "the parameters are sharded" if engine == "auto" else ""
+            ranks.agree({"parameters with gradients": fingerprint.of_names(sorted(problem.used))})
         # What an engine keeps of a batch may take half of the budget.
-        needed = 2 * problem.graph_bytes * (1 if engine == "autograd" else KEPT)
+        needed = 2 * problem.graph_bytes * (1 if engine == "autograd" or not problem.second_order else KEPT)
         parts = math.ceil(needed / budget_bytes(memory_budget, problem.device))
         # Closures may do anything with a batch, and batch statistics depend on all of its samples.
         if parts > 1 and loss.calls_model and policy != "batch":
@@ -78,11 +92,26 @@ def prepared_problem(
         yield problem, cut, fingerprints
 
 
+def _of_best_order(make: Callable[[bool], Problem]) -> Problem:
+    """Return the problem with second derivatives, or without where they do not exist."""
+    try:
+        return make(True)
+    except NotImplementedError as error:
+        lacking = error.with_traceback(None)  # which references the first problem
+    try:
+        problem = make(False)
+    except Exception:
+        raise lacking from None
+    problem.lacking = str(lacking).removeprefix("spectrum: ")
+    return problem
+
+
 def _split(problem: Problem, parts: int, cut: Partition, dtype: torch.dtype | None) -> Problem:
     """Split the batches of a problem, unless the loss is not a mean over samples, such as a contrastive loss."""
     batches = [part for batch in problem.batches for part in split_batch(batch, parts)]
     try:
-        smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype)
+        smaller = Problem(problem.model, problem.loss, batches, cut.blocks, dtype, second_order=problem.second_order)
+        smaller.lacking = problem.lacking
     except (RuntimeError, ValueError):  # targets that cannot be split like the inputs
         return problem
     same = math.isclose(smaller.loss_value, problem.loss_value, rel_tol=LOSS_TOLERANCE)

@@ -3,7 +3,7 @@
     L(w) = sum_b share_b L_b(w),   share_b = weight_b / sum_b weight_b,  or 1 where the loss sums over samples
 
 The constructor evaluates every batch once. It raises an error for a loss that is not finite, not reproducible or not
-twice differentiable. The parameters of the model are only read.
+twice differentiable, if second derivatives are needed. The parameters of the model are only read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blockhess.problem import graph
+from blockhess.problem import graph, shards
 from blockhess.problem.batches import (
     Batch,
     batch_size,
@@ -55,6 +55,7 @@ class Problem:
             and bfloat16 are accepted only if all parameters have that dtype.
         several: whether other ranks hold further batches, which `join` will combine with these.
         frozen_by: processes over whose batches the running statistics of BatchNorm are averaged first, if any.
+        second_order: whether second derivatives of the loss are needed.
 
     Attributes:
         blocks, infos: the blocks and their BlockInfo, with the note "unused" where it applies.
@@ -65,15 +66,18 @@ class Problem:
         loss_value, weight, n_batches: L, the sum of the weights and the number of batches, of all ranks after `join`.
         loss_parameters: names of the trainable parameters of a criterion, which are constants.
         ranks: the processes that share the batches.
+        is_sharded: whether this process holds shards of parameters; gradients are DTensors then, see shards.py.
         used, unused: names of parameters with and without a gradient in some batch.
-        graph_nodes: operations in the gradient of the first batch.
+        lacking: why the loss has no second derivatives, or "", after `join` on any rank.
+        graph_nodes: operations in the gradient of the first batch, or in its loss if second derivatives are not needed.
         graph_bytes: size of its graph, scaled to the largest batch.
+        eps: largest machine epsilon of the operations between parameters and loss.
         forward_flops: FLOPs of matrix products and convolutions in the loss of the first batch.
         forward_seconds: measured time of that loss, used only in displayed estimates.
 
     Raises:
         ValueError, TypeError: an invalid loss, weight or device, or a loss that depends on no block.
-        NotImplementedError: an operation whose second derivative is missing or wrong.
+        NotImplementedError: an operation whose second derivative is needed, and missing or wrong.
 
     Example:
         >>> from blockhess.problem.blocks import partition
@@ -96,11 +100,15 @@ class Problem:
         dtype: torch.dtype | None = None,
         several: bool = False,
         frozen_by: ProcessGroup | None = None,
+        second_order: bool = True,
     ) -> None:
         self.model, self.loss, self.blocks = model, loss, tuple(blocks)
+        self.second_order, self.lacking = second_order, ""
         self.ranks = SINGLE_PROCESS
         self.dims = [block.info.dim for block in blocks]
         self._wrapped = Computation(model, loss)
+        self.is_sharded = shards.is_sharded(model)
+        self._trainable = [p for p in self._wrapped.parameters() if p.requires_grad]
         own = {id(p) for p in model.parameters()}
         named = loss.module.named_parameters() if loss.module is not None else ()
         self.loss_parameters = [name for name, p in named if p.requires_grad and id(p) not in own]
@@ -161,6 +169,14 @@ class Problem:
         sums.finish(0)
         return total
 
+    def sharded_gradient(self) -> dict[str, Tensor]:
+        """Return the gradient of L as DTensors, by name, for the parameters that it depends on."""
+        total: dict[str, Tensor] = {}
+        for index, share in enumerate(self.shares):
+            for name, gradient in self.gradients(index, create_graph=False).items():
+                total[name] = total[name].add(gradient, alpha=share) if name in total else share * gradient
+        return total
+
     def gradients_at(
         self, batch: Batch, parameters: Mapping[str, Tensor], gauss_newton: bool = False
     ) -> dict[str, Tensor]:
@@ -195,6 +211,8 @@ class Problem:
 
         Activation checkpointing runs the model again in the backward pass.
         """
+        if self.is_sharded:
+            return shards.backward(outputs, inputs, self._trainable)
         found = self._call(
             lambda *_: torch.autograd.grad(outputs, inputs, directions, allow_unused=True, **options), (), fresh=False
         )
@@ -232,6 +250,8 @@ class Problem:
             fresh: first restore the attributes of modules, in which the last evaluation may have counted or cached.
         """
         if fresh:
+            if self.is_sharded:
+                shards.reshard(self._wrapped)
             self._start.restore()
         swapped = dict(self._converted)
         for name, tensor in (parameters or {}).items():
@@ -320,12 +340,17 @@ class Problem:
 
     def _survey_first(self, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the gradient of the first batch; check and measure its graph."""
-        graph.refuse_third_derivatives(graph.differentiable_nodes([loss.grad_fn]))
-        gradients = self._differentiate(loss, create_graph=True)
-        nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
+        nodes = graph.differentiable_nodes([loss.grad_fn], self.second_order)
+        self.eps = graph.largest_eps(nodes)
+        if self.second_order:
+            graph.refuse_third_derivatives(nodes)
+            gradients = self._differentiate(loss, create_graph=True)
+            nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
         self.graph_nodes = len(nodes)
         others = (*self.parameters.values(), *tensors(batch))
         self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
+        if not self.second_order:
+            gradients = self._differentiate(loss, create_graph=False)
         return {name: g.detach() for name, g in gradients.items()}
 
     def explained(self, index: int, rule: str = DIFFERENTIABLE) -> contextlib.AbstractContextManager[None]:
@@ -360,8 +385,9 @@ class Problem:
             return
         _warn_of_guesses(self.loss, [guess for found in ranks.gather_data_ranks(self._guesses) for guess in found])
         counted = (self.graph_nodes, self.graph_bytes, self.forward_flops)
-        found = ranks.gather_data_ranks((self.weight, self.loss_value, self.n_batches, self.used, counted))
-        weights, values, numbers, used, counts = zip(*found)
+        own = (self.weight, self.loss_value, self.n_batches, self.used, counted, self.lacking)
+        weights, values, numbers, used, counts, lacking = zip(*ranks.gather_data_ranks(own))
+        self.lacking = next(filter(None, lacking), "")
         total = sum(weights)
         if self.loss.averaged:
             self.shares = [share * self.weight / total for share in self.shares]
@@ -400,9 +426,9 @@ class Problem:
                 f"spectrum: loss_fn must give the same loss for the same batch, got {value:.9g}, then "
                 f"{again.item():.9g}: {operations.randomness()}"
             )
-        size = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+        size = max((float(shards.whole(g).abs().max()) for g in gradients.values() if g.numel()), default=0.0)
         for name, gradient in gradients.items():
-            difference = float((gradient - others[name]).abs().max()) if gradient.numel() else 0.0
+            difference = float(shards.whole(gradient - others[name]).abs().max()) if gradient.numel() else 0.0
             if difference > 1e-3 * max(size, 1e-30):
                 raise ValueError(
                     f"spectrum: loss_fn must have the same gradient for the same batch, got one that differs by "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from blockhess.problem.batches import dense_parts
+from blockhess.problem.shards import is_shard, local
 
 # Integers of the sizes of numbers: equal as integers means equal to the bit, also for NaN and -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -159,6 +160,8 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _memory(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the memory of a tensor as vectors of integers; nothing for tensors that have none of their own."""
+    if is_shard(tensor):
+        tensor = local(tensor.detach())
     if is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
         return
     for part in dense_parts(tensor):

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from blockhess.problem.batches import Batch
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup, Sums
 
 Parallel: TypeAlias = str | tuple[int, int] | None
@@ -108,18 +109,41 @@ class Processes(ProcessGroup):
                     raise
 
 
+class Replicas(Processes):
+    """Processes that hold shards of one model, and make the same products with the same batches."""
+
+    def __init__(self, root: Any) -> None:
+        super().__init__(1, dist.get_world_size(), root)
+
+    def connect(self) -> None:
+        pass
+
+    def gather_data_ranks(self, value: Any) -> list[Any]:
+        return self.gather(value)[:1]
+
+    def share_batches(self, batches: list[Batch], digest: str) -> tuple[list[Batch], str]:
+        self.agree({"data": digest})
+        return batches, digest
+
+    def sums(self) -> Sums:
+        return Sums()
+
+
 @contextmanager
-def process_group(parallel: Parallel) -> Iterator[ProcessGroup]:
+def process_group(parallel: Parallel, sharded: bool = False) -> Iterator[ProcessGroup]:
     """Yield the processes among which a call is divided; an error raised inside ends the call on all of them.
 
     Args:
         parallel: as for `spectrum`; None is this process alone, even if torch.distributed is initialized.
+        sharded: whether the processes hold shards of the model.
 
     Raises:
         ValueError: torch.distributed is not initialized, or its world size is not that of the mesh.
         RankError: another rank failed.
     """
-    if parallel is None:
+    if parallel is not None and sharded:
+        raise NotImplementedError(f"spectrum: parallel must be None for a sharded model, got {parallel!r}")
+    if parallel is None and not sharded:
         yield SINGLE_PROCESS
         return
     if not (dist.is_available() and dist.is_initialized()):
@@ -127,9 +151,9 @@ def process_group(parallel: Parallel) -> Iterator[ProcessGroup]:
             f"spectrum: parallel={parallel!r} needs torch.distributed.init_process_group() before, in processes that "
             "torchrun starts; see docs/distributed.md"
         )
-    shape = _mesh(parallel, dist.get_world_size())
     assert dist.group.WORLD is not None
-    ranks = Processes(*shape, dist.group.WORLD.get_group_store())
+    root = dist.group.WORLD.get_group_store()
+    ranks = Replicas(root) if parallel is None else Processes(*_mesh(parallel, dist.get_world_size()), root)
     try:
         ranks.agree({"parallel": str(parallel), "torch": str(torch.__version__)})
         ranks.connect()

@@ -12,8 +12,9 @@ import torch
 
 import blockhess_ext
 from blockhess.hvp import BlockOperator, Engine, NotTraceable, TracedEngine
-from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient, measure
+from blockhess.hvp.accuracy import Accuracy, EngineMismatch, gradient_norms, measure
 from blockhess.hvp.causes import suspects
+from blockhess.hvp.difference import less_error
 from blockhess.hvp.differences import RESOLUTION
 from blockhess.hvp.exact import exact_quadratures
 from blockhess.problem.blocks import ZERO_NOTE, Block, block_id, with_note
@@ -25,7 +26,7 @@ from blockhess.results.unit import Unit
 from blockhess.run import adaptive
 from blockhess.run.costs import product_costs, step_cost
 from blockhess.run.options import Options
-from blockhess.run.plan import Plan, exact_blocks, make_plan, most_checked
+from blockhess.run.plan import Plan, exact_blocks, make_plan, most_checked, why_difference
 from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
@@ -33,6 +34,8 @@ from blockhess_ext.slq import reorthogonalization_modes
 
 # Blocks whose eigenvalues are below this share of the largest ones may be zero but for rounding.
 FLAT = 1e-4
+# Relative error of products by differences above which there is a warning.
+LARGEST_ERROR = 1e-3
 
 Compute: TypeAlias = Callable[[Unit], Iterator[UnitResult]]
 
@@ -180,8 +183,7 @@ class Job:
         return whole
 
     def _norms(self, accuracy: Accuracy) -> dict[str, float]:
-        parts = torch.split(gradient(self._problem, accuracy), self._problem.dims)
-        norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+        norms = gradient_norms(self._problem, accuracy)
         return {info.name: norm for info, norm in zip(self.infos, norms) if math.isfinite(norm)}
 
     def _sharing(self, engine: Engine) -> Callable[[Sequence[Unit], Compute], list[UnitResult]]:
@@ -384,28 +386,59 @@ class Job:
         self.infos = tuple(with_note(info, text) if wanted else info for info, wanted in zip(self.infos, which))
 
     def make_engine(self) -> Engine:
-        """Return the planned engine after checking its products, or autograd if "auto" chose a trace that fails."""
-        ranks, failure = self._problem.ranks, None
-        checked = [l for l in self.plan.checked if self._problem.is_used(l)]
-        try:
-            engine, self._engine = self._engine or self.plan.make(self._problem), None
-            accuracy = measure(self._problem, engine, checked, self.plan.groups)
-        except (NotTraceable, EngineMismatch) as error:
-            failure = str(error)
-        failure = next(filter(None, ranks.gather(failure)), None)
-        if failure is not None:
-            if self._options.engine == "traced":
-                raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
-            name = "ggn" if self.plan.engine == "ggn" else "autograd"
-            why = f"no trace: {failure}"
-            self.plan = dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
-            engine = self.plan.make(self._problem)
-            accuracy = measure(self._problem, engine, checked, self.plan.groups)
+        """Return the planned engine after checking its products, or another one if "auto" chose one that fails.
+
+        A trace that fails is replaced by autograd, and autograd that lacks a second derivative by differences.
+        """
+        ranks = self._problem.ranks
+        while True:
+            failure = lacking = ""
+            checked = [l for l in self.plan.checked if self._problem.is_used(l)]
+            try:
+                engine, self._engine = self._engine or self.plan.make(self._problem), None
+                accuracy = measure(self._problem, engine, checked, self.plan.groups)
+            except (NotTraceable, EngineMismatch) as error:
+                failure = str(error)
+            except NotImplementedError as error:
+                if self._options.engine != "auto" or self.plan.engine == "difference":
+                    raise
+                lacking = str(error).removeprefix("spectrum: ")
+            failure, lacking = (next(filter(None, texts), "") for texts in zip(*ranks.gather((failure, lacking))))
+            if not failure and not lacking:
+                break
+            self.plan = self._without_second_derivative(lacking) if lacking else self._without_trace(failure)
         accuracy = ranks.gather(accuracy)[0]
         self.gradient_norms = ranks.gather(self._norms(accuracy))[0]
         release_unused()
+        if self.plan.engine == "difference":
+            self._warn_of_differences(accuracy)
         self._record(accuracy)
         return engine
+
+    def _without_trace(self, failure: str) -> Plan:
+        if self._options.engine == "traced":
+            raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
+        name, why = "ggn" if self.plan.engine == "ggn" else "autograd", f"no trace: {failure}"
+        return dataclasses.replace(self.plan, engine=name, traced=False, rows=1, why=why)
+
+    def _without_second_derivative(self, lacking: str) -> Plan:
+        return dataclasses.replace(
+            self.plan, engine="difference", traced=False, rows=1, retain=False, checked=tuple(range(len(self.infos))),
+            why=why_difference(self._problem, lacking),
+        )  # fmt: skip
+
+    def _warn_of_differences(self, accuracy: Accuracy) -> None:
+        """Warn if differences resolve products of some blocks badly."""
+        ratios = {l: error / norm for l, error in accuracy.errors.items() if (norm := accuracy.norms[l])}
+        bad = [l for l, ratio in ratios.items() if ratio > LARGEST_ERROR and not accuracy.is_zero(l)]
+        if bad:
+            worst = max(bad, key=lambda l: ratios[l])
+            warnings.warn(
+                f"spectrum: differences of gradients have relative errors above {LARGEST_ERROR} in {len(bad)} of "
+                f"{len(self.infos)} blocks, the largest {ratios[worst]:.2g} in {self.infos[worst].name!r}"
+                + less_error(self._problem),
+                stacklevel=2,
+            )
 
     def _record(self, accuracy: Accuracy) -> None:
         """Record the errors of products, and the blocks whose derivatives are confirmed."""

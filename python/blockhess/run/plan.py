@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockhess.hvp import ENGINES, TracedEngine
+from blockhess.hvp.difference import expected_error
 from blockhess.hvp.differences import parameter_groups
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
@@ -24,6 +25,8 @@ from blockhess.run.costs import Work
 # Work of one product, in FLOPs of a forward pass, bytes of the gradient's graph and operations in it, and seconds of
 # tracing per operation: orders of magnitude from bench/results, which decide whether tracing pays.
 PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
+# Two gradients with respect to one block: for each a forward pass, and half a pass or more back to the block.
+DIFFERENCE_FLOPS = 4.0
 TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
@@ -47,14 +50,14 @@ class Plan:
     """What a run computes, and its cost.
 
     Attributes:
-        engine: "autograd", "traced" or "ggn".
+        engine: "autograd", "traced", "ggn" or "difference".
         traced: whether products are those of a linear program, for "traced" and "ggn".
         exact: for every block, whether it is computed exactly; the others are estimated. With a tolerance, those of
             them for which that takes fewer products are computed exactly after their first probes.
         passes: (first probe, number of probes, indices of the blocks) of the recurrences that run together.
         rows: number of vectors, of one block each, that are multiplied together.
         checked: indices of the blocks whose products are checked: all, or those for which a tenth of the products is
-            enough.
+            enough. With "difference", the step of every block is chosen then.
         retain: whether graphs or constants of all batches are retained between steps.
         batches: number of batches, after splitting large ones.
         hvps: upper limit of the number of products, of one block, vector and batch each.
@@ -204,7 +207,10 @@ def make_plan(
     most = max([num_probes * sum(exact), *(count * len(blocks) for _, count, blocks in passes)])
     exact_hvps = products(0, 0)
     expected = max(products(*least), exact_hvps + int(TOLERANCE_SHARE * (hvps - exact_hvps))) if least else hvps
-    pays, why = _tracing_pays(problem, engine, expected, most, room)
+    by_difference = engine == "difference" or bool(problem.lacking)
+    pays, why = (False, "as asked") if by_difference else _tracing_pays(problem, engine, expected, most, room)
+    if by_difference:
+        why = why_difference(problem, problem.lacking)
     graph, tangents = problem.graph_bytes, 0
     if pays:
         made, failure, graph, tangents = _trace(problem, gauss_newton=engine == "ggn")
@@ -217,7 +223,7 @@ def make_plan(
             raise NotImplementedError(f"spectrum: engine='traced' cannot be had: {failure}")
         if failure:
             why, graph, tangents = f"no trace: {failure}", problem.graph_bytes, 0
-    retain = n_batches * graph + tangents <= room
+    retain = not by_difference and n_batches * graph + tangents <= room
     engine_bytes = graph * (n_batches if retain else 1)
     if made:
         limit = room - engine_bytes if problem.device.type == "cuda" else min(CACHE_BYTES, room - engine_bytes)
@@ -229,10 +235,13 @@ def make_plan(
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
     sizes_of_groups = [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem)]
     groups = min(len(sizes_of_groups), max(1, int((CHECK_SHARE * expected - CHECK_FIXED) / CHECK_GROUP)))
-    checked = _checked([l for l, u in enumerate(used) if u], expected, groups)
+    every = [l for l, u in enumerate(used) if u]
+    checked = tuple(every) if by_difference else _checked(every, expected, groups)
+    name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
+    product = DIFFERENCE_FLOPS if by_difference else PRODUCT["traced" if made else "autograd"].flops
     parameters = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters()) + GROUP_BYTES * max(sizes_of_groups)
     plan = Plan(
-        engine="ggn" if engine == "ggn" else "traced" if made else "autograd",
+        engine=name,
         traced=made is not None,
         exact=exact,
         passes=passes,
@@ -242,8 +251,8 @@ def make_plan(
         batches=problem.n_batches,
         hvps=hvps,
         least_hvps=products(*least) if least else hvps,
-        flops=expected * PRODUCT["traced" if made else "autograd"].flops * problem.forward_flops,
-        seconds=expected * PRODUCT["traced" if made else "autograd"].flops * problem.forward_seconds,
+        flops=expected * product * problem.forward_flops,
+        seconds=expected * product * problem.forward_seconds,
         vector_bytes=max(together, written_out),
         engine_bytes=engine_bytes,
         check_bytes=parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes),
@@ -254,6 +263,15 @@ def make_plan(
         expected_hvps=expected,
     )
     return plan, made
+
+
+def why_difference(problem: Problem, lacking: str) -> str:
+    """Return why products are differences of gradients, and their expected error.
+
+    Args:
+        lacking: why there is no second derivative, or "".
+    """
+    return f"{lacking or 'as asked'}; {expected_error(problem)}"
 
 
 def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[bool, str]:

@@ -1,0 +1,240 @@
+"""What the processes of the tests of sharded models compute: every case is run by all ranks of one process group."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # which the first backward pass would load in every process
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import blockhess
+from tests.helpers.distributed_cases import values
+
+LOSS = nn.CrossEntropyLoss()
+OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 6, "progress": False}
+
+
+class Residual(nn.Module):
+    """A block of a transformer, without heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def model(dtype: torch.dtype = torch.float64, tied: bool = False) -> nn.Sequential:
+    """Sizes that neither 2 nor 4 ranks divide."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(11, 6), Residual(), Residual(), nn.Linear(6, 11, bias=False))
+    if tied:
+        net[3].weight = net[0].weight
+    return net.to(dtype)
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(1)
+    return [(torch.randint(11, (n,), generator=rng), torch.randint(11, (n,), generator=rng)) for n in (8, 5)]
+
+
+def shard(net: nn.Sequential, **options: Any) -> nn.Sequential:
+    mesh = mesh_of_all()
+    for layer in (net[1], net[2]):
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(net, mesh=mesh, **options)
+    return net
+
+
+def mesh_of_all() -> DeviceMesh:
+    return dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def kept(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.to_local().clone() if isinstance(p, DTensor) else p.clone() for name, p in net.named_parameters()}
+
+
+def checked(net: nn.Module, **options: Any) -> Any:
+    """Values of the spectra of a model, which is the same afterwards, and works."""
+    before, (inputs, targets) = kept(net), batches()[0]
+    spectra = blockhess.spectrum(net, batches(), LOSS, **OPTIONS | options)
+    assert_same(net, before)
+    loss = LOSS(net(inputs), targets)
+    loss.backward()
+    made = spectra.provenance
+    return values(spectra) | {"names": spectra.names, "engine": made["engine"], "error": made["hvp_error"]}
+
+
+def assert_same(net: nn.Module, before: dict[str, Tensor]) -> None:
+    after = kept(net)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def fsdp(dtype: torch.dtype, again: bool, tied: bool = False) -> Callable[[int], Any]:
+    return lambda rank: checked(shard(model(dtype, tied), reshard_after_forward=again))
+
+
+def gathered(rank: int) -> Any:
+    """FSDP has gathered the parameters of the root before, and keeps them after a forward pass."""
+    net = shard(model(), reshard_after_forward=False)
+    net(batches()[0][0])
+    spectra = blockhess.spectrum(net, batches(), LOSS, **OPTIONS)
+    assert_same(net, kept(shard(model())))
+    return values(spectra)
+
+
+def mixed_precision(rank: int) -> Any:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return checked(shard(model(torch.float32), mp_policy=policy))
+
+
+def hybrid(rank: int) -> Any:
+    """HSDP: shards over one dimension of the mesh, replicas over the other."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+    net = model()
+    fully_shard(net[1], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return checked(net)
+
+
+def tensor_parallel(rank: int) -> Any:
+    net = model()
+    for layer in (net[1], net[2]):
+        parallelize_module(layer, mesh_of_all(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return checked(net)
+
+
+def recorded(rank: int) -> Any:
+    """A run directory: the second call loads the result of the first one, which has made no product."""
+    folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    first = checked(shard(model()), run_dir=folder[0])
+    second = checked(shard(model()), run_dir=folder[0])
+    assert all(torch.equal(first[name], second[name]) for name in ("nodes", "weights"))
+    return second
+
+
+def fails(rank: int) -> str:
+    """All ranks raise an error while the parameters are moved; then the model is what it was."""
+    net, calls = shard(model()), itertools.count()
+    before, moved = kept(net), []
+
+    def loss_fn(module: nn.Module, batch: Any) -> Tensor:
+        loss = LOSS(module(batch[0]), batch[1])
+        if next(calls) == 20:
+            moved.append(True)
+            raise OverflowError("beside the parameters")
+        return loss
+
+    try:
+        blockhess.spectrum(net, batches()[:1], loss_fn, **OPTIONS)
+    except ValueError as error:
+        assert moved
+        assert_same(net, before)
+        return str(error)
+    return "no error"
+
+
+def refused(**options: Any) -> Callable[[int], Any]:
+    return lambda rank: checked(shard(model()), **options)
+
+
+def other_data(rank: int) -> Any:
+    data = batches() if rank else batches()[:1]
+    return blockhess.spectrum(shard(model()), data, LOSS, **OPTIONS)
+
+
+def other_model(rank: int) -> Any:
+    net = model()
+    if rank:
+        net[2].up = nn.Linear(6, 10, bias=False)
+    mesh = mesh_of_all()
+    for name, p in net[0].named_parameters():
+        setattr(net[0], name, nn.Parameter(distribute_tensor(p.detach(), mesh, src_data_rank=None)))
+    return blockhess.spectrum(net, batches(), LOSS, **OPTIONS)
+
+
+def unused_on_one(rank: int) -> Any:
+    net = model()
+    net[3].weight = nn.Parameter(distribute_tensor(net[3].weight.detach(), mesh_of_all(), src_data_rank=None))
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        x = module[0](batch[0])
+        return module[2](module[1](x) if rank else x).square().mean()
+
+    return blockhess.spectrum(net, batches()[:1], loss_fn, **OPTIONS)
+
+
+def half(rank: int) -> Any:
+    return blockhess.spectrum(shard(model(torch.bfloat16)), batches(), LOSS, **OPTIONS)
+
+
+def first_fsdp(rank: int) -> Any:
+    class FullyShardedDataParallel(nn.Sequential):  # the one of torch needs an accelerator
+        pass
+
+    return blockhess.spectrum(FullyShardedDataParallel(*model()), batches(), LOSS, **OPTIONS)
+
+
+def partial_sums(rank: int) -> Any:
+    net, mesh = model(), mesh_of_all()
+    net[3].weight = nn.Parameter(DTensor.from_local(net[3].weight.detach(), mesh, [Partial()]))
+    return blockhess.spectrum(net, batches(), LOSS, **OPTIONS)
+
+
+CASES: dict[str, Callable[[int], Any]] = {
+    "float64": fsdp(torch.float64, True),
+    "float32": fsdp(torch.float32, True),
+    "float64 gathered in backward": fsdp(torch.float64, False),
+    "float32 gathered in backward": fsdp(torch.float32, False),
+    "tied": fsdp(torch.float64, True, tied=True),
+    "gathered before": gathered,
+    "bfloat16 in modules": mixed_precision,
+    "HSDP": hybrid,
+    "tensor parallelism": tensor_parallel,
+    "run directory": recorded,
+    "fails": fails,
+    "engine": refused(engine="autograd"),
+    "dtype": refused(dtype=torch.float32),
+    "parallel": refused(parallel="data"),
+    "other data": other_data,
+    "other model": other_model,
+    "unused on one": unused_on_one,
+    "bfloat16": half,
+    "FSDP1": first_fsdp,
+    "partial sums": partial_sums,
+}
+
+
+def _run(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = CASES[name](rank)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(world: int, folder: Path, names: tuple[str, ...] = tuple(CASES)) -> dict[str, list[Any]]:
+    """What every rank of a world got, by case: values, or the text of an error."""
+    mp.start_processes(_run, (world, folder, names), nprocs=world, start_method="spawn")
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return {name: [rank[name] for rank in ranks] for name in names}

@@ -1,0 +1,101 @@
+"""Sharded models: the spectra of the whole model within the error of differences, and one line where that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import blockhess
+from tests.helpers import sharded_cases as cases
+
+SHARDED = (*(name for name in cases.CASES if name.startswith("float")), "HSDP", "tensor parallelism", "tied")
+# Eigenvalues of probes that differ by an error move by about its size.
+GROWTH = 30
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    class Worlds(dict):
+        def __missing__(self, size):
+            names = tuple(cases.CASES) if size == 2 else (*SHARDED, "run directory")
+            self[size] = cases.run(size, tmp_path_factory.mktemp("world"), names)
+            return self[size]
+
+    return Worlds()
+
+
+def alone(name: str, **options: Any) -> blockhess.Spectra:
+    net = cases.model(torch.float64, tied=name == "tied")
+    return blockhess.spectrum(net, cases.batches(), cases.LOSS, **cases.OPTIONS | options)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_spectra_are_those_of_the_whole_model(worlds, size, name):
+    found, *others = worlds[size][name]
+    assert not isinstance(found, str), found
+    expected = alone(name)  # the same blocks are computed exactly
+    assert expected.provenance["engine"] != "difference"
+    assert found["engine"] == "difference" and found["names"] == expected.names
+    for other in others:
+        assert all(torch.equal(other[what], found[what]) for what in ("nodes", "weights", "alpha", "beta"))
+    made = expected.provenance
+    assert found["loss_value"] == pytest.approx(made["loss_value"], rel=1e-6)
+    assert found["processes"] == [1, size]
+    for norm, right in zip(found["gradient_norms"].values(), made["gradient_norms"].values()):
+        assert norm == pytest.approx(right, rel=1e-5)
+    moments = [(found["weights"] * found["nodes"] ** k).sum(-1) for k in (1, 2)]
+    for l, block in enumerate(expected.names):
+        if block in expected.zero_blocks:
+            continue
+        error = GROWTH * found["error"][block]
+        nodes = expected.quadrature.nodes[:, l]
+        assert abs(float(found["nodes"][:, l].max() - nodes.max())) < error + 1e-6 * float(nodes.abs().max()) * (
+            "float32" in name
+        )
+        weights = expected.quadrature.weights[:, l]
+        assert float((moments[0][:, l] - (weights * nodes).sum(-1)).abs().max()) < error
+        assert found["error"][block] < 1e-2 * float(nodes.abs().max())
+
+
+def test_world_sizes_and_modes_of_fsdp_agree(worlds):
+    first = worlds[2]["float64"][0]
+    for name in ("float64 gathered in backward", "gathered before", "HSDP", "run directory"):
+        other = worlds[2][name][0]
+        assert not isinstance(other, str), other
+        torch.testing.assert_close(other["nodes"], first["nodes"], rtol=0, atol=1e-8)
+    assert first["fingerprints"] == alone("float64", engine="difference").provenance["fingerprints"]
+
+
+def test_modules_in_bfloat16_have_a_large_error(worlds):
+    (found, _) = worlds[2]["bfloat16 in modules"]
+    expected = alone("float64")
+    for l, block in enumerate(expected.names):
+        largest = float(expected.quadrature.nodes[:, l].abs().max())
+        assert found["error"][block] > 1e-4 * largest
+        assert float((found["nodes"][:, l].max() - expected.quadrature.nodes[:, l].max()).abs()) < max(
+            GROWTH * found["error"][block], 0.1 * largest
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("fails", ("got OverflowError in loss_fn for batch 0: beside the parameters",)),
+        ("engine", ("engine must be 'auto' or 'difference' for a sharded model, got 'autograd'",)),
+        ("dtype", ("dtype must be that of the parameters of a sharded model, torch.float64, got torch.float32",)),
+        ("parallel", ("parallel must be None for a sharded model, got 'data'",)),
+        ("other data", ("all ranks must be given the same job", "data ")),
+        ("other model", ("all ranks must be given the same job", "number of them  14", "13")),
+        ("unused on one", ("all ranks must be given the same job", "parameters with gradients")),
+        ("bfloat16", ("must be float32 or float64, got torch.bfloat16 of '0.weight'", "MixedPrecisionPolicy")),
+        ("FSDP1", ("(FSDP1), got 'the model'; use torch.distributed.fsdp.fully_shard instead",)),
+        ("partial sums", ("placements Shard or Replicate, got (Partial(sum),) of '3.weight'",)),
+    ],
+)
+def test_what_cannot_be_is_refused_on_all_ranks(worlds, name, texts):
+    for found in worlds[2][name]:
+        assert isinstance(found, str)
+        assert all(text in found for text in texts), found
