@@ -46,7 +46,8 @@ class Layout:
         offsets = torch.tensor([0, *dims]).cumsum(0)
         no_basis = torch.full((len(dims),), -1)
         parts = (offsets, tiles, tile_offsets, no_basis, no_basis[:0])
-        return Layout(tuple(dims), *(part.to(device) for part in parts))
+        offsets, tiles, tile_offsets, no_basis, no_tiles = (part.to(device) for part in parts)
+        return Layout(tuple(dims), offsets, tiles, tile_offsets, no_basis, no_tiles)
 
     def with_basis(self, stored: Sequence[bool]) -> Layout:
         """Return the layout with a Krylov basis for the blocks with stored[l]."""

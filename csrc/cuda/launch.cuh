@@ -45,7 +45,8 @@ class Launcher {
 
   void check(cudaError_t status) {
     if (status == cudaSuccess || error_ != nullptr) return;
-    const bool other_architecture = status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion;
+    const bool other_architecture =
+        status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion;
     error_ = other_architecture ? "no kernel was compiled for this device; rebuild with TORCH_CUDA_ARCH_LIST=native"
                                 : cudaGetErrorString(status);
     cudaGetLastError();  // resets the error, so that no later call reports it

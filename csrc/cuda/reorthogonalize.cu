@@ -1,6 +1,6 @@
-// reorthogonalize on CUDA: c = V^T r and r <- r - V c as matrix-vector products per tile of the blocks in the basis. One
-// CTA computes a tile's coefficients, kRows at a time; a few share a tile if there are too few tiles to fill the device.
-// One CTA updates a tile with all rows.
+// reorthogonalize on CUDA: c = V^T r and r <- r - V c as matrix-vector products per tile of the blocks in the basis.
+// One CTA computes a tile's coefficients, kRows at a time; a few share a tile if there are too few tiles to fill the
+// device. One CTA updates a tile with all rows.
 //
 // The basis dominates the memory traffic and is read in aligned packs; r has another alignment and is read element by
 // element. The coefficients of a segment overwrite the partial sums of its first tile.
@@ -15,7 +15,7 @@ namespace blockhess {
 namespace {
 
 constexpr int kRows = 8;
-constexpr int64_t kCtasPerProcessor = 8;  // that fill the device, in more than one wave
+constexpr int64_t kCtasPerProcessor = 8;  // fill the device in more than one wave
 
 // The elements of a tile in a basis row and in r.
 template <class T>
@@ -57,8 +57,9 @@ __device__ int64_t basis_tile(const Reorthogonalize<T>& op, int64_t i) {
   return i / op.n_basis_tiles * op.layout.n_tiles + op.basis_tiles[i % op.n_basis_tiles];
 }
 
-// partial[tile, k] = the tile's part of <v_k, r>. Of the `split` CTAs of a tile, each takes every split-th group of rows
-// that are filled; the host does not know how many are. Unaligned loads need more registers, so fewer CTAs fit on an SM.
+// partial[tile, k] = the tile's part of <v_k, r>. Of the `split` CTAs of a tile, each takes every split-th group of
+// rows that are filled; the host does not know how many are. Unaligned loads need more registers, so fewer CTAs fit on
+// an SM.
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel(Reorthogonalize<T> op, int64_t split) {
   const Layout& layout = op.layout;

@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op,
   }
 }
 
-// Number of problems per CTA if they fit in shared memory: with 16, 10,000 problems give enough CTAs to fill the device.
-// BLOCKHESS_QUADRATURE_LANES, read at every call, selects 8 or 32 for measurements.
+// Number of problems per CTA if they fit in shared memory: with 16, 10,000 problems give enough CTAs to fill the
+// device. BLOCKHESS_QUADRATURE_LANES, read at every call, selects 8 or 32 for measurements.
 int most_problems() {
   const char* text = std::getenv("BLOCKHESS_QUADRATURE_LANES");
   const int lanes = text == nullptr ? 0 : std::atoi(text);

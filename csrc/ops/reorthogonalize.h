@@ -34,7 +34,9 @@ struct Reorthogonalize {
     return basis_offsets[segment % layout.n_blocks] >= 0 && recurrences.running(segment);
   }
 
-  BLOCKHESS_HD bool projects(int64_t segment) const { return takes_part(segment) && (project == nullptr || project[segment] != 0); }
+  BLOCKHESS_HD bool projects(int64_t segment) const {
+    return takes_part(segment) && (project == nullptr || project[segment] != 0);
+  }
 
   // Number of filled basis rows of a segment that takes part.
   BLOCKHESS_HD int64_t count(int64_t segment) const {

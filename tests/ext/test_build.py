@@ -62,7 +62,7 @@ def test_the_toolkit_with_headers_is_taken(tmp_path):
         command = [sys.executable, str(ROOT / "setup.py"), "--version"]
         env = {**environment, **settings, **given}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        said = f"blockhess: CUDA of {taken}" if taken else "blockhess: no CUDA: /none/include/cuda_runtime.h does not"
+        said = f"blockhess: CUDA of {taken}" if taken else "blockhess: no CUDA: "
         assert said in done.stderr, done.stderr
 
 
