@@ -11,6 +11,7 @@ Only the standard library is imported here, since nothing is built yet.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 CUDA_TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
-GROUPS = ("nano", "ops", "gpt2", "resnet", "reliability")  # what matters most first
-KERNELS = "coefficient_kernel|quadrature_kernel|combination_kernel"
+# Group of rows -> limit in seconds.
+GROUPS = {"ops": 70, "nano": 110, "gpt2": 130, "resnet": 40, "reliability": 30}
+KERNELS = "residual_kernel|coefficient_kernel|quadrature_kernel"
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Driver:
     settings: dict[str, str]
     logs: Path = Path("gpu_logs")
     results: dict[str, Any] = field(default_factory=dict)
+    started: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.logs.mkdir(exist_ok=True)
@@ -84,6 +87,7 @@ class Step:
     def __init__(self, driver: Driver, name: str, command: list[str], settings: dict[str, str]) -> None:
         self.driver, self.name, self.begin = driver, name, time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
+        driver.started.append(self)
         with open(driver.logs / f"{name}.log", "wb") as log:
             try:
                 self.process = subprocess.Popen(
@@ -96,7 +100,7 @@ class Step:
             except OSError as error:
                 log.write(f"{error}\n".encode())
 
-    def finish(self, limit: float) -> bool:
+    def finish(self, limit: float, failure: str = "FAILED") -> bool:
         """Wait for the process until `limit` seconds after its start; record and return whether it passed."""
         code: int | str = "cannot be started"
         if self.process is not None:
@@ -104,12 +108,17 @@ class Step:
             try:
                 code = self.process.wait(max(1.0, left))
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+                self.end()
                 code = f"exceeded {time.monotonic() - self.begin:.0f} s"
-        outcome = "ok" if code == 0 else f"FAILED ({code}), see {self.name}.log"
+        outcome = "ok" if code == 0 else f"{failure} ({code}), see {self.name}.log"
         self.driver.record(self.name, outcome, time.monotonic() - self.begin)
         return code == 0
+
+    def end(self) -> None:
+        """Kill the process and its children, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def cuda_home() -> str | None:
@@ -171,8 +180,7 @@ def sanitizers(driver: Driver, home: str | None, limit: float) -> None:
         return
     chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", "6", "--section", "SpeedOfLight"]
     # Profiling may need a permission that the device does not give: that is no failure of blockhess.
-    code = driver.start("ncu", [profiler, *chosen, "--section", "Occupancy", *case])
-    code.finish(limit)
+    driver.start("ncu", [profiler, *chosen, "--section", "Occupancy", *case]).finish(limit, "not available")
 
 
 def main() -> int:
@@ -185,10 +193,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.reuse_build and not options.dry_run:
         parser.error("--reuse-build needs --dry-run")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin, root = time.monotonic(), Path(os.environ.get("BLOCKHESS_SOURCE", "."))
     options.out.mkdir(parents=True, exist_ok=True)
     home = cuda_home()
-    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    settings = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
     settings |= {"CUDA_HOME": home} if home else {}
     settings |= {"CUDA_VISIBLE_DEVICES": ""} if options.dry_run else {}
     size = "tiny" if options.dry_run else "quick" if options.quick else "full"
@@ -202,8 +211,10 @@ def main() -> int:
         print("dry run on the CPU: nothing here is proven on hardware", flush=True)
     driver.results["tools"] = {"CUDA_HOME": home, **found}
 
-    versions = "nvidia-smi; nvcc --version; exec " + f'"{sys.executable}" -m torch.utils.collect_env'
-    # Its outcome is that of the last command, which needs no tool.
+    # The outcome is that of the last command, which needs no tool.
+    ask = "import sys, torch; print(sys.version, torch.__version__, torch.version.cuda); print(torch.__config__.show())"
+    atexit.register(lambda: [step.end() for step in driver.started])
+    versions = f"nvidia-smi; nvcc --version; exec '{sys.executable}' -c '{ask}'"
     building = build(driver, root, options.reuse_build)
     where = ["--device", driver.device, "--size", size]
     limits = str(driver.logs / "ceilings.json")
@@ -213,9 +224,11 @@ def main() -> int:
     built = building.finish(200)
     if built:
         tests(driver, 120 * scale)
-        for group, limit in zip(GROUPS, (110, 70, 130, 40, 30)):
+        for group, limit in GROUPS.items():
             command = [sys.executable, "-m", "bench.gpu.rows", group, "--out", str(driver.logs / f"{group}.json")]
-            driver.run(group, limit * scale, [*command, *where, "--limits", limits])
+            # cuBLAS is deterministic then, which a job that is resumed needs.
+            extra = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if group == "reliability" else {}
+            driver.run(group, limit * scale, [*command, *where, "--limits", limits], **extra)
         sanitizers(driver, home, 60 * scale)
     else:
         for name in ("tests", *GROUPS, "memcheck"):

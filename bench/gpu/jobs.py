@@ -66,12 +66,23 @@ class Observation:
 
 @contextmanager
 def observed(
-    device: torch.device, graph: bool = True, on_step: Callable[[int], None] = lambda step: None
+    device: torch.device,
+    graph: bool = True,
+    on_step: Callable[[int], None] = lambda step: None,
+    before: Callable[[], None] = lambda: None,
 ) -> Iterator[Observation]:
-    """Record the steps of jobs in this context, without CUDA graphs if not `graph`."""
+    """Record the steps of jobs in this context.
+
+    Args:
+        device: of the jobs.
+        graph: whether steps may be replayed from CUDA graphs.
+        on_step: called after every step.
+        before: called before the first product of every call of `batched_slq`, after all checks.
+    """
     found, original = Observation(), blockhess_ext.batched_slq
 
     def batched_slq(hvp: Any, dims: Any, **options: Any) -> Any:
+        before()
         v = torch.randn(options["num_probes"], sum(dims), dtype=options["dtype"], device=device)
         with Counted() as counted:
             hvp(v)
@@ -103,8 +114,10 @@ class Job:
     peak: int
 
 
-def run(machine: Machine, network: Network, graph: bool = True, **options: Any) -> Job:
-    """Run a job of 10 probes by the engine "traced", or with other options."""
+def run(
+    machine: Machine, network: Network, graph: bool = True, before: Callable[[], None] = lambda: None, **options: Any
+) -> Job:
+    """Run a job of 10 probes by the engine "traced", or with other options; `graph` and `before` as for `observed`."""
     chosen = {"engine": "traced", "num_probes": 10, "reorthogonalize": "none", "progress": False, "seed": 0} | options
     made: list[Spectra] = []
 
@@ -112,7 +125,7 @@ def run(machine: Machine, network: Network, graph: bool = True, **options: Any) 
         made.append(blockhess.spectrum(**network.arguments(), **chosen))
         synchronize(machine.device)
 
-    with observed(machine.device, graph) as observation:
+    with observed(machine.device, graph, before=before) as observation:
         if machine.device.type == "cpu":
             peak = growth(work)
         else:
@@ -207,18 +220,11 @@ def out_of_memory(machine: Machine) -> Row:
     network, device = networks.small(machine), machine.device
     options: dict[str, Any] = {"num_steps": 6, "reorthogonalize": "full"}
     expected = run(machine, network, graph=False, **options)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.empty_cache()
-        room = torch.cuda.memory_allocated(device) + expected.peak // 2
-        torch.cuda.set_per_process_memory_fraction(room / total, device)
-        provoke = partial(torch.cuda.set_per_process_memory_fraction, 1.0, device)
-    else:
-        provoke = _fail_once()
+    provoke, restore = _limited(device, expected.peak // 2) if device.type == "cuda" else _failing_once()
     try:
-        found = run(machine, network, graph=False, **options)
+        found = run(machine, network, graph=False, before=provoke, **options)
     finally:
-        provoke()
+        restore()
     a, b = _nodes(found.spectra), _nodes(expected.spectra)
     row = Row(check("nodes after memory ran out", float((a - b).abs().max() / b.abs().max()), 1e-4))
     plans = [job.spectra.provenance for job in (expected, found)]
@@ -227,8 +233,23 @@ def out_of_memory(machine: Machine) -> Row:
     return row
 
 
-def _fail_once() -> Callable[[], None]:
-    """Raise OutOfMemoryError in the next product of the engine "traced"; the result restores it."""
+Functions = tuple[Callable[[], None], Callable[[], None]]
+
+
+def _limited(device: torch.device, n_bytes: int) -> Functions:
+    """Return a function that leaves this process so much more memory than it holds then, and one that ends that."""
+    total = torch.cuda.get_device_properties(device).total_memory
+
+    def begin() -> None:
+        torch.cuda.empty_cache()
+        room = torch.cuda.memory_allocated(device) + n_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
+
+    return begin, partial(torch.cuda.set_per_process_memory_fraction, 1.0, device)
+
+
+def _failing_once() -> Functions:
+    """Return a function after which the next product by the engine "traced" raises OutOfMemoryError, as above."""
     multiply, failed = TracedEngine._multiply, []
 
     def once(*arguments: Any) -> None:
@@ -237,12 +258,7 @@ def _fail_once() -> Callable[[], None]:
             raise torch.OutOfMemoryError("provoked")
         multiply(*arguments)
 
-    TracedEngine._multiply = once  # type: ignore[method-assign]
-
-    def restore() -> None:
-        TracedEngine._multiply = multiply  # type: ignore[method-assign]
-
-    return restore
+    return partial(setattr, TracedEngine, "_multiply", once), partial(setattr, TracedEngine, "_multiply", multiply)
 
 
 def resumed(machine: Machine) -> Row:

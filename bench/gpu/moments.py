@@ -54,7 +54,7 @@ def expected(machine: Machine, network: Network) -> dict[str, list[float]]:
 
 
 def error(found: dict[str, list[float]], exact: dict[str, list[float]]) -> float:
-    """Return the largest |alpha - alpha*| + |beta - beta*| of a block, relative to |H v| and 1e-3 of the largest |H v|."""
+    """Return the largest error of alpha and beta of a block, relative to |H v| and 1e-3 of the largest |H v|."""
     sizes = {name: (alpha * alpha + beta * beta) ** 0.5 for name, (alpha, beta) in exact.items()}
     least = 1e-3 * max(sizes.values())  # rounding in products of a small block is that of larger numbers
     return max(sum(abs(x - y) for x, y in zip(found[name], exact[name])) / (sizes[name] + least) for name in exact)

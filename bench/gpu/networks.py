@@ -89,21 +89,19 @@ def small(machine: Machine) -> Network:
 
 
 def gpt2(machine: Machine, windows: int = 1) -> Network:
-    """Return GPT-2 124M with random weights and tokens; blocks are the embeddings, and attention and MLP of each layer."""
-    config = (
-        GPTConfig(11, 8, 2, 2, 16, bias=True)
-        if machine.size == "tiny"
-        else GPTConfig(50_257, 1024, 12, 12, 768, bias=True)
-    )
+    """Return GPT-2 124M with random weights and tokens.
+
+    Blocks are the embeddings, and attention and MLP of each layer, with their LayerNorm.
+    """
+    full = GPTConfig(50_257, 1024, 12, 12, 768, bias=True)
+    config = GPTConfig(11, 8, 2, 2, 16, bias=True) if machine.size == "tiny" else full
     tokens = torch.from_numpy(np.random.default_rng(2).integers(config.vocab_size, size=200_000))
     network = _gpt(config, tokens, windows, machine, torch.float32)
     groups: Blocks = {}
     for name, _ in network.model.named_parameters():
         found = re.search(r"layers\.(\d+)\.(\w+)", name)
-        if not found:
-            key = "embedding"
-        else:
-            key = f"layer {found[1]} {'attention' if found[2] in ('attn', 'ln_1') else 'mlp'}"
+        part = "attention" if found and found[2] in ("attn", "ln_1") else "MLP"
+        key = f"{part} of layer {found[1]}" if found else "embedding"
         groups.setdefault(key, []).append(name)
     return Network(network.model, network.data, network.loss_fn, groups)
 
