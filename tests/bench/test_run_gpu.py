@@ -20,7 +20,7 @@ SCRIPT = ROOT / "bench/run_gpu.sh"
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(["bash", SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(["bash", SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.mark.slow
