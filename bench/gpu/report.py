@@ -72,7 +72,7 @@ def of_documentation(results: dict[str, Any] | None, name: str = "") -> str:
     """Return bench/results/gpu.md."""
     said = "No GPU has run this yet."
     if results is not None:
-        said = f"Measured by `bench/run_gpu.sh`, see bench/results/{name}.md. {summary(results)}"
+        said = f"Measured by bench/run_gpu.sh, see bench/results/{name}.md. {summary(results)}"
     return f"{said}\n\n{targets(results)}\n"
 
 
