@@ -55,6 +55,14 @@ def check_python_headers() -> None:
         )
 
 
+def find_cuda() -> None:
+    """Set CUDA_HOME to a toolkit with headers, unless torch found one: nvcc on PATH may be a wrapper elsewhere."""
+    for folder in (cpp_extension.CUDA_HOME, os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if folder and (Path(folder) / "include" / "cuda_runtime.h").exists():
+            os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(folder)
+            return
+
+
 def cuda_obstacle() -> str | None:
     """Why CUDA cannot be built here, or None. A GPU need not be visible: builders and containers have none."""
     if not list(ROOT.glob("csrc/cuda/*.cu")):
@@ -90,11 +98,16 @@ def nvcc_major(nvcc: Path) -> str:
 
 def use_cuda() -> bool:
     wish = os.environ.get("BLOCKHESS_CUDA", "auto")
+    if "CUDA_HOME" not in os.environ:
+        find_cuda()
     if wish not in ("0", "1", "auto"):
         refuse(f"BLOCKHESS_CUDA must be 0, 1 or auto, got {wish!r}")
     obstacle = cuda_obstacle()
     if wish == "1" and obstacle:
         refuse(f"BLOCKHESS_CUDA=1 cannot be met: {obstacle}")
+    if wish != "0":
+        taken = f"CUDA of {cpp_extension.CUDA_HOME}" if obstacle is None else f"no CUDA: {obstacle}"
+        print(f"blockhess: {taken}", file=sys.stderr)
     return wish != "0" and obstacle is None
 
 

@@ -62,9 +62,11 @@ class CudaRecorder:
         current = torch.cuda.current_stream(self._stream.device)
         with _SIDE_STREAMS:
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                work()
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    work()
+            finally:  # also what was queued before an exception precedes later work
+                current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
         """See `Recorder`. Synchronizes with the device.

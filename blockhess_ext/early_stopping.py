@@ -49,6 +49,22 @@ def checkpoints(step: int) -> list[int]:
     return found[:-1]
 
 
+def cumulative(x: Tensor) -> Tensor:
+    """Return the cumulative sums over the last dimension, by pairwise doubling.
+
+    Unlike `Tensor.cumsum`, this is deterministic on CUDA.
+
+    Example:
+        >>> cumulative(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1., 3., 6.])
+    """
+    distance = 1
+    while distance < x.shape[-1]:
+        x = torch.cat([x[..., :distance], x[..., distance:] + x[..., :-distance]], -1)
+        distance *= 2
+    return x
+
+
 def wasserstein(a: Rule, b: Rule) -> Tensor:
     """Return the Wasserstein-1 distance of two quadratures, row by row: the area between their distribution functions.
 
@@ -58,7 +74,7 @@ def wasserstein(a: Rule, b: Rule) -> Tensor:
         tensor([2.])
     """
     nodes, order = torch.cat([a[0], b[0]], -1).sort(-1)
-    difference = torch.cat([a[1], -b[1]], -1).gather(-1, order).cumsum(-1)
+    difference = cumulative(torch.cat([a[1], -b[1]], -1).gather(-1, order))
     return (difference[..., :-1].abs() * nodes.diff(dim=-1)).sum(-1)
 
 

@@ -27,6 +27,7 @@ class Layout:
         tiles: (n_tiles, 3) int64, block, start and stop column of each tile, ordered by block.
         tile_offsets: (n_blocks + 1,) int64, block l has the tiles tile_offsets[l] : tile_offsets[l + 1].
         basis_offsets: (n_blocks,) int64, first column of the block in the Krylov basis, or -1 if it is not stored.
+        basis_tiles: (n,) int64, indices of the tiles of the blocks in the Krylov basis.
         n_basis: number of columns of the Krylov basis.
     """
 
@@ -35,6 +36,7 @@ class Layout:
     tiles: Tensor
     tile_offsets: Tensor
     basis_offsets: Tensor
+    basis_tiles: Tensor
     n_basis: int = 0
 
     @staticmethod
@@ -43,9 +45,9 @@ class Layout:
         tiles, tile_offsets = (torch.from_numpy(table) for table in _C.plan_tiles(dims))
         offsets = torch.tensor([0, *dims]).cumsum(0)
         no_basis = torch.full((len(dims),), -1)
-        parts = (offsets, tiles, tile_offsets, no_basis)
-        offsets, tiles, tile_offsets, no_basis = (part.to(device) for part in parts)
-        return Layout(tuple(dims), offsets, tiles, tile_offsets, no_basis)
+        parts = (offsets, tiles, tile_offsets, no_basis, no_basis[:0])
+        offsets, tiles, tile_offsets, no_basis, no_tiles = (part.to(device) for part in parts)
+        return Layout(tuple(dims), offsets, tiles, tile_offsets, no_basis, no_tiles)
 
     def with_basis(self, stored: Sequence[bool]) -> Layout:
         """Return the layout with a Krylov basis for the blocks with stored[l]."""
@@ -54,7 +56,9 @@ class Layout:
             columns.append(n_basis if store else -1)
             n_basis += dim if store else 0
         n_basis += -n_basis % 4  # align rows to 16 bytes, for vectorized loads on a GPU
-        return replace(self, basis_offsets=torch.tensor(columns).to(self.offsets), n_basis=n_basis)
+        tiles = torch.tensor(stored, dtype=torch.bool)[self.tiles[:, 0].cpu()].nonzero()[:, 0]
+        basis_offsets, basis_tiles = (part.to(self.offsets.device) for part in (torch.tensor(columns), tiles))
+        return replace(self, basis_offsets=basis_offsets, basis_tiles=basis_tiles, n_basis=n_basis)
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:

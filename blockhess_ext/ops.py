@@ -82,9 +82,8 @@ def reorthogonalize(
     Source: Giraud, Langou, Rozloznik 2005.
     """
     s = recurrences
-    project = torch.ones_like(s.status) if project is None else project
     _ops.reorthogonalize(
-        r, basis, layout.basis_offsets, s.alpha, s.beta, s.norm, s.steps, s.status, s.limits,
+        r, basis, layout.basis_offsets, layout.basis_tiles, s.alpha, s.beta, s.norm, s.steps, s.status, s.limits,
         project, layout.offsets, layout.tiles, layout.tile_offsets, partial,
     )  # fmt: skip
 

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from blockhess_ext import batched_slq
-
 T = TypeVar("T")
 
 
@@ -38,6 +36,8 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _vector_sets(num_probes: int, dims: list[int], num_steps: int) -> float:
+    from blockhess_ext import batched_slq  # the limits of a machine are measured before the extension is built
+
     batched_slq(lambda v: 2 * v, [8], num_probes=1, num_steps=2)  # loads libraries
     eigenvalues = torch.linspace(-1.0, 1.0, sum(dims))
     options = {"num_probes": num_probes, "num_steps": num_steps, "reorthogonalize": "none"}

@@ -50,8 +50,8 @@ STABLE_TORCH_LIBRARY(blockhess_ext, m) {
       "Tensor(d!) norm, Tensor(e!) steps, Tensor(f!) status, Tensor limits, Tensor basis_offsets, Tensor offsets, "
       "Tensor tiles, Tensor tile_offsets, Tensor(g!) partial) -> ()");
   m.def(
-      "reorthogonalize(Tensor(a!) r, Tensor(b!) basis, Tensor basis_offsets, Tensor(c!) alpha, "
-      "Tensor(d!) beta, Tensor(e!) norm, Tensor(f!) steps, Tensor(g!) status, Tensor limits, Tensor project, "
+      "reorthogonalize(Tensor(a!) r, Tensor(b!) basis, Tensor basis_offsets, Tensor basis_tiles, Tensor(c!) alpha, "
+      "Tensor(d!) beta, Tensor(e!) norm, Tensor(f!) steps, Tensor(g!) status, Tensor limits, Tensor? project, "
       "Tensor offsets, Tensor tiles, Tensor tile_offsets, Tensor(h!) partial) -> ()");
   m.def("tridiag_quadrature(Tensor alpha, Tensor beta, Tensor steps) -> (Tensor, Tensor)");
   m.def("gaussian_density(Tensor nodes, Tensor weights, Tensor grid, Tensor sigma) -> Tensor");

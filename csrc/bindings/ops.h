@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 
 #include "arguments.h"
@@ -40,24 +41,29 @@ void lanczos_step(Tensor w, Tensor v, Tensor v_prev, Tensor alpha, Tensor beta, 
 }
 
 template <class Device>
-void reorthogonalize(Tensor r, Tensor basis, Tensor basis_offsets, Tensor alpha, Tensor beta, Tensor norm, Tensor steps,
-                     Tensor status, Tensor limits, Tensor project, Tensor offsets, Tensor tiles, Tensor tile_offsets,
-                     Tensor partial) {
+void reorthogonalize(Tensor r, Tensor basis, Tensor basis_offsets, Tensor basis_tiles, Tensor alpha, Tensor beta,
+                     Tensor norm, Tensor steps, Tensor status, Tensor limits, std::optional<Tensor> project,
+                     Tensor offsets, Tensor tiles, Tensor tile_offsets, Tensor partial) {
   const Arguments args("reorthogonalize", r);
   const Device device("reorthogonalize", r);
   dispatch_vectors("reorthogonalize", r, [&](auto zero) {
     using T = decltype(zero);
     const Layout layout = args.layout(r, offsets, tiles, tile_offsets);
     const int64_t capacity = args.size("basis", basis, 0, 3), n_basis = args.size("basis", basis, 2, 3);
+    const int64_t n_basis_tiles = args.size("basis_tiles", basis_tiles, 0, 1);
+    const int32_t* projected = nullptr;
+    if (project) projected = args.array<int32_t>("project", *project, {layout.n_probes, layout.n_blocks});
     Reorthogonalize<T> op{layout,
                           args.array<T>("r", r, {layout.n_probes, layout.n}),
                           args.array<T>("basis", basis, {capacity, layout.n_probes, n_basis}),
                           capacity,
                           n_basis,
                           args.array<int64_t>("basis_offsets", basis_offsets, {layout.n_blocks}),
+                          n_basis_tiles,
+                          args.array<int64_t>("basis_tiles", basis_tiles, {n_basis_tiles}),
                           args.recurrences(layout, alpha, beta, norm, steps, status),
                           args.array<int64_t>("limits", limits, {layout.n_blocks}),
-                          args.array<int32_t>("project", project, {layout.n_probes, layout.n_blocks}),
+                          projected,
                           args.array<double>("partial", partial, {layout.n_probes, layout.n_tiles, capacity + 1})};
     device.run(op);
   });

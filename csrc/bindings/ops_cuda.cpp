@@ -35,8 +35,8 @@ class Cuda {
 
  private:
   void check(const char* error) const {
-    STD_TORCH_CHECK(error == nullptr, op_, ": the CUDA device must run the kernels that were compiled, got: ", error,
-                    "; for another GPU architecture rebuild with TORCH_CUDA_ARCH_LIST=native");
+    // Also an error of earlier work, which a launch reports.
+    STD_TORCH_CHECK(error == nullptr, op_, ": the CUDA device must run the kernels, got: ", error);
   }
 
   const char* op_;

@@ -35,9 +35,20 @@ class Launcher {
     check(cudaLaunchKernelEx(&config, kernel, args...));
   }
 
+  // Returns an attribute of the current device, 1 after an error.
+  int attribute(cudaDeviceAttr name) {
+    int device = 0, value = 1;
+    check(cudaGetDevice(&device));
+    if (error_ == nullptr) check(cudaDeviceGetAttribute(&value, name, device));
+    return value;
+  }
+
   void check(cudaError_t status) {
     if (status == cudaSuccess || error_ != nullptr) return;
-    error_ = cudaGetErrorString(status);
+    const bool other_architecture =
+        status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion;
+    error_ = other_architecture ? "no kernel was compiled for this device; rebuild with TORCH_CUDA_ARCH_LIST=native"
+                                : cudaGetErrorString(status);
     cudaGetLastError();  // resets the error, so that no later call reports it
   }
 

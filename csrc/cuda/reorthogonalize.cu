@@ -1,8 +1,10 @@
-// reorthogonalize on CUDA: c = V^T r and r <- r - V c as matrix-vector products per tile. One CTA computes kRows of a
-// tile's coefficients, and one CTA updates a tile with all rows.
+// reorthogonalize on CUDA: c = V^T r and r <- r - V c as matrix-vector products per tile of the blocks in the basis.
+// One CTA computes a tile's coefficients, kRows at a time; a few share a tile if there are too few tiles to fill the
+// device. One CTA updates a tile with all rows.
 //
 // The basis dominates the memory traffic and is read in aligned packs; r has another alignment and is read element by
 // element. The coefficients of a segment overwrite the partial sums of its first tile.
+#include <algorithm>
 #include <limits>
 
 #include "launch.cuh"
@@ -13,6 +15,7 @@ namespace blockhess {
 namespace {
 
 constexpr int kRows = 8;
+constexpr int64_t kCtasPerProcessor = 8;  // fill the device in more than one wave
 
 // The elements of a tile in a basis row and in r.
 template <class T>
@@ -48,42 +51,45 @@ __device__ void load_rows(const Reorthogonalize<T>& op, int64_t first_row, int r
     v[k] = k < rows ? load<kAligned, N>(op.basis + (first_row + k) * row + i) : Pack<T, N>{};
 }
 
+// Number, as in Place, of the i-th tile of the blocks in the basis.
 template <class T>
-__host__ __device__ int64_t n_groups(const Reorthogonalize<T>& op) {
-  return (op.capacity + kRows - 1) / kRows;
+__device__ int64_t basis_tile(const Reorthogonalize<T>& op, int64_t i) {
+  return i / op.n_basis_tiles * op.layout.n_tiles + op.basis_tiles[i % op.n_basis_tiles];
 }
 
-// partial[tile, k] = the tile's part of <v_k, r>. The grid covers a full basis, since the host does not know the step;
-// CTAs whose rows are not filled yet exit early. Unaligned loads need more registers, so fewer CTAs fit on an SM.
+// partial[tile, k] = the tile's part of <v_k, r>. Of the `split` CTAs of a tile, each takes every split-th group of
+// rows that are filled; the host does not know how many are. Unaligned loads need more registers, so fewer CTAs fit on
+// an SM.
 template <bool kAligned, class T>
-__global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel(Reorthogonalize<T> op) {
+__global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2) coefficient_kernel(Reorthogonalize<T> op, int64_t split) {
   const Layout& layout = op.layout;
-  const int64_t groups = n_groups(op);
-  for (int64_t task = blockIdx.x; task < layout.n_probes * layout.n_tiles * groups; task += gridDim.x) {
-    const int64_t t = task / groups, first_row = task % groups * kRows;
+  for (int64_t task = blockIdx.x; task < layout.n_probes * op.n_basis_tiles * split; task += gridDim.x) {
+    const int64_t t = basis_tile(op, task / split);
     const Place at = place(layout, t);
-    const int rows = op.projects(at.segment) ? filled_rows(first_row, op.count(at.segment)) : 0;
-    if (rows <= 0) continue;
+    const int64_t count = op.projects(at.segment) ? op.count(at.segment) : 0;
     const Columns<T> tile = columns(op, at);
-    double sum[kRows] = {};
-    for_elements<T, 1>(
-        tile.begin, tile.end,
-        [&](auto width, int64_t i) {
-          Rows<T, width> x;
-          x.r = load<false, width>(tile.r + i);
-          load_rows<kAligned>(op, first_row, rows, i, x.v);
-          return x;
-        },
-        [&](auto width, int64_t, const auto& x) {
+    for (int64_t first_row = task % split * kRows; first_row < count; first_row += split * kRows) {
+      const int rows = filled_rows(first_row, count);
+      double sum[kRows] = {};
+      for_elements<T, 1>(
+          tile.begin, tile.end,
+          [&](auto width, int64_t i) {
+            Rows<T, width> x;
+            x.r = load<false, width>(tile.r + i);
+            load_rows<kAligned>(op, first_row, rows, i, x.v);
+            return x;
+          },
+          [&](auto width, int64_t, const auto& x) {
 #pragma unroll
-          for (int k = 0; k < kRows; ++k)
+            for (int k = 0; k < kRows; ++k)
 #pragma unroll
-            for (int e = 0; e < width; ++e) sum[k] += double(x.v[k].x[e]) * double(x.r.x[e]);
-        });
+              for (int e = 0; e < width; ++e) sum[k] += double(x.v[k].x[e]) * double(x.r.x[e]);
+          });
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      const double total = block_sum(sum[k]);
-      if (threadIdx.x == 0 && k < rows) op.partial[t * (op.capacity + 1) + first_row + k] = total;
+      for (int k = 0; k < kRows; ++k) {
+        const double total = block_sum(sum[k]);
+        if (threadIdx.x == 0 && k < rows) op.partial[t * (op.capacity + 1) + first_row + k] = total;
+      }
     }
   }
 }
@@ -109,7 +115,8 @@ __global__ void __launch_bounds__(kThreads) segment_coefficient_kernel(Reorthogo
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads) update_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
-  for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
+  for (int64_t i = blockIdx.x; i < layout.n_probes * op.n_basis_tiles; i += gridDim.x) {
+    const int64_t t = basis_tile(op, i);
     const Place at = place(layout, t);
     if (!op.projects(at.segment)) continue;
     const int64_t count = op.count(at.segment);
@@ -171,7 +178,8 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Reorthogonalize<T> op, 
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> op) {
   const Layout& layout = op.layout;
-  for (int64_t t = blockIdx.x; t < layout.n_probes * layout.n_tiles; t += gridDim.x) {
+  for (int64_t i = blockIdx.x; i < layout.n_probes * op.n_basis_tiles; i += gridDim.x) {
+    const int64_t t = basis_tile(op, i);
     const Place at = place(layout, t);
     const double factor = op.partial[at.first_tile * (op.capacity + 1)];
     if (factor < 0.0) continue;
@@ -195,10 +203,14 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(Reorthogonalize<T> 
 template <bool kAligned, class T>
 const char* reorthogonalize(const Reorthogonalize<T>& op, const CudaQueue& queue) {
   const Layout& layout = op.layout;
-  const int64_t n_tiles = layout.n_probes * layout.n_tiles, n_segments = layout.n_probes * layout.n_blocks;
+  const int64_t n_tiles = layout.n_probes * op.n_basis_tiles, n_segments = layout.n_probes * layout.n_blocks;
+  if (n_tiles == 0) return nullptr;
   Launcher launch(queue);
+  const int64_t groups = (op.capacity + kRows - 1) / kRows;
+  const int64_t wanted = kCtasPerProcessor * launch.attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t split = std::min(groups, (wanted + n_tiles - 1) / n_tiles);
   for (int pass = 0; pass < 2; ++pass) {
-    launch(coefficient_kernel<kAligned, T>, n_tiles * n_groups(op), kThreads, 0, op);
+    launch(coefficient_kernel<kAligned, T>, n_tiles * split, kThreads, 0, op, split);
     if (layout.n_tiles > layout.n_blocks) launch(segment_coefficient_kernel<T>, n_segments, kThreads, 0, op);
     launch(update_kernel<kAligned, T>, n_tiles, kThreads, 0, op);
   }

@@ -1,8 +1,10 @@
-// tridiag_quadrature on CUDA: one thread per problem, up to kMaxProblems problems per CTA of one warp.
+// tridiag_quadrature on CUDA: one thread per problem, up to 8, 16 or 32 problems per CTA of one warp.
 //
 // The arrays d, e, q of a CTA's problems are interleaved by problem in shared memory, so that threads at different rows
 // cause no bank conflicts. If they do not fit, nodes, couplings and weights are used instead. A problem is first scaled
 // by a power of two so that its largest entry is in [0.5, 1): no square overflows, and one below kTiny is negligible.
+#include <cstdlib>
+
 #include "launch.cuh"
 #include "ops/tridiag_quadrature.h"
 
@@ -10,33 +12,45 @@ namespace blockhess {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxProblems = 16;  // per CTA; 10,000 problems then give enough CTAs to fill the device
 constexpr double kTiny = 1e-290;
 constexpr double kEps = 2.220446049250313e-16;
 
-// Element i of one problem's array.
+// Element i of one problem's array. In shared memory the address is computed from the CTA's array, so that the compiler
+// knows the address space.
+template <bool kShared>
 struct Column {
   double* first;
-  int stride;
-  __device__ double& operator[](int i) const { return first[int64_t(i) * stride]; }
+  int offset, stride;
+  __device__ double& operator[](int i) const {
+    if constexpr (kShared) {
+      BLOCKHESS_DYNAMIC_SHARED(double, shared);
+      return shared[offset + i * stride];
+    } else {
+      return first[i];
+    }
+  }
 };
 
+template <bool kShared>
 struct Work {
-  Column d, e, q;
+  Column<kShared> d, e, q;
 };
 
 // The arrays of problem b + p, the p-th of the `problems` of a CTA.
-__device__ Work work_of(const TridiagQuadrature& op, double* shared, int problems, int64_t b, int p) {
-  if (shared == nullptr) {
+template <bool kShared>
+__device__ Work<kShared> work_of(const TridiagQuadrature& op, int problems, int64_t b, int p) {
+  if constexpr (kShared) {
+    const int array = int(op.m) * problems;
+    return {{nullptr, p, problems}, {nullptr, array + p, problems}, {nullptr, 2 * array + p, problems}};
+  } else {
     const int64_t at = (b + p) * op.m;
-    return {{op.nodes + at, 1}, {op.couplings + at, 1}, {op.weights + at, 1}};
+    return {{op.nodes + at, 0, 1}, {op.couplings + at, 0, 1}, {op.weights + at, 0, 1}};
   }
-  const int64_t array = op.m * problems;
-  return {{shared + p, problems}, {shared + array + p, problems}, {shared + 2 * array + p, problems}};
 }
 
 // Largest |entry| of tridiag(e, d, e), or NaN if an entry is not finite.
-__device__ double largest(const Work& x, int n) {
+template <bool kShared>
+__device__ double largest(const Work<kShared>& x, int n) {
   double most = 0.0;
   for (int i = 0; i < n; ++i) {
     const double d = std::fabs(x.d[i]), e = i + 1 < n ? std::fabs(x.e[i]) : 0.0;
@@ -49,8 +63,9 @@ __device__ double largest(const Work& x, int n) {
 // Diagonalizes tridiag(e, d, e) of size n, with entries at most 1 in absolute value: d becomes the eigenvalues,
 // unsorted, and q, the first row of the identity, the first row of the matrix of eigenvectors. e[i] couples rows i and
 // i + 1; e[n - 1] is scratch. Returns false if an eigenvalue does not converge.
-__device__ bool implicit_ql(const Work& x, int n) {
-  const Column d = x.d, e = x.e, q = x.q;
+template <bool kShared>
+__device__ bool implicit_ql(const Work<kShared>& x, int n) {
+  const Column<kShared> d = x.d, e = x.e, q = x.q;
   e[n - 1] = 0.0;
   for (int l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
@@ -93,7 +108,8 @@ __device__ bool implicit_ql(const Work& x, int n) {
 }
 
 // Sorts d in ascending order, stably, and permutes q with it.
-__device__ void insertion_sort(const Column& d, const Column& q, int n) {
+template <bool kShared>
+__device__ void insertion_sort(const Column<kShared>& d, const Column<kShared>& q, int n) {
   for (int i = 1; i < n; ++i) {
     const double d_i = d[i], q_i = q[i];
     int k = i;
@@ -107,7 +123,8 @@ __device__ void insertion_sort(const Column& d, const Column& q, int n) {
 }
 
 // Overwrites d by the n nodes and q by their weights. Returns false if the problem fails.
-__device__ bool solve(const Work& x, int n) {
+template <bool kShared>
+__device__ bool solve(const Work<kShared>& x, int n) {
   const double most = largest(x, n);
   if (std::isnan(most)) return false;
   int exponent = 0;
@@ -126,14 +143,13 @@ __device__ bool solve(const Work& x, int n) {
   return true;
 }
 
-__global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op, int problems, bool in_shared) {
-  BLOCKHESS_DYNAMIC_SHARED(double, bytes);
-  double* shared = in_shared ? bytes : nullptr;
+template <bool kShared>
+__global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op, int problems) {
   const int lane = threadIdx.x;
   for (int64_t b = int64_t(blockIdx.x) * problems; b < op.n_problems; b += int64_t(gridDim.x) * problems) {
     const int here = op.n_problems - b < problems ? int(op.n_problems - b) : problems;
     for (int p = 0; p < here; ++p) {
-      const Work x = work_of(op, shared, problems, b, p);
+      const Work<kShared> x = work_of<kShared>(op, problems, b, p);
       const int64_t row = (b + p) * op.m;
       for (int i = lane; i < op.m; i += kWarp) {
         x.d[i] = op.alpha[row + i];
@@ -142,7 +158,7 @@ __global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op,
     }
     __syncthreads();
     if (lane < here) {
-      const Work x = work_of(op, shared, problems, b, lane);
+      const Work<kShared> x = work_of<kShared>(op, problems, b, lane);
       const int64_t steps = op.steps[b + lane];
       const bool valid = steps >= 0 && steps <= op.m;
       const int n = valid ? int(steps) : 0;
@@ -154,8 +170,8 @@ __global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op,
       }
     }
     __syncthreads();
-    for (int p = 0; p < here && in_shared; ++p) {
-      const Work x = work_of(op, shared, problems, b, p);
+    for (int p = 0; p < here && kShared; ++p) {
+      const Work<kShared> x = work_of<kShared>(op, problems, b, p);
       const int64_t row = (b + p) * op.m;
       for (int i = lane; i < op.m; i += kWarp) {
         op.nodes[row + i] = x.d[i];
@@ -166,21 +182,33 @@ __global__ void __launch_bounds__(kWarp) quadrature_kernel(TridiagQuadrature op,
   }
 }
 
+// Number of problems per CTA if they fit in shared memory: with 16, 10,000 problems give enough CTAs to fill the
+// device. BLOCKHESS_QUADRATURE_LANES, read at every call, selects 8 or 32 for measurements.
+int most_problems() {
+  const char* text = std::getenv("BLOCKHESS_QUADRATURE_LANES");
+  const int lanes = text == nullptr ? 0 : std::atoi(text);
+  return lanes == 8 || lanes == 32 ? lanes : 16;
+}
+
 }  // namespace
 
 const char* tridiag_quadrature_cuda(const TridiagQuadrature& op, const CudaQueue& queue) {
   Launcher launch(queue);
-  int device = 0, most_shared = 0;
-  launch.check(cudaGetDevice(&device));
-  launch.check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int most_shared = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t each = 3 * int64_t(sizeof(double)) * op.m;
-  int problems = kMaxProblems;
+  const int most = most_problems();
+  int problems = most;
   while (problems > 1 && problems * each > most_shared) problems /= 2;
-  const bool in_shared = problems * each <= most_shared;
-  if (!in_shared) problems = kMaxProblems;
-  const size_t shared = in_shared ? size_t(problems * each) : 0;
-  launch.check(cudaFuncSetAttribute(quadrature_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  launch(quadrature_kernel, (op.n_problems + problems - 1) / problems, kWarp, shared, op, problems, in_shared);
+  const auto ctas = [&] { return (op.n_problems + problems - 1) / problems; };
+  if (problems * each <= most_shared) {
+    // Always the same value, so that threads which launch it at once do not change it for each other.
+    const auto kernel = quadrature_kernel<true>;
+    launch.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared));
+    launch(kernel, ctas(), kWarp, size_t(problems * each), op, problems);
+  } else {
+    problems = most;
+    launch(quadrature_kernel<false>, ctas(), kWarp, 0, op, problems);
+  }
   return launch.error();
 }
 

@@ -23,16 +23,20 @@ struct Reorthogonalize {
   T* basis;  // (capacity, n_probes, n_basis)
   int64_t capacity, n_basis;
   const int64_t* basis_offsets;  // (n_blocks) first column of the block in the basis, -1 if not stored
+  int64_t n_basis_tiles;
+  const int64_t* basis_tiles;  // (n_basis_tiles) the tiles of the blocks that are stored
   Recurrences recurrences;
   const int64_t* limits;   // (n_blocks) maximum number of steps
-  const int32_t* project;  // (n_probes, n_blocks) 0 to skip the projections
+  const int32_t* project;  // (n_probes, n_blocks) 0 to skip the projections; nullptr projects all
   double* partial;         // (n_probes, n_tiles, capacity + 1) scratch: each tile's part of c and of |r|^2
 
   BLOCKHESS_HD bool takes_part(int64_t segment) const {
     return basis_offsets[segment % layout.n_blocks] >= 0 && recurrences.running(segment);
   }
 
-  BLOCKHESS_HD bool projects(int64_t segment) const { return takes_part(segment) && project[segment] != 0; }
+  BLOCKHESS_HD bool projects(int64_t segment) const {
+    return takes_part(segment) && (project == nullptr || project[segment] != 0);
+  }
 
   // Number of filled basis rows of a segment that takes part.
   BLOCKHESS_HD int64_t count(int64_t segment) const {

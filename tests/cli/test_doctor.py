@@ -13,6 +13,7 @@ import blockhess
 import blockhess_ext
 from blockhess.cli import doctor
 from blockhess.cli.main import main
+from blockhess.hvp import TracedEngine
 
 
 def test_all_is_well_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +27,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is True
-    assert [check["name"] for check in found["checks"]] == list(doctor.CHECKS)
+    assert [check["name"] for check in found["checks"]] == [*doctor.CHECKS, *doctor.ON_DEVICE]
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -53,6 +54,13 @@ def test_kernels_that_compute_something_else(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(blockhess_ext.ops, "tridiag_quadrature", wrong)
     (check,) = [check for check in doctor.examine() if check.name == name]
     assert not check.ok and "build again" in check.advice
+
+
+def test_products_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TracedEngine._multiply
+    monkeypatch.setattr(TracedEngine, "_multiply", lambda self, columns, share: right(self, columns, share * 1.1))
+    (check,) = [check for check in doctor.examine() if check.name == "self-test: product"]
+    assert not check.ok
 
 
 def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +90,12 @@ def test_no_compiler_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     check = doctor._guarded("compiler", doctor._compiler)
     assert check.ok and "not on PATH" in check.found
+
+
+def test_the_device_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--device", "cpu"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    for name in doctor.ON_DEVICE:
+        assert "relative error" in checks[name]["found"]
+    if not torch.cuda.is_available():
+        assert main(["doctor", "--device", "cuda"]) == 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from blockhess.cli.job_file import load
+from blockhess.cli.job_file import load, on_device
 from blockhess.cli.main import main
 
 JOB = """
@@ -80,3 +81,20 @@ def test_what_is_no_job(command: str, job: str, message: str, file: Path, capsys
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("blockhess: job: ") and captured.err.count("\n") == 1
     assert message in captured.err and not Path("run").exists()
+
+
+@pytest.mark.parametrize("data", ["batch", "batches", "loader"])
+def test_a_job_on_another_device(data: str) -> None:
+    pair = torch.randn(4, 3), torch.randn(4, 1)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pair), batch_size=2)
+    given = {"batch": pair, "batches": [pair, pair], "loader": loader}[data]
+    loss = torch.nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))
+    moved = on_device({"model": torch.nn.Linear(3, 1), "data": given, "loss_fn": loss, "seed": 3}, "meta")
+    assert moved["seed"] == 3 and moved["model"].weight.is_meta and moved["loss_fn"].pos_weight.is_meta
+    assert len(moved["data"]) == (1 if data == "batch" else 2)
+    assert all(tensor.is_meta for batch in moved["data"] for tensor in batch)
+
+
+def test_no_such_device() -> None:
+    with pytest.raises(ValueError, match="--device: must be a device of this machine, got 'gpu9'"):
+        on_device({}, "gpu9")

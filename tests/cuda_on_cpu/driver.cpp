@@ -51,8 +51,9 @@ const char* lanczos_step(const int64_t* sizes, void** a, const CudaQueue& queue)
 template <class T>
 const char* reorthogonalize(const int64_t* sizes, void** a, const CudaQueue& queue) {
   return reorthogonalize_cuda(
-      Reorthogonalize<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), sizes[5], sizes[6], at<int64_t>(a, 5),
-                         recurrences_of(sizes, a, 6), at<int64_t>(a, 11), at<int32_t>(a, 12), at<double>(a, 13)},
+      Reorthogonalize<T>{layout_of(sizes, a), at<T>(a, 3), at<T>(a, 4), sizes[5], sizes[6], at<int64_t>(a, 5), sizes[7],
+                         at<int64_t>(a, 6), recurrences_of(sizes, a, 7), at<int64_t>(a, 12),
+                         sizes[8] ? at<int32_t>(a, 14) : nullptr, at<double>(a, 13)},
       queue);
 }
 

@@ -155,9 +155,10 @@ class Emulator:
         project: Tensor | None = None,
     ) -> None:
         *state, limits = vars(recurrences).values()
-        project = torch.ones_like(recurrences.status) if project is None else project
-        arrays = [*tables(layout), r, basis, layout.basis_offsets, *state, limits, project, partial]
+        arrays = [*tables(layout), r, basis, layout.basis_offsets, layout.basis_tiles, *state, limits, partial]
+        arrays += [] if project is None else [project]
         sizes = [*shape(layout, len(r)), len(recurrences.alpha), basis.shape[0], basis.shape[2]]
+        sizes += [len(layout.basis_tiles), project is not None]
         self.call("reorthogonalize", sizes, arrays, [r, basis, *state, partial])
 
     def tridiag_quadrature(self, alpha: Tensor, beta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,8 +135,9 @@ def test_steps_out_of_range_write_nothing(steps, dims, dtype, rng):
 class Projection:
     """Residuals of lanczos_step, and a basis, mostly with `count` filled rows; the others, not to be read, are NaN."""
 
-    def __init__(self, dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...], count: int, capacity: int):
-        stored = [l != 1 for l in range(len(dims))]
+    def __init__(self, dtype: torch.dtype, rng: torch.Generator, dims: tuple[int, ...], count: int, capacity: int,
+                 stored: list[bool] | None = None):  # fmt: skip
+        stored = stored or [l != 1 for l in range(len(dims))]
         self.step = Step(dtype, rng, dims, stored, steps=count - 1).after(ops)
         layout = self.step.layout
         self.basis = torch.full((capacity, N_PROBES, layout.n_basis), math.nan, dtype=dtype)
@@ -166,7 +167,7 @@ class Projection:
         (SHORT, 1, 1),
         pytest.param(SHORT, 8, 9, marks=pytest.mark.slow),
         (SHORT, 9, 9),
-        pytest.param(SHORT, 17, 18, marks=pytest.mark.slow),
+        (SHORT, 17, 18),  # CTAs with two groups of rows
         (RAGGED, 3, 3),
         pytest.param(RAGGED, 9, 10, marks=pytest.mark.slow),
     ],
@@ -193,6 +194,16 @@ def test_partial_reorthogonalization(dims, dtype, rng):
     assert_same_bits(results)
     everywhere = start.results(EMULATORS[0])
     assert not torch.equal(results[0][0], everywhere[0])
+    all_of_them = start.results(EMULATORS[0], torch.ones_like(project))
+    assert_same_bits([everywhere, all_of_them])
+
+
+def test_reorthogonalize_of_few_blocks(dtype, rng):
+    start = Projection(dtype, rng, RAGGED, 9, 10, stored=[l in (4, 8) for l in range(len(RAGGED))])
+    results = [start.results(e) for e in EMULATORS[::3]]
+    rtol = 32 * torch.finfo(dtype).eps
+    assert_near(results[0], start.results(ops), rtol)
+    assert_same_bits(results)
 
 
 def problems(m: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,6 +249,14 @@ def test_tridiag_quadrature(m, max_shared, rng):
                 (w * (n / scale) ** power).sum(1) for n, w in [(nodes, weights), (true_nodes, true_weights)]
             )
             torch.testing.assert_close(got, expected, rtol=16 * m * eps, atol=16 * m * eps)
+
+
+@pytest.mark.parametrize("lanes", ["8", "32", "5"])
+def test_the_number_of_lanes_changes_no_bit(lanes, rng, monkeypatch):
+    arguments = [torch.cat([x] * 5) for x in problems(40, rng)]
+    expected = Emulator().tridiag_quadrature(*arguments)
+    monkeypatch.setenv("BLOCKHESS_QUADRATURE_LANES", lanes)
+    assert_same_bits([list(expected), list(Emulator().tridiag_quadrature(*arguments))])
 
 
 def test_tridiag_quadrature_of_1000_steps(rng):

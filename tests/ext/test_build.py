@@ -49,6 +49,26 @@ def test_cuda_that_cannot_be_met_is_refused(tmp_path):
     assert done.stderr.strip().startswith("blockhess: BLOCKHESS_CUDA=1 cannot be met: ")
 
 
+def test_the_toolkit_with_headers_is_taken(tmp_path):
+    """nvcc on PATH is a wrapper in a folder without headers, from which torch takes its CUDA_HOME."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "cuda/include").mkdir(parents=True)
+    (tmp_path / "cuda/include/cuda_runtime.h").touch()
+    wrapper = tmp_path / "bin/nvcc"
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    # As in a build of torch with CUDA, so far as setup.py asks.
+    fake_module(tmp_path, "sitecustomize", "import torch\ntorch.version.cuda = '13.0'")
+    settings = {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    for given, taken in (({"CUDA_PATH": str(tmp_path / "cuda")}, tmp_path / "cuda"), ({"CUDA_HOME": "/none"}, None)):
+        command = [sys.executable, str(ROOT / "setup.py"), "--version"]
+        env = {**environment, **settings, **given}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        said = f"blockhess: CUDA of {taken}" if taken else "blockhess: no CUDA: "
+        assert said in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 def test_a_wrong_switch_is_refused(tmp_path):
     done = setup_py(tmp_path, BLOCKHESS_CUDA="yes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -57,6 +58,37 @@ def test_compiles_without_warnings_and_spills(source, architecture, tmp_path):
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_compiles_as_cpp20(source, tmp_path):
     compile_report(source, "sm_90", "c++20", tmp_path / "kernel.o")
+
+
+def disassembler() -> str | None:
+    """Return the path of cuobjdump, of the toolkit or of Triton, or None."""
+    found = shutil.which("cuobjdump") or str(Path(NVCC).parent / "cuobjdump")
+    if Path(found).exists():
+        return found
+    triton = importlib.util.find_spec("triton")
+    tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    return str(tool) if tool and tool.exists() else None
+
+
+def memory_instructions(code: Path) -> dict[str, set[str]]:
+    """Return the kinds of loads and stores of every kernel: generic (LD, ST), global (LDG, ...), shared (LDS, ...)."""
+    listing = subprocess.run([str(disassembler()), "-sass", str(code)], capture_output=True, text=True, check=True)
+    kinds: dict[str, set[str]] = {}
+    for part in listing.stdout.split("Function : ")[1:]:
+        name, _, text = part.partition("\n")
+        kinds[name.strip()] = set(re.findall(r"\b(LD[GSL]?|ST[GSL]?)(?:\.[A-Z0-9.]+)? ", text))
+    return kinds
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
+def test_tridiagonal_problems_in_shared_memory_are_addressed_as_such(tmp_path):
+    code = tmp_path / "kernel.o"
+    compile_report(ROOT / "csrc/cuda/tridiag_quadrature.cu", "sm_90", "c++17", code)
+    of_kernel = memory_instructions(code)
+    (shared,) = [kinds for name, kinds in of_kernel.items() if "Lb1" in name]
+    (others,) = [kinds for name, kinds in of_kernel.items() if "Lb0" in name]
+    assert shared == {"LDG", "STG", "LDS", "STS"} and others == {"LDG", "STG"}
 
 
 def test_a_spill_is_detected(tmp_path):

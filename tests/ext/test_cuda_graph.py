@@ -196,3 +196,17 @@ def test_a_capture_that_fails_is_explained_and_the_stream_restored(error, raised
     with pytest.raises(raised, match=text):
         cuda_graph.recorder_of(torch.device("cuda", 0)).record(work)
     assert cuda.current is user
+
+
+def test_a_warm_up_that_fails_leaves_no_stream_ahead(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    user = cuda.current
+
+    def work() -> None:
+        cuda.log.append("queued")
+        raise ValueError("its own")
+
+    with pytest.raises(ValueError, match="its own"):
+        cuda_graph.recorder_of(torch.device("cuda", 0)).warm_up(work)
+    assert cuda.current is user
+    assert cuda.log == ["side waits for user", "queued", "user waits for side"]

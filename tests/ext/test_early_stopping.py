@@ -9,9 +9,10 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockhess_ext import batched_slq, completion, early_stopping
-from blockhess_ext.early_stopping import change, checkpoint_interval, ends_converged, wasserstein
+from blockhess_ext.early_stopping import change, checkpoint_interval, cumulative, ends_converged, wasserstein
 from tests.ext.test_completion import Late
 
 N = 20_000
@@ -142,3 +143,28 @@ def test_a_late_host_does_not_change_results(monkeypatch):
     monkeypatch.setattr(completion, "track", Late)
     for a, b in zip(at_once, run(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 64, 201])
+def test_cumulative_sums(n, rng):
+    x = torch.randn(3, n, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(cumulative(x), x.cumsum(-1), rtol=0, atol=4 * max(n, 1) * torch.finfo(x.dtype).eps)
+
+
+def test_no_operation_that_is_not_deterministic_on_cuda():
+    """As listed by torch.use_deterministic_algorithms, of those that take floating-point numbers."""
+    listed = {"cumsum", "bincount", "histc", "scatter_add_", "index_add_", "index_put_", "put_", "kthvalue", "median"}
+    called = set()
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
+                called.add(op.overloadpacket.__name__)
+            return op(*args, **(kwargs or {}))
+
+    with Operations():
+        q = batched_slq(lambda v: v * torch.linspace(0, 1, 500), [500], num_probes=2, num_steps=60, tol=0.01)
+    assert (q.steps < 60).all() and "tridiag_quadrature" in called and not called & listed
+    with Operations():
+        torch.ones(2).cumsum(0)  # is noticed
+    assert called & listed == {"cumsum"}

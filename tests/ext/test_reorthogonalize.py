@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockhess_ext import ops, reference
+from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import FINISHED, RUNNING
 from tests.helpers.recurrence_cases import Case, assert_same_state, mid_flight
 
@@ -144,6 +146,27 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
 def test_opcheck(dtype, rng):
     case, basis = prepared(dtype, rng)
     r, layout = case.recurrences, case.layout
-    tables = (torch.ones_like(r.status), layout.offsets, layout.tiles, layout.tile_offsets)
-    arguments = (case.v_prev, basis, layout.basis_offsets, *vars(r).values(), *tables, case.partial)
-    torch.library.opcheck(torch.ops.blockhess_ext.reorthogonalize.default, arguments)
+    stored = (case.v_prev, basis, layout.basis_offsets, layout.basis_tiles)
+    tables = (layout.offsets, layout.tiles, layout.tile_offsets, case.partial)
+    for project in (None, torch.ones_like(r.status)):
+        arguments = (*stored, *vars(r).values(), project, *tables)
+        torch.library.opcheck(torch.ops.blockhess_ext.reorthogonalize.default, arguments)
+
+
+def test_a_call_makes_no_tensor(dtype, rng):
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    case, basis = prepared(dtype, rng)
+    with Operations():
+        run(ops.reorthogonalize, case, basis)
+    assert [name for name in called if "reorthogonalize" not in name] == []
+
+
+def test_the_tiles_in_the_basis():
+    layout = Layout.of((3, 70_000, 5, 40_000)).with_basis([False, True, False, True])
+    assert layout.basis_tiles.tolist() == [1, 2, 3, 5, 6]
+    assert layout.with_basis([False] * 4).basis_tiles.tolist() == []

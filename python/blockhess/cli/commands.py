@@ -68,6 +68,9 @@ Engine = Annotated[
     str | None, typer.Option(help=f"Engine for products: {', '.join(ENGINES)}.", autocompletion=completed(ENGINES))
 ]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the spectra into this PNG.")]
+Device = Annotated[
+    str | None, typer.Option(help="Device on which to compute, such as cuda; default: that of the model.")
+]
 TolSigma = Annotated[float | None, typer.Option(help="With --tol: Gaussian width, as a fraction of a block's range.")]
 
 
@@ -98,6 +101,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models, for a smoke test.")] = False,
     tol: Tol = None,
     tol_sigma: TolSigma = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the block spectra of a GPT and a ResNet.
@@ -108,7 +112,8 @@ def demo(
     from blockhess.cli.demo import run
 
     with text_on_stderr(as_json):
-        found = run(out, num_probes=probes, num_steps=steps, seed=seed, quick=quick, tol=tol, tol_sigma=tol_sigma)
+        limits: dict[str, Any] = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": tol_sigma}
+        found = run(out, seed=seed, quick=quick, device=device, **limits)
     if as_json:
         _print(found, "", as_json)
 
@@ -124,6 +129,7 @@ def plan(
     memory_budget: Annotated[str | None, typer.Option(help="Memory limit: bytes, or a size such as '6 GiB'.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Processes that share the job, one per GPU.")] = None,
     data_parallel: Annotated[int, typer.Option(min=1, help="Of these, how many share the batches.")] = 1,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict the cost of a job without running it: engine, products, FLOPs, time and memory.
@@ -135,7 +141,9 @@ def plan(
 
     options = {"num_probes": probes, "num_steps": steps, "tol": tol, "tol_sigma": tol_sigma, "engine": engine}
     options |= {"memory_budget": memory_budget}
-    arguments: dict[str, Any] = load(job) | {name: value for name, value in options.items() if value is not None}
+    arguments: dict[str, Any] = load(job, device) | {
+        name: value for name, value in options.items() if value is not None
+    }
     if gpus is not None:
         if gpus % data_parallel:
             raise ValueError(f"plan: --data-parallel must divide --gpus, got {data_parallel} and {gpus}")
@@ -149,6 +157,7 @@ def run(
     job: Job,
     out: Annotated[Path, typer.Option(help="Directory of the run and of its result, spectra.npz.")] = Path("run"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the directory, if any.")] = False,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the spectra of a job in a directory from which it can be resumed.
@@ -163,7 +172,7 @@ def run(
     if begun_run(out) is not None and not resume:
         raise ValueError(f"run: {out} already holds a run; add --resume to continue it, or choose another --out")
     try:
-        spectra = blockhess.spectrum(**load(job) | {"run_dir": out})
+        spectra = blockhess.spectrum(**load(job, device) | {"run_dir": out})
     except Interrupted as interrupted:
         print(f"blockhess: {interrupted}; the state is saved in {out}, continue with --resume", file=sys.stderr)
         raise typer.Exit(128 + interrupted.signal) from None
@@ -257,11 +266,14 @@ def report(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    device: Annotated[str | None, typer.Option(help="Device to test; default: the GPU, if there is one.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check the installation, and test it on known eigenvalues. Exit code 1 if a check fails."""
     from blockhess.cli.doctor import examine, format_checks, to_dict
 
-    checks = examine()
+    checks = examine(device)
     _print(to_dict(checks), format_checks(checks), as_json)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ from torch import nn
 
 import blockhess
 from blockhess._text import format_table
+from blockhess.cli.job_file import on_device
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
 from blockhess.problem.model_state import setting
@@ -182,6 +183,7 @@ def run(
     quick: bool = False,
     tol: float | None = None,
     tol_sigma: float | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Run the demo: print and write a comparison of both models, their results and one picture of both.
 
@@ -194,12 +196,13 @@ def run(
         seed: of the weights, the text windows and the probes.
         quick: use the tiny size, for a smoke test.
         tol, tol_sigma: as for `spectrum`; num_probes and num_steps then are upper limits.
+        device: of models and data, such as "cuda"; None means the CPU.
 
     Returns:
         The numbers and the reading of the comparison, as JSON values.
 
     Raises:
-        ValueError: the folder cannot be written, or a number is out of range.
+        ValueError: the folder cannot be written, a number is out of range, or there is no such device.
         ImportError: matplotlib is missing.
 
     Example:
@@ -227,7 +230,8 @@ def run(
     results: dict[str, Spectra] = {}
     for subject in subjects(size, seed):
         print(subject.title, flush=True)
-        spectra = results[subject.name] = blockhess.spectrum(**subject.arguments(), **options)
+        arguments = subject.arguments() if device is None else on_device(subject.arguments(), device)
+        spectra = results[subject.name] = blockhess.spectrum(**arguments, **options)
         spectra.save(folder / f"{subject.name.lower()}.npz")
         p = spectra.provenance
         print(f"  {len(spectra.names)} blocks, {p['hvps']} Hessian-vector products, {p['seconds']:.0f} s", flush=True)

@@ -2,10 +2,14 @@
 
 diag(1 ... 20), all Krylov steps     nodes 1 ... 20, trace 210, log-determinant log 20! = 42.3356164607535
 a network of 63 parameters           extreme nodes of every block equal the extreme eigenvalues of its dense Hessian
+one traced product of it             v^T H v equals that of autograd on the CPU
+
+On a GPU all three are made there, too.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import math
@@ -39,9 +43,16 @@ class Check:
     advice: str = ""  # what to do
 
 
-def examine() -> list[Check]:
-    """Run all checks, the self-tests last. Exceptions become failed checks."""
-    return [_guarded(name, check) for name, check in CHECKS.items()]
+def examine(device: str | None = None) -> list[Check]:
+    """Run all checks, the self-tests last. Exceptions become failed checks.
+
+    Args:
+        device: device of the last self-tests; None means the GPU, if there is one.
+    """
+    checks = dict(CHECKS)
+    for name, test in ON_DEVICE.items():
+        checks[name] = functools.partial(_on_device, test, device)
+    return [_guarded(name, check) for name, check in checks.items()]
 
 
 def format_checks(checks: list[Check]) -> str:
@@ -133,13 +144,21 @@ def _terminal() -> Outcome:
     return True, encoding, "" if is_utf8 else "characters it lacks are printed as \\x..: export PYTHONUTF8=1"
 
 
+def _on_device(test: Callable[[str], Outcome], device: str | None) -> Outcome:
+    import torch
+
+    import blockhess_ext
+
+    if device is None and not (torch.cuda.is_available() and blockhess_ext.build_info()["cuda"]):
+        return True, "not run: no GPU, or no kernels for it", ""
+    return test(device or "cuda")
+
+
 def _known_operator(device: str) -> Outcome:
     import torch
 
     import blockhess_ext
 
-    if device == "cuda" and not (torch.cuda.is_available() and blockhess_ext.build_info()["cuda"]):
-        return True, "not run: no GPU, or no kernels for it", ""
     eigenvalues = torch.arange(1, 21, dtype=torch.float64, device=device)
     q = blockhess_ext.batched_slq(lambda v: v * eigenvalues, [20], num_probes=4, dtype=torch.float64, device=device)
     largest, logarithm = float(q.nodes.max()), float((q.nodes[0, 0]).log().sum())
@@ -147,12 +166,10 @@ def _known_operator(device: str) -> Outcome:
     return _compared(f"largest eigenvalue {largest:.12g} (20), log-determinant {logarithm:.12g} (42.3356164608)", error)
 
 
-def _known_network() -> Outcome:
+def _network(device: str) -> dict[str, Any]:
+    """Return a small network in float64 on a device, its data and loss, as arguments of `spectrum`."""
     import torch
     from torch import nn
-    from torch.func import functional_call
-
-    import blockhess
 
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Linear(4, 1)).double()
     sizes = [p.numel() for p in model.parameters()]
@@ -160,10 +177,32 @@ def _known_network() -> Outcome:
         for p, values in zip(model.parameters(), torch.split(torch.linspace(0, 40, sum(sizes)).sin(), sizes)):
             p.copy_(values.view_as(p))
     x = torch.linspace(-2, 2, 32, dtype=torch.float64).cos().view(8, 4)
-    batch, loss = (x, x.sum(1, keepdim=True)), nn.MSELoss()
-    spectra = blockhess.spectrum(model, batch, loss, num_probes=2, engine="autograd", progress=False)
+    batch = x.to(device), x.sum(1, keepdim=True).to(device)
+    return {"model": model.to(device), "data": batch, "loss_fn": nn.MSELoss(), "progress": False, "seed": 0}
+
+
+def _known_product(device: str) -> Outcome:
+    import blockhess
+
+    moments = []
+    for engine, where in (("traced", device), ("autograd", "cpu")):
+        spectra = blockhess.spectrum(**_network(where), engine=engine, num_probes=1, num_steps=1)
+        moments.append(spectra.quadrature.alpha[0, :, 0].cpu())
+    error = float((moments[0] - moments[1]).abs().max() / moments[1].abs().max())
+    return _compared(f"v^T H v of {len(moments[0])} blocks on {device} against autograd on the CPU", error)
+
+
+def _known_network(device: str) -> Outcome:
+    import torch
+    from torch.func import functional_call
+
+    import blockhess
+
+    spectra = blockhess.spectrum(**_network(device), num_probes=2, engine="autograd" if device == "cpu" else "traced")
+    of_cpu = _network("cpu")
+    model, (x, y), loss = of_cpu["model"], of_cpu["data"], of_cpu["loss_fn"]
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    gradient = torch.func.grad(lambda p: loss(functional_call(model, p, (x,)), batch[1]))
+    gradient = torch.func.grad(lambda p: loss(functional_call(model, p, (x,)), y))
     hessian = torch.func.jacrev(gradient)(parameters)
     error, largest = 0.0, 0.0
     for number, (name, dim) in enumerate(zip(spectra.names, spectra.dims)):
@@ -193,6 +232,11 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
     "CUDA": _cuda,
     "terminal": _terminal,
     "self-test: operator": lambda: _known_operator("cpu"),
-    "self-test: GPU": lambda: _known_operator("cuda"),
-    "self-test: network": _known_network,
+    "self-test: product": lambda: _known_product("cpu"),
+    "self-test: network": lambda: _known_network("cpu"),
+}
+ON_DEVICE: dict[str, Callable[[str], Outcome]] = {
+    "on the device: operator": _known_operator,
+    "on the device: product": _known_product,
+    "on the device: network": _known_network,
 }

@@ -15,14 +15,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import nn
+
 from blockhess.estimate import spectrum
+from blockhess.problem.batches import as_batches, first_line, map_tensors
 
 
-def load(job: str) -> dict[str, Any]:
+def load(job: str, device: str | None = None) -> dict[str, Any]:
     """Call the function that a job, FILE.py:FUNCTION or MODULE:FUNCTION, names and return the arguments of `spectrum`.
 
+    Args:
+        job: see above.
+        device: device to which model, loss and data are moved; None leaves them where they are.
+
     Raises:
-        ValueError: there is no such file, module or function, or it does not return arguments of `spectrum`.
+        ValueError: there is no such device, file, module or function, or it does not return arguments of `spectrum`.
 
     Example:
         >>> sorted(load("blockhess.cli.demo:gpt_job"))
@@ -45,7 +53,24 @@ def load(job: str) -> dict[str, Any]:
         raise ValueError(f"job: {job!r} must return a mapping with 'model' and 'data', got {got}")
     if unknown := arguments.keys() - inspect.signature(spectrum).parameters.keys():
         raise ValueError(f"job: {job!r} must return arguments of spectrum only, got {sorted(map(str, unknown))}")
-    return dict(arguments)
+    return dict(arguments) if device is None else on_device(dict(arguments), device)
+
+
+def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return the arguments of `spectrum` with model, loss and data on a device.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: must be a device of this machine, got {device!r}: {first_line(error)}") from error
+    batches = as_batches(arguments["data"], pairs=False)
+    moved = {"model": arguments["model"].to(device), "data": [map_tensors(lambda t: t.to(device), b) for b in batches]}
+    if isinstance(arguments.get("loss_fn"), nn.Module):
+        moved["loss_fn"] = arguments["loss_fn"].to(device)
+    return arguments | moved
 
 
 def _module(place: str) -> ModuleType:

@@ -1,0 +1,1 @@
+"""All measurements on a GPU, run by bench/run_gpu.sh."""

@@ -1,0 +1,251 @@
+"""Build blockhess with CUDA and run all checks and measurements on a GPU, each step with a time limit.
+
+    python -m bench.gpu OUT_DIR [--quick] [--seconds N] [--dry-run [--reuse-build]]
+
+Run by bench/run_gpu.sh in a copy of the sources. After a failed step the next ones run. OUT_DIR gets results.json and
+results.md, written anew after every step, and logs.tar.gz. The exit code is 1 if a step failed.
+
+Only the standard library is imported here, since nothing is built yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CUDA_TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
+# Group of rows -> limit in seconds.
+GROUPS = {"ops": 70, "nano": 110, "gpt2": 130, "resnet": 40, "reliability": 30}
+KERNELS = "residual_kernel|coefficient_kernel|quadrature_kernel"
+
+
+@dataclass
+class Driver:
+    """Runs steps and records their outcome.
+
+    Attributes:
+        out: folder of the results.
+        deadline: time.monotonic() at which everything ends.
+        settings: environment variables of all steps.
+    """
+
+    out: Path
+    dry: bool
+    size: str
+    deadline: float
+    settings: dict[str, str]
+    logs: Path = Path("gpu_logs")
+    results: dict[str, Any] = field(default_factory=dict)
+    started: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.logs.mkdir(exist_ok=True)
+        self.results = {"size": self.size, "environment": {}, "limits": {}, "steps": {}, "rows": {}}
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def start(self, name: str, command: list[str], **settings: str) -> Step:
+        return Step(self, name, command, {**self.settings, **settings})
+
+    def run(self, name: str, limit: float, command: list[str], **settings: str) -> bool:
+        """Run a step to its end or its limit; return whether it passed."""
+        return self.start(name, command, **settings).finish(limit)
+
+    def record(self, name: str, outcome: str, seconds: float) -> None:
+        self.results["steps"][name] = {"outcome": outcome, "seconds": seconds}
+        print(f"{name:<22} {outcome}, {seconds:.0f} s", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write results.json, with what the steps so far have written."""
+        measured = self.logs / "ceilings.json"
+        if measured.exists():
+            self.results.update(json.loads(measured.read_text()))
+        for group in GROUPS:
+            part = self.logs / f"{group}.json"
+            if part.exists():
+                self.results["rows"].update(json.loads(part.read_text())["rows"])
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+
+class Step:
+    """A process that writes to a log of its own, in a process group of its own."""
+
+    def __init__(self, driver: Driver, name: str, command: list[str], settings: dict[str, str]) -> None:
+        self.driver, self.name, self.begin = driver, name, time.monotonic()
+        self.process: subprocess.Popen[bytes] | None = None
+        driver.started.append(self)
+        with open(driver.logs / f"{name}.log", "wb") as log:
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **settings},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                log.write(f"{error}\n".encode())
+
+    def finish(self, limit: float, failure: str = "FAILED") -> bool:
+        """Wait for the process until `limit` seconds after its start; record and return whether it passed."""
+        code: int | str = "cannot be started"
+        if self.process is not None:
+            left = min(limit + self.begin, self.driver.deadline) - time.monotonic()
+            try:
+                code = self.process.wait(max(1.0, left))
+            except subprocess.TimeoutExpired:
+                self.end()
+                code = f"exceeded {time.monotonic() - self.begin:.0f} s"
+        outcome = "ok" if code == 0 else f"{failure} ({code}), see {self.name}.log"
+        self.driver.record(self.name, outcome, time.monotonic() - self.begin)
+        return code == 0
+
+    def end(self) -> None:
+        """Kill the process and its children, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def cuda_home() -> str | None:
+    """Return a CUDA toolkit with headers; nvcc on PATH may be a wrapper elsewhere."""
+    nvcc = shutil.which("nvcc")
+    beside = Path(nvcc).resolve().parents[1] if nvcc else None
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", beside):
+        if folder and (Path(folder) / "include/cuda_runtime.h").exists():
+            return str(folder)
+    return None
+
+
+def tool(name: str, home: str | None) -> str | None:
+    """Return the path of a program on PATH or in the toolkit."""
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join([f"{home}/bin", f"{home}/compute-sanitizer"]))
+
+
+def build(driver: Driver, root: Path, reuse: bool) -> Step:
+    """Start the build for the architecture of the device, or the copy of an existing one."""
+    if reuse:
+        files = list(map(str, (root / "blockhess_ext").glob("_C*.so")))
+        return driver.start("build", ["cp", *files, "blockhess_ext/"])
+    settings = {"BLOCKHESS_CUDA": "0" if driver.dry else "1", "MAX_JOBS": str(os.cpu_count() or 1)}
+    if not driver.dry and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        ask = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+        found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
+        if found.returncode == 0:
+            settings["TORCH_CUDA_ARCH_LIST"] = found.stdout.strip()
+    return driver.start("build", [sys.executable, "setup.py", "build_ext", "--inplace"], **settings)
+
+
+def tests(driver: Driver, limit: float) -> None:
+    """Run tests/gpu, every file in a process of its own on a GPU."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    if driver.dry:
+        driver.run("tests", limit, [*pytest, "tests/gpu"], BLOCKHESS_TEST_DEVICE="cpu")
+        return
+    files = sorted(map(str, Path("tests/gpu").glob("test_*.py")))
+    steps = [driver.start(Path(file).stem, [*pytest, file], BLOCKHESS_REQUIRE_GPU="1") for file in files]
+    for step in steps:
+        step.finish(limit)
+
+
+def sanitizers(driver: Driver, home: str | None, limit: float) -> None:
+    """Run all ops on small batches under compute-sanitizer, and three kernels under ncu."""
+    case = [sys.executable, "-m", "tests.gpu.sanitizer_case", *(["--cpu"] if driver.dry else [])]
+    sanitizer, profiler = tool("compute-sanitizer", home), tool("ncu", home)
+    for check in ("memcheck", "racecheck"):
+        if driver.dry:
+            driver.run(check, limit, case)
+            return  # the same process for all
+        if sanitizer is None:
+            driver.record(check, "skipped: no compute-sanitizer", 0.0)
+            continue
+        command = [sanitizer, "--tool", check, "--error-exitcode", "86", *case]
+        driver.run(check, limit, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if profiler is None:
+        driver.record("ncu", "skipped: no ncu", 0.0)
+        return
+    chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", "6", "--section", "SpeedOfLight"]
+    # Profiling may need a permission that the device does not give: that is no failure of blockhess.
+    driver.start("ncu", [profiler, *chosen, "--section", "Occupancy", *case]).finish(limit, "not available")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/run_gpu.sh", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--quick", action="store_true", help="the same in three minutes; targets are not judged")
+    parser.add_argument("--seconds", type=float, help="end after so many seconds; default 570, or 175 with --quick")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to check this script")
+    parser.add_argument("--reuse-build", action="store_true", help="of the checkout; for --dry-run")
+    options = parser.parse_args()
+    if options.reuse_build and not options.dry_run:
+        parser.error("--reuse-build needs --dry-run")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    begin, root = time.monotonic(), Path(os.environ.get("BLOCKHESS_SOURCE", "."))
+    options.out.mkdir(parents=True, exist_ok=True)
+    home = cuda_home()
+    settings = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    settings |= {"CUDA_HOME": home} if home else {}
+    settings |= {"CUDA_VISIBLE_DEVICES": ""} if options.dry_run else {}
+    size = "tiny" if options.dry_run else "quick" if options.quick else "full"
+    # Factor of the limits of all steps, and seconds for everything. A CPU may be busy with other programs.
+    scale, seconds = (10.0, 3000) if options.dry_run else (0.4, 175) if options.quick else (1.0, 570)
+    driver = Driver(options.out, options.dry_run, size, begin + (options.seconds or seconds), settings)
+    found = {name: tool(name, home) for name in CUDA_TOOLS}
+    print(f"blockhess {os.environ.get('BLOCKHESS_COMMIT', 'unknown')}, CUDA_HOME {home}, {found}", flush=True)
+    if options.dry_run:
+        print("dry run on the CPU: nothing here is proven on hardware", flush=True)
+    driver.results["tools"] = {"CUDA_HOME": home, **found}
+
+    # The outcome is that of the last command, which needs no tool.
+    ask = "import sys, torch; print(sys.version, torch.__version__, torch.version.cuda); print(torch.__config__.show())"
+    atexit.register(lambda: [step.end() for step in driver.started])
+    versions = f"nvidia-smi; nvcc --version; exec '{sys.executable}' -c '{ask}'"
+    building = build(driver, root, options.reuse_build)
+    where = ["--device", driver.device, "--size", size]
+    limits = str(driver.logs / "ceilings.json")
+    measuring = driver.start("ceilings", [sys.executable, "-m", "bench.gpu.ceilings", "--out", limits, *where])
+    driver.run("versions", 40 * scale, ["bash", "-c", versions])
+    measuring.finish(60 * scale + 30)
+    built = building.finish(200 * max(1.0, scale))
+    if built:
+        tests(driver, 120 * scale)
+        for group, limit in GROUPS.items():
+            command = [sys.executable, "-m", "bench.gpu.rows", group, "--out", str(driver.logs / f"{group}.json")]
+            # cuBLAS is deterministic then, which a job that is resumed needs.
+            extra = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if group == "reliability" else {}
+            driver.run(group, limit * scale, [*command, *where, "--limits", limits], **extra)
+        sanitizers(driver, home, 60 * scale)
+    else:
+        for name in ("tests", *GROUPS, "memcheck"):
+            driver.record(name, "FAILED: needs the build", 0.0)
+    if built:
+        table = subprocess.run(
+            [sys.executable, "-m", "bench.gpu.report", str(options.out / "results.json")],
+            env={**os.environ, **settings}, capture_output=True, text=True,
+        )  # fmt: skip
+        (options.out / "results.md").write_text(table.stdout or table.stderr)
+        print(f"\n{table.stdout or table.stderr}")
+    with tarfile.open(options.out / "logs.tar.gz", "w:gz") as archive:
+        archive.add(driver.logs, "logs")
+    failed = [name for name, step in driver.results["steps"].items() if step["outcome"].startswith("FAILED")]
+    said = f"STEPS FAILED: {', '.join(failed)}" if failed else "all steps passed"
+    print(f"{said}, in {time.monotonic() - begin:.0f} s; results in {options.out}", flush=True)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
