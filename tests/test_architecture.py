@@ -53,7 +53,6 @@ FLOORS = (
     {"estimate", "sign_descent"},
     {"integrations"},
     {"cli"},
-    {"__main__"},
 )
 
 
