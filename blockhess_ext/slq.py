@@ -39,6 +39,9 @@ class NonFiniteError(ValueError):
         super().__init__(message)
         self.partial = partial
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, Quadrature]]:
+        return type(self), (str(self), self.partial)
+
 
 def batched_slq(
     hvp: Callable[[Tensor], Tensor],

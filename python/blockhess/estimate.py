@@ -54,6 +54,9 @@ class NonFiniteError(ValueError):
         super().__init__(message)
         self.partial = partial
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, Spectra]]:
+        return type(self), (str(self), self.partial)
+
 
 def spectrum(
     model: nn.Module,

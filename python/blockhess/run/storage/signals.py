@@ -21,6 +21,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.signal = number
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (self.signal,)
+
 
 class Catcher:
     """Signal handler; `pending` is the number of the signal that waits for the end of a step, or None."""
