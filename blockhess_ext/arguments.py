@@ -107,7 +107,7 @@ def block_id_tensor(block_ids: Sequence[int] | None, n_blocks: int) -> Tensor:
         raise TypeError(f"batched_slq: block_ids must be a sequence of integers, got {block_ids!r}") from None
     if len(ids) != n_blocks:
         raise ValueError(f"batched_slq: block_ids must have n_blocks = {n_blocks} entries, got {len(ids)}")
-    return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)])
+    return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)], device="cpu")
 
 
 def check_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:

@@ -41,8 +41,8 @@ class Layout:
     def of(dims: Sequence[int], device: torch.device | str = "cpu") -> Layout:
         """Return the layout of blocks of these sizes, without a Krylov basis."""
         tiles, tile_offsets = (torch.from_numpy(table) for table in _C.plan_tiles(dims))
-        offsets = torch.tensor([0, *dims]).cumsum(0)
-        no_basis = torch.full((len(dims),), -1)
+        offsets = torch.tensor([0, *dims], device="cpu").cumsum(0)
+        no_basis = torch.full((len(dims),), -1, device="cpu")
         parts = (offsets, tiles, tile_offsets, no_basis)
         offsets, tiles, tile_offsets, no_basis = (part.to(device) for part in parts)
         return Layout(tuple(dims), offsets, tiles, tile_offsets, no_basis)
@@ -54,7 +54,7 @@ class Layout:
             columns.append(n_basis if store else -1)
             n_basis += dim if store else 0
         n_basis += -n_basis % 4  # align rows to 16 bytes, for vectorized loads on a GPU
-        return replace(self, basis_offsets=torch.tensor(columns).to(self.offsets), n_basis=n_basis)
+        return replace(self, basis_offsets=torch.tensor(columns, device="cpu").to(self.offsets), n_basis=n_basis)
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:

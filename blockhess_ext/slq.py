@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blockhess_ext import arguments, completion, huge_pages, operator_checks, ops
 from blockhess_ext.cuda_graph import GraphedStep, Recorder, Step, graphed_step, recorder_of
-from blockhess_ext.device import check_device, explain_out_of_memory
+from blockhess_ext.device import check_device, explain_out_of_memory, normal_mode
 from blockhess_ext.layout import Layout
 from blockhess_ext.operator_checks import SymmetryCheck
 from blockhess_ext.quadrature import Quadrature
@@ -176,7 +176,7 @@ def batched_slq(
     layout = layout.with_basis([mode != "none" for mode in modes])
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
-    with explain_out_of_memory(sets, layout.n * row_bytes, basis_bytes):
+    with explain_out_of_memory(sets, layout.n * row_bytes, basis_bytes), normal_mode():
         v = huge_pages.zeros(num_probes, layout.n, dtype=dtype, device=device)
         if state is None and probes is not None:
             v.copy_(arguments.unit_probes(probes, layout))
