@@ -52,7 +52,7 @@ CALLS: dict[str, Callable[[blockhess.Spectra], Any]] = {
     "js_matrix": lambda s: s.js_matrix(axis="linear"),
     "js_matrix asinh": lambda s: s.js_matrix(),
     "distance_matrix": lambda s: s.distance_matrix(),
-    "density": lambda s: s.density(s.names[0]),
+    "density": lambda s: s.density(),
     "quantiles": lambda s: s.quantiles([0.1, 0.5]),
     "histogram": lambda s: s.histogram(),
     "zero_mass": lambda s: s.zero_mass(0.1),

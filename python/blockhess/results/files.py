@@ -18,6 +18,7 @@ import math
 import os
 import reprlib
 import secrets
+import stat
 import sys
 import tokenize
 import zipfile
@@ -128,13 +129,14 @@ def read(path: str | PathLike[str]) -> tuple[list[BlockInfo], Quadrature, dict[s
     """
     path = Path(path)
     try:
-        file = path.open("rb")
+        file = open(path, "rb", opener=_without_waiting)
     except FileNotFoundError:
         raise ValueError(f"load: no such file: {path}") from None
     except OSError as error:
         raise ValueError(f"load: cannot read {path}: {error.strerror or error}") from None
     with file:
         try:
+            _require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), "it must be a regular file")
             with zipfile.ZipFile(file) as archive:
                 return _result(_header(archive), {name: _array(archive, name, *_ARRAYS[name]) for name in _ARRAYS})
         except _Refused as error:
@@ -143,6 +145,10 @@ def read(path: str | PathLike[str]) -> tuple[list[BlockInfo], Quadrature, dict[s
             raise ValueError(f"load: {path} is no result file, or a damaged one: {_short(error)}") from None
         except _DAMAGE as error:
             raise ValueError(f"load: {path} is damaged: {type(error).__name__}: {_short(error)}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # the writer of a pipe may never come
 
 
 def _short(error: Exception) -> str:
@@ -255,6 +261,10 @@ def _check_provenance(provenance: dict[str, Any]) -> None:
     for number in numbers:
         sound = type(number) in (int, float) and 0 <= number <= sys.float_info.max
         _require(sound, f"provenance: tol and the values of blocks must be numbers, got {reprlib.repr(number)}")
+    for name in ("seconds", "loss_value"):
+        number = provenance.get(name)
+        overflow = type(number) is int and abs(number) > sys.float_info.max
+        _require(not overflow, f"provenance: {name} must be a number that float64 holds, got {reprlib.repr(number)}")
     slices = provenance.get("slices", {})
     _require(isinstance(slices, dict), "provenance: slices must be an object of lists")
     for part in itertools.chain.from_iterable(_list({"slices": found}, "slices", list) for found in slices.values()):
