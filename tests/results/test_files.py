@@ -468,3 +468,10 @@ def test_nodes_ascend_and_their_moments_are_finite(good: Path, change: Callable[
 def test_what_results_compute_with_is_checked(good: Path, key: str, value: Any) -> None:
     assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update({key: value})))
     assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update(tol="x")))
+
+
+def test_paths_in_messages_are_escaped(tmp_path: Path) -> None:
+    for call in (load, random_spectra().save):
+        with pytest.raises(ValueError, match=r"folder\\x1b\[2J") as caught:
+            call(tmp_path / "folder\x1b[2J" / "file")
+        assert str(caught.value).isprintable()
