@@ -92,7 +92,8 @@ def batched_slq(
             `partial_reorthogonalization`; or "auto": full for blocks of at most 8 num_steps elements while their basis
             fits in 256 MiB, none for the others. A sequence gives "none", "full" or "partial" for each block.
         seed: seed of the random probes; None draws one, which the result records.
-        dtype: data type of the vectors, float32 (default) or float64.
+        dtype: data type of the vectors, float32 (default) or float64. In float32, products below about 1e-38 are
+            subnormal numbers and lose digits: scale hvp, or use float64.
         device: device of the vectors; by default that of `probes`, or the CPU.
         on_nonfinite: what to do, once all other recurrences have ended, if hvp returned NaN, inf or, in float64, a
             magnitude above 1e120 or below 1e-120 but not 0: "raise" NonFiniteError, or "mark" the affected recurrences
