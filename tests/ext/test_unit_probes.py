@@ -37,5 +37,5 @@ def test_extreme_probes_become_unit_vectors(dtype, smallest):
 def test_zero_and_non_finite_probes_are_refused(bad):
     probes = torch.ones(2, 4)
     probes[1, 2:] = bad
-    with pytest.raises(ValueError, match="probes must be finite and nonzero in every block, .* in block 1 of probe 1"):
+    with pytest.raises(ValueError, match=r"probes must be finite and nonzero in every block, .* in block 1 of probe 1"):
         unit_probes(probes, Layout.of([2, 2]))
