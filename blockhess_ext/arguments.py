@@ -107,7 +107,7 @@ def block_id_tensor(block_ids: Sequence[int] | None, n_blocks: int) -> Tensor:
         raise TypeError(f"batched_slq: block_ids must be a sequence of integers, got {block_ids!r}") from None
     if len(ids) != n_blocks:
         raise ValueError(f"batched_slq: block_ids must have n_blocks = {n_blocks} entries, got {len(ids)}")
-    return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)])
+    return torch.tensor([integer(f"block_ids[{l}]", i, 0, 2**63 - 1) for l, i in enumerate(ids)], device="cpu")
 
 
 def check_probes(probes: Tensor, layout: Layout, dtype: torch.dtype | None) -> tuple[int, torch.dtype]:
@@ -131,13 +131,17 @@ def unit_probes(probes: Tensor, layout: Layout) -> Tensor:
     unit = probes.detach().clone(memory_format=torch.contiguous_format)
     for l in range(layout.n_blocks):
         segment = unit[:, layout.columns(l)]
+        largest = torch.linalg.vector_norm(segment, torch.inf, dim=1, keepdim=True)
+        half = -largest.frexp().exponent // 2
+        for _ in range(2):  # by halves, as 2^1073 is no float64: squares neither overflow nor underflow then
+            segment *= torch.ldexp(torch.ones_like(largest), half)
         norm = segment.norm(dim=1, keepdim=True, dtype=torch.float64)
         bad = ~((norm > 0) & norm.isfinite())
         if bad.any():
             p = int(bad.nonzero()[0, 0])
             raise ValueError(
-                f"batched_slq: probes must be finite and nonzero in every block, got norm {norm[p].item()} "
-                f"in block {l} of probe {p}"
+                f"batched_slq: probes must be finite and nonzero in every block, got largest magnitude "
+                f"{largest[p].item()} in block {l} of probe {p}"
             )
         segment /= norm.to(segment.dtype)
     return unit

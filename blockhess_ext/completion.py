@@ -63,7 +63,7 @@ class DeviceCompletion(Completion):
         self._known, self._next = ended <= self._last - self.EVERY, ended <= self._last
 
     def _allocate(self) -> Tensor:
-        return torch.empty(self._status.shape, dtype=self._status.dtype, pin_memory=True)
+        return torch.empty(self._status.shape, dtype=self._status.dtype, pin_memory=True, device="cpu")
 
     def _copy(self) -> Event:
         self._pinned_status.copy_(self._status, non_blocking=True)

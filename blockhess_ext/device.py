@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -70,6 +70,11 @@ def check_device(device: torch.device | str) -> torch.device:
             f"of compute capability {here}; {build_command(here)}"
         )
     return device
+
+
+def normal_mode() -> AbstractContextManager[None]:
+    """Leave `torch.inference_mode`, whose tensors do not count their changes; this also enables gradients."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ node at its center for odd m only, and checkpoints of one parity would miss that
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -29,6 +30,9 @@ CHANGE_PER_ERROR = 4 / 3
 
 GRID_POINTS_PER_SIGMA = 4
 GRID_MARGIN = 5  # in units of sigma, beyond the outer nodes
+# Densities are compared at this many grid points of this many recurrences at a time, 32 MiB of a density. The pieces
+# of the grid depend on sigma alone, so the decision about a recurrence does not depend on the others.
+GRID_PIECE, ROWS_PIECE = 2**14, 2**8
 
 
 def checkpoint_interval(step: int) -> int:
@@ -95,10 +99,19 @@ def change(a: Rule, b: Rule, sigma: float | None = None) -> Tensor:
     if sigma is None:
         return wasserstein(*unit)
     h, reach = sigma / GRID_POINTS_PER_SIGMA, GRID_MARGIN * sigma
-    grid = torch.arange(-reach, 1 + reach + h, h, dtype=torch.float64, device=low.device)
-    sigmas = torch.full_like(low, sigma)
-    densities = [ops.gaussian_density(x.contiguous(), w.contiguous(), grid, sigmas) for x, w in unit]
-    return (densities[0] - densities[1]).abs().sum(-1) * h
+    total = torch.zeros_like(low)
+    n_points = math.ceil((1 + 2 * reach) / h) + 1
+    for first in range(0, n_points, GRID_PIECE):
+        points = torch.arange(first, min(first + GRID_PIECE, n_points), dtype=torch.float64, device=low.device)
+        for row in range(0, len(low), ROWS_PIECE):
+            part = slice(row, row + ROWS_PIECE)
+            sigmas = torch.full_like(low[part], sigma)
+            densities = [
+                ops.gaussian_density(x[part].contiguous(), w[part].contiguous(), points * h - reach, sigmas)
+                for x, w in unit
+            ]
+            total[part] += (densities[0] - densities[1]).abs().sum(-1)
+    return total * h
 
 
 def ends_converged(alpha: Tensor, beta: Tensor, tol: float, rows: Tensor) -> Tensor:

@@ -39,12 +39,32 @@ class Layout:
     basis_tiles: Tensor
     n_basis: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse tables on the CPU that reach beyond the vectors, which the kernels would follow."""
+        if self.offsets.device.type != "cpu":
+            return
+        n, starts = self.n, torch.tensor(self._starts, device="cpu")
+        block, first, stop = self.tiles.T
+        basis = self.basis_offsets
+        sound = {
+            "offsets": torch.equal(self.offsets, starts),
+            "tiles": bool(((block >= 0) & (block < self.n_blocks) & (first >= 0) & (first < stop) & (stop <= n)).all()),
+            "tile_offsets": torch.equal(self.tile_offsets[[0, -1]], torch.tensor([0, self.n_tiles], device="cpu"))
+            and len(self.tile_offsets) == self.n_blocks + 1
+            and bool((self.tile_offsets.diff() > 0).all()),
+            "basis_offsets": len(basis) == self.n_blocks
+            and bool((basis == -1).logical_or((basis >= 0) & (basis + starts.diff() <= self.n_basis)).all()),
+        }
+        for name, is_sound in sound.items():
+            if not is_sound:
+                raise ValueError(f"Layout: {name} must fit dims, got {getattr(self, name).tolist()[:4]}")
+
     @staticmethod
     def of(dims: Sequence[int], device: torch.device | str = "cpu") -> Layout:
         """Return the layout of blocks of these sizes, without a Krylov basis."""
         tiles, tile_offsets = (torch.from_numpy(table) for table in _C.plan_tiles(dims))
-        offsets = torch.tensor([0, *dims]).cumsum(0)
-        no_basis = torch.full((len(dims),), -1)
+        offsets = torch.tensor([0, *dims], device="cpu").cumsum(0)
+        no_basis = torch.full((len(dims),), -1, device="cpu")
         parts = (offsets, tiles, tile_offsets, no_basis, no_basis[:0])
         offsets, tiles, tile_offsets, no_basis, no_tiles = (part.to(device) for part in parts)
         return Layout(tuple(dims), offsets, tiles, tile_offsets, no_basis, no_tiles)
@@ -56,8 +76,10 @@ class Layout:
             columns.append(n_basis if store else -1)
             n_basis += dim if store else 0
         n_basis += -n_basis % 4  # align rows to 16 bytes, for vectorized loads on a GPU
-        tiles = torch.tensor(stored, dtype=torch.bool)[self.tiles[:, 0].cpu()].nonzero()[:, 0]
-        basis_offsets, basis_tiles = (part.to(self.offsets.device) for part in (torch.tensor(columns), tiles))
+        tiles = torch.tensor(stored, dtype=torch.bool, device="cpu")[self.tiles[:, 0].cpu()].nonzero()[:, 0]
+        basis_offsets, basis_tiles = (
+            part.to(self.offsets.device) for part in (torch.tensor(columns, device="cpu"), tiles)
+        )
         return replace(self, basis_offsets=basis_offsets, basis_tiles=basis_tiles, n_basis=n_basis)
 
     @cached_property

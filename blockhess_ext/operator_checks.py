@@ -90,10 +90,12 @@ class SymmetryCheck:
 
     def __init__(self, recurrences: Recurrences, layout: Layout, random: bool) -> None:
         self._recurrences, self._layout = recurrences, layout
-        share = DEVIATIONS / torch.tensor(layout.dims, dtype=torch.float64).sqrt()
+        share = DEVIATIONS / torch.tensor(layout.dims, dtype=torch.float64, device="cpu").sqrt()
         self._share = (share.clamp(max=1) if random else torch.ones_like(share)).to(recurrences.norm.device)
         on_gpu = recurrences.status.is_cuda
-        self._pinned = [torch.empty(recurrences.status.shape, dtype=torch.bool, pin_memory=on_gpu) for _ in self.STEPS]
+        self._pinned = [
+            torch.empty(recurrences.status.shape, dtype=torch.bool, pin_memory=on_gpu, device="cpu") for _ in self.STEPS
+        ]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
         self._pending: list[tuple[Tensor, Event | None, Tensor, Tensor]] = []
 
@@ -164,7 +166,8 @@ def check_blocks(
     """
     bits = (layout.n_blocks - 1).bit_length()
     given = torch.tensor(
-        [[(l >> p % bits) % 2 != p // bits % 2 for l in range(layout.n_blocks)] for p in range(len(u))]
+        [[(l >> p % bits) % 2 != p // bits % 2 for l in range(layout.n_blocks)] for p in range(len(u))],
+        device="cpu",
     )
     u.uniform_(-1, 1, generator=torch.Generator(u.device).manual_seed(0))
     for l, dim in enumerate(layout.dims):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from blockhess_ext.ghosts import count_ghosts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quadrature:
     """Gauss quadratures of n_probes x n_blocks spectral measures.
 
@@ -60,6 +60,15 @@ class Quadrature:
     distribution: str
     reorthogonalize: tuple[str, ...]
     dtype: str
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all attributes are equal, tensors with their dtype and device."""
+        if not isinstance(other, Quadrature):
+            return NotImplemented
+        return all(_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+    def __hash__(self) -> int:
+        return hash((self.dims, self.block_ids, self.num_steps, self.seed, self.distribution, self.dtype))
 
     @staticmethod
     def concatenate(parts: Sequence[Quadrature], dim: int) -> Quadrature:
@@ -229,6 +238,12 @@ class Quadrature:
         smallest = torch.where(valid, self.nodes, math.inf).amin((0, 2))
         largest = torch.where(valid, self.nodes, -math.inf).amax((0, 2))
         return smallest.masked_fill(unknown, math.nan), largest.masked_fill(unknown, math.nan)
+
+
+def _equal(a: object, b: object) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a == b
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
 def _pad(values: Tensor, m: int, repeat: bool) -> Tensor:

@@ -173,12 +173,12 @@ def random_probes(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Equivalent to `ops.random_probes`."""
-    probes = torch.empty(num_probes, layout.n, dtype=dtype)
+    probes = torch.empty(num_probes, layout.n, dtype=dtype, device="cpu")
     for p in range(num_probes):
         for l, dim in enumerate(layout.dims):
-            id_and_probe = torch.cat([_words(block_ids[l]), _words(torch.tensor(first_probe + p))])
-            key = _philox(id_and_probe, _words(torch.tensor(seed)))[:2]
-            counters = _words(torch.arange((dim + 3) // 4))
+            id_and_probe = torch.cat([_words(block_ids[l]), _words(torch.tensor(first_probe + p, device="cpu"))])
+            key = _philox(id_and_probe, _words(torch.tensor(seed, device="cpu")))[:2]
+            counters = _words(torch.arange((dim + 3) // 4, device="cpu"))
             words = _philox(torch.cat([counters, torch.zeros_like(counters)], dim=-1), key)
             if distribution == "rademacher":
                 x = (1.0 - 2.0 * (words >> 31)).flatten()[:dim].double() / math.sqrt(dim)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blockhess_ext import arguments, completion, huge_pages, operator_checks, ops
 from blockhess_ext.cuda_graph import GraphedStep, Recorder, Step, graphed_step, recorder_of
-from blockhess_ext.device import check_device, explain_out_of_memory
+from blockhess_ext.device import check_device, explain_out_of_memory, normal_mode
 from blockhess_ext.layout import Layout
 from blockhess_ext.operator_checks import SymmetryCheck
 from blockhess_ext.quadrature import Quadrature
@@ -38,6 +38,9 @@ class NonFiniteError(ValueError):
     def __init__(self, message: str, partial: Quadrature) -> None:
         super().__init__(message)
         self.partial = partial
+
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, Quadrature]]:
+        return type(self), (str(self), self.partial)
 
 
 def batched_slq(
@@ -89,7 +92,8 @@ def batched_slq(
             `partial_reorthogonalization`; or "auto": full for blocks of at most 8 num_steps elements while their basis
             fits in 256 MiB, none for the others. A sequence gives "none", "full" or "partial" for each block.
         seed: seed of the random probes; None draws one, which the result records.
-        dtype: data type of the vectors, float32 (default) or float64.
+        dtype: data type of the vectors, float32 (default) or float64. In float32, products below about 1e-38 are
+            subnormal numbers and lose digits: scale hvp, or use float64.
         device: device of the vectors; by default that of `probes`, or the CPU.
         on_nonfinite: what to do, once all other recurrences have ended, if hvp returned NaN, inf or, in float64, a
             magnitude above 1e120 or below 1e-120 but not 0: "raise" NonFiniteError, or "mark" the affected recurrences
@@ -173,7 +177,7 @@ def batched_slq(
     layout = layout.with_basis([mode != "none" for mode in modes])
     basis_bytes = layout.n_basis * min(num_steps, layout.n) * row_bytes
     sets = 4 if cuda_graph and not _capturable(hvp) else 3
-    with explain_out_of_memory(sets, layout.n * row_bytes, basis_bytes):
+    with explain_out_of_memory(sets, layout.n * row_bytes, basis_bytes), normal_mode():
         v = huge_pages.zeros(num_probes, layout.n, dtype=dtype, device=device)
         if state is None and probes is not None:
             v.copy_(arguments.unit_probes(probes, layout))

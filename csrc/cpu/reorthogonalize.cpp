@@ -24,7 +24,17 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const Tiles tiles(op.layout);
   const int64_t row = op.layout.n_probes * op.n_basis;  // elements of one basis row
   const int64_t stride = op.capacity + 1;               // of `partial`, from tile to tile
-  std::vector<double> coefficients(tiles.segments() * op.capacity);
+
+  // Coefficients of the segments that are projected alone: most others may have ended long ago.
+  std::vector<int64_t> slot(tiles.segments());
+  int64_t slots = 0, width = 0;
+  for (int64_t s = 0; s < tiles.segments(); ++s) {
+    slot[s] = slots;
+    if (!op.projects(s)) continue;
+    ++slots;
+    width = std::max(width, op.count(s));
+  }
+  std::vector<double> coefficients(slots * width);
 
   // Column of a tile's first element in a row of the basis.
   const auto column = [&](int64_t t) {
@@ -33,13 +43,13 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   };
   const auto project_tile = [&](int pass, int64_t t) {
     const int64_t s = tiles.segment(t);
-    const double* subtracted = pass > 0 ? coefficients.data() + s * op.capacity : nullptr;
+    const double* subtracted = pass > 0 ? coefficients.data() + slot[s] * width : nullptr;
     double* dots = pass + 1 < kPasses ? op.partial + t * stride : nullptr;
     op.partial[t * stride + op.capacity] =
         gram_schmidt(op.r + tiles.start(t), op.basis + column(t), row, op.count(s), tiles.length(t), subtracted, dots);
   };
   const auto add_tiles = [&](int64_t s) {
-    for (int64_t k = 0; k < op.count(s); ++k) coefficients[s * op.capacity + k] = tiles.sum(op.partial + k, s, stride);
+    for (int64_t k = 0; k < op.count(s); ++k) coefficients[slot[s] * width + k] = tiles.sum(op.partial + k, s, stride);
   };
   const auto shared = [&](int64_t s) { return tiles.end(s) - tiles.begin(s) > 1; };
   const auto whole_segment = [&](int64_t s) {

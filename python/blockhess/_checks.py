@@ -34,10 +34,10 @@ def reals(op: str, name: str, value: Any) -> Tensor:
         TypeError: value does not hold real numbers.
     """
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value, device="cpu")
         if tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError
-        return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        return tensor.detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{op}: {name} must hold real numbers, got {reprlib.repr(value)}") from None
 

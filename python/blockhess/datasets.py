@@ -50,7 +50,7 @@ class CharText:
             ValueError: a character is not in the vocabulary.
         """
         try:
-            return torch.tensor([self._index[char] for char in text], dtype=torch.int64)
+            return torch.tensor([self._index[char] for char in text], dtype=torch.int64, device="cpu")
         except KeyError as error:
             raise ValueError(f"CharText.encode: text must be in the vocabulary, got {error}") from None
 
@@ -92,8 +92,8 @@ def windows(
     if len(tokens) <= context:
         raise ValueError(f"{op}: context must be below the text's length {len(tokens)}, got {context}")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - context, (num_batches, batch_size, 1), generator=generator)
-    places = starts + torch.arange(context + 1)
+    starts = torch.randint(len(tokens) - context, (num_batches, batch_size, 1), generator=generator, device="cpu")
+    places = starts + torch.arange(context + 1, device="cpu")
     drawn = tokens[places] if isinstance(tokens, Tensor) else torch.from_numpy(tokens[places.numpy()].astype(np.int64))
     return [(window[:, :-1].contiguous(), window[:, 1:].contiguous()) for window in drawn]
 

@@ -55,6 +55,9 @@ class NonFiniteError(ValueError):
         super().__init__(message)
         self.partial = partial
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, Spectra]]:
+        return type(self), (str(self), self.partial)
+
 
 def spectrum(
     model: nn.Module,
@@ -134,8 +137,8 @@ def spectrum(
             result's `vectors` and in run_dir, so that `extend` can add steps. `plan` reports their size.
         run_dir: directory, created if missing, in which the run is recorded. A call with the same arguments resumes an
             interrupted run with the same bits (on CUDA if torch.use_deterministic_algorithms is set, otherwise the
-            result's "same_bits_on_resume" is False) and returns the result of a finished one. SIGTERM and SIGINT save
-            the state and raise `run.storage.signals.Interrupted`.
+            result's "same_bits_on_resume" is False) and returns the result of a finished one. SIGTERM, SIGINT and
+            SIGHUP save the state and raise `run.storage.signals.Interrupted`.
         parallel: how to divide the job among the processes of torch.distributed's default group, all of which make the
             same call and get the same result. "recurrences": each process computes some of the recurrences. "data":
             each computes products for some of the batches: its own, or every world_size-th of those given to all.

@@ -10,6 +10,7 @@ import pytest
 
 import blockhess
 from blockhess.cli.main import main
+from tests.helpers.spectra_cases import random_spectra
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -102,3 +103,16 @@ def test_interrupt(where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(where, interrupted)
     assert main(["demo"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_quiet(closed: str, tmp_path: Path) -> None:
+    file = random_spectra().save(tmp_path / "a.npz")
+    command = f"{sys.executable} -m blockhess.cli.main show {file} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["show", "status"])
+def test_paths_are_printed_with_escapes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\\x1b[2J" in failure(capsys, command, "missing\x1b[2J")

@@ -57,7 +57,7 @@ def identity(v: torch.Tensor) -> torch.Tensor:
         ({"probes": [1.0]}, TypeError, "probes must be a tensor, got list"),
         ({"probes": torch.ones(2, 4)}, ValueError, r"probes must have shape .* = \(n_probes, 5\), got \(2, 4\)"),
         ({"probes": torch.ones(2, 5).half()}, ValueError, "dtype of probes must be one of"),
-        ({"probes": torch.tensor([[1.0, 1, 1, 0, 0]])}, ValueError, "got norm 0.0 in block 1 of probe 0"),
+        ({"probes": torch.tensor([[1.0, 1, 1, 0, 0]])}, ValueError, "got largest magnitude 0.0 in block 1 of probe 0"),
         ({"probes": torch.ones(1, 5), "dtype": torch.float64}, ValueError, "dtype must be that of probes"),
         ({"probes": torch.ones(1, 5).to("meta"), "device": "cpu"}, ValueError, "device must be that of probes, meta"),
         ({"hvp": lambda v: v[:, :-1]}, ValueError, r"must return shape \(n_probes, n\) = \(10, 5\), got \(10, 4\)"),

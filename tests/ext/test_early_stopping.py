@@ -168,3 +168,25 @@ def test_no_operation_that_is_not_deterministic_on_cuda():
     with Operations():
         torch.ones(2).cumsum(0)  # is noticed
     assert called & listed == {"cumsum"}
+
+
+def test_densities_are_compared_in_pieces(monkeypatch, rng):
+    sizes = []
+    original = early_stopping.ops.gaussian_density
+
+    def density(nodes, weights, grid, sigma):
+        sizes.append(len(nodes) * len(grid))
+        return original(nodes, weights, grid, sigma)
+
+    def rule(m):
+        nodes = torch.randn(300, m, generator=rng, dtype=torch.float64).sort(-1).values
+        return nodes, torch.full_like(nodes, 1 / m)
+
+    monkeypatch.setattr(early_stopping.ops, "gaussian_density", density)
+    a, b = rule(5), rule(10)
+    found = early_stopping.change(a, b, 1e-4)
+    assert max(sizes) <= early_stopping.GRID_PIECE * early_stopping.ROWS_PIECE and len(sizes) == 2 * 2 * 3
+    # Narrow Gaussians of distinct nodes do not overlap, so nearly all of the mass differs.
+    assert found.min() > 1.5 and found.mean() > 1.95 and found.max() < 2.01
+    alone = early_stopping.change(*((x[7:8], w[7:8]) for x, w in (a, b)), 1e-4)
+    assert torch.equal(alone, found[7:8])

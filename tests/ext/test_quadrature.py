@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -106,3 +107,11 @@ def same(a: Quadrature, b: Quadrature) -> None:
     for field in dataclasses.fields(Quadrature):
         one, two = getattr(a, field.name), getattr(b, field.name)
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, field.name
+
+
+def test_equality_compares_values():
+    q = batched_slq(lambda v: 2 * v, [3, 4], num_steps=2)
+    again = copy.deepcopy(q)
+    assert q == again and hash(q) == hash(again) and q in [again]
+    again.nodes[0, 0, 0] += 1
+    assert q != again and q != dataclasses.replace(q, seed=7) and q != "q"

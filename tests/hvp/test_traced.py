@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -295,3 +297,15 @@ def test_multiples_of_a_constant_are_one_constant() -> None:
     assert same is product
     ((_, (_, different)),) = program.call(mul, (t, constants.call(mul, (d, d))), {}, info).terms
     assert different is not product
+
+
+def test_warnings_of_torch_are_no_errors() -> None:
+    code = (
+        "import blockhess, torch; m = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()); "
+        "x = torch.ones(2, 3), torch.ones(2, 2); "
+        "print(blockhess.spectrum(m, x, torch.nn.MSELoss(), num_probes=1, num_steps=2, engine='traced', progress=False)"
+        ".provenance['engine'])"
+    )
+    command = [sys.executable, "-W", "error::DeprecationWarning"]
+    done = subprocess.run([*command, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "traced\n", done.stderr

@@ -74,6 +74,20 @@ def change_arrays(path: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]]
     return path
 
 
+@pytest.mark.parametrize("made", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_load_reads_regular_files_alone(tmp_path: Path, made: Callable[[Path], None]) -> None:
+    made(tmp_path / "special")
+    assert "must be a regular file" in refused(tmp_path / "special")
+
+
+@pytest.mark.parametrize("name", ["seconds", "loss_value"])
+def test_numbers_that_float64_does_not_hold_are_refused(good: Path, name: str) -> None:
+    change_header(good, lambda header: header["provenance"].update({name: 10**400}))
+    assert f"{name} must be a number that float64 holds" in refused(good)
+    change_header(good, lambda header: header["provenance"].update({name: 10**300}))
+    assert "Spectra" in describe(load(good))
+
+
 def test_round_trip(good: Path) -> None:
     loaded = load(good)
     assert same(loaded, random_spectra(batchnorm="eval", frozen=["é"], loss_value=0.1, tied={"a": ["b"]}))
@@ -454,3 +468,10 @@ def test_nodes_ascend_and_their_moments_are_finite(good: Path, change: Callable[
 def test_what_results_compute_with_is_checked(good: Path, key: str, value: Any) -> None:
     assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update({key: value})))
     assert "provenance" in refused(change_header(good, lambda header: header["provenance"].update(tol="x")))
+
+
+def test_paths_in_messages_are_escaped(tmp_path: Path) -> None:
+    for call in (load, random_spectra().save):
+        with pytest.raises(ValueError, match=r"folder\\x1b\[2J") as caught:
+            call(tmp_path / "folder\x1b[2J" / "file")
+        assert str(caught.value).isprintable()

@@ -131,7 +131,7 @@ def test_what_differs_is_told(given, tmp_path):
     blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS)  # and nothing of it is spoilt
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_state(given, which, tmp_path):
     expected = blockhess.spectrum(*given, **OPTIONS)
     handler = signal.getsignal(which)
@@ -143,6 +143,16 @@ def test_a_signal_saves_the_state(given, which, tmp_path):
     assert signal.getsignal(which) is handler
     assert status(tmp_path).step >= 2 and status(tmp_path).parts == 1
     assert same_bits(blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS), expected)
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    try:
+        with signals.caught():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_before_the_state_is_due_saves_it_all_the_same(given, tmp_path, monkeypatch):
@@ -177,7 +187,7 @@ def test_the_second_signal_does_not_wait():
         signals.Catcher()(signal.SIGTERM, None)
 
 
-@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_the_command_ends_with_the_code_of_the_signal_and_can_be_resumed(which, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(checkpoint, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))

@@ -171,8 +171,8 @@ def kth_largest(nodes: Tensor, weights: Tensor, dims: Sequence[int], k: float | 
     Returns:
         (n_blocks,).
     """
-    sizes = torch.tensor(dims, dtype=torch.float64)
-    above = (torch.as_tensor(k, dtype=torch.float64).clamp(min=1.0) - 0.5).minimum(sizes - 0.5)
+    sizes = torch.tensor(dims, dtype=torch.float64, device="cpu")
+    above = (torch.as_tensor(k, dtype=torch.float64, device="cpu").clamp(min=1.0) - 0.5).minimum(sizes - 0.5)
     shares = 1 - above / sizes
     return torch.stack(
         [distribution.quantiles(x[None], w[None], q[None])[0, 0] for x, w, q in zip(nodes, weights, shares)]
@@ -186,5 +186,5 @@ def divisors(nodes: Tensor, weights: Tensor, dims: Sequence[int], normalize: str
     if normalize == "radius":
         return nodes.abs().amax(1)
     if normalize == "trace":
-        return torch.tensor(dims, dtype=torch.float64) * (weights * nodes).sum(1)
-    return torch.ones(len(nodes), dtype=torch.float64)
+        return torch.tensor(dims, dtype=torch.float64, device="cpu") * (weights * nodes).sum(1)
+    return torch.ones(len(nodes), dtype=torch.float64, device="cpu")

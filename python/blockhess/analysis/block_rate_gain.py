@@ -104,13 +104,13 @@ def block_rate_gain(
             f"block_rate_gain: two blocks at least must have a positive eigenvalue, got {len(names)} of {len(given)}"
         )
     norms = gradient_norms(spectra, names)
-    shares = torch.tensor([norms[name] for name in names], dtype=torch.float64)
+    shares = torch.tensor([norms[name] for name in names], dtype=torch.float64, device="cpu")
     if not bool(shares.any()):
         raise ValueError("block_rate_gain: the gradient must not be zero in all blocks with a rate, as no step helps")
     shares = (shares / shares.max()).square()
     shares /= shares.sum()
     rows = spectra.rows(names)
-    largest = 1 / torch.tensor([rate_of[name] for name in names], dtype=torch.float64)
+    largest = 1 / torch.tensor([rate_of[name] for name in names], dtype=torch.float64, device="cpu")
     upper = eigenvalue_bounds(spectra, 1 - (1 - confidence) / len(rows))[1][rows]
     ends = _interval(shares, (largest - spectra.zero_tolerance[rows]).clamp(min=0.0), upper)
     return BlockRateGain(
@@ -141,7 +141,9 @@ def gradient_spread(spectra: SpectraData) -> float:
     """
     names = weights_only(spectra)
     norms, dims = gradient_norms(spectra, names), dict(zip(spectra.names, spectra.dims))
-    sizes = torch.tensor([norms[name] / math.sqrt(dims[name]) for name in names if norms[name]], dtype=torch.float64)
+    sizes = torch.tensor(
+        [norms[name] / math.sqrt(dims[name]) for name in names if norms[name]], dtype=torch.float64, device="cpu"
+    )
     return float(sizes.log10().std()) if len(sizes) > 1 else math.nan
 
 

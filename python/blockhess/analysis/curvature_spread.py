@@ -141,4 +141,4 @@ def _step_error(spectra: SpectraData, rows: list[int], radii: Tensor) -> float:
         bounds, nodes = outliers.residuals(spectra.quadrature, row), spectra.quadrature.nodes[:, row].abs()
         at = torch.where(bounds.isnan(), -1.0, nodes).argmax()
         growth.append(math.log10(1 + float(bounds.flatten()[at]) / radius))
-    return float(torch.tensor(growth, dtype=torch.float64).norm()) / math.sqrt(len(rows) - 1)
+    return float(torch.tensor(growth, dtype=torch.float64, device="cpu").norm()) / math.sqrt(len(rows) - 1)

@@ -129,14 +129,14 @@ def node_grid(nodes: Tensor, sigma: float, points_per_sigma: int = POINTS_PER_SI
     last = scaled.ceil().long() + reach
 
     # Overlapping or adjacent windows are merged; both ends ascend with the nodes.
-    opens = torch.ones(len(scaled), dtype=torch.bool)
+    opens = torch.ones(len(scaled), dtype=torch.bool, device="cpu")
     opens[1:] = first[1:] > last[:-1] + 1
     starts = first[opens]
-    sizes = last[torch.cat([opens[1:], torch.ones(1, dtype=torch.bool)])] - starts + 1
+    sizes = last[torch.cat([opens[1:], torch.ones(1, dtype=torch.bool, device="cpu")])] - starts + 1
 
     before = sizes.cumsum(0) - sizes
-    index = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts - before, sizes)
-    return index * torch.tensor(h, dtype=torch.float64)
+    index = torch.arange(int(sizes.sum()), device="cpu") + torch.repeat_interleave(starts - before, sizes)
+    return index * torch.tensor(h, dtype=torch.float64, device="cpu")
 
 
 def smooth(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: float | Tensor) -> Tensor:
@@ -157,6 +157,6 @@ def smooth(nodes: Tensor, weights: Tensor, grid: Tensor, sigma: float | Tensor) 
         >>> round(density.item(), 6)
         0.398942
     """
-    widths = torch.as_tensor(sigma, dtype=torch.float64).expand(nodes.shape[0]).contiguous()
+    widths = torch.as_tensor(sigma, dtype=torch.float64, device=nodes.device).expand(nodes.shape[0]).contiguous()
     density: Tensor = ops.gaussian_density(nodes.contiguous(), weights.contiguous(), grid.contiguous(), widths)
     return density

@@ -35,7 +35,7 @@ def distance_matrix(nodes: Tensor, weights: Tensor, metric: str = "wasserstein")
                 [3., 0.]], dtype=torch.float64)
     """
     choice("metric", metric, METRICS, op="distance_matrix")
-    matrix = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
+    matrix = torch.zeros(len(nodes), len(nodes), dtype=torch.float64, device="cpu")
     for i in range(len(nodes) - 1):
         others = nodes[i + 1 :]
         x, order = torch.cat([nodes[i].expand_as(others), others], 1).sort(1)

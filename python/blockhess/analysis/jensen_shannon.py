@@ -118,7 +118,7 @@ def sum_over_grid(
         pair_sums: maps nodes, weights, a chunk of the grid and sigma to the upper triangle of the sums.
     """
     n_blocks = nodes.shape[0]
-    total = torch.zeros(n_blocks, n_blocks, dtype=torch.float64)
+    total = torch.zeros(n_blocks, n_blocks, dtype=torch.float64, device="cpu")
     for chunk in torch.split(grid, max(256, CHUNK_ELEMENTS // n_blocks)):
         total += pair_sums(nodes, weights, chunk, sigma)
     total = total.triu(1).clamp(min=0.0)

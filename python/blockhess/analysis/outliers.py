@@ -103,12 +103,14 @@ def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED
     if not clusters:
         return []
     best = [min(members, key=lambda i: float(bound[i])) for members in clusters]
-    ends = (value[best] + torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None] * bound[best]).flatten()
+    ends = (value[best] + torch.linspace(-1, 1, 5, dtype=torch.float64, device="cpu")[:, None] * bound[best]).flatten()
     unseen = Recurrence(quadrature, block).mass_bound(ends.expand(known, -1)).view(known, 5, -1).amax(1).clamp(max=1.0)
     recurrence_of = ((quadrature.steps[:, block] > 0).cumsum(0) - 1)[probe]
     merged, dim = [], quadrature.dims[block]
     for i, members, largest in zip(best, clusters, unseen.T):
-        seen = torch.zeros(known, dtype=torch.float64).index_add(0, recurrence_of[members], weight[members])
+        seen = torch.zeros(known, dtype=torch.float64, device="cpu").index_add(
+            0, recurrence_of[members], weight[members]
+        )
         probes, multiplicity, interval = int((seen > 0).sum()), None, None
         if 2 * probes >= known:
             lower, _ = _mean_interval(quadrature, block, seen)

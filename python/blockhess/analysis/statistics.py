@@ -221,7 +221,7 @@ def zero_bound(op: str, spectra: SpectraData, tolerance: float | None) -> Tensor
         return spectra.zero_tolerance
     if not _checks.real(op, "tolerance", tolerance) >= 0:
         raise ValueError(f"{op}: tolerance must not be negative, got {tolerance}")
-    return torch.full((len(spectra),), float(tolerance), dtype=torch.float64)
+    return torch.full((len(spectra),), float(tolerance), dtype=torch.float64, device="cpu")
 
 
 def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +240,7 @@ def kth_eigenvalue(spectra: SpectraData, k: int, confidence: float = 0.95) -> tu
         >>> tenth, lower, upper = spectra.kth_eigenvalue(10)
     """
     k, confidence = integer("k", k, 1, op="kth_eigenvalue"), check_confidence("kth_eigenvalue", confidence)
-    missing = ~spectra.known | (torch.tensor(spectra.dims) < k)
+    missing = ~spectra.known | (torch.tensor(spectra.dims, device="cpu") < k)
     value = axes.kth_largest(*spectra.merged, spectra.dims, k).masked_fill(missing, torch.nan)
     lower, upper = value.clone(), value.clone()
     for row in (~missing).nonzero().flatten().tolist():
@@ -272,15 +272,15 @@ def histogram(spectra: SpectraData, bins: int | Tensor | Sequence[float] = 50) -
             raise ValueError(f"histogram: bins must be edges if no block has a Lanczos step, got {bins}")
         low, high = float(nodes[spectra.known].min()), float(nodes[spectra.known].max())
         half = 0.5 if low == high else 0.0
-        edges = torch.linspace(low - half, high + half, bins + 1, dtype=torch.float64)
+        edges = torch.linspace(low - half, high + half, bins + 1, dtype=torch.float64, device="cpu")
     else:
         edges = check_grid("histogram", bins, "bins")
         if len(edges) < 2:
             raise ValueError("histogram: bins must have at least two edges, got 1")
     inside = (nodes >= edges[0]) & (nodes <= edges[-1])
     bin_of = (torch.searchsorted(edges, nodes, right=True) - 1).clamp(0, len(edges) - 2)
-    counts = torch.zeros(len(spectra), len(edges) - 1, dtype=torch.float64)
-    counts.scatter_add_(1, bin_of, weights * inside * torch.tensor(spectra.dims)[:, None])
+    counts = torch.zeros(len(spectra), len(edges) - 1, dtype=torch.float64, device="cpu")
+    counts.scatter_add_(1, bin_of, weights * inside * torch.tensor(spectra.dims, device="cpu")[:, None])
     return edges, counts.masked_fill(~spectra.known[:, None], torch.nan)
 
 

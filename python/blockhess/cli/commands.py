@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from blockhess.spectra import Spectra
 
 EXIT_CODES = {
-    0: "success",
+    0: "success, also where nothing reads or takes the output",
     1: "a check of doctor failed, or an internal error, with a traceback",
     2: "a wrong option, bad input, a missing extra or a failing model, in one line on stderr",
+    129: "ended by SIGHUP",
     130: "interrupted",
     143: "ended by SIGTERM",
 }
@@ -162,7 +163,8 @@ def run(
 ) -> None:
     """Compute the spectra of a job in a directory from which it can be resumed.
 
-    SIGTERM and SIGINT save the state first; after any other end, kill -9 included, the last saved state is resumed.
+    SIGTERM, SIGINT and SIGHUP save the state first; after any other end, kill -9 included, the last saved state is
+    resumed.
     """
     import blockhess
     from blockhess.cli.job_file import load
@@ -174,7 +176,10 @@ def run(
     try:
         spectra = blockhess.spectrum(**load(job, device) | {"run_dir": out})
     except Interrupted as interrupted:
-        print(f"blockhess: {interrupted}; the state is saved in {out}, continue with --resume", file=sys.stderr)
+        print(
+            f"blockhess: {interrupted}; the state is saved in {printable(str(out))}, continue with --resume",
+            file=sys.stderr,
+        )
         raise typer.Exit(128 + interrupted.signal) from None
     except RunMismatch as mismatch:  # its message is a table, more than the one line of other errors
         print(f"blockhess: {mismatch}", file=sys.stderr)
@@ -198,7 +203,7 @@ def status(
         if plot is not None:
             _draw(_load("status", directory), plot)
         if save is not None:
-            print(f"\nSpectra written to {_load('status', directory).save(save)}")
+            print(f"\nSpectra written to {printable(str(_load('status', directory).save(save)))}")
 
 
 @app.command()
@@ -297,14 +302,14 @@ def _load(op: str, path: Path) -> Spectra:
 
 def _draw(spectra: Spectra, path: Path) -> None:
     spectra.plot(path)
-    print(f"\nSpectra drawn into {path}")
+    print(f"\nSpectra drawn into {printable(str(path))}")
 
 
 def _print_written(spectra: Spectra, path: Path, as_json: bool) -> None:
     from blockhess.report.text import to_dict
 
     record = {"written": str(path), **to_dict(spectra)} if as_json else None
-    _print(record, f"{spectra!r}\nwritten to {path}", as_json)
+    _print(record, f"{spectra!r}\nwritten to {printable(str(path))}", as_json)
 
 
 def _print(record: Any, text: object, as_json: bool) -> None:

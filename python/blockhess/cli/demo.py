@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import blockhess
-from blockhess._text import format_table
+from blockhess._text import format_table, printable
 from blockhess.cli.job_file import on_device
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
@@ -239,10 +239,10 @@ def run(
     text, found = summarize(results)
     (folder / "comparison.txt").write_text(f"{text}\n")
     save_figure(plot_models(results), folder / "comparison.png")
-    print(f"\n{text}\n\nDone in {time.perf_counter() - start:.0f} s. Written to {folder}/:")
+    print(f"\n{text}\n\nDone in {time.perf_counter() - start:.0f} s. Written to {printable(str(folder))}/:")
     print("  comparison.png  the spectra of all blocks, and their distances, of both models")
     print("  comparison.txt  this table and text")
     for name in results:
         file = f"{name.lower()}.npz"
-        print(f"  {file:<14}  every block: blockhess show {folder / file}")
+        print(f"  {file:<14}  every block: blockhess show {printable(str(folder / file))}")
     return found

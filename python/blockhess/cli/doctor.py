@@ -174,9 +174,11 @@ def _network(device: str) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Linear(4, 1)).double()
     sizes = [p.numel() for p in model.parameters()]
     with torch.no_grad():
-        for p, values in zip(model.parameters(), torch.split(torch.linspace(0, 40, sum(sizes)).sin(), sizes)):
+        for p, values in zip(
+            model.parameters(), torch.split(torch.linspace(0, 40, sum(sizes), device="cpu").sin(), sizes)
+        ):
             p.copy_(values.view_as(p))
-    x = torch.linspace(-2, 2, 32, dtype=torch.float64).cos().view(8, 4)
+    x = torch.linspace(-2, 2, 32, dtype=torch.float64, device="cpu").cos().view(8, 4)
     batch = x.to(device), x.sum(1, keepdim=True).to(device)
     return {"model": model.to(device), "data": batch, "loss_fn": nn.MSELoss(), "progress": False, "seed": 0}
 
@@ -209,7 +211,7 @@ def _known_network(device: str) -> Outcome:
         eigenvalues = torch.linalg.eigvalsh(hessian[name][name].reshape(dim, dim))
         scale = float(eigenvalues.abs().max())
         block = spectra[name]
-        found = torch.tensor([block.lambda_min, block.lambda_max, block.trace / dim], dtype=torch.float64)
+        found = torch.tensor([block.lambda_min, block.lambda_max, block.trace / dim], dtype=torch.float64, device="cpu")
         expected = torch.stack([eigenvalues[0], eigenvalues[-1], eigenvalues.mean()])
         count = 3 if spectra.quadrature.is_exact(number) else 2  # the trace of an estimated block is random
         error = max(error, float((found - expected)[:count].abs().max()) / scale)

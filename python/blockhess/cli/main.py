@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["show", "missing.npz"])
         2
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller; its number must not become that of a file
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (open until the process ends)
     try:
         try:
             import typer

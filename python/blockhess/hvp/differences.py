@@ -352,7 +352,11 @@ def _joined(pieces: Sequence[Piece]) -> Block:
 def unit_vector(problem: Problem, number: int) -> Tensor:
     """Return the random unit vector (1, dim) of a block, the same in every precision."""
     v: Tensor = torch.randn(
-        1, problem.dims[number], dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+        1,
+        problem.dims[number],
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(number),
+        device="cpu",
     )
     v /= v.norm()
     return v.to(problem.device, problem.dtype)

@@ -46,12 +46,12 @@ def exact_quadratures(
     """
     problem, dims = operator.problem, operator.dims
     rows = max(1, min(num_probes, max(dims)))
-    dense = [torch.zeros(dim, dim, dtype=problem.dtype) for dim in dims]
+    dense = [torch.zeros(dim, dim, dtype=problem.dtype, device="cpu") for dim in dims]
     if state is not None:
         dense = [state.tensors[str(l)] for l in range(len(dims))]
     for first in range(0 if state is None else state.step, max(dims), rows):
         v = torch.zeros(rows, sum(dims), dtype=problem.dtype, device=problem.device)
-        finished = torch.ones(rows, len(dims), dtype=torch.bool)
+        finished = torch.ones(rows, len(dims), dtype=torch.bool, device="cpu")
         for l, (dim, vectors) in enumerate(zip(dims, torch.split(v, dims, dim=1))):
             vectors[:, first:].diagonal().fill_(1)
             finished[: max(0, dim - first), l] = False
@@ -90,7 +90,7 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
 def _quadrature(eigenvalues: Tensor, num_probes: int) -> Quadrature:
     """Return the Gauss quadrature of the spectral density, by Lanczos on diag(eigenvalues) from (1, ..., 1)."""
     dim = len(eigenvalues)
-    ones = torch.ones(1, dim, dtype=torch.float64)
+    ones = torch.ones(1, dim, dtype=torch.float64, device="cpu")
     one = batched_slq(
         lambda v: v * eigenvalues, [dim], num_steps=dim, probes=ones, reorthogonalize="full", on_nonfinite="mark"
     )

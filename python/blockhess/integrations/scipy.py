@@ -37,7 +37,7 @@ class HessianOperator(LinearOperator):  # type: ignore[misc]
     ) -> None:
         self.name = problem.infos[number].name
         dim = problem.dims[number]
-        super().__init__(torch.empty(0, dtype=problem.dtype).numpy().dtype, (dim, dim))
+        super().__init__(torch.empty(0, dtype=problem.dtype, device="cpu").numpy().dtype, (dim, dim))
         self._problem, self._is_open, self._lock = problem, is_open, lock
         self._product = BlockOperator(problem, engine, [number])
 
@@ -201,7 +201,9 @@ class _BlockDiagonal:
         result = torch.zeros_like(v)
         columns = zip(self._operators, torch.split(v, self.dims, 1), torch.split(result, self.dims, 1))
         for block, (operator, vectors, products) in enumerate(columns):
-            rows = torch.ones(len(v), dtype=torch.bool) if self._running is None else self._running[:, block]
+            rows = (
+                torch.ones(len(v), dtype=torch.bool, device="cpu") if self._running is None else self._running[:, block]
+            )
             if bool(rows.any()):
                 products[rows] = torch.from_numpy(np.array(operator.matmat(vectors[rows].numpy().T).T)).to(v.dtype)
                 self.products += int(rows.sum())

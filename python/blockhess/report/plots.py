@@ -186,7 +186,7 @@ def plot_density(
 def _drawn(spectra: SpectraData, blocks: Sequence[str], axis: Axis) -> tuple[Tensor, Tensor]:
     """Return nodes and weights of the blocks on an axis; weights are 0 for blocks whose nodes are noise."""
     nodes, weights = distributions(spectra, blocks, axis)
-    noise = torch.tensor([name in spectra.noise_blocks for name in blocks])
+    noise = torch.tensor([name in spectra.noise_blocks for name in blocks], device="cpu")
     return nodes, weights.masked_fill(noise[:, None], 0.0)
 
 
@@ -200,7 +200,9 @@ def _draw_shared(figure: SubFigure, spectra: SpectraData, blocks: Sequence[str],
     sigma = default_sigma(distributions(spectra, comparable or blocks, axis)[0])
     low, high = float(nodes.min()) - 4 * sigma, float(nodes.max()) + 4 * sigma
     # At least the resolution of a Gaussian, so that a lone eigenvalue is seen.
-    points = torch.linspace(low, high, max(SHARED_POINTS, math.ceil(2 * (high - low) / sigma)), dtype=torch.float64)
+    points = torch.linspace(
+        low, high, max(SHARED_POINTS, math.ceil(2 * (high - low) / sigma)), dtype=torch.float64, device="cpu"
+    )
     height = smooth(nodes, weights, points, sigma) * (sigma * math.sqrt(2 * math.pi))
 
     axes = figure.subplots()
@@ -319,7 +321,7 @@ def plot_heatmap(
         raise ValueError(f"plot_heatmap: vmax must be positive, got {vmax}")
     matrix, mean = compare(spectra, **comparison)
     n = len(mean.blocks)
-    pairs = matrix[~torch.eye(n, dtype=torch.bool)]
+    pairs = matrix[~torch.eye(n, dtype=torch.bool, device="cpu")]
     if vmax is None:
         vmax = largest_value(mean.kind, mean.base)
 

@@ -54,7 +54,7 @@ def block_records(spectra: SpectraData) -> list[dict[str, Any]]:
     for name, (lower, upper) in intervals.items():
         columns[f"{name}_lower"], columns[f"{name}_upper"] = lower, upper
     columns["w1_probes"], columns["w1_steps"] = error_bars.wasserstein_error(spectra)
-    noise = torch.tensor([name in spectra.noise_blocks for name in spectra.names])
+    noise = torch.tensor([name in spectra.noise_blocks for name in spectra.names], device="cpu")
     values = {name: column.masked_fill(noise, math.nan).tolist() for name, column in columns.items()}
     broken = spectra.quadrature.nonfinite.any(0).tolist()
     steps = spectra.quadrature.steps.amax(0).tolist()

@@ -135,7 +135,7 @@ class SpectraData:
     def zero_tolerance(self) -> Tensor:
         """Largest |eigenvalue| that counts as 0, (n_blocks,): hvp_error, or the rounding of the vectors if larger."""
         rounding = NEGATIVE_TOLERANCE * torch.finfo(getattr(torch, self.quadrature.dtype)).eps
-        errors = torch.tensor([self.hvp_error(name) for name in self.names], dtype=torch.float64)
+        errors = torch.tensor([self.hvp_error(name) for name in self.names], dtype=torch.float64, device="cpu")
         return torch.maximum(rounding * self.merged[0].abs().amax(1), errors)
 
     @cached_property

@@ -18,6 +18,7 @@ import math
 import os
 import reprlib
 import secrets
+import stat
 import sys
 import tokenize
 import zipfile
@@ -70,7 +71,7 @@ def writable_folder(path: str | PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output folder: cannot make {path}: {error.strerror or error}") from None
+        raise ValueError(f"output folder: cannot make {printable(str(path))}: {error.strerror or error}") from None
     _write(path / "file", None)
     return path
 
@@ -127,22 +128,28 @@ def read(path: str | PathLike[str]) -> tuple[list[BlockInfo], Quadrature, dict[s
         >>> blocks, quadrature, provenance = read("gpt.npz")
     """
     path = Path(path)
+    shown = printable(str(path))
     try:
-        file = path.open("rb")
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (closed below)
     except FileNotFoundError:
-        raise ValueError(f"load: no such file: {path}") from None
+        raise ValueError(f"load: no such file: {shown}") from None
     except OSError as error:
-        raise ValueError(f"load: cannot read {path}: {error.strerror or error}") from None
+        raise ValueError(f"load: cannot read {shown}: {error.strerror or error}") from None
     with file:
         try:
+            _require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), "it must be a regular file")
             with zipfile.ZipFile(file) as archive:
                 return _result(_header(archive), {name: _array(archive, name, *_ARRAYS[name]) for name in _ARRAYS})
         except _Refused as error:
-            raise ValueError(f"load: {path}: {_short(error)}") from None
+            raise ValueError(f"load: {shown}: {_short(error)}") from None
         except zipfile.BadZipFile as error:
-            raise ValueError(f"load: {path} is no result file, or a damaged one: {_short(error)}") from None
+            raise ValueError(f"load: {shown} is no result file, or a damaged one: {_short(error)}") from None
         except _DAMAGE as error:
-            raise ValueError(f"load: {path} is damaged: {type(error).__name__}: {_short(error)}") from None
+            raise ValueError(f"load: {shown} is damaged: {type(error).__name__}: {_short(error)}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # the writer of a pipe may never come
 
 
 def _short(error: Exception) -> str:
@@ -255,6 +262,10 @@ def _check_provenance(provenance: dict[str, Any]) -> None:
     for number in numbers:
         sound = type(number) in (int, float) and 0 <= number <= sys.float_info.max
         _require(sound, f"provenance: tol and the values of blocks must be numbers, got {reprlib.repr(number)}")
+    for name in ("seconds", "loss_value"):
+        number = provenance.get(name)
+        overflow = type(number) is int and abs(number) > sys.float_info.max
+        _require(not overflow, f"provenance: {name} must be a number that float64 holds, got {reprlib.repr(number)}")
     slices = provenance.get("slices", {})
     _require(isinstance(slices, dict), "provenance: slices must be an object of lists")
     for part in itertools.chain.from_iterable(_list({"slices": found}, "slices", list) for found in slices.values()):
@@ -324,7 +335,7 @@ def _require(rule: bool, text: str) -> None:
 def _write(path: Path, content: Callable[[IO[bytes]], object] | None) -> None:
     """Write a temporary file next to path and rename it; without content, only check that this is possible."""
     if os.path.isdir(path):  # Path.is_dir would raise on names that are too long
-        raise ValueError(f"save: path must be a file, got the folder {path}")
+        raise ValueError(f"save: path must be a file, got the folder {printable(str(path))}")
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -337,7 +348,7 @@ def _write(path: Path, content: Callable[[IO[bytes]], object] | None) -> None:
         if content is not None:
             os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"save: cannot write {path}: {error.strerror or error}") from None
+        raise ValueError(f"save: cannot write {printable(str(path))}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from blockhess._text import printable
 from blockhess.problem.blocks import BlockInfo, block_id
 from blockhess.results.data import SpectraData
 from blockhess.results.unit import Unit
@@ -71,12 +72,13 @@ class Status:
         return {"path": str(self.path), "prepared": self.plan is not None, **values}
 
     def __str__(self) -> str:
+        path = printable(str(self.path))
         state = "finished" if self.finished else f"running ({self.holder})" if self.holder else "not running"
         if self.plan is None:
-            return f"run           {self.path}, {state}; preparing model and data, no products computed yet"
+            return f"run           {path}, {state}; preparing model and data, no products computed yet"
         left = self.seconds_left
         lines = [
-            f"run           {self.path}, {state}; last saved {self.age:.0f} s ago",
+            f"run           {path}, {state}; last saved {self.age:.0f} s ago",
             f"done          {self.hvps:,} of at most {self.most:,} products "
             f"({100 * self.hvps / max(self.most, 1):.1f} %), {self.parts} unit(s)",
             f"rate          {self.rate:.3g} products a second, {self.seconds:.3g} s so far",

@@ -104,7 +104,7 @@ def train(
         window: number of last losses that are averaged; the initial loss is the mean over the same batches.
         at_steps: step -> function called with the model after this many steps; 0 is before the first step.
         state: file in which an unfinished training is saved and from which it resumes; functions of `at_steps` are not
-            called again. SIGTERM and SIGINT save the state, then raise `signals.Interrupted`.
+            called again. SIGTERM, SIGINT and SIGHUP save the state, then raise `signals.Interrupted`.
 
     Returns:
         Training. The model is left in train mode at the last parameters.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,3 +156,12 @@ def test_file_systems_without_kernel_locks(tmp_path: Path, monkeypatch: pytest.M
 def test_a_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="lock"), locked(tmp_path / "missing"):
         pass
+
+
+def test_a_copy_of_a_directory_in_use_is_not_in_use(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert holder(tmp_path / "run") and holder(tmp_path / "copy") is None
+        with locked(tmp_path / "copy"):
+            pass

@@ -15,7 +15,9 @@ Programs do not modify their constants. The same model and batch give the same g
 from __future__ import annotations
 
 import functools
+import importlib
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -229,6 +231,7 @@ class Linearizer:
                 return [o for o, kept in zip(outs, differentiable) if kept]
 
             moving = tuple(primals[where.index(i)] for i in positions)
+            _load_rules_of_jvp()
             return list(jvp(run, moving, tuple(tangents))[1]) if run(*moving) else []
 
         recorder = Recorder({}, stops=False)
@@ -273,3 +276,11 @@ class Linearizer:
                     values[node] = self._constant(node.target, args, kwargs, node.meta["val"])
         results = [None if out is None else values.get(out) for out in template.outputs]
         return [t if isinstance(t, Combination) and t.terms else None for t in results]
+
+
+@functools.cache
+def _load_rules_of_jvp() -> None:
+    """Import the rules of `jvp` without the DeprecationWarning of torch.jit.script, which torch itself calls there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")

@@ -29,7 +29,7 @@ def copied(state: State) -> tuple[State, Event | None]:
     if device.type != "cuda":
         return state, None
     tensors = {
-        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu").copy_(t, non_blocking=True)
         for name, t in state.tensors.items()
     }
     return replace(state, tensors=tensors), torch.cuda.current_stream(device).record_event()

@@ -54,7 +54,7 @@ def holder(directory: str | PathLike[str]) -> str | None:
     """Return process and host that have locked the directory, or None if it is not locked."""
     path = Path(directory) / "lock"
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for a pipe
     except OSError:
         return None
     try:

@@ -55,7 +55,7 @@ def _check(path: str | PathLike[str], header: dict[str, Any], run: str, what: st
         if header["run"] != run:
             raise ValueError("it belongs to another run")
         yield
-    except (TypeError, LookupError, ValueError) as error:
+    except (TypeError, LookupError, ValueError, OverflowError) as error:
         raise ValueError(f"read: {path} is not {what} of a run: {error}") from None
 
 

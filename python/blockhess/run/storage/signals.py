@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM raise `Interrupted`: immediately, or, during the computation of a unit, between two steps.
+"""SIGINT, SIGTERM and SIGHUP raise `Interrupted`: immediately, or, during the computation of a unit, between two steps.
 
 A second signal does not wait.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,6 +20,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.signal = number
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (self.signal,)
 
 
 class Catcher:
@@ -54,12 +57,16 @@ class Catcher:
 
 @contextmanager
 def caught() -> Iterator[Catcher]:
-    """Handle SIGINT and SIGTERM by a Catcher in the main thread; other threads leave the handlers unchanged."""
+    """Handle CAUGHT by a Catcher in the main thread, except a SIGHUP that is ignored, as under nohup.
+
+    Other threads leave the handlers unchanged.
+    """
     catcher = Catcher()
     if threading.current_thread() is not threading.main_thread():
         yield catcher
         return
-    before = {number: signal.signal(number, catcher) for number in CAUGHT}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    before = {number: signal.signal(number, catcher) for number in CAUGHT if number not in ignored}
     try:
         yield catcher
     finally:

@@ -161,7 +161,7 @@ def unpack(start: bytes, text: bytes, data: bytearray, entries: Mapping[str, Ent
     tensors = {}
     for name, (dtype, shape, first, stop) in entries.items():
         if first == stop:
-            tensors[name] = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             continue
         flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - first, offset=first)
         if dtype == torch.bool and int(flat.max()) > 1:
