@@ -292,3 +292,24 @@ def test_plan() -> None:
     assert asked.engine == "difference" and "as asked" in asked.why
     other = blockhess.plan(mlp(), data, CROSS_ENTROPY, num_probes=2, num_steps=30, engine="autograd")
     assert asked.flops > 2 * other.flops  # of the same products, each of two gradients
+
+
+class StraightThrough(torch.autograd.Function):
+    """Has the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + 0.1 * x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def test_a_gradient_that_is_not_that_of_the_loss_is_refused() -> None:
+    data = (torch.randn(9, 3), torch.randint(3, (9,)))
+    right = blockhess.spectrum(Activated(FusedSquare.apply), data, CROSS_ENTROPY, num_steps=3, progress=False)
+    assert right.provenance["engine"] == "difference" and not right.provenance["unchecked"]
+    with pytest.raises(ValueError, match=r"the gradient of block 'first.weight' is not that of the loss"):
+        blockhess.spectrum(Activated(StraightThrough.apply), data, CROSS_ENTROPY, num_steps=3, progress=False)

@@ -8,15 +8,17 @@ with those of autograd, and these with differences of gradients, see differences
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.difference import DifferenceEngine
 from blockhess.hvp.differences import GROWTH, Differences, flattened, unit_products
+from blockhess.hvp.ggn import GaussNewtonEngine
 from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
@@ -104,13 +106,7 @@ def measure(
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
     if isinstance(engine, DifferenceEngine):
-        steps = {l: engine.step(l) for l in numbers}
-        return Accuracy(
-            {l: step.norm for l, step in steps.items()},
-            {l: step.error for l, step in steps.items()},
-            frozenset(numbers),
-            gradient_error=math.hypot(*(step.gradient_error for step in steps.values())),
-        )
+        return _of_differences(problem, engine, numbers)
     try:
         own = unit_products(problem, engine, numbers)
         alone = {}
@@ -120,7 +116,7 @@ def measure(
         if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
         raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
-    here = Differences(problem, engine.name == "ggn")
+    here = Differences(problem, GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)
     if here.captured:
         name, parameter = next(iter(here.captured.items()))
         raise ValueError(
@@ -172,6 +168,26 @@ def measure(
     )
 
 
+def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequence[int]) -> Accuracy:
+    """Return the error of products by differences, after comparing the gradient with differences of the loss.
+
+    For a sharded model it is not compared, which would gather many parameters at once.
+    """
+    steps = {l: engine.step(l) for l in numbers}
+    norms = {l: step.norm for l, step in steps.items()}
+    errors = {l: step.error for l, step in steps.items()}
+    confirmed = set(numbers)
+    if not problem.is_sharded:
+        here = Differences(problem, DifferenceEngine)
+        with suppress(Exception):  # of any kind: the model may take one dtype only
+            double = _in_dtype(problem, torch.float64, DifferenceEngine)
+            here = here if double.captured else double
+        products = here.products(here.groups)
+        confirmed = set(here.blocks_in(group for group in here.groups if here.group_agrees(group, products[group], {})))
+    gradient_error = math.hypot(*(step.gradient_error for step in steps.values()))
+    return Accuracy(norms, errors, frozenset(confirmed), gradient_error=gradient_error)
+
+
 def _repeat(
     problem: Problem, numbers: Sequence[int], here: Differences, moved: Mapping[int, Tensor], chosen: Sequence[int]
 ) -> tuple[Differences | None, dict[int, Tensor] | None, str]:
@@ -183,11 +199,7 @@ def _repeat(
     """
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
-        there = None
-        with suppress(Exception):  # most models do without another default dtype, which other threads would see
-            there = Differences(problem.in_dtype(dtype, torch.get_default_dtype() != torch.float32), here.gauss_newton)
-        if there is None or there.eps > torch.finfo(dtype).eps:
-            there = Differences(problem.in_dtype(dtype), here.gauss_newton)
+        there = _in_dtype(problem, dtype, here.engine)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
         repeat = there.products(numbers if moved else [*numbers, *chosen])
@@ -202,6 +214,14 @@ def _repeat(
         cause = error.__cause__ or error
         reason = (str(cause).strip() or repr(cause)).splitlines()[0]
         return None, None, f"the loss cannot be computed in {dtype}: {reason}"
+
+
+def _in_dtype(problem: Problem, dtype: torch.dtype, engine: Callable[[Problem], Engine]) -> Differences:
+    with suppress(Exception):  # most models do without another default dtype, which other threads would see
+        there = Differences(problem.in_dtype(dtype, torch.get_default_dtype() != torch.float32), engine)
+        if there.eps <= torch.finfo(dtype).eps:
+            return there
+    return Differences(problem.in_dtype(dtype), engine)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

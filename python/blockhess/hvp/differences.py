@@ -15,7 +15,7 @@ import copy
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.causes import likely_cause
-from blockhess.hvp.ggn import GaussNewtonEngine
 from blockhess.hvp.operator import Column, Engine
 from blockhess.problem import graph
 from blockhess.problem.blocks import Block, BlockInfo, Piece
@@ -50,11 +49,11 @@ class DerivativeMismatch(ValueError):
 
 
 class Differences:
-    """Central differences of the loss of the first batch and of its gradient, and products by autograd.
+    """Central differences of the loss of the first batch and of its gradient, and products by an engine.
 
     Args:
         problem: model, loss, data, blocks.
-        gauss_newton: products are those with Gauss-Newton matrices, which are no derivatives and not compared.
+        engine: class of the engine. Products of others than autograd are no derivatives by autograd, and not compared.
 
     Attributes:
         groups: numbers of additional blocks, one for each group of parameters.
@@ -67,8 +66,8 @@ class Differences:
         gradient_error: norm of the difference between the gradients in both precisions; 0 before `differs_from`.
     """
 
-    def __init__(self, problem: Problem, gauss_newton: bool = False) -> None:
-        self.gauss_newton = gauss_newton
+    def __init__(self, problem: Problem, engine: Callable[[Problem], Engine] = AutogradEngine) -> None:
+        self.engine = engine
         self._padding = _FixedPadding()
         with self._padding:
             loss = problem.evaluate(problem.batches[0])
@@ -98,11 +97,11 @@ class Differences:
         self._problem.dims = [block.info.dim for block in self._problem.blocks]
 
     def products(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """Return H_l v of some blocks by torch.autograd, with v = `unit_vector`."""
+        """Return H_l v of some blocks by the engine, with v = `unit_vector`."""
         if not numbers:
             return {}
         problem = self._problem.restricted(numbers)
-        return unit_products(problem, (GaussNewtonEngine if self.gauss_newton else AutogradEngine)(problem), numbers)
+        return unit_products(problem, self.engine(problem), numbers)
 
     def terms(self, number: int, products: Tensor) -> float:
         """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
@@ -144,7 +143,7 @@ class Differences:
             # In which block? If in none, only products that mix blocks are wrong.
             for l in self._with_parameters(self._problem.infos[number].parameters):
                 self.agree(l, self.products([l])[l])
-        unequal = [] if self.gauss_newton else self._unequal_blocks(number, products[0], found[1], norms)
+        unequal = [] if len(found) == 1 else self._unequal_blocks(number, products[0], found[1], norms)
         alone = self.products(unequal[:MOST_ALONE])
         self.undecided |= {l for l in unequal if l not in alone or not self.agree(l, alone[l])}
         return all(comparison.agrees for comparison in found)
@@ -215,7 +214,7 @@ class Differences:
         rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
         first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
         second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient", resolution)
-        compared = [first] if self.gauss_newton else [first, second]
+        compared = [first, second] if self.engine is AutogradEngine else [first]
         for power in STEPS:
             step = self.eps**power * size
             with suppress(Exception):  # beside w, the loss may be undefined, or the model raise any error
