@@ -94,7 +94,7 @@ def _density_band(
     ]
     lower, upper = _add_divisor_error(value, (lower, upper), changes)
     # Rounding shifts eigenvalues by about eps |H|, and |g'| is at most exp(-1/2) peak / sigma.
-    slope = float(normalized.axis.slope(torch.zeros(1, dtype=torch.float64)))
+    slope = float(normalized.axis.slope(torch.zeros(1, dtype=torch.float64, device="cpu")))
     shift = torch.finfo(getattr(torch, q.dtype)).eps * float(normalized.recurrence.nodes.abs().max()) * slope
     rounding = shift / sigma * math.exp(-0.5) * peak
     lower, upper = (lower - rounding).clamp(min=0.0), (upper + rounding).clamp(max=peak)
@@ -179,7 +179,7 @@ def _may_cross(nodes: Tensor, x: Tensor, confidence: float) -> Tensor:
     if count == 1:
         return torch.ones_like(x, dtype=torch.bool)
     reach = student_quantile(confidence, count - 1) * math.sqrt(1 + 1 / count)
-    ends = torch.full((count, 1), math.inf, dtype=torch.float64)
+    ends = torch.full((count, 1), math.inf, dtype=torch.float64, device="cpu")
     padded = torch.cat([-ends, nodes, ends], 1)
     upto = torch.searchsorted(nodes, x.expand(count, -1).contiguous(), right=True)
     left, right = x - padded.gather(1, upto), padded.gather(1, upto + 1) - x
@@ -209,7 +209,9 @@ def wasserstein_error(q: Quadrature, blocks: Sequence[int], axis: Axis = LINEAR)
     normalized = [BlockOnAxis(q, block, axis) for block in blocks]
     from_probes = [_cdf_stderr_area(block_axis, q.is_exact(block)) for block_axis, block in zip(normalized, blocks)]
     from_steps = [float(steps.wasserstein_bound(block.recurrence, block.axis).mean()) for block in normalized]
-    return torch.tensor(from_probes, dtype=torch.float64), torch.tensor(from_steps, dtype=torch.float64)
+    return torch.tensor(from_probes, dtype=torch.float64, device="cpu"), torch.tensor(
+        from_steps, dtype=torch.float64, device="cpu"
+    )
 
 
 def _cdf_stderr_area(block: BlockOnAxis, exact: bool) -> float:

@@ -51,7 +51,7 @@ def resolved_sigma(spectra: SpectraData, blocks: Sequence[str] | None = None, ax
     exhausted = (steps.exact(q) | (q.steps == 0)).all(0)
     shares = (1 / q.steps.amax(0).double()).clamp(density.DEFAULT_RELATIVE_SIGMA, density.WIDEST_RELATIVE_SIGMA)
     shares = shares.masked_fill(exhausted, density.DEFAULT_RELATIVE_SIGMA)[spectra.rows(blocks)]
-    return torch.tensor(sigmas, dtype=torch.float64) * shares / density.DEFAULT_RELATIVE_SIGMA
+    return torch.tensor(sigmas, dtype=torch.float64, device="cpu") * shares / density.DEFAULT_RELATIVE_SIGMA
 
 
 def density_band(
@@ -118,7 +118,9 @@ def cdf_band(
     rows, axis = spectra.rows(blocks), resolved_axis("cdf_band", spectra, blocks, axis)
     confidence = check_confidence("cdf_band", confidence)
     if x is None:
-        shares = torch.linspace(0, 1, max(_LEAST_QUANTILES, _CDF_POINTS // len(rows)), dtype=torch.float64)
+        shares = torch.linspace(
+            0, 1, max(_LEAST_QUANTILES, _CDF_POINTS // len(rows)), dtype=torch.float64, device="cpu"
+        )
         points = distribution.quantiles(*distributions(spectra, blocks, axis), shares)
         points = torch.unique(points[points.isfinite()])
     else:
@@ -232,7 +234,9 @@ def negative_and_zero_intervals(
 
 def _of_blocks(spectra: SpectraData, interval: Callable[[int], tuple[float, float]]) -> tuple[Tensor, Tensor]:
     """Return the ends of the intervals of all rows, (n_blocks,) each."""
-    lower, upper = torch.tensor([interval(row) for row in range(len(spectra))], dtype=torch.float64).reshape(-1, 2).T
+    lower, upper = (
+        torch.tensor([interval(row) for row in range(len(spectra))], dtype=torch.float64, device="cpu").reshape(-1, 2).T
+    )
     return lower, upper
 
 

@@ -50,7 +50,7 @@ def extreme_bounds(q: Quadrature, block: int, confidence: float) -> tuple[float,
     if q.distribution != "gaussian":
         return -math.inf, math.inf
     limit = float(scipy.special.chdtri(2 * count, 1 - confidence))
-    away = float(recurrence.norm.max()) * torch.logspace(_LEAST, _LARGEST, _POINTS, dtype=torch.float64)
+    away = float(recurrence.norm.max()) * torch.logspace(_LEAST, _LARGEST, _POINTS, dtype=torch.float64, device="cpu")
     bounds = []
     for side, end in zip((-1.0, 1.0), ends):
         x = end + side * away
@@ -79,12 +79,12 @@ def kth_interval(q: Quadrature, block: int, k: int, confidence: float) -> tuple[
         """Return whether the k-th eigenvalue is above nodes, and whether it can be, (2, len(index)) bool."""
         least, most = share_bounds(q, block, nodes[index], confidence)
         above = dim * (1 - torch.stack([most, least]))  # least and largest number of eigenvalues above the nodes
-        return above > torch.tensor([[k - 1 + _COUNT_ROUNDING], [k - _COUNT_ROUNDING]])
+        return above > torch.tensor([[k - 1 + _COUNT_ROUNDING], [k - _COUNT_ROUNDING]], device="cpu")
 
     # Both hold up to some node, which is searched among every sqrt(size)-th node, then between two of them.
-    coarse = torch.arange(0, size, math.isqrt(size))
+    coarse = torch.arange(0, size, math.isqrt(size), device="cpu")
     starts = (is_above(coarse).sum(1) - 1).clamp(min=0) * math.isqrt(size)
-    ranges = [torch.arange(start, min(start + math.isqrt(size), size)) for start in starts.tolist()]
+    ranges = [torch.arange(start, min(start + math.isqrt(size), size), device="cpu") for start in starts.tolist()]
     fine = torch.split(is_above(torch.cat(ranges)), list(map(len, ranges)), dim=1)
     above, below = (start + int(fine[side][side].sum()) for side, start in enumerate(starts.tolist()))
     return float(nodes[above - 1]) if above else low, float(nodes[below]) if below < size else high

@@ -60,8 +60,8 @@ def js_error(
         bias = distance - (value - bias).clamp(min=0.0).sqrt()
         parts = parts.sqrt()
         stderr = jackknife(distance, parts)[1]
-    means = torch.tensor([mean_of_pairs(part) for part in parts], dtype=torch.float64)
-    return bias, stderr, mean_of_pairs(bias), float(jackknife(torch.tensor(0.0), means)[1])
+    means = torch.tensor([mean_of_pairs(part) for part in parts], dtype=torch.float64, device="cpu")
+    return bias, stderr, mean_of_pairs(bias), float(jackknife(torch.tensor(0.0, device="cpu"), means)[1])
 
 
 def steps_error(matrix: Tensor, shorter: Sequence[Tensor]) -> float:

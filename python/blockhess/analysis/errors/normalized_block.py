@@ -83,7 +83,10 @@ class BlockOnAxis:
             nodes = self.recurrence.nodes
             shift = float((nodes.abs() * self.axis.slope(nodes)).max()) * math.log(high / low)
             points = min(_MOST_DIVISORS, points + int(shift / sigma))
-        return [self._axis.of_block(c) for c in torch.logspace(math.log10(low), math.log10(high), points).tolist()]
+        return [
+            self._axis.of_block(c)
+            for c in torch.logspace(math.log10(low), math.log10(high), points, device="cpu").tolist()
+        ]
 
     def density(self, axis: BlockAxis, grid: Tensor, sigma: float) -> Tensor:
         """Return the density on an axis, mean over probes, (n_points,)."""

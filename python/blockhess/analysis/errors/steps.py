@@ -54,13 +54,13 @@ def exact(quadrature: Quadrature) -> Tensor:
     q = quadrature
     last = q.beta.gather(-1, (q.steps[..., None] - 1).clamp(min=0))[..., 0]
     rounding = EXHAUSTED_EPS * torch.finfo(getattr(torch, q.dtype)).eps * _norms(q.alpha, q.beta, q.steps)
-    orthogonal = torch.tensor([mode != "none" for mode in q.reorthogonalize])
-    return ((q.steps > 0) & (last <= rounding)) | (orthogonal & (q.steps == torch.tensor(q.dims)))
+    orthogonal = torch.tensor([mode != "none" for mode in q.reorthogonalize], device="cpu")
+    return ((q.steps > 0) & (last <= rounding)) | (orthogonal & (q.steps == torch.tensor(q.dims, device="cpu")))
 
 
 def _norms(alpha: Tensor, beta: Tensor, steps: Tensor) -> Tensor:
     """Return the largest row sums of T (...), bounds of |T|; alpha, beta (..., m), steps (...)."""
-    j = torch.arange(alpha.shape[-1])
+    j = torch.arange(alpha.shape[-1], device="cpu")
     diagonal = torch.where(j < steps[..., None], alpha.abs(), 0.0)
     couplings = torch.where(j < steps[..., None] - 1, beta.abs(), 0.0)
     return (diagonal + couplings + torch.nn.functional.pad(couplings[..., :-1], (1, 0))).amax(-1)
@@ -96,7 +96,7 @@ class Recurrence:
         )
         self.norm = _norms(self.alpha, self.beta, self.steps)
         self.exact = exact(q)[known, 0]
-        valid = torch.arange(self.alpha.shape[1]) < self.steps[:, None]
+        valid = torch.arange(self.alpha.shape[1], device="cpu") < self.steps[:, None]
         last = nodes.gather(1, self.steps[:, None] - 1)
         self.nodes, weights = torch.where(valid, nodes, last), torch.where(valid, weights, 0.0)
         self.weights = weights / weights.sum(1, keepdim=True)
@@ -182,7 +182,7 @@ class Recurrence:
         betas = torch.nn.functional.pad(self.beta[rows, None, :].expand(-1, len(x), -1), (0, 1)).contiguous()
         counts = (steps[..., 0] + 1).expand(-1, len(x)).flatten().contiguous()
         nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1).contiguous(), betas.flatten(0, 1), counts)
-        valid = torch.arange(nodes.shape[1]) < counts[:, None]
+        valid = torch.arange(nodes.shape[1], device="cpu") < counts[:, None]
         distance = torch.where(valid, (nodes - x.repeat(len(rows))[:, None]).abs(), math.inf)
         at = distance.argmin(1, keepdim=True)
         sums = torch.nn.functional.pad(weights.cumsum(1), (1, 0))
@@ -200,7 +200,7 @@ class Recurrence:
             longest: largest length of an interval on the axis; longer gaps are divided into at most _MOST_PARTS.
             axis: axis on which lengths are measured.
         """
-        t = torch.arange(-_LAST, _LAST + _STEP / 2, _STEP, dtype=torch.float64)
+        t = torch.arange(-_LAST, _LAST + _STEP / 2, _STEP, dtype=torch.float64, device="cpu")
         arc = math.pi / 2 * t.sinh()
         share, d_share = (2 * arc).sigmoid(), _STEP * math.pi * t.cosh() * (2 * arc).sigmoid() * (-2 * arc).sigmoid()
 
@@ -225,7 +225,7 @@ class Recurrence:
         edges = []
         for nodes, y, count in zip(self.nodes, placed, parts):
             gap = torch.repeat_interleave(count)
-            step = torch.arange(len(gap)) - (count.cumsum(0) - count)[gap]
+            step = torch.arange(len(gap), device="cpu") - (count.cumsum(0) - count)[gap]
             inner = axis.invert(y[gap] + (y[gap + 1] - y[gap]) * step / count[gap])
             edges.append(torch.cat([torch.where(step == 0, nodes[gap], inner), nodes[-1:]]))
         most = max(map(len, edges))
@@ -280,7 +280,7 @@ def density_bound(quadrature: Quadrature, block: int, grid: Tensor, sigma: float
 
 def _by_parts(x: Tensor, mass: Tensor, grid: Tensor, sigma: float) -> Tensor:
     """Return int |g'(t - x)| dmass(x) of every inexact recurrence, x on the axis, (n_inexact, n_points)."""
-    bound = torch.zeros(len(x), len(grid), dtype=torch.float64)
+    bound = torch.zeros(len(x), len(grid), dtype=torch.float64, device="cpu")
     for row in range(len(x)):
         near = (mass[row] > 0) & (x[row] >= grid[0] - WINDOW * sigma) & (x[row] <= grid[-1] + WINDOW * sigma)
         points, order = x[row, near].sort()
@@ -303,7 +303,7 @@ def _chebyshev_tail(recurrence: Recurrence, grid: Tensor, sigma: float, axis: Bl
     if degree * finest < half:  # c_k decays as exp(-(k sigma / half)^2 / 2): the bound exceeds the peak
         return torch.full_like(grid, math.inf)
     size = 2 ** math.ceil(math.log2(max(2 * degree, 12 * half / finest, 32)))
-    angles = (torch.arange(size, dtype=torch.float64) + 0.5) * (math.pi / size)
+    angles = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / size)
     y = axis.place(middle + half * angles.cos())
     tail = torch.empty_like(grid)
     for start in range(0, len(grid), 512):
@@ -319,7 +319,7 @@ def _spectral_range(recurrence: Recurrence) -> tuple[float, float]:
     ends = []
     for side, index in ((-1.0, torch.zeros_like(recurrence.steps)), (1.0, recurrence.steps - 1)):
         node = recurrence.nodes.gather(1, index[:, None])
-        away = recurrence.norm[:, None] * torch.logspace(-12, 1, 131, dtype=torch.float64)
+        away = recurrence.norm[:, None] * torch.logspace(-12, 1, 131, dtype=torch.float64, device="cpu")
         possible = (recurrence.polynomials(node + side * away)[0] > 1e-6) & ~recurrence.exact[:, None]
         reach = torch.where(possible, away, 0.0).amax(1, keepdim=True)
         ends.append(float((side * (node + side * reach)).max()) * side)
