@@ -54,9 +54,10 @@ def test_the_toolkit_with_headers_is_taken(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "cuda/include").mkdir(parents=True)
     (tmp_path / "cuda/include/cuda_runtime.h").touch()
-    wrapper = tmp_path / "bin/nvcc"
-    wrapper.write_text("#!/bin/sh\n")
-    wrapper.chmod(0o755)
+    (tmp_path / "cuda/bin").mkdir()
+    for nvcc, text in ((tmp_path / "bin/nvcc", ""), (tmp_path / "cuda/bin/nvcc", "echo release 13.0, V13.0\n")):
+        nvcc.write_text(f"#!/bin/sh\n{text}")
+        nvcc.chmod(0o755)
     # As in a build of torch with CUDA, so far as setup.py asks.
     fake_module(tmp_path, "sitecustomize", "import torch\ntorch.version.cuda = '13.0'")
     settings = {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}

@@ -22,7 +22,7 @@ import blockhess
 from tests.helpers.distributed_cases import values
 
 LOSS = nn.CrossEntropyLoss()
-OPTIONS: dict[str, Any] = {"num_probes": 2, "num_steps": 6, "progress": False}
+OPTIONS: dict[str, Any] = {"num_probes": 1, "num_steps": 3, "progress": False}
 
 
 class Residual(nn.Module):

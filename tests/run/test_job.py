@@ -131,6 +131,15 @@ def test_what_differs_is_told(given, tmp_path):
     blockhess.spectrum(*given, run_dir=tmp_path, **OPTIONS)  # and nothing of it is spoilt
 
 
+@pytest.fixture
+def _hangups():
+    """The handler of SIGHUP where the tests are not started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_hangups")
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_state(given, which, tmp_path):
     expected = blockhess.spectrum(*given, **OPTIONS)
@@ -187,6 +196,7 @@ def test_the_second_signal_does_not_wait():
         signals.Catcher()(signal.SIGTERM, None)
 
 
+@pytest.mark.usefixtures("_hangups")
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_the_command_ends_with_the_code_of_the_signal_and_can_be_resumed(which, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(checkpoint, "LEAST_SECONDS", 0.0)

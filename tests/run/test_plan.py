@@ -154,7 +154,9 @@ def test_plan_runs_nothing_and_says_what_spectrum_then_does() -> None:
     assert expected in str(tolerant) and plan.expected_hvps == plan.hvps
     with pytest.raises(TypeError, match="num_probe"):
         blockhess.plan(model, data, nn.CrossEntropyLoss(), num_probe=2)
-    with pytest.raises(ValueError, match="engine must be one of auto, autograd, traced, ggn, exact, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="engine must be one of auto, autograd, traced, ggn, difference, exact, got 'fast'"
+    ):
         blockhess.plan(model, data, nn.CrossEntropyLoss(), engine="fast")
 
 

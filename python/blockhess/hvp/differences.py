@@ -72,9 +72,7 @@ class Differences:
         with self._padding:
             loss = problem.evaluate(problem.batches[0])
         self._loss = loss.item()
-        nodes = graph.differentiable_nodes([loss.grad_fn])
-        self.eps = graph.largest_eps(nodes)
-        del nodes
+        self.eps = graph.largest_eps(graph.differentiable_nodes([loss.grad_fn], second_order=False))
         pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
         self.captured: dict[str, Tensor] = {}
