@@ -42,7 +42,7 @@ UNTIMED = {False: 2, True: 4}
 
 @dataclass
 class Observation:
-    """The calls of `batched_slq` in a job.
+    """The calls of `batched_slq` in a job that came to their end.
 
     Attributes:
         passes: times of the steps of every call.
@@ -88,15 +88,16 @@ def observed(
             hvp(v)
         del v
         marks = [Mark(device)]
-        found.passes.append(marks)
-        found.work.append(counted.work)
 
         def each(step: int, running: int) -> None:
             marks.append(Mark(device))
             on_step(step)
 
         options["cuda_graph"] = options["cuda_graph"] and graph
-        return original(hvp, dims, on_step=each, **options)
+        result = original(hvp, dims, on_step=each, **options)
+        found.passes.append(marks)  # not if memory ran out: the job then cuts the call
+        found.work.append(counted.work)
+        return result
 
     blockhess_ext.batched_slq = batched_slq
     try:
