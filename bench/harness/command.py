@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,5 +51,7 @@ def run(
 
 
 def write_json(result: Result, path: Path) -> None:
-    """Write a result as JSON."""
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Write a result as JSON; a process that is killed leaves the old file or the new one, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, path)
