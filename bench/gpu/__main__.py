@@ -3,7 +3,7 @@
     python -m bench.gpu OUT_DIR [--quick] [--seconds N] [--dry-run [--reuse-build]]
 
 Run by bench/run_gpu.sh in a copy of the sources. After a failed step the next ones run. OUT_DIR gets results.json and
-results.md, written anew after every step, and logs.tar.gz. The exit code is 1 if a step failed.
+logs.tar.gz, written anew every few seconds, and at the end results.md. The exit code is 1 if a step failed.
 
 Only the standard library is imported here, since nothing is built yet.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,11 @@ from typing import Any
 CUDA_TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
 # Group of rows -> limit in seconds.
 GROUPS = {"ops": 70, "nano": 110, "gpt2": 130, "resnet": 40, "reliability": 30}
-KERNELS = "residual_kernel|coefficient_kernel|quadrature_kernel"
+KERNELS = "^(residual|coefficient|quadrature)_kernel$"
+KERNEL_LAUNCHES = 10  # of these in the case: 4, 4 and 2
+SAVED_EVERY = 5.0  # seconds
+LEAST = 40.0  # seconds of any limit: a process may need twenty to load torch and start CUDA
+REPORT = 25.0  # seconds for the tables, after the deadline
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Driver:
 
     Attributes:
         out: folder of the results.
-        deadline: time.monotonic() at which everything ends.
+        deadline: time.monotonic() at which all steps end.
         settings: environment variables of all steps.
     """
 
@@ -70,7 +76,7 @@ class Driver:
         self.save()
 
     def save(self) -> None:
-        """Write results.json, with what the steps so far have written."""
+        """Write results.json, with what the steps so far have written, and logs.tar.gz."""
         measured = self.logs / "ceilings.json"
         if measured.exists():
             self.results.update(json.loads(measured.read_text()))
@@ -78,7 +84,19 @@ class Driver:
             part = self.logs / f"{group}.json"
             if part.exists():
                 self.results["rows"].update(json.loads(part.read_text())["rows"])
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        write_whole(self.out / "results.json", lambda path: path.write_text(json.dumps(self.results, indent=1) + "\n"))
+        write_whole(self.out / "logs.tar.gz", self.archive)
+
+    def archive(self, path: Path) -> None:
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(self.logs, "logs")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that a run that is killed leaves the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    os.replace(part, path)
 
 
 class Step:
@@ -88,7 +106,10 @@ class Step:
         self.driver, self.name, self.begin = driver, name, time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
         driver.started.append(self)
+        self.late = self.begin >= driver.deadline
         with open(driver.logs / f"{name}.log", "wb") as log:
+            if self.late:
+                return
             try:
                 self.process = subprocess.Popen(
                     command,
@@ -102,23 +123,32 @@ class Step:
 
     def finish(self, limit: float, failure: str = "FAILED") -> bool:
         """Wait for the process until `limit` seconds after its start; record and return whether it passed."""
-        code: int | str = "cannot be started"
+        code: int | str = "no time left" if self.late else "cannot be started"
         if self.process is not None:
-            left = min(limit + self.begin, self.driver.deadline) - time.monotonic()
-            try:
-                code = self.process.wait(max(1.0, left))
-            except subprocess.TimeoutExpired:
-                self.end()
-                code = f"exceeded {time.monotonic() - self.begin:.0f} s"
+            code = self.wait(min(limit + self.begin, self.driver.deadline))
         outcome = "ok" if code == 0 else f"{failure} ({code}), see {self.name}.log"
         self.driver.record(self.name, outcome, time.monotonic() - self.begin)
         return code == 0
 
+    def wait(self, until: float) -> int | str:
+        """Return the exit code, or that the process was killed at time `until`; save what it writes meanwhile."""
+        assert self.process is not None
+        while True:
+            left = until - time.monotonic()
+            try:
+                return self.process.wait(min(SAVED_EVERY, max(0.1, left)))
+            except subprocess.TimeoutExpired:
+                self.driver.save()
+            if time.monotonic() >= until:
+                self.end()
+                return f"exceeded {time.monotonic() - self.begin:.0f} s"
+
     def end(self) -> None:
-        """Kill the process and its children, if it runs."""
+        """Kill the process and its children, if it runs; one that the driver of the device holds is left behind."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
 
 
 def cuda_home() -> str | None:
@@ -144,8 +174,8 @@ def build(driver: Driver, root: Path, reuse: bool) -> Step:
     settings = {"BLOCKHESS_CUDA": "0" if driver.dry else "1", "MAX_JOBS": str(os.cpu_count() or 1)}
     if not driver.dry and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         ask = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
-        found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
-        if found.returncode == 0:
+        with contextlib.suppress(subprocess.SubprocessError):  # else the build is for all architectures of setup.py
+            found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=True)
             settings["TORCH_CUDA_ARCH_LIST"] = found.stdout.strip()
     return driver.start("build", [sys.executable, "setup.py", "build_ext", "--inplace"], **settings)
 
@@ -178,7 +208,8 @@ def sanitizers(driver: Driver, home: str | None, limit: float) -> None:
     if profiler is None:
         driver.record("ncu", "skipped: no ncu", 0.0)
         return
-    chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", "6", "--section", "SpeedOfLight"]
+    chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(KERNEL_LAUNCHES), "--section", "SpeedOfLight"]
+    chosen += ["--clock-control", "none"]  # as in all measurements
     # Profiling may need a permission that the device does not give: that is no failure of blockhess.
     driver.start("ncu", [profiler, *chosen, "--section", "Occupancy", *case]).finish(limit, "not available")
 
@@ -187,7 +218,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/run_gpu.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--quick", action="store_true", help="the same in three minutes; targets are not judged")
-    parser.add_argument("--seconds", type=float, help="end after so many seconds; default 570, or 175 with --quick")
+    parser.add_argument("--seconds", type=float, help="end after so many seconds; default 550, or 150 with --quick")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to check this script")
     parser.add_argument("--reuse-build", action="store_true", help="of the checkout; for --dry-run")
     options = parser.parse_args()
@@ -202,7 +233,7 @@ def main() -> int:
     settings |= {"CUDA_VISIBLE_DEVICES": ""} if options.dry_run else {}
     size = "tiny" if options.dry_run else "quick" if options.quick else "full"
     # Factor of the limits of all steps, and seconds for everything. A CPU may be busy with other programs.
-    scale, seconds = (10.0, 3000) if options.dry_run else (0.4, 175) if options.quick else (1.0, 570)
+    scale, seconds = (10.0, 3000) if options.dry_run else (0.4, 150) if options.quick else (1.0, 550)
     driver = Driver(options.out, options.dry_run, size, begin + (options.seconds or seconds), settings)
     found = {name: tool(name, home) for name in CUDA_TOOLS}
     print(f"blockhess {os.environ.get('BLOCKHESS_COMMIT', 'unknown')}, CUDA_HOME {home}, {found}", flush=True)
@@ -218,29 +249,33 @@ def main() -> int:
     where = ["--device", driver.device, "--size", size]
     limits = str(driver.logs / "ceilings.json")
     measuring = driver.start("ceilings", [sys.executable, "-m", "bench.gpu.ceilings", "--out", limits, *where])
-    driver.run("versions", 40 * scale, ["bash", "-c", versions])
+    driver.run("versions", max(LEAST, 40 * scale), ["bash", "-c", versions])
     measuring.finish(60 * scale + 30)
     built = building.finish(200 * max(1.0, scale))
     if built:
-        tests(driver, 120 * scale)
+        tests(driver, max(LEAST, 120 * scale))
         for group, limit in GROUPS.items():
             command = [sys.executable, "-m", "bench.gpu.rows", group, "--out", str(driver.logs / f"{group}.json")]
             # cuBLAS is deterministic then, which a job that is resumed needs.
             extra = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if group == "reliability" else {}
-            driver.run(group, limit * scale, [*command, *where, "--limits", limits], **extra)
-        sanitizers(driver, home, 60 * scale)
+            driver.run(group, max(LEAST, limit * scale), [*command, *where, "--limits", limits], **extra)
+        sanitizers(driver, home, max(LEAST, 90 * scale))
     else:
         for name in ("tests", *GROUPS, "memcheck"):
             driver.record(name, "FAILED: needs the build", 0.0)
+    driver.save()
     if built:
-        table = subprocess.run(
-            [sys.executable, "-m", "bench.gpu.report", str(options.out / "results.json")],
-            env={**os.environ, **settings}, capture_output=True, text=True,
-        )  # fmt: skip
-        (options.out / "results.md").write_text(table.stdout or table.stderr)
-        print(f"\n{table.stdout or table.stderr}")
-    with tarfile.open(options.out / "logs.tar.gz", "w:gz") as archive:
-        archive.add(driver.logs, "logs")
+        command = [sys.executable, "-m", "bench.gpu.report", str(options.out / "results.json")]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            table = subprocess.run(
+                command,
+                env={**os.environ, **settings},
+                capture_output=True,
+                text=True,
+                timeout=REPORT * max(1.0, scale),
+            )
+            (options.out / "results.md").write_text(table.stdout or table.stderr)
+            print(f"\n{table.stdout or table.stderr}")
     failed = [name for name, step in driver.results["steps"].items() if step["outcome"].startswith("FAILED")]
     said = f"STEPS FAILED: {', '.join(failed)}" if failed else "all steps passed"
     print(f"{said}, in {time.monotonic() - begin:.0f} s; results in {options.out}", flush=True)

@@ -70,3 +70,31 @@ def test_steps_end_at_their_limit_and_later_ones_run(tmp_path):
     assert outcomes[2] == "ok" and (tmp_path / "logs/fine.log").read_text() == "said\n"
     driver.deadline = time.monotonic()
     assert not driver.run("late", 60, ["sleep", "60"])
+    late = json.loads((tmp_path / "results.json").read_text())["steps"]["late"]
+    assert late["outcome"].startswith("FAILED (no time left") and late["seconds"] < 1
+
+
+UNFINISHED = """
+import sys, time
+from pathlib import Path
+from bench.gpu import __main__ as gpu
+out = Path(sys.argv[1])
+gpu.SAVED_EVERY = 0.1
+driver = gpu.Driver(out, True, "tiny", time.monotonic() + 900, {}, out / "logs")
+(out / "logs/nano.json").write_text('{"rows": {"a row": {}}}')
+driver.run("endless", 900, ["bash", "-c", "echo begun; exec sleep 90"])  # longer than the test waits
+"""
+
+
+def test_a_run_that_is_killed_in_a_step_has_saved_rows_and_logs(tmp_path):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    with subprocess.Popen([sys.executable, "-c", UNFINISHED, str(tmp_path)], env=env) as process:
+        end, saved = time.monotonic() + 45, b""
+        while not saved and time.monotonic() < end:
+            time.sleep(0.1)
+            if (tmp_path / "logs.tar.gz").exists():
+                with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+                    saved = archive.extractfile("logs/endless.log").read()
+        process.kill()
+    assert saved == b"begun\n"
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == {"a row": {}}
