@@ -5,7 +5,7 @@
 Run by bench/run_gpu.sh in a copy of the sources. After a failed step the next ones run. OUT_DIR gets results.json and
 logs.tar.gz, written anew every few seconds, and at the end results.md. The exit code is 1 if a step failed.
 
-Only the standard library is imported here, since nothing is built yet.
+Only the standard library is imported here and in bench/harness/files.py, since nothing is built yet.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bench.harness.files import write_whole
 
 CUDA_TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
 # Group of rows -> limit in seconds.
@@ -90,13 +91,6 @@ class Driver:
     def archive(self, path: Path) -> None:
         with tarfile.open(path, "w:gz") as archive:
             archive.add(self.logs, "logs")
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that a run that is killed leaves the old file or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
 
 
 class Step:

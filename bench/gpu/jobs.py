@@ -141,9 +141,8 @@ def run(
 def row_of(machine: Machine, network: Network, job: Job, precision: str, graph: bool = False) -> Row:
     """Return step time, rate, launches, memory and error of a job."""
     times, plan = job.observation.step(UNTIMED[graph]), job.spectra.provenance["plan"]
-    first = {name: (alpha**2 + beta**2) ** 0.5 for name, (alpha, beta) in moments.of_result(job.spectra).items()}
-    least = 1e-3 * max(first.values())
-    errors = {name: e / (first[name] + least) for name, e in (job.spectra.provenance["hvp_error"] or {}).items()}
+    sizes = moments.sizes(moments.of_result(job.spectra))
+    errors = {name: e / sizes[name] for name, e in (job.spectra.provenance["hvp_error"] or {}).items()}
     error = max(errors.values(), default=math.nan)
     row = Row(check("products", error, TOLERANCE[precision]), times={"a step": times.summary()})
     peak = max(plan["vector_bytes"] + plan["engine_bytes"], plan["check_bytes"])

@@ -8,6 +8,7 @@ For the first probe v of every block: alpha = v^T H v and beta = |H v - alpha v|
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,19 @@ def expected(machine: Machine, network: Network) -> dict[str, list[float]]:
     return moments
 
 
+def sizes(moments: dict[str, list[float]]) -> dict[str, float]:
+    """Return block -> |H v| and 1e-3 of the largest one, to which errors are relative.
+
+    Rounding in products of a small block is that of larger numbers.
+    """
+    norms = {name: math.hypot(alpha, beta) for name, (alpha, beta) in moments.items()}
+    least = 1e-3 * max(norms.values())
+    return {name: norm + least for name, norm in norms.items()}
+
+
 def error(found: dict[str, list[float]], exact: dict[str, list[float]]) -> float:
-    """Return the largest error of alpha and beta of a block, relative to |H v| and 1e-3 of the largest |H v|."""
-    sizes = {name: (alpha * alpha + beta * beta) ** 0.5 for name, (alpha, beta) in exact.items()}
-    least = 1e-3 * max(sizes.values())  # rounding in products of a small block is that of larger numbers
-    return max(sum(abs(x - y) for x, y in zip(found[name], exact[name])) / (sizes[name] + least) for name in exact)
+    """Return the largest error of alpha and beta of a block, relative to `sizes`."""
+    return max(sum(abs(x - y) for x, y in zip(found[name], exact[name])) / size for name, size in sizes(exact).items())
 
 
 if __name__ == "__main__":

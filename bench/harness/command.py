@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.harness.files import write_whole
 
 Result = dict[str, Any]
 
@@ -51,7 +52,5 @@ def run(
 
 
 def write_json(result: Result, path: Path) -> None:
-    """Write a result as JSON; a process that is killed leaves the old file or the new one, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, path)
+    """Write a result as JSON, see `write_whole`."""
+    write_whole(path, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))

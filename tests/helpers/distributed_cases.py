@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import random
@@ -220,22 +221,22 @@ CASES = {
 } | CASES
 
 
-def _run(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> None:
+def _run(rank: int, world: int, folder: Path, names: tuple[str, ...], module: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
-    found: dict[str, Any] = {}
+    cases, found = importlib.import_module(module).CASES, {}
     for name in names:
         try:
-            found[name] = CASES[name](rank)
+            found[name] = cases[name](rank)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def run(world: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What every rank of a world got, by case: values, or the text of an error."""
-    mp.start_processes(_run, (world, folder, names), nprocs=world, start_method=_imported_once())
+def run(world: int, folder: Path, names: tuple[str, ...], module: str = __name__) -> list[dict[str, Any]]:
+    """What every rank of a world got, by case: values, or the text of an error. `module` holds the CASES."""
+    mp.start_processes(_run, (world, folder, names, module), nprocs=world, start_method=_imported_once())
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

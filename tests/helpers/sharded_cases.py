@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # which the first backward pass would load in every process
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -218,23 +215,3 @@ CASES: dict[str, Callable[[int], Any]] = {
     "FSDP1": first_fsdp,
     "partial sums": partial_sums,
 }
-
-
-def _run(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            found[name] = CASES[name](rank)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run(world: int, folder: Path, names: tuple[str, ...] = tuple(CASES)) -> dict[str, list[Any]]:
-    """What every rank of a world got, by case: values, or the text of an error."""
-    mp.start_processes(_run, (world, folder, names), nprocs=world, start_method="spawn")
-    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-    return {name: [rank[name] for rank in ranks] for name in names}

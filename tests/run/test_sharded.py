@@ -9,6 +9,7 @@ import torch
 
 import blockhess
 from tests.helpers import sharded_cases as cases
+from tests.helpers.distributed_cases import run
 
 SHARDED = (*(name for name in cases.CASES if name.startswith("float")), "HSDP", "tensor parallelism", "tied")
 OF_FOUR = ("float64", "HSDP")
@@ -21,7 +22,8 @@ def worlds(tmp_path_factory):
     class Worlds(dict):
         def __missing__(self, size):
             names = tuple(cases.CASES) if size == 2 else OF_FOUR
-            self[size] = cases.run(size, tmp_path_factory.mktemp("world"), names)
+            ranks = run(size, tmp_path_factory.mktemp("world"), names, cases.__name__)
+            self[size] = {name: [rank[name] for rank in ranks] for name in names}
             return self[size]
 
     return Worlds()

@@ -77,13 +77,7 @@ def js0(
     Example:
         >>> print(spectra.js0(confidence=0.95))
     """
-    matrix, mean = compare(spectra, kind, base, sigma, axis, blocks)
-    if confidence is None:
-        return mean
-    confidence = check_confidence("js0", confidence)
-    _, _, bias, stderr = probe_error(spectra, mean)
-    steps = _steps_error(spectra, mean, matrix)
-    return with_interval(mean, bias, stderr, spectra.quadrature.num_probes, confidence, steps)
+    return compare(spectra, kind, base, sigma, axis, blocks, confidence)[1]
 
 
 def _steps_error(spectra: SpectraData, mean: JS0, matrix: Tensor) -> float:
@@ -137,15 +131,16 @@ def compare(
     sigma: float | None = None,
     axis: str | Axis = "asinh",
     blocks: Sequence[str] | None = None,
+    confidence: float | None = None,
 ) -> tuple[Tensor, JS0]:
-    """Return js_matrix and js0 at the cost of one of them. Args, Raises: see js_matrix."""
+    """Return js_matrix and js0 at the cost of one of them. Args, Raises: see js0."""
     given = as_axis("js_matrix", axis)
     names = compared(spectra, blocks, given)
     axis = resolved_axis("js_matrix", spectra, names, given)
     nodes, weights = distributions(spectra, names, axis)
     sigma = default_sigma(nodes) if sigma is None else check_sigma_in_range("js_matrix", sigma, nodes)
     matrix = jensen_shannon.js_matrix(nodes, weights, kind=kind, base=base, sigma=sigma)
-    return matrix, JS0(
+    mean = JS0(
         value=mean_of_pairs(matrix),
         kind=kind,
         base=float(base),
@@ -158,6 +153,12 @@ def compare(
         scale=axis.scale,
         default_scale=axis.scale is not None and given.scale is None,
     )
+    if confidence is None:
+        return matrix, mean
+    confidence = check_confidence("js0", confidence)
+    _, _, bias, stderr = probe_error(spectra, mean)
+    steps = _steps_error(spectra, mean, matrix)
+    return matrix, with_interval(mean, bias, stderr, spectra.quadrature.num_probes, confidence, steps)
 
 
 def distance_matrix(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, tensor
 
 from blockhess.analysis.axes import Axis, as_axis
-from blockhess.analysis.comparison import compare, js0, js_matrix
+from blockhess.analysis.comparison import compare
 from blockhess.analysis.density import check_sigma_in_range, default_sigma, node_grid, smooth
 from blockhess.analysis.errors.bands import density_band
 from blockhess.analysis.errors.error_bars import resolved_sigma
@@ -319,13 +319,13 @@ def plot_heatmap(
     """
     if vmax is not None and not vmax > 0:
         raise ValueError(f"plot_heatmap: vmax must be positive, got {vmax}")
-    matrix, mean = compare(spectra, **comparison)
-    n = len(mean.blocks)
+    matrix, js0 = compare(spectra, **comparison)
+    n = len(js0.blocks)
     pairs = matrix[~torch.eye(n, dtype=torch.bool, device="cpu")]
     if vmax is None:
-        vmax = largest_value(mean.kind, mean.base)
+        vmax = largest_value(js0.kind, js0.base)
 
-    longest = min(40, max(map(len, mean.blocks)))
+    longest = min(40, max(map(len, js0.blocks)))
     side, most_labels = min(12.0, max(4.8, 0.2 * n)), MOST_LABELS
     caption_width = side
     if width is not None:
@@ -337,14 +337,14 @@ def plot_heatmap(
     margin = LETTER * font / 72 * longest
     side = side if width is None else width - margin - BAR
     pair_range = f"pairs from {float(pairs.min()):.2g} to {float(pairs.max()):.2g}"
-    caption = textwrap.wrap(f"{mean}; {pair_range}", int(14 * caption_width))
+    caption = textwrap.wrap(f"{js0}; {pair_range}", int(14 * caption_width))
     model = spectra.provenance.get("model")
     title = textwrap.wrap(f"Block spectra{f' of {model}' if model else ''}, compared", int(8 * side))
     title = title if width is None else []
     figure = new_figure(width or side + margin + 1.2, side + margin + 0.16 * len(caption) + 0.2 * len(title) + 0.4)
     axes = figure.subplots()
     shown = range(0, n, math.ceil(n / most_labels))
-    labels = [_shorten(mean.blocks[i], longest) for i in shown]
+    labels = [_shorten(js0.blocks[i], longest) for i in shown]
     image = _draw_matrix(axes, matrix, vmax)
     axes.set_xticks(list(shown), labels, rotation=90, fontsize=font)
     axes.set_yticks(list(shown), labels, fontsize=font)
@@ -357,7 +357,7 @@ def plot_heatmap(
 
     # Placed relative to the matrix, which an equal aspect makes smaller than its axes.
     bar = figure.colorbar(image, cax=axes.inset_axes((1 + 0.08 / side, 0.1, 0.12 / side, 0.8)))
-    kind = textwrap.fill(f"{KINDS[mean.kind]}, base {mean.base:.3g}", max(16, int(12 * side)))
+    kind = textwrap.fill(f"{KINDS[js0.kind]}, base {js0.base:.3g}", max(16, int(12 * side)))
     bar.set_label(kind, fontsize="small")
     bar.ax.tick_params(labelsize="small")
     bar.outline.set_visible(False)
@@ -394,19 +394,20 @@ def plot_models(models: Mapping[str, SpectraData]) -> Figure:
         above.suptitle(title, fontweight="bold")
         floor = 0.1 / max(10, *(spectra.dims[row] for row in spectra.rows(blocks)))
         _draw_shared(above, spectra, blocks, floor, MODEL_WIDTH)
-        matrix, mean = js_matrix(spectra), js0(spectra, confidence=0.95)
-        low, high, _ = mean.interval or (0.0, 1.0, 0.95)
+        matrix, js0 = compare(spectra, confidence=0.95)
+        assert js0.interval is not None
+        low, high, _ = js0.interval
         axes = below.subplots()
-        image = _draw_matrix(axes, matrix, largest_value(mean.kind, mean.base))
-        labels = [_shorten(name, 24) for name in mean.blocks]
+        image = _draw_matrix(axes, matrix, largest_value(js0.kind, js0.base))
+        labels = [_shorten(name, 24) for name in js0.blocks]
         axes.set_yticks(range(len(labels)), labels, fontsize=min(0.8 * FONT, 0.78 * 72 * heights[1] / len(labels)))
         axes.set_xticks([])
         axes.set_xlabel(
-            f"JS0 = {mean.value:.2f} ({low:.2f} ... {high:.2f} with 95 %), the mean over pairs of blocks", fontsize=FONT
+            f"JS0 = {js0.value:.2f} ({low:.2f} ... {high:.2f} with 95 %), the mean over pairs of blocks", fontsize=FONT
         )
         bar = below.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=30)
         bar.ax.tick_params(labelsize=0.8 * FONT)
-        bar.set_label(f"{KINDS[mean.kind]}, base {mean.base:.3g}", fontsize=FONT)
+        bar.set_label(f"{KINDS[js0.kind]}, base {js0.base:.3g}", fontsize=FONT)
         bar.outline.set_visible(False)
     return figure
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blockhess._text import plural
 from blockhess.hvp import ENGINES, TracedEngine
 from blockhess.hvp.difference import expected_error
 from blockhess.hvp.differences import parameter_groups
@@ -133,7 +134,7 @@ class Plan:
             f"memory        {size_text(self.vector_bytes)} of vectors{' or exact blocks' * (n_exact > 0)}, "
             f"{size_text(self.engine_bytes)} of {kept}{' and tangents' * self.traced}; "
             f"the budget is {size_text(self.memory_budget)}",
-            f"checks        of products with {len(self.checked)} block{'s' * (len(self.checked) != 1)} before the "
+            f"checks        of products with {plural(len(self.checked), 'block')} before the "
             f"first step, in {size_text(self.check_bytes)}",
         ]
         if self.kept_bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blockhess._text import format_table
+from blockhess._text import format_table, plural
 from blockhess_paper.networks.networks import NETWORKS, Selection
 from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
 from blockhess_paper.training.calibration import NEEDED_GAP, gap
@@ -126,7 +126,7 @@ def compare(
     measured = "; ".join(f"{title}: gap {_gap(mean[key])}" for key, title in subjects.items())
     return Result(
         name,
-        f"{claim.split(':')[0]}: AdamW and SGD, {_steps(steps)} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        f"{claim.split(':')[0]}: AdamW and SGD, {_steps(steps)} steps, {plural(len(seeds), 'seed')}",
         {
             "seed": seeds[0],
             "num_steps": steps if len({*steps.values()}) > 1 else next(iter(steps.values())),

@@ -165,3 +165,10 @@ def test_a_copy_of_a_directory_in_use_is_not_in_use(tmp_path: Path) -> None:
         assert holder(tmp_path / "run") and holder(tmp_path / "copy") is None
         with locked(tmp_path / "copy"):
             pass
+
+
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    code = "import sys; from blockhess.run.storage.lock import holder; print(holder(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None\n", done.stderr

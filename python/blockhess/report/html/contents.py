@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from blockhess._version import __version__
 from blockhess.analysis.axes import Axis
-from blockhess.analysis.comparison import compare, js0
+from blockhess.analysis.comparison import compare
 from blockhess.analysis.curvature_spread import curvature_spread
 from blockhess.analysis.errors.error_bars import resolved_sigma
 from blockhess.analysis.selection import comparable_blocks, weights_only
@@ -186,9 +186,9 @@ def condense(x: Floats, w: Floats, most: int) -> tuple[Floats, Floats]:
 
 
 def _comparison(spectra: SpectraData, title: str, options: dict[str, Any]) -> dict[str, Any]:
-    matrix, mean = compare(spectra, **options)
-    if title == DEFAULT_COMPARISON:  # only, as intervals of 200 blocks take half a minute each
-        mean = js0(spectra, **options, confidence=CONFIDENCE)
+    # Intervals take n_probes + 2 more matrices each.
+    confidence = CONFIDENCE if title == DEFAULT_COMPARISON else None
+    matrix, mean = compare(spectra, **options, confidence=confidence)
     upper = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
     return {
         "title": title,
