@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from blockhess.spectra import Spectra
 
 EXIT_CODES = {
-    0: "success, also where nothing reads or takes the output",
+    0: "success, also if the output is closed",
     1: "a check of doctor failed, or an internal error, with a traceback",
     2: "a wrong option, bad input, a missing extra or a failing model, in one line on stderr",
     129: "ended by SIGHUP",
