@@ -173,7 +173,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": changed(nn.utils.parametrizations.spectral_norm),
     "parametrized": changed(lambda m: parametrize.register_parametrization(m, "weight", Square())),
 }
-REFUSED = {"vandal", "old weight norm", "weight norm"}
+REFUSED = {"vandal"}
 
 
 def of_tensor(tensor: Tensor | None) -> Any:
