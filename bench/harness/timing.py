@@ -157,6 +157,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"not ready within {seconds:.0f} s")
 
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401, an import that is interrupted breaks all later compilations
+
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
