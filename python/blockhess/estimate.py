@@ -423,8 +423,8 @@ def plan(
 
     Args:
         model, data, loss_fn, options: as for `spectrum`.
-        processes: (recurrences, data) to predict the time on a mesh of processes, as for `parallel` of `spectrum`. A
-            few products are measured for that.
+        processes: (recurrences, data) to predict the time on a mesh of processes, as for `parallel` of `spectrum`, or
+            of groups of processes that hold shards of the model. A few products are measured for that.
 
     Returns:
         The plan, or with `processes` the forecast; both can be printed.
@@ -436,13 +436,17 @@ def plan(
         67
     """
     arguments, settings = job_arguments(model, data, loss_fn, **options)
+    sizes: list[int] = []
     if processes is not None:
         if not isinstance(processes, tuple) or len(processes) != 2:
             raise TypeError(f"plan: processes must be (recurrences, data), got {processes!r}")
-        sizes = (integer("processes", size, 1, op="plan") for size in processes)
-        return forecast(prepared_problem(**arguments), settings, *sizes)
-    with process_group(None, is_sharded(model)) as ranks, prepared_problem(**arguments, ranks=ranks) as (problem, *_):
-        return Job(problem, settings).plan
+        sizes = [integer("processes", size, 1, op="plan") for size in processes]
+    with process_group(None, is_sharded(model)) as ranks:
+        prepared = prepared_problem(**arguments, ranks=ranks)
+        if sizes:
+            return forecast(prepared, settings, *sizes)
+        with prepared as (problem, *_):
+            return Job(problem, settings).plan
 
 
 def job_arguments(*given: Any, **options: Any) -> tuple[dict[str, Any], Options]:

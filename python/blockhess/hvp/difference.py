@@ -108,18 +108,20 @@ class DifferenceEngine:
         return min(found, key=lambda step: (step.error, abs(found.index(step) - USUAL)))
 
     def _difference(self, index: int, number: int, v: Tensor, step: float) -> Tensor:
-        """Return g_l(w + step * v) - g_l(w - step * v) of a batch, (dim,)."""
-        forward = self._gradient(index, number, v, step)
-        return forward.sub_(self._gradient(index, number, v, -step))
+        """Return g_l(w + step * v) - g_l(w - step * v) of a batch, (dim,); shards are subtracted before they meet."""
+        found = self._gradient(index, number, v, step)
+        for name, g in self._gradient(index, number, v, -step).items():
+            found[name] = found[name] - g if name in found else -g
+        return flattened(self._problem, number, found)
 
-    def _gradient(self, index: int, number: int, v: Tensor, step: float) -> Tensor:
+    def _gradient(self, index: int, number: int, v: Tensor, step: float) -> dict[str, Tensor]:
         problem, block = self._problem, self._problem.blocks[number]
         with moved(problem, block.spread(v, problem.parameters), step):
             loss = problem.evaluate(problem.batches[index])
             inputs = [problem.parameters[name] for name in block.parameters]
             with problem.explained(index):
                 found = problem.differentiate(loss, inputs)
-        return flattened(problem, number, dict(zip(block.parameters, found)))
+        return {name: g.detach() for name, g in zip(block.parameters, found) if g is not None}
 
 
 def expected_error(problem: Problem) -> str:

@@ -347,7 +347,7 @@ class Problem:
             gradients = self._differentiate(loss, create_graph=True)
             nodes = graph.differentiable_nodes(g.grad_fn for g in gradients.values())
         self.graph_nodes = len(nodes)
-        others = (*self.parameters.values(), *tensors(batch))
+        others = (*self.parameters.values(), *self.model.parameters(), *tensors(batch))
         self.graph_bytes = self._call(lambda *_: graph.saved_bytes(nodes, others), (), fresh=False)
         if not self.second_order:
             gradients = self._differentiate(loss, create_graph=False)

@@ -24,11 +24,10 @@ from blockhess.run.costs import product_costs
 from blockhess.run.job import Job
 from blockhess.run.options import Options
 from blockhess.run.plan import Plan
+from blockhess.run.sharding import BANDWIDTH
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import batched_slq
 
-# Assumed bytes per second between processes: about 100 Gbit/s.
-BANDWIDTH = 1e10
 REPEATS = 3
 
 
@@ -43,8 +42,8 @@ class Forecast:
         seconds: total time.
         alone_seconds: total time in one process.
         balance: mean load of the ranks / largest load.
-        memory_bytes: of the vectors and graphs of one process.
-        traffic_bytes: sent by each process.
+        memory_bytes: of the vectors and graphs of one process, and of what it holds of a sharded model.
+        traffic_bytes: sent by each process, beside the traffic between shards in `plan`.
         traffic_seconds: duration of this traffic.
         bandwidth: assumed bytes per second between processes.
     """
@@ -67,15 +66,17 @@ class Forecast:
 
     def __str__(self) -> str:
         at_most = "at most " if self.plan.least_hvps < self.plan.hvps else ""
+        shards = f" x {self.plan.processes} hold shards" if self.plan.processes > 1 else ""
+        number = self.work * self.data * self.plan.processes
         return "\n".join(
             [
                 str(self.plan),
-                f"processes     {self.work * self.data}: {self.work} share recurrences x {self.data} share batches",
+                f"processes     {number}: {self.work} share recurrences x {self.data} share batches{shards}",
                 f"time          {at_most}{time_text(self.seconds)}, {time_text(self.alone_seconds)} in one process; "
                 f"{time_text(self.fixed_seconds)} of it before the first product, in every process",
                 f"balance       {self.balance:.0%} (mean load / largest)",
                 f"memory        {size_text(self.memory_bytes)} of vectors and graphs in every process",
-                f"traffic       {size_text(self.traffic_bytes)} sent by every process, "
+                f"traffic       {size_text(self.traffic_bytes)} {'of results ' * bool(shards)}sent by every process, "
                 f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s",
             ]
         )
@@ -132,7 +133,9 @@ def forecast(
             alone_seconds=fixed + sum(loads(1, problem.n_batches)),
             balance=sum(ranks) / len(ranks) / max(ranks) if max(ranks) else 1.0,
             memory_bytes=plan.vector_bytes // work
-            + plan.engine_bytes * retained // max(1, problem.n_batches * plan.retain),
+            + plan.engine_bytes * retained // max(1, problem.n_batches * plan.retain)
+            + plan.shard_bytes
+            + plan.gathered_bytes,
             traffic_bytes=traffic + results,
             traffic_seconds=(traffic + results) / bandwidth,
             bandwidth=bandwidth,

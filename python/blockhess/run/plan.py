@@ -22,12 +22,14 @@ from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
 from blockhess.run.costs import Work
+from blockhess.run.sharding import BANDWIDTH, sharded_costs
 
 # Work of one product, in FLOPs of a forward pass, bytes of the gradient's graph and operations in it, and seconds of
 # tracing per operation: orders of magnitude from bench/results, which decide whether tracing pays.
 PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
-# Two gradients with respect to one block: for each a forward pass, and half a pass or more back to the block.
-DIFFERENCE_FLOPS = 4.0
+# Two gradients with respect to one block: for each a forward pass, and half a pass or more back to the block. Those of
+# a sharded model are with respect to all parameters: a forward pass, and two passes back.
+DIFFERENCE_FLOPS, SHARDED_FLOPS = 4.0, 6.0
 TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
@@ -73,6 +75,11 @@ class Plan:
         why: reason for the choice of the engine.
         groups: number of groups of parameters whose derivatives are compared with differences.
         expected_hvps: rough estimate with a tolerance; otherwise equal to hvps.
+        processes: number of processes that hold shards of the model; 1 if it is not sharded.
+        shard_bytes: of the kept copy of this process's shards and of their gradients.
+        gathered_bytes: largest memory of gathered parameters and gradients at a time.
+        traffic_bytes: sent by every process for the expected products, between shards.
+        gather_traffic_bytes: part of it that gathers gradients of blocks.
     """
 
     engine: str
@@ -95,11 +102,16 @@ class Plan:
     why: str
     groups: int = 1
     expected_hvps: int = 0
+    processes: int = 1
+    shard_bytes: int = 0
+    gathered_bytes: int = 0
+    traffic_bytes: float = 0.0
+    gather_traffic_bytes: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
         """Largest memory of the run, beside that of the model and the data."""
-        return max(self.vector_bytes + self.engine_bytes, self.check_bytes)
+        return max(self.vector_bytes + self.engine_bytes, self.check_bytes) + self.shard_bytes + self.gathered_bytes
 
     def make(self, problem: Problem) -> Engine:
         """Return the engine of this plan; raises NotTraceable if it is traced and the problem cannot be traced."""
@@ -137,6 +149,16 @@ class Plan:
             f"checks        of products with {plural(len(self.checked), 'block')} before the "
             f"first step, in {size_text(self.check_bytes)}",
         ]
+        if self.processes > 1:
+            sent, count = self.traffic_bytes, max(1, self.expected_hvps)
+            gathers = self.gather_traffic_bytes / max(1.0, sent)
+            lines += [
+                f"shards        of {self.processes} processes: {size_text(self.shard_bytes)} of copies and gradients, "
+                f"{size_text(self.gathered_bytes)} of parameters and gradients gathered at a time",
+                f"traffic       {size_text(sent / count)} between shards sent by every process for a product of "
+                f"{time_text(self.seconds / count)}, {gathers:.0%} of it for its block; {size_text(sent)} in all, "
+                f"{time_text(sent / BANDWIDTH)} at {BANDWIDTH / 1e9:.3g} GB/s",
+            ]
         if self.kept_bytes:
             lines += [
                 f"kept          {size_text(self.kept_bytes)} of vectors after the last step, for more steps later"
@@ -194,9 +216,12 @@ def make_plan(
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
+    def of_blocks(probes: int, steps: int) -> list[int]:
+        counts = [d if e else min(probes, num_probes) * min(steps, d) for d, e in zip(dims, exact)]
+        return [problem.n_batches * count * u for count, u in zip(counts, used)]
+
     def products(probes: int, steps: int) -> int:
-        of_blocks = (d if e else min(probes, num_probes) * min(steps, d) for d, e, u in zip(dims, exact, used) if u)
-        return problem.n_batches * sum(of_blocks)
+        return sum(of_blocks(probes, steps))
 
     n_batches = len(problem.batches)  # of this rank
     hvps = products(num_probes, num_steps)
@@ -241,6 +266,13 @@ def make_plan(
     name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
     product = DIFFERENCE_FLOPS if by_difference else PRODUCT["traced" if made else "autograd"].flops
     parameters = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters()) + GROUP_BYTES * max(sizes_of_groups)
+    check_bytes = parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
+    shards: dict[str, Any] = {}
+    if problem.is_sharded:
+        shards = sharded_costs(problem, of_blocks(num_probes, num_steps), expected)
+        product = SHARDED_FLOPS
+        # The step of a block is chosen with a random vector and two products; a part is moved, another one is kept.
+        check_bytes = graph + 4 * itemsize * max(dims)
     plan = Plan(
         engine=name,
         traced=made is not None,
@@ -256,12 +288,13 @@ def make_plan(
         seconds=expected * product * problem.forward_seconds,
         vector_bytes=max(together, written_out),
         engine_bytes=engine_bytes,
-        check_bytes=parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes),
+        check_bytes=check_bytes,
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
         groups=groups,
         expected_hvps=expected,
+        **shards,
     )
     return plan, made
 
@@ -353,19 +386,22 @@ def exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int,
 def _passes(
     blocks: list[int], sizes: Sequence[int], num_probes: int, room: int
 ) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return passes of all probes and blocks if they fit, else of fewer probes, else of one probe and fewer blocks."""
+    """Return passes of all probes and blocks if they fit, else of fewer probes, else of one probe and fewer blocks.
+
+    The largest blocks come first, so that memory runs out at the start if at all.
+    """
     if not blocks:
         return []
     together = min(num_probes, room // max(1, sum(sizes[l] for l in blocks)))
     groups = [blocks]
     if together == 0:
         together, groups = 1, []
-        for l in blocks:
+        for l in sorted(blocks, key=lambda l: -sizes[l]):
             if not groups or sum(sizes[k] for k in groups[-1]) + sizes[l] > room:
                 groups.append([])
             groups[-1].append(l)
     return [
-        (first, min(together, num_probes - first), tuple(group))
+        (first, min(together, num_probes - first), tuple(sorted(group)))
         for group in groups
         for first in range(0, num_probes, together)
     ]
