@@ -4,7 +4,8 @@
 
 Two processes of one thread hold a GPT whose layers are wrapped by `fully_shard`; the blocks are its matrices of 1e6
 elements and more. In every round, each process times one gradient as in training, one gather of a block's gradient, one
-product with the block, and then a run of `batched_slq` on the block, divided into gradients, gathers and the rest. Seconds are CPU time (time.process_time) of the busier process, which excludes other programs on the machine, and
+product with the block, and then a run of `batched_slq` on the block, divided into gradients, gathers and the rest.
+Seconds are CPU time (time.process_time) of the busier process, which excludes other programs on the machine, and
 wall-clock seconds. Before that, a product is compared with that of autograd and the whole model.
 """
 
@@ -53,7 +54,7 @@ def sizes(quick: bool) -> dict[str, int]:
     """Return the sizes of model and data, the smallest block, and the numbers of steps and rounds."""
     if quick:
         return {"width": 64, "layers": 2, "batch": 2, "least": 2**14, "steps": 2, "rounds": 1}
-    return {"width": 512, "layers": 3, "batch": 8, "least": 10**6, "steps": 30, "rounds": 6}
+    return {"width": 512, "layers": 2, "batch": 8, "least": 10**6, "steps": 20, "rounds": 5}
 
 
 def job(quick: bool) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
