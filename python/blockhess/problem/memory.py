@@ -65,8 +65,7 @@ def time_text(seconds: float) -> str:
 
 def size_text(nbytes: float) -> str:
     """Format a number of bytes, as "1.5 GiB"."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} GiB"
+    unit, *larger = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+    while nbytes >= 1024 and larger:
+        nbytes, unit = nbytes / 1024, larger.pop(0)
+    return f"{nbytes:.0f} {unit}" if unit == "bytes" or nbytes >= 1000 else f"{nbytes:.3g} {unit}"
