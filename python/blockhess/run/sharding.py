@@ -100,7 +100,7 @@ def _sharded_parameters(block: Block) -> list[Tensor]:
 
 def _shards(parameter: Any) -> int:
     sizes = zip(parameter.device_mesh.shape, parameter.placements)
-    return math.prod(size for size, placement in sizes if placement.is_shard())
+    return math.prod(size for size, placement in sizes if hasattr(placement, "dim"))
 
 
 def _share(processes: int) -> float:
