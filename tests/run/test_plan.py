@@ -82,6 +82,13 @@ def test_every_probe_of_every_block_is_in_one_pass(budget: int) -> None:
         assert count * sum(sizes[l] for l in blocks) <= max(budget // 2, room)
 
 
+def test_the_largest_blocks_come_first_where_not_all_fit() -> None:
+    assert planning._passes([0, 1, 2, 3], [3, 5, 9, 4], 2, 9) == [
+        (0, 1, (2,)), (1, 1, (2,)), (0, 1, (1, 3)), (1, 1, (1, 3)), (0, 1, (0,)), (1, 1, (0,))
+    ]  # fmt: skip
+    assert planning._passes([0, 1, 2, 3], [3, 5, 9, 4], 2, 21) == [(0, 1, (0, 1, 2, 3)), (1, 1, (0, 1, 2, 3))]
+
+
 @pytest.mark.parametrize(("engine", "budget"), [("autograd", 50_000), ("traced", 200_000)])
 def test_the_result_does_not_depend_on_the_memory_budget(engine: str, budget: int) -> None:
     torch.manual_seed(0)
