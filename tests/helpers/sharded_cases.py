@@ -17,26 +17,30 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import blockhess
 from tests.helpers.distributed_cases import values
+from tests.helpers.tiny_llama import LlamaLayer
 
 LOSS = nn.CrossEntropyLoss()
 OPTIONS: dict[str, Any] = {"num_probes": 1, "num_steps": 3, "progress": False}
+LLAMA_BLOCKS: dict[str, Any] = {
+    name: name for name in ("0.weight", "1.before_attention.weight", "1.key.weight", "2.query.weight", "2.gate.weight")
+} | {"values": ["1.value.weight", "2.value.weight"]}
 
 
 class Residual(nn.Module):
     """A block of a transformer, without heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 10), nn.Linear(10, 6)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 10), nn.Linear(10, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-def model(dtype: torch.dtype = torch.float64, tied: bool = False) -> nn.Sequential:
+def model(dtype: torch.dtype = torch.float64, tied: bool = False, layer: type[nn.Module] = Residual) -> nn.Sequential:
     """Sizes that neither 2 nor 4 ranks divide."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Embedding(11, 6), Residual(), Residual(), nn.Linear(6, 11, bias=False))
+    net = nn.Sequential(nn.Embedding(11, 6), layer(6), layer(6), nn.Linear(6, 11, bias=False))
     if tied:
         net[3].weight = net[0].weight
     return net.to(dtype)
@@ -83,6 +87,10 @@ def assert_same(net: nn.Module, before: dict[str, Tensor]) -> None:
 
 def fsdp(dtype: torch.dtype, again: bool, tied: bool = False) -> Callable[[int], Any]:
     return lambda rank: checked(shard(model(dtype, tied), reshard_after_forward=again))
+
+
+def llama(dtype: torch.dtype, again: bool) -> Callable[[int], Any]:
+    return lambda rank: checked(shard(model(dtype, layer=LlamaLayer), reshard_after_forward=again), blocks=LLAMA_BLOCKS)
 
 
 def gathered(rank: int) -> Any:
@@ -198,6 +206,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "float32": fsdp(torch.float32, True),
     "float64 gathered in backward": fsdp(torch.float64, False),
     "float32 gathered in backward": fsdp(torch.float32, False),
+    "float64, Llama": llama(torch.float64, True),
+    "float32, Llama, gathered in backward": llama(torch.float32, False),
     "tied": fsdp(torch.float64, True, tied=True),
     "gathered before": gathered,
     "bfloat16 in modules": mixed_precision,

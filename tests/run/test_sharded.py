@@ -30,7 +30,10 @@ def worlds(tmp_path_factory):
 
 
 def alone(name: str, **options: Any) -> blockhess.Spectra:
-    net = cases.model(torch.float64, tied=name == "tied")
+    if "Llama" in name:
+        options |= {"blocks": cases.LLAMA_BLOCKS}
+    layer = cases.LlamaLayer if "Llama" in name else cases.Residual
+    net = cases.model(torch.float64, tied=name == "tied", layer=layer)
     return blockhess.spectrum(net, cases.batches(), cases.LOSS, **cases.OPTIONS | options)
 
 
