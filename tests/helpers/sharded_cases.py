@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,21 +30,27 @@ LLAMA_BLOCKS: dict[str, Any] = {
 class Residual(nn.Module):
     """A block of a transformer, without heads."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int = 10) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 10), nn.Linear(10, width)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-def model(dtype: torch.dtype = torch.float64, tied: bool = False, layer: type[nn.Module] = Residual) -> nn.Sequential:
+def model(dtype: torch.dtype = torch.float64, tied: bool = False, layer: Any = Residual) -> nn.Sequential:
     """Sizes that neither 2 nor 4 ranks divide."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(11, 6), layer(6), layer(6), nn.Linear(6, 11, bias=False))
     if tied:
         net[3].weight = net[0].weight
     return net.to(dtype)
+
+
+def whole(name: str) -> nn.Sequential:
+    """The model of a case, in float64."""
+    layer = LlamaLayer if "Llama" in name else partial(Residual, hidden=8) if "FSDP and" in name else Residual
+    return model(torch.float64, name == "tied", layer)
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -121,6 +128,20 @@ def tensor_parallel(rank: int) -> Any:
     for layer in (net[1], net[2]):
         parallelize_module(layer, mesh_of_all(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
     return checked(net)
+
+
+def combined(hidden: int) -> Callable[[int], Any]:
+    """FSDP over one dimension of the mesh, tensor parallelism over the other."""
+
+    def case(rank: int) -> Any:
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+        net = model(layer=partial(Residual, hidden=hidden))
+        for layer in (net[1], net[2]):
+            parallelize_module(layer, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            fully_shard(layer, mesh=mesh["data"])
+        return checked(fully_shard(net, mesh=mesh["data"]))
+
+    return case
 
 
 def recorded(rank: int) -> Any:
@@ -213,6 +234,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "bfloat16 in modules": mixed_precision,
     "HSDP": hybrid,
     "tensor parallelism": tensor_parallel,
+    "FSDP and tensor parallelism": combined(8),
+    "uneven parts of parts": combined(9),
     "run directory": recorded,
     "fails": fails,
     "engine": refused(engine="autograd"),

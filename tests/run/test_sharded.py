@@ -12,7 +12,7 @@ from tests.helpers import sharded_cases as cases
 from tests.helpers.distributed_cases import run
 
 SHARDED = (*(name for name in cases.CASES if name.startswith("float")), "HSDP", "tensor parallelism", "tied")
-OF_FOUR = ("float64", "HSDP")
+OF_FOUR = ("float64", "HSDP", "FSDP and tensor parallelism")
 # Eigenvalues of probes that differ by an error move by about its size.
 GROWTH = 30
 
@@ -32,9 +32,7 @@ def worlds(tmp_path_factory):
 def alone(name: str, **options: Any) -> blockhess.Spectra:
     if "Llama" in name:
         options |= {"blocks": cases.LLAMA_BLOCKS}
-    layer = cases.LlamaLayer if "Llama" in name else cases.Residual
-    net = cases.model(torch.float64, tied=name == "tied", layer=layer)
-    return blockhess.spectrum(net, cases.batches(), cases.LOSS, **cases.OPTIONS | options)
+    return blockhess.spectrum(cases.whole(name), cases.batches(), cases.LOSS, **cases.OPTIONS | options)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +98,10 @@ def test_modules_in_bfloat16_have_a_large_error(worlds):
         ("unused on one", ("all ranks must be given the same job", "parameters with gradients")),
         ("bfloat16", ("must be float32 or float64, got torch.bfloat16 of '0.weight'", "MixedPrecisionPolicy")),
         ("FSDP1", ("(FSDP1), got 'the model'; use torch.distributed.fsdp.fully_shard instead",)),
+        (
+            "uneven parts of parts",
+            ("must be divided evenly, got shape (9, 6) of '1.up.weight' in 2 parts along dim 0",),
+        ),
         ("partial sums", ("placements Shard or Replicate, got (Partial(sum),) of '3.weight'",)),
     ],
 )

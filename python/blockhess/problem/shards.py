@@ -6,6 +6,7 @@ parameters from memory of its own, so that steps are written there, and a kept c
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -76,15 +77,24 @@ def check(model: nn.Module, dtype: torch.dtype | None, engine: str) -> None:
 
 
 def _check(name: str, parameter: Any, dtype: torch.dtype | None) -> None:
-    kinds = {type(placement).__name__ for placement in parameter.placements}
-    if not kinds <= {"Shard", "Replicate"}:
+    placements, mesh = parameter.placements, parameter.device_mesh
+    if not {type(placement).__name__ for placement in placements} <= {"Shard", "_StridedShard", "Replicate"}:
         raise NotImplementedError(
-            f"spectrum: parameters must have placements Shard or Replicate, got {parameter.placements} of {name!r}"
+            f"spectrum: parameters must have placements Shard or Replicate, got {placements} of {name!r}"
         )
-    if parameter.device_mesh.size() != dist.get_world_size():
+    sizes = [(placement.dim, mesh.size(i)) for i, placement in enumerate(placements) if hasattr(placement, "dim")]
+    parts = {dim: math.prod(size for other, size in sizes if other == dim) for dim, _ in sizes}
+    # Several mesh dimensions give some processes other entries than their placements say, unless they divide evenly.
+    uneven = [dim for dim, count in parts.items() if parameter.shape[dim] % count]
+    if len(sizes) > 1 and uneven:
         raise NotImplementedError(
-            f"spectrum: model must be sharded over all {dist.get_world_size()} processes, got {name!r} on a mesh of "
-            f"{parameter.device_mesh.size()}"
+            f"spectrum: parameters sharded over {len(sizes)} mesh dimensions must be divided evenly, got shape "
+            f"{tuple(parameter.shape)} of {name!r} in {parts[uneven[0]]} parts along dim {uneven[0]}"
+        )
+    if mesh.get_coordinate() is None:
+        raise NotImplementedError(
+            f"spectrum: model must be sharded over all {dist.get_world_size()} processes, got {name!r} on a mesh "
+            f"without rank {dist.get_rank()}"
         )
     if parameter.dtype.itemsize < 4:
         raise ValueError(
