@@ -17,6 +17,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Partial, distribute_te
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import blockhess
+from blockhess.run.distributed import RankError
 from tests.helpers.distributed_cases import values
 from tests.helpers.tiny_llama import LlamaLayer
 
@@ -175,6 +176,24 @@ def fails(rank: int) -> str:
     return "no error"
 
 
+def one_fails(rank: int) -> str:
+    """Rank 1 raises an error in the model, and ends; the others learn that within a collective operation."""
+    net, calls = shard(model()), itertools.count()
+
+    def hook(*_: Any) -> None:
+        if rank == 1 and next(calls) == 20:
+            raise OverflowError("beside the parameters")
+
+    net[2].register_forward_pre_hook(hook)
+    before = kept(net)
+    try:
+        checked(net)
+    except RankError as error:
+        assert_same(net, before)
+        return f"{error} <- {error.__cause__}"
+    return "no error"
+
+
 def refused(**options: Any) -> Callable[[int], Any]:
     return lambda rank: checked(shard(model()), **options)
 
@@ -247,4 +266,5 @@ CASES: dict[str, Callable[[int], Any]] = {
     "bfloat16": half,
     "FSDP1": first_fsdp,
     "partial sums": partial_sums,
+    "one fails": one_fails,  # the last, since its processes cannot communicate afterwards
 }

@@ -109,3 +109,11 @@ def test_what_cannot_be_is_refused_on_all_ranks(worlds, name, texts):
     for found in worlds[2][name]:
         assert isinstance(found, str)
         assert all(text in found for text in texts), found
+
+
+def test_a_rank_that_ends_ends_the_others(worlds):
+    waiting, failed = worlds[2]["one fails"]
+    told = "got OverflowError in '2' (Residual) for batch 1: beside the parameters"
+    assert failed.startswith("ValueError: ") and told in failed
+    assert "rank 1 failed with ValueError: " in waiting and told in waiting
+    assert "onnection closed" in waiting  # not a timeout

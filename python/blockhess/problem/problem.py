@@ -365,7 +365,12 @@ class Problem:
         self, number: int, batch: Batch, rule: str = "run on the data"
     ) -> contextlib.AbstractContextManager[None]:
         like = next(iter(self.parameters.values()))
-        return explained(self.loss, self._wrapped, number, batch, lambda: self._call(self.loss, batch), like, rule)
+
+        def repeat() -> None:
+            if not self.is_sharded:  # the other processes may not have failed, and not repeat it
+                self._call(self.loss, batch)
+
+        return explained(self.loss, self._wrapped, number, batch, repeat, like, rule)
 
     def _use(self, used: frozenset[str]) -> None:
         self.used = used

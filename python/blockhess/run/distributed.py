@@ -6,7 +6,8 @@ Ranks of one row (equal work_rank) have different batches and compute the same r
 Ranks of one column have the same batches and compute different recurrences.
 
 An error on one rank ends the call on all ranks: a rank that waits for others checks whether one has failed. There is no
-time limit for waiting, because units of work may take arbitrarily long.
+time limit for waiting, because units of work may take arbitrarily long. Ranks that wait within the model, as for shards
+of FSDP, learn of the error when the process of the failed rank ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from blockhess.problem.batches import Batch
+from blockhess.problem.batches import Batch, first_line
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup, Sums
 
 Parallel: TypeAlias = str | tuple[int, int] | None
@@ -32,7 +33,7 @@ POLL_SECONDS = 0.005
 
 
 class RankError(RuntimeError):
-    """Another rank failed; the message contains its error."""
+    """Another rank failed; the message contains its error, if that is known."""
 
 
 class Processes(ProcessGroup):
@@ -71,8 +72,24 @@ class Processes(ProcessGroup):
         return Sums(self._data, self._wait)
 
     def check(self) -> None:
-        if self._store.check(["failed"]):
-            raise RankError(f"spectrum: {self._store.get('failed').decode()}; see that rank's own error")
+        if failure := self._failure():
+            raise RankError(failure)
+
+    def _failure(self) -> str:
+        failed = self._store.check(["failed"])
+        return f"spectrum: {self._store.get('failed').decode()}; see that rank's own error" if failed else ""
+
+    def lost(self, error: BaseException) -> RankError | None:
+        """Return the error to raise if another one comes from a collective operation without an answer, or None."""
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, dist.DistError) or "gloo/transport" in str(cause)):
+            cause = cause.__cause__
+        if cause is None or isinstance(error, RankError):
+            return None
+        with suppress(dist.DistError):  # the process that holds the store may have ended
+            if failure := self._failure():
+                return RankError(failure)
+        return RankError(f"spectrum: a process has ended, or does not answer: {first_line(cause)}")
 
     def fail(self, error: BaseException) -> None:
         """Report an error to the other ranks."""
@@ -160,6 +177,8 @@ def process_group(parallel: Parallel, sharded: bool = False) -> Iterator[Process
         yield ranks
         ranks.meet("end")
     except BaseException as error:
+        if lost := ranks.lost(error):
+            raise lost from error
         ranks.fail(error)
         raise
     finally:
