@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -113,6 +113,11 @@ def gathered(rank: int) -> Any:
 def mixed_precision(rank: int) -> Any:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return checked(shard(model(torch.float32), mp_policy=policy))
+
+
+def offloaded(rank: int) -> Any:
+    """Shards that FSDP keeps on the CPU, here also the device of the computation."""
+    return checked(shard(model(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
 
 
 def hybrid(rank: int) -> Any:
@@ -251,6 +256,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "tied": fsdp(torch.float64, True, tied=True),
     "gathered before": gathered,
     "bfloat16 in modules": mixed_precision,
+    "CPU offload": offloaded,
     "HSDP": hybrid,
     "tensor parallelism": tensor_parallel,
     "FSDP and tensor parallelism": combined(8),

@@ -11,7 +11,13 @@ import blockhess
 from tests.helpers import sharded_cases as cases
 from tests.helpers.distributed_cases import run
 
-SHARDED = (*(name for name in cases.CASES if name.startswith("float")), "HSDP", "tensor parallelism", "tied")
+SHARDED = (
+    *(name for name in cases.CASES if name.startswith("float")),
+    "CPU offload",
+    "HSDP",
+    "tensor parallelism",
+    "tied",
+)
 OF_FOUR = ("float64", "HSDP", "FSDP and tensor parallelism")
 # Eigenvalues of probes that differ by an error move by about its size.
 GROWTH = 30

@@ -472,7 +472,7 @@ class Computation(nn.Module):
 
 
 def _one_device(parameters: Mapping[str, Tensor]) -> torch.device:
-    (first, device), *others = ((name, parameter.device) for name, parameter in parameters.items())
+    (first, device), *others = ((name, shards.device_of(parameter)) for name, parameter in parameters.items())
     for name, other in others:
         if other != device:
             raise ValueError(

@@ -36,17 +36,27 @@ def local(tensor: Any) -> Tensor:
     return part
 
 
+def device_of(tensor: Any) -> torch.device:
+    """Return the device of a tensor, of shards that FSDP offloads to the CPU that on which they are used."""
+    kind = tensor.device_mesh.device_type if is_shard(tensor) else tensor.device.type
+    if kind == tensor.device.type:
+        device: torch.device = tensor.device
+        return device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def whole(tensor: Any) -> Tensor:
     """Return the whole DTensor, for which all its processes must call this, or the tensor."""
-    gathered: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor
+    gathered: Tensor = tensor.to(device_of(tensor)).full_tensor() if is_shard(tensor) else tensor
     return gathered
 
 
 def part_of(tensor: Tensor, like: Any) -> Tensor:
-    """Return the part of a whole tensor that this process holds of the DTensor `like`."""
+    """Return the part of a whole tensor that this process holds of the DTensor `like`, on the device of that."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return part.to(like.device)
 
 
 def reshard(model: nn.Module) -> None:
