@@ -218,15 +218,35 @@ def other_model(rank: int) -> Any:
     return blockhess.spectrum(net, batches(), LOSS, **OPTIONS)
 
 
-def unused_on_one(rank: int) -> Any:
+def other_values(rank: int) -> Any:
+    """A parameter that is not sharded differs."""
     net = model()
-    net[3].weight = nn.Parameter(distribute_tensor(net[3].weight.detach(), mesh_of_all(), src_data_rank=None))
+    net[1].norm.weight.data.add_(float(rank))
+    parallelize_module(net[2], mesh_of_all(), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return blockhess.spectrum(net, batches(), LOSS, **OPTIONS)
 
-    def loss_fn(module: Any, batch: Any) -> Tensor:
-        x = module[0](batch[0])
-        return module[2](module[1](x) if rank else x).square().mean()
 
-    return blockhess.spectrum(net, batches()[:1], loss_fn, **OPTIONS)
+def other_wrapping(rank: int) -> Any:
+    net, mesh = model(), mesh_of_all()
+    if rank:
+        fully_shard(net[1], mesh=mesh)
+    return blockhess.spectrum(fully_shard(net, mesh=mesh), batches(), LOSS, **OPTIONS)
+
+
+def unused_on_one(size: int) -> Callable[[int], Any]:
+    """The first layer has no gradient for the batch of this size, but on rank 1."""
+
+    def case(rank: int) -> Any:
+        net = model()
+        net[3].weight = nn.Parameter(distribute_tensor(net[3].weight.detach(), mesh_of_all(), src_data_rank=None))
+
+        def loss_fn(module: Any, batch: Any) -> Tensor:
+            x = module[0](batch[0])
+            return module[2](module[1](x) if rank or len(x) != size else x).square().mean()
+
+        return blockhess.spectrum(net, batches(), loss_fn, **OPTIONS)
+
+    return case
 
 
 def half(rank: int) -> Any:
@@ -268,7 +288,10 @@ CASES: dict[str, Callable[[int], Any]] = {
     "parallel": refused(parallel="data"),
     "other data": other_data,
     "other model": other_model,
-    "unused on one": unused_on_one,
+    "other values": other_values,
+    "other wrapping": other_wrapping,
+    "unused on one": unused_on_one(8),
+    "unused on one later": unused_on_one(5),
     "bfloat16": half,
     "FSDP1": first_fsdp,
     "partial sums": partial_sums,
