@@ -83,7 +83,10 @@ def checked(net: nn.Module, **options: Any) -> Any:
     loss = LOSS(net(inputs), targets)
     loss.backward()
     made = spectra.provenance
-    return values(spectra) | {"names": spectra.names, "engine": made["engine"], "error": made["hvp_error"]}
+    found = {"names": spectra.names, "error": made["hvp_error"]} | {
+        name: made[name] for name in ("engine", "unchecked")
+    }
+    return values(spectra) | found
 
 
 def assert_same(net: nn.Module, before: dict[str, Tensor]) -> None:
@@ -199,6 +202,24 @@ def one_fails(rank: int) -> str:
     return "no error"
 
 
+class Halved(torch.autograd.Function):
+    """The identity, with half its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / 2
+
+
+def wrong_gradient(rank: int) -> Any:
+    net = shard(model())
+    net[2].register_forward_pre_hook(lambda module, given: Halved.apply(given[0]))
+    return blockhess.spectrum(net, batches(), LOSS, **OPTIONS)
+
+
 def refused(**options: Any) -> Callable[[int], Any]:
     return lambda rank: checked(shard(model()), **options)
 
@@ -282,6 +303,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "FSDP and tensor parallelism": combined(8),
     "uneven parts of parts": combined(9),
     "run directory": recorded,
+    "wrong gradient": wrong_gradient,
     "fails": fails,
     "engine": refused(engine="autograd"),
     "dtype": refused(dtype=torch.float32),

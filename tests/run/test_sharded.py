@@ -51,6 +51,7 @@ def test_spectra_are_those_of_the_whole_model(worlds, size, name):
     expected = alone(name)  # the same blocks are computed exactly
     assert expected.provenance["engine"] != "difference"
     assert found["engine"] == "difference" and found["names"] == expected.names
+    assert found["unchecked"] == []
     for other in others:
         assert all(torch.equal(other[what], found[what]) for what in ("nodes", "weights", "alpha", "beta"))
     made = expected.provenance
@@ -95,6 +96,7 @@ def test_modules_in_bfloat16_have_a_large_error(worlds):
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
+        ("wrong gradient", ("DerivativeMismatch: ", "the gradient of block '0.weight' is not that of the loss")),
         ("fails", ("got OverflowError in loss_fn for batch 0: beside the parameters",)),
         ("engine", ("engine must be 'auto' or 'difference' for a sharded model, got 'autograd'",)),
         ("dtype", ("dtype must be that of the parameters of a sharded model, torch.float64, got torch.float32",)),
