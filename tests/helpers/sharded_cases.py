@@ -153,6 +153,20 @@ def combined(hidden: int) -> Callable[[int], Any]:
     return case
 
 
+def grouped(rank: int) -> Any:
+    """Two ranks hold a model; such groups compute different recurrences."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("groups", "shards"))
+    net = model()
+    fully_shard(net[1], mesh=mesh["shards"])
+    return checked(fully_shard(net, mesh=mesh["shards"]), parallel="recurrences", num_probes=2)
+
+
+def distant(rank: int) -> Any:
+    """Ranks that are not neighbors hold a model."""
+    mesh = dist.init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("shards", "groups"))
+    return blockhess.spectrum(fully_shard(model(), mesh=mesh["shards"]), batches(), LOSS, parallel="recurrences")
+
+
 def recorded(rank: int) -> Any:
     """A run directory: the second call loads the result of the first one, which has made no product."""
     folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
@@ -302,6 +316,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "tensor parallelism": tensor_parallel,
     "FSDP and tensor parallelism": combined(8),
     "uneven parts of parts": combined(9),
+    "groups": grouped,
+    "groups of distant ranks": distant,
     "run directory": recorded,
     "wrong gradient": wrong_gradient,
     "fails": fails,

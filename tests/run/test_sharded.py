@@ -18,7 +18,7 @@ SHARDED = (
     "tensor parallelism",
     "tied",
 )
-OF_FOUR = ("float64", "HSDP", "FSDP and tensor parallelism")
+OF_FOUR = ("float64", "HSDP", "FSDP and tensor parallelism", "groups")
 # Eigenvalues of probes that differ by an error move by about its size.
 GROWTH = 30
 
@@ -27,7 +27,7 @@ GROWTH = 30
 def worlds(tmp_path_factory):
     class Worlds(dict):
         def __missing__(self, size):
-            names = tuple(cases.CASES) if size == 2 else OF_FOUR
+            names = tuple(cases.CASES) if size == 2 else (*OF_FOUR, "groups of distant ranks")
             ranks = run(size, tmp_path_factory.mktemp("world"), names, cases.__name__)
             self[size] = {name: [rank[name] for rank in ranks] for name in names}
             return self[size]
@@ -36,6 +36,8 @@ def worlds(tmp_path_factory):
 
 
 def alone(name: str, **options: Any) -> blockhess.Spectra:
+    if name == "groups":
+        options |= {"num_probes": 2}
     if "Llama" in name:
         options |= {"blocks": cases.LLAMA_BLOCKS}
     return blockhess.spectrum(cases.whole(name), cases.batches(), cases.LOSS, **cases.OPTIONS | options)
@@ -43,7 +45,10 @@ def alone(name: str, **options: Any) -> blockhess.Spectra:
 
 @pytest.mark.parametrize(
     ("size", "name"),
-    [*((2, name) for name in SHARDED), *(pytest.param(4, name, marks=pytest.mark.slow) for name in OF_FOUR)],
+    [
+        *((2, name) for name in SHARDED),
+        *(pytest.param(4, name, marks=pytest.mark.slow) for name in OF_FOUR),
+    ],
 )
 def test_spectra_are_those_of_the_whole_model(worlds, size, name):
     found, *others = worlds[size][name]
@@ -56,7 +61,7 @@ def test_spectra_are_those_of_the_whole_model(worlds, size, name):
         assert all(torch.equal(other[what], found[what]) for what in ("nodes", "weights", "alpha", "beta"))
     made = expected.provenance
     assert found["loss_value"] == pytest.approx(made["loss_value"], rel=1e-6)
-    assert found["processes"] == [1, size]
+    assert found["processes"] == ([size // 2, 2] if name == "groups" else [1, size])
     for norm, right in zip(found["gradient_norms"].values(), made["gradient_norms"].values()):
         assert norm == pytest.approx(right, rel=1e-5)
     moments = [(found["weights"] * found["nodes"] ** k).sum(-1) for k in (1, 2)]
@@ -100,7 +105,7 @@ def test_modules_in_bfloat16_have_a_large_error(worlds):
         ("fails", ("got OverflowError in loss_fn for batch 0: beside the parameters",)),
         ("engine", ("engine must be 'auto' or 'difference' for a sharded model, got 'autograd'",)),
         ("dtype", ("dtype must be that of the parameters of a sharded model, torch.float64, got torch.float32",)),
-        ("parallel", ("parallel must be None for a sharded model, got 'data'",)),
+        ("parallel", ("parallel must be None, 'recurrences' or (1, 2) for a model sharded over 2 of 2", "got 'data'")),
         ("other data", ("all ranks must be given the same job", "data ")),
         ("other model", ("all ranks must be given the same job", "number of them  14", "13")),
         ("other values", ("all ranks must be given the same job", "parameters ")),
@@ -128,3 +133,9 @@ def test_a_rank_that_ends_ends_the_others(worlds):
     assert failed.startswith("ValueError: ") and told in failed
     assert "rank 1 failed with ValueError: " in waiting and told in waiting
     assert "onnection closed" in waiting  # not a timeout
+
+
+@pytest.mark.slow
+def test_groups_must_be_of_neighbors(worlds):
+    for rank, found in enumerate(worlds[4]["groups of distant ranks"]):
+        assert f"a model sharded over neighboring ranks, got ranks {[rank % 2, rank % 2 + 2]}" in found

@@ -71,7 +71,7 @@ class Differences:
         self._padding = _FixedPadding()
         with self._padding:
             loss = problem.evaluate(problem.batches[0])
-        self._loss = _value(problem, loss)
+        self._loss = problem.ranks.same(loss.item())
         self.eps = graph.largest_eps(graph.differentiable_nodes([loss.grad_fn], second_order=False))
         pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
@@ -241,13 +241,7 @@ class Differences:
             with self._padding:
                 loss = problem.evaluate(problem.batches[0])
             found = problem.differentiate(loss, [problem.parameters[name] for name in names])
-        return _value(problem, loss), flattened(problem, number, dict(zip(names, found)))
-
-
-def _value(problem: Problem, loss: Tensor) -> float:
-    """Return a loss, of processes that share a model that of the first one, so that all decide the same."""
-    value = loss.item()
-    return problem.ranks.gather(value)[0] if problem.is_sharded else value
+        return problem.ranks.same(loss.item()), flattened(problem, number, dict(zip(names, found)))
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

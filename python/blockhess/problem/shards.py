@@ -30,6 +30,12 @@ def is_sharded(model: Any) -> bool:
     return any(map(is_shard, model.parameters()))
 
 
+def holders(model: Any) -> list[int]:
+    """Return the ranks that hold the shards of a model together with this one, or none if it is not sharded."""
+    meshes = [p.device_mesh.mesh for p in model.parameters() if is_shard(p)] if is_sharded(model) else []
+    return sorted(max((mesh.flatten().tolist() for mesh in meshes), key=len, default=[]))
+
+
 def local(tensor: Any) -> Tensor:
     """Return the part of a DTensor that this process holds, or the tensor."""
     part: Tensor = tensor.to_local() if is_shard(tensor) else tensor
