@@ -129,7 +129,7 @@ def test_what_cannot_be_is_refused_on_all_ranks(worlds, name, texts):
 
 def test_a_rank_that_ends_ends_the_others(worlds):
     waiting, failed = worlds[2]["one fails"]
-    told = "got OverflowError in '2' (Residual) for batch 1: beside the parameters"
+    told = "got OverflowError in '2' (FSDPResidual) for batch 0: beside the parameters"
     assert failed.startswith("ValueError: ") and told in failed
     assert "rank 1 failed with ValueError: " in waiting and told in waiting
     assert "onnection closed" in waiting  # not a timeout
