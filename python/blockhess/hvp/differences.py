@@ -62,7 +62,7 @@ class Differences:
         left_open: by block, the largest error of a product with a unit vector that a group leaves open.
         is_defined: whether the loss was found beside the parameters.
         captured: converted parameters whose originals the loss depends on, by name.
-        gradients: gradient by name, for the parameters that the loss depends on.
+        gradients: gradient by name, for the parameters that the loss depends on; empty for a sharded model.
         gradient_error: norm of the difference between the gradients in both precisions; 0 before `differs_from`.
     """
 
@@ -87,6 +87,8 @@ class Differences:
             found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
         self._largest = max((float(whole(g).norm()) for g in self.gradients.values()), default=0.0)
+        if problem.is_sharded:
+            self.gradients = {}
         self._rms = rms(problem)
         joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem)]
         self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
@@ -245,8 +247,7 @@ class Differences:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    """Return the scalar product in float64, of large vectors without copies of them."""
-    return sum(float(x.double() @ y.double()) for x, y in zip(a.split(2**20), b.split(2**20)))
+    return float((a * b).sum(dtype=torch.float64))
 
 
 def _norm(a: Tensor) -> float:
