@@ -32,7 +32,7 @@ from blockhess.problem.model_state import batchnorm_policy
 from blockhess.problem.prepare import LOSS_TOLERANCE, prepared_problem
 from blockhess.problem.problem import Problem
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
-from blockhess.problem.shards import is_sharded
+from blockhess.problem.shards import holders
 from blockhess.run.distributed import Parallel, process_group
 from blockhess.run.forecast import Forecast, forecast
 from blockhess.run.job import Job
@@ -143,7 +143,8 @@ def spectrum(
             same call and get the same result. "recurrences": each process computes some of the recurrences. "data":
             each computes products for some of the batches: its own, or every world_size-th of those given to all.
             (recurrences, data): a mesh of both, in which neighboring ranks share batches. None: this process alone,
-            or all processes that hold shards of the model (fully_shard, DTensor parameters).
+            or all processes that hold shards of the model (fully_shard, DTensor parameters). Where several groups of
+            neighboring ranks hold a sharded model each, "recurrences" divides them among the groups.
         on_nonfinite: if Hessian-vector products are not finite, "raise" an error or "mark" the blocks in the result.
         progress: True, False, or "auto" for a bar on stderr if tqdm is installed and the job takes more than a few
             seconds.
@@ -172,7 +173,7 @@ def spectrum(
     """
     start = time.perf_counter()
     with ExitStack() as stack:
-        ranks = stack.enter_context(process_group(parallel, is_sharded(model)))
+        ranks = stack.enter_context(process_group(parallel, holders(model)))
         choice("on_nonfinite", on_nonfinite, ON_NONFINITE, "spectrum")
         if ranks.size > 1 and keep_vectors:
             raise ValueError("spectrum: keep_vectors must be False on several ranks, got True: none has all vectors")
@@ -441,7 +442,7 @@ def plan(
         if not isinstance(processes, tuple) or len(processes) != 2:
             raise TypeError(f"plan: processes must be (recurrences, data), got {processes!r}")
         sizes = [integer("processes", size, 1, op="plan") for size in processes]
-    with process_group(None, is_sharded(model)) as ranks:
+    with process_group(None, holders(model)) as ranks:
         prepared = prepared_problem(**arguments, ranks=ranks)
         if sizes:
             return forecast(prepared, settings, *sizes)

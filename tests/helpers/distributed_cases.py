@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -245,8 +246,10 @@ def _imported_once() -> str:
     return "forkserver"
 
 
-def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int | None, out: str) -> None:
-    """A run in folder/"run" that dies on rank world - 1 after so many steps, however far it has come then."""
+def _recorded(
+    rank: int, world: int, folder: Path, parallel: Any, die_after: int | None, out: str, victim: int, delay: float
+) -> None:
+    """A run in folder/"run", killed on the rank `victim` `delay` seconds after so many steps, whatever it does then."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / out}.store", rank=rank, world_size=world)
     made = 0
@@ -258,8 +261,11 @@ def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int
         after_step(self, unit, state, hvps)
         if made % 2 and (rank == 0 or parallel not in ("data", "sharded")):
             self.checkpoints.save_now(state, hvps)  # as if time had passed
-        if rank == world - 1 and made == die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == victim and made == die_after:
+            if delay:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     directory.RunDirectory.after_step = counted  # type: ignore[method-assign]
     net, options = model(), OPTIONS | {"parallel": parallel}
@@ -271,8 +277,16 @@ def _recorded(rank: int, world: int, folder: Path, parallel: Any, die_after: int
     dist.destroy_process_group()
 
 
-def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int | None]]) -> tuple[list[Any], int]:
+def killed_and_resumed(
+    folder: Path,
+    parallel: Any,
+    worlds: list[tuple[int, int | None]],
+    moments: Sequence[tuple[int, float]] = (),
+) -> tuple[list[Any], int]:
     """Runs one run directory by worlds of so many ranks one after the other, each but the last killed after some steps.
+
+    Args:
+        moments: which rank of each world is killed, and how many seconds after its step; by default the last, at once.
 
     Returns:
         (values, steps made) of every rank of the world that finished, which may be one that was to be killed later;
@@ -280,10 +294,10 @@ def killed_and_resumed(folder: Path, parallel: Any, worlds: list[tuple[int, int 
     """
     for number, (world, die_after) in enumerate(worlds):
         out = f"attempt{number}"
+        moment = moments[number] if moments else (world - 1, 0.0)
+        given = (world, folder, parallel, die_after, out, *moment)
         try:
-            mp.start_processes(
-                _recorded, (world, folder, parallel, die_after, out), nprocs=world, start_method=_imported_once()
-            )
+            mp.start_processes(_recorded, given, nprocs=world, start_method=_imported_once())
         except mp.ProcessExitedException:
             continue
         return [torch.load(folder / f"{out}.{rank}.pt") for rank in range(world)], number

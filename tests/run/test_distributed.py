@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -197,6 +198,20 @@ def test_a_killed_rank_costs_nothing_that_was_finished(tmp_path, parallel, place
     assert sorted(made) == [(block, probe) for block in range(6) for probe in range(3)]
     if parallel != "recurrences":
         assert all(steps <= cases.OPTIONS["num_steps"] - 3 for _, steps in found)  # the state was taken up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", (2, 3))  # which kill both ranks
+def test_ranks_with_shards_killed_at_random_moments_resume_to_the_same_bits(tmp_path, seed):
+    rng, folder = random.Random(seed), tmp_path / "undisturbed"
+    folder.mkdir()
+    expected = cases.killed_and_resumed(folder, "sharded", [(2, None)])[0]
+    worlds = [*((2, rng.randint(1, 3)) for _ in range(3)), (2, None)]
+    moments = [(rng.randrange(2), rng.uniform(0.0, 0.2)) for _ in worlds]
+    found, killed = cases.killed_and_resumed(tmp_path, "sharded", worlds, moments)
+    assert killed, "no rank was killed"
+    for (spectra, _), (right, _) in zip(found, expected):
+        assert same_bits(spectra, right)
 
 
 @settings(max_examples=100, deadline=None)

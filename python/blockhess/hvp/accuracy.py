@@ -171,14 +171,15 @@ def measure(
 def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequence[int]) -> Accuracy:
     """Return the error of products by differences, after comparing the gradient with differences of the loss.
 
-    For a sharded model it is not compared, which would gather many parameters at once.
+    For a sharded model they are compared for one block at a time, which gathers no more.
     """
     steps = {l: engine.step(l) for l in numbers}
     norms = {l: step.norm for l, step in steps.items()}
     errors = {l: step.error for l, step in steps.items()}
-    confirmed = set(numbers)
-    if not problem.is_sharded:
-        here = Differences(problem, DifferenceEngine)
+    here = Differences(problem, DifferenceEngine)
+    if problem.is_sharded:
+        confirmed = {l for l in numbers if here.agree(l, torch.tensor([[norms[l]]]))}
+    else:
         with suppress(Exception):  # of any kind: the model may take one dtype only
             double = _in_dtype(problem, torch.float64, DifferenceEngine)
             here = here if double.captured else double

@@ -16,7 +16,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Differences:
         left_open: by block, the largest error of a product with a unit vector that a group leaves open.
         is_defined: whether the loss was found beside the parameters.
         captured: converted parameters whose originals the loss depends on, by name.
-        gradients: gradient by name, for the parameters that the loss depends on.
+        gradients: gradient by name, for the parameters that the loss depends on; empty for a sharded model.
         gradient_error: norm of the difference between the gradients in both precisions; 0 before `differs_from`.
     """
 
@@ -71,7 +71,7 @@ class Differences:
         self._padding = _FixedPadding()
         with self._padding:
             loss = problem.evaluate(problem.batches[0])
-        self._loss = loss.item()
+        self._loss = problem.ranks.same(loss.item())
         self.eps = graph.largest_eps(graph.differentiable_nodes([loss.grad_fn], second_order=False))
         pieces = {piece.name: Piece(piece.name, piece.tensor) for block in problem.blocks for piece in block.pieces}
         replaced = {name: p.tensor for name, p in pieces.items() if p.tensor is not problem.parameters[name]}
@@ -86,7 +86,9 @@ class Differences:
                 self.captured = {name: p for (name, p), g in zip(replaced.items(), found) if g is not None}
             found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
-        self._largest = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
+        self._largest = max((float(whole(g).norm()) for g in self.gradients.values()), default=0.0)
+        if problem.is_sharded:
+            self.gradients = {}
         self._rms = rms(problem)
         joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem)]
         self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
@@ -189,7 +191,7 @@ class Differences:
 
         Args:
             number: index of the block.
-            products: H_l v (1, dim), with v = `unit_vector`.
+            products: H_l v (1, dim), with v = `unit_vector`. Of others than those of autograd, only the norm is used.
             error: norm of its rounding error.
             is_zero: the products are zero within that, so that differences need not resolve them.
 
@@ -208,27 +210,29 @@ class Differences:
         v, curvature = unit_vector(self._problem, number)[0], float(products.norm())
         size = block_norm(self._problem, number, self._rms)
         tangents = self._problem.blocks[number].spread(v, self._problem.parameters)
-        v = v.double()
         rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
         first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
         second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient", resolution)
         compared = [first, second] if self.engine is AutogradEngine else [first]
         for power in STEPS:
             step = self.eps**power * size
-            with suppress(Exception):  # beside w, the loss may be undefined, or the model raise any error
+            # Beside w, the loss may be undefined, or the model raise any error. Processes that share it must not go on.
+            with nullcontext() if self._problem.is_sharded else suppress(Exception):
                 (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
-                slope = (g @ v + g_ @ v) / 2
-                usual = float(g.norm() + g_.norm()) / (2 * math.sqrt(len(v)))
+                slope = (_dot(g, v) + _dot(g_, v)) / 2
+                usual = (_norm(g) + _norm(g_)) / (2 * math.sqrt(len(v)))
                 of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
-                first.add(step, (loss - loss_) / (2 * step) - slope, usual, of_loss)
-                g = g.sub_(g_).div_(2 * step).sub_(products[0])
+                first.add(step, torch.tensor((loss - loss_) / (2 * step) - slope), usual, of_loss)
+                if len(compared) == 1:
+                    continue
+                g = g.double().sub_(g_).div_(2 * step).sub_(products[0])
                 second.add(step, g, curvature, rounding / step + GROWTH * error)
             if all(comparison.agrees for comparison in compared):
                 return compared
         step = second.faulty_step()
         if step is not None:
             # A kink at w itself may leave the gradient continuous; then its derivatives differ to the two sides.
-            g, middle, g_ = (self._at(number, tangents, s)[1] for s in (step, 0.0, -step))
+            g, middle, g_ = (self._at(number, tangents, s)[1].double() for s in (step, 0.0, -step))
             second.is_sided = float((g - 2 * middle + g_).norm()) / (2 * step) > second.error / GROWTH
         return compared
 
@@ -239,7 +243,15 @@ class Differences:
             with self._padding:
                 loss = problem.evaluate(problem.batches[0])
             found = problem.differentiate(loss, [problem.parameters[name] for name in names])
-        return loss.item(), flattened(problem, number, dict(zip(names, found))).double()
+        return problem.ranks.same(loss.item()), flattened(problem, number, dict(zip(names, found)))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))
+
+
+def _norm(a: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a, dtype=torch.float64))
 
 
 class _FixedPadding(TorchDispatchMode):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup
+from blockhess.problem.shards import device_of
 
 
 def budget_bytes(memory_budget: int | str | None, device: torch.device) -> int:
@@ -44,7 +45,7 @@ def shared_budget(memory_budget: int | str | None, model: nn.Module, ranks: Proc
     """
     if memory_budget is not None or ranks is SINGLE_PROCESS or not isinstance(model, nn.Module):
         return memory_budget
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next(map(device_of, model.parameters()), torch.device("cpu"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     return int(min(ranks.gather(budget_bytes(None, device) // local)))
 

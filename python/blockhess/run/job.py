@@ -129,9 +129,7 @@ class Job:
             "gradient_norms": self.gradient_norms,
             "slices": {block.info.name: found for block in self._problem.blocks if (found := _slices(block))},
             "unchecked": [
-                info.name
-                for l, info in enumerate(self.infos)
-                if self._problem.is_used(l) and (l not in self._confirmed or self._problem.is_sharded)
+                info.name for l, info in enumerate(self.infos) if self._problem.is_used(l) and l not in self._confirmed
             ],
             "ghosts": {self.infos[l].name: count for l, count in zip(bare, ghosts) if count},
             "hvps": self.hvps,
