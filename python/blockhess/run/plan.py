@@ -21,13 +21,12 @@ from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
-from blockhess.run.costs import Work
+from blockhess.run.costs import Work, product_flops
 
-# Work of one product, in FLOPs of a forward pass, bytes of the gradient's graph and operations in it, and seconds of
-# tracing per operation: orders of magnitude from bench/results, which decide whether tracing pays.
-PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
-# Two gradients with respect to one block: for each a forward pass, and half a pass or more back to the block.
-DIFFERENCE_FLOPS = 4.0
+# Work of one product with a usual block, of one parameter, in FLOPs of a forward pass, bytes of the gradient's graph
+# and operations in it, and seconds of tracing per operation: orders of magnitude from bench/results, which decide
+# whether tracing pays. A product with a larger block takes more of all three.
+PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2), "difference": Work(4.0, 0.0, 0.0)}
 TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
@@ -194,9 +193,12 @@ def make_plan(
         )
     passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
 
+    def of_blocks(probes: int, steps: int) -> list[int]:
+        counts = [d if e else min(probes, num_probes) * min(steps, d) for d, e in zip(dims, exact)]
+        return [count if u else 0 for count, u in zip(counts, used)]
+
     def products(probes: int, steps: int) -> int:
-        of_blocks = (d if e else min(probes, num_probes) * min(steps, d) for d, e, u in zip(dims, exact, used) if u)
-        return problem.n_batches * sum(of_blocks)
+        return problem.n_batches * sum(of_blocks(probes, steps))
 
     n_batches = len(problem.batches)  # of this rank
     hvps = products(num_probes, num_steps)
@@ -209,7 +211,8 @@ def make_plan(
     exact_hvps = products(0, 0)
     expected = max(products(*least), exact_hvps + int(TOLERANCE_SHARE * (hvps - exact_hvps))) if least else hvps
     by_difference = engine == "difference" or bool(problem.lacking)
-    pays, why = (False, "as asked") if by_difference else _tracing_pays(problem, engine, expected, most, room)
+    counts = of_blocks(num_probes, num_steps)
+    pays, why = (False, "as asked") if by_difference else _tracing_pays(problem, engine, expected, most, room, counts)
     if by_difference:
         why = why_difference(problem, problem.lacking)
     graph, tangents = problem.graph_bytes, 0
@@ -239,7 +242,7 @@ def make_plan(
     every = [l for l, u in enumerate(used) if u]
     checked = tuple(every) if by_difference else _checked(every, expected, groups)
     name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
-    product = DIFFERENCE_FLOPS if by_difference else PRODUCT["traced" if made else "autograd"].flops
+    passes_each = _forward_passes(problem, name, made is not None, counts)
     parameters = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters()) + GROUP_BYTES * max(sizes_of_groups)
     plan = Plan(
         engine=name,
@@ -252,8 +255,8 @@ def make_plan(
         batches=problem.n_batches,
         hvps=hvps,
         least_hvps=products(*least) if least else hvps,
-        flops=expected * product * problem.forward_flops,
-        seconds=expected * product * problem.forward_seconds,
+        flops=expected * passes_each * problem.forward_flops,
+        seconds=expected * passes_each * problem.forward_seconds,
         vector_bytes=max(together, written_out),
         engine_bytes=engine_bytes,
         check_bytes=parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes),
@@ -275,14 +278,27 @@ def why_difference(problem: Problem, lacking: str) -> str:
     return f"{lacking or 'as asked'}; {expected_error(problem)}"
 
 
-def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[bool, str]:
+def _forward_passes(problem: Problem, engine: str, traced: bool, counts: Sequence[int]) -> float:
+    """Return the work of a product in forward passes, the mean over some numbers of products with each block."""
+    flops = sum(count * each for count, each in zip(counts, product_flops(problem, engine, traced)))
+    if not flops:  # no matrix products, or none that depend on the blocks
+        return PRODUCT["difference" if engine == "difference" else "traced" if traced else "autograd"].flops
+    return flops / sum(counts) / problem.forward_flops
+
+
+def _tracing_pays(
+    problem: Problem, engine: str, hvps: int, most: int, room: int, counts: Sequence[int]
+) -> tuple[bool, str]:
     """Return whether to trace, and why."""
     if engine in ("autograd", "traced"):
         return engine == "traced", "as asked"
     room = CACHE_BYTES if problem.device.type == "cpu" else room
     rows = max(1, min(most, int(room / (TANGENTS * max(1, problem.graph_bytes)))))  # of the traced engine, roughly
     traced = dataclasses.replace(PRODUCT["traced"], launches=PRODUCT["traced"].launches / rows)
-    times = {name: _seconds(problem, work, hvps) for name, work in (PRODUCT | {"traced": traced}).items()}
+    times = {}
+    for name, work in (("autograd", PRODUCT["autograd"]), ("traced", traced)):
+        share = _forward_passes(problem, "ggn" if engine == "ggn" else name, name == "traced", counts) / work.flops
+        times[name] = _seconds(problem, work, hvps * share)
     tracing = TRACE_SECONDS * problem.graph_nodes
     saved = times["autograd"] - times["traced"]
     if saved > tracing:
@@ -293,7 +309,7 @@ def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int
     )
 
 
-def _seconds(problem: Problem, product: Work, hvps: int) -> float:
+def _seconds(problem: Problem, product: Work, hvps: float) -> float:
     """Return the seconds of all products at nominal rates of the device, which are reproducible."""
     one = Work(
         product.flops * problem.forward_flops,
