@@ -16,7 +16,7 @@ from typing import Any
 from blockhess._text import plural
 from blockhess.hvp import ENGINES, TracedEngine
 from blockhess.hvp.difference import expected_error
-from blockhess.hvp.differences import parameter_groups
+from blockhess.hvp.differences import LARGEST_GROUP, parameter_groups
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
@@ -38,8 +38,10 @@ CACHE_BYTES = 2**24
 # which count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product
 # for each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
 CHECK_SHARE, CHECK_FIXED, CHECK_GROUP, CHECK_BLOCK = 0.1, 15, 15, 5
-# Bytes of vectors per parameter, and per parameter that moves in a group.
-CHECK_BYTES, GROUP_BYTES = 60, 16
+# Their bytes for every parameter, in float64, and every element of a checked block; and those of gradients in two
+# precisions, or per parameter of the group that moves.
+CHECK_BYTES, BLOCK_BYTES = 8, 16
+GRADIENT_BYTES, GROUP_BYTES = 12, 48
 # Their memory in sizes of the gradient's graph, that of a graph in float64 and of its products, from
 # `python -m bench --only "peak memory"`.
 CHECK_GRAPHS = 5.5
@@ -72,6 +74,8 @@ class Plan:
         why: reason for the choice of the engine.
         groups: number of groups of parameters whose derivatives are compared with differences.
         expected_hvps: rough estimate with a tolerance; otherwise equal to hvps.
+        largest_group: number of elements up to which parameters move together: fewer if memory is small.
+        copy_bytes: size of the copy of the model from which its state is restored.
     """
 
     engine: str
@@ -94,11 +98,13 @@ class Plan:
     why: str
     groups: int = 1
     expected_hvps: int = 0
+    largest_group: int = LARGEST_GROUP
+    copy_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Largest memory of the run, beside that of the model and the data."""
-        return max(self.vector_bytes + self.engine_bytes, self.check_bytes)
+        return self.copy_bytes + max(self.vector_bytes + self.engine_bytes, self.check_bytes)
 
     def make(self, problem: Problem) -> Engine:
         """Return the engine of this plan; raises NotTraceable if it is traced and the problem cannot be traced."""
@@ -134,7 +140,9 @@ class Plan:
             f"{size_text(self.engine_bytes)} of {kept}{' and tangents' * self.traced}; "
             f"the budget is {size_text(self.memory_budget)}",
             f"checks        of products with {plural(len(self.checked), 'block')} before the "
-            f"first step, in {size_text(self.check_bytes)}",
+            f"first step, in {size_text(self.check_bytes)}"
+            + ", which exceeds the budget"
+            * (self.check_bytes + self.copy_bytes > self.memory_budget),
         ]
         if self.kept_bytes:
             lines += [
@@ -234,16 +242,26 @@ def make_plan(
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
+    copy_bytes = sum(t.nbytes for t in (*problem.model.parameters(), *problem.model.buffers()))
     written_out = bytes_needed([d for d, e, m in zip(dims, exact, later) if e or m], itemsize, num_probes)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
-    sizes_of_groups = [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem)]
+    sizes_of_groups = _sizes_of_groups(problem, LARGEST_GROUP)
     groups = min(len(sizes_of_groups), max(1, int((CHECK_SHARE * expected - CHECK_FIXED) / CHECK_GROUP)))
     every = [l for l, u in enumerate(used) if u]
     checked = tuple(every) if by_difference else _checked(every, expected, groups)
     name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
     passes_each = _forward_passes(problem, name, made is not None, counts)
-    parameters = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters()) + GROUP_BYTES * max(sizes_of_groups)
+    fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes) + BLOCK_BYTES * sum(dims[l] for l in checked)
+    largest_group, check_bytes = LARGEST_GROUP, fixed + _check_bytes(problem, sizes_of_groups)
+    while check_bytes > budget - copy_bytes and max(sizes_of_groups) > max(
+        p.numel() for p in problem.parameters.values()
+    ):
+        # As many parameters move as without the limit, in more and smaller groups.
+        share, largest_group = groups / len(sizes_of_groups), largest_group // 2
+        sizes_of_groups = _sizes_of_groups(problem, largest_group)
+        groups = math.ceil(share * len(sizes_of_groups))
+        check_bytes = fixed + _check_bytes(problem, sizes_of_groups)
     plan = Plan(
         engine=name,
         traced=made is not None,
@@ -259,14 +277,26 @@ def make_plan(
         seconds=expected * passes_each * problem.forward_seconds,
         vector_bytes=max(together, written_out),
         engine_bytes=engine_bytes,
-        check_bytes=parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes),
+        check_bytes=check_bytes,
         kept_bytes=keep_vectors * num_probes * kept,
         memory_budget=budget,
         why=why,
         groups=groups,
+        largest_group=largest_group,
+        copy_bytes=copy_bytes,
         expected_hvps=expected,
     )
     return plan, made
+
+
+def _sizes_of_groups(problem: Problem, largest: int) -> list[int]:
+    return [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem, largest)]
+
+
+def _check_bytes(problem: Problem, sizes: Sequence[int]) -> int:
+    """Return the memory of parameters, gradients and vectors in checks with groups of parameters of these sizes."""
+    every = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters())
+    return every + max(GRADIENT_BYTES * sum(sizes), GROUP_BYTES * max(sizes))
 
 
 def why_difference(problem: Problem, lacking: str) -> str:
