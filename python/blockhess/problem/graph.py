@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -196,13 +197,18 @@ def largest_eps(nodes: Iterable[Node]) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
+@functools.cache
+def _saved_names(kind: type[Node]) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+
+
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
     counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(local(t))}
     total = 0
     for node in nodes:
-        for name in dir(type(node)):
-            saved = getattr(node, name) if name.startswith("_saved_") else None
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
             found = saved if isinstance(saved, (tuple, list)) else (saved,)
             for part in (p for tensor in found if isinstance(tensor, Tensor) for p in dense_parts(local(tensor))):
                 if part.untyped_storage().data_ptr() not in counted:
