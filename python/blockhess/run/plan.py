@@ -21,6 +21,7 @@ from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
+from blockhess.problem.shards import local
 from blockhess.run.costs import Work, product_flops
 
 # Work of one product with a usual block, of one parameter, in FLOPs of a forward pass, bytes of the gradient's graph
@@ -242,7 +243,7 @@ def make_plan(
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
-    copy_bytes = sum(t.nbytes for t in (*problem.model.parameters(), *problem.model.buffers()))
+    copy_bytes = sum(local(t).nbytes for t in (*problem.model.parameters(), *problem.model.buffers()))
     written_out = bytes_needed([d for d, e, m in zip(dims, exact, later) if e or m], itemsize, num_probes)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
