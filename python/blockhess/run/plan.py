@@ -253,7 +253,9 @@ def make_plan(
     checked = tuple(every) if by_difference else _checked(every, expected, groups)
     name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
     passes_each = _forward_passes(problem, name, made is not None, counts)
-    fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes) + BLOCK_BYTES * sum(dims[l] for l in checked)
+    fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
+    if not by_difference:  # which computes one product after the other
+        fixed += BLOCK_BYTES * sum(dims[l] for l in checked)
     largest_group, check_bytes = LARGEST_GROUP, fixed + _check_bytes(problem, sizes_of_groups)
     while check_bytes > budget - copy_bytes and max(sizes_of_groups) > max(
         p.numel() for p in problem.parameters.values()
