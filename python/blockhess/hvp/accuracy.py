@@ -195,6 +195,8 @@ def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequenc
         with suppress(Exception):  # of any kind: the model may take one dtype only
             double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)
             here = here if double.captured else double
+        here.gradients = {}
+        release_unused()
         agreed = [group for group in here.groups if here.group_agrees(group, _of_group(here, group, {}), {})]
         confirmed = set(here.blocks_in(agreed))
     gradient_error = math.hypot(*(step.gradient_error for step in steps.values()))
