@@ -131,7 +131,8 @@ def spectrum(
             `provenance["hvp_error"]`.
         memory_budget: memory for vectors and graphs, or constants and tangents of a linear program, in bytes or as a
             string such as "6 GiB"; by default half of the device's memory. Work that exceeds it is split into several
-            passes, and large batches into parts. It also limits how many vectors are multiplied together.
+            passes, and large batches into parts. It also limits how many vectors are multiplied together, and how
+            many parameters move together in checks of products.
         first_probe: index of the first random vector of every block. `merge` combines runs with different probes.
         keep_vectors: whether to keep the last two vectors of every probe, and its basis if there is one, in the
             result's `vectors` and in run_dir, so that `extend` can add steps. `plan` reports their size.

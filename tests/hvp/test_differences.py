@@ -383,19 +383,18 @@ def test_slices_of_parameters_are_checked() -> None:
         checked(with_hook(masked), blocks=blocks)
 
 
-def test_groups_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(differences, "LARGEST_GROUP", 16)
+def test_groups_bound_the_memory() -> None:
     torch.manual_seed(0)
     prepared = problem(mlp(), labeled(7), nn.CrossEntropyLoss())
-    assert differences.parameter_groups(prepared) == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
-    assert measure(prepared, AutogradEngine(prepared)).confirmed == {0, 1, 2, 3}
-    assert measure(prepared, AutogradEngine(prepared), [0], groups=1).confirmed == {2, 3}
+    assert differences.parameter_groups(prepared, 16) == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+    assert measure(prepared, AutogradEngine(prepared), largest_group=16).confirmed == {0, 1, 2, 3}
+    assert measure(prepared, AutogradEngine(prepared), [0], 1, 16).confirmed == {2, 3}
     # Without the check, the same fault is not seen.
     model, data, loss_fn = with_hook(masked)
     wrong = problem(model, data, loss_fn)
-    assert measure(wrong, AutogradEngine(wrong), [3], groups=1).confirmed == {2, 3}
+    assert measure(wrong, AutogradEngine(wrong), [3], 1, 16).confirmed == {2, 3}
     with pytest.raises(DerivativeMismatch, match=r"0\.weight"):
-        measure(wrong, AutogradEngine(wrong), [3], groups=2)
+        measure(wrong, AutogradEngine(wrong), [3], 2, 16)
 
 
 def test_parameters_and_retained_graphs_are_as_before() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import blockhess
 from blockhess.cli.main import main
 from blockhess.hvp import TracedEngine
+from blockhess.hvp.differences import parameter_groups
 from blockhess.problem.memory import budget_bytes
 from blockhess.run import plan as planning
 from blockhess.run.plan import Plan, make_plan
@@ -193,6 +194,49 @@ def test_memory_is_that_of_the_largest_batch_and_of_blocks_written_out() -> None
     assert two.graph_bytes == pytest.approx(one.graph_bytes, rel=0.5) == other.graph_bytes
     tables = 2 * 4 * 8 * 3 * 4 * 12  # probes, blocks, steps
     assert planned(engine="exact").vector_bytes == 4 * (12**2 + 4**2 + 12**2 + 3**2) + 24 * 12**2 + tables
+
+
+def test_checks_take_smaller_groups_of_parameters_where_memory_is_small() -> None:
+    options = {"num_probes": 2, "num_steps": 5, "engine": "autograd"}
+    wide = problem(nn.Sequential(*(nn.Linear(32, 32) for _ in range(8))), torch.randn(2, 32), lambda m, b: m(b).sum())
+    plans = [make_plan(wide, basis_dims=[0] * 16, budget=budget, **options)[0] for budget in (2**30, 300_000, 50_000)]
+    assert [plan.largest_group for plan in plans] == [2**25, 2**12, 2**10]
+    groups = [len(parameter_groups(wide, plan.largest_group)) for plan in plans]
+    assert [plan.groups for plan in plans] == groups  # all parameters move
+    assert [plan.check_bytes + plan.copy_bytes <= plan.memory_budget for plan in plans] == [True, True, False]
+    assert ["exceeds the budget" in str(plan) for plan in plans] == [False, False, True]
+
+
+CHECKS = """
+import torch
+import blockhess
+
+def highest():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+def job(width):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (torch.nn.Linear(width, width), torch.nn.Tanh())]
+    options = {"num_probes": 1, "num_steps": 2, "engine": "autograd", "memory_budget": "128 MiB"}
+    return (torch.nn.Sequential(*layers), torch.randn(2, 2, width).unbind(), torch.nn.MSELoss()), options
+
+given, options = job(8)
+blockhess.spectrum(*given, **options)
+given, options = job(800)
+before = highest()
+blockhess.spectrum(*given, **options)
+print(highest() - before, blockhess.plan(*given, **options).peak_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
+def test_checks_stay_within_the_budget() -> None:
+    told = subprocess.run([sys.executable, "-c", CHECKS], capture_output=True, text=True, check=True).stdout
+    peak, plan = map(int, told.split())
+    assert peak / 1.25 < plan < 2 * peak
+    assert peak < 2**27
 
 
 PEAK = """

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.difference import DifferenceEngine
-from blockhess.hvp.differences import GROWTH, Differences, flattened, unit_products
+from blockhess.hvp.differences import GROWTH, LARGEST_GROUP, Differences, flattened, unit_products
 from blockhess.hvp.ggn import GaussNewtonEngine
 from blockhess.hvp.operator import Engine
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
+from blockhess.problem.memory import release_unused
 from blockhess.problem.problem import Problem
 
 EPS = torch.finfo(torch.float32).eps
@@ -84,7 +85,11 @@ class EngineMismatch(ArithmeticError):
 
 
 def measure(
-    problem: Problem, engine: Engine, numbers: Sequence[int] | None = None, groups: int | None = None
+    problem: Problem,
+    engine: Engine,
+    numbers: Sequence[int] | None = None,
+    groups: int | None = None,
+    largest_group: int = LARGEST_GROUP,
 ) -> Accuracy:
     """Check products with some blocks, by default all, and estimate their error.
 
@@ -97,6 +102,7 @@ def measure(
         problem, engine: what to check.
         numbers: indices of the blocks.
         groups: how many groups of parameters to compare with differences, by default all.
+        largest_group: number of elements up to which parameters are in a group.
 
     Raises:
         EngineMismatch: traced products differ from those of autograd by more than rounding.
@@ -106,7 +112,7 @@ def measure(
     """
     numbers = range(len(problem.dims)) if numbers is None else numbers
     if isinstance(engine, DifferenceEngine):
-        return _of_differences(problem, engine, numbers)
+        return _of_differences(problem, engine, numbers, largest_group)
     try:
         own = unit_products(problem, engine, numbers)
         alone = {}
@@ -116,7 +122,7 @@ def measure(
         if not isinstance(engine, TracedEngine) or isinstance(error, NotImplementedError):
             raise
         raise NotTraceable(f"a program fails: {str(error).splitlines()[0]}") from error
-    here = Differences(problem, GaussNewtonEngine if engine.name == "ggn" else AutogradEngine)
+    here = Differences(problem, GaussNewtonEngine if engine.name == "ggn" else AutogradEngine, largest_group)
     if here.captured:
         name, parameter = next(iter(here.captured.items()))
         raise ValueError(
@@ -126,7 +132,8 @@ def measure(
     double = problem.dtype == torch.float64
     groups = len(here.groups) if groups is None else groups
     chosen = [here.groups[(2 * i + 1) * len(here.groups) // (2 * groups)] for i in range(groups)]
-    moved = here.products(chosen) if double else {}
+    together = chosen if len(chosen) == 1 else []  # of several groups, one product at a time is in memory
+    moved = here.products(together) if double else {}
     there, repeat, unknown = _repeat(problem, numbers, here, moved, chosen)
     expected = own
     if isinstance(engine, TracedEngine):
@@ -138,16 +145,16 @@ def measure(
     if not noise:
         unknown = unknown or "products are not finite"
     if there is None or repeat is None or double:
-        there, repeat = here, expected | (moved or here.products(chosen))
+        there, repeat = here, expected | (moved or here.products(together))
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
     norms = {l: float(repeat[l].norm()) for l in numbers}
     errors = {l: scale * error for l, error in noise.items()}
     gradient_error = scale * here.gradient_error
     if unknown and chosen:
-        gradient_error = here.eps * max(here.terms(group, repeat[group]) for group in chosen)
+        gradient_error = here.eps * max(there.terms(group, _of_group(there, group, repeat)) for group in chosen)
     zero = {l for l in numbers if norms[l] <= errors.get(l, -1.0)}
     others = {l: norms[l] for l in numbers if l not in zero}
-    agreed = [group for group in chosen if there.group_agrees(group, repeat.pop(group), others)]
+    agreed = [group for group in chosen if there.group_agrees(group, _of_group(there, group, repeat), others)]
     single = zero | set(there.blocks_in(set(chosen) - set(agreed))[::3]) & set(numbers)
     if not groups:
         single = set(numbers)
@@ -168,7 +175,12 @@ def measure(
     )
 
 
-def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequence[int]) -> Accuracy:
+def _of_group(differences: Differences, group: int, products: Mapping[int, Tensor]) -> Tensor:
+    """Return the product with a group, computed unless it is known."""
+    return products[group] if group in products else differences.products([group])[group]
+
+
+def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequence[int], largest_group: int) -> Accuracy:
     """Return the error of products by differences, after comparing the gradient with differences of the loss.
 
     For a sharded model they are compared for one block at a time, which gathers no more.
@@ -176,15 +188,17 @@ def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequenc
     steps = {l: engine.step(l) for l in numbers}
     norms = {l: step.norm for l, step in steps.items()}
     errors = {l: step.error for l, step in steps.items()}
-    here = Differences(problem, DifferenceEngine)
+    here = Differences(problem, DifferenceEngine, largest_group)
     if problem.is_sharded:
         confirmed = {l for l in numbers if here.agree(l, torch.tensor([[norms[l]]]))}
     else:
         with suppress(Exception):  # of any kind: the model may take one dtype only
-            double = _in_dtype(problem, torch.float64, DifferenceEngine)
+            double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)
             here = here if double.captured else double
-        products = here.products(here.groups)
-        confirmed = set(here.blocks_in(group for group in here.groups if here.group_agrees(group, products[group], {})))
+        here.gradients = {}
+        release_unused()
+        agreed = [group for group in here.groups if here.group_agrees(group, _of_group(here, group, {}), {})]
+        confirmed = set(here.blocks_in(agreed))
     gradient_error = math.hypot(*(step.gradient_error for step in steps.values()))
     return Accuracy(norms, errors, frozenset(confirmed), gradient_error=gradient_error)
 
@@ -200,14 +214,18 @@ def _repeat(
     """
     dtype = torch.float32 if problem.dtype == torch.float64 else torch.float64
     try:
-        there = _in_dtype(problem, dtype, here.engine)
+        there = _in_dtype(problem, dtype, here.engine, here.largest_group)
         if there.captured:
             return None, None, f"loss_fn uses parameters that it captured, which are not converted to {dtype}"
-        repeat = there.products(numbers if moved else [*numbers, *chosen])
         if chosen:
-            terms = max(there.terms(group, (moved or repeat)[group]) for group in chosen)
-            found = here.differs_from(there, terms)
-            here.gradients, there.gradients = {}, {}
+            here.compare_gradients(there)
+        here.gradients, there.gradients = {}, {}
+        release_unused()
+        repeat = there.products([*numbers, *([] if moved or len(chosen) > 1 else chosen)])
+        release_unused()
+        if chosen and (found := here.differs_from(there, 0.0)):
+            terms = (there.terms(group, _of_group(there, group, moved or repeat)) for group in chosen)
+            found = here.differs_from(there, max(terms))
             if found:
                 return None, None, f"in {dtype} the loss is another function, {found}; does it draw random numbers?"
         return there, repeat, ""
@@ -217,12 +235,15 @@ def _repeat(
         return None, None, f"the loss cannot be computed in {dtype}: {reason}"
 
 
-def _in_dtype(problem: Problem, dtype: torch.dtype, engine: Callable[[Problem], Engine]) -> Differences:
+def _in_dtype(
+    problem: Problem, dtype: torch.dtype, engine: Callable[[Problem], Engine], largest_group: int
+) -> Differences:
     with suppress(Exception):  # most models do without another default dtype, which other threads would see
-        there = Differences(problem.in_dtype(dtype, torch.get_default_dtype() != torch.float32), engine)
+        sets_default = torch.get_default_dtype() != torch.float32
+        there = Differences(problem.in_dtype(dtype, sets_default), engine, largest_group)
         if there.eps <= torch.finfo(dtype).eps:
             return there
-    return Differences(problem.in_dtype(dtype), engine)
+    return Differences(problem.in_dtype(dtype), engine, largest_group)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

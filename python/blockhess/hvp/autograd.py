@@ -8,14 +8,26 @@ One backward pass builds the graph of g. The product of block l then traverses o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from blockhess.hvp.operator import Column, PerBatch
 from blockhess.problem.batches import first_line
 from blockhess.problem.problem import Problem
+
+Output: TypeAlias = Tensor | GradientEdge
+
+
+def differentiable(tensors: Mapping[str, Tensor]) -> dict[str, Output]:
+    """Return the tensors that depend on the parameters, without their values, which no product needs.
+
+    The loss is linear in a parameter whose gradient requires no gradient.
+    """
+    return {n: t if t.is_leaf else get_gradient_edge(t) for n, t in tensors.items() if t.requires_grad}
 
 
 class AutogradEngine:
@@ -34,11 +46,9 @@ class AutogradEngine:
         self._graphs = PerBatch(partial(self._graph, problem), retain)  # no cycle: graphs are freed with the engine
 
     @staticmethod
-    def _graph(problem: Problem, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def _graph(problem: Problem, index: int) -> tuple[dict[str, Output], tuple[Tensor, ...]]:
         """Return the tensors in the graph of a batch that a product differentiates, one per parameter, and others."""
-        gradients = problem.gradients(index, create_graph=True)
-        # The loss is linear in a parameter whose gradient requires no gradient.
-        return {name: g for name, g in gradients.items() if g.requires_grad}, ()
+        return differentiable(problem.gradients(index, create_graph=True)), ()
 
     def prepare(self, index: int) -> None:
         self._graphs.select(index)
@@ -59,7 +69,7 @@ class AutogradEngine:
                 yield 1
 
     def _differentiate(
-        self, number: int, outputs: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+        self, number: int, outputs: Sequence[Output], inputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """Return the derivatives of sum_i <outputs_i, directions_i> by the inputs, for block `number`.
 

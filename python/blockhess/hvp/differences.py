@@ -38,7 +38,7 @@ STEPS = (3 / 8, 1 / 2, 1 / 4)
 GROWTH = 10
 # Largest part of a product that may be wrong in a block that is confirmed.
 RESOLUTION = 0.1
-# Parameters move together up to this number of elements, or one at a time.
+# Parameters move together up to this number of elements, unless memory is small.
 LARGEST_GROUP = 2**25
 # Blocks of a group that are also compared alone, at most.
 MOST_ALONE = 4
@@ -54,6 +54,7 @@ class Differences:
     Args:
         problem: model, loss, data, blocks.
         engine: class of the engine. Products of others than autograd are no derivatives by autograd, and not compared.
+        largest_group: number of elements up to which parameters move together, or one at a time.
 
     Attributes:
         groups: numbers of additional blocks, one for each group of parameters.
@@ -63,11 +64,16 @@ class Differences:
         is_defined: whether the loss was found beside the parameters.
         captured: converted parameters whose originals the loss depends on, by name.
         gradients: gradient by name, for the parameters that the loss depends on; empty for a sharded model.
-        gradient_error: norm of the difference between the gradients in both precisions; 0 before `differs_from`.
+        gradient_error: norm of the difference between the gradients in both precisions; 0 before `compare_gradients`.
     """
 
-    def __init__(self, problem: Problem, engine: Callable[[Problem], Engine] = AutogradEngine) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        problem: Problem,
+        engine: Callable[[Problem], Engine] = AutogradEngine,
+        largest_group: int = LARGEST_GROUP,
+    ) -> None:
+        self.engine, self.largest_group = engine, largest_group
         self._padding = _FixedPadding()
         with self._padding:
             loss = problem.evaluate(problem.batches[0])
@@ -78,6 +84,7 @@ class Differences:
         self.captured: dict[str, Tensor] = {}
         self.undecided: set[int] = set()
         self.gradient_error = 0.0
+        self._distances: dict[str, tuple[float, float]] = {}
         self.left_open: dict[int, float] = {}
         self.is_defined = True
         with problem.explained(0):
@@ -90,7 +97,7 @@ class Differences:
         if problem.is_sharded:
             self.gradients = {}
         self._rms = rms(problem)
-        joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem)]
+        joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem, largest_group)]
         self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
         self._problem.blocks = (*problem.blocks, *joined)
         self._problem.infos = (*problem.infos, *(block.info for block in joined))
@@ -101,7 +108,8 @@ class Differences:
         if not numbers:
             return {}
         problem = self._problem.restricted(numbers)
-        return unit_products(problem, self.engine(problem), numbers)
+        engine = self.engine(problem)
+        return {number: unit_products(problem, engine, [number])[number] for number in numbers}
 
     def terms(self, number: int, products: Tensor) -> float:
         """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
@@ -109,20 +117,26 @@ class Differences:
         terms = math.sqrt(self._problem.dims[number]) * float(products.norm()) * size
         return terms if math.isfinite(terms) else 0.0
 
+    def compare_gradients(self, other: Differences) -> None:
+        """Compare the gradient with that of the other precision, for `differs_from`."""
+        for name in dict.fromkeys([*self.gradients, *other.gradients]):
+            given = [g[name].double() for g in (self.gradients, other.gradients) if name in g]
+            difference = float((given[0] - given[1] if len(given) == 2 else given[0]).norm())
+            self._distances[name] = difference, float(given[0].norm())
+            self.gradient_error = math.hypot(self.gradient_error, difference)
+
     def differs_from(self, other: Differences, terms: float) -> str:
         """Return how the gradient differs from that of the other precision by more than rounding, or "".
 
         Args:
+            other: that of `compare_gradients`.
             terms: largest ones known. A gradient that vanishes has their rounding.
         """
         eps = max(self.eps, other.eps)
         if torch.get_float32_matmul_precision() != "highest":
             eps = max(eps, torch.finfo(torch.bfloat16).eps)
         least = 1e3 * eps * max(terms, self._largest, other._largest)
-        for name in self.gradients.keys() | other.gradients.keys():
-            given = [g[name].double() for g in (self.gradients, other.gradients) if name in g]
-            difference = float((given[0] - given[1] if len(given) == 2 else given[0]).norm())
-            size, self.gradient_error = float(given[0].norm()), math.hypot(self.gradient_error, difference)
+        for name, (difference, size) in self._distances.items():
             if not difference <= eps**0.25 * size + least:
                 return f"the gradient of {name!r} differs by {difference:.3g}, of {size:.3g}"
         return ""
@@ -338,14 +352,14 @@ def _part_norms(vector: Tensor, sizes: Sequence[int]) -> list[float]:
     return [float(part.norm()) for part in vector.split(list(sizes))]
 
 
-def parameter_groups(problem: Problem) -> list[list[str]]:
-    """Return the names of the parameters in groups that move together."""
+def parameter_groups(problem: Problem, largest: int) -> list[list[str]]:
+    """Return the names of the parameters in groups of at most `largest` elements, or of one parameter."""
     groups: list[list[str]] = []
     room = 0
     for name, parameter in problem.parameters.items():
         if not groups or parameter.numel() > room:
             groups.append([])
-            room = LARGEST_GROUP
+            room = largest
         groups[-1].append(name)
         room -= parameter.numel()
     return groups

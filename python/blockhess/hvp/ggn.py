@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blockhess.hvp.autograd import AutogradEngine
+from blockhess.hvp.autograd import AutogradEngine, Output, differentiable
 from blockhess.problem.problem import Problem
 
 
@@ -35,7 +35,7 @@ class GaussNewtonEngine(AutogradEngine):
         problem.outputs(0)  # raises for an unsuitable loss before any product
 
     @staticmethod
-    def _graph(problem: Problem, index: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def _graph(problem: Problem, index: int) -> tuple[dict[str, Output], tuple[Tensor, ...]]:
         """Return J^T s by parameter, and the outputs z, dloss/dz and the cotangent s."""
         outputs, loss = problem.outputs(index)
         with problem.explained(index):
@@ -44,10 +44,11 @@ class GaussNewtonEngine(AutogradEngine):
                 raise TypeError("spectrum: loss_fn must compute the loss from the model's logits for engine='ggn'")
             cotangent = torch.zeros_like(outputs, requires_grad=True)
             pullback = problem.differentiate(outputs, list(problem.parameters.values()), cotangent, create_graph=True)
-        return {n: p for n, p in zip(problem.parameters, pullback) if p is not None}, (outputs, slope, cotangent)
+        found = {n: p for n, p in zip(problem.parameters, pullback) if p is not None}
+        return differentiable(found), (outputs, slope, cotangent)
 
     def _differentiate(
-        self, number: int, pullback: Sequence[Tensor], inputs: Sequence[Tensor], directions: Sequence[Tensor]
+        self, number: int, pullback: Sequence[Output], inputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         outputs, slope, cotangent = self._graphs.value[1]
         (jv,) = super()._differentiate(number, pullback, [cotangent], directions)

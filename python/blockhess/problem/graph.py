@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from blockhess.problem.batches import dense_parts
@@ -16,18 +20,67 @@ from blockhess.problem.shards import local
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions, in `total`."""
+    """Counts the floating-point operations of matrix products and convolutions, by what their two factors depend on.
 
-    def __init__(self) -> None:
+    Dependence is followed by memory, so that it is that of all tensors that share it.
+
+    Args:
+        sources: tensors on which factors may depend. The i-th one has bit 1 << i.
+
+    Attributes:
+        total: of all of them.
+        by_factors: (whether it is a convolution, bits of the sources of one factor, and of the other) -> operations.
+    """
+
+    def __init__(self, sources: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.total = 0
+        self.by_factors: Counter[tuple[bool, int, int]] = Counter()
+        self._bits: dict[StorageWeakRef, int] = {}  # a weak reference keeps the address from being used again
+        for i, source in enumerate(sources):
+            self._depend([source], 1 << i)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
+            flops = count(*args, **(kwargs or {}), out_val=out)
+            self.total += flops
+            first = 1 if func._overloadpacket in _WITH_SUMMAND else 0
+            a, b = map(self._bits_of, args[first : first + 2])
+            self.by_factors["convolution" in func._overloadpacket.__name__, a, b] += flops
+        bits = 0
+        for tensor in tree_leaves((args, kwargs)):
+            bits |= self._bits_of(tensor)
+        if bits:
+            self._depend([t for t in tree_leaves(out) if isinstance(t, Tensor) and _is_differentiable(t)], bits)
         return out
+
+    def _bits_of(self, value: Any) -> int:
+        bits = 0
+        for storage in _storages(value):
+            bits |= self._bits.get(storage, 0)
+        return bits
+
+    def _depend(self, tensors: Iterable[Tensor], bits: int) -> None:
+        for storage in (storage for tensor in tensors for storage in _storages(tensor)):
+            self._bits[storage] = self._bits.get(storage, 0) | bits
+
+
+# Operations whose first argument is added to the product of the next two.
+_WITH_SUMMAND = {torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _storages(value: Any) -> Iterator[StorageWeakRef]:
+    if isinstance(value, Tensor):
+        value = local(value)
+        if not is_traceable_wrapper_subclass(value):
+            for part in dense_parts(value):
+                yield StorageWeakRef(part.untyped_storage())
 
 
 class OperationRecorder(TorchDispatchMode):
@@ -144,13 +197,18 @@ def largest_eps(nodes: Iterable[Node]) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
+@functools.cache
+def _saved_names(kind: type[Node]) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+
+
 def saved_bytes(nodes: Iterable[Node], others: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors that the nodes saved for backward, not counting the storage of `others`."""
     counted = {part.untyped_storage().data_ptr() for t in others for part in dense_parts(local(t))}
     total = 0
     for node in nodes:
-        for name in dir(type(node)):
-            saved = getattr(node, name) if name.startswith("_saved_") else None
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
             found = saved if isinstance(saved, (tuple, list)) else (saved,)
             for part in (p for tensor in found if isinstance(tensor, Tensor) for p in dense_parts(local(tensor))):
                 if part.untyped_storage().data_ptr() not in counted:

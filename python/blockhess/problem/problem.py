@@ -74,6 +74,8 @@ class Problem:
         graph_bytes: size of its graph, scaled to the largest batch.
         eps: largest machine epsilon of the operations between parameters and loss.
         forward_flops: FLOPs of matrix products and convolutions in the loss of the first batch.
+        flops_by_factors: these FLOPs by what the factors depend on, see `graph.FlopCounter`; bits are `bits`.
+        bits: name of a parameter -> its bit.
         forward_seconds: measured time of that loss, used only in displayed estimates.
 
     Raises:
@@ -294,7 +296,7 @@ class Problem:
         self._numbers: list[int] = []  # of these batches in the data
         self._guesses: list[_Guess] = []
         for index, batch in enumerate(batches):
-            flops = None if self.batches else graph.FlopCounter()
+            flops = None if self.batches else graph.FlopCounter(self.parameters.values())
             with self._explained(index, batch):
                 with flops or contextlib.nullcontext():
                     loss, raw_weight = self._call(self.loss, batch)
@@ -320,7 +322,8 @@ class Problem:
                     self.used_in_batches.append(list(self._differentiate(loss, create_graph=False)))
                     continue
                 gradients = self._survey_first(loss, batch)
-                self.forward_flops = flops.total
+                self.forward_flops, self.flops_by_factors = flops.total, dict(flops.by_factors)
+                self.bits = {name: 1 << i for i, name in enumerate(self.parameters)}
                 del loss  # frees its graph before the next one is built
                 self._check_repeatable(batch, index, value, gradients)
                 self.used_in_batches.append(list(gradients))
@@ -391,7 +394,7 @@ class Problem:
             _warn_of_guesses(self.loss, self._guesses)
             return
         _warn_of_guesses(self.loss, [guess for found in ranks.gather_data_ranks(self._guesses) for guess in found])
-        counted = (self.graph_nodes, self.graph_bytes, self.forward_flops)
+        counted = (self.graph_nodes, self.graph_bytes, self.forward_flops, self.flops_by_factors)
         own = (self.weight, self.loss_value, self.n_batches, self.used, counted, self.lacking)
         weights, values, numbers, used, counts, lacking = zip(*ranks.gather_data_ranks(own))
         self.lacking = next(filter(None, lacking), "")
@@ -403,7 +406,9 @@ class Problem:
             self.loss_value = sum(values)
         self.weight, self.n_batches = total, sum(numbers)
         self._use(frozenset().union(*used))
-        self.graph_nodes, self.graph_bytes, self.forward_flops = map(max, zip(*counts))
+        nodes, nbytes, flops, by_factors = zip(*counts)
+        self.graph_nodes, self.graph_bytes, self.forward_flops = max(nodes), max(nbytes), max(flops)
+        self.flops_by_factors = by_factors[flops.index(self.forward_flops)]
 
     def is_used(self, number: int) -> bool:
         """Return whether the loss depends on a parameter of block `number`."""

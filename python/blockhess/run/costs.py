@@ -3,10 +3,19 @@
     FLOPs / rate, bytes / bandwidth, launches * time of a launch,   at nominal rates of the device
 
 A GPU does the three at once, so that the largest counts; a CPU one after the other, so that their sum does.
+
+The FLOPs of a product with a block follow from the matrix products and convolutions of a forward pass, y = a b:
+
+    tangent     dy = da b + a db
+    adjoints    d(a*) = d(y*) b^T + y* db^T, and so for b
+
+Without the terms of factors that do not depend on the block, these are 2 forward products if one of them does, and 6 if
+both do. Gauss-Newton products have no y* db^T.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +31,10 @@ from blockhess.problem.problem import Problem
 FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e13}
 BYTES_PER_SECOND = {"cpu": 2e10, "cuda": 1e12}
 SECONDS_PER_LAUNCH = {"cpu": 5e-6, "cuda": 1e-5}
+# Forward products in a product with a block, per matrix product with one factor that depends on it, and with two.
+FACTORS = {"autograd": (2, 6), "traced": (2, 6), "ggn": (2, 4), "difference": (2, 4)}
+# The same for convolutions where autograd differentiates: it also computes the adjoints that are not asked for.
+CONVOLUTION_FACTORS = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,31 @@ class Counted(TorchDispatchMode):
             tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
             self._bytes += sum(t.numel() * t.itemsize for t in tensors.values())
         return out
+
+
+def product_flops(problem: Problem, engine: str, traced: bool) -> list[int]:
+    """Return the FLOPs of one product with each block for the first batch; 0 for unused blocks.
+
+    Args:
+        engine: its name.
+        traced: whether products are those of a linear program.
+    """
+    matrices = FACTORS[engine]
+    convolutions = matrices if traced or engine == "difference" else CONVOLUTION_FACTORS
+    # Two forward passes for the gradients in a difference.
+    fixed = 2 * problem.forward_flops if engine == "difference" else 0
+
+    @functools.cache
+    def flops(block: int) -> int:
+        total = fixed
+        for (is_convolution, *factors), count in problem.flops_by_factors.items():
+            depend = sum(bool(bits & block) for bits in factors)
+            if depend:
+                total += count * (convolutions if is_convolution else matrices)[depend - 1]
+        return total
+
+    masks = [sum(problem.bits[name] for name in set(block.parameters)) for block in problem.blocks]
+    return [flops(mask) if problem.is_used(number) else 0 for number, mask in enumerate(masks)]
 
 
 def product_costs(problem: Problem, engine: Engine) -> list[float]:

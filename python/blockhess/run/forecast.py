@@ -134,6 +134,7 @@ def forecast(
             balance=sum(ranks) / len(ranks) / max(ranks) if max(ranks) else 1.0,
             memory_bytes=plan.vector_bytes // work
             + plan.engine_bytes * retained // max(1, problem.n_batches * plan.retain)
+            + plan.copy_bytes
             + plan.shard_bytes
             + plan.gathered_bytes,
             traffic_bytes=traffic + results,

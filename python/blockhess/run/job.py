@@ -396,7 +396,7 @@ class Job:
             checked = [l for l in self.plan.checked if self._problem.is_used(l)]
             try:
                 engine, self._engine = self._engine or self.plan.make(self._problem), None
-                accuracy = measure(self._problem, engine, checked, self.plan.groups)
+                accuracy = measure(self._problem, engine, checked, self.plan.groups, self.plan.largest_group)
             except (NotTraceable, EngineMismatch) as error:
                 failure = str(error)
             except NotImplementedError as error:
@@ -472,10 +472,11 @@ class Job:
         self._undecided |= doubtful
         count = most_checked(self.hvps, self.plan.groups, len(self.plan.checked))
         if flat and self.hvp_error is not None:
-            # Also the block that shows how large rounding errors may be.
-            chosen = dict.fromkeys([*flat[:count], max(range(len(radii)), key=lambda l: radii[l] == largest)])
+            chosen = flat[:count]
+            if isinstance(engine, TracedEngine):  # also the block that shows how large rounding errors may be
+                chosen = list(dict.fromkeys([*chosen, max(range(len(radii)), key=lambda l: radii[l] == largest)]))
             try:
-                found = measure(self._problem, engine, list(chosen), groups=0)
+                found = measure(self._problem, engine, chosen, 0, self.plan.largest_group)
             except EngineMismatch as error:
                 raise EngineMismatch(f"spectrum: {error}; pass engine='autograd'") from error
             self._record(self._problem.ranks.gather(found)[0])

@@ -16,20 +16,21 @@ from typing import Any
 from blockhess._text import plural
 from blockhess.hvp import ENGINES, TracedEngine
 from blockhess.hvp.difference import expected_error
-from blockhess.hvp.differences import parameter_groups
+from blockhess.hvp.differences import LARGEST_GROUP, parameter_groups
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
-from blockhess.run.costs import Work
+from blockhess.problem.shards import local
+from blockhess.run.costs import Work, product_flops
 from blockhess.run.sharding import BANDWIDTH, sharded_costs
 
-# Work of one product, in FLOPs of a forward pass, bytes of the gradient's graph and operations in it, and seconds of
-# tracing per operation: orders of magnitude from bench/results, which decide whether tracing pays.
-PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2)}
-# Two gradients with respect to one block: for each a forward pass, and half a pass or more back to the block. Those of
-# a sharded model are with respect to all parameters: a forward pass, and two passes back.
-DIFFERENCE_FLOPS, SHARDED_FLOPS = 4.0, 6.0
+# Work of one product with a usual block, of one parameter, in FLOPs of a forward pass, bytes of the gradient's graph
+# and operations in it, and seconds of tracing per operation: orders of magnitude from bench/results, which decide
+# whether tracing pays. A product with a larger block takes more of all three.
+PRODUCT = {"autograd": Work(1.4, 7.0, 1.0), "traced": Work(1.27, 4.5, 1.2), "difference": Work(4.0, 0.0, 0.0)}
+# Two gradients of a sharded model are with respect to all parameters: for each a forward pass, and two passes back.
+SHARDED_FLOPS = 6.0
 TRACE_SECONDS = 4e-3
 # Bytes of the tangents of one vector per byte of the gradient's graph, before there is a trace to count them.
 TANGENTS = 0.35
@@ -41,8 +42,10 @@ CACHE_BYTES = 2**24
 # which count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product
 # for each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
 CHECK_SHARE, CHECK_FIXED, CHECK_GROUP, CHECK_BLOCK = 0.1, 15, 15, 5
-# Bytes of vectors per parameter, and per parameter that moves in a group.
-CHECK_BYTES, GROUP_BYTES = 60, 16
+# Their bytes for every parameter, in float64, and every element of a checked block; and those of gradients in two
+# precisions, or per parameter of the group that moves.
+CHECK_BYTES, BLOCK_BYTES = 8, 16
+GRADIENT_BYTES, GROUP_BYTES = 12, 48
 # Their memory in sizes of the gradient's graph, that of a graph in float64 and of its products, from
 # `python -m bench --only "peak memory"`.
 CHECK_GRAPHS = 5.5
@@ -75,8 +78,10 @@ class Plan:
         why: reason for the choice of the engine.
         groups: number of groups of parameters whose derivatives are compared with differences.
         expected_hvps: rough estimate with a tolerance; otherwise equal to hvps.
+        largest_group: number of elements up to which parameters move together: fewer if memory is small.
+        copy_bytes: size of the copy of the model from which its state is restored.
         processes: number of processes that hold shards of the model; 1 if it is not sharded.
-        shard_bytes: of the kept copy of this process's shards and of their gradients.
+        shard_bytes: of the gradients of this process's shards.
         gathered_bytes: largest memory of gathered parameters and gradients at a time.
         traffic_bytes: sent by every process for the expected products, between shards.
         gather_traffic_bytes: part of it that gathers gradients of blocks.
@@ -102,6 +107,8 @@ class Plan:
     why: str
     groups: int = 1
     expected_hvps: int = 0
+    largest_group: int = LARGEST_GROUP
+    copy_bytes: int = 0
     processes: int = 1
     shard_bytes: int = 0
     gathered_bytes: int = 0
@@ -111,7 +118,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Largest memory of the run, beside that of the model and the data."""
-        return max(self.vector_bytes + self.engine_bytes, self.check_bytes) + self.shard_bytes + self.gathered_bytes
+        most = max(self.vector_bytes + self.engine_bytes, self.check_bytes)
+        return self.copy_bytes + self.shard_bytes + self.gathered_bytes + most
 
     def make(self, problem: Problem) -> Engine:
         """Return the engine of this plan; raises NotTraceable if it is traced and the problem cannot be traced."""
@@ -147,13 +155,15 @@ class Plan:
             f"{size_text(self.engine_bytes)} of {kept}{' and tangents' * self.traced}; "
             f"the budget is {size_text(self.memory_budget)}",
             f"checks        of products with {plural(len(self.checked), 'block')} before the "
-            f"first step, in {size_text(self.check_bytes)}",
+            f"first step, in {size_text(self.check_bytes)}"
+            + ", which exceeds the budget"
+            * (self.check_bytes + self.copy_bytes > self.memory_budget),
         ]
         if self.processes > 1:
             sent, count = self.traffic_bytes, max(1, self.expected_hvps)
             gathers = self.gather_traffic_bytes / max(1.0, sent)
             lines += [
-                f"shards        of {self.processes} processes: {size_text(self.shard_bytes)} of copies and gradients, "
+                f"shards        of {self.processes} processes: {size_text(self.shard_bytes)} of gradients, "
                 f"{size_text(self.gathered_bytes)} of parameters and gradients gathered at a time",
                 f"traffic       {size_text(sent / count)} between shards sent by every process for a product of "
                 f"{time_text(self.seconds / count)}, {gathers:.0%} of it for its block; {size_text(sent)} in all, "
@@ -234,7 +244,8 @@ def make_plan(
     exact_hvps = products(0, 0)
     expected = max(products(*least), exact_hvps + int(TOLERANCE_SHARE * (hvps - exact_hvps))) if least else hvps
     by_difference = engine == "difference" or bool(problem.lacking)
-    pays, why = (False, "as asked") if by_difference else _tracing_pays(problem, engine, expected, most, room)
+    counts = of_blocks(num_probes, num_steps)
+    pays, why = (False, "as asked") if by_difference else _tracing_pays(problem, engine, expected, most, room, counts)
     if by_difference:
         why = why_difference(problem, problem.lacking)
     graph, tangents = problem.graph_bytes, 0
@@ -256,23 +267,34 @@ def make_plan(
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
+    copy_bytes = sum(local(t).nbytes for t in (*problem.model.parameters(), *problem.model.buffers()))
     written_out = bytes_needed([d for d, e, m in zip(dims, exact, later) if e or m], itemsize, num_probes)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
-    sizes_of_groups = [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem)]
+    sizes_of_groups = _sizes_of_groups(problem, LARGEST_GROUP)
     groups = min(len(sizes_of_groups), max(1, int((CHECK_SHARE * expected - CHECK_FIXED) / CHECK_GROUP)))
     every = [l for l, u in enumerate(used) if u]
     checked = tuple(every) if by_difference else _checked(every, expected, groups)
     name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
-    product = DIFFERENCE_FLOPS if by_difference else PRODUCT["traced" if made else "autograd"].flops
-    parameters = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters()) + GROUP_BYTES * max(sizes_of_groups)
-    check_bytes = parameters + graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
-    shards: dict[str, Any] = {}
+    passes_each, shards = _forward_passes(problem, name, made is not None, counts), {}
+    fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
+    if not by_difference:  # which computes one product after the other
+        fixed += BLOCK_BYTES * sum(dims[l] for l in checked)
+    largest_group, check_bytes = LARGEST_GROUP, fixed + _check_bytes(problem, sizes_of_groups)
     if problem.is_sharded:
-        shards = sharded_costs(problem, of_blocks(num_probes, num_steps), expected)
-        product = SHARDED_FLOPS
+        passes_each, shards = SHARDED_FLOPS, sharded_costs(problem, counts, expected)
         # The step of a block is chosen with a random vector and two products; a part is moved, another one is kept.
         check_bytes = graph + 4 * itemsize * max(dims)
+    while (
+        not problem.is_sharded
+        and check_bytes > budget - copy_bytes
+        and max(sizes_of_groups) > max(p.numel() for p in problem.parameters.values())
+    ):
+        # As many parameters move as without the limit, in more and smaller groups.
+        share, largest_group = groups / len(sizes_of_groups), largest_group // 2
+        sizes_of_groups = _sizes_of_groups(problem, largest_group)
+        groups = math.ceil(share * len(sizes_of_groups))
+        check_bytes = fixed + _check_bytes(problem, sizes_of_groups)
     plan = Plan(
         engine=name,
         traced=made is not None,
@@ -284,8 +306,8 @@ def make_plan(
         batches=problem.n_batches,
         hvps=hvps,
         least_hvps=products(*least) if least else hvps,
-        flops=expected * product * problem.forward_flops,
-        seconds=expected * product * problem.forward_seconds,
+        flops=expected * passes_each * problem.forward_flops,
+        seconds=expected * passes_each * problem.forward_seconds,
         vector_bytes=max(together, written_out),
         engine_bytes=engine_bytes,
         check_bytes=check_bytes,
@@ -293,10 +315,22 @@ def make_plan(
         memory_budget=budget,
         why=why,
         groups=groups,
+        largest_group=largest_group,
+        copy_bytes=copy_bytes,
         expected_hvps=expected,
         **shards,
     )
     return plan, made
+
+
+def _sizes_of_groups(problem: Problem, largest: int) -> list[int]:
+    return [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem, largest)]
+
+
+def _check_bytes(problem: Problem, sizes: Sequence[int]) -> int:
+    """Return the memory of parameters, gradients and vectors in checks with groups of parameters of these sizes."""
+    every = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters())
+    return every + max(GRADIENT_BYTES * sum(sizes), GROUP_BYTES * max(sizes))
 
 
 def why_difference(problem: Problem, lacking: str) -> str:
@@ -308,14 +342,27 @@ def why_difference(problem: Problem, lacking: str) -> str:
     return f"{lacking or 'as asked'}; {expected_error(problem)}"
 
 
-def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int) -> tuple[bool, str]:
+def _forward_passes(problem: Problem, engine: str, traced: bool, counts: Sequence[int]) -> float:
+    """Return the work of a product in forward passes, the mean over some numbers of products with each block."""
+    flops = sum(count * each for count, each in zip(counts, product_flops(problem, engine, traced)))
+    if not flops:  # no matrix products, or none that depend on the blocks
+        return PRODUCT["difference" if engine == "difference" else "traced" if traced else "autograd"].flops
+    return flops / sum(counts) / problem.forward_flops
+
+
+def _tracing_pays(
+    problem: Problem, engine: str, hvps: int, most: int, room: int, counts: Sequence[int]
+) -> tuple[bool, str]:
     """Return whether to trace, and why."""
     if engine in ("autograd", "traced"):
         return engine == "traced", "as asked"
     room = CACHE_BYTES if problem.device.type == "cpu" else room
     rows = max(1, min(most, int(room / (TANGENTS * max(1, problem.graph_bytes)))))  # of the traced engine, roughly
     traced = dataclasses.replace(PRODUCT["traced"], launches=PRODUCT["traced"].launches / rows)
-    times = {name: _seconds(problem, work, hvps) for name, work in (PRODUCT | {"traced": traced}).items()}
+    times = {}
+    for name, work in (("autograd", PRODUCT["autograd"]), ("traced", traced)):
+        share = _forward_passes(problem, "ggn" if engine == "ggn" else name, name == "traced", counts) / work.flops
+        times[name] = _seconds(problem, work, hvps * share)
     tracing = TRACE_SECONDS * problem.graph_nodes
     saved = times["autograd"] - times["traced"]
     if saved > tracing:
@@ -326,7 +373,7 @@ def _tracing_pays(problem: Problem, engine: str, hvps: int, most: int, room: int
     )
 
 
-def _seconds(problem: Problem, product: Work, hvps: int) -> float:
+def _seconds(problem: Problem, product: Work, hvps: float) -> float:
     """Return the seconds of all products at nominal rates of the device, which are reproducible."""
     one = Work(
         product.flops * problem.forward_flops,

@@ -76,7 +76,7 @@ def sharded_costs(problem: Problem, counts: Sequence[int], expected: int) -> dic
     gathers *= expected / max(1, sum(counts))
     return {
         "processes": found.processes,
-        "shard_bytes": 2 * found.shard_bytes,
+        "shard_bytes": found.shard_bytes,
         "gathered_bytes": max(found.gathered_bytes, *(block_bytes(b, problem.dtype.itemsize) for b in problem.blocks)),
         "traffic_bytes": 2 * expected * found.gradient_traffic + gathers,
         "gather_traffic_bytes": gathers,
