@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from blockhess_paper.scaled_mlp.mlp import Images, train
-from blockhess_paper.scaled_mlp.table3 import layer_spectra
 from blockhess_paper.structure.figure2 import transformer_hessian
 from blockhess_paper.training import loop
 from blockhess_paper.training.architectures import ARCHITECTURES
@@ -33,15 +32,6 @@ def test_scaled_mlps_are_trained() -> None:
         # Rounding may change the class of one of 256 images.
         assert float((found[0].accuracy - found[1].accuracy).abs().max()) <= 1 / 256
         assert float(found[0].accuracy.max()) > 0.5 and not found[0].diverged.any()
-
-
-def test_spectra_of_layers() -> None:
-    batch = [part[:32] for part in images().train]
-    made = [
-        layer_spectra(2.0, (batch[0].to(where), batch[1].to(where)), num_probes=1, num_steps=1, seed=0)
-        for where in (DEVICE, "cpu")
-    ]
-    assert_near([made[0].quadrature.alpha], [made[1].quadrature.alpha], 2**10 * torch.finfo(torch.float32).eps)
 
 
 def test_exact_hessians() -> None:
