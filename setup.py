@@ -12,10 +12,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
+MINIMUM_SETUPTOOLS = 77  # for the license in pyproject.toml, where there is one
 
 
 def refuse(reason: str) -> None:
@@ -39,6 +40,13 @@ def check_torch() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         refuse(f"torch >= 2.10 is needed, got {torch.__version__}. Type: pip install 'torch>=2.10'")
+
+
+def check_setuptools() -> None:
+    version = setuptools.__version__
+    if int(version.split(".")[0]) < MINIMUM_SETUPTOOLS and (ROOT / "pyproject.toml").exists():
+        needed = f"setuptools >= {MINIMUM_SETUPTOOLS}"
+        refuse(f"{needed} is needed, got {version}. Type: pip install '{needed.replace(' ', '')}'")
 
 
 def check_compiler() -> None:
@@ -146,9 +154,10 @@ def extension():
     )
 
 
+check_setuptools()
 check_torch()
 check_compiler()
 check_python_headers()
 # Python's own flags ask for debug symbols: ten times the size of the code, and nearly half of the time.
 os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -8,7 +8,8 @@
 #
 # Requires nvcc and a Python with torch, numpy, scipy, pybind11, ninja, setuptools and pytest; nothing is downloaded.
 # PYTHON names the interpreter (default: python3), BLOCKHESS_COMMIT the commit of sources without git. PYTHONPATH is kept.
-# Sources are copied and built in a temporary folder. OUT_DIR gets results.json, results.md and logs.tar.gz.
+# Sources are copied and built in a temporary folder, without pyproject.toml, which older versions of setuptools refuse.
+# OUT_DIR gets results.json, results.md and logs.tar.gz.
 set -euo pipefail
 
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -28,8 +29,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-(cd "$root" && tar cf - --exclude='*.so' --exclude=__pycache__ --exclude='bench/results' setup.py pyproject.toml \
-  README.md LICENSE csrc blockhess_ext python tests bench) | tar xf - -C "$work"
+(cd "$root" && tar cf - --exclude='*.so' --exclude=__pycache__ --exclude='bench/results' setup.py csrc blockhess_ext \
+  python tests bench) | tar xf - -C "$work"
 BLOCKHESS_COMMIT=${BLOCKHESS_COMMIT:-$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 export BLOCKHESS_COMMIT BLOCKHESS_SOURCE="$root" PYTHONPATH="$work:$work/python${PYTHONPATH:+:$PYTHONPATH}"
 cd "$work"

@@ -101,8 +101,10 @@ def probe_seed(seed: int | None) -> int:
 
 def block_id_tensor(block_ids: Sequence[int] | None, n_blocks: int) -> Tensor:
     """Return the ids that key the random probes, by default the block indices: (n_blocks,) int64."""
+    if block_ids is None:
+        return torch.arange(n_blocks, device="cpu")
     try:
-        ids = list(range(n_blocks)) if block_ids is None else list(block_ids)
+        ids = list(block_ids)
     except TypeError:
         raise TypeError(f"batched_slq: block_ids must be a sequence of integers, got {block_ids!r}") from None
     if len(ids) != n_blocks:

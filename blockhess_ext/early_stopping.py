@@ -205,6 +205,8 @@ class EarlyStopping:
         self._step, self._next = step, last + checkpoint_interval(last)
         empty = (recurrences.norm.new_zeros(recurrences.norm.numel(), last) for _ in range(2))
         self._before: Rule | None = (next(empty), next(empty)) if last else None
+        self._tested: Tensor | None = None  # indices of the recurrences in `_before`; None for all
+        self._whole: Rule | None = self._before
 
     def update(self) -> None:
         """See `StoppingRule`."""
@@ -213,22 +215,40 @@ class EarlyStopping:
             return
         self._next += checkpoint_interval(self._step)
         r = self._recurrences
-        running = r.status == RUNNING
-        alpha, beta = (table[: self._step].permute(1, 2, 0).flatten(0, 1).contiguous() for table in (r.alpha, r.beta))
+        running = (r.status == RUNNING).flatten()
+        tested = r.running()
+        alpha, beta = (table[: self._step].flatten(1) for table in (r.alpha, r.beta))
+        steps = torch.where(running, r.steps.flatten(), 0)
+        if tested is not None:  # of the others, nothing is read
+            alpha, beta, steps = alpha[:, tested], beta[:, tested], steps[tested]
+        alpha, beta = alpha.T.contiguous(), beta.T.contiguous()
         # The op itself, as above.
-        now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, torch.where(running, r.steps, 0).flatten())
+        now: Rule = torch.ops.blockhess_ext.tridiag_quadrature(alpha, beta, steps)
         if self._before is not None:
-            converged = _has_converged(self._before, now, self._tol, self._sigma).view_as(running)
-            ended = running & converged & self._converged
+            converged, before = self._converged.flatten(), self._before
+            if tested is not None:
+                places = tested if self._tested is None else torch.searchsorted(self._tested, tested)
+                before, converged = (before[0][places], before[1][places]), converged[tested]
+            found = _has_converged(before, now, self._tol, self._sigma)
+            ended = found & converged & (running if tested is None else True)
             if self._sigma is None:
-                ended = ends_converged(alpha, beta, self._tol, ended.flatten()).view_as(running)
-            r.status.masked_fill_(ended, FINISHED)
-            self._converged = converged
-        self._before = now
+                ended = ends_converged(alpha, beta, self._tol, ended)
+            self._converged = self._of_all(found, tested).view_as(self._converged)
+            r.status.masked_fill_(self._of_all(ended, tested).view_as(r.status), FINISHED)
+        self._before, self._tested, self._whole = now, tested, None
+
+    def _of_all(self, x: Tensor, tested: Tensor | None) -> Tensor:
+        """Return a tensor of the tested recurrences as one of all, with zeros for the others."""
+        if tested is None:
+            return x
+        return x.new_zeros(self._recurrences.status.numel(), *x.shape[1:]).index_copy_(0, tested, x)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `StoppingRule`."""
-        rule = {} if self._before is None else {"nodes_before": self._before[0], "weights_before": self._before[1]}
+        if self._whole is None and self._before is not None:
+            nodes, weights = self._before
+            self._whole = self._of_all(nodes, self._tested), self._of_all(weights, self._tested)
+        rule = {} if self._whole is None else {"nodes_before": self._whole[0], "weights_before": self._whole[1]}
         return {"converged": self._converged, **rule}
 
 

@@ -26,10 +26,11 @@ from blockhess_ext.recurrences import Recurrences
 class FullReorthogonalization:
     """Orthogonalize every step."""
 
-    def select(self) -> Tensor | None:
+    def select(self, replayed: bool = False) -> Tensor | None:
         """Return which recurrences to orthogonalize in this step, (n_probes, n_blocks) int32, or None for all.
 
-        Call it between `lanczos_step` and `reorthogonalize`.
+        Call it between `lanczos_step` and `reorthogonalize`. With `replayed`, for a CUDA graph, all shapes are those of
+        other steps.
         """
         return None
 
@@ -50,34 +51,52 @@ class PartialReorthogonalization(FullReorthogonalization):
     def __init__(self, recurrences: Recurrences, partial: Tensor, eps: float) -> None:
         self._recurrences, self._eps = recurrences, eps
         rows = len(recurrences.alpha)
-        self._rows = torch.arange(rows, device=partial.device)[:, None, None]
+        self._rows = torch.arange(rows, device=partial.device)[:, None]
         self._now, self._before = (torch.zeros_like(recurrences.alpha) for _ in range(2))  # omega_j, omega_{j-1}
         self._full = (~partial).expand_as(recurrences.status)
         self._again = torch.zeros_like(self._full)
 
-    def select(self) -> Tensor:
+    def select(self, replayed: bool = False) -> Tensor:
         """See `FullReorthogonalization`."""
-        r, k, eps = self._recurrences, self._rows, self._eps
-        j = r.steps[None].clamp(max=len(k) - 1)
-        now = torch.where(k == j, 1.0, self._now)
-        alpha_j, beta_j = r.alpha.gather(0, j), r.beta.gather(0, j)
-        beta_before = torch.where(j > 0, r.beta.gather(0, (j - 1).clamp(min=0)), 0.0)
-        norm = torch.maximum(r.norm, torch.maximum(alpha_j.abs(), beta_j))
+        r, n_rows, eps = self._recurrences, len(self._rows), self._eps
+        flat = [
+            x.flatten(-2) for x in (r.alpha, r.beta, self._now, self._before, r.steps, r.norm, self._full, self._again)
+        ]
+        which = None if replayed else r.running()
+        if which is None:
+            alpha, beta, omega, before, steps, norm, full, again = flat
+        else:  # the recurrences that decide, and the rows that are not zero
+            which = which[~flat[6][which]]
+            n_rows = min(n_rows, int(flat[4][which].amax()) + 2) if len(which) else 1
+            alpha, beta, omega, before = (x[:n_rows, which] for x in flat[:4])
+            steps, norm, full, again = (x[which] for x in flat[4:])
+        k = self._rows[:n_rows]
+        j = steps[None].clamp(max=n_rows - 1)
+        now = torch.where(k == j, 1.0, omega)
+        alpha_j, beta_j = alpha.gather(0, j), beta.gather(0, j)
+        beta_before = torch.where(j > 0, beta.gather(0, (j - 1).clamp(min=0)), 0.0)
+        norm = torch.maximum(norm, torch.maximum(alpha_j.abs(), beta_j))
 
-        next_ = (r.alpha - alpha_j) * now - beta_before * self._before
-        next_[:-1] += r.beta[:-1] * now[1:]
-        next_[1:] += r.beta[:-1] * now[:-1]
+        next_ = (alpha - alpha_j) * now - beta_before * before
+        next_[:-1] += beta[:-1] * now[1:]
+        next_[1:] += beta[:-1] * now[:-1]
         next_ = (next_ + 2 * eps * norm * next_.sign()) / beta_j
         next_ = torch.where(k == j, eps * norm / beta_j, next_)
         next_ = torch.where(k <= j, next_, 0.0)
 
         # A zero residual gives NaN or inf, which counts as lost.
-        lost = ~(next_.abs().amax(0) <= math.sqrt(eps)) & ~self._full
-        project = lost | self._again | self._full
-        self._before.copy_(now)
-        self._now.copy_(torch.where(project & (k <= j), eps, next_))
-        self._again.copy_(lost)
-        return project.int()
+        lost = ~(next_.abs().amax(0) <= math.sqrt(eps)) & ~full
+        project = lost | again | full
+        omega = torch.where(project & (k <= j), eps, next_)
+        if which is None:
+            self._before.copy_(now.view_as(self._before))
+            self._now.copy_(omega.view_as(self._now))
+            self._again.copy_(lost.view_as(self._again))
+            return project.view_as(r.status).int()
+        self._before.flatten(1)[:n_rows].index_copy_(1, which, now)
+        self._now.flatten(1)[:n_rows].index_copy_(1, which, omega)
+        self._again.flatten().index_copy_(0, which, lost)
+        return self._full.flatten().index_copy(0, which, project).view_as(r.status).int()
 
     def tensors(self, step: int) -> dict[str, Tensor]:
         """See `FullReorthogonalization`."""

@@ -41,6 +41,10 @@ class Recurrences:
     status: Tensor
     limits: Tensor
 
+    def running(self) -> Tensor | None:
+        """Return the indices of running recurrences in the flattened status; None on a GPU, where it would wait."""
+        return None if self.status.is_cuda else (self.status == RUNNING).flatten().nonzero()[:, 0]
+
     @staticmethod
     def start(n_probes: int, limits: Tensor, rows: int | None = None) -> Recurrences:
         """Return recurrences before their first step.

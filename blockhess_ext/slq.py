@@ -120,7 +120,8 @@ def batched_slq(
             it. The state of the last step is not changed.
 
     Returns:
-        Quadrature with nodes and weights (n_probes, n_blocks, min(num_steps, max(dims))) float64.
+        Quadrature with nodes and weights (n_probes, n_blocks, min(num_steps, max(dims))) float64. With alpha and beta
+        these take 32 bytes for each probe, block and step of the largest block, also in blocks with fewer elements.
 
     Raises:
         ValueError, TypeError: an argument, or a result of hvp, is not as described.
@@ -248,7 +249,9 @@ def _lanczos(
     def advance(w: Tensor, v: Tensor, v_prev: Tensor) -> None:
         ops.lanczos_step(w, v, v_prev, recurrences, layout, partial)
         if len(basis):
-            ops.reorthogonalize(v_prev, basis, recurrences, layout, basis_partial, projections.select())
+            ops.reorthogonalize(
+                v_prev, basis, recurrences, layout, basis_partial, projections.select(replayed=recorder is not None)
+            )
 
     def call(v: Tensor, v_prev: Tensor, eager: bool = False) -> None:
         advance(product(v), v, v_prev)  # w is released: at most three sets of vectors exist at a time

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -130,10 +131,15 @@ class LanczosBatch:
         """Copy v to the next row of the basis unless the basis is full."""
         if self.step >= len(self.basis):
             return
-        for l, start in enumerate(self._layout.basis_offsets.tolist()):
-            if start >= 0:
-                columns = slice(start, start + self._layout.dims[l])
-                self.basis[self.step, :, columns] = self.v[:, self._layout.columns(l)]
+        starts = self._layout.basis_offsets.tolist()
+        # Neighbors that are both stored, or both not, are neighbors in the basis, too.
+        for is_stored, blocks in groupby(range(len(starts)), lambda l: starts[l] >= 0):
+            if is_stored:
+                run = list(blocks)
+                first, last = run[0], run[-1]
+                columns = slice(starts[first], starts[last] + self._layout.dims[last])
+                whole = slice(self._layout.columns(first).start, self._layout.columns(last).stop)
+                self.basis[self.step, :, columns] = self.v[:, whole]
 
 
 def _require(what: str, expected: object, got: object) -> None:

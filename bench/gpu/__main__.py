@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -28,13 +29,29 @@ from typing import Any
 from bench.harness.files import write_whole
 
 CUDA_TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
-# Group of rows -> limit in seconds.
-GROUPS = {"ops": 70, "nano": 110, "gpt2": 130, "resnet": 40, "reliability": 30}
+# Step -> seconds of a full run and of a quick one; versions and ceilings run beside the build. A step is ended when its
+# seconds and those of all steps before it have passed, so it takes none from a later one, and what is left passes on.
+SECONDS = {
+    "build": (150, 75),
+    "tests": (70, 25),
+    "ops": (50, 12),
+    "nano": (65, 12),
+    "gpt2": (95, 10),
+    "resnet": (25, 8),
+    "reliability": (20, 8),
+    "memcheck": (25, 10),
+    "racecheck": (30, 12),
+    "ncu": (20, 8),
+}
+GROUPS = ("ops", "nano", "gpt2", "resnet", "reliability")
 KERNELS = "^(residual|coefficient|quadrature)_kernel$"
-KERNEL_LAUNCHES = 10  # of these in the case: 4, 4 and 2
+LAUNCHES = 4  # of these in bench.gpu.profile_case: 1, 2 and 1
+STUBS = Path(__file__).parent / "stubs"  # of CUDA's tools, for a dry run
 SAVED_EVERY = 5.0  # seconds
-LEAST = 40.0  # seconds of any limit: a process may need twenty to load torch and start CUDA
-REPORT = 25.0  # seconds for the tables, after the deadline
+REPORT = 25.0  # seconds for the tables, after all steps
+PR_SET_PDEATHSIG = 1
+# Runs a command, and kills its process group when the other end of stdin is closed, as it is at any end of the driver.
+WATCHED = 'exec 3<&0 </dev/null; ({ read -r _ <&3; kill -KILL 0; } & ); exec 3<&-; exec "$@"'
 
 
 @dataclass
@@ -43,15 +60,17 @@ class Driver:
 
     Attributes:
         out: folder of the results.
-        deadline: time.monotonic() at which all steps end.
+        scale: factor of SECONDS.
         settings: environment variables of all steps.
+        until: time.monotonic() at which the present step is ended.
     """
 
     out: Path
     dry: bool
     size: str
-    deadline: float
+    scale: float
     settings: dict[str, str]
+    until: float = field(default_factory=time.monotonic)
     logs: Path = Path("gpu_logs")
     results: dict[str, Any] = field(default_factory=dict)
     started: list[Step] = field(default_factory=list)
@@ -64,12 +83,16 @@ class Driver:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
+    def allow(self, name: str) -> None:
+        """Add the seconds of a step to those of the steps before it."""
+        self.until += self.scale * SECONDS[name][self.size == "quick"]
+
     def start(self, name: str, command: list[str], **settings: str) -> Step:
         return Step(self, name, command, {**self.settings, **settings})
 
-    def run(self, name: str, limit: float, command: list[str], **settings: str) -> bool:
+    def run(self, name: str, command: list[str], **settings: str) -> bool:
         """Run a step to its end or its limit; return whether it passed."""
-        return self.start(name, command, **settings).finish(limit)
+        return self.start(name, command, **settings).finish()
 
     def record(self, name: str, outcome: str, seconds: float) -> None:
         self.results["steps"][name] = {"outcome": outcome, "seconds": seconds}
@@ -98,35 +121,27 @@ class Step:
 
     def __init__(self, driver: Driver, name: str, command: list[str], settings: dict[str, str]) -> None:
         self.driver, self.name, self.begin = driver, name, time.monotonic()
-        self.process: subprocess.Popen[bytes] | None = None
         driver.started.append(self)
-        self.late = self.begin >= driver.deadline
         with open(driver.logs / f"{name}.log", "wb") as log:
-            if self.late:
-                return
-            try:
-                self.process = subprocess.Popen(
-                    command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **settings},
-                    start_new_session=True,
-                )
-            except OSError as error:
-                log.write(f"{error}\n".encode())
+            self.process = subprocess.Popen(
+                ["bash", "-c", WATCHED, name, *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **settings},
+                start_new_session=True,
+            )
 
-    def finish(self, limit: float, failure: str = "FAILED") -> bool:
-        """Wait for the process until `limit` seconds after its start; record and return whether it passed."""
-        code: int | str = "no time left" if self.late else "cannot be started"
-        if self.process is not None:
-            code = self.wait(min(limit + self.begin, self.driver.deadline))
+    def finish(self, failure: str = "FAILED") -> bool:
+        """Wait for the process until the driver's limit; record and return whether it passed."""
+        code = self.wait(self.driver.until)
+        self.end()
         outcome = "ok" if code == 0 else f"{failure} ({code}), see {self.name}.log"
         self.driver.record(self.name, outcome, time.monotonic() - self.begin)
         return code == 0
 
     def wait(self, until: float) -> int | str:
         """Return the exit code, or that the process was killed at time `until`; save what it writes meanwhile."""
-        assert self.process is not None
         while True:
             left = until - time.monotonic()
             try:
@@ -134,15 +149,14 @@ class Step:
             except subprocess.TimeoutExpired:
                 self.driver.save()
             if time.monotonic() >= until:
-                self.end()
                 return f"exceeded {time.monotonic() - self.begin:.0f} s"
 
     def end(self) -> None:
-        """Kill the process and its children, if it runs; one that the driver of the device holds is left behind."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+        """Kill what is left of the process and its children; one that the device's driver holds is left behind."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
 
 
 def cuda_home() -> str | None:
@@ -174,51 +188,66 @@ def build(driver: Driver, root: Path, reuse: bool) -> Step:
     return driver.start("build", [sys.executable, "setup.py", "build_ext", "--inplace"], **settings)
 
 
-def tests(driver: Driver, limit: float) -> None:
+def tests(driver: Driver) -> None:
     """Run tests/gpu, every file in a process of its own on a GPU."""
+    driver.allow("tests")
     pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     if driver.dry:
-        driver.run("tests", limit, [*pytest, "tests/gpu"], BLOCKHESS_TEST_DEVICE="cpu")
+        one_dtype = ["-k", "not (test_products and float64)"]
+        driver.run("tests", [*pytest, *one_dtype, "tests/gpu"], BLOCKHESS_TEST_DEVICE="cpu")
         return
     files = sorted(map(str, Path("tests/gpu").glob("test_*.py")))
     steps = [driver.start(Path(file).stem, [*pytest, file], BLOCKHESS_REQUIRE_GPU="1") for file in files]
     for step in steps:
-        step.finish(limit)
+        step.finish()
 
 
-def sanitizers(driver: Driver, home: str | None, limit: float) -> None:
-    """Run all ops on small batches under compute-sanitizer, and three kernels under ncu."""
+def rows(driver: Driver, where: list[str], limits: str) -> None:
+    """Measure the groups of rows, each in a process of its own on a GPU."""
+    for groups in [GROUPS] if driver.dry else [(group,) for group in GROUPS]:
+        for group in groups:
+            driver.allow(group)
+        command = [sys.executable, "-m", "bench.gpu.rows", *groups, "--out", str(driver.logs), *where]
+        command += ["--seconds", f"{driver.until - time.monotonic():.0f}", "--limits", limits]
+        # cuBLAS is deterministic then, which a job that is resumed needs.
+        extra = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if groups == ("reliability",) else {}
+        driver.run("rows" if driver.dry else groups[0], command, **extra)
+
+
+def sanitizers(driver: Driver, home: str | None, where: list[str]) -> None:
+    """Run all ops on small batches under compute-sanitizer, and three kernels on large ones under ncu."""
     case = [sys.executable, "-m", "tests.gpu.sanitizer_case", *(["--cpu"] if driver.dry else [])]
     sanitizer, profiler = tool("compute-sanitizer", home), tool("ncu", home)
     for check in ("memcheck", "racecheck"):
-        if driver.dry:
-            driver.run(check, limit, case)
-            return  # the same process for all
+        driver.allow(check)
         if sanitizer is None:
             driver.record(check, "skipped: no compute-sanitizer", 0.0)
             continue
         command = [sanitizer, "--tool", check, "--error-exitcode", "86", *case]
-        driver.run(check, limit, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        driver.run(check, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    driver.allow("ncu")
     if profiler is None:
         driver.record("ncu", "skipped: no ncu", 0.0)
         return
-    chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(KERNEL_LAUNCHES), "--section", "SpeedOfLight"]
-    chosen += ["--clock-control", "none"]  # as in all measurements
+    chosen = ["--kernel-name", f"regex:{KERNELS}", "--launch-count", str(LAUNCHES)]
+    chosen += ["--section", "SpeedOfLight", "--section", "Occupancy", "--clock-control", "none"]
+    profiled = [sys.executable, "-m", "bench.gpu.profile_case", *where]
     # Profiling may need a permission that the device does not give: that is no failure of blockhess.
-    driver.start("ncu", [profiler, *chosen, "--section", "Occupancy", *case]).finish(limit, "not available")
+    driver.start("ncu", [profiler, *chosen, *profiled]).finish("FAILED" if driver.dry else "not available")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/run_gpu.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--quick", action="store_true", help="the same in three minutes; targets are not judged")
-    parser.add_argument("--seconds", type=float, help="end after so many seconds; default 550, or 150 with --quick")
+    parser.add_argument("--seconds", type=float, help="end after so many seconds; default 550, or 180 with --quick")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to check this script")
     parser.add_argument("--reuse-build", action="store_true", help="of the checkout; for --dry-run")
     options = parser.parse_args()
     if options.reuse_build and not options.dry_run:
         parser.error("--reuse-build needs --dry-run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # also when the script that started this is killed
     begin, root = time.monotonic(), Path(os.environ.get("BLOCKHESS_SOURCE", "."))
     options.out.mkdir(parents=True, exist_ok=True)
     home = cuda_home()
@@ -226,9 +255,12 @@ def main() -> int:
     settings |= {"CUDA_HOME": home} if home else {}
     settings |= {"CUDA_VISIBLE_DEVICES": ""} if options.dry_run else {}
     size = "tiny" if options.dry_run else "quick" if options.quick else "full"
-    # Factor of the limits of all steps, and seconds for everything. A CPU may be busy with other programs.
-    scale, seconds = (10.0, 3000) if options.dry_run else (0.4, 150) if options.quick else (1.0, 550)
-    driver = Driver(options.out, options.dry_run, size, begin + (options.seconds or seconds), settings)
+    scale = 6.0 if options.dry_run else 1.0  # a CPU may be busy with other programs
+    if options.seconds:
+        scale = options.seconds / sum(limits[size == "quick"] for limits in SECONDS.values())
+    if options.dry_run:
+        os.environ["PATH"] = f"{STUBS.resolve()}{os.pathsep}{os.environ['PATH']}"
+    driver = Driver(options.out, options.dry_run, size, scale, settings)
     found = {name: tool(name, home) for name in CUDA_TOOLS}
     print(f"blockhess {os.environ.get('BLOCKHESS_COMMIT', 'unknown')}, CUDA_HOME {home}, {found}", flush=True)
     if options.dry_run:
@@ -239,21 +271,18 @@ def main() -> int:
     ask = "import sys, torch; print(sys.version, torch.__version__, torch.version.cuda); print(torch.__config__.show())"
     atexit.register(lambda: [step.end() for step in driver.started])
     versions = f"nvidia-smi; nvcc --version; exec '{sys.executable}' -c '{ask}'"
+    driver.allow("build")
     building = build(driver, root, options.reuse_build)
     where = ["--device", driver.device, "--size", size]
     limits = str(driver.logs / "ceilings.json")
     measuring = driver.start("ceilings", [sys.executable, "-m", "bench.gpu.ceilings", "--out", limits, *where])
-    driver.run("versions", max(LEAST, 40 * scale), ["bash", "-c", versions])
-    measuring.finish(60 * scale + 30)
-    built = building.finish(200 * max(1.0, scale))
+    driver.run("versions", ["bash", "-c", versions])
+    measuring.finish()
+    built = building.finish()
     if built:
-        tests(driver, max(LEAST, 120 * scale))
-        for group, limit in GROUPS.items():
-            command = [sys.executable, "-m", "bench.gpu.rows", group, "--out", str(driver.logs / f"{group}.json")]
-            # cuBLAS is deterministic then, which a job that is resumed needs.
-            extra = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if group == "reliability" else {}
-            driver.run(group, max(LEAST, limit * scale), [*command, *where, "--limits", limits], **extra)
-        sanitizers(driver, home, max(LEAST, 90 * scale))
+        tests(driver)
+        rows(driver, where, limits)
+        sanitizers(driver, home, where)
     else:
         for name in ("tests", *GROUPS, "memcheck"):
             driver.record(name, "FAILED: needs the build", 0.0)

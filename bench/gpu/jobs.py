@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -192,16 +193,34 @@ def gpt2(machine: Machine, precision: str) -> Row:
     return row_of(machine, network, job, precision)
 
 
-def gpt2_parameters(machine: Machine, windows: int, precision: str, probes: int) -> Row:
-    """Measure GPT-2 124M: every matrix of the embedding and of three layers, in a memory budget."""
+def gpt2_matrices(machine: Machine, precision: str, windows: int = 1, share: float = math.inf) -> Row:
+    """Measure GPT-2 124M: every matrix of the embedding and of three layers, in a memory budget.
+
+    Args:
+        share: of the time left, which a job of 10 probes may take; else it has fewer, after a first job of one probe.
+    """
     whole = networks.gpt2(machine, windows)
     layers = (0, 1) if machine.size == "tiny" else (0, 5, 11)
     wanted = (".tok.", ".pos.", *(f".layers.{i}." for i in layers))
     names = [n for n, p in whole.model.named_parameters() if p.ndim == 2 and any(text in n for text in wanted)]
     network = Network(whole.model, whole.data, whole.loss_fn, {name: [name] for name in names})
-    budget = "96 GiB" if machine.size != "tiny" else "1 GiB"
-    options = {"num_steps": machine.pick(3, 2, 2), "num_probes": probes, "memory_budget": budget}
-    return row_of(machine, network, run(machine, network, False, matmul_precision=precision, **options), precision)
+    options: dict[str, Any] = {"matmul_precision": precision, "num_steps": machine.pick(3, 2, 2)}
+    options["memory_budget"] = "96 GiB" if machine.size != "tiny" else "1 GiB"
+    if math.isinf(share):
+        return row_of(machine, network, run(machine, network, False, **options), precision)
+    begin, room = time.monotonic(), share * (machine.until - time.monotonic())
+    job = run(machine, network, False, num_probes=1, **options)
+    took, steps = time.monotonic() - begin, options["num_steps"] + 1  # and the product whose work is counted
+    each = steps * job.observation.step(1).median
+    most, fit = machine.pick(10, 10, 2), (room - 2 * took + each) / each
+    probes = most if fit >= most else max(1, int(fit))
+    if probes > 1:
+        job = run(machine, network, False, num_probes=probes, **options)
+    row = row_of(machine, network, job, precision)
+    row.measured["probes"] = probes
+    if probes < most:
+        row.notes.append(f"{probes} of {most} probes: a job of one took {took:.0f} s, of {room:.0f} s for this row")
+    return row
 
 
 def resnet(machine: Machine, precision: str) -> Row:
@@ -311,15 +330,18 @@ GPT2: Rows = {
     ),
     **{
         f"GPT-2 124M, matrices of embedding and layers 0, 5, 11, 10 probes x 1,024 tokens, {NAMES[precision]}": (
-            partial(gpt2_parameters, windows=1, precision=precision, probes=10),
+            partial(gpt2_matrices, precision=precision),
             PEAK,
         )
         for precision in ("high", "highest")
     },
-    "GPT-2 124M, the same matrices, 1 probe x 16 x 1,024 tokens in 96 GiB, TF32": (
-        partial(gpt2_parameters, windows=16, precision="high", probes=1),
-        PEAK,
-    ),
+    **{
+        f"GPT-2 124M, the same matrices, 10 probes x 16 x 1,024 tokens in 96 GiB, {NAMES[precision]}": (
+            partial(gpt2_matrices, precision=precision, windows=16, share=share),
+            PEAK,
+        )
+        for precision, share in (("high", 0.4), ("highest", 0.9))
+    },
 }
 RESNET: Rows = {
     f"ResNet18 of width 64, all parameters, 10 probes x 256 images: a step of `spectrum`, {NAMES[precision]}": (

@@ -19,10 +19,11 @@ from bench.gpu import networks
 from bench.gpu.networks import Network
 from bench.harness.command import write_json
 from bench.harness.machine import Machine
-from bench.harness.timing import CPU, WrongResult
+from bench.harness.timing import CPU, check
 from blockhess.spectra import Spectra
 
 FILE = Path(__file__).with_name("nano_moments.json")
+ROUNDING = 1e-5  # of sums over weights in float32
 
 
 def of_result(spectra: Spectra) -> dict[str, list[float]]:
@@ -39,17 +40,15 @@ def reference(machine: Machine) -> dict[str, list[float]]:
 
 
 def expected(machine: Machine, network: Network) -> dict[str, list[float]]:
-    """Return the moments of the file, or at size "tiny" computed.
+    """Return the moments of the file, after checking that it was made with these weights and data, or compute them.
 
-    Raises:
-        WrongResult: the file was made with other weights or data.
+    They are computed at size "tiny".
     """
     if machine.size == "tiny":
         return reference(machine)
     stored = json.loads(FILE.read_text())
     for a, b in zip(network.fingerprint(), stored["fingerprint"], strict=True):
-        if abs(a - b) > 1e-5 * abs(b):  # weights are rounded to float32
-            raise WrongResult(f"weights and data have the sums {network.fingerprint()}, those of {FILE.name} others")
+        check(f"a sum over weights or data, {a:g}, relative to that of {FILE.name},", abs(a - b) / abs(b), ROUNDING)
     moments: dict[str, list[float]] = stored["moments"]
     return moments
 

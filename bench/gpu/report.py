@@ -56,11 +56,10 @@ def report(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {what} | {numbers} |")
     lines += ["", "| row | also measured |", "|---|---|"]
     for name, row in results["rows"].items():
-        if missing(row):
-            lines.append(f"| {name} | **{missing(row)}**: {row.get('failure', '')} |")
-            continue
-        also = [f"{what} {format_value(what, value)}" for what, value in row["measured"].items()]
-        also += [f"error {row['error']:.2g}", *row["notes"]]
+        also = [f"**{why}**: {row.get('failure', '')}"] if (why := missing(row)) else []
+        if "measured" in row:
+            also += [f"{what} {format_value(what, value)}" for what, value in row["measured"].items()]
+            also += [f"error {row['error']:.2g}", *row["notes"]]
         lines.append(f"| {name} | {'; '.join(also)} |")
     limits = ", ".join(f"{name} {value / 1e9:,.4g}" for name, value in results["limits"].items())
     lines += ["", f"Limits of this device in this run, GB/s read and written, and GFLOP/s: {limits or 'not measured'}."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class Machine:
     size: str  # "full", "quick" or "tiny"
     # Bytes per second: "copy" (read and written), on a CPU also "triad" and "read"; operations per second: "gemm".
     limits: dict[str, float]
+    until: float = math.inf  # of time.monotonic(), at which measurements are ended
 
     @staticmethod
     def measured(device: torch.device, size: str) -> Machine:

@@ -8,13 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from bench.harness.machine import Machine, TooSmall
-from bench.harness.timing import Entry, WrongResult
+from bench.harness.timing import Entry, WrongResult, wrong_results
 
 # Suffix of a quantity: its value if the same bytes were moved at triad bandwidth.
 AT_TRIAD = ", at triad bandwidth"
@@ -69,14 +70,20 @@ class Row:
 Rows = dict[str, tuple[Callable[[Machine], Row], list[Target]]]  # by the name of the row
 
 
-def measure_row(row_of: Callable[[Machine], Row], machine: Machine) -> dict[str, Any]:
-    """Return the JSON entry of a row: its measurements, "skipped" or "failure", load average and seconds."""
+def measure_row(row_of: Callable[[Machine], Row], machine: Machine, keep: bool = False) -> dict[str, Any]:
+    """Return the JSON entry of a row: its measurements, "skipped" or "failure", load average and seconds.
+
+    With `keep`, a row that is wrong has both a "failure" and its measurements.
+    """
     start, load, cuda = time.perf_counter(), os.getloadavg()[0], machine.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(machine.device)
     try:
-        found: dict[str, Any] = asdict(row_of(machine))
+        with wrong_results() if keep else nullcontext() as wrong:
+            found: dict[str, Any] = asdict(row_of(machine))
+        if wrong:
+            found["failure"] = "; ".join(wrong)
         if cuda:
             found["peak_mib"] = torch.cuda.max_memory_allocated(machine.device) / 2**20
     except TooSmall as error:
@@ -88,11 +95,19 @@ def measure_row(row_of: Callable[[Machine], Row], machine: Machine) -> dict[str,
 
 
 def measure_rows(
-    rows: Rows, names: Iterable[str], machine: Machine, result: dict[str, Any], save: Callable[[], object]
+    rows: Rows,
+    names: Iterable[str],
+    machine: Machine,
+    result: dict[str, Any],
+    save: Callable[[], object],
+    keep: bool = False,
 ) -> None:
-    """Measure these rows into result["rows"], and call `save` after each, so that a time limit loses one at most."""
+    """Measure these rows into result["rows"], and call `save` after each, so that a time limit loses one at most.
+
+    `keep` as for `measure_row`.
+    """
     for name in names:
-        row = result["rows"][name] = measure_row(rows[name][0], machine)
+        row = result["rows"][name] = measure_row(rows[name][0], machine, keep)
         print(f"{row['seconds']:6.1f} s  {name}", file=sys.stderr, flush=True)
         save()
 
@@ -108,13 +123,14 @@ def format_value(quantity: str, value: float) -> str:
 
 
 def missing(row: Mapping[str, Any]) -> str:
-    """Return why a row has no measurements, or an empty string if it has."""
+    """Return why a row has no measurements that hold, or an empty string if it has."""
     return "failed" if "failure" in row else f"skipped: {row['skipped']}" if "skipped" in row else ""
 
 
 def verdict(target: Target, row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the measured value and "met" or "missed", or "-" and why it was not measured."""
-    if why := missing(row):
+    """Return the measured value, or "-", and "met" or "missed", or why it was not measured or does not hold."""
+    why = missing(row)
+    if why and target.quantity not in row.get("measured", {}):
         return "-", why
     if target.quantity not in row["measured"]:
         rival = target.quantity.removeprefix("times faster than ")
@@ -123,7 +139,7 @@ def verdict(target: Target, row: Mapping[str, Any]) -> tuple[str, str]:
     text, at_triad = format_value(target.quantity, value), row["measured"].get(target.quantity + AT_TRIAD)
     if at_triad is not None:
         text += f" (at triad bandwidth {format_value(target.quantity, at_triad)})"
-    return text, "met" if target.met(value) else "missed"
+    return text, why or ("met" if target.met(value) else "missed")
 
 
 Judge = Callable[[str, Target], tuple[str, str]]  # (name of a row, target) -> value and verdict

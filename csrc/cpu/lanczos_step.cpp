@@ -54,10 +54,12 @@ class Step {
 
   void whole_segment(int64_t s) const {
     const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
-    for (int64_t t = begin; t < end; ++t) dot_with_v(t);
-    write_alpha(s);
-    for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // backward: the last tiles are still in cache
-    close(s);
+    if (running(s)) {
+      for (int64_t t = begin; t < end; ++t) dot_with_v(t);
+      write_alpha(s);
+      for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // backward: the last tiles are still in cache
+      close(s);
+    }
     for (int64_t t = begin; t < end; ++t) normalize(t);
   }
 

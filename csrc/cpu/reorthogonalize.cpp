@@ -25,74 +25,82 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const int64_t row = op.layout.n_probes * op.n_basis;  // elements of one basis row
   const int64_t stride = op.capacity + 1;               // of `partial`, from tile to tile
 
-  // Coefficients of the segments that are projected alone: most others may have ended long ago.
-  std::vector<int64_t> slot(tiles.segments());
+  // The segments that take part, while most others may have ended long ago, and their tiles: all work is on these.
+  std::vector<int64_t> segments, work;
+  std::vector<size_t> owner;  // of a tile in `work`, in `segments`
+  // Coefficients of a segment start at slot * width; segments that are not projected have none.
+  std::vector<int64_t> slot;
   int64_t slots = 0, width = 0;
   for (int64_t s = 0; s < tiles.segments(); ++s) {
-    slot[s] = slots;
+    if (!op.takes_part(s)) continue;
+    for (int64_t t = tiles.begin(s); t < tiles.end(s); ++t) {
+      work.push_back(t);
+      owner.push_back(segments.size());
+    }
+    segments.push_back(s);
+    slot.push_back(slots);
     if (!op.projects(s)) continue;
     ++slots;
     width = std::max(width, op.count(s));
   }
   std::vector<double> coefficients(slots * width);
+  const auto for_work = [&](const auto& body) {  // body(position in `segments`, tile)
+    parallel_for(work.size(), tiles.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) body(owner[w], work[w]);
+    });
+  };
 
   // Column of a tile's first element in a row of the basis.
   const auto column = [&](int64_t t) {
     const int64_t s = tiles.segment(t);
     return s / op.layout.n_blocks * op.n_basis + op.basis_offsets[tiles.block(s)] + tiles.position(t);
   };
-  const auto project_tile = [&](int pass, int64_t t) {
-    const int64_t s = tiles.segment(t);
-    const double* subtracted = pass > 0 ? coefficients.data() + slot[s] * width : nullptr;
+  const auto project_tile = [&](int pass, size_t i, int64_t t) {
+    const double* subtracted = pass > 0 ? coefficients.data() + slot[i] * width : nullptr;
     double* dots = pass + 1 < kPasses ? op.partial + t * stride : nullptr;
-    op.partial[t * stride + op.capacity] =
-        gram_schmidt(op.r + tiles.start(t), op.basis + column(t), row, op.count(s), tiles.length(t), subtracted, dots);
+    op.partial[t * stride + op.capacity] = gram_schmidt(op.r + tiles.start(t), op.basis + column(t), row,
+                                                        op.count(segments[i]), tiles.length(t), subtracted, dots);
   };
-  const auto add_tiles = [&](int64_t s) {
-    for (int64_t k = 0; k < op.count(s); ++k) coefficients[slot[s] * width + k] = tiles.sum(op.partial + k, s, stride);
+  const auto add_tiles = [&](size_t i) {
+    for (int64_t k = 0; k < op.count(segments[i]); ++k)
+      coefficients[slot[i] * width + k] = tiles.sum(op.partial + k, segments[i], stride);
   };
   const auto shared = [&](int64_t s) { return tiles.end(s) - tiles.begin(s) > 1; };
-  const auto whole_segment = [&](int64_t s) {
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (pass > 0) add_tiles(s);
-      project_tile(pass, tiles.begin(s));
-    }
-  };
 
   for (int pass = 0; pass < kPasses; ++pass) {
-    parallel_for(pass > 0 ? tiles.segments() : 0, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s)
-        if (op.projects(s) && shared(s)) add_tiles(s);
+    parallel_for(pass > 0 ? segments.size() : 0, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        if (op.projects(segments[i]) && shared(segments[i])) add_tiles(i);
     });
-    for_tiles(tiles, parallel_for, [&](int64_t t) {
-      const int64_t s = tiles.segment(t);
-      if (!op.projects(s)) return;
-      if (shared(s))
-        project_tile(pass, t);
-      else if (pass == 0)
-        whole_segment(s);
+    for_work([&](size_t i, int64_t t) {
+      if (!op.projects(segments[i])) return;
+      if (shared(segments[i])) {
+        project_tile(pass, i, t);
+        return;
+      }
+      for (int own = 0; pass == 0 && own < kPasses; ++own) {
+        if (own > 0) add_tiles(i);
+        project_tile(own, i, t);
+      }
     });
   }
 
-  std::vector<double> factor(tiles.segments(), 0.0);
-  std::vector<char> closing(tiles.segments(), 0);
-  for (int64_t s = 0; s < tiles.segments(); ++s) {
-    if (!op.takes_part(s)) continue;
-    closing[s] = 1;
+  std::vector<double> factor(segments.size());
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const int64_t s = segments[i];
     if (op.projects(s))
       recurrences.beta[recurrences.next(s)] = std::sqrt(tiles.sum(op.partial + op.capacity, s, stride));
-    factor[s] = close_step(recurrences, s, op.limits[tiles.block(s)], std::numeric_limits<T>::epsilon());
+    factor[i] = close_step(recurrences, s, op.limits[tiles.block(s)], std::numeric_limits<T>::epsilon());
   }
-  for_tiles(tiles, parallel_for, [&](int64_t t) {
-    const int64_t s = tiles.segment(t), length = tiles.length(t);
+  for_work([&](size_t i, int64_t t) {
+    const int64_t length = tiles.length(t);
     T* next = op.r + tiles.start(t);
-    if (!closing[s]) return;
-    if (factor[s] == 0.0) {
+    if (factor[i] == 0.0) {
       std::fill_n(next, length, T(0));
       return;
     }
-    scale(next, factor[s], length);
-    const int64_t filled = recurrences.steps[s];  // includes this step
+    scale(next, factor[i], length);
+    const int64_t filled = recurrences.steps[segments[i]];  // includes this step
     if (filled < op.capacity) std::copy_n(next, length, op.basis + filled * row + column(t));
   });
 }

@@ -65,6 +65,9 @@ def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool,
         print(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")
 
 
+Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 ...")]
+
+
 def _add(name: str, text: str) -> None:
     def command(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
         _run([name], out, seed, quick, as_json)
@@ -81,7 +84,6 @@ for _name, _text in {
     "fig6": "Figure 6: eigenvalues of case 1.",
     "fig7": "Figure 7: eigenvalues of case 2.",
     "fig8": "Figure 8: gradient norms of GD and Adam on the four cases.",
-    "fig2": "Figure 2: exact Hessians of small Transformers and MLPs; block structure of larger models.",
 }.items():
     _add(_name, _text)
 
@@ -92,19 +94,33 @@ Data = Annotated[
 
 
 @app.command()
-def fig5(
-    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
+def fig2(
+    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, device: Device = "cpu", as_json: AsJson = False
 ) -> None:
-    """Figure 5: SGD and Adam on the MLP with scaled layers, over a grid of learning rates."""
-    _run(["fig5"], out, seed, quick, as_json, data=data)
+    """Figure 2: exact Hessians of small Transformers and MLPs; block structure of larger models."""
+    _run(["fig2"], out, seed, quick, as_json, device=device)
 
 
-@app.command()
-def table3(
-    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
-) -> None:
-    """Table 3: JS0 of the MLP with scaled layers in every definition, against the paper's numbers."""
-    _run(["table3"], out, seed, quick, as_json, data=data)
+def _add_scaled_mlp(names: Sequence[str], command: str, text: str) -> None:
+    def run(
+        out: Out = DEFAULT_OUT,
+        seed: Seed = 0,
+        quick: Quick = False,
+        data: Data = None,
+        device: Device = "cpu",
+        as_json: AsJson = False,
+    ) -> None:
+        _run(names, out, seed, quick, as_json, data=data, device=device)
+
+    app.command(command, help=text)(run)
+
+
+_add_scaled_mlp(
+    ["fig5"], "fig5", "Figure 5: SGD and Adam on the MLP with scaled layers, over a grid of learning rates."
+)
+_add_scaled_mlp(
+    ["table3"], "table3", "Table 3: JS0 of the MLP with scaled layers in every definition, against the paper's numbers."
+)
 
 
 # Values of the options, repeated here so that torch need not be imported.
@@ -130,7 +146,6 @@ Corpora = Annotated[
     Path | None,
     typer.Option(help="For --scale paper: imagenet/CLASS/*.JPEG, cornell/movie_*.txt, openwebtext/train.bin."),
 ]
-Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 ...")]
 Precision = Annotated[
     str, typer.Option(help="Precision of float32 matrix products: highest, high or medium (both TF32 on CUDA).")
 ]
@@ -175,11 +190,12 @@ def calibrate(
     out: Out = DEFAULT_OUT,
     seed: Seed = 0,
     quick: Quick = False,
-    scale: Annotated[str, typer.Option(help="Only mini: six networks of two families are too few.")] = ("mini"),
+    scale: Annotated[str, typer.Option(help="Only mini: six networks of two families are too few.")] = "mini",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """What predicts how many more steps SGD needs than AdamW? Trains 39 networks; resumes in the same --out."""
-    _run(["calibrate"], out, seed, quick, as_json, selection=_selection(scale, None, None, "cpu", "highest"))
+    _run(["calibrate"], out, seed, quick, as_json, selection=_selection(scale, None, None, device, "highest"))
 
 
 @app.command()
@@ -212,21 +228,22 @@ def plan(
     print(to_json(plans_to_dict(jobs, gflops)) if as_json else format_plans(jobs, device, gflops))
 
 
-@app.command("all-theory")
-def all_theory(
-    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, data: Data = None, as_json: AsJson = False
-) -> None:
-    """Run all experiments of the theory, Figures 2 and 5 and Table 3: no networks, no trainings."""
-    _run(list(EXPERIMENTS), out, seed, quick, as_json, data=data)
+_add_scaled_mlp(
+    list(EXPERIMENTS),
+    "all-theory",
+    "Run all experiments of the theory, on the CPU, and Figures 2 and 5 and Table 3: none of sections 2.3 to 2.5.",
+)
 
 
 @app.command()
-def spectra(out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+def spectra(
+    out: Out = DEFAULT_OUT, seed: Seed = 0, quick: Quick = False, device: Device = "cpu", as_json: AsJson = False
+) -> None:
     """Recompute the shipped block spectra of cases 1 and 2; some minutes."""
     from blockhess.report.rows import to_json
     from blockhess_paper.experiments import measure_spectra
 
     with text_on_stderr(as_json):
-        written = measure_spectra(out, seed=seed, quick=quick)
+        written = measure_spectra(out, seed=seed, quick=quick, device=device)
     if as_json:
         print(to_json({"written": list(map(str, written))}))

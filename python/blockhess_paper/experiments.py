@@ -14,13 +14,20 @@ import torch
 
 import blockhess
 from blockhess._text import format_table
+from blockhess.problem.batches import known_device
 from blockhess.results.files import writable_folder
 from blockhess_paper.results import Result
 from blockhess_paper.theory import block_spectra
 
 
 def run_experiments(
-    modules: Mapping[str, str], out: str | PathLike[str], *, seed: int = 0, quick: bool = False, **options: Any
+    modules: Mapping[str, str],
+    out: str | PathLike[str],
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    device: str = "cpu",
+    **options: Any,
 ) -> list[Result]:
     """Run experiments, print their results and write their files.
 
@@ -28,21 +35,22 @@ def run_experiments(
         modules: name -> MODULE of this package, whose `run` returns a Result, or MODULE:FUNCTION.
         out: folder for the files; created if missing.
         seed, quick: passed to every experiment.
-        options: passed, like the folder, to the experiments that take them.
+        device, options: passed, like the folder, to the experiments that take them.
 
     Raises:
-        ValueError: the folder is not writable.
+        ValueError: the folder is not writable, or there is no such device.
         ImportError: matplotlib is missing.
 
     Example:
         >>> results = run_experiments({"prop2": "theory.proposition2"}, "blockhess-paper", quick=True)
     """
+    known_device(device, "paper")
     folder = writable_folder(out)
     results = []
     for position, (name, target) in enumerate(modules.items(), 1):
         module, _, function = target.partition(":")
         run = getattr(importlib.import_module(f"blockhess_paper.{module}"), function or "run")
-        offered = {**options, "folder": folder}
+        offered = {**options, "folder": folder, "device": device}
         taken = {key: value for key, value in offered.items() if key in inspect.signature(run).parameters}
         print(f"[{position}/{len(modules)}] {name}", flush=True)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -64,9 +72,11 @@ def run_experiments(
     return results
 
 
-def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool) -> list[Path]:
+def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool, device: str) -> list[Path]:
     """Recompute the block spectra of cases 1 and 2, and print and return the files."""
-    written = block_spectra.measure(writable_folder(out), seed=seed, quick=quick)
+    written = block_spectra.measure(
+        writable_folder(out), seed=seed, quick=quick, device=str(known_device(device, "spectra"))
+    )
     for path in written:
         print(f"{path}: {blockhess.load(path)!r}")
     return written

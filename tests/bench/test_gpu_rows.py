@@ -18,18 +18,23 @@ TINY = Machine(CPU, "tiny", {})
 
 
 def measure(group: str, folder: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
-    arguments = ["rows", group, "--out", str(folder / "rows.json"), "--device", "cpu", "--size", "tiny"]
+    arguments = ["rows", group, "--out", str(folder), "--device", "cpu", "--size", "tiny"]
     monkeypatch.setattr(sys, "argv", arguments)
-    return rows.main(), json.loads((folder / "rows.json").read_text())["rows"]
+    return rows.main(), json.loads((folder / f"{group}.json").read_text())["rows"]
 
 
-def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
+def test_a_row_with_a_wrong_result_is_marked_and_keeps_its_times(tmp_path, monkeypatch):
     right = ops.gaussian_density
     monkeypatch.setattr(ops, "gaussian_density", lambda *arguments: right(*arguments) * (1 + 1e-9))
     code, found = measure("ops", tmp_path, monkeypatch)
     failures = [row["failure"] for row in found.values() if "failure" in row]
     assert code == 1 and len(failures) == 1 and "gaussian_density differs by 1e-09" in failures[0]
-    assert "times" not in next(row for row in found.values() if "failure" in row)
+    name, row = next((name, row) for name, row in found.items() if "failure" in row)
+    assert row["times"]["gaussian_density"]["median_ms"] > 0
+    made = results() | {"rows": {name: row}}
+    assert report.targets(made).count("| failed |") == 2 and "**failed**: gaussian_density differs" in report.report(
+        made
+    )
 
 
 def test_wrong_moments_are_found(tmp_path, monkeypatch):
@@ -46,7 +51,7 @@ def test_moments_of_other_weights_are_refused(monkeypatch):
     stored = moments.expected(machine, network)
     assert len(stored) == 38 == network.n_blocks
     network.model[0].tok.weight.data[0] += 1.0
-    with pytest.raises(WrongResult, match="weights and data have the sums"):
+    with pytest.raises(WrongResult, match="a sum over weights or data"):
         moments.expected(machine, network)
 
 

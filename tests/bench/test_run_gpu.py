@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 
+from bench.gpu import __main__ as gpu
 from bench.gpu import rows
 from bench.gpu.__main__ import Driver
 from tests import ROOT
@@ -39,7 +41,12 @@ def test_dry_run(tmp_path):
     table = (tmp_path / "results.md").read_text()
     assert "| met |" not in table and table.count("unproven on hardware") == sum(len(t) for _, t in rows.ROWS.values())
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
-        assert {"logs/build.log", "logs/tests.log", "logs/nano.log"} <= set(archive.getnames())
+        assert {"logs/build.log", "logs/tests.log", "logs/rows.log", "logs/nano.json"} <= set(archive.getnames())
+        said = {
+            name: archive.extractfile(f"logs/{name}.log").read().decode() for name in ("memcheck", "racecheck", "ncu")
+        }
+    assert "--tool memcheck --error-exitcode 86" in said["memcheck"] and "all ops on cpu equal" in said["racecheck"]
+    assert "--launch-count 4" in said["ncu"] and "bench.gpu.profile_case" in said["ncu"]
 
 
 def test_a_failed_build_is_reported(tmp_path):
@@ -54,24 +61,52 @@ def test_a_failed_build_is_reported(tmp_path):
         assert b"no setuptools" in archive.extractfile("logs/build.log").read()
 
 
+@pytest.mark.parametrize("tool", ["compute-sanitizer", "ncu"])
+def test_stubs_know_the_options_of_the_tools(tool):
+    options = {"compute-sanitizer": ["--tool", "memcheck"], "ncu": ["--section", "Occupancy"]}[tool]
+    done = subprocess.run([gpu.STUBS / tool, *options, "echo", "--run"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n--run\n")
+    wrong = subprocess.run([gpu.STUBS / tool, "--sections", "Occupancy", "echo"], capture_output=True, text=True)
+    assert wrong.returncode == 64 and "unknown option --sections" in wrong.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["out", "--reuse-build"], ["out", "--wrong"]])
 def test_invalid_arguments(arguments):
     done = script(*arguments)
     assert done.returncode == 2 and "bench/run_gpu.sh OUT_DIR" in done.stderr
 
 
-def test_steps_end_at_their_limit_and_later_ones_run(tmp_path):
-    driver = Driver(tmp_path, True, "tiny", time.monotonic() + 60, {"WORD": "said"}, tmp_path / "logs")
-    assert not driver.run("slow", 0.2, ["bash", "-c", "sleep 60 & wait"])
-    assert not driver.run("absent", 5, ["no-such-program"])
-    assert driver.run("fine", 5, ["bash", "-c", "echo $WORD"])
+def test_steps_end_at_their_limit_and_later_ones_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SECONDS", {"slow": (2, 0), "later": (30, 0)})
+    driver = Driver(tmp_path, True, "tiny", 0.1, {"WORD": "said"}, logs=tmp_path / "logs")
+    begin = driver.until
+    driver.allow("slow")
+    assert not driver.run("slow", ["bash", "-c", "sleep 60 & echo $! && wait"])
+    driver.allow("later")
+    assert driver.until == pytest.approx(begin + 3.2)  # what an early step took is not taken from a later one
+    assert not driver.run("absent", ["no-such-program"])
+    assert driver.run("fine", ["bash", "-c", "echo $WORD"])
     outcomes = [step["outcome"] for step in json.loads((tmp_path / "results.json").read_text())["steps"].values()]
-    assert outcomes[0].startswith("FAILED (exceeded") and outcomes[1].startswith("FAILED (cannot be started")
+    assert outcomes[0].startswith("FAILED (exceeded") and outcomes[1].startswith("FAILED (127)")
     assert outcomes[2] == "ok" and (tmp_path / "logs/fine.log").read_text() == "said\n"
-    driver.deadline = time.monotonic()
-    assert not driver.run("late", 60, ["sleep", "60"])
-    late = json.loads((tmp_path / "results.json").read_text())["steps"]["late"]
-    assert late["outcome"].startswith("FAILED (no time left") and late["seconds"] < 1
+    assert not runs(int((tmp_path / "logs/slow.log").read_text()))
+
+
+def test_limits_sum_to_the_time_of_a_run():
+    assert [sum(column) for column in zip(*gpu.SECONDS.values())] == [550, 180]
+
+
+def runs(process: int) -> bool:
+    """Return whether a process runs, after at most 10 s in which it may end."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 UNFINISHED = """
@@ -80,9 +115,9 @@ from pathlib import Path
 from bench.gpu import __main__ as gpu
 out = Path(sys.argv[1])
 gpu.SAVED_EVERY = 0.1
-driver = gpu.Driver(out, True, "tiny", time.monotonic() + 900, {}, out / "logs")
+driver = gpu.Driver(out, True, "tiny", 1, {}, time.monotonic() + 900, out / "logs")
 (out / "logs/nano.json").write_text('{"rows": {"a row": {}}}')
-driver.run("endless", 900, ["bash", "-c", "echo begun; exec sleep 90"])  # longer than the test waits
+driver.run("endless", ["bash", "-c", "sleep 90 & echo $!; wait"])  # longer than the test waits
 """
 
 
@@ -90,11 +125,11 @@ def test_a_run_that_is_killed_in_a_step_has_saved_rows_and_logs(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     with subprocess.Popen([sys.executable, "-c", UNFINISHED, str(tmp_path)], env=env) as process:
         end, saved = time.monotonic() + 45, b""
-        while not saved and time.monotonic() < end:
+        while not saved.endswith(b"\n") and time.monotonic() < end:
             time.sleep(0.1)
             if (tmp_path / "logs.tar.gz").exists():
                 with tarfile.open(tmp_path / "logs.tar.gz") as archive:
                     saved = archive.extractfile("logs/endless.log").read()
         process.kill()
-    assert saved == b"begun\n"
+    assert not runs(int(saved))
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == {"a row": {}}

@@ -96,5 +96,5 @@ def test_a_job_on_another_device(data: str) -> None:
 
 
 def test_no_such_device() -> None:
-    with pytest.raises(ValueError, match="--device: must be a device of this machine, got 'gpu9'"):
+    with pytest.raises(ValueError, match="--device: device must be one of this machine's, got 'gpu9'"):
         on_device({}, "gpu9")

@@ -98,6 +98,19 @@ def test_an_old_torch_is_refused(tmp_path):
     assert done.stderr.strip().startswith("blockhess: torch >= 2.10 is needed, got 2.9.1.")
 
 
+def test_an_old_setuptools_is_refused_where_there_is_a_pyproject(tmp_path):
+    fake_module(tmp_path, "sitecustomize", "import setuptools\nsetuptools.__version__ = '70.2.0'")
+    done = setup_py(tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    told = "setuptools >= 77 is needed, got 70.2.0. Type: pip install 'setuptools>=77'"
+    assert done.stderr.strip() == f"blockhess: {told}"
+    shutil.copy(ROOT / "setup.py", tmp_path)  # as bench/run_gpu.sh does
+    command = [sys.executable, "setup.py", "--version"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert told not in done.stderr
+
+
 @pytest.mark.slow
 def test_missing_python_headers_are_refused(tmp_path):
     text = "import sysconfig\npaths = sysconfig.get_paths()\n"

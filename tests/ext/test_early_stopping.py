@@ -10,6 +10,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from blockhess_ext import batched_slq, completion, early_stopping
 from blockhess_ext.early_stopping import change, checkpoint_interval, cumulative, ends_converged, wasserstein
@@ -190,3 +191,45 @@ def test_densities_are_compared_in_pieces(monkeypatch, rng):
     assert found.min() > 1.5 and found.mean() > 1.95 and found.max() < 2.01
     alone = early_stopping.change(*((x[7:8], w[7:8]) for x, w in (a, b)), 1e-4)
     assert torch.equal(alone, found[7:8])
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements that an op returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        views = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in views:
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.parametrize(("reorthogonalize", "tol"), [("partial", None), ("full", 1e-9)])
+def test_work_of_a_late_step_follows_the_running_recurrences(reorthogonalize, tol):
+    dims, steps = [2] * 1000 + [40, 41], 40
+    mode = Largest()
+
+    def enter(step, running):
+        if step == steps // 2:
+            assert running == 2
+            mode.__enter__()
+        if step == steps - 1:
+            mode.__exit__(None, None, None)
+
+    scales = torch.linspace(-1, 2, sum(dims), dtype=torch.float64)
+    batched_slq(
+        lambda v: v * scales,
+        dims,
+        num_probes=1,
+        num_steps=steps,
+        reorthogonalize=reorthogonalize,
+        tol=tol,
+        dtype=torch.float64,
+        on_step=enter,
+        check=False,
+    )
+    # Vectors, and one number per recurrence, but no table with a row per step.
+    assert 0 < mode.elements <= sum(dims)

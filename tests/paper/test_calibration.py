@@ -337,7 +337,9 @@ def test_a_claim_about_a_gap_follows_from_it(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(training_runs, "train", planted_train)
     verdicts = [
-        figure10.compare("x", "Figure: x", {"resnet": "CNN"}, similar, {"resnet": QUICK}, tmp_path).claims[0].verdict
+        figure10.compare("x", "Figure: x", {"resnet": "CNN"}, similar, {"resnet": QUICK}, tmp_path, ARCHITECTURES)
+        .claims[0]
+        .verdict
         for similar in (True, False)
     ]
     assert verdicts == ["not reproduced", "reproduced"]

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import blockhess
+from blockhess.cli import commands
 from blockhess.cli.demo import one_thread
 from blockhess.cli.main import main
 from blockhess_paper.commands import EXPERIMENTS
+from blockhess_paper.commands import app as paper_app
 from blockhess_paper.results import NOT_REPRODUCED, PARTLY, REPRODUCED, Claim, Result
 from blockhess_paper.theory.block_spectra import GPT_BLOCKS, RESNET_BLOCKS, gpt_spectra, resnet_spectra
 from blockhess_paper.theory.figure8 import _compare
@@ -88,6 +91,37 @@ def test_bad_requests(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# These read files, or compute with quadratics of some dozen dimensions in float64.
+WITHOUT_DEVICE = {
+    *("status", "merge", "show", "report"),
+    *("prop1", "theorems", "section33", "prop2", "table2", "fig6", "fig7", "fig8"),
+}
+COMMANDS = {
+    (*before, name): {option for parameter in command.params for option in parameter.opts}
+    for before, group in (((), commands.app), (("paper",), paper_app))
+    for name, command in typer.main.get_command(group).commands.items()
+    if name != "paper"
+}
+
+
+def test_every_command_that_computes_takes_a_device() -> None:
+    assert len(COMMANDS) > 25
+    assert {words[-1] for words, options in COMMANDS.items() if "--device" not in options} == WITHOUT_DEVICE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [words[-1] for words, options in COMMANDS.items() if words[0] == "paper" and {"--out", "--device"} <= options],
+)
+def test_experiments_compute_on_the_device(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Tensors of the device "meta" have no values, so what ignored the option would succeed.
+    command = ["paper", name, "--quick", "--out", str(tmp_path)]
+    assert main([*command, "--device", "meta"]) == 2
+    assert "meta" in capsys.readouterr().err
+    assert main([*command, "--device", "gpu9"]) == 2
+    assert "device must be one of this machine's, got 'gpu9'" in capsys.readouterr().err
 
 
 def test_figure_8_verdicts_follow_from_the_medians() -> None:

@@ -418,8 +418,6 @@ def test_networks_that_a_figure_does_not_have(command: str, model: str, tmp_path
     assert f"{command}: model must be one of" in refused(command, model, tmp_path, tmp_path, capsys)
     assert main(["paper", command, "--model", "lstm", "--out", str(tmp_path)]) == 2
     assert f"{command}: model must be one of" in capsys.readouterr().err
-    assert main(["paper", command, "--device", "meta", "--out", str(tmp_path)]) == 2
-    assert f"{command}: device must be cpu at scale mini" in capsys.readouterr().err
 
 
 def test_calibrate_says_why_it_is_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

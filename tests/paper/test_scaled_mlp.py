@@ -32,7 +32,7 @@ def images() -> Images:
 def test_batched_logits_are_those_of_each_mlp(images):
     x = images.train[0][:5]
     scales = torch.tensor([1.0, 3.0])[:, None, None]
-    found = logits(batched_parameters(2, seed=4), scales, x)
+    found = logits(batched_parameters(2, 4, images.train[0].device), scales, x)
     for k, scale in enumerate((1.0, 3.0)):
         torch.testing.assert_close(found[k], scaled_mlp(scale, seed=4)(x), rtol=1e-4, atol=1e-5)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from blockhess.estimate import spectrum
-from blockhess.problem.batches import as_batches, first_line, map_tensors
+from blockhess.problem.batches import as_batches, known_device, map_tensors
 
 
 def load(job: str, device: str | None = None) -> dict[str, Any]:
@@ -62,10 +61,7 @@ def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such device.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: must be a device of this machine, got {device!r}: {first_line(error)}") from error
+    known_device(device, "--device")
     batches = as_batches(arguments["data"], pairs=False)
     moved = {"model": arguments["model"].to(device), "data": [map_tensors(lambda t: t.to(device), b) for b in batches]}
     if isinstance(arguments.get("loss_fn"), nn.Module):

@@ -133,6 +133,18 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
+def known_device(device: str, op: str) -> torch.device:
+    """Return a device of this machine.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{op}: device must be one of this machine's, got {device!r}: {first_line(error)}") from error
+
+
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

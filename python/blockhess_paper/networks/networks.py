@@ -19,7 +19,7 @@ from torch import nn
 
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import next_token_loss
-from blockhess.problem.batches import map_tensors, split_batch
+from blockhess.problem.batches import known_device, map_tensors, split_batch
 from blockhess_ext.arguments import choice
 from blockhess_paper.datasets.sentence_pairs import PADDING, SPECIAL, line_pairs, masked_pairs
 from blockhess_paper.models import MaskedPairs, masked_pair_loss, named
@@ -66,21 +66,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         choice("scale", self.scale, SCALES, op="network")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"network: device must be one of this machine's, got {self.device!r}: {reason}") from None
-
-    def small(self, known: Iterable[str], figure: str) -> list[str]:
-        """Return the selected names as `of` does, for networks that are trained only on the CPU.
-
-        Raises:
-            ValueError: as `of`; or the device is not the CPU.
-        """
-        if self.device != "cpu":
-            raise ValueError(f"{figure}: device must be cpu at scale mini, got {self.device!r}")
-        return self.of(known, figure)
+        known_device(self.device, "network")
 
     def of(self, known: Iterable[str], figure: str) -> list[str]:
         """Return the selected names, in the order of a figure; all names of the figure if none was selected.

@@ -45,15 +45,16 @@ def best(training: Training, columns: slice) -> tuple[Tensor, Tensor]:
     return value, index + (columns.start or 0)
 
 
-def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None = None) -> Result:
+def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None = None, device: str = "cpu") -> Result:
     """Train all scales and rates with both optimizers.
 
     Args:
         seed: seed of weights and order of the images.
         quick: few scales, rates and steps.
         data: folder with idx files, instead of the shipped subset of Fashion-MNIST.
+        device: of models and images.
     """
-    images = load_images(data)
+    images = load_images(data).to(device)
     scales = SCALES[::7] if quick else SCALES
     small, rates = (SMALL_RATES[:1], RATES[::3]) if quick else (SMALL_RATES, RATES)
     num_steps = 8 if quick else NUM_STEPS

@@ -38,6 +38,11 @@ class Images:
     test: tuple[Tensor, Tensor]
     name: str
 
+    def to(self, device: str) -> Images:
+        """Return the images on a device."""
+        train, test = ((images.to(device), labels.to(device)) for images, labels in (self.train, self.test))
+        return Images(train, test, self.name)
+
 
 def load_images(folder: str | PathLike[str] | None = None) -> Images:
     """Return the shipped subset of Fashion-MNIST, or the idx files of a folder (MNIST, all of Fashion-MNIST).
@@ -96,11 +101,11 @@ def logits(parameters: Sequence[Tensor], scales: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-def batched_parameters(num_models: int, seed: int) -> list[Tensor]:
+def batched_parameters(num_models: int, seed: int, device: torch.device) -> list[Tensor]:
     """Return the initial parameters of scaled_mlp(seed=seed), repeated for every model, for `logits`."""
     linear = [module for module in scaled_mlp(1.0, seed) if isinstance(module, nn.Linear)]
     parameters = [p for module in linear for p in (module.weight.detach().T, module.bias.detach()[None])]
-    return [p.expand(num_models, -1, -1).clone().requires_grad_() for p in parameters]
+    return [p.to(device).expand(num_models, -1, -1).clone().requires_grad_() for p in parameters]
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def train(
     """Train one MLP for every scale and learning rate, all on the same batches.
 
     Args:
-        images: training images, shuffled every epoch; an incomplete last batch is dropped.
+        images: training images, shuffled every epoch; an incomplete last batch is dropped. Models are on their device.
         scales, rates: the grid.
         optimizer: "SGD" with momentum 0.9, or "Adam" with PyTorch's defaults.
         num_steps: number of iterations.
@@ -153,19 +158,20 @@ def train(
             f"{points} and {len(images.train[0])}"
         )
     grid = torch.cartesian_prod(torch.tensor(scales, dtype=torch.float32), torch.tensor(rates, dtype=torch.float32))
-    c, rate = (column[:, None, None] for column in grid.T)
-    parameters = batched_parameters(len(grid), seed)
+    device = images.train[0].device
+    c, rate = (column[:, None, None].to(device) for column in grid.T)
+    parameters = batched_parameters(len(grid), seed, device)
     first = [torch.zeros_like(p) for p in parameters]
     second = [torch.zeros_like(p) for p in parameters] if optimizer == "Adam" else []
     generator = torch.Generator().manual_seed(seed)
     steps = sorted({max(1, round(num_steps * (k + 1) / points)) for k in range(points)})
     x, y = images.train
     order = torch.empty(0, dtype=torch.int64)
-    accuracies, finite = [], torch.ones(len(grid), dtype=torch.bool)
+    accuracies, finite = [], torch.ones(len(grid), dtype=torch.bool, device=device)
     for step in range(1, num_steps + 1):
         if len(order) < BATCH_SIZE:
             order = torch.randperm(len(x), generator=generator)
-        batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+        batch, order = order[:BATCH_SIZE].to(device), order[BATCH_SIZE:]
         out = logits(parameters, c, x[batch])
         # The sum of the mean losses of all models, so that every gradient is that of its own model.
         loss = F.cross_entropy(out.flatten(0, 1), y[batch].repeat(len(grid)), reduction="sum") / BATCH_SIZE
@@ -187,4 +193,5 @@ def train(
                 right = (out.argmax(-1) == images.test[1]).double().mean(-1)
                 accuracies.append(torch.where(finite, right, 0.0))
     shape = len(scales), len(rates)
-    return Training(torch.tensor(steps), torch.stack(accuracies, 1).view(*shape, -1), ~finite.view(shape))
+    accuracy = torch.stack(accuracies, 1).view(*shape, -1)
+    return Training(torch.tensor(steps), accuracy.cpu(), ~finite.view(shape).cpu())

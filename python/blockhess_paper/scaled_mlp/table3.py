@@ -61,10 +61,10 @@ SMALLEST = 1e-12
 
 
 def layer_spectra(scale: float, batch: tuple[Tensor, Tensor], *, num_probes: int, num_steps: int, seed: int) -> Spectra:
-    """Return the spectra of the four layers, weight and bias together, of the MLP at initialization."""
+    """Return the spectra of the four layers, weight and bias together, of the MLP on the images, on their device."""
     layers = {f"layer {l + 1}": [f"{3 * l}.weight", f"{3 * l}.bias"] for l in range(len(WIDTHS) - 1)}
     return blockhess.spectrum(
-        scaled_mlp(scale, seed),
+        scaled_mlp(scale, seed).to(batch[0].device),
         batch,
         nn.CrossEntropyLoss(),
         blocks=layers,
@@ -140,15 +140,16 @@ def distance_to_paper(values: Sequence[float], paper: Sequence[float] = PAPER) -
     return round(float(plain.exp()), 10), round(float(scaled.exp()), 10), rank
 
 
-def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None = None) -> Result:
+def run(*, seed: int = 0, quick: bool = False, data: str | PathLike[str] | None = None, device: str = "cpu") -> Result:
     """Compute JS0 for every scale and definition and compare with the paper.
 
     Args:
         seed: seed of weights and probes.
         quick: few probes, steps and definitions.
         data: folder with idx files, instead of the shipped subset of Fashion-MNIST.
+        device: of models and images.
     """
-    images = load_images(data)
+    images = load_images(data).to(device)
     batch = images.train[0][:BATCH_SIZE], images.train[1][:BATCH_SIZE]
     num_probes, num_steps = (1, 4) if quick else (NUM_PROBES, NUM_STEPS)
     spectra = {c: layer_spectra(c, batch, num_probes=num_probes, num_steps=num_steps, seed=seed) for c in SCALES}

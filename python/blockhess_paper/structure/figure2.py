@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from blockhess._text import format_table
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+from blockhess.problem.batches import map_tensors
 from blockhess.problem.blocks import ParameterSlice
 from blockhess_paper.results import Claim, Result, new_figure, verdict
 from blockhess_paper.structure.hessian import exact_hessian
@@ -62,7 +63,7 @@ def box_of(name: str) -> str:
 PARTITIONS: Mapping[str, Callable[[str], str]] = {"parameter": str, "box of Figure 2": box_of, "layer": layer_of}
 
 
-def transformer_hessian(num_layers: int, seed: int) -> tuple[Tensor, PairNorms]:
+def transformer_hessian(num_layers: int, seed: int, device: str = "cpu") -> tuple[Tensor, PairNorms]:
     """Return the exact Hessian of one of the small Transformers, and its pair norms by parameter."""
     text = shakespeare()
     with torch.random.fork_rng(devices=[]):
@@ -70,9 +71,9 @@ def transformer_hessian(num_layers: int, seed: int) -> tuple[Tensor, PairNorms]:
         size = GPTConfig(
             len(text.vocabulary), context=2, num_layers=num_layers, num_heads=2, width=4, mlp_width=4, layer_norm=False
         )
-        model = GPT(size).double()
+        model = GPT(size).double().to(device)
         start = int(torch.randint(len(text.tokens) - NUM_TOKENS, ()))
-    tokens = text.tokens[start : start + NUM_TOKENS]
+    tokens = text.tokens[start : start + NUM_TOKENS].to(device)
     windows = tokens.unfold(0, 3, 1)  # of 2 tokens and the one after
     names = [name for name, _ in model.named_parameters() if name.startswith("layers.")]
     batch = windows[:, :2].contiguous(), windows[:, 1:].contiguous()
@@ -80,15 +81,15 @@ def transformer_hessian(num_layers: int, seed: int) -> tuple[Tensor, PairNorms]:
     return hessian, exact_pair_norms(hessian, blocks)
 
 
-def mlp_hessians(seed: int, num_steps: int) -> dict[str, tuple[Tensor, PairNorms, PairNorms]]:
+def mlp_hessians(seed: int, num_steps: int, device: str) -> dict[str, tuple[Tensor, PairNorms, PairNorms]]:
     """Return an MLP's Hessian before and after training, ordered by hidden unit, and its norms by unit and by layer."""
-    images, labels = fashion_mnist(MLP_IMAGES)
+    images, labels = (tensor.to(device) for tensor in fashion_mnist(MLP_IMAGES))
     data = F.avg_pool2d(images, 4).flatten(1).double(), labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pairs = list(itertools.pairwise(MLP_WIDTHS))
         modules = [module for a, b in pairs for module in (nn.Linear(a, b), nn.Tanh())][:-1]
-        model = nn.Sequential(*modules).double()
+        model = nn.Sequential(*modules).double().to(device)
     loss = nn.CrossEntropyLoss()
     units = {
         f"layer {2 * l}, unit {unit}": [
@@ -114,7 +115,7 @@ def mlp_hessians(seed: int, num_steps: int) -> dict[str, tuple[Tensor, PairNorms
     return found
 
 
-def large_norms(seed: int, quick: bool) -> dict[str, PairNorms]:
+def large_norms(seed: int, quick: bool, device: str) -> dict[str, PairNorms]:
     """Return estimated pair norms, by weight tensor, of GPT2-nano and ResNet18 at initialization.
 
     Of the GPT only attention and MLP weights are included, as in Figure 2.
@@ -130,7 +131,8 @@ def large_norms(seed: int, quick: bool) -> dict[str, PairNorms]:
             ResNetConfig(4 if quick else 64, (1, 1) if quick else (2, 2, 2, 2), num_classes=10, in_channels=1)
         )
     [window] = text.batches(batch_size=1, context=gpt.config.context, seed=seed)
-
+    gpt, resnet = gpt.to(device), resnet.to(device)
+    window, images, labels = map_tensors(lambda tensor: tensor.to(device), (window, images, labels))
     layers = {
         name: name for name, parameter in gpt.named_parameters() if name.startswith("layers.") and parameter.ndim > 1
     }
@@ -142,12 +144,13 @@ def large_norms(seed: int, quick: bool) -> dict[str, PairNorms]:
     }
 
 
-def run(*, seed: int = 0, quick: bool = False) -> Result:
+def run(*, seed: int = 0, quick: bool = False, device: str = "cpu") -> Result:
     """Compute and plot the Hessians and measure their block structure.
 
     Args:
         seed: first of the seeds of weights and token positions; the figure shows the first.
         quick: one seed, tiny "large" models.
+        device: of models and data.
     """
     seeds = range(seed, seed + (1 if quick else 10))
     rows, numbers, pictures = [], {}, []
@@ -165,7 +168,7 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
 
     layer_pairs: list[list[float]] = []
     for num_layers in LAYERS:
-        found = [transformer_hessian(num_layers, s) for s in seeds]
+        found = [transformer_hessian(num_layers, s, device) for s in seeds]
         title = f"{num_layers}-layer Transformer"
         for partition, group in PARTITIONS.items():
             add(title, partition, [norms.merged(group) for _, norms in found])
@@ -174,11 +177,11 @@ def run(*, seed: int = 0, quick: bool = False) -> Result:
         layer_pairs = (layers / layers.sum()).tolist()
         boxes = [block.dim for block in found[0][1].merged(box_of).blocks]
         pictures.append((f"({'abc'[LAYERS.index(num_layers)]}) {title}", found[0][0], boxes))
-    for title, (hessian, by_unit, by_layer) in mlp_hessians(seed, 5 if quick else MLP_STEPS).items():
+    for title, (hessian, by_unit, by_layer) in mlp_hessians(seed, 5 if quick else MLP_STEPS, device).items():
         add(title, "hidden unit", [by_unit])
         add(title, "layer", [by_layer])
         pictures.append((title, hessian, [block.dim for block in by_layer.blocks]))
-    for title, norms in large_norms(seed, quick).items():
+    for title, norms in large_norms(seed, quick, device).items():
         for partition, group in PARTITIONS.items() if title.startswith("GPT") else [("parameter", str)]:
             add(title, partition, [norms.merged(group)])
 

@@ -60,7 +60,7 @@ def exact_hessian(
         loss_fn, blocks: as for `blockhess.spectrum`.
 
     Returns:
-        H (n, n), rows and columns in the order of the blocks, and the blocks.
+        H (n, n) on the CPU, rows and columns in the order of the blocks, and the blocks.
 
     Raises:
         ValueError: data is more than one batch, or an argument is invalid.
@@ -79,7 +79,7 @@ def exact_hessian(
         hessian = torch.zeros(len(gradient), len(gradient), dtype=gradient.dtype)
         if gradient.requires_grad:
             for start in range(0, len(gradient), CHUNK):
-                units = torch.eye(len(gradient), dtype=gradient.dtype)[start : start + CHUNK]
+                units = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)[start : start + CHUNK]
                 rows = torch.autograd.grad(
                     gradient,
                     list(parameters.values()),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import blockhess
 from blockhess.datasets import fashion_mnist, shakespeare
 from blockhess.models import GPT, GPTConfig, ResNet, ResNetConfig, next_token_loss
+from blockhess.problem.batches import map_tensors
 from blockhess.spectra import Spectra
 
 # The blocks of the paper's case 1 (embedding, 3rd query, 3rd value, 3rd MLP) and case 2 (1st to 4th convolution).
@@ -50,13 +51,14 @@ def _shipped(name: str) -> Spectra:
         return blockhess.load(path)
 
 
-def measure(folder: str | PathLike[str], *, seed: int = 0, quick: bool = False) -> list[Path]:
+def measure(folder: str | PathLike[str], *, seed: int = 0, quick: bool = False, device: str = "cpu") -> list[Path]:
     """Compute the spectra of both models and save them in a folder; some minutes on one core.
 
     Args:
         folder: folder of GPT_FILE and RESNET_FILE.
         seed: seed of weights, text windows and probes.
         quick: narrow models and few steps, for a smoke test.
+        device: of models and data.
 
     Returns:
         The two files.
@@ -77,8 +79,8 @@ def measure(folder: str | PathLike[str], *, seed: int = 0, quick: bool = False) 
         (RESNET_FILE, resnet, (images, labels), nn.CrossEntropyLoss(), RESNET_BLOCKS),
     ):
         spectra = blockhess.spectrum(
-            model,
-            data,
+            model.to(device),
+            map_tensors(lambda tensor: tensor.to(device), data),
             loss,
             blocks={name: name for name in blocks},
             num_probes=1 if quick else NUM_PROBES,

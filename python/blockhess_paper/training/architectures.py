@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from blockhess.datasets import CharText, fashion_mnist, shakespeare, windows
 from blockhess.models import next_token_loss
+from blockhess.problem.batches import map_tensors
 from blockhess_paper.datasets.sentence_pairs import SPECIAL, line_pairs, masked_pairs
 from blockhess_paper.models import masked_pair_loss, named
 from blockhess_paper.models.plain import CNN, LSTM, Bigrams, ImageMixer, WordMixer, WordMLP
@@ -41,6 +42,7 @@ class Architecture:
         draw: kind of batches: "images", "flat images", "characters", "words" or "pairs".
         loss_fn: argument of spectrum and train.
         size: images, windows or pairs in a batch.
+        device: of models and batches; both are drawn on the CPU.
     """
 
     family: str
@@ -49,6 +51,7 @@ class Architecture:
     draw: str
     loss_fn: Callable[..., Any]
     size: int
+    device: str = "cpu"
 
     @property
     def images(self) -> bool:
@@ -74,10 +77,14 @@ class Architecture:
         """Return the model at the initialization of a seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.make()
+            return self.make().to(self.device)
 
     def batches(self, num_batches: int, seed: int, *, batch_size: int | None = None) -> list[Any]:
         """Return batches of samples drawn uniformly, images with replacement."""
+        drawn = self._drawn(num_batches, seed, batch_size)
+        return [map_tensors(lambda tensor: tensor.to(self.device), batch) for batch in drawn]
+
+    def _drawn(self, num_batches: int, seed: int, batch_size: int | None) -> list[Any]:
         size = self.size if batch_size is None else batch_size
         if self.draw in ("characters", "words"):
             tokens = _text().tokens if self.draw == "characters" else _words()

@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING
@@ -173,7 +173,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
         seed: first of the seeds; seed of the bootstrap.
         quick: three networks and few steps.
         folder: holds trainings and spectra; those of an interrupted run are reused.
-        selection: its scale must be "mini".
+        selection: the device; its scale must be "mini".
 
     Raises:
         ValueError: the scale is "paper".
@@ -185,7 +185,8 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
             "the six once"
         )
     conditions = QUICK if quick else Conditions(seeds=(seed, seed + 1, seed + 2))
-    chosen = {name: CALIBRATED[name] for name in (QUICK_NAMES if quick else CALIBRATED)}
+    device = "cpu" if selection is None else selection.device
+    chosen = {name: replace(CALIBRATED[name], device=device) for name in (QUICK_NAMES if quick else CALIBRATED)}
     folder = writable_folder(folder)
     first = Conditions(conditions.num_steps, conditions.warmup, conditions.seeds[:1])
     for name, architecture in chosen.items():  # the searches first: an interrupted run has some of every family

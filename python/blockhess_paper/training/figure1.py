@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -129,7 +129,7 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     shares = QUICK_SHARES if quick else SHARES
     if selection.scale == "mini":
         known = dict(list(SUBJECTS.items())[1:4:2]) if quick else SUBJECTS
-        panels = {name: small_panel(name, seed, quick) for name in selection.small(known, "fig1")}
+        panels = {name: small_panel(name, seed, quick, selection.device) for name in selection.of(known, "fig1")}
         effort = QUICK_EFFORT if quick else EFFORT
     else:
         made = trainees(selection.of(PANELS, "fig1"), selection, quick)
@@ -145,10 +145,10 @@ def run(*, seed: int = 0, quick: bool = False, folder: Path, selection: Selectio
     return judge(found, diverged, panels, effort, seed, selection)
 
 
-def small_panel(name: str, seed: int, quick: bool) -> Panel:
-    """Return the panel of one of SUBJECTS."""
+def small_panel(name: str, seed: int, quick: bool, device: str) -> Panel:
+    """Return the panel of one of SUBJECTS, on a device."""
     title, optimizer, rate = SUBJECTS[name]
-    architecture = ARCHITECTURES[name]
+    architecture = replace(ARCHITECTURES[name], device=device)
     source = "Fashion-MNIST" if architecture.images else "Shakespeare"
 
     def batch() -> Network:

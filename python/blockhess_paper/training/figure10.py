@@ -9,6 +9,7 @@ that diverged are listed and never chosen. Where AdamW does not lower the loss t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch
 from blockhess._text import format_table, plural
 from blockhess_paper.networks.networks import NETWORKS, Selection
 from blockhess_paper.results import ADAM_COLOR, GD_COLOR, Claim, Result, new_figure, verdict
+from blockhess_paper.training.architectures import ARCHITECTURES
 from blockhess_paper.training.calibration import NEEDED_GAP, gap
 from blockhess_paper.training.recipes import trainees
 from blockhess_paper.training.training_runs import QUICK, Best, Settings, Trainee, cpu_seconds, find_best
@@ -74,8 +76,9 @@ def run_comparison(
     """
     if selection.scale == "mini":
         settings = QUICK if quick else Settings(seeds=(seed, seed + 1, seed + 2))
-        chosen = {key: subjects[key] for key in selection.small(subjects, name)}
-        return compare(name, claim, chosen, not transformers, dict.fromkeys(chosen, settings), folder)
+        chosen = {key: subjects[key] for key in selection.of(subjects, name)}
+        small = {key: replace(ARCHITECTURES[key], device=selection.device) for key in chosen}
+        return compare(name, claim, chosen, not transformers, dict.fromkeys(chosen, settings), folder, small)
     shown = [key for key, (_, _, transformer) in NETWORKS.items() if transformer is transformers]
     made = trainees(selection.of(shown, name), selection, quick)
     titles = {key: NETWORKS[key][0] for key in made}
@@ -90,7 +93,7 @@ def compare(
     similar: bool,
     settings: Mapping[str, Settings],
     folder: Path,
-    made: Mapping[str, Trainee] | None = None,
+    made: Mapping[str, Trainee],
 ) -> Result:
     """Train networks with both optimizers at their best rates and judge a claim about all of them.
 
@@ -101,11 +104,10 @@ def compare(
         similar: whether the paper says that SGD is on par, else that it is worse.
         settings: key -> training settings.
         folder: see run.
-        made: key -> network; None means those of ARCHITECTURES.
+        made: key -> network.
     """
     found = {
-        key: {o: find_best(folder, key, o, settings[key], (made or {}).get(key)) for o in ("SGD", "AdamW")}
-        for key in subjects
+        key: {o: find_best(folder, key, o, settings[key], made[key]) for o in ("SGD", "AdamW")} for key in subjects
     }
     every = {key: _gaps(both["SGD"], both["AdamW"]) for key, both in found.items()}
     mean = {key: fmean(values) if values else None for key, values in every.items()}
@@ -113,6 +115,7 @@ def compare(
     holds = [(value <= NEEDED_GAP) == similar for value in mean.values() if value is not None]
     steps = {key: each.num_steps for key, each in settings.items()}
     seeds = next(iter(settings.values())).seeds
+    recipes = {key: trainee.extra_settings for key, trainee in made.items() if trainee.extra_settings}
     rows = [
         [
             title,
@@ -132,7 +135,7 @@ def compare(
             "num_steps": steps if len({*steps.values()}) > 1 else next(iter(steps.values())),
             "seeds": list(seeds),
             "subjects": dict(subjects),
-            **({"recipes": {key: trainee.extra_settings for key, trainee in made.items()}} if made else {}),
+            **({"recipes": recipes} if recipes else {}),
         },
         (
             Claim(
