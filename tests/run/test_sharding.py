@@ -79,7 +79,9 @@ def test_the_plan_tells_memory_traffic_and_time(worlds):
         assert plan["traffic_bytes"] == pytest.approx(products * sum(sent) / len(sent), rel=1e-9)
         assert plan["gather_traffic_bytes"] == products / 4 * (3 * cases.LAYER_BYTES + 4 * 4 * cases.WIDTH) / 2
         assert plan["copy_bytes"] == plan["shard_bytes"] == (3 * cases.LAYER_BYTES + 4 * 4 * cases.WIDTH) / 2
-        assert "shards        of 2 processes: 24.5 KiB of gradients, 66 KiB of parameters and gradients gathered" in text
+        assert (
+            "shards        of 2 processes: 24.5 KiB of gradients, 66 KiB of parameters and gradients gathered" in text
+        )
         assert "traffic       152 KiB between shards sent by every process for a product of" in text
         assert "processes     2: 1 share recurrences x 1 share batches x 2 hold shards" in predicted
         assert forecast["seconds"] > 0 and forecast["plan"]["traffic_bytes"] == plan["traffic_bytes"]
