@@ -109,7 +109,7 @@ def held(**options: Any) -> Callable[[int], Any]:
             net = sharded(layers, **options)
             plan = blockhess.plan(net, data(), LOSS, **job)
             peaks = []
-            for _ in range(3):  # when other programs take the processors, operations may keep tensors for longer
+            for _ in range(2):  # when other programs take the processors, operations may keep tensors for longer
                 with Held(p.to_local() for p in net.parameters()) as memory:
                     spectra = blockhess.spectrum(net, data(), LOSS, progress=False, **job)
                 peaks.append(memory.peak)

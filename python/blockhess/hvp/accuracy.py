@@ -190,7 +190,7 @@ def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequenc
     errors = {l: step.error for l, step in steps.items()}
     here = Differences(problem, DifferenceEngine, largest_group)
     if problem.is_sharded:
-        confirmed = {l for l in numbers if here.agree(l, torch.tensor([[norms[l]]]))}
+        confirmed = {l for l in numbers if here.agree(l, torch.tensor([[norms[l]]], device="cpu"))}
     else:
         with suppress(Exception):  # of any kind: the model may take one dtype only
             double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)

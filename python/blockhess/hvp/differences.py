@@ -236,7 +236,7 @@ class Differences:
                 slope = (_dot(g, v) + _dot(g_, v)) / 2
                 usual = (_norm(g) + _norm(g_)) / (2 * math.sqrt(len(v)))
                 of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
-                first.add(step, torch.tensor((loss - loss_) / (2 * step) - slope), usual, of_loss)
+                first.add(step, torch.tensor((loss - loss_) / (2 * step) - slope, device="cpu"), usual, of_loss)
                 if len(compared) == 1:
                     continue
                 g = g.double().sub_(g_).div_(2 * step).sub_(products[0])

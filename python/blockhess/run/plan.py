@@ -19,6 +19,7 @@ from blockhess.hvp.difference import expected_error
 from blockhess.hvp.differences import LARGEST_GROUP, parameter_groups
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
+from blockhess.problem.batches import dense_parts
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
 from blockhess.problem.shards import local
@@ -267,7 +268,8 @@ def make_plan(
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
-    copy_bytes = sum(local(t).nbytes for t in (*problem.model.parameters(), *problem.model.buffers()))
+    state = (local(t) for t in (*problem.model.parameters(), *problem.model.buffers()))
+    copy_bytes = sum(part.nbytes for t in state for part in dense_parts(t))
     written_out = bytes_needed([d for d, e, m in zip(dims, exact, later) if e or m], itemsize, num_probes)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
