@@ -1,4 +1,4 @@
-"""Checks that an operator is symmetric, block-diagonal, and leaves its argument unchanged.
+"""Checks that an operator is symmetric, block-diagonal, of a size that its dtype resolves, and changes no argument.
 
     <H v_j, v_{j-1}> = <v_j, H v_{j-1}> = beta_{j-1}     if H is symmetric
     (H u)_l = 0 where u_l = 0                            if H is block-diagonal
@@ -84,20 +84,24 @@ class SymmetryCheck:
         recurrences: the recurrences, which are only read.
         layout: the blocks.
         random: whether the first vectors are random.
+        dtype: of the products. Where all of them are so small that most elements are subnormal, they lack digits.
     """
 
     STEPS = (1, 3)
 
-    def __init__(self, recurrences: Recurrences, layout: Layout, random: bool) -> None:
-        self._recurrences, self._layout = recurrences, layout
+    def __init__(self, recurrences: Recurrences, layout: Layout, random: bool, dtype: torch.dtype) -> None:
+        self._recurrences, self._layout, self._dtype = recurrences, layout, dtype
+        self._least = torch.finfo(dtype).tiny * max(layout.dims) ** 0.5
         share = DEVIATIONS / torch.tensor(layout.dims, dtype=torch.float64, device="cpu").sqrt()
         self._share = (share.clamp(max=1) if random else torch.ones_like(share)).to(recurrences.norm.device)
         on_gpu = recurrences.status.is_cuda
         self._pinned = [
-            torch.empty(recurrences.status.shape, dtype=torch.bool, pin_memory=on_gpu, device="cpu") for _ in self.STEPS
+            torch.empty(recurrences.status.shape, dtype=torch.bool, pin_memory=on_gpu, device="cpu")
+            for _ in (*self.STEPS, "size")
         ]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._pending: list[tuple[Tensor, Event | None, Tensor, Tensor]] = []
+        # Recurrences that fail, the event after which that is known, and the rule with what was got.
+        self._pending: list[tuple[Tensor, Event | None, Callable[[int, int], str]]] = []
 
     def is_due(self, step: int) -> bool:
         """Return whether step j is one of those tested."""
@@ -116,8 +120,28 @@ class SymmetryCheck:
         scale = norm + self._share * r.norm if step == 1 else r.norm**2 / r.beta[:step].amin(0)
         judged = running & (r.status != NON_FINITE) & dot.isfinite() & (r.norm > FLAT * r.norm.max())
         bad = judged & ((dot - beta).abs() > TOLERANCE * scale)
-        self._pending.append((*self._to_host(bad), dot, beta))
+
+        def asymmetric(p: int, l: int) -> str:
+            return (
+                f"be symmetric and the same in every call, got <H v, u> = {dot[p, l].item():.6g} where <v, H u> = "
+                f"{beta[p, l].item():.6g} in block {l} of probe {p}; check=False skips this check, as for a block that "
+                "is zero but for rounding"
+            )
+
+        self._pending.append((*self._to_host(bad), asymmetric))
         self._before = None
+        if step == self.STEPS[0]:
+            size = r.norm.max()
+            self._pending.append(
+                (*self._to_host((r.norm == size) & (size > 0) & (size < self._least)), self._too_small)
+            )
+
+    def _too_small(self, p: int, l: int) -> str:
+        got = self._recurrences.norm[p, l].item()
+        return (
+            f"return products of size {self._least:.2g} at least in {self._dtype}, got {got:.2g}, whose elements are "
+            "subnormal and lack digits; multiply the operator by a constant, or pass dtype=torch.float64"
+        )
 
     def _to_host(self, bad: Tensor) -> tuple[Tensor, Event | None]:
         """Return bad on the CPU, and the event after which it is there."""
@@ -132,7 +156,7 @@ class SymmetryCheck:
             wait: wait for the device.
         """
         while self._pending:
-            bad, event, dot, beta = self._pending[0]
+            bad, event, text = self._pending[0]
             if event is not None:
                 if not (wait or event.query()):
                     return
@@ -140,11 +164,7 @@ class SymmetryCheck:
             del self._pending[0]
             if bad.any():
                 p, l = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"batched_slq: hvp must be symmetric and the same in every call, got <H v, u> = "
-                    f"{dot[p, l].item():.6g} where <v, H u> = {beta[p, l].item():.6g} in block {l} of probe {p}; "
-                    "check=False skips this check, as for a block that is zero but for rounding"
-                )
+                raise ValueError(f"batched_slq: hvp must {text(p, l)}")
 
 
 def check_blocks(

@@ -92,17 +92,17 @@ def batched_slq(
             `partial_reorthogonalization`; or "auto": full for blocks of at most 8 num_steps elements while their basis
             fits in 256 MiB, none for the others. A sequence gives "none", "full" or "partial" for each block.
         seed: seed of the random probes; None draws one, which the result records.
-        dtype: data type of the vectors, float32 (default) or float64. In float32, products below about 1e-38 are
-            subnormal numbers and lose digits: scale hvp, or use float64.
+        dtype: data type of the vectors, float32 (default) or float64. Products below the smallest normal number, about
+            1e-38 in float32, lose digits; `check` refuses an operator whose products all are so small.
         device: device of the vectors; by default that of `probes`, or the CPU.
         on_nonfinite: what to do, once all other recurrences have ended, if hvp returned NaN, inf or, in float64, a
             magnitude above 1e120 or below 1e-120 but not 0: "raise" NonFiniteError, or "mark" the affected recurrences
             in `Quadrature.nonfinite`.
         check: how to check hvp. Its symmetry is tested at the second and at the fourth step, without another product;
             blocks below 1e-4 of the largest are not judged, as they may be zero but for rounding, unless they are
-            computed alone. Whether blocks depend on each other takes one more product, of vectors that are zero in
-            about half of the blocks: True makes it, None only if hvp was not checked with these dims before and at
-            least 50 steps are to be made. False skips all checks.
+            computed alone. Its size is tested at the second step, see dtype. Whether blocks depend on each other takes
+            one more product, of vectors that are zero in about half of the blocks: True makes it, None only if hvp was
+            not checked with these dims before and at least 50 steps are to be made. False skips all checks.
         cuda_graph: replay the steps from CUDA graphs, which pays off for batches so small that launching kernels takes
             longer than running them; results are bitwise the same. hvp itself runs eagerly and its result is copied to
             one more set of vectors, unless it has an attribute `capturable` equal to True. Such an hvp must do the same
@@ -195,7 +195,7 @@ def batched_slq(
             operator_checks.remember(hvp, dims)
         if state is not None:
             batch.load(state)
-        symmetry = None if check is False else SymmetryCheck(batch.recurrences, layout, random=probes is None)
+        symmetry = None if check is False else SymmetryCheck(batch.recurrences, layout, probes is None, dtype)
         _lanczos(hvp, batch, layout, symmetry, recorder, on_step, on_state)
 
     recurrences, m = batch.recurrences, batch.num_steps

@@ -406,3 +406,27 @@ def test_flat_blocks_are_judged_alone(rng: torch.Generator) -> None:
     batched_slq(dense(A), [50, 50], num_steps=20, check=True)
     with pytest.raises(ValueError, match=ASYMMETRIC):
         batched_slq(dense(A[50:, 50:]), [50], num_steps=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_whose_products_lack_digits_are_refused(dtype):
+    d = torch.linspace(1, 2, 1000, dtype=torch.float64)
+
+    def largest(scale, **options):
+        values = (scale * torch.cat([d, 1e-6 * d])).to(dtype)
+        q = batched_slq(lambda v: v * values, [1000, 1000], num_probes=1, num_steps=8, dtype=dtype, **options)
+        return q.nodes.amax().item() / scale
+
+    expected = largest(1.0)
+    eps = torch.finfo(dtype).eps
+    assert largest(1e-36) == pytest.approx(expected, rel=16 * eps)  # where only the second block is so small
+    if dtype is torch.float64:
+        assert largest(1e-42) == pytest.approx(expected, rel=16 * eps)
+        return
+    assert largest(1e-42, check=False) != pytest.approx(expected, rel=1e-4)
+    with pytest.raises(
+        ValueError, match=r"hvp must return products of size 3.7e-37 at least in torch.float32, got 1.5e-42"
+    ):
+        largest(1e-42)
+    zero = batched_slq(lambda v: 0 * v, [3, 4], num_probes=1, num_steps=3, dtype=dtype)
+    assert not zero.nodes.any()
