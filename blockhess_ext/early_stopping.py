@@ -206,7 +206,6 @@ class EarlyStopping:
         empty = (recurrences.norm.new_zeros(recurrences.norm.numel(), last) for _ in range(2))
         self._before: Rule | None = (next(empty), next(empty)) if last else None
         self._tested: Tensor | None = None  # indices of the recurrences in `_before`; None for all
-        self._whole: Rule | None = self._before
 
     def update(self) -> None:
         """See `StoppingRule`."""
@@ -235,7 +234,7 @@ class EarlyStopping:
                 ended = ends_converged(alpha, beta, self._tol, ended)
             self._converged = self._of_all(found, tested).view_as(self._converged)
             r.status.masked_fill_(self._of_all(ended, tested).view_as(r.status), FINISHED)
-        self._before, self._tested, self._whole = now, tested, None
+        self._before, self._tested = now, tested
 
     def _of_all(self, x: Tensor, tested: Tensor | None) -> Tensor:
         """Return a tensor of the tested recurrences as one of all, with zeros for the others."""
@@ -245,10 +244,8 @@ class EarlyStopping:
 
     def tensors(self) -> dict[str, Tensor]:
         """See `StoppingRule`."""
-        if self._whole is None and self._before is not None:
-            nodes, weights = self._before
-            self._whole = self._of_all(nodes, self._tested), self._of_all(weights, self._tested)
-        rule = {} if self._whole is None else {"nodes_before": self._whole[0], "weights_before": self._whole[1]}
+        names = ("nodes_before", "weights_before")
+        rule = {name: self._of_all(x, self._tested) for name, x in zip(names, self._before or ())}
         return {"converged": self._converged, **rule}
 
 

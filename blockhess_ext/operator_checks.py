@@ -97,7 +97,7 @@ class SymmetryCheck:
         on_gpu = recurrences.status.is_cuda
         self._pinned = [
             torch.empty(recurrences.status.shape, dtype=torch.bool, pin_memory=on_gpu, device="cpu")
-            for _ in (*self.STEPS, "size")
+            for _ in range(len(self.STEPS) + 1)  # of symmetry, and of size
         ]
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
         # Recurrences that fail, the event after which that is known, and the rule with what was got.

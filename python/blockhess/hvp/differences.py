@@ -109,6 +109,7 @@ class Differences:
             return {}
         problem = self._problem.restricted(numbers)
         engine = self.engine(problem)
+        # One at a time, so that there is one vector beside the products.
         return {number: unit_products(problem, engine, [number])[number] for number in numbers}
 
     def terms(self, number: int, products: Tensor) -> float:

@@ -42,7 +42,7 @@ class Forecast:
         seconds: total time.
         alone_seconds: total time in one process.
         balance: mean load of the ranks / largest load.
-        memory_bytes: of the vectors and graphs of one process, and of what it holds of a sharded model.
+        memory_bytes: of the vectors, graphs and copy of the model in one process, and of what it holds of shards.
         traffic_bytes: sent by each process, beside the traffic between shards in `plan`.
         traffic_seconds: duration of this traffic.
         bandwidth: assumed bytes per second between processes.
@@ -75,7 +75,7 @@ class Forecast:
                 f"time          {at_most}{time_text(self.seconds)}, {time_text(self.alone_seconds)} in one process; "
                 f"{time_text(self.fixed_seconds)} of it before the first product, in every process",
                 f"balance       {self.balance:.0%} (mean load / largest)",
-                f"memory        {size_text(self.memory_bytes)} of vectors and graphs in every process",
+                f"memory        {size_text(self.memory_bytes)} of vectors, graphs and copies in every process",
                 f"traffic       {size_text(self.traffic_bytes)} {'of results ' * bool(shards)}sent by every process, "
                 f"{time_text(self.traffic_seconds)} at {self.bandwidth / 1e9:.3g} GB/s",
             ]

@@ -278,25 +278,24 @@ def make_plan(
     every = [l for l, u in enumerate(used) if u]
     checked = tuple(every) if by_difference else _checked(every, expected, groups)
     name = "difference" if by_difference else "ggn" if engine == "ggn" else "traced" if made else "autograd"
-    passes_each, shards = _forward_passes(problem, name, made is not None, counts), {}
-    fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
-    if not by_difference:  # which computes one product after the other
-        fixed += BLOCK_BYTES * sum(dims[l] for l in checked)
-    largest_group, check_bytes = LARGEST_GROUP, fixed + _check_bytes(problem, sizes_of_groups)
+    largest_group, shards = LARGEST_GROUP, {}
     if problem.is_sharded:
         passes_each, shards = SHARDED_FLOPS, sharded_costs(problem, counts, expected)
         # The step of a block is chosen with a random vector and two products; a part is moved, another one is kept.
         check_bytes = graph + 4 * itemsize * max(dims)
-    while (
-        not problem.is_sharded
-        and check_bytes > budget - copy_bytes
-        and max(sizes_of_groups) > max(p.numel() for p in problem.parameters.values())
-    ):
-        # As many parameters move as without the limit, in more and smaller groups.
-        share, largest_group = groups / len(sizes_of_groups), largest_group // 2
-        sizes_of_groups = _sizes_of_groups(problem, largest_group)
-        groups = math.ceil(share * len(sizes_of_groups))
-        check_bytes = fixed + _check_bytes(problem, sizes_of_groups)
+    else:
+        passes_each = _forward_passes(problem, name, made is not None, counts)
+        fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
+        if not by_difference:  # which computes one product after the other
+            fixed += BLOCK_BYTES * sum(dims[l] for l in checked)
+        largest_parameter = max(p.numel() for p in problem.parameters.values())
+        while (check_bytes := fixed + _check_bytes(problem, sizes_of_groups)) > budget - copy_bytes and max(
+            sizes_of_groups
+        ) > largest_parameter:
+            # As many parameters move as without the limit, in more and smaller groups.
+            share, largest_group = groups / len(sizes_of_groups), largest_group // 2
+            sizes_of_groups = _sizes_of_groups(problem, largest_group)
+            groups = math.ceil(share * len(sizes_of_groups))
     plan = Plan(
         engine=name,
         traced=made is not None,
