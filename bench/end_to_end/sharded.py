@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness import command
-from bench.harness.environment import describe
+from bench.harness.environment import describe, one_line
 from bench.harness.rows import Target
 from bench.harness.timing import check, difference
 from blockhess._text import format_table
@@ -152,7 +152,7 @@ def measure(quick: bool) -> dict[str, Any]:
         load = os.getloadavg()[0]
         mp.start_processes(_run_rank, (quick, folder), nprocs=PROCESSES, start_method="spawn")
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(PROCESSES)]
-    return {"environment": describe(), "cores": os.cpu_count(), "load": load, "sizes": sizes(quick), "ranks": ranks}
+    return {"environment": describe(), "load": load, "sizes": sizes(quick), "ranks": ranks}
 
 
 def measured(result: dict[str, Any], clock: str) -> dict[str, list[float]]:
@@ -179,7 +179,7 @@ def text(result: dict[str, Any]) -> str:
         values = {clock: statistics.median(measured(result, clock)[target.quantity]) for clock in CLOCKS}
         verdict = "met" if target.met(values["processor"]) else "missed"
         judged.append([target.quantity, target.text, *(f"{values[clock]:.3f}" for clock in CLOCKS), verdict])
-    machine, of = result["environment"], result["sizes"]
+    of = result["sizes"]
     return "\n".join(
         [
             format_table(["one call", "CPU s", "wall s"], rows),
@@ -189,8 +189,7 @@ def text(result: dict[str, Any]) -> str:
             f"{PROCESSES} gloo processes of one thread; GPT of {of['layers']} layers of width {of['width']}; "
             f"{len(result['ranks'][0]['dims'])} blocks of {min(result['ranks'][0]['dims']):,} elements and more; "
             f"{of['batch'] * 64} tokens; run: {of['steps']} steps with one of them; medians of {of['rounds']} rounds",
-            f"{machine['cpu']}, {result['cores']} cores, load average {result['load']:.1f}, torch {machine['torch']}, "
-            f"commit {machine['commit']}",
+            f"{one_line(result['environment'])}; load average {result['load']:.1f}",
         ]
     )
 

@@ -207,13 +207,30 @@ def test_checks_take_smaller_groups_of_parameters_where_memory_is_small() -> Non
     assert ["exceeds the budget" in str(plan) for plan in plans] == [False, False, True]
 
 
-CHECKS = """
-import torch
-import blockhess
-
+# Run after code that defines the arguments `given` and `options` of a job, and has imported what it needs.
+MEASURED = """
 def highest():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
+
+before = highest()
+blockhess.spectrum(*given, **options)
+print(highest() - before, blockhess.plan(*given, **options).peak_bytes)
+"""
+measured = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
+
+
+def peak_as_planned(code: str) -> int:
+    """Return the peak memory of the job of the code in a process of its own, after comparing it with the plan."""
+    told = subprocess.run([sys.executable, "-c", code + MEASURED], capture_output=True, text=True, check=True).stdout
+    peak, plan = map(int, told.split())
+    assert peak / 1.25 < plan < 2 * peak
+    return peak
+
+
+CHECKS = """
+import torch
+import blockhess
 
 def job(width):
     torch.manual_seed(0)
@@ -224,19 +241,13 @@ def job(width):
 given, options = job(8)
 blockhess.spectrum(*given, **options)
 given, options = job(800)
-before = highest()
-blockhess.spectrum(*given, **options)
-print(highest() - before, blockhess.plan(*given, **options).peak_bytes)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
+@measured
 def test_checks_stay_within_the_budget() -> None:
-    told = subprocess.run([sys.executable, "-c", CHECKS], capture_output=True, text=True, check=True).stdout
-    peak, plan = map(int, told.split())
-    assert peak / 1.25 < plan < 2 * peak
-    assert peak < 2**27
+    assert peak_as_planned(CHECKS) < 2**27
 
 
 PEAK = """
@@ -252,10 +263,6 @@ class Model(torch.nn.Module):
     def forward(self, scale):
         return scale * sum(w.sin().sum() ** 2 / len(w) for w in self.w)
 
-def highest():
-    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    return 1024 * int(line.split()[1])
-
 def job(dims):
     options = {"num_probes": 10, "num_steps": 200, "engine": "exact"}
     return (Model(dims), torch.tensor(1.0), lambda model, batch: (model(batch), 1.0)), options
@@ -264,15 +271,10 @@ given, options = job([3, 5])
 blockhess.spectrum(*given, **options)
 blockhess.spectrum(*given, **(options | {"engine": "traced"}))  # imports what tracing needs
 given, options = job([8] * 150 + [600])
-before = highest()
-blockhess.spectrum(*given, **options)
-print(highest() - before, blockhess.plan(*given, **options).peak_bytes)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak memory to read")
+@measured
 def test_tables_of_many_blocks_written_out_take_what_is_planned() -> None:
-    told = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
-    peak, plan = map(int, told.split())
-    assert peak / 1.25 < plan < 2 * peak
+    peak_as_planned(PEAK)
