@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.causes import likely_cause
@@ -269,7 +268,7 @@ def _norm(a: Tensor) -> float:
     return float(torch.linalg.vector_norm(a, dtype=torch.float64))
 
 
-class _FixedPadding(TorchDispatchMode):
+class _FixedPadding(graph.DispatchMode):
     """Keeps the looked-up row at padding_idx, a constant of gradients, at its value in the first evaluation."""
 
     def __init__(self) -> None:

@@ -19,7 +19,15 @@ from blockhess.problem.batches import dense_parts
 from blockhess.problem.shards import local
 
 
-class FlopCounter(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """Sees every operation. The first one does not import torch._dynamo, which would take over a second."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # compiled modules run uncompiled, see `model_state`
+        return False
+
+
+class FlopCounter(DispatchMode):
     """Counts the floating-point operations of matrix products and convolutions, by what their two factors depend on.
 
     Dependence is followed by memory, so that it is that of all tensors that share it.
@@ -83,7 +91,7 @@ def _storages(value: Any) -> Iterator[StorageWeakRef]:
                 yield StorageWeakRef(part.untyped_storage())
 
 
-class OperationRecorder(TorchDispatchMode):
+class OperationRecorder(DispatchMode):
     """Records every operation and the module that calls it.
 
     Attributes:

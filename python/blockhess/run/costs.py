@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from blockhess.hvp.operator import Engine, product
+from blockhess.problem.graph import DispatchMode
 from blockhess.problem.problem import Problem
 
 FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e13}
@@ -59,7 +59,7 @@ class Work:
         return max(parts) if device == "cuda" else sum(parts)
 
 
-class Counted(TorchDispatchMode):
+class Counted(DispatchMode):
     """Counts the work of all operations."""
 
     def __init__(self) -> None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockhess.hvp.traced.operations import CONSTANT, SPLITS, NotTraceable, TensorInfo, aten, functional
+from blockhess.problem.graph import DispatchMode
 
 # Composite operations that are not decomposed, because their own tangent is cheaper than that of their parts.
 _NOT_DECOMPOSED = (
@@ -76,7 +76,7 @@ class Trace:
         raise AssertionError("the graph has no output")
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Records operations in a graph.
 
     Args:
@@ -245,9 +245,7 @@ def _decompositions() -> dict[Any, Any]:
 
 def fake_mode() -> FakeTensorMode:
     """Return a mode in which tensors have shapes, but no values."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # loads SymPy
-
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def trace_gradient(
