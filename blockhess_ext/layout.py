@@ -124,10 +124,10 @@ class Layout:
         return result
 
     def pieces(self, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield columns, together all, whose temporary copies need little memory; the blocks in them; their sizes there.
+        """Yield a part of the columns, the blocks in it, and how many of its columns each has, until all were yielded.
 
         Args:
-            x: (n_probes, n), of which copies are to be made.
+            x: (n_probes, n). A part has so few columns that copies of it need little memory.
         """
         width = self._width(x)
         for start in range(0, self.n, width):

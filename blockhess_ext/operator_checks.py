@@ -185,8 +185,8 @@ def check_blocks(
         ValueError: a block depends on another one.
     """
     bits = (layout.n_blocks - 1).bit_length()
-    p, l = torch.arange(len(u), device="cpu")[:, None], torch.arange(layout.n_blocks, device="cpu")
-    given = (l >> p % bits) % 2 != p // bits % 2
+    row, block = torch.arange(len(u), device="cpu")[:, None], torch.arange(layout.n_blocks, device="cpu")
+    given = (block >> row % bits) % 2 != row // bits % 2
     scales = (given * (torch.tensor(layout.dims, device="cpu") / 3) ** -0.5).to(u)
     u.uniform_(-1, 1, generator=torch.Generator(u.device).manual_seed(0))
     for columns, blocks, lengths in layout.pieces(u):
