@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import blockhess_ext._C as _C
 
-# Elements multiplied at a time in `Layout.dots`, and the largest number of such pieces on a GPU.
+# Elements in a piece of a vector set, and the largest number of such pieces on a GPU.
 PIECE, PIECES = 2**16, 128
 
 
@@ -114,18 +114,29 @@ class Layout:
         Returns:
             (n_probes, n_blocks) float64.
         """
-        starts, rows = self._starts, max(len(a), 1)
         result = torch.zeros(len(a), self.n_blocks, dtype=torch.float64, device=a.device)
-        width = max(PIECE // rows, 1 + self.n // PIECES if a.is_cuda else 1)
-        pieces = result.new_empty(2, len(a), min(width, self.n))
+        scratch = result.new_empty(2, len(a), self._width(a))
+        for columns, blocks, sizes in self.pieces(a):
+            terms, factors = scratch[:, :, : columns.stop - columns.start]
+            terms.copy_(a[:, columns]).mul_(factors.copy_(b[:, columns]))
+            sums = torch.segment_reduce(terms.flatten(), "sum", lengths=sizes.repeat(len(a)), unsafe=True)
+            result[:, blocks] += sums.view(len(a), -1)
+        return result
+
+    def pieces(self, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield a part of the columns, the blocks in it, and how many of its columns each has, until all were yielded.
+
+        Args:
+            x: (n_probes, n). A part has so few columns that copies of it need little memory.
+        """
+        width = self._width(x)
         for start in range(0, self.n, width):
             stop = min(start + width, self.n)
-            first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-            sizes = [min(starts[l + 1], stop) - max(starts[l], start) for l in range(first, last)]
-            terms, factors = pieces[:, :, : stop - start]
-            terms.copy_(a[:, start:stop]).mul_(factors.copy_(b[:, start:stop]))
-            result[:, first:last] += torch.stack([part.sum(1) for part in terms.split(sizes, 1)], 1)
-        return result
+            blocks = slice(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop))
+            yield slice(start, stop), blocks, self.offsets[blocks.start : blocks.stop + 1].clamp(start, stop).diff()
+
+    def _width(self, x: Tensor) -> int:
+        return min(self.n, max(PIECE // max(len(x), 1), 1 + self.n // PIECES if x.is_cuda else 1))
 
     def basis_columns(self, block: int) -> slice | None:
         """Return the columns of a block in the Krylov basis, or None if it is not stored."""

@@ -185,13 +185,12 @@ def check_blocks(
         ValueError: a block depends on another one.
     """
     bits = (layout.n_blocks - 1).bit_length()
-    given = torch.tensor(
-        [[(l >> p % bits) % 2 != p // bits % 2 for l in range(layout.n_blocks)] for p in range(len(u))],
-        device="cpu",
-    )
+    row, block = torch.arange(len(u), device="cpu")[:, None], torch.arange(layout.n_blocks, device="cpu")
+    given = (block >> row % bits) % 2 != row // bits % 2
+    scales = (given * (torch.tensor(layout.dims, device="cpu") / 3) ** -0.5).to(u)
     u.uniform_(-1, 1, generator=torch.Generator(u.device).manual_seed(0))
-    for l, dim in enumerate(layout.dims):
-        u[:, layout.columns(l)] *= given[:, l, None].to(u) * (dim / 3) ** -0.5
+    for columns, blocks, lengths in layout.pieces(u):
+        u[:, columns] *= scales[:, blocks].repeat_interleave(lengths, 1, output_size=columns.stop - columns.start)
     sizes: list[Tensor] = []
 
     def multiply() -> None:

@@ -199,15 +199,18 @@ def batched_slq(
         _lanczos(hvp, batch, layout, symmetry, recorder, on_step, on_state)
 
     recurrences, m = batch.recurrences, batch.num_steps
-    alpha, beta = (table[:m].permute(1, 2, 0).contiguous() for table in (recurrences.alpha, recurrences.beta))
-    nodes, weights = ops.tridiag_quadrature(alpha.flatten(0, 1), beta.flatten(0, 1), recurrences.steps.flatten())
+    alpha, beta = (table[:m].flatten(1).T.contiguous() for table in (recurrences.alpha, recurrences.beta))
+    steps, status = recurrences.steps, recurrences.status
+    del batch, recurrences, symmetry  # their tables are as large as alpha and beta
+    nodes, weights = ops.tridiag_quadrature(alpha, beta, steps.flatten())
+    shape = (*steps.shape, m)
     result = Quadrature(
-        nodes=nodes.view_as(alpha),
-        weights=weights.view_as(alpha),
-        alpha=alpha,
-        beta=beta,
-        steps=recurrences.steps,
-        nonfinite=recurrences.status == NON_FINITE,
+        nodes=nodes.view(shape),
+        weights=weights.view(shape),
+        alpha=alpha.view(shape),
+        beta=beta.view(shape),
+        steps=steps,
+        nonfinite=status == NON_FINITE,
         dims=dims,
         block_ids=tuple(ids.tolist()),
         num_steps=num_steps,

@@ -28,38 +28,49 @@ class Step {
 
   void run(const ParallelFor& parallel_for) const {
     for_tiles(tiles_, parallel_for, [this](int64_t t) {
-      const int64_t s = tiles_.segment(t);
-      if (t == tiles_.begin(s) && !shared(s)) whole_segment(s);
+      if (tiles_.position(t) > 0) return;  // left to the thread of the first tile
+      const int64_t s = tiles_.segment(t), block = tiles_.block(s);
+      if (shared(block)) return;
+      if (running(s))
+        whole_segment(s);
+      else
+        std::fill_n(op_.v_prev + tiles_.start(t), op_.layout.offsets[block + 1] - op_.layout.offsets[block], T(0));
     });
     std::vector<int64_t> segments, tiles;  // a group of shared segments that fits in cache, or a single larger one
-    for (int64_t s = 0; s < tiles_.segments(); ++s) {
-      if (shared(s)) {
-        segments.push_back(s);
-        for (int64_t t = tiles_.begin(s); t < tiles_.end(s); ++t) tiles.push_back(t);
-      }
-      if (int64_t(tiles.size()) < kOwnTiles && s + 1 < tiles_.segments()) continue;
+    for (int64_t s : shared_segments()) {
+      segments.push_back(s);
+      for (int64_t t = tiles_.begin(s); t < tiles_.end(s); ++t) tiles.push_back(t);
+      if (int64_t(tiles.size()) < kOwnTiles) continue;
       step_together(segments, tiles, parallel_for);
       segments.clear();
       tiles.clear();
     }
+    step_together(segments, tiles, parallel_for);
   }
 
  private:
-  bool shared(int64_t s) const {
-    const int64_t n_tiles = tiles_.end(s) - tiles_.begin(s);
+  bool shared(int64_t block) const {
+    const int64_t n_tiles = op_.layout.tile_offsets[block + 1] - op_.layout.tile_offsets[block];
     return n_tiles > kOwnTiles || (n_tiles > 1 && n_tiles * kLargePart > tiles_.count());
+  }
+  std::vector<int64_t> shared_segments() const {
+    std::vector<int64_t> found;
+    for (int64_t block = 0; block < op_.layout.n_blocks; ++block)
+      if (shared(block)) found.push_back(block);
+    const size_t n_blocks = found.size();
+    for (size_t i = n_blocks; i < n_blocks * op_.layout.n_probes; ++i)
+      found.push_back(found[i - n_blocks] + op_.layout.n_blocks);
+    return found;
   }
   bool running(int64_t s) const { return op_.recurrences.running(s); }
   bool deferred(int64_t s) const { return op_.basis_offsets[tiles_.block(s)] >= 0; }
 
   void whole_segment(int64_t s) const {
     const int64_t begin = tiles_.begin(s), end = tiles_.end(s);
-    if (running(s)) {
-      for (int64_t t = begin; t < end; ++t) dot_with_v(t);
-      write_alpha(s);
-      for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // backward: the last tiles are still in cache
-      close(s);
-    }
+    for (int64_t t = begin; t < end; ++t) dot_with_v(t);
+    write_alpha(s);
+    for (int64_t t = end - 1; t >= begin; --t) subtract(t);  // backward: the last tiles are still in cache
+    close(s);
     for (int64_t t = begin; t < end; ++t) normalize(t);
   }
 

@@ -23,16 +23,16 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   const Recurrences& recurrences = op.recurrences;
   const Tiles tiles(op.layout);
   const int64_t row = op.layout.n_probes * op.n_basis;  // elements of one basis row
-  const int64_t stride = op.capacity + 1;               // of `partial`, from tile to tile
 
   // The segments that take part, while most others may have ended long ago, and their tiles: all work is on these.
   std::vector<int64_t> segments, work;
-  std::vector<size_t> owner;  // of a tile in `work`, in `segments`
+  std::vector<size_t> first, owner;  // of a segment, its first tile in `work`; of a tile, its segment in `segments`
   // Coefficients of a segment start at slot * width; segments that are not projected have none.
   std::vector<int64_t> slot;
   int64_t slots = 0, width = 0;
   for (int64_t s = 0; s < tiles.segments(); ++s) {
     if (!op.takes_part(s)) continue;
+    first.push_back(work.size());
     for (int64_t t = tiles.begin(s); t < tiles.end(s); ++t) {
       work.push_back(t);
       owner.push_back(segments.size());
@@ -43,10 +43,12 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
     ++slots;
     width = std::max(width, op.count(s));
   }
+  first.push_back(work.size());
   std::vector<double> coefficients(slots * width);
-  const auto for_work = [&](const auto& body) {  // body(position in `segments`, tile)
+  const int64_t stride = width + 1;  // of `partial`, from a tile in `work` to the next
+  const auto for_work = [&](const auto& body) {  // body(segment in `segments`, tile in `work`)
     parallel_for(work.size(), tiles.grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) body(owner[w], work[w]);
+      for (int64_t w = begin; w < end; ++w) body(owner[w], size_t(w));
     });
   };
 
@@ -55,32 +57,37 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
     const int64_t s = tiles.segment(t);
     return s / op.layout.n_blocks * op.n_basis + op.basis_offsets[tiles.block(s)] + tiles.position(t);
   };
-  const auto project_tile = [&](int pass, size_t i, int64_t t) {
+  const auto project_tile = [&](int pass, size_t i, size_t w) {
+    const int64_t t = work[w];
     const double* subtracted = pass > 0 ? coefficients.data() + slot[i] * width : nullptr;
-    double* dots = pass + 1 < kPasses ? op.partial + t * stride : nullptr;
-    op.partial[t * stride + op.capacity] = gram_schmidt(op.r + tiles.start(t), op.basis + column(t), row,
-                                                        op.count(segments[i]), tiles.length(t), subtracted, dots);
+    double* dots = pass + 1 < kPasses ? op.partial + w * stride : nullptr;
+    op.partial[w * stride + width] = gram_schmidt(op.r + tiles.start(t), op.basis + column(t), row,
+                                                  op.count(segments[i]), tiles.length(t), subtracted, dots);
+  };
+  const auto sum_tiles = [&](size_t i, int64_t k) {
+    double sum = 0.0;
+    for (size_t w = first[i]; w < first[i + 1]; ++w) sum += op.partial[w * stride + k];
+    return sum;
   };
   const auto add_tiles = [&](size_t i) {
-    for (int64_t k = 0; k < op.count(segments[i]); ++k)
-      coefficients[slot[i] * width + k] = tiles.sum(op.partial + k, segments[i], stride);
+    for (int64_t k = 0; k < op.count(segments[i]); ++k) coefficients[slot[i] * width + k] = sum_tiles(i, k);
   };
-  const auto shared = [&](int64_t s) { return tiles.end(s) - tiles.begin(s) > 1; };
+  const auto shared = [&](size_t i) { return first[i + 1] - first[i] > 1; };
 
   for (int pass = 0; pass < kPasses; ++pass) {
     parallel_for(pass > 0 ? segments.size() : 0, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        if (op.projects(segments[i]) && shared(segments[i])) add_tiles(i);
+        if (op.projects(segments[i]) && shared(i)) add_tiles(i);
     });
-    for_work([&](size_t i, int64_t t) {
+    for_work([&](size_t i, size_t w) {
       if (!op.projects(segments[i])) return;
-      if (shared(segments[i])) {
-        project_tile(pass, i, t);
+      if (shared(i)) {
+        project_tile(pass, i, w);
         return;
       }
       for (int own = 0; pass == 0 && own < kPasses; ++own) {
         if (own > 0) add_tiles(i);
-        project_tile(own, i, t);
+        project_tile(own, i, w);
       }
     });
   }
@@ -89,11 +96,11 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   for (size_t i = 0; i < segments.size(); ++i) {
     const int64_t s = segments[i];
     if (op.projects(s))
-      recurrences.beta[recurrences.next(s)] = std::sqrt(tiles.sum(op.partial + op.capacity, s, stride));
+      recurrences.beta[recurrences.next(s)] = std::sqrt(sum_tiles(i, width));
     factor[i] = close_step(recurrences, s, op.limits[tiles.block(s)], std::numeric_limits<T>::epsilon());
   }
-  for_work([&](size_t i, int64_t t) {
-    const int64_t length = tiles.length(t);
+  for_work([&](size_t i, size_t w) {
+    const int64_t t = work[w], length = tiles.length(t);
     T* next = op.r + tiles.start(t);
     if (factor[i] == 0.0) {
       std::fill_n(next, length, T(0));

@@ -31,10 +31,10 @@ class Tiles {
   int64_t begin(int64_t s) const { return s / layout_.n_blocks * layout_.n_tiles + layout_.tile_offsets[block(s)]; }
   int64_t end(int64_t s) const { return s / layout_.n_blocks * layout_.n_tiles + layout_.tile_offsets[block(s) + 1]; }
 
-  // The sum of partial[t * stride] over the tiles of segment s, in ascending order.
-  double sum(const double* partial, int64_t s, int64_t stride = 1) const {
+  // The sum of partial[t] over the tiles of segment s, in ascending order.
+  double sum(const double* partial, int64_t s) const {
     double sum = 0.0;
-    for (int64_t t = begin(s); t < end(s); ++t) sum += partial[t * stride];
+    for (int64_t t = begin(s); t < end(s); ++t) sum += partial[t];
     return sum;
   }
 

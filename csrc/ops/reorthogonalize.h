@@ -31,7 +31,7 @@ struct Reorthogonalize {
   double* partial;         // (n_probes, n_tiles, capacity + 1) scratch: each tile's part of c and of |r|^2
 
   BLOCKHESS_HD bool takes_part(int64_t segment) const {
-    return basis_offsets[segment % layout.n_blocks] >= 0 && recurrences.running(segment);
+    return recurrences.running(segment) && basis_offsets[segment % layout.n_blocks] >= 0;
   }
 
   BLOCKHESS_HD bool projects(int64_t segment) const {

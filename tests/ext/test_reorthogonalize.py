@@ -143,6 +143,17 @@ def test_same_bits_for_one_and_two_threads(dtype, rng):
         assert torch.equal(a, b)
 
 
+def test_scratch_follows_the_running_recurrences(dtype, rng):
+    """Of a batch with many ended recurrences, most of it is neither read nor written."""
+    case, basis = prepared(dtype, rng)
+    case.recurrences.status[:] = FINISHED
+    case.recurrences.status[2, 5] = RUNNING
+    case.partial.fill_(-1)
+    run(ops.reorthogonalize, case, basis)
+    assert (case.partial != -1).sum() <= (COUNT + 1) * case.layout.n_tiles
+    assert (case.partial[1:] == -1).all()
+
+
 def test_opcheck(dtype, rng):
     case, basis = prepared(dtype, rng)
     r, layout = case.recurrences, case.layout

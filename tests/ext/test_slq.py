@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import math
+import time
+import weakref
 
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
 
-from blockhess_ext import NonFiniteError, batched_slq
+from blockhess_ext import NonFiniteError, batched_slq, ops
 from blockhess_ext.layout import Layout
+from blockhess_ext.recurrences import Recurrences
 
 DIMS = (1, 2, 30, 7)
 
@@ -141,6 +144,35 @@ def test_three_vector_sets_at_most():
 
     batched_slq(hvp, [n], num_probes=2, num_steps=4, reorthogonalize="none")
     assert max(live) == 2  # v and v_prev; the result is the third
+
+
+def test_tables_of_the_recurrences_are_released_before_the_quadrature(operator, monkeypatch):
+    """They are as large as alpha and beta of the result, which are as large as its nodes and weights."""
+    tables, alive = [], []
+    start, quadrature = Recurrences.start, ops.tridiag_quadrature
+
+    def tracked(*args, **kwargs):
+        made = start(*args, **kwargs)
+        tables.extend(map(weakref.ref, (made.alpha, made.beta)))
+        return made
+
+    def counted(*args):
+        alive.append(sum(table() is not None for table in tables))
+        return quadrature(*args)
+
+    monkeypatch.setattr(Recurrences, "start", staticmethod(tracked))
+    monkeypatch.setattr(ops, "tridiag_quadrature", counted)
+    batched_slq(operator, DIMS, num_steps=3)
+    assert len(tables) == 2 and alive == [0]
+
+
+def test_checks_of_many_blocks_cost_no_loop_over_them():
+    seconds = []
+    for check in (False, True):
+        start = time.process_time()
+        batched_slq(lambda v: 2 * v, [1] * 100_000, num_probes=1, num_steps=2, check=check)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 3 * seconds[0]
 
 
 def test_given_probes_are_used_and_normalized(operator):

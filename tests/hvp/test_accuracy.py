@@ -152,3 +152,36 @@ def test_the_default_dtype_is_changed_only_where_the_model_needs_it() -> None:
         run = partial(loss_fn, needs=needs)
         found = blockhess.spectrum(mlp(), labeled(7), lambda m, b, run=run: run(m, b), num_probes=1, num_steps=2)
         assert seen == dtypes and found.provenance["hvp_error"]
+
+
+def scaled(model: nn.Module, batch: Any, scale: float) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1]) * scale
+
+
+@pytest.mark.parametrize("engine", ["autograd", "traced", "difference", "exact"])
+def test_a_scaled_loss_gives_a_scaled_spectrum_or_is_refused(engine: str) -> None:
+    """In float32, squares of 1e-30 underflow and those of 1e30 overflow; products of 1e-39 lack digits."""
+    model, batch, nodes = mlp(), labeled(16), {}
+    for scale in (1.0, 1e-30, 1e30):
+        spectra = blockhess.spectrum(
+            model, batch, partial(scaled, scale=scale), engine=engine, num_probes=2, num_steps=4
+        )
+        nodes[scale] = spectra.quadrature.nodes / scale
+    for other in (nodes[1e-30], nodes[1e30]):
+        error = (other - nodes[1.0]).abs().amax((0, 2)) / nodes[1.0].abs().amax((0, 2))
+        assert error.max() < (5e-3 if engine == "difference" else 1e-5)
+    for scale in (1e-38, 1e-39, 1e-40):
+        with pytest.raises(ValueError, match=r"^spectrum: products must have size .* in torch.float32, got .*e-"):
+            blockhess.spectrum(model, batch, partial(scaled, scale=scale), engine=engine, num_probes=2, num_steps=4)
+
+
+def test_zero_and_flat_blocks_are_not_too_small() -> None:
+    """Only the largest block is judged."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return (model.weight**2).sum() + 1e-30 * (model.bias**2).sum()
+
+    spectra = blockhess.spectrum(nn.Linear(3, 2), labeled(16), loss, num_probes=2, num_steps=2)
+    torch.testing.assert_close(spectra.quadrature.nodes[0, :, 0].float(), torch.tensor([2.0, 2e-30]))
+    linear = blockhess.spectrum(nn.Linear(3, 2), labeled(16), lambda m, b: m.weight.sum() + m.bias.sum(), num_steps=2)
+    assert (linear.quadrature.nodes == 0).all()

@@ -109,6 +109,7 @@ class Job:
         self._undecided: set[int] = set()
         self._left_open: dict[int, float] = {}
         self._is_defined = True
+        self._largest_product = 0.0  # with a unit vector, in float64 where that is the same function
         self._ids = [block_id(info.name) for info in problem.infos]
 
     def provenance(self, result: Quadrature) -> dict[str, Any]:
@@ -175,6 +176,7 @@ class Job:
         self.shrunk = [text for texts in ranks.gather(self.shrunk) for text in texts]
         whole = Quadrature.concatenate([Quadrature.concatenate(parts, 0) for parts in found], 1)
         radii = whole.nodes.abs().amax((0, 2)).tolist()
+        self._check_size(radii)
         self._check_again(engine, radii, (whole.weights * whole.nodes**2).sum(2).mean(0).sqrt().tolist())
         self._note(ZERO_NOTE, [noise is not None and r <= noise for r, noise in zip(radii, self._zero_within)])
         if options.tol is not None:
@@ -446,6 +448,7 @@ class Job:
         self._undecided = (self._undecided | accuracy.undecided) - self._confirmed
         self._left_open |= accuracy.left_open
         self._is_defined &= accuracy.is_defined
+        self._largest_product = max(self._largest_product, *accuracy.norms.values(), 0.0)
         if accuracy.unknown and self.hvp_error is None:
             self.error_unknown = accuracy.unknown
             warnings.warn(
@@ -456,6 +459,21 @@ class Job:
         self.hvp_error = (self.hvp_error or {}) | {self.infos[l].name: e for l, e in accuracy.errors.items()}
         for l, error in accuracy.errors.items():
             self._zero_within[l] = self._noise(l, error) if accuracy.is_zero(l) else None
+
+    def _check_size(self, radii: Sequence[float]) -> None:
+        """Refuse a Hessian whose products all are subnormal, or so small that they vanish.
+
+        Where they vanish from differences too, the gradient tells whether the loss is as small.
+        """
+        dtype = self._problem.dtype
+        least = torch.finfo(dtype).tiny * max(self._problem.dims) ** 0.5
+        size = max(self._largest_product, *radii) or max(self.gradient_norms.values(), default=0.0)
+        if 0 < size < least:
+            raise ValueError(
+                f"spectrum: products must have size {least:.2g} at least in {dtype}, got {size:.2g}, whose elements "
+                "are subnormal and lack digits; multiply the loss by a constant"
+                + ("" if dtype == torch.float64 else ", or pass dtype=torch.float64")
+            )
 
     def _check_again(self, engine: Engine, radii: Sequence[float], sizes: Sequence[float]) -> None:
         """Check blocks that may be zero, or whose derivatives are in doubt, if they were not checked, flattest first.
