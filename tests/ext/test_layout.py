@@ -11,10 +11,10 @@ from blockhess_ext import ops
 from blockhess_ext.layout import Layout
 from blockhess_ext.recurrences import Recurrences
 
-DIMS = (3000, 40000)
+DIMS, COLUMNS = (3000, 40000), 43000
 
 
-def call(op, layout, columns=sum(DIMS), n_basis=DIMS[0]):
+def call(op, layout, columns=COLUMNS, n_basis=DIMS[0]):
     vectors = torch.ones(2, columns)
     recurrences = Recurrences.start(2, torch.tensor(DIMS), rows=4)
     partial = torch.zeros(2, layout.n_tiles, dtype=torch.float64)
