@@ -11,19 +11,28 @@ void torch_parallel_for(int64_t count, int64_t grain, const RangeBody& body) {
   if (count > 0) torch::stable::parallel_for(0, count, grain, body);
 }
 
-struct Cpu {
-  Cpu(const char*, const Tensor&) {}
+class Cpu {
+ public:
+  Cpu(const char* op, const Tensor&) : op_(op) {}
 
   template <class T>
   void run(const LanczosStep<T>& op) const {
+    check(op.layout);
     lanczos_step_cpu(op, torch_parallel_for);
   }
   template <class T>
   void run(const Reorthogonalize<T>& op) const {
+    check(op.layout);
+    for (int64_t l = 0; l < op.layout.n_blocks; ++l)
+      STD_TORCH_CHECK(op.basis_offsets[l] <= op.n_basis - (op.layout.offsets[l + 1] - op.layout.offsets[l]) ||
+                          op.basis_offsets[l] < 0,
+                      op_, ": basis_offsets must fit the ", op.n_basis, " columns of basis, got ", op.basis_offsets[l],
+                      " for block ", l);
     reorthogonalize_cpu(op, torch_parallel_for);
   }
   template <class T>
   void run(const RandomProbes<T>& op) const {
+    check(op.layout);
     random_probes_cpu(op, torch_parallel_for);
   }
   template <class T>
@@ -39,6 +48,29 @@ struct Cpu {
     STD_TORCH_CHECK(failed < 0, "tridiag_quadrature: alpha and beta must be finite and converge, problem ", failed,
                     " does not");
   }
+
+ private:
+  // The kernels follow the tables: block l has the tiles tile_offsets[l] : tile_offsets[l + 1], which cover the columns
+  // offsets[l] : offsets[l + 1] one after the other.
+  void check(const Layout& layout) const {
+    int64_t tile = 0, column = 0;
+    for (int64_t l = 0; l <= layout.n_blocks; ++l) {
+      const bool ends = layout.offsets[l] == column && layout.tile_offsets[l] == tile;
+      const int64_t end = l < layout.n_blocks ? layout.tile_offsets[l + 1] : layout.n_tiles;
+      bool sound = ends && tile <= end && end <= layout.n_tiles;
+      for (; sound && tile < end; ++tile) {
+        const Tile& t = layout.tiles[tile];
+        sound = t.block == l && t.start == column && t.start < t.stop && t.stop <= layout.n;
+        column = t.stop;
+      }
+      STD_TORCH_CHECK(sound, op_, ": offsets, tiles and tile_offsets must divide the ", layout.n,
+                      " columns of a vector, they do not in block ", l);
+    }
+    STD_TORCH_CHECK(column == layout.n, op_, ": offsets must end with the ", layout.n, " columns of a vector, got ",
+                    column);
+  }
+
+  const char* op_;
 };
 
 }  // namespace

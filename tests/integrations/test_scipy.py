@@ -107,6 +107,10 @@ def test_finished_recurrences_cost_nothing() -> None:
     assert spectra.provenance["hvps"] == sum(calls.values())
 
 
+def test_names_that_are_no_unicode() -> None:
+    assert operator_spectra({"a\udcff": np.eye(3)}, num_probes=1).names == ("a\udcff",)
+
+
 def test_one_operator_and_float32() -> None:
     spectra = operator_spectra(symmetric(6).astype(np.float32), num_probes=2)
     assert spectra.names == ("operator",) and spectra.quadrature.dtype == "float32"

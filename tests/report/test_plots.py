@@ -307,3 +307,12 @@ def test_a_missing_matplotlib_says_what_to_type(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "blockhess\[plot\]"'):
         random_spectra().plot()
+
+
+@pytest.mark.parametrize("name", ["a\udcff", "b\x1b[2J", r"$\frac$"])
+def test_names_that_matplotlib_would_not_draw(name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    spectra = random_spectra(n_probes=2, n_blocks=2, names=[name, "other"])
+    for figure in (plot_density(spectra), plot_heatmap(spectra)):
+        FigureCanvasAgg(figure).draw()

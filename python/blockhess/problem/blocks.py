@@ -45,7 +45,7 @@ class BlockInfo:
 
 def block_id(name: str) -> int:
     """Return the random-number key of a block, a hash of its name, so that its probes are the same in any partition."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def with_note(info: BlockInfo, note: str) -> BlockInfo:

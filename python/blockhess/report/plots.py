@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, tensor
 
+from blockhess._text import printable
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.comparison import compare
 from blockhess.analysis.density import check_sigma_in_range, default_sigma, node_grid, smooth
@@ -413,5 +414,7 @@ def plot_models(models: Mapping[str, SpectraData]) -> Figure:
 
 
 def _shorten(name: str, length: int) -> str:
-    """Keep both ends of a long name, the layer and the parameter."""
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
+    """Keep both ends of a long name, the layer and the parameter; matplotlib draws neither surrogates nor a lone $."""
+    name = printable(name)
+    short = name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
+    return short.replace("$", r"\$")
