@@ -77,6 +77,11 @@ def product(hvp: Callable[[Tensor], Tensor], v: Tensor, sample: bool = False) ->
     return w
 
 
+def least_size(dims: Sequence[int], dtype: torch.dtype) -> float:
+    """Return the norm below which most elements of a product with the largest block are subnormal and lack digits."""
+    return float(torch.finfo(dtype).tiny * max(dims) ** 0.5)
+
+
 class SymmetryCheck:
     """Compares <H v_j, v_{j-1}> with beta_{j-1} at two steps j; the host does not wait for the device.
 
@@ -91,7 +96,7 @@ class SymmetryCheck:
 
     def __init__(self, recurrences: Recurrences, layout: Layout, random: bool, dtype: torch.dtype) -> None:
         self._recurrences, self._layout, self._dtype = recurrences, layout, dtype
-        self._least = torch.finfo(dtype).tiny * max(layout.dims) ** 0.5
+        self._least = least_size(layout.dims, dtype)
         share = DEVIATIONS / torch.tensor(layout.dims, dtype=torch.float64, device="cpu").sqrt()
         self._share = (share.clamp(max=1) if random else torch.ones_like(share)).to(recurrences.norm.device)
         on_gpu = recurrences.status.is_cuda

@@ -55,6 +55,17 @@ def test_the_science_loads_nothing_heavy(used: str) -> None:
     assert loaded(f"import blockhess; blockhess.{used}", tuple(n for n in HEAVY if "_dynamo" not in n)) == []
 
 
+def test_products_by_autograd_do_not_load_what_compiles_models() -> None:
+    code = (
+        "import torch, blockhess\n"
+        "data = torch.randn(4, 3), torch.randn(4, 2)\n"
+        "options = {'num_probes': 1, 'num_steps': 2, 'engine': ENGINE, 'progress': False}\n"
+        "blockhess.spectrum(torch.nn.Linear(3, 2), data, torch.nn.MSELoss(), **options)"
+    )
+    assert loaded(code.replace("ENGINE", "'autograd'"), ("torch._dynamo",)) == []
+    assert loaded(code.replace("ENGINE", "'traced'"), ("torch._dynamo",)) == ["torch._dynamo"]  # the check would notice
+
+
 def test_integrations_load_no_tool_of_others() -> None:
     code = "from blockhess.integrations import watch, tensorboard, pandas, scipy; import blockhess.report.html"
     names = ("matplotlib", "transformers", "pandas", "lightning", "pytorch_lightning", "tensorboard")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # which the first backward pass would load in every process
+import torch._dynamo  # which traces and sharded models load, here once for all processes
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F

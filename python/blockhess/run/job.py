@@ -30,6 +30,7 @@ from blockhess.run.plan import Plan, exact_blocks, make_plan, most_checked, why_
 from blockhess.run.recorder import Recorder, UnitResult
 from blockhess.run.split_work import items_of, shared
 from blockhess_ext import Quadrature, State
+from blockhess_ext.operator_checks import least_size
 from blockhess_ext.slq import reorthogonalization_modes
 
 # Blocks whose eigenvalues are below this share of the largest ones may be zero but for rounding.
@@ -466,7 +467,7 @@ class Job:
         Where they vanish from differences too, the gradient tells whether the loss is as small.
         """
         dtype = self._problem.dtype
-        least = torch.finfo(dtype).tiny * max(self._problem.dims) ** 0.5
+        least = least_size(self._problem.dims, dtype)
         size = max(self._largest_product, *radii) or max(self.gradient_norms.values(), default=0.0)
         if 0 < size < least:
             raise ValueError(

@@ -245,7 +245,9 @@ def _decompositions() -> dict[Any, Any]:
 
 def fake_mode() -> FakeTensorMode:
     """Return a mode in which tensors have shapes, but no values."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # loads SymPy
+
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
 def trace_gradient(
