@@ -137,6 +137,7 @@ CLOSURES: dict[str, Callable[[nn.Module, Any], Tensor]] = {
         torch.cat([m(b[0])[:, :0], m(b[0]).flip(1).cumsum(1).sort(1)[0].unfold(1, 2, 1).sum(-1)], 1).tanh().mean()
     ),
     "expanded and reversed data": lambda m, b: m(b[0][:1].expand(4, 3).flip(0)).tanh().mean(),
+    "a number that is only read": lambda m, b: (m(b[0]).tanh().mean(), m(b[0]).mean().item())[0],
     "copy_ that broadcasts": lambda m, b: (torch.empty(5, 3).copy_(m(b[0]).tanh().mean(0)) * b[0]).square().sum(),
 }
 

@@ -21,7 +21,8 @@ from tests.helpers.spectra_cases import make_spectra, random_spectra
 pytest.importorskip("matplotlib")
 
 from blockhess.report import plots
-from blockhess.report.plots import plot_density, plot_heatmap
+from blockhess.report.figures import plot_js0
+from blockhess.report.plots import plot_density, plot_heatmap, plot_models
 
 
 def texts(figure: Any) -> str:
@@ -314,5 +315,6 @@ def test_names_that_matplotlib_would_not_draw(name: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     spectra = random_spectra(n_probes=2, n_blocks=2, names=[name, "other"])
-    for figure in (plot_density(spectra), plot_heatmap(spectra)):
+    figures = plot_density(spectra), plot_heatmap(spectra), plot_models({name: spectra}), plot_js0([spectra], [name])
+    for figure in figures:
         FigureCanvasAgg(figure).draw()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blockhess.analysis import comparison
 from blockhess.analysis.selection import comparable_blocks
 from blockhess.report.html.contents import COMPARISONS
-from blockhess.report.plots import MISSING, new_figure, plot_density, plot_heatmap, save_figure
+from blockhess.report.plots import MISSING, drawable, new_figure, plot_density, plot_heatmap, save_figure
 from blockhess.results.data import SpectraData
 from blockhess.results.files import check_writable
 from blockhess_ext.arguments import choice
@@ -113,7 +113,7 @@ def plot_js0(results: Sequence[SpectraData], labels: Sequence[str], width: float
             }
             axes.plot(*zip(*points), label=title, **style)
     if not known:
-        axes.set_xticks(positions, labels, rotation=20, ha="right")
+        axes.set_xticks(positions, [*map(drawable, labels)], rotation=20, ha="right")
     axes.set_xlabel("training step" if known else "checkpoint")
     axes.set_ylabel("JS0")
     axes.set_ylim(bottom=0)

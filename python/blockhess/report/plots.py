@@ -392,7 +392,7 @@ def plot_models(models: Mapping[str, SpectraData]) -> Figure:
     parts: Any = figure.subfigures(2, len(models), height_ratios=heights, squeeze=False)
     for (title, spectra), above, below in zip(models.items(), *parts):
         blocks = normalizable(spectra, Axis())
-        above.suptitle(title, fontweight="bold")
+        above.suptitle(drawable(title), fontweight="bold")
         floor = 0.1 / max(10, *(spectra.dims[row] for row in spectra.rows(blocks)))
         _draw_shared(above, spectra, blocks, floor, MODEL_WIDTH)
         matrix, js0 = compare(spectra, confidence=0.95)
@@ -413,8 +413,12 @@ def plot_models(models: Mapping[str, SpectraData]) -> Figure:
     return figure
 
 
+def drawable(text: str) -> str:
+    """Return text that matplotlib draws as it is: it would fail at surrogates, and read pairs of $ as mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
 def _shorten(name: str, length: int) -> str:
-    """Keep both ends of a long name, the layer and the parameter; matplotlib draws neither surrogates nor a lone $."""
+    """Keep both ends of a long name, the layer and the parameter."""
     name = printable(name)
-    short = name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
-    return short.replace("$", r"\$")
+    return drawable(name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}")
