@@ -45,7 +45,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   }
   first.push_back(work.size());
   std::vector<double> coefficients(slots * width);
-  const int64_t stride = width + 1;  // of `partial`, from a tile in `work` to the next
+  const int64_t stride = width + 1;              // of `partial`, from a tile in `work` to the next
   const auto for_work = [&](const auto& body) {  // body(segment in `segments`, tile in `work`)
     parallel_for(work.size(), tiles.grain(), [&](int64_t begin, int64_t end) {
       for (int64_t w = begin; w < end; ++w) body(owner[w], size_t(w));
@@ -95,8 +95,7 @@ void reorthogonalize(const Reorthogonalize<T>& op, const ParallelFor& parallel_f
   std::vector<double> factor(segments.size());
   for (size_t i = 0; i < segments.size(); ++i) {
     const int64_t s = segments[i];
-    if (op.projects(s))
-      recurrences.beta[recurrences.next(s)] = std::sqrt(sum_tiles(i, width));
+    if (op.projects(s)) recurrences.beta[recurrences.next(s)] = std::sqrt(sum_tiles(i, width));
     factor[i] = close_step(recurrences, s, op.limits[tiles.block(s)], std::numeric_limits<T>::epsilon());
   }
   for_work([&](size_t i, size_t w) {
