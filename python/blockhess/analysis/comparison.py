@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blockhess.analysis import distances, jensen_shannon
 from blockhess.analysis.axes import Axis, as_axis
 from blockhess.analysis.density import check_sigma_in_range, default_sigma
 from blockhess.analysis.errors.intervals import check_confidence
-from blockhess.analysis.errors.jensen_shannon import SHORTER, js_error, mean_of_pairs, steps_error, with_interval
+from blockhess.analysis.errors.jensen_shannon import js_error, mean_of_pairs, steps_error, with_interval
 from blockhess.analysis.errors.steps import exact, shortened
 from blockhess.analysis.jensen_shannon import JS0
 from blockhess.analysis.selection import compared, distributions, excluded, resolved_axis
@@ -63,8 +64,8 @@ def js0(
 ) -> JS0:
     """Return the mean of js_matrix over all pairs of different blocks, the paper's measure of heterogeneity.
 
-    Random probes bias it upwards. With `confidence` the jackknife estimates the bias and the error of the probes, and
-    changes from fewer steps that of finite steps, at the cost of n_probes + 2 more matrices.
+    Random probes bias it upwards. With `confidence` the jackknife estimates the bias and the error of the probes, at
+    the cost of n_probes more matrices, and the change of each spectrum from half of the steps that of finite steps.
 
     Args, Raises: see js_matrix.
         confidence: probability of the interval of the exact spectra, in (0, 1); None means no interval.
@@ -85,14 +86,21 @@ def _steps_error(spectra: SpectraData, mean: JS0, matrix: Tensor) -> float:
     single = (quadrature.steps == 1) & ~exact(quadrature)
     if bool(single[:, spectra.rows(mean.blocks)].any()):
         return math.inf  # there are no fewer steps
-    return steps_error(matrix, [_matrix(spectra, mean, shortened(quadrature, share)) for share in SHORTER])
+    all_steps, half = _placed(spectra, mean, quadrature), _placed(spectra, mean, shortened(quadrature, 1 / 2))
+    pairs = zip(*(torch.stack(parts, 1) for parts in zip(all_steps, half)))
+    changes = [jensen_shannon.js_matrix(*pair, sigma=mean.sigma, base=mean.base)[0, 1] for pair in pairs]
+    return steps_error(matrix, torch.stack(changes), mean.kind)
 
 
-def _matrix(spectra: SpectraData, like: JS0, quadrature: Quadrature, kind: str | None = None) -> Tensor:
+def _placed(spectra: SpectraData, like: JS0, quadrature: Quadrature) -> tuple[Tensor, Tensor]:
+    """Return the nodes and weights of another quadrature of the blocks of `like`, on its axis."""
+    return distributions(spectra, like.blocks, Axis(like.axis, like.normalize, like.scale), quadrature)
+
+
+def _matrix(spectra: SpectraData, like: JS0, quadrature: Quadrature, kind: str) -> Tensor:
     """Return js_matrix of another quadrature of the same blocks, with the axis, scale and sigma of `like`."""
-    axis = Axis(like.axis, like.normalize, like.scale)
-    nodes, weights = distributions(spectra, like.blocks, axis, quadrature)
-    return jensen_shannon.js_matrix(nodes, weights, sigma=like.sigma, kind=kind or like.kind, base=like.base)
+    placed = _placed(spectra, like, quadrature)
+    return jensen_shannon.js_matrix(*placed, sigma=like.sigma, kind=kind, base=like.base)
 
 
 def js_matrix_error(spectra: SpectraData, **comparison: Any) -> tuple[Tensor, Tensor]:

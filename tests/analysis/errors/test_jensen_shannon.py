@@ -37,20 +37,43 @@ def test_bias_and_interval_of_js0() -> None:
     assert sum(js0.probes_interval[1] - js0.probes_interval[0] < 0.22 for js0 in estimates) > 0.9 * N_RUNS
 
 
-def test_the_interval_of_js0_contains_what_few_steps_do() -> None:
+@pytest.mark.parametrize("kind", ["distance", "divergence"])
+def test_the_interval_of_js0_contains_what_few_steps_do(kind: str) -> None:
     """Of six spectra at 10 x 10: the interval for the probes alone misses the exact value, the total one does not."""
-    kinds = [x / x.abs().max() for x in spectra(400).values()]
-    exact = torch.stack([x.sort().values for x in kinds])
-    q = batched_slq(lambda v: v * torch.cat(kinds).to(v.dtype), [400] * 6, num_probes=80, num_steps=10)
+    exact = [x / x.abs().max() for x in spectra(400).values()]
+    found = coverage_of_js0(exact, num_probes=10, num_steps=10, runs=8, kind=kind)
+    assert all(total for total, _ in found) and sum(probes for _, probes in found) <= 2
+
+
+@pytest.mark.parametrize("kind", ["distance", "divergence"])
+def test_the_interval_of_js0_contains_that_of_spectra_whose_nodes_do_not_overlap(kind: str) -> None:
+    """Their distance is near 1 for any number of steps, that of the exact spectra is not."""
+    normal = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = [torch.cat([torch.zeros(200).double(), x]) for x in (normal, normal**2)]
+    found = coverage_of_js0(exact, num_probes=4, num_steps=10, runs=20, kind=kind)
+    assert sum(total for total, _ in found) >= 19 and sum(probes for _, probes in found) <= 4
+
+
+def coverage_of_js0(
+    exact: list[torch.Tensor], *, num_probes: int, num_steps: int, runs: int, kind: str
+) -> list[tuple[bool, bool]]:
+    """Return for every run whether interval and probes_interval contain the JS0 of the exact spectra, (n,) each."""
+    eigenvalues = torch.stack(exact)
+    dims = [eigenvalues.shape[1]] * len(exact)
+    q = batched_slq(
+        lambda v: v * eigenvalues.flatten().to(v.dtype), dims, num_probes=num_probes * runs, num_steps=num_steps
+    )
     found = []
-    for part in (q.of_probes(slice(10 * run, 10 * run + 10)) for run in range(8)):
-        js0 = as_spectra(part).js0(confidence=0.95)
-        placed = Axis(js0.axis, scale=js0.scale).place(exact)
-        truth = mean_of_pairs(js_matrix(placed, torch.full_like(placed, 1 / 400), sigma=js0.sigma))
+    for run in range(runs):
+        part = q.of_probes(slice(num_probes * run, num_probes * (run + 1)))
+        js0 = as_spectra(part).js0(kind, confidence=0.95)
+        placed = Axis(js0.axis, scale=js0.scale).place(eigenvalues)
+        weights = torch.full_like(placed, 1 / eigenvalues.shape[1])
+        truth = mean_of_pairs(js_matrix(placed, weights, sigma=js0.sigma, kind=kind))
         (low, high, _), (probes_low, probes_high, _) = js0.interval, js0.probes_interval
         assert low <= probes_low <= probes_high <= high
         found.append((low <= truth <= high, probes_low <= truth <= probes_high))
-    assert all(total for total, _ in found) and sum(probes for _, probes in found) <= 2
+    return found
 
 
 def test_the_error_of_the_steps_vanishes_for_exact_recurrences() -> None:
