@@ -67,7 +67,7 @@ def outcomes(spectra: Spectra, eigenvalues: list[Tensor]) -> Iterator[Outcome]:
         for outlier in spectra.outliers(name)[:OUTLIERS]:
             if outlier.multiplicity_interval is not None:
                 lower, upper = outlier.multiplicity_interval
-                near = max(outlier.residual, tolerance)
+                near = max(outlier.reach, tolerance)
                 count = int(((exact - outlier.value).abs() <= near).sum())
                 yield "multiplicity", name, lower - 1e-6 <= count <= upper + 1e-6, upper - lower
     spread = spectra.curvature_spread()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -55,6 +56,26 @@ def test_no_multiplicity_of_an_eigenvalue_that_few_probes_found() -> None:
             assert (e.multiplicity is None) == (e.multiplicity_interval is None) == (probes < 5)
     known = [e.multiplicity_interval for probes, some in found.items() if probes >= 5 for e in some]
     assert sum(low <= 1 <= high for low, high in known) >= 0.9 * len(known)
+
+
+def test_multiplicities_of_eigenvalues_whose_residuals_overlap() -> None:
+    """One large eigenvalue, relative to which many residuals in the bulk are small and overlap in a chain."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.cat([float64([100.0]), torch.rand(39, generator=generator).double() - 0.5])
+    inside, resolved = [], 0
+    for seed in range(10):
+        q = lanczos(exact, num_probes=10, num_steps=20, seed=seed).quadrature
+        found = sorted(eigenvalues(q, 0), key=lambda e: e.value)
+        for e in found:
+            assert (exact - e.value).abs().min() <= e.residual <= e.reach
+            if e.multiplicity is not None:
+                low, high = e.multiplicity_interval
+                assert low <= e.multiplicity <= high
+                inside.append(low <= int(((exact - e.value).abs() <= e.reach).sum()) <= high)
+                resolved += high < 3.5
+        for left, right in itertools.pairwise(found):
+            assert left.value + left.reach <= right.value - right.reach + 1e-12
+    assert len(inside) > 100 and sum(inside) >= 0.95 * len(inside) and resolved > 40
 
 
 def test_ghosts_are_one_eigenvalue() -> None:

@@ -2,7 +2,8 @@
 
     an eigenvalue lies within |beta_m s_mi| of node i, s_i the i-th eigenvector of the tridiagonal matrix
 
-In floating-point arithmetic this holds up to rounding of size eps |H|, also for ghosts (Paige 1980).
+In floating-point arithmetic this holds up to rounding of size eps |H|, also for ghosts (Paige 1980). At k times this
+distance from a node of weight w, the bounds of the distribution function in steps.py are w / (1 + k^2) apart, or less.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from blockhess_ext.recurrences import EXHAUSTED_EPS
 # Largest residual of a converged node, relative to the block's largest |node|.
 CONVERGED = 1e-3
 
-# Confidence of intervals of multiplicities.
+# Confidence of intervals of multiplicities, and largest distance of the eigenvalues that they count, in residuals.
 _CONFIDENCE = 0.95
+_REACH = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,16 @@ class Eigenvalue:
         value: the node with the smallest residual.
         residual: an eigenvalue of the block lies within this distance of value.
         probes: number of probes for which it converged.
-        multiplicity: dim times its weight, mean over all probes: about 1 for a simple eigenvalue. None if it converged
-            for fewer than half of the probes.
-        multiplicity_interval: 95 % confidence interval; None if multiplicity is. The weight of a probe for which it did
-            not converge is between 0 and the bound of steps.Recurrence.mass_bound.
+        reach: ten residuals, or less if the next eigenvalue in the list is near.
+        multiplicity: number of eigenvalues within reach of value, dim times their mass, mean over all probes. None if
+            the eigenvalue converged for fewer than half of the probes.
+        multiplicity_interval: 95 % confidence interval, including the error of finite steps; None if multiplicity is.
     """
 
     value: float
     residual: float
     probes: int
+    reach: float
     multiplicity: float | None
     multiplicity_interval: tuple[float, float] | None
 
@@ -68,7 +71,7 @@ def residuals(quadrature: Quadrature, block: int) -> Tensor:
 def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED) -> list[Eigenvalue]:
     """Return the converged Ritz values of a block, largest |value| first.
 
-    Nodes within each other's residuals are merged into one eigenvalue.
+    A node belongs to an eigenvalue with a smaller residual if their residual intervals overlap.
 
     Args:
         quadrature: quadrature of all blocks.
@@ -89,35 +92,45 @@ def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED
         return []
     bounds = residuals(quadrature, block)
     largest = quadrature.nodes[:, block][valid].abs().max()
-    probe, node = (valid & (bounds <= tolerance * largest)).nonzero(as_tuple=True)
-    value, weight = quadrature.nodes[probe, block, node], quadrature.weights[probe, block, node]
-    bound = bounds[probe, node]
-    clusters: list[list[int]] = []
-    end = -torch.inf
-    for i in (value - bound).argsort().tolist():
-        low, high = float(value[i] - bound[i]), float(value[i] + bound[i])
-        if low > end:
-            clusters.append([])
-        clusters[-1].append(i)
-        end = max(end, high)
-    if not clusters:
-        return []
-    best = [min(members, key=lambda i: float(bound[i])) for members in clusters]
-    ends = (value[best] + torch.linspace(-1, 1, 5, dtype=torch.float64, device="cpu")[:, None] * bound[best]).flatten()
-    unseen = Recurrence(quadrature, block).mass_bound(ends.expand(known, -1)).view(known, 5, -1).amax(1).clamp(max=1.0)
-    recurrence_of = ((quadrature.steps[:, block] > 0).cumsum(0) - 1)[probe]
-    merged, dim = [], quadrature.dims[block]
-    for i, members, largest in zip(best, clusters, unseen.T):
-        seen = torch.zeros(known, dtype=torch.float64, device="cpu").index_add(
-            0, recurrence_of[members], weight[members]
-        )
-        probes, multiplicity, interval = int((seen > 0).sum()), None, None
-        if 2 * probes >= known:
-            lower, _ = _mean_interval(quadrature, block, seen)
-            _, upper = _mean_interval(quadrature, block, torch.where(seen > 0, seen, largest))
-            multiplicity, interval = dim * float(seen.mean()), (dim * lower, dim * upper)
-        merged.append(Eigenvalue(float(value[i]), float(bound[i]), probes, multiplicity, interval))
-    return sorted(merged, key=lambda e: -abs(e.value))
+    converged = valid & (bounds <= tolerance * largest)
+    value, residual = _separate(quadrature.nodes[:, block][converged], bounds[converged])
+    gaps = torch.nn.functional.pad((value - residual)[1:] - (value + residual)[:-1], (1, 1), value=torch.inf)
+    reach = torch.minimum(_REACH * residual, residual + torch.minimum(gaps[:-1], gaps[1:]) / 2)
+
+    recurrence, dim = Recurrence(quadrature, block), quadrature.dims[block]
+    ends = torch.cat([torch.nextafter(value - reach, torch.full_like(value, -torch.inf)), value + reach])
+    share = recurrence.cdf(ends)
+    error = recurrence.mass_bound(ends.expand(known, -1)).masked_fill(recurrence.exact[:, None], 0.0)
+    mass, error = share[:, len(value) :] - share[:, : len(value)], error[:, : len(value)] + error[:, len(value) :]
+    near = (quadrature.nodes[:, block, :, None] - value).abs() <= reach
+    probes = (near & converged[..., None]).any(1).sum(0)
+    found = []
+    for i, count in enumerate(probes.tolist()):
+        multiplicity = interval = None
+        if 2 * count >= known:
+            lower, _ = _mean_interval(quadrature, block, (mass - error)[:, i].clamp(min=0.0))
+            _, upper = _mean_interval(quadrature, block, (mass + error)[:, i].clamp(max=1.0))
+            multiplicity, interval = dim * float(mass[:, i].mean()), (dim * lower, dim * upper)
+        found.append(Eigenvalue(float(value[i]), float(residual[i]), count, float(reach[i]), multiplicity, interval))
+    return sorted(found, key=lambda e: -abs(e.value))
+
+
+def _separate(nodes: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose nodes, smallest residual first, whose residual intervals do not overlap.
+
+    Returns:
+        nodes, residuals: those of the chosen nodes, by ascending node.
+    """
+    order = residual.argsort(stable=True)
+    nodes, residual = nodes[order], residual[order]
+    chosen, rest = [], torch.ones_like(order, dtype=torch.bool)
+    while bool(rest.any()):
+        best = int(rest.int().argmax())
+        chosen.append(best)
+        rest &= (nodes - nodes[best]).abs() > residual + residual[best]
+        rest[best] = False
+    value, ascending = nodes[chosen].sort()
+    return value, residual[chosen][ascending]
 
 
 def _mean_interval(q: Quadrature, block: int, masses: Tensor) -> tuple[float, float]:
