@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ def record_texts(record: Mapping[str, Any], tolerance: float) -> dict[str, str]:
 def bounded(value: float, bound: float, tolerance: float) -> str:
     """Return an extreme eigenvalue, between value and bound, with the digits that they share: at most three.
 
-    "~" marks an error of more than one unit of the first digit, ">=" and "<=" one that exceeds the value.
+    "~" marks an error of more than one unit of the first digit. ">=" and "<=" mark an error that exceeds
+    the value, which is rounded so that they hold.
 
     Example:
         >>> bounded(1.234, 1.2341, 0.0), bounded(1.234, 1.26, 0.0), bounded(1.2, 2.3, 0.0), bounded(0.01, -2.0, 0.0)
@@ -112,7 +114,10 @@ def bounded(value: float, bound: float, tolerance: float) -> str:
     if not error > 2 * tolerance:
         return number(value)
     if not error <= abs(value):
-        return f"{'>=' if bound > value else '<='}{number(value, 2)}" if error == error else "-"
+        if error != error:
+            return "-"
+        sign, rounding = (">=", ROUND_FLOOR) if bound > value else ("<=", ROUND_CEILING)
+        return sign + number(float(Context(prec=2, rounding=rounding).create_decimal(value)), 2)
     digits = math.floor(math.log10(abs(value))) + 1 - math.ceil(math.log10(error))
     return f"{'' if digits else '~'}{number(value, min(max(digits, 1), 3))}"
 
