@@ -117,7 +117,7 @@ def bounded(value: float, bound: float, tolerance: float) -> str:
         if error != error:
             return "-"
         sign, rounding = (">=", ROUND_FLOOR) if bound > value else ("<=", ROUND_CEILING)
-        return sign + number(float(Context(prec=2, rounding=rounding).create_decimal(value)), 2)
+        return sign + number(float(Context(prec=2, rounding=rounding).create_decimal(repr(value))), 2)
     digits = math.floor(math.log10(abs(value))) + 1 - math.ceil(math.log10(error))
     return f"{'' if digits else '~'}{number(value, min(max(digits, 1), 3))}"
 
