@@ -146,7 +146,7 @@ def row_of(machine: Machine, network: Network, job: Job, precision: str, graph: 
     errors = {name: e / sizes[name] for name, e in (job.spectra.provenance["hvp_error"] or {}).items()}
     error = max(errors.values(), default=math.nan)
     row = Row(check("products", error, TOLERANCE[precision]), times={"a step": times.summary()})
-    peak = max(plan["vector_bytes"] + plan["engine_bytes"], plan["check_bytes"])
+    peak = plan["copy_bytes"] + max(plan["vector_bytes"] + plan["engine_bytes"], plan["check_bytes"])
     row.measured = {
         "s": times.median,
         "TFLOP/s": job.observation.flops() / times.median / 1e12,

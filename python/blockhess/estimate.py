@@ -129,10 +129,10 @@ def spectrum(
             TF32 on CUDA. On a CPU, "medium" is bfloat16 and "high" TF32 in matrix products if the CPU has instructions
             for it, otherwise float32. The error that results is part of the errors of the products of checked blocks,
             `provenance["hvp_error"]`.
-        memory_budget: memory for vectors and graphs, or constants and tangents of a linear program, in bytes or as a
-            string such as "6 GiB"; by default half of the device's memory. Work that exceeds it is split into several
-            passes, and large batches into parts. It also limits how many vectors are multiplied together, and how
-            many parameters move together in checks of products.
+        memory_budget: memory of the run besides model and data, in bytes or as a string such as "6 GiB"; by default
+            half of the device's memory. Work that exceeds it is split into several passes, and large batches into
+            parts. It also limits how many vectors are multiplied together, and how many parameters move together in
+            checks of products. A warning tells where the smallest possible run takes more.
         first_probe: index of the first random vector of every block. `merge` combines runs with different probes.
         keep_vectors: whether to keep the last two vectors of every probe, and its basis if there is one, in the
             result's `vectors` and in run_dir, so that `extend` can add steps. `plan` reports their size.

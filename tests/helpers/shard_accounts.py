@@ -105,8 +105,9 @@ def held(**options: Any) -> Callable[[int], Any]:
     def case(rank: int) -> Any:
         found = {}
         for layers in LAYERS:
-            job = {"num_probes": 1, "num_steps": 2, "reorthogonalize": "none", "memory_budget": 6 * LAYER_BYTES}
+            job = {"num_probes": 1, "num_steps": 2, "reorthogonalize": "none"}
             net = sharded(layers, **options)
+            job["memory_budget"] = sum(p.to_local().nbytes for p in net.parameters()) + 6 * LAYER_BYTES
             plan = blockhess.plan(net, data(), LOSS, **job)
             peaks = []
             for _ in range(2):  # when other programs take the processors, operations may keep tensors for longer

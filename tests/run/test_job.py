@@ -396,9 +396,10 @@ def test_more_steps_are_those_of_a_longer_run(given, options, tmp_path):
 def test_more_probes_leave_the_vectors_for_more_steps(given, tmp_path):
     first = blockhess.spectrum(*given, keep_vectors=True, **OPTIONS)
     expected = blockhess.spectrum(*given, **OPTIONS | {"num_probes": 5, "num_steps": 11})
-    wider = blockhess.extend(first, *given, num_probes=5, run_dir=tmp_path)
-    for middle in (wider, tmp_path, blockhess.extend(wider, *given, num_probes=5)):
-        more = blockhess.extend(middle, *given, num_steps=11)
+    budget = {"memory_budget": OPTIONS["memory_budget"]}  # the same batches, for the same bits
+    wider = blockhess.extend(first, *given, num_probes=5, run_dir=tmp_path, **budget)
+    for middle in (wider, tmp_path, blockhess.extend(wider, *given, num_probes=5, **budget)):
+        more = blockhess.extend(middle, *given, num_steps=11, **budget)
         for name in ("nodes", "weights", "alpha", "beta", "steps"):
             assert torch.equal(getattr(more.quadrature, name), getattr(expected.quadrature, name))
         assert more.provenance["hvps"] == expected.provenance["hvps"]

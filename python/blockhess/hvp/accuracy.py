@@ -192,12 +192,15 @@ def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequenc
     if problem.is_sharded:
         confirmed = {l for l in numbers if here.agree(l, torch.tensor([[norms[l]]], device="cpu"))}
     else:
-        with suppress(Exception):  # of any kind: the model may take one dtype only
-            double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)
-            here = here if double.captured else double
+        if here.eps > torch.finfo(torch.float64).eps:
+            with suppress(Exception):  # of any kind: the model may take one dtype only
+                double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)
+                here = here if double.captured else double
         here.gradients = {}
         release_unused()
-        agreed = [group for group in here.groups if here.group_agrees(group, _of_group(here, group, {}), {})]
+        chosen = DifferenceEngine(here.problem)
+        sizes = ((group, torch.tensor([[chosen.step(group).norm]], device="cpu")) for group in here.groups)
+        agreed = [group for group, size in sizes if here.group_agrees(group, size, {})]
         confirmed = set(here.blocks_in(agreed))
     gradient_error = math.hypot(*(step.gradient_error for step in steps.values()))
     return Accuracy(norms, errors, frozenset(confirmed), gradient_error=gradient_error)

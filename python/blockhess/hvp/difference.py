@@ -93,9 +93,10 @@ class DifferenceEngine:
         problem, v = self._problem, unit_vector(self._problem, number)[0]
         sizes = [problem.eps**power * block_norm(problem, number, self._rms, FLOOR) for power in POWERS]
         found: list[Step] = []
-        before, product, changes = None, v, [0.0]
+        product, changes = v, [0.0]
         for i, size in enumerate(sizes):
-            before, product = product, self._difference(0, number, v, size).div_(2 * size)
+            before = product  # of the last step; that of the step before is freed
+            product = self._difference(0, number, v, size).div_(2 * size)
             if i == 0:
                 continue
             changes.append(float(torch.linalg.vector_norm(before.sub_(product), dtype=torch.float64)))

@@ -27,6 +27,7 @@ from blockhess.hvp.causes import likely_cause
 from blockhess.hvp.operator import Column, Engine
 from blockhess.problem import graph
 from blockhess.problem.blocks import Block, BlockInfo, Piece
+from blockhess.problem.memory import release_unused
 from blockhess.problem.problem import Problem
 from blockhess.problem.shards import is_shard, local, part_of, whole
 
@@ -56,6 +57,7 @@ class Differences:
         largest_group: number of elements up to which parameters move together, or one at a time.
 
     Attributes:
+        problem: with the groups as additional blocks.
         groups: numbers of additional blocks, one for each group of parameters.
         eps: largest machine epsilon of the operations between parameters and loss.
         undecided: blocks that groups that agree do not confirm.
@@ -97,24 +99,24 @@ class Differences:
             self.gradients = {}
         self._rms = rms(problem)
         joined = [_joined([pieces[name] for name in group]) for group in parameter_groups(problem, largest_group)]
-        self._problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
-        self._problem.blocks = (*problem.blocks, *joined)
-        self._problem.infos = (*problem.infos, *(block.info for block in joined))
-        self._problem.dims = [block.info.dim for block in self._problem.blocks]
+        self.problem, self.groups = copy.copy(problem), range(len(problem.dims), len(problem.dims) + len(joined))
+        self.problem.blocks = (*problem.blocks, *joined)
+        self.problem.infos = (*problem.infos, *(block.info for block in joined))
+        self.problem.dims = [block.info.dim for block in self.problem.blocks]
 
     def products(self, numbers: Sequence[int]) -> dict[int, Tensor]:
         """Return H_l v of some blocks by the engine, with v = `unit_vector`."""
         if not numbers:
             return {}
-        problem = self._problem.restricted(numbers)
+        problem = self.problem.restricted(numbers)
         engine = self.engine(problem)
         # One at a time, so that there is one vector beside the products.
         return {number: unit_products(problem, engine, [number])[number] for number in numbers}
 
     def terms(self, number: int, products: Tensor) -> float:
         """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
-        size = block_norm(self._problem, number, self._rms)
-        terms = math.sqrt(self._problem.dims[number]) * float(products.norm()) * size
+        size = block_norm(self.problem, number, self._rms)
+        terms = math.sqrt(self.problem.dims[number]) * float(products.norm()) * size
         return terms if math.isfinite(terms) else 0.0
 
     def compare_gradients(self, other: Differences) -> None:
@@ -146,16 +148,17 @@ class Differences:
 
         Args:
             number: one of `groups`.
-            products: H v (1, dim), with v = `unit_vector`.
+            products: as for `agree`.
             norms: |H_l v| by block, of those that are known and not zero.
 
         Raises:
             DerivativeMismatch: those with a block that has parameters of the group do not.
         """
+        release_unused()  # what multiplying took
         found = self._compare(number, products, 0.0, RESOLUTION)
         if any(comparison.is_fault for comparison in found):
             # In which block? If in none, only products that mix blocks are wrong.
-            for l in self._with_parameters(self._problem.infos[number].parameters):
+            for l in self._with_parameters(self.problem.infos[number].parameters):
                 self.agree(l, self.products([l])[l])
         unequal = [] if len(found) == 1 else self._unequal_blocks(number, products[0], found[1], norms)
         alone = self.products(unequal[:MOST_ALONE])
@@ -170,17 +173,17 @@ class Differences:
         The error of a block with little curvature is small in the norm over all parameters, and also beside products
         with the parameters of other blocks.
         """
-        names = self._problem.blocks[number].parameters
-        sizes = [piece.tensor.numel() for piece in self._problem.blocks[number].pieces]
+        names = self.problem.blocks[number].parameters
+        sizes = [piece.tensor.numel() for piece in self.problem.blocks[number].pieces]
         if found.best is None:
             self.is_defined = False
             return []
         errors, lengths = (dict(zip(names, _part_norms(t, sizes))) for t in (found.best, products))
         ratios: dict[int, float] = {}
         for l in self._with_parameters(names):
-            own = [name for name in self._problem.infos[l].parameters if name in errors]
+            own = [name for name in self.problem.infos[l].parameters if name in errors]
             error = math.hypot(*(errors[name] for name in own))
-            share = math.sqrt(self._problem.dims[l] / self._problem.dims[number])
+            share = math.sqrt(self.problem.dims[l] / self.problem.dims[number])
             self.left_open[l] = math.hypot(self.left_open.get(l, 0.0), error / share)
             bound = GROWTH * found.tolerance * math.hypot(*(lengths[name] for name in own))
             bound = min(bound, RESOLUTION * share * norms.get(l, math.inf))
@@ -189,14 +192,14 @@ class Differences:
 
     def blocks_in(self, groups: Iterable[int]) -> list[int]:
         """Return the blocks that have parameters of one of the groups."""
-        names = [name for number in groups for name in self._problem.infos[number].parameters]
-        return sorted(filter(self._problem.is_used, self._with_parameters(names)))
+        names = [name for number in groups for name in self.problem.infos[number].parameters]
+        return sorted(filter(self.problem.is_used, self._with_parameters(names)))
 
     def _with_parameters(self, names: Sequence[str]) -> list[int]:
         """Return the blocks that have one of some parameters, in the order of the parameters."""
         owners: dict[str, list[int]] = {}
         for l in range(self.groups.start):
-            for name in self._problem.infos[l].parameters:
+            for name in self.problem.infos[l].parameters:
                 owners.setdefault(name, []).append(l)
         return list(dict.fromkeys(l for name in names for l in owners.get(name, ())))
 
@@ -215,32 +218,34 @@ class Differences:
         found = self._compare(number, products, error, math.inf if is_zero else RESOLUTION)
         for comparison in found:
             if comparison.is_fault:
-                name, cause = self._problem.infos[number].name, likely_cause(self._problem, number)
+                name, cause = self.problem.infos[number].name, likely_cause(self.problem, number)
                 raise DerivativeMismatch(f"spectrum: {comparison.text.format(repr(name))}: {cause}")
         return all(comparison.agrees for comparison in found)
 
     def _compare(self, number: int, products: Tensor, error: float, resolution: float) -> list[_Comparison]:
         """Compare with differences for the first step, and for the others until one agrees."""
-        v, curvature = unit_vector(self._problem, number)[0], float(products.norm())
-        size = block_norm(self._problem, number, self._rms)
-        tangents = self._problem.blocks[number].spread(v, self._problem.parameters)
+        v, curvature = unit_vector(self.problem, number)[0], float(products.norm())
+        size = block_norm(self.problem, number, self._rms)
+        tangents = self.problem.blocks[number].spread(v, self.problem.parameters)
         rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
         first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
         second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient", resolution)
         compared = [first, second] if self.engine is AutogradEngine else [first]
-        for power in STEPS:
-            step = self.eps**power * size
-            # Beside w, the loss may be undefined, or the model raise any error. Processes that share it must not go on.
-            with nullcontext() if self._problem.is_sharded else suppress(Exception):
-                (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
-                slope = (_dot(g, v) + _dot(g_, v)) / 2
-                usual = (_norm(g) + _norm(g_)) / (2 * math.sqrt(len(v)))
-                of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
-                first.add(step, torch.tensor((loss - loss_) / (2 * step) - slope, device="cpu"), usual, of_loss)
-                if len(compared) == 1:
-                    continue
+
+        def take(step: float) -> None:  # which frees the gradients before the next step
+            (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
+            slope = (_dot(g, v) + _dot(g_, v)) / 2
+            usual = (_norm(g) + _norm(g_)) / (2 * math.sqrt(len(v)))
+            of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
+            first.add(step, torch.tensor((loss - loss_) / (2 * step) - slope, device="cpu"), usual, of_loss)
+            if len(compared) > 1:
                 g = g.double().sub_(g_).div_(2 * step).sub_(products[0])
                 second.add(step, g, curvature, rounding / step + GROWTH * error)
+
+        for power in STEPS:
+            # Beside w, the loss may be undefined, or the model raise any error. Processes that share it must not go on.
+            with nullcontext() if self.problem.is_sharded else suppress(Exception):
+                take(self.eps**power * size)
             if all(comparison.agrees for comparison in compared):
                 return compared
         step = second.faulty_step()
@@ -252,7 +257,7 @@ class Differences:
 
     def _at(self, number: int, tangents: Mapping[str, Tensor], step: float) -> tuple[float, Tensor]:
         """Return the loss, and its gradient (dim,) with respect to a block, at w + step * tangents."""
-        problem, names = self._problem, self._problem.blocks[number].parameters
+        problem, names = self.problem, self.problem.blocks[number].parameters
         with moved(problem, tangents, step):
             with self._padding:
                 loss = problem.evaluate(problem.batches[0])

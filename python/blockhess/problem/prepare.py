@@ -23,8 +23,9 @@ from blockhess_ext.arguments import choice
 # Relative difference up to which two values of the loss are taken as equal.
 LOSS_TOLERANCE = 1e-4
 
-# Largest memory of a batch between steps, in sizes of its gradient's graph: constants and tangents of a linear program.
-KEPT = 3.5
+# Largest memory of a batch, in sizes of its gradient's graph: in checks, or twice that of constants and tangents of a
+# linear program, which may take half of the budget.
+GRAPHS = 7
 
 
 @contextmanager
@@ -84,9 +85,10 @@ def prepared_problem(
         if sharded:
             problem.lacking = "the parameters are sharded" if engine == "auto" else ""
             ranks.agree({"parameters with gradients": fingerprint.of_names(problem.used_in_batches)})
-        # What an engine keeps of a batch may take half of the budget.
-        needed = 2 * problem.graph_bytes * (1 if engine == "autograd" or not problem.second_order else KEPT)
-        parts = math.ceil(needed / budget_bytes(memory_budget, problem.device))
+        budget = budget_bytes(memory_budget, problem.device)
+        # Beside the copy of the model there is one in float64, twice as large, in checks.
+        room = max(budget / 2, budget - 3 * problem.copy_bytes)
+        parts = math.ceil(problem.graph_bytes * GRAPHS / room)
         # Closures may do anything with a batch, and batch statistics depend on all of its samples.
         if parts > 1 and loss.calls_model and policy != "batch":
             problem = _split(problem, parts, cut, dtype)

@@ -25,6 +25,7 @@ from blockhess.problem.batches import (
     Batch,
     batch_size,
     check_device,
+    dense_parts,
     row_shapes,
     shapes,
     tensors,
@@ -128,6 +129,13 @@ class Problem:
             self._start = Snapshot([self._wrapped], tensors=False)
         self._survey(batches, several)
         self._start.restore()  # nothing is left for another problem of this model
+
+    @property
+    def copy_bytes(self) -> int:
+        """Size of the copy of the model from which it is restored, and of that in the dtype of the computation."""
+        converted = {id(t): t for t in self._converted.values()}.values()
+        own = map(shards.local, (*self._wrapped.parameters(), *self._wrapped.buffers()))
+        return sum(part.nbytes for tensor in (*own, *converted) for part in dense_parts(tensor))
 
     @property
     def _pieces(self) -> dict[str, Tensor]:

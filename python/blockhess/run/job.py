@@ -143,6 +143,12 @@ class Job:
         """Return the quadrature of all blocks."""
         options, ranks = self._options, self._problem.ranks
         seed = ranks.gather(blockhess_ext.arguments.probe_seed(seed))[0]
+        if self.plan.exceeds_budget:
+            peak, budget = size_text(self.plan.peak_bytes), size_text(self.plan.memory_budget)
+            warnings.warn(
+                f"spectrum: memory_budget must be about {peak} for the smallest run of this job, got {budget}",
+                stacklevel=2,
+            )
         engine = self.make_engine()
         share = None if ranks is SINGLE_PROCESS else self._sharing(engine)
 
@@ -300,7 +306,7 @@ class Job:
         if options.keep_vectors:
             return self.plan.exact
         counts = options.num_probes, options.num_steps
-        return exact_blocks(self._problem, options.engine, *counts, self.plan.memory_budget // 2)
+        return exact_blocks(self._problem, options.engine, *counts, self.plan.memory_budget)
 
     def _finish(
         self, unit: Unit, engine: Engine, seed: int, on_hvp: Callable[[], object], state: State | None = None

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from blockhess._text import plural
 from blockhess.hvp import ENGINES, TracedEngine
 from blockhess.hvp.difference import expected_error
 from blockhess.hvp.differences import LARGEST_GROUP, parameter_groups
 from blockhess.hvp.exact import bytes_needed, is_cheaper_exact
 from blockhess.hvp.operator import Engine
-from blockhess.problem.batches import dense_parts
 from blockhess.problem.memory import size_text, time_text
 from blockhess.problem.problem import Problem
-from blockhess.problem.shards import local
 from blockhess.run.costs import Work, product_flops
 from blockhess.run.sharding import BANDWIDTH, sharded_costs
 
@@ -43,13 +43,14 @@ CACHE_BYTES = 2**24
 # which count twice in float64: gradients in two precisions and the graph of one, differences of gradients and a product
 # for each group of parameters, and a product per block in float64, with one more by autograd and two by a trace.
 CHECK_SHARE, CHECK_FIXED, CHECK_GROUP, CHECK_BLOCK = 0.1, 15, 15, 5
-# Their bytes for every parameter, in float64, and every element of a checked block; and those of gradients in two
-# precisions, or per parameter of the group that moves.
-CHECK_BYTES, BLOCK_BYTES = 8, 16
-GRADIENT_BYTES, GROUP_BYTES = 12, 48
-# Their memory in sizes of the gradient's graph, that of a graph in float64 and of its products, from
+# Their bytes per element of a checked block, by whether its products are traced; per parameter, of gradients in two
+# precisions; and in float64 per parameter of a group, of its product, and while it moves, by whether the engine is
+# "difference", which needs no product then.
+BLOCK_BYTES = {False: 16, True: 20}
+GRADIENT_BYTES, PRODUCT_BYTES, GROUP_BYTES = 12, 24, {False: 48, True: 44}
+# Their memory in sizes of the gradient's graph: of losses in float64, and of a graph in float64 and its products, from
 # `python -m bench --only "peak memory"`.
-CHECK_GRAPHS = 5.5
+LOSS_GRAPHS, PRODUCT_GRAPHS = 2, 5.5
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Plan:
         flops: of the expected products, approximately.
         seconds: of the expected products, estimated from one measured forward pass.
         vector_bytes: largest memory of vectors or exactly computed blocks at a time.
-        engine_bytes: largest memory of graphs, or of constants and tangents, at a time.
+        engine_bytes: largest memory of graphs and gradients, or of constants and tangents, at a time.
         check_bytes: memory of the checks, before the first step.
         kept_bytes: size of the vectors kept after the last step, on the host.
         memory_budget: in bytes.
@@ -80,7 +81,7 @@ class Plan:
         groups: number of groups of parameters whose derivatives are compared with differences.
         expected_hvps: rough estimate with a tolerance; otherwise equal to hvps.
         largest_group: number of elements up to which parameters move together: fewer if memory is small.
-        copy_bytes: size of the copy of the model from which its state is restored.
+        copy_bytes: size of the copies of the model, see `Problem.copy_bytes`.
         processes: number of processes that hold shards of the model; 1 if it is not sharded.
         shard_bytes: of the gradients of this process's shards.
         gathered_bytes: largest memory of gathered parameters and gradients at a time.
@@ -122,6 +123,11 @@ class Plan:
         most = max(self.vector_bytes + self.engine_bytes, self.check_bytes)
         return self.copy_bytes + self.shard_bytes + self.gathered_bytes + most
 
+    @property
+    def exceeds_budget(self) -> bool:
+        """Whether the smallest possible run takes more than the budget."""
+        return self.peak_bytes > self.memory_budget
+
     def make(self, problem: Problem) -> Engine:
         """Return the engine of this plan; raises NotTraceable if it is traced and the problem cannot be traced."""
         if self.traced:
@@ -153,12 +159,12 @@ class Plan:
             ]
         lines += [
             f"memory        {size_text(self.vector_bytes)} of vectors{' or exact blocks' * (n_exact > 0)}, "
-            f"{size_text(self.engine_bytes)} of {kept}{' and tangents' * self.traced}; "
-            f"the budget is {size_text(self.memory_budget)}",
+            f"{size_text(self.engine_bytes)} of {kept} and {'tangents' if self.traced else 'gradients'}, "
+            f"{size_text(self.copy_bytes)} of a copy of the model",
             f"checks        of products with {plural(len(self.checked), 'block')} before the "
-            f"first step, in {size_text(self.check_bytes)}"
-            + ", which exceeds the budget"
-            * (self.check_bytes + self.copy_bytes > self.memory_budget),
+            f"first step, in {size_text(self.check_bytes)}",
+            f"peak          {size_text(self.peak_bytes)}, {'which exceeds' if self.exceeds_budget else 'within'} the "
+            f"budget of {size_text(self.memory_budget)}",
         ]
         if self.processes > 1:
             sent, count = self.traffic_bytes, max(1, self.expected_hvps)
@@ -208,24 +214,28 @@ def make_plan(
     """
     dims, itemsize = problem.dims, problem.dtype.itemsize
     used = [problem.is_used(l) for l in range(len(dims))]
-    room = budget // 2
+    copy_bytes = problem.copy_bytes
+    room = max(0, budget - copy_bytes) // 2
     later = [False] * len(dims)  # blocks that may be computed exactly after their first probes
     if exact is None:
-        exact = may_be_exact = exact_blocks(problem, engine, num_probes, num_steps, room)
+        exact = may_be_exact = exact_blocks(problem, engine, num_probes, num_steps, budget)
         if engine == "auto":
             exact = tuple(e and d <= largest_exact for d, e in zip(dims, may_be_exact))
             later = [may and not e for may, e in zip(may_be_exact, exact)]
     # The vectors of one probe: v, v_prev, H v, and the basis.
     sizes = [itemsize * (3 * d + min(num_steps, d) * b) for d, b in zip(dims, basis_dims)]
     largest = max(range(len(dims)), key=lambda l: sizes[l])
-    needed = 2 * max(sizes[largest], problem.graph_bytes)
+    needed = copy_bytes + 2 * max(sizes[largest], problem.graph_bytes)
     if needed > budget:
         what = f"block {problem.infos[largest].name!r}" if sizes[largest] > room else "one batch's graph"
         raise ValueError(
             f"spectrum: memory_budget must be at least {size_text(needed)} for one probe of {what}, got "
             f"{size_text(budget)}"
         )
-    passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, room))
+    by_difference = engine == "difference" or bool(problem.lacking)
+    gradient_bytes = _gradient_bytes(problem, by_difference)
+    beside = max(sizes[largest], budget - copy_bytes - problem.graph_bytes - gradient_bytes)
+    passes = tuple(_passes([l for l, e in enumerate(exact) if not e], sizes, num_probes, min(room, beside)))
 
     def of_blocks(probes: int, steps: int) -> list[int]:
         counts = [d if e else min(probes, num_probes) * min(steps, d) for d, e in zip(dims, exact)]
@@ -244,7 +254,6 @@ def make_plan(
     most = max([num_probes * sum(exact), *(count * len(blocks) for _, count, blocks in passes)])
     exact_hvps = products(0, 0)
     expected = max(products(*least), exact_hvps + int(TOLERANCE_SHARE * (hvps - exact_hvps))) if least else hvps
-    by_difference = engine == "difference" or bool(problem.lacking)
     counts = of_blocks(num_probes, num_steps)
     pays, why = (False, "as asked") if by_difference else _tracing_pays(problem, engine, expected, most, room, counts)
     if by_difference:
@@ -253,7 +262,9 @@ def make_plan(
     if pays:
         made, failure, graph, tangents = _trace(problem, gauss_newton=engine == "ggn")
         if made and graph + tangents > room:
-            failure = f"memory_budget must be at least {size_text(2 * (graph + tangents))} for one traced vector"
+            failure = (
+                f"memory_budget must be at least {size_text(copy_bytes + 2 * (graph + tangents))} for one traced vector"
+            )
             if engine == "traced":
                 raise ValueError(f"spectrum: {failure}, got {size_text(budget)}")
             made = None
@@ -268,8 +279,8 @@ def make_plan(
         rows = made.rows = max(1, min(most, limit // max(1, tangents)))
         made.retain = retain
         engine_bytes += rows * tangents
-    state = (local(t) for t in (*problem.model.parameters(), *problem.model.buffers()))
-    copy_bytes = sum(part.nbytes for t in state for part in dense_parts(t))
+    else:
+        engine_bytes += gradient_bytes
     written_out = bytes_needed([d for d, e, m in zip(dims, exact, later) if e or m], itemsize, num_probes)
     together = max((sum(sizes[l] for l in blocks) * count for _, count, blocks in passes), default=0)
     kept = sum(size - itemsize * dim for size, dim, e in zip(sizes, dims, exact) if not e)
@@ -285,13 +296,12 @@ def make_plan(
         check_bytes = graph + 4 * itemsize * max(dims)
     else:
         passes_each = _forward_passes(problem, name, made is not None, counts)
-        fixed = graph + tangents + int(CHECK_GRAPHS * problem.graph_bytes)
+        fixed = graph + tangents
         if not by_difference:  # which computes one product after the other
-            fixed += BLOCK_BYTES * sum(dims[l] for l in checked)
+            fixed += BLOCK_BYTES[made is not None] * sum(dims[l] for l in checked)
         largest_parameter = max(p.numel() for p in problem.parameters.values())
-        while (check_bytes := fixed + _check_bytes(problem, sizes_of_groups)) > budget - copy_bytes and max(
-            sizes_of_groups
-        ) > largest_parameter:
+        enough = max(budget - copy_bytes, fixed + _check_bytes(problem, largest_parameter, by_difference))
+        while (check_bytes := fixed + _check_bytes(problem, max(sizes_of_groups), by_difference)) > enough:
             # As many parameters move as without the limit, in more and smaller groups.
             share, largest_group = groups / len(sizes_of_groups), largest_group // 2
             sizes_of_groups = _sizes_of_groups(problem, largest_group)
@@ -328,10 +338,25 @@ def _sizes_of_groups(problem: Problem, largest: int) -> list[int]:
     return [sum(problem.parameters[n].numel() for n in names) for names in parameter_groups(problem, largest)]
 
 
-def _check_bytes(problem: Problem, sizes: Sequence[int]) -> int:
-    """Return the memory of parameters, gradients and vectors in checks with groups of parameters of these sizes."""
-    every = CHECK_BYTES * sum(p.numel() for p in problem.model.parameters())
-    return every + max(GRADIENT_BYTES * sum(sizes), GROUP_BYTES * max(sizes))
+def _gradient_bytes(problem: Problem, by_difference: bool) -> int:
+    """Return the memory of gradients beside the vectors and graphs, while the largest product is computed."""
+    if problem.is_sharded:
+        return 0  # see `sharded_costs`
+    sizes = {name: p.nbytes for name, p in problem.parameters.items()}
+    largest = max(sum(sizes[name] for name in info.parameters) for info in problem.infos)
+    if by_difference:  # two gradients, and the parameters that move
+        return 3 * largest
+    return largest if len(problem.batches) == 1 else max(largest, sum(sizes.values()))
+
+
+def _check_bytes(problem: Problem, group: int, by_difference: bool) -> int:
+    """Return the memory of checks with groups of at most so many parameters, without that of checked blocks."""
+    other = 4 if problem.dtype == torch.float64 else 8  # the model in the other precision
+    return other * sum(p.numel() for p in problem.model.parameters()) + max(
+        GRADIENT_BYTES * sum(p.numel() for p in problem.parameters.values()) + LOSS_GRAPHS * problem.graph_bytes,
+        GROUP_BYTES[by_difference] * group + LOSS_GRAPHS * problem.graph_bytes,
+        0 if by_difference else PRODUCT_BYTES * group + int(PRODUCT_GRAPHS * problem.graph_bytes),
+    )
 
 
 def why_difference(problem: Problem, lacking: str) -> str:
@@ -409,8 +434,9 @@ def _checked(used: Sequence[int], hvps: int, groups: int) -> tuple[int, ...]:
     return tuple(used[(2 * i + 1) * len(used) // (2 * count)] for i in range(count))
 
 
-def exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int, room: int) -> tuple[bool, ...]:
+def exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int, budget: int) -> tuple[bool, ...]:
     """Return the blocks to compute exactly: with "auto", smallest first, those that need fewer products and fit."""
+    room = max(0, budget - problem.copy_bytes) // 2
     exact = [False] * len(problem.dims)
     if engine not in ("auto", "exact"):
         return tuple(exact)
@@ -425,8 +451,8 @@ def exact_blocks(problem: Problem, engine: str, num_probes: int, num_steps: int,
     taken = bytes_needed(chosen, problem.dtype.itemsize, num_probes)
     if engine == "exact" and taken > room:
         raise ValueError(
-            f"spectrum: memory_budget must be at least {size_text(2 * taken)} to write out {sum(exact)} blocks "
-            f"(engine='exact'), got {size_text(2 * room)}"
+            f"spectrum: memory_budget must be at least {size_text(problem.copy_bytes + 2 * taken)} to write out "
+            f"{sum(exact)} blocks (engine='exact'), got {size_text(budget)}"
         )
     return tuple(exact)
 

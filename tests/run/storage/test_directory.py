@@ -129,7 +129,8 @@ def test_integers_of_numpy_are_integers(given, tmp_path):  # noqa: F811
 
 def test_an_extension_counts_the_products_that_it_has_to_make(given, tmp_path):  # noqa: F811
     first = blockhess.spectrum(*given, **OPTIONS)
-    longer = blockhess.extend(first, *given, num_probes=4, run_dir=tmp_path)
+    options = {"num_probes": 4, "memory_budget": OPTIONS["memory_budget"]}  # the same batches
+    longer = blockhess.extend(first, *given, **options, run_dir=tmp_path)
     made = longer.provenance["hvps"] - first.provenance["hvps"]
     assert status(tmp_path).hvps == made > 0 and f"{made} of at most {made} products (100.0 %)" in str(status(tmp_path))
 
