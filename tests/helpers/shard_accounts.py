@@ -20,7 +20,7 @@ from blockhess.hvp.operator import product
 from blockhess.problem.prepare import prepared_problem
 from blockhess.run.sharding import block_traffic, sharding
 
-WIDTH, LAYERS = 64, (3, 8)
+WIDTH, LAYERS = 64, (3, 5)
 LAYER_BYTES = 4 * WIDTH**2
 LOSS = nn.MSELoss()
 
@@ -35,23 +35,33 @@ class Held(TorchDispatchMode):
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self._storages: dict[int, StorageWeakRef] = {}
-        self._add(given)
+        self._sizes: dict[int, int] = {}
+        self._have_grown(given)
         self._before, self.peak = self._now(), 0
 
-    def _add(self, tensors: Iterable[Tensor]) -> None:
+    def _have_grown(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether the memory of any of the tensors is new or larger than before."""
+        grown = False
         for tensor in tensors:
-            found = StorageWeakRef(tensor.untyped_storage())
-            self._storages.setdefault(found.cdata, found)
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._storages:
+                self._storages[key] = StorageWeakRef(storage)
+            elif size <= self._sizes[key]:
+                continue
+            self._sizes[key], grown = size, True
+        return grown
 
     def _now(self) -> int:
         living = {key: torch.UntypedStorage._new_with_weak_ptr(key) for key in self._storages}
         self._storages = {key: self._storages[key] for key, storage in living.items() if storage is not None}
-        return sum(storage.nbytes() for storage in living.values() if storage is not None)
+        self._sizes = {key: storage.nbytes() for key, storage in living.items() if storage is not None}
+        return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self._add(local_tensors(args, kwargs, out))
-        self.peak = max(self.peak, self._now() - self._before)
+        if self._have_grown(local_tensors(args, kwargs, out)):
+            self.peak = max(self.peak, self._now() - self._before)
         return out
 
 

@@ -22,7 +22,11 @@ from tests.helpers.distributed_cases import values
 from tests.helpers.tiny_llama import LlamaLayer
 
 LOSS = nn.CrossEntropyLoss()
-OPTIONS: dict[str, Any] = {"num_probes": 1, "num_steps": 3, "progress": False}
+# One block of each kind; parameters of other layers of that kind only move the loss.
+BLOCKS: dict[str, Any] = {
+    name: name for name in ("0.weight", "1.norm.weight", "1.up.weight", "2.up.bias", "2.down.weight", "3.weight")
+}
+OPTIONS: dict[str, Any] = {"num_probes": 1, "num_steps": 3, "progress": False, "blocks": BLOCKS}
 LLAMA_BLOCKS: dict[str, Any] = {
     name: name for name in ("0.weight", "1.before_attention.weight", "1.key.weight", "2.query.weight", "2.gate.weight")
 } | {"values": ["1.value.weight", "2.value.weight"]}
@@ -97,7 +101,8 @@ def assert_same(net: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def fsdp(dtype: torch.dtype, again: bool, tied: bool = False) -> Callable[[int], Any]:
-    return lambda rank: checked(shard(model(dtype, tied), reshard_after_forward=again))
+    blocks = "parameter" if tied else BLOCKS
+    return lambda rank: checked(shard(model(dtype, tied), reshard_after_forward=again), blocks=blocks)
 
 
 def llama(dtype: torch.dtype, again: bool) -> Callable[[int], Any]:

@@ -42,6 +42,8 @@ def alone(name: str, **options: Any) -> blockhess.Spectra:
         options |= {"num_probes": 2}
     if "Llama" in name:
         options |= {"blocks": cases.LLAMA_BLOCKS}
+    if name == "tied":
+        options |= {"blocks": "parameter"}
     return blockhess.spectrum(cases.whole(name), cases.batches(), cases.LOSS, **cases.OPTIONS | options)
 
 
