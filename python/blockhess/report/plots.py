@@ -81,7 +81,7 @@ def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     if path is not None:
         formats = figure.canvas.get_supported_filetypes()
         if Path(path).suffix.lower().removeprefix(".") not in formats:
-            raise ValueError(f"plot: path must end in one of .{', .'.join(sorted(formats))}, got {path}")
+            raise ValueError(f"plot: path must end in one of .{', .'.join(sorted(formats))}, got {printable(path)}")
         from matplotlib import rc_context
 
         with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "path"}):
