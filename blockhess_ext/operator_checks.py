@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ TOLERANCE = 0.02
 FLAT = 1e-4
 # Standard deviations by which the cosine between a random vector and an error may exceed 0.
 DEVIATIONS = 4
-SAMPLE = 2**12  # columns compared to find out whether the argument was changed
+SAMPLE = 2**12  # elements compared to find out whether a tensor was changed
 _EXPLAINED = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
@@ -53,11 +53,9 @@ def product(hvp: Callable[[Tensor], Tensor], v: Tensor, sample: bool = False) ->
         RuntimeError, TypeError, ValueError: hvp raised an exception of Python, torch or NumPy, which is the cause.
             Exceptions of other classes pass, such as those that end a run.
     """
-    version = v._version
-    part = v[:, :: 1 + v.shape[1] // SAMPLE]
-    before = part.clone() if sample and not v.is_cuda else None
     try:
-        w = hvp(v)
+        with unchanged({"v": v}, "hvp must not change its argument in place", sample):
+            w = hvp(v)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except _EXPLAINED as error:
@@ -71,10 +69,25 @@ def product(hvp: Callable[[Tensor], Tensor], v: Tensor, sample: bool = False) ->
             f"batched_slq: hvp must multiply a tensor of shape (n_probes, n) = {tuple(v.shape)} in {v.dtype} on "
             f"{v.device}, got {type(error).__name__}: {text}; try hvp(torch.zeros{tuple(v.shape)}) alone"
         ) from error
-    w = arguments.hvp_result(w, v)
-    if v._version != version or not (before is None or torch.equal(part, before)):
-        raise ValueError("batched_slq: hvp must not change its argument in place, got a changed v")
-    return w
+    return arguments.hvp_result(w, v)
+
+
+@contextlib.contextmanager
+def unchanged(tensors: Mapping[str, Tensor], rule: str, sample: bool) -> Iterator[None]:
+    """Check that none of the tensors, contiguous ones, is changed within the context.
+
+    Args:
+        tensors: by name.
+        rule: what the message says.
+        sample: also detect changes on the CPU that torch does not count, such as those by NumPy.
+    """
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    parts = {name: t.flatten()[:: 1 + t.numel() // SAMPLE] for name, t in tensors.items() if sample and not t.is_cuda}
+    before = {name: part.clone() for name, part in parts.items()}
+    yield
+    for name, tensor in tensors.items():
+        if tensor._version != versions[name] or (name in parts and not torch.equal(parts[name], before[name])):
+            raise ValueError(f"batched_slq: {rule}, got a changed {name}")
 
 
 def least_size(dims: Sequence[int], dtype: torch.dtype) -> float:
@@ -136,10 +149,12 @@ class SymmetryCheck:
         self._pending.append((*self._to_host(bad), asymmetric))
         self._before = None
         if step == self.STEPS[0]:
-            size = r.norm.max()
-            self._pending.append(
-                (*self._to_host((r.norm == size) & (size > 0) & (size < self._least)), self._too_small)
-            )
+            self.decide_size()
+
+    def decide_size(self) -> None:
+        """Judge the size of the products made so far."""
+        norm, size = self._recurrences.norm, self._recurrences.norm.max()
+        self._pending.append((*self._to_host((norm == size) & (size > 0) & (size < self._least)), self._too_small))
 
     def _too_small(self, p: int, l: int) -> str:
         got = self._recurrences.norm[p, l].item()

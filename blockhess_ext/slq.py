@@ -100,9 +100,10 @@ def batched_slq(
             in `Quadrature.nonfinite`.
         check: how to check hvp. Its symmetry is tested at the second and at the fourth step, without another product;
             blocks below 1e-4 of the largest are not judged, as they may be zero but for rounding, unless they are
-            computed alone. Its size is tested at the second step, see dtype. Whether blocks depend on each other takes
-            one more product, of vectors that are zero in about half of the blocks: True makes it, None only if hvp was
-            not checked with these dims before and at least 50 steps are to be made. False skips all checks.
+            computed alone. Its size is tested at the second step, or the only one, see dtype. Whether blocks depend on
+            each other takes one more product, of vectors that are zero in about half of the blocks: True makes it, None
+            only if hvp was not checked with these dims before and at least 50 steps are to be made. False skips all
+            checks, also of a sample of v for changes that torch does not count.
         cuda_graph: replay the steps from CUDA graphs, which pays off for batches so small that launching kernels takes
             longer than running them; results are bitwise the same. hvp itself runs eagerly and its result is copied to
             one more set of vectors, unless it has an attribute `capturable` equal to True. Such an hvp must do the same
@@ -116,8 +117,8 @@ def batched_slq(
             run. All other arguments must be those of the run that produced it, except num_steps, which may be larger,
             and reorthogonalize="auto", which then takes the modes of that run. num_steps = state.step returns the
             quadrature of the state.
-        on_state: called after every step with the state. The next step changes its tensors: use `State.copy` to store
-            it. The state of the last step is not changed.
+        on_state: called after every step with the state, which it must not change. The next step changes its tensors:
+            use `State.copy` to store it. The state of the last step is not changed.
 
     Returns:
         Quadrature with nodes and weights (n_probes, n_blocks, min(num_steps, max(dims))) float64. With alpha and beta
@@ -240,11 +241,10 @@ def _lanczos(
     mark_finished = getattr(hvp, "mark_finished", None)
     tracker = completion.track(recurrences, batch.step)
     n_finished = 0
-
     first_step = batch.step
 
     def product(v: Tensor) -> Tensor:
-        w = operator_checks.product(hvp, v, sample=symmetry is not None and batch.step == first_step)
+        w = operator_checks.product(hvp, v, sample=symmetry is not None and recorder is None)
         if symmetry is not None and symmetry.is_due(batch.step):
             symmetry.compare(w, batch.v_prev)
         return w
@@ -288,8 +288,12 @@ def _lanczos(
         if on_step is not None:
             on_step(batch.step, n_running)
         if on_state is not None:
-            on_state(batch.state())
+            state, sample = batch.state(), symmetry is not None and batch.step == first_step + 1
+            with operator_checks.unchanged(state.tensors, "on_state must not change its state", sample):
+                on_state(state)
     if symmetry is not None:
+        if batch.step <= SymmetryCheck.STEPS[0]:
+            symmetry.decide_size()
         symmetry.refuse(wait=True)
 
 

@@ -20,7 +20,7 @@ from blockhess_ext.partial_reorthogonalization import reorthogonalization
 from blockhess_ext.recurrences import FINISHED, NON_FINITE, RUNNING, Recurrences
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """Everything a batch of recurrences needs to make its next step.
 

@@ -23,15 +23,20 @@ FACTORIES = {
 
 
 def factories_without_device(text: str) -> list[int]:
-    """Return the lines of calls of factories that name no device."""
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    """Return the lines of calls of factories that name no device, and of imports that hide such calls."""
+    nodes = list(ast.walk(ast.parse(text)))
     return [
         call.lineno
-        for call in calls
-        if isinstance(call.func, ast.Attribute)
-        and call.func.attr in FACTORIES
-        and ast.unparse(call.func.value) == "torch"
+        for call in nodes
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) in {f"torch.{name}" for name in FACTORIES}
         and not any(keyword.arg in ("device", None) for keyword in call.keywords)
+    ] + [
+        imported.lineno
+        for imported in nodes
+        if isinstance(imported, ast.ImportFrom)
+        and imported.module == "torch"
+        and any(alias.name in FACTORIES for alias in imported.names)
     ]
 
 
@@ -41,7 +46,8 @@ def test_every_factory_names_its_device(folder: str) -> None:
     paths = [path for path in (ROOT / folder).rglob("*.py") if path.parent.name != "models"]
     found = {str(path): factories_without_device(path.read_text()) for path in paths}
     assert not {path: lines for path, lines in found.items() if lines}
-    assert factories_without_device("torch.ones(3)\ntorch.ones(3, device='cpu')\nx.ones(3)") == [1]
+    text = "torch.ones(3)\ntorch.ones(3, device='cpu')\nx.ones(3)\nfrom torch import Tensor, ones"
+    assert factories_without_device(text) == [1, 4]
 
 
 CALLS: dict[str, Callable[[blockhess.Spectra], Any]] = {

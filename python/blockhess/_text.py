@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def printable(text: str) -> str:
-    """Return the text with every unprintable character escaped, as names from files may hold any.
+def printable(text: object) -> str:
+    """Return the text with every unprintable character escaped, as names and paths from outside may hold any.
 
     Example:
         >>> print(printable("w\\x1b[2J"))
         w\\x1b[2J
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

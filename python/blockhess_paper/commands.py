@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from blockhess._text import printable
 from blockhess.cli.options import AsJson, completed, text_on_stderr
 
 app = typer.Typer(
@@ -59,7 +60,10 @@ def _run(names: Sequence[str], out: Path, seed: int, quick: bool, as_json: bool,
         with text_on_stderr(as_json):
             run_experiments({name: known[name] for name in names}, out, seed=seed, quick=quick, **options)
     except Interrupted as interrupted:
-        print(f"blockhess: {interrupted}; finished work is in {out}, the same command resumes it", file=sys.stderr)
+        print(
+            f"blockhess: {interrupted}; finished work is in {printable(out)}, the same command resumes it",
+            file=sys.stderr,
+        )
         raise typer.Exit(128 + interrupted.signal) from None
     if as_json:
         print(f"[{', '.join((out / f'{name}.json').read_text() for name in names)}]")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import blockhess
-from blockhess._text import format_table
+from blockhess._text import format_table, printable
 from blockhess.problem.batches import known_device
 from blockhess.results.files import writable_folder
 from blockhess_paper.results import Result
@@ -64,7 +64,7 @@ def run_experiments(
             torch=str(torch.__version__),
             blockhess=blockhess.__version__,
         )
-        print(f"{result}\n\n{seconds:.1f} s; written: {', '.join(map(str, written))}\n", flush=True)
+        print(f"{result}\n\n{seconds:.1f} s; written: {', '.join(map(printable, written))}\n", flush=True)
         results.append(result)
     if len(results) > 1:
         rows = [[claim.verdict, claim.paper] for result in results for claim in result.claims]
@@ -78,5 +78,5 @@ def measure_spectra(out: str | PathLike[str], *, seed: int, quick: bool, device:
         writable_folder(out), seed=seed, quick=quick, device=str(known_device(device, "spectra"))
     )
     for path in written:
-        print(f"{path}: {blockhess.load(path)!r}")
+        print(f"{printable(path)}: {blockhess.load(path)!r}")
     return written

@@ -42,6 +42,25 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
+def test_paths_are_escaped_in_all_texts(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = out.with_name("a\x1b[31m\nb")
+    file = str(out / "spectra.npz")
+
+    def told(*command: str) -> str:
+        main(command)
+        return "".join(capsys.readouterr())
+
+    texts = [told("run", "job.py:make", "--out", str(out)), told("run", "job.py:longer", "--out", str(out), "--resume")]
+    texts += [told("run", "job.py:make", "--out", str(out)), told("report", file), told("merge", file, "--out", file)]
+    os.remove(file)
+    for part in (out / "parts").iterdir():
+        part.write_text("damaged")
+    with pytest.warns(UserWarning, match=r"a\\x1b\[31m\\nb/parts/00000"):
+        texts.append(told("status", str(out)))
+    for text in texts:
+        assert "\x1b" not in text and "\\x1b[31m" in text
+
+
 def test_run_and_resume(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "job.py:make", "--out", str(out)]) == 0
     assert str(out / "spectra.npz") in capsys.readouterr().out

@@ -359,6 +359,19 @@ def test_a_change_in_place_by_numpy_is_found():
             batched_slq(partial(numpy_in_place, scales=scales), dims)
 
 
+def test_a_change_of_data_in_a_later_call_is_found():
+    calls = []
+
+    def hvp(v: Tensor) -> Tensor:
+        w = v * torch.arange(1.0, 51)
+        calls.append(v)
+        v.data *= 1 if len(calls) < 6 else 2
+        return w
+
+    with pytest.raises(ValueError, match=r"got a changed v$"):
+        batched_slq(hvp, [50], num_steps=6)  # in the last one
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dims", [[1], [5, 1, 700], [PIECE, 3, 2 * PIECE + 1], [1] * 300])
 def test_inner_products_of_segments(dims, dtype, rng):
@@ -428,5 +441,7 @@ def test_operators_whose_products_lack_digits_are_refused(dtype):
         ValueError, match=r"hvp must return products of size 3.7e-37 at least in torch.float32, got 1.5e-42"
     ):
         largest(1e-42)
+    with pytest.raises(ValueError, match=r"must return products of size 1.2e-38 at least"):
+        batched_slq(lambda v: 1e-42 * v, [1, 1], num_probes=1)  # ends before the second step
     zero = batched_slq(lambda v: 0 * v, [3, 4], num_probes=1, num_steps=3, dtype=dtype)
     assert not zero.nodes.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,6 +111,18 @@ def test_the_state_is_not_copied_and_the_last_one_is_final():
     torch.testing.assert_close(live[-1].tensors["v"].norm(dim=1), torch.ones(10))
     assert torch.equal(live[-1].tensors["alpha"].permute(1, 2, 0), q.alpha)
     assert live[-1].nbytes == sum(t.nbytes for t in live[-1].tensors.values())
+
+
+@pytest.mark.parametrize("change", [lambda t: t.add_(1), lambda t: t.data.add_(1), lambda t: t.numpy().fill(7)])
+@pytest.mark.parametrize("name", ["v", "v_prev", "basis", "alpha", "beta", "norm", "steps", "status"])
+def test_a_state_must_not_be_changed(name: str, change: Callable[[Tensor], object]) -> None:
+    with pytest.raises(ValueError, match=f"^batched_slq: on_state must not change its state, got a changed {name}$"):
+        batched_slq(lambda v: 2 * v, [8], reorthogonalize="full", on_state=lambda state: change(state.tensors[name]))
+
+
+def test_states_can_be_compared_and_put_into_sets() -> None:
+    first, second = states(Operator(torch.float32), 2)
+    assert first == first and first != second and len({first, second}) == 2
 
 
 def test_a_state_without_further_steps_is_a_quadrature():

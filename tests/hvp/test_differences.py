@@ -557,6 +557,24 @@ def test_faults_in_parameters_of_little_curvature_are_found(gain: float) -> None
         blockhess.spectrum(Branch(ConstantSlope.apply, gain), BRANCH_DATA, nn.CrossEntropyLoss(), **SHORT)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+@pytest.mark.parametrize("engine", ["autograd", "difference"])
+def test_faults_are_found_in_float32_alone_at_any_scale(engine: str, scale: float) -> None:
+    """A group of parameters hides the gradient of one block, and squares of 1e25 overflow in float32."""
+    torch.manual_seed(1)
+    shortened = hooked(lambda g: 0.7 * g)
+    model, x = nn.ParameterDict({"small": torch.randn(12), "large": torch.randn(12)}), torch.randn(40, 12)
+
+    def loss_fn(m: Any, batch: Any, change: Any = shortened) -> Tensor:
+        return ((x @ change(0.05 * m["small"])).sin().square() + (x @ m["large"]).tanh().square()).mean() * scale
+
+    options = {"engine": engine, "num_probes": 1, "num_steps": 2, "progress": False}
+    with pytest.raises(DerivativeMismatch, match=r"the gradient of block 'small' is not that of the loss"):
+        blockhess.spectrum(model, torch.zeros(1), loss_fn, **options)
+    right = blockhess.spectrum(model, torch.zeros(1), lambda m, b: loss_fn(m, b, torch.clone), **options)
+    assert "small" not in right.provenance["unchecked"]
+
+
 @pytest.mark.parametrize("gain", [0.1, 1e-2, 1e-3])
 def test_faults_within_the_rounding_of_float32_are_not_confirmed(gain: float) -> None:
     eye = torch.eye(4)  # in float32 only

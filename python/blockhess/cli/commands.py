@@ -172,12 +172,14 @@ def run(
     from blockhess.run.storage.signals import Interrupted
 
     if begun_run(out) is not None and not resume:
-        raise ValueError(f"run: {out} already holds a run; add --resume to continue it, or choose another --out")
+        raise ValueError(
+            f"run: {printable(out)} already holds a run; add --resume to continue it, or choose another --out"
+        )
     try:
         spectra = blockhess.spectrum(**load(job, device) | {"run_dir": out})
     except Interrupted as interrupted:
         print(
-            f"blockhess: {interrupted}; the state is saved in {printable(str(out))}, continue with --resume",
+            f"blockhess: {interrupted}; the state is saved in {printable(out)}, continue with --resume",
             file=sys.stderr,
         )
         raise typer.Exit(128 + interrupted.signal) from None
@@ -203,7 +205,7 @@ def status(
         if plot is not None:
             _draw(_load("status", directory), plot)
         if save is not None:
-            print(f"\nSpectra written to {printable(str(_load('status', directory).save(save)))}")
+            print(f"\nSpectra written to {printable(_load('status', directory).save(save))}")
 
 
 @app.command()
@@ -217,7 +219,7 @@ def merge(
     from blockhess.results.files import check_writable
 
     if out.exists():
-        raise ValueError(f"merge: --out must be a new file, got {out}, which exists")
+        raise ValueError(f"merge: --out must be a new file, got {printable(out)}, which exists")
     check_writable(out)
     spectra = blockhess.merge(runs)
     _print_written(spectra, spectra.save(out), as_json)
@@ -258,12 +260,12 @@ def report(
     labels = [file.stem for file in files]
     path = html.write(results, out or files[-1].with_suffix(".html"), labels)
     drawn: list[Path] = []
-    lines = [f"Report written into {path}"]
+    lines = [f"Report written into {printable(path)}"]
     if figures is not None:
         from blockhess.report.figures import shown, write
 
         drawn = write(results, path.with_suffix(""), figures, labels)
-        lines.append(f"Figures written into {', '.join(map(str, drawn))}")
+        lines.append(f"Figures written into {', '.join(map(printable, drawn))}")
         if len(shown(results[-1])) < len(results[-1]):
             lines.append(f"Spectra are those of {len(shown(results[-1]))} of its {len(results[-1])} blocks")
     record = {"written": str(path), "figures": list(map(str, drawn)), "results": [repr(spectra) for spectra in results]}
@@ -294,22 +296,22 @@ def _load(op: str, path: Path) -> Spectra:
         return blockhess.load(path)
     if begun_run(path) is None:
         raise ValueError(
-            f"{op}: each path must be a result file or the directory of a run, got {path}, which holds no run; "
-            f"name the result files in it: blockhess {op} {path / 'NAME.npz'}"
+            f"{op}: each path must be a result file or the directory of a run, got {printable(path)}, which holds no "
+            f"run; name the result files in it: blockhess {op} {printable(path / 'NAME.npz')}"
         )
     return as_spectra(partial(path, op))
 
 
 def _draw(spectra: Spectra, path: Path) -> None:
     spectra.plot(path)
-    print(f"\nSpectra drawn into {printable(str(path))}")
+    print(f"\nSpectra drawn into {printable(path)}")
 
 
 def _print_written(spectra: Spectra, path: Path, as_json: bool) -> None:
     from blockhess.report.text import to_dict
 
     record = {"written": str(path), **to_dict(spectra)} if as_json else None
-    _print(record, f"{spectra!r}\nwritten to {printable(str(path))}", as_json)
+    _print(record, f"{spectra!r}\nwritten to {printable(path)}", as_json)
 
 
 def _print(record: Any, text: object, as_json: bool) -> None:

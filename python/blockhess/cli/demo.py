@@ -239,10 +239,10 @@ def run(
     text, found = summarize(results)
     (folder / "comparison.txt").write_text(f"{text}\n")
     save_figure(plot_models(results), folder / "comparison.png")
-    print(f"\n{text}\n\nDone in {time.perf_counter() - start:.0f} s. Written to {printable(str(folder))}/:")
+    print(f"\n{text}\n\nDone in {time.perf_counter() - start:.0f} s. Written to {printable(folder)}/:")
     print("  comparison.png  the spectra of all blocks, and their distances, of both models")
     print("  comparison.txt  this table and text")
     for name in results:
         file = f"{name.lower()}.npz"
-        print(f"  {file:<14}  every block: blockhess show {printable(str(folder / file))}")
+        print(f"  {file:<14}  every block: blockhess show {printable(folder / file)}")
     return found

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from blockhess._text import printable
 from blockhess._version import __version__
 
 # Optional package -> the extra that installs it.
@@ -60,7 +61,7 @@ def format_checks(checks: list[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name.ljust(width)}  {check.found}")
+        lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name.ljust(width)}  {printable(check.found)}")
         if check.advice:
             lines.append(f"      {' ' * width}  -> {check.advice}")
     failed = sum(not check.ok for check in checks)

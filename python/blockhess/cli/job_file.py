@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from blockhess._text import printable
 from blockhess.estimate import spectrum
 from blockhess.problem.batches import as_batches, known_device, map_tensors
 
@@ -71,7 +72,7 @@ def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
 
 def _module(place: str) -> ModuleType:
     if place.endswith(".py") and not Path(place).is_file():
-        raise ValueError(f"job: no such file: {place}")
+        raise ValueError(f"job: no such file: {printable(place)}")
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)

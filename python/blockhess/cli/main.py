@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"{error.format_message().rstrip('.')}; see: {command} --help")
         except typer.Abort:
             raise KeyboardInterrupt from None
+        except SystemExit as error:  # typer exits with 1 where the reader of an unbuffered stdout has exited
+            if isinstance(error.__context__, BrokenPipeError):
+                raise error.__context__ from None
+            raise
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         print("blockhess: interrupted", file=sys.stderr)

@@ -19,11 +19,12 @@ from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.difference import DifferenceEngine
 from blockhess.hvp.differences import GROWTH, LARGEST_GROUP, Differences, flattened, unit_products
 from blockhess.hvp.ggn import GaussNewtonEngine
-from blockhess.hvp.operator import Engine
+from blockhess.hvp.operator import Engine, norm
 from blockhess.hvp.traced.engine import TracedEngine
 from blockhess.hvp.traced.operations import NotTraceable
 from blockhess.problem.memory import release_unused
 from blockhess.problem.problem import Problem
+from blockhess_ext.operator_checks import least_size
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -60,8 +61,7 @@ class Accuracy:
 def gradient(problem: Problem, accuracy: Accuracy) -> Tensor:
     """Return the gradient of all data (sum(dims),), or zeros if it is within the error of that of the first batch."""
     found = problem.gradient()
-    norm = float(torch.linalg.vector_norm(found, dtype=torch.float64))
-    return torch.zeros_like(found) if _is_rounding(problem, accuracy, norm) else found
+    return torch.zeros_like(found) if _is_rounding(problem, accuracy, norm(found)) else found
 
 
 def gradient_norms(problem: Problem, accuracy: Accuracy) -> list[float]:
@@ -71,13 +71,13 @@ def gradient_norms(problem: Problem, accuracy: Accuracy) -> list[float]:
         parts: Iterable[Tensor] = (flattened(problem, l, shards) for l in range(len(problem.dims)))
     else:
         parts = torch.split(problem.gradient(), problem.dims)
-    norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+    norms = [norm(part) for part in parts]
     return [0.0] * len(norms) if _is_rounding(problem, accuracy, math.hypot(*norms)) else norms
 
 
-def _is_rounding(problem: Problem, accuracy: Accuracy, norm: float) -> bool:
+def _is_rounding(problem: Problem, accuracy: Accuracy, size: float) -> bool:
     sums = 1 if problem.loss.averaged else problem.n_batches
-    return norm <= GROWTH * sums * accuracy.gradient_error
+    return size <= GROWTH * sums * accuracy.gradient_error
 
 
 class EngineMismatch(ArithmeticError):
@@ -147,7 +147,7 @@ def measure(
     if there is None or repeat is None or double:
         there, repeat = here, expected | (moved or here.products(together))
     scale = torch.finfo(torch.float64).eps / EPS if double else 1.0
-    norms = {l: float(repeat[l].norm()) for l in numbers}
+    norms = {l: norm(repeat[l]) for l in numbers}
     errors = {l: scale * error for l, error in noise.items()}
     gradient_error = scale * here.gradient_error
     if unknown and chosen:
@@ -183,19 +183,23 @@ def _of_group(differences: Differences, group: int, products: Mapping[int, Tenso
 def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequence[int], largest_group: int) -> Accuracy:
     """Return the error of products by differences, after comparing the gradient with differences of the loss.
 
-    For a sharded model they are compared for one block at a time, which gathers no more.
+    Without float64, small blocks are lost in a group: they are compared for one block at a time, as are those of a
+    sharded model, which gathers no more.
     """
     steps = {l: engine.step(l) for l in numbers}
     norms = {l: step.norm for l, step in steps.items()}
     errors = {l: step.error for l, step in steps.items()}
-    here = Differences(problem, DifferenceEngine, largest_group)
-    if problem.is_sharded:
+    double: Differences | None = None
+    if problem.dtype == torch.float64 and not problem.is_sharded:
+        double = Differences(problem, DifferenceEngine, largest_group)
+    elif not problem.is_sharded:
+        with suppress(Exception):  # of any kind: the model may take one dtype only
+            double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)
+    if double is None or double.captured:
+        here = Differences(problem, DifferenceEngine, largest_group)
         confirmed = {l for l in numbers if here.agree(l, torch.tensor([[norms[l]]], device="cpu"))}
     else:
-        if here.eps > torch.finfo(torch.float64).eps:
-            with suppress(Exception):  # of any kind: the model may take one dtype only
-                double = _in_dtype(problem, torch.float64, DifferenceEngine, largest_group)
-                here = here if double.captured else double
+        here = double
         here.gradients = {}
         release_unused()
         chosen = DifferenceEngine(here.problem)
@@ -203,7 +207,8 @@ def _of_differences(problem: Problem, engine: DifferenceEngine, numbers: Sequenc
         agreed = [group for group, size in sizes if here.group_agrees(group, size, {})]
         confirmed = set(here.blocks_in(agreed))
     gradient_error = math.hypot(*(step.gradient_error for step in steps.values()))
-    return Accuracy(norms, errors, frozenset(confirmed), gradient_error=gradient_error)
+    undecided = frozenset(numbers) - confirmed
+    return Accuracy(norms, errors, frozenset(confirmed), gradient_error=gradient_error, undecided=undecided)
 
 
 def _repeat(
@@ -250,17 +255,17 @@ def _in_dtype(
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm())
+    return norm(a.double() - b.double())
 
 
 def _check(
     problem: Problem, traced: dict[int, Tensor], expected: dict[int, Tensor], repeat: dict[int, Tensor] | None
 ) -> None:
     # Some models compute part of their loss in float32, whatever the dtype of their parameters.
-    largest = max(float(e.norm()) for e in expected.values())
+    largest = max(least_size(problem.dims, problem.dtype), *map(norm, expected.values()))
     for number, right in expected.items():
         noise = max(EPS * largest, 0.0 if repeat is None else _distance(right, repeat[number]))
-        error, size = _distance(traced[number], right), float(right.norm())
+        error, size = _distance(traced[number], right), norm(right)
         if error > EPS**0.5 * size + 100 * noise:
             raise EngineMismatch(
                 f"products of block {problem.infos[number].name!r} differ from autograd's by {error:.3g}, of {size:.3g}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blockhess.hvp.differences import block_norm, flattened, moved, rms, unit_vector
-from blockhess.hvp.operator import Column
+from blockhess.hvp.operator import Column, norm
 from blockhess.problem.problem import Problem
 
 # Steps relative to the parameters, as powers of the machine epsilon, in increasing order. Without further knowledge,
@@ -75,7 +75,7 @@ class DifferenceEngine:
         for column in columns:
             size = self.step(column.number).size
             for vector, into in zip(column.vectors, column.products):
-                length = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+                length = norm(vector)
                 if not math.isfinite(length):
                     into.fill_(math.nan)
                 elif length:
@@ -99,11 +99,12 @@ class DifferenceEngine:
             product = self._difference(0, number, v, size).div_(2 * size)
             if i == 0:
                 continue
-            changes.append(float(torch.linalg.vector_norm(before.sub_(product), dtype=torch.float64)))
+            changes.append(norm(before.sub_(product)))
             # Rounding errors fall with the step. Those of two steps may cancel, in small blocks at least.
             error = max(changes[-1], changes[-2] * sizes[i - 2] / sizes[i - 1] if i > 1 else 0.0)
-            norm = float(torch.linalg.vector_norm(product, dtype=torch.float64))
-            found.append(Step(sizes[i - 1], norm, error if math.isfinite(error) else math.inf, changes[1] * sizes[0]))
+            found.append(
+                Step(sizes[i - 1], norm(product), error if math.isfinite(error) else math.inf, changes[1] * sizes[0])
+            )
             if error > 2 * min(step.error for step in found):
                 break
         return min(found, key=lambda step: (step.error, abs(found.index(step) - USUAL)))

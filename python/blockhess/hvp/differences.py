@@ -24,12 +24,13 @@ from torch import Tensor
 
 from blockhess.hvp.autograd import AutogradEngine
 from blockhess.hvp.causes import likely_cause
-from blockhess.hvp.operator import Column, Engine
+from blockhess.hvp.operator import Column, Engine, norm
 from blockhess.problem import graph
 from blockhess.problem.blocks import Block, BlockInfo, Piece
 from blockhess.problem.memory import release_unused
 from blockhess.problem.problem import Problem
 from blockhess.problem.shards import is_shard, local, part_of, whole
+from blockhess_ext.operator_checks import least_size
 
 # Steps relative to the parameters, as powers of the machine epsilon. The first one suits smooth losses, the second one
 # crosses fewer kinks, the third one has less rounding.
@@ -94,7 +95,8 @@ class Differences:
                 self.captured = {name: p for (name, p), g in zip(replaced.items(), found) if g is not None}
             found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
-        self._largest = max((float(whole(g).norm()) for g in self.gradients.values()), default=0.0)
+        # Subnormal numbers have the rounding of the least normal one.
+        self._largest = max(least_size(problem.dims, problem.dtype), *(norm(whole(g)) for g in self.gradients.values()))
         if problem.is_sharded:
             self.gradients = {}
         self._rms = rms(problem)
@@ -116,15 +118,15 @@ class Differences:
     def terms(self, number: int, products: Tensor) -> float:
         """Return the size of H_l w, whose rounding is that of the gradient, or 0 if it is unknown."""
         size = block_norm(self.problem, number, self._rms)
-        terms = math.sqrt(self.problem.dims[number]) * float(products.norm()) * size
+        terms = math.sqrt(self.problem.dims[number]) * norm(products) * size
         return terms if math.isfinite(terms) else 0.0
 
     def compare_gradients(self, other: Differences) -> None:
         """Compare the gradient with that of the other precision, for `differs_from`."""
         for name in dict.fromkeys([*self.gradients, *other.gradients]):
             given = [g[name].double() for g in (self.gradients, other.gradients) if name in g]
-            difference = float((given[0] - given[1] if len(given) == 2 else given[0]).norm())
-            self._distances[name] = difference, float(given[0].norm())
+            difference = norm(given[0] - given[1] if len(given) == 2 else given[0])
+            self._distances[name] = difference, norm(given[0])
             self.gradient_error = math.hypot(self.gradient_error, difference)
 
     def differs_from(self, other: Differences, terms: float) -> str:
@@ -224,19 +226,20 @@ class Differences:
 
     def _compare(self, number: int, products: Tensor, error: float, resolution: float) -> list[_Comparison]:
         """Compare with differences for the first step, and for the others until one agrees."""
-        v, curvature = unit_vector(self.problem, number)[0], float(products.norm())
+        v, curvature = unit_vector(self.problem, number)[0], norm(products)
         size = block_norm(self.problem, number, self._rms)
         tangents = self.problem.blocks[number].spread(v, self.problem.parameters)
         rounding = GROWTH * self.eps * (self._largest + self.terms(number, products))
         first = _Comparison(self.eps, "the gradient of block {} is not that of the loss")
         second = _Comparison(self.eps, "products of block {} are not derivatives of its gradient", resolution)
+        tiny = torch.finfo(self.problem.dtype).tiny
         compared = [first, second] if self.engine is AutogradEngine else [first]
 
         def take(step: float) -> None:  # which frees the gradients before the next step
             (loss, g), (loss_, g_) = (self._at(number, tangents, s) for s in (step, -step))
             slope = (_dot(g, v) + _dot(g_, v)) / 2
-            usual = (_norm(g) + _norm(g_)) / (2 * math.sqrt(len(v)))
-            of_loss = rounding + GROWTH * self.eps * abs(self._loss) / step
+            usual = (norm(g) + norm(g_)) / (2 * math.sqrt(len(v)))
+            of_loss = rounding + GROWTH * self.eps * max(abs(self._loss), tiny) / step
             first.add(step, torch.tensor((loss - loss_) / (2 * step) - slope, device="cpu"), usual, of_loss)
             if len(compared) > 1:
                 g = g.double().sub_(g_).div_(2 * step).sub_(products[0])
@@ -252,7 +255,7 @@ class Differences:
         if step is not None:
             # A kink at w itself may leave the gradient continuous; then its derivatives differ to the two sides.
             g, middle, g_ = (self._at(number, tangents, s)[1].double() for s in (step, 0.0, -step))
-            second.is_sided = float((g - 2 * middle + g_).norm()) / (2 * step) > second.error / GROWTH
+            second.is_sided = norm(g - 2 * middle + g_) / (2 * step) > second.error / GROWTH
         return compared
 
     def _at(self, number: int, tangents: Mapping[str, Tensor], step: float) -> tuple[float, Tensor]:
@@ -267,10 +270,6 @@ class Differences:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum(dtype=torch.float64))
-
-
-def _norm(a: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a, dtype=torch.float64))
 
 
 class _FixedPadding(graph.DispatchMode):
@@ -317,7 +316,7 @@ class _Comparison:
     def add(self, step: float, difference: Tensor, size: float, rounding: float) -> None:
         """Add the difference for a step, given the usual size of the derivative, and the rounding error."""
         self._found[step] = difference, size, rounding
-        error = float(difference.norm())
+        error = norm(difference)
         is_resolved = self._resolution == math.inf or error <= self._resolution * size
         self.agrees |= is_resolved and error <= self.tolerance * size + rounding
 
@@ -326,16 +325,16 @@ class _Comparison:
         ordered = [] if self.agrees else sorted(self._found)
         for step, next_step in itertools.pairwise(ordered):
             (smaller, size, rounding), (larger, *_) = self._found[step], self._found[next_step]
-            error = float(larger.norm())
+            error = norm(larger)
             if rounding < error / GROWTH:
-                same = float((smaller - larger).norm()) < error / GROWTH
+                same = norm(smaller - larger) < error / GROWTH
                 return step if same and error > GROWTH * self.tolerance * size else None
         return None
 
     @property
     def best(self) -> Tensor | None:
         """The smallest difference, or None if the loss is undefined beside the parameters."""
-        return min((found[0] for found in self._found.values()), key=lambda d: float(d.norm()), default=None)
+        return min((found[0] for found in self._found.values()), key=norm, default=None)
 
     @property
     def is_fault(self) -> bool:
@@ -345,7 +344,7 @@ class _Comparison:
     @property
     def error(self) -> float:
         """Norm of the difference for the smallest step."""
-        return float(self._found[min(self._found)][0].norm())
+        return norm(self._found[min(self._found)][0])
 
     @property
     def text(self) -> str:
@@ -354,7 +353,7 @@ class _Comparison:
 
 
 def _part_norms(vector: Tensor, sizes: Sequence[int]) -> list[float]:
-    return [float(part.norm()) for part in vector.split(list(sizes))]
+    return [norm(part) for part in vector.split(list(sizes))]
 
 
 def parameter_groups(problem: Problem, largest: int) -> list[list[str]]:
@@ -404,14 +403,14 @@ def unit_products(problem: Problem, engine: Engine, numbers: Sequence[int]) -> d
 
 def rms(problem: Problem) -> float:
     """Return the root mean square of all parameters."""
-    norms = [float(whole(p.detach()).norm()) for p in problem.parameters.values()]
+    norms = [norm(whole(p.detach())) for p in problem.parameters.values()]
     return math.hypot(*norms) / math.sqrt(sum(p.numel() for p in problem.parameters.values()))
 
 
 def block_norm(problem: Problem, number: int, rms: float, floor: float = 1e-3) -> float:
     """Return the norm of the parameters of a block, or `floor` times the usual one where they are nearly zero."""
-    norm = float(flattened(problem, number, problem.parameters).norm())
-    return max(norm, math.sqrt(problem.dims[number]) * (floor * rms or 1.0))
+    size = norm(flattened(problem, number, problem.parameters))
+    return max(size, math.sqrt(problem.dims[number]) * (floor * rms or 1.0))
 
 
 def flattened(problem: Problem, number: int, tensors: Mapping[str, Tensor | None]) -> Tensor:

@@ -21,6 +21,11 @@ from blockhess_ext import huge_pages
 T = TypeVar("T")
 
 
+def norm(x: Tensor) -> float:
+    """Return |x|, computed in float64, in which squares of float32 values neither overflow nor underflow."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
 @dataclass(frozen=True)
 class Column:
     """Vectors of one block, and where their products go.

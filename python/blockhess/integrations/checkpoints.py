@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blockhess._text import printable
 from blockhess.estimate import spectrum
 from blockhess.spectra import Spectra
 
@@ -49,7 +50,9 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
         raise ImportError("checkpoint: *.safetensors needs safetensors; type: pip install safetensors") from None
     except (OSError, EOFError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint: {path} must hold the tensors of {type(model).__name__}: {line}") from None
+        raise ValueError(
+            f"checkpoint: {printable(path)} must hold the tensors of {type(model).__name__}: {line}"
+        ) from None
 
 
 def spectra_of_checkpoints(

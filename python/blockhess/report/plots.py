@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, tensor
+from torch import Tensor
 
 from blockhess._text import printable
 from blockhess.analysis.axes import Axis, as_axis
@@ -81,7 +81,7 @@ def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     if path is not None:
         formats = figure.canvas.get_supported_filetypes()
         if Path(path).suffix.lower().removeprefix(".") not in formats:
-            raise ValueError(f"plot: path must end in one of .{', .'.join(sorted(formats))}, got {path}")
+            raise ValueError(f"plot: path must end in one of .{', .'.join(sorted(formats))}, got {printable(path)}")
         from matplotlib import rc_context
 
         with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "path"}):
@@ -241,11 +241,11 @@ def _power_ticks(low: float, high: float, axis: Axis) -> tuple[list[float], list
     for sign, end in (("", high), ("-", -low)):
         if end <= 1:  # within the linear part
             continue
-        largest = axis.of_block().invert(tensor(end, dtype=torch.float64))
+        largest = axis.of_block().invert(torch.tensor(end, dtype=torch.float64, device="cpu"))
         first, last = math.ceil(math.log10(scale)), math.floor(math.log10(float(largest)))
         step = max(1, math.ceil((last - first + 1) / MOST_POWERS))
         for power in range(last, first - 1, -step):
-            place = axis.place(tensor(10.0**power, dtype=torch.float64))
+            place = axis.place(torch.tensor(10.0**power, dtype=torch.float64, device="cpu"))
             places.append(-float(place) if sign else float(place))
             labels.append(f"${sign}10^{{{power}}}$")
     return places, labels

@@ -71,7 +71,7 @@ def writable_folder(path: str | PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output folder: cannot make {printable(str(path))}: {error.strerror or error}") from None
+        raise ValueError(f"output folder: cannot make {printable(path)}: {error.strerror or error}") from None
     _write(path / "file", None)
     return path
 
@@ -128,7 +128,7 @@ def read(path: str | PathLike[str]) -> tuple[list[BlockInfo], Quadrature, dict[s
         >>> blocks, quadrature, provenance = read("gpt.npz")
     """
     path = Path(path)
-    shown = printable(str(path))
+    shown = printable(path)
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (closed below)
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _short(error: Exception) -> str:
-    text = printable(str(error))  # it may quote the file
+    text = printable(error)  # it may quote the file
     return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
@@ -335,7 +335,7 @@ def _require(rule: bool, text: str) -> None:
 def _write(path: Path, content: Callable[[IO[bytes]], object] | None) -> None:
     """Write a temporary file next to path and rename it; without content, only check that this is possible."""
     if os.path.isdir(path):  # Path.is_dir would raise on names that are too long
-        raise ValueError(f"save: path must be a file, got the folder {printable(str(path))}")
+        raise ValueError(f"save: path must be a file, got the folder {printable(path)}")
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -348,7 +348,7 @@ def _write(path: Path, content: Callable[[IO[bytes]], object] | None) -> None:
         if content is not None:
             os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"save: cannot write {printable(str(path))}: {error.strerror or error}") from None
+        raise ValueError(f"save: cannot write {printable(path)}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -470,15 +470,15 @@ class Job:
     def _check_size(self, radii: Sequence[float]) -> None:
         """Refuse a Hessian whose products all are subnormal, or so small that they vanish.
 
-        Where they vanish from differences too, the gradient tells whether the loss is as small.
+        Where they vanish from differences too, the gradient and the loss tell whether the loss is as small.
         """
         dtype = self._problem.dtype
         least = least_size(self._problem.dims, dtype)
-        size = max(self._largest_product, *radii) or max(self.gradient_norms.values(), default=0.0)
-        if 0 < size < least:
+        size = max(self._largest_product, *radii)
+        if 0 < (size or max(self.gradient_norms.values(), default=0.0) or abs(self._problem.loss_value)) < least:
             raise ValueError(
                 f"spectrum: products must have size {least:.2g} at least in {dtype}, got {size:.2g}, whose elements "
-                "are subnormal and lack digits; multiply the loss by a constant"
+                "are subnormal or 0 and lack digits; multiply the loss by a constant"
                 + ("" if dtype == torch.float64 else ", or pass dtype=torch.float64")
             )
 

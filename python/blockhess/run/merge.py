@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from blockhess._text import printable
 from blockhess.problem.batches import DRAWN_ANEW
 from blockhess.problem.blocks import BlockInfo, with_note
 from blockhess.problem.prepare import LOSS_TOLERANCE
@@ -41,7 +42,7 @@ def merge(runs: Sequence[SpectraData | str | PathLike[str]]) -> SpectraData:
     if isinstance(runs, str | PathLike | SpectraData):
         raise TypeError(f"merge: runs must be a list of runs, got {type(runs).__name__}")
     found = [run if isinstance(run, SpectraData) else load_run(run) for run in runs]
-    labels = [str(run) if isinstance(run, str | PathLike) else f"run {i + 1}" for i, run in enumerate(runs)]
+    labels = [printable(run) if isinstance(run, str | PathLike) else f"run {i + 1}" for i, run in enumerate(runs)]
     if len(found) < 2:
         raise ValueError(f"merge: runs must be at least two, got {len(found)}")
     for label, run in zip(labels, found):

@@ -72,7 +72,7 @@ class Status:
         return {"path": str(self.path), "prepared": self.plan is not None, **values}
 
     def __str__(self) -> str:
-        path = printable(str(self.path))
+        path = printable(self.path)
         state = "finished" if self.finished else f"running ({self.holder})" if self.holder else "not running"
         if self.plan is None:
             return f"run           {path}, {state}; preparing model and data, no products computed yet"
@@ -154,7 +154,7 @@ def partial(path: str | PathLike[str], op: str = "partial") -> SpectraData:
                 found[l].append(block)
     known = [l for l, parts in enumerate(found) if any(part.num_probes for part in parts)]
     if not known:
-        raise ValueError(f"{op}: {path} holds no step of any block yet")
+        raise ValueError(f"{op}: {printable(path)} holds no step of any block yet")
     quadrature = Quadrature.concatenate([Quadrature.concatenate(found[l], 0) for l in known], 1)
     made = {name: run["identity"][name] for name in ("model", "loss")} | {"partial": True}
     made |= {"hvps": _hvps(saved, working), "hvps_planned": run["hvps"], "blocks_missing": len(blocks) - len(known)}
@@ -183,7 +183,10 @@ def _saved(
     """Return run.json, the computed units, and the saved state unless its unit is already computed."""
     run = directory.begun_run(path)
     if run is None:
-        raise ValueError(f"{op}: {path} must be the directory of a run; start one with: blockhess run JOB --out {path}")
+        shown = printable(path)
+        raise ValueError(
+            f"{op}: {shown} must be the directory of a run; start one with: blockhess run JOB --out {shown}"
+        )
     parts, state = directory.parts(path, run["id"]), directory.state_of(path / directory.STATE, run["id"])
     return run, parts, None if state is None or any(done.unit == state[0] for _, done, _ in parts) else state
 

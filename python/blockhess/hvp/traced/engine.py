@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
-from blockhess.hvp.operator import Column, PerBatch
+from blockhess.hvp.operator import Column, PerBatch, norm
 from blockhess.hvp.traced.linearize import Linearizer
 from blockhess.hvp.traced.operations import VIEWS, NotTraceable, TensorInfo, aten
 from blockhess.hvp.traced.rows import Evaluation, Pool
@@ -76,8 +76,7 @@ class TracedEngine:
         eps = torch.finfo(torch.float32).eps
         noise = 100 * eps * max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
         return all(
-            traced[name].shape == g.shape
-            and float((traced[name] - g).norm()) <= eps**0.5 * float(g.norm()) + noise * g.numel() ** 0.5
+            traced[name].shape == g.shape and norm(traced[name] - g) <= eps**0.5 * norm(g) + noise * g.numel() ** 0.5
             for name, g in gradients.items()
         )
 

@@ -25,7 +25,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from blockhess._text import format_table
+from blockhess._text import format_table, printable
 from blockhess.problem.batches import DRAWN_ANEW
 from blockhess.problem.blocks import BlockInfo
 from blockhess.problem.prepare import LOSS_TOLERANCE
@@ -89,7 +89,7 @@ class RunDirectory(Recorder):
             table = format_table(["", "this run", "in the directory"], [[n, now, then] for n, then, now in differing])
             advice = f"\n{DRAWN_ANEW}" if any(name == "data" for name, *_ in differing) else ""
             raise RunMismatch(
-                f"spectrum: run_dir must hold a run of the same job, {self.path} differs:\n{table}{advice}"
+                f"spectrum: run_dir must hold a run of the same job, {printable(self.path)} differs:\n{table}{advice}"
             )
 
     def begin(self, identity: Mapping[str, Any], plan: Plan, seed: int, blocks: Sequence[BlockInfo], hvps: int) -> None:
@@ -214,7 +214,7 @@ def opened(path: str | PathLike[str], ranks: ProcessGroup = SINGLE_PROCESS) -> I
             if ranks.rank == 0:
                 stack.enter_context(locked(folder))
         except OSError as error:
-            raise ValueError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from None
+            raise ValueError(f"run_dir: cannot write in {printable(folder)}: {error.strerror or error}") from None
         ranks.gather(None)  # the folder exists for the other ranks
         with _explained(folder):
             run = RunDirectory(folder, stack.enter_context(caught()), ranks)
@@ -235,7 +235,9 @@ def read_run(path: Path) -> dict[str, Any] | None:
     if not _any_generation(path / RUN):
         others = sorted(file.name for file in path.iterdir() if not _OURS.fullmatch(file.name))
         if others:
-            raise ValueError(f"run_dir: must be empty or hold a run, {path} holds {', '.join(others[:3])}")
+            raise ValueError(
+                f"run_dir: must be empty or hold a run, {printable(path)} holds {printable(', '.join(others[:3]))}"
+            )
         return None
     try:
         run = store.read_json(path / RUN)
@@ -244,7 +246,7 @@ def read_run(path: Path) -> dict[str, Any] | None:
             return None
         raise
     if not isinstance(run, dict) or run.get("version") != VERSION:
-        raise ValueError(f"run_dir: {path / RUN} must be of version {VERSION}")
+        raise ValueError(f"run_dir: {printable(path / RUN)} must be of version {VERSION}")
     return run | {"identity": files.with_current_names(run["identity"])}
 
 
@@ -303,7 +305,9 @@ def finished(path: str | PathLike[str]) -> SpectraData:
     """
     path = Path(path)
     if not (path / RESULT).exists() and begun_run(path) is not None:
-        raise ValueError(f"run_dir: run must be finished, {path} is not; resume it with the same arguments first")
+        raise ValueError(
+            f"run_dir: run must be finished, {printable(path)} is not; resume it with the same arguments first"
+        )
     result = files.read(path / RESULT)
     run = ((path / VECTORS).is_dir() and read_run(path)) or {}
     vectors = []
@@ -332,6 +336,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"spectrum: run_dir must be writable, got {path}: {error.strerror or error}; the state saved last is "
-            "intact: fix this and call again"
+            f"spectrum: run_dir must be writable, got {printable(path)}: {error.strerror or error}; the state saved "
+            "last is intact: fix this and call again"
         ) from None

@@ -37,7 +37,8 @@ def locked(directory: str | PathLike[str]) -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not _acquire(file, fcntl.LOCK_EX, path):
-            raise ValueError(f"locked: directory must not be in use, got {directory}, held by {_read(file)} ({path})")
+            shown = f"{printable(directory)}, held by {_read(file)} ({printable(path)})"
+            raise ValueError(f"locked: directory must not be in use, got {shown}")
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()!r}".encode(), 0)
         try:
@@ -73,7 +74,9 @@ def _acquire(file: int, kind: int, path: Path) -> bool:
         except OSError as error:
             if error.errno not in _NO_KERNEL_LOCKS:
                 raise
-            warnings.warn(f"run_dir: the file system cannot lock {path}: use it in one process only", stacklevel=4)
+            warnings.warn(
+                f"run_dir: the file system cannot lock {printable(path)}: use it in one process only", stacklevel=4
+            )
             return True
     return False
 

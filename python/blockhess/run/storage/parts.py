@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
+from blockhess._text import printable
 from blockhess.results.unit import Unit
 from blockhess.run.recorder import UnitResult
 from blockhess.run.storage import store
@@ -56,7 +57,7 @@ def _check(path: str | PathLike[str], header: dict[str, Any], run: str, what: st
             raise ValueError("it belongs to another run")
         yield
     except (TypeError, LookupError, ValueError, OverflowError) as error:
-        raise ValueError(f"read: {path} is not {what} of a run: {error}") from None
+        raise ValueError(f"read: {printable(path)} is not {what} of a run: {error}") from None
 
 
 def _header(run: str, unit: Unit, hvps: int, seconds: float) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from blockhess._text import printable
 from blockhess.run.storage import tensor_file
 from blockhess.run.storage.tensor_file import DIGITS, MAX_HEADER, Damaged, checksum
 
@@ -146,16 +147,16 @@ def _read(path: str | PathLike[str], decode: Callable[[int], T]) -> T:
         except FileNotFoundError:
             continue
         except OSError as error:
-            problem = problem or f"{generation}: {error.strerror or error}"
+            problem = problem or f"{printable(generation)}: {error.strerror or error}"
         except Damaged as error:
-            problem = problem or f"{generation}: {error}"
+            problem = problem or f"{printable(generation)}: {error}"
         except MemoryError:
-            problem = problem or f"{generation}: it is larger than the memory"
+            problem = problem or f"{printable(generation)}: it is larger than the memory"
         else:
             if problem:
-                warnings.warn(f"read: {problem}; {generation} is used instead", stacklevel=3)
+                warnings.warn(f"read: {problem}; {printable(generation)} is used instead", stacklevel=3)
             return content
-    raise ValueError(f"read: {problem or f'no such file: {path}'}")
+    raise ValueError(f"read: {problem or f'no such file: {printable(path)}'}")
 
 
 def _tensors(file: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
