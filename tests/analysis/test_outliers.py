@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from blockhess.analysis.outliers import eigenvalues, residuals
+from blockhess_ext import ops
 from tests.helpers.dense_measures import lanczos, spectra
 from tests.helpers.spectra_cases import as_spectra, float64, make_spectra
 
@@ -37,7 +39,7 @@ def test_spikes_are_found_with_their_multiplicity() -> None:
     assert [round(e.value, 6) for e in found[:4]] == [1.0, 0.8, -0.7, 0.5]
     for e in found[:4]:
         assert e.probes == 40 and e.residual < 1e-3 and abs(e.multiplicity - 1) < 5 * math.sqrt(2 / 40)
-        assert e.multiplicity_interval[0] < 1 < e.multiplicity_interval[1] < 2
+        assert e.multiplicity_interval[0] == 1 < e.multiplicity_interval[1] < 2
 
 
 def test_no_multiplicity_of_an_eigenvalue_that_few_probes_found() -> None:
@@ -56,6 +58,19 @@ def test_no_multiplicity_of_an_eigenvalue_that_few_probes_found() -> None:
             assert (e.multiplicity is None) == (e.multiplicity_interval is None) == (probes < 5)
     known = [e.multiplicity_interval for probes, some in found.items() if probes >= 5 for e in some]
     assert sum(low <= 1 <= high for low, high in known) >= 0.9 * len(known)
+
+
+def test_multiplicities_where_probes_have_different_numbers_of_steps() -> None:
+    """As with a tolerance: an eigenvalue has converged for nearly all probes, with very different residuals."""
+    exact = 10.0 ** (-8 * torch.arange(400, dtype=torch.float64) / 400)
+    q = lanczos(exact, num_probes=10, num_steps=40).quadrature
+    steps = q.steps.clone()
+    steps[5:] = 20
+    nodes, weights = ops.tridiag_quadrature(q.alpha[:, 0], q.beta[:, 0], steps[:, 0])
+    cut = replace(q, nodes=nodes[:, None], weights=weights[:, None], steps=steps)
+    first, second = eigenvalues(q, 0)[0], eigenvalues(cut, 0)[0]
+    assert first.probes == 10 and second.probes >= 9 and second.reach > first.reach
+    assert second.multiplicity == pytest.approx(first.multiplicity, rel=0.1)
 
 
 def test_multiplicities_of_eigenvalues_whose_residuals_overlap() -> None:
@@ -90,7 +105,7 @@ def test_ghosts_are_one_eigenvalue() -> None:
 def test_a_small_block_gives_all_its_eigenvalues() -> None:
     found = as_spectra(lanczos(float64([-2.0, -2.0, 0.0, 5.0]), num_probes=2).quadrature).outliers("b0")
     assert [round(e.value, 9) for e in found] == [5.0, -2.0, 0.0]
-    assert sum(e.multiplicity for e in found) == pytest.approx(4)
+    assert all(1 <= e.multiplicity_interval[0] <= e.multiplicity <= e.multiplicity_interval[1] <= 4 for e in found)
     zero = as_spectra(lanczos(torch.zeros(5)).quadrature).outliers("b0")
     assert [(e.value, e.probes) for e in zero] == [(0.0, 3)] and zero[0].multiplicity == pytest.approx(5)
 

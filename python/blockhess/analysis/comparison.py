@@ -65,7 +65,8 @@ def js0(
     """Return the mean of js_matrix over all pairs of different blocks, the paper's measure of heterogeneity.
 
     Random probes bias it upwards. With `confidence` the jackknife estimates the bias and the error of the probes, at
-    the cost of n_probes more matrices, and the change of each spectrum from half of the steps that of finite steps.
+    the cost of n_probes more matrices. The error of finite steps is estimated by the changes of the spectra between
+    half and all of the steps.
 
     Args, Raises: see js_matrix.
         confidence: probability of the interval of the exact spectra, in (0, 1); None means no interval.

@@ -2,8 +2,8 @@
 
     an eigenvalue lies within |beta_m s_mi| of node i, s_i the i-th eigenvector of the tridiagonal matrix
 
-In floating-point arithmetic this holds up to rounding of size eps |H|, also for ghosts (Paige 1980). At k times this
-distance from a node of weight w, the bounds of the distribution function in steps.py are w / (1 + k^2) apart, or less.
+In floating-point arithmetic this holds up to rounding of size eps |H|, also for ghosts (Paige 1980). Ten residuals from
+a node of weight w, and far from other nodes, the bounds of the distribution function in steps.py differ by w / 101.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Eigenvalue:
         value: the node with the smallest residual.
         residual: an eigenvalue of the block lies within this distance of value.
         probes: number of probes for which it converged.
-        reach: ten residuals, or less if the next eigenvalue in the list is near.
-        multiplicity: number of eigenvalues within reach of value, dim times their mass, mean over all probes. None if
-            the eigenvalue converged for fewer than half of the probes.
+        reach: ten residuals, of the probe with the largest for which it converged; at most to the middle between the
+            residual intervals of value and of the next listed eigenvalue above or below.
+        multiplicity: number of eigenvalues within reach of value: dim times their mass, mean over all probes, at least
+            1. None if the eigenvalue converged for fewer than half of the probes.
         multiplicity_interval: 95 % confidence interval, including the error of finite steps; None if multiplicity is.
     """
 
@@ -71,7 +72,7 @@ def residuals(quadrature: Quadrature, block: int) -> Tensor:
 def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED) -> list[Eigenvalue]:
     """Return the converged Ritz values of a block, largest |value| first.
 
-    A node belongs to an eigenvalue with a smaller residual if their residual intervals overlap.
+    A node belongs to the eigenvalues with a smaller residual whose residual intervals overlap its own.
 
     Args:
         quadrature: quadrature of all blocks.
@@ -93,24 +94,34 @@ def eigenvalues(quadrature: Quadrature, block: int, tolerance: float = CONVERGED
     bounds = residuals(quadrature, block)
     largest = quadrature.nodes[:, block][valid].abs().max()
     converged = valid & (bounds <= tolerance * largest)
-    value, residual = _separate(quadrature.nodes[:, block][converged], bounds[converged])
+    nodes = quadrature.nodes[:, block]
+    value, residual = _separate(nodes[converged], bounds[converged])
+    probes, largest_residual = [], []
+    for x, distance in zip(value, residual):
+        own = converged & ((nodes - x).abs() <= bounds + distance)
+        least = bounds.masked_fill(~own, torch.inf).amin(1)
+        probes.append(int(own.any(1).sum()))
+        largest_residual.append(float(least[own.any(1)].max()))
     gaps = torch.nn.functional.pad((value - residual)[1:] - (value + residual)[:-1], (1, 1), value=torch.inf)
-    reach = torch.minimum(_REACH * residual, residual + torch.minimum(gaps[:-1], gaps[1:]) / 2)
+    reach = residual + torch.minimum(gaps[:-1], gaps[1:]) / 2
+    reach = torch.minimum(reach, _REACH * torch.tensor(largest_residual, dtype=torch.float64, device="cpu"))
 
     recurrence, dim = Recurrence(quadrature, block), quadrature.dims[block]
     ends = torch.cat([torch.nextafter(value - reach, torch.full_like(value, -torch.inf)), value + reach])
     share = recurrence.cdf(ends)
     error = recurrence.mass_bound(ends.expand(known, -1)).masked_fill(recurrence.exact[:, None], 0.0)
     mass, error = share[:, len(value) :] - share[:, : len(value)], error[:, : len(value)] + error[:, len(value) :]
-    near = (quadrature.nodes[:, block, :, None] - value).abs() <= reach
-    probes = (near & converged[..., None]).any(1).sum(0)
+
+    def count_of(share: float) -> float:
+        return min(max(1.0, dim * share), float(dim))
+
     found = []
-    for i, count in enumerate(probes.tolist()):
+    for i, count in enumerate(probes):
         multiplicity = interval = None
         if 2 * count >= known:
             lower, _ = _mean_interval(quadrature, block, (mass - error)[:, i].clamp(min=0.0))
             _, upper = _mean_interval(quadrature, block, (mass + error)[:, i].clamp(max=1.0))
-            multiplicity, interval = dim * float(mass[:, i].mean()), (dim * lower, dim * upper)
+            multiplicity, interval = count_of(float(mass[:, i].mean())), (count_of(lower), count_of(upper))
         found.append(Eigenvalue(float(value[i]), float(residual[i]), count, float(reach[i]), multiplicity, interval))
     return sorted(found, key=lambda e: -abs(e.value))
 
@@ -134,8 +145,9 @@ def _separate(nodes: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_interval(q: Quadrature, block: int, masses: Tensor) -> tuple[float, float]:
-    """Return the confidence interval of the mean of the masses at one eigenvalue, (n_known,)."""
+    """Return the confidence interval of the mean of masses (n_known,) near one eigenvalue."""
     mean = masses.mean()[None]
-    variance = variance_of_probes(q, block, masses[:, None], mean, _CONFIDENCE)  # f is an indicator: f^2 = f
+    # The mean of f^2 is that of the indicator f of an interval; masses may be widened by the error of the steps.
+    variance = variance_of_probes(q, block, masses[:, None], mean, _CONFIDENCE)
     lower, upper = gamma_interval(mean, variance, _CONFIDENCE)
     return float(lower), float(upper)

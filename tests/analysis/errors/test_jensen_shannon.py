@@ -54,6 +54,13 @@ def test_the_interval_of_js0_contains_that_of_spectra_whose_nodes_do_not_overlap
     assert sum(total for total, _ in found) >= 19 and sum(probes for _, probes in found) <= 4
 
 
+def test_the_interval_of_js0_contains_that_of_an_inexact_beside_an_exact_spectrum() -> None:
+    normal = torch.randn(117, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = [torch.cat([torch.zeros(183).double(), normal]), torch.cat([torch.zeros(299), torch.ones(1)]).double()]
+    found = coverage_of_js0(exact, num_probes=10, num_steps=21, runs=20, kind="distance")
+    assert all(total for total, _ in found)
+
+
 def coverage_of_js0(
     exact: list[torch.Tensor], *, num_probes: int, num_steps: int, runs: int, kind: str
 ) -> list[tuple[bool, bool]]:
