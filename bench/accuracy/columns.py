@@ -1,8 +1,8 @@
 """Measure how often the printed intervals contain the truth, on eight models whose eigenvalues are all known.
 
-    python -m bench.accuracy.columns [--json PATH] [--text PATH] [--quick | --show PATH]      # 25 minutes
+    python -m bench.accuracy.columns [--json PATH] [--text PATH] [--quick | --show PATH]      # 6 minutes
 
-For every number of the table and the report with an error: the share of 200 seeds in which the exact value lies in its
+For every number of the table and the report with an error: the share of 40 seeds in which the exact value lies in its
 95 % interval, at 2 x 20, 10 x 30 and 10 x 100 probes x steps. The models are those of `known_spectra.model_spectra`.
 Gaussian probes do not depend on the basis, so each Hessian is replaced by the diagonal matrix of its eigenvalues. Of
 the blocks of a model the one with the lowest coverage is given, of up to three pairs of neighboring blocks for "JS0 of
@@ -124,7 +124,7 @@ def measure_model(blocks: dict[str, Tensor], probes: int, steps: int, runs: int)
 
 def measure(quick: bool) -> dict[str, Any]:
     """Return the result that the tables show."""
-    runs = 3 if quick else 200
+    runs = 3 if quick else 40
     rows = []
     for model, blocks in model_spectra().items():
         for probes, steps in SETTINGS[: 1 if quick else None]:
