@@ -461,6 +461,13 @@ def test_a_repeat_with_captured_parameters_is_no_evidence() -> None:
     assert asked.provenance["hvp_error"] and not asked.provenance["hvp_error_unknown"]
 
 
+def test_a_repeat_without_any_gradient_names_the_captured_parameters() -> None:
+    model = mlp()
+    parameters = list(model.parameters())
+    with pytest.warns(UserWarning, match="loss_fn uses parameters that it captured"):
+        blockhess.spectrum(model, labeled(7), lambda m, b: sum(p.square().sum() for p in parameters), num_probes=2)
+
+
 @pytest.mark.parametrize("halved", [False, True])
 def test_captured_parameters_are_refused_where_they_would_be_converted(halved: bool) -> None:
     torch.manual_seed(0)

@@ -96,7 +96,9 @@ class Differences:
             found = problem.differentiate(loss, list(problem.parameters.values()))
         self.gradients = {name: g for name, g in zip(problem.parameters, found) if g is not None}
         # Subnormal numbers have the rounding of the least normal one.
-        self._largest = max(least_size(problem.dims, problem.dtype), *(norm(whole(g)) for g in self.gradients.values()))
+        self._largest = max(
+            [least_size(problem.dims, problem.dtype), *(norm(whole(g)) for g in self.gradients.values())]
+        )
         if problem.is_sharded:
             self.gradients = {}
         self._rms = rms(problem)
